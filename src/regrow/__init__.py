@@ -1,0 +1,34 @@
+"""Faster diffusion sampling by computing fewer tokens at fewer steps.
+
+    import regrow
+
+    with regrow.apply(pipe, regrow.DaTo.preset("b1")) as run:
+        image = pipe("an astronaut riding a horse", num_inference_steps=50).images[0]
+    print(run.report())
+"""
+
+from regrow.apply import Run, apply
+from regrow.clock import ConcurrentGenerationError
+from regrow.methods import Alignment, BaseChoice, DaTo, Features, Recovery, SiTo
+from regrow.models import UnsupportedModelError
+from regrow.run_report import RunReport
+from regrow.schedule import FULL, Schedule, ScheduleError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FULL",
+    "Alignment",
+    "BaseChoice",
+    "ConcurrentGenerationError",
+    "DaTo",
+    "Features",
+    "Recovery",
+    "Run",
+    "RunReport",
+    "Schedule",
+    "ScheduleError",
+    "SiTo",
+    "UnsupportedModelError",
+    "apply",
+]

@@ -1,0 +1,123 @@
+"""Put a method on a pipeline or a denoiser, take it off, and report what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from regrow.clock import ManualClock, SchedulerClock
+from regrow.hooks import Installed, is_hooked
+from regrow.methods.parts import parts_of
+from regrow.models import denoiser_of, layout_of
+from regrow.run_report import RunReport, report_of
+from regrow.run import Engine
+
+
+class Run:
+    """A method at work on a denoiser, from `apply` until `remove` or the end of the ``with`` block."""
+
+    def __init__(self, config: Any, engine: Engine, installed: Installed) -> None:
+        self.config = config
+        self._engine, self._installed = engine, installed
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Run({self.config!r} on {type(self._engine.denoiser).__name__})"
+
+    def remove(self) -> None:
+        """Take the method off; everything is as before. Removing twice is allowed."""
+        self._installed.remove()
+        if self._engine.clock is not None:
+            self._engine.clock.detach()
+        self._engine.release()
+
+    @contextmanager
+    def generation(self, num_steps: int) -> Iterator[ManualClock]:
+        """A generation with a denoiser that is used without a pipeline.
+
+        Args:
+            num_steps: number of sampler steps.
+
+        Yields:
+            a clock whose ``step()`` is called after every step of the sampler.
+
+        Raises:
+            ValueError: if ``num_steps < 1``.
+        """
+        with self._engine.manual(num_steps) as clock:
+            yield clock
+
+    def report(self) -> RunReport:
+        """What the last generation computed, reused and saved, call by call.
+
+        Raises:
+            RuntimeError: if nothing was generated yet.
+        """
+        return report_of(self._engine)
+
+
+def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
+    """Put a method on a pipeline or a denoiser.
+
+    Args:
+        target: a diffusers pipeline, or its denoiser.
+        config: the configuration of a method, such as `DaTo` or `SiTo`.
+        scheduler: with a bare denoiser, the scheduler whose steps are followed; without one, use
+            `Run.generation`.
+
+    Returns:
+        the run, which is a context manager: leaving it takes the method off.
+
+    Raises:
+        UnsupportedModelError: if regrow has no table for the model.
+        TypeError: if ``config`` is no method's configuration.
+        ValueError: if the model has no layer the method could prune, or a method is applied already.
+    """
+    denoiser = denoiser_of(target)
+    parts = parts_of(config)
+    if is_hooked(denoiser):
+        raise ValueError(
+            "target: a method is applied to this denoiser already; call its run's remove() first. "
+            "Pipelines that share a denoiser and a scheduler share its run as well."
+        )
+    pipeline = None if target is denoiser else target
+    engine = Engine(denoiser, layout_of(denoiser), parts, None, _guided(pipeline))
+    _check_useful(engine, denoiser)
+    source = (lambda: pipeline.scheduler) if pipeline is not None else (lambda: scheduler)
+    if source() is not None and not hasattr(source(), "step"):
+        raise TypeError(f"scheduler: {type(source()).__name__} has no step()")
+    installed = Installed(engine)
+    if source() is not None:
+        engine.clock = SchedulerClock(source, engine.release)
+    return Run(config, engine, installed)
+
+
+def _guided(pipeline: Any) -> Any:
+    """Whether the pipeline says it guides; None if it does not say, or there is none."""
+    return lambda: getattr(pipeline, "do_classifier_free_guidance", None)
+
+
+def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
+    """Refuse what could only do nothing, warn of what is asked to do nothing."""
+    prunes = engine.parts.schedule.max_ratio > 0 and engine.rule is not None
+    if prunes and not engine.blocks:
+        assert engine.rule is not None
+        raise ValueError(
+            f"max_downsample: {engine.rule.where.max_downsample} leaves no layer of "
+            f"{type(denoiser).__name__} to prune; its finest attention is at "
+            f"{engine.layout.top_level}"
+        )
+    if not prunes and not engine.cuts:
+        engine.warn_once(
+            "nothing",
+            f"the schedule prunes nothing and reuses nothing: 0 of {len(engine.parts.schedule)} steps "
+            f"go less deep than {engine.layout.depths} layers and no ratio is above 0",
+        )

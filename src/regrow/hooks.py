@@ -1,0 +1,193 @@
+"""The hooks that carry out what the engine decided, and their removal without a trace.
+
+The root is watched by native module hooks, which survive CPU offload; layers are wrapped by diffusers'
+model hooks, which can leave a layer out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from regrow.methods.parts import Features, Recovery
+from regrow.models.table import Returns, Skippable, TokenBlock
+from regrow.reuse.depth import placeholders
+from regrow.run import Engine
+from regrow.tokens.recover import keep, keep_merged, recover
+
+
+class SkipHook(ModelHook):
+    """A module that cached calls leave out."""
+
+    def __init__(self, engine: Engine, place: Skippable) -> None:
+        super().__init__()
+        self.engine, self.place = engine, place
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call, name = self.engine.call, self.place.name
+        if call is None:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        if call.cut is not None:
+            if name not in call.cut.skip:
+                return self.fn_ref.original_forward(*args, **kwargs)
+            if name == call.cut.boundary:
+                call.restored = True
+                feature = call.slot.outputs[-1] if name == "conv_out" else call.slot.features[name]
+                # Whoever writes to it in place must not write to what is stored.
+                return self._pack([feature.clone() if call.dense or name == "conv_out" else feature])
+            like = args[0] if args else kwargs["hidden_states"]
+            shapes = call.slot.shapes.get(name)
+            return self._pack(placeholders(like, shapes, max(self.place.count, 1), dense=call.dense))
+        out = self.fn_ref.original_forward(*args, **kwargs)
+        tensors = self._unpack(out)
+        call.slot.shapes[name] = [t.shape for t in tensors]
+        if name in call.store:
+            call.slot.features[name] = tensors[0].clone() if call.dense else tensors[0]
+        return out
+
+    def _pack(self, tensors: list[Tensor]) -> Any:
+        match self.place.returns:
+            case Returns.TENSOR:
+                return tensors[0]
+            case Returns.TUPLE:
+                return (tensors[0],)
+            case Returns.DOWN:
+                return tensors[-1], tuple(tensors)
+
+    def _unpack(self, out: Any) -> list[Tensor]:
+        match self.place.returns:
+            case Returns.TENSOR:
+                return [out]
+            case Returns.TUPLE:
+                return [out[0]]
+            case Returns.DOWN:
+                return list(out[1])
+
+
+class SelectHook(ModelHook):
+    """Selects the tokens of a transformer block from the input of the module it is on."""
+
+    def __init__(self, engine: Engine, block: TokenBlock) -> None:
+        super().__init__()
+        self.engine, self.block = engine, block
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self.engine.call
+        if call is not None and self.block.name in call.counts:
+            x = args[0] if args else kwargs["hidden_states"]
+            call.selections[self.block.name] = self.engine.select(self.block.name, x)
+        return args, kwargs
+
+
+class KeepHook(ModelHook):
+    """A layer that computes the kept tokens only and recovers the others."""
+
+    def __init__(self, engine: Engine, block: TokenBlock, merge: bool) -> None:
+        super().__init__()
+        self.engine, self.block = engine, block
+        self.reduce = keep_merged if merge else keep
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self.engine.call
+        selection = None if call is None else call.selections.get(self.block.name)
+        x = args[0] if args else kwargs["hidden_states"]
+        # Chunked feed-forwards get a part of the tokens, IP-Adapter masks speak of all of them.
+        if selection is None or x.shape[1] != selection.tokens or kwargs.get("ip_adapter_masks") is not None:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        assert call is not None
+        call.pruned += 1
+        if args:
+            args = (self.reduce(x, selection), *args[1:])
+        else:
+            kwargs["hidden_states"] = self.reduce(x, selection)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and module is self.block.self_attention:
+            index = selection.kept.view(len(selection.kept), *[1] * (mask.ndim - 2), -1)
+            kwargs["attention_mask"] = mask.gather(-1, index.expand(*mask.shape[:-1], -1))
+        return recover(self.fn_ref.original_forward(*args, **kwargs), selection)
+
+
+class RootHook:
+    """Lets the engine decide before a call of the denoiser, and look at its output."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.engine.begin(args, kwargs)
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.engine.end(output)
+
+
+class Installed:
+    """The hooks of one engine, in place until `remove`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._install(engine)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Leave every module as it was before."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _install(self, engine: Engine) -> None:
+        if engine.cuts:
+            needed = set().union(*(cut.skip for cut in engine.cuts.values()))
+            for name in sorted(needed):
+                place = engine.layout.skippable[name]
+                self._hook(place.module, SkipHook(engine, place), "regrow-skip")
+        for block in engine.blocks:
+            self._hook_block(engine, block)
+        denoiser, root = engine.denoiser, RootHook(engine)
+        before = denoiser.register_forward_pre_hook(root.before, with_kwargs=True)
+        self._undo.append(before.remove)
+        after = denoiser.register_forward_hook(root.after, with_kwargs=True, always_call=True)
+        self._undo.append(after.remove)
+
+    def _hook_block(self, engine: Engine, block: TokenBlock) -> None:
+        assert engine.rule is not None
+        where = engine.rule.where
+        layers = {
+            block.self_attention: where.self_attention,
+            block.cross_attention: where.cross_attention,
+            block.feed_forward: where.feed_forward,
+        }
+        for layer, wanted in layers.items():
+            if layer is not None and wanted:
+                merge = where.recovery is Recovery.MEAN
+                self._hook(layer, KeepHook(engine, block, merge), "regrow-keep")
+        reads = block.block if where.features is Features.BLOCK_INPUT else block.self_attention
+        if reads is not None:
+            # Registered after the layer's own hook, so that it runs before it.
+            self._hook(reads, SelectHook(engine, block), "regrow-select")
+
+    def _hook(self, module: nn.Module, hook: ModelHook, name: str) -> None:
+        had_registry, had_forward = hasattr(module, "_diffusers_hook"), "forward" in module.__dict__
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        registry.register_hook(hook, name)
+
+        def undo() -> None:
+            registry.remove_hook(name, recurse=False)
+            # diffusers leaves its registry and an instance-level forward behind.
+            if not registry.hooks:
+                if not had_forward:
+                    module.__dict__.pop("forward", None)
+                if not had_registry:
+                    del module._diffusers_hook
+
+        self._undo.append(undo)
+
+
+def is_hooked(denoiser: nn.Module) -> bool:
+    """Whether an engine's hooks are on a denoiser already."""
+    hooks = denoiser._forward_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), RootHook) for hook in hooks)

@@ -1,0 +1,124 @@
+"""Counting multiply-accumulates of calls, by running the real denoiser on the meta device.
+
+Attention is counted; choosing tokens is not (it is reported on its own), so that figures are those the
+papers give. One MAC is two FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from regrow.hooks import Installed
+from regrow.methods.parts import CallInfo, Parts, TokenRule
+from regrow.models import layout_of
+from regrow.run import Engine
+from regrow.schedule import FULL, Schedule
+from regrow.tokens.grid import Grid
+from regrow.tokens.select import Selection
+
+
+def meta_copy(denoiser: nn.Module) -> Any:
+    """A denoiser of the same configuration without weights."""
+    with torch.device("meta"):
+        return type(denoiser).from_config(denoiser.config).eval()
+
+
+def free_selection(x: Tensor, count: int) -> Selection:
+    """A selection of the right shapes that costs nothing: the last ``count`` tokens copy the first."""
+    batch, tokens = x.shape[:2]
+    kept = torch.arange(tokens - count, device=x.device).expand(batch, -1)
+    source = torch.arange(tokens, device=x.device).expand(batch, -1) % (tokens - count)
+    return Selection.of(kept, source)
+
+
+@dataclass(frozen=True)
+class Macs:
+    """MACs of one call of the denoiser, for the whole batch.
+
+    Args:
+        denoiser: what the denoiser computes, attention counted.
+        selection: what choosing tokens adds.
+    """
+
+    denoiser: int
+    selection: int
+
+
+class CallCounter:
+    """Counts calls of one denoiser with one method, each kind of call once.
+
+    Args:
+        denoiser: the denoiser, on any device; only its configuration is used.
+        rule: the method's token rule, or None.
+    """
+
+    def __init__(self, denoiser: nn.Module, rule: TokenRule | None) -> None:
+        self._model = meta_copy(denoiser)
+        self._rule = rule
+        self._known: dict[Any, Macs] = {}
+
+    def count(self, depth: int, ratio: float, inputs: tuple[Any, Any]) -> Macs:
+        """MACs of a call.
+
+        Args:
+            depth: up-path layers computed, `FULL` for all.
+            ratio: pruning ratio.
+            inputs: positional and keyword arguments on the meta device.
+        """
+        key = (depth, ratio if depth else 0.0, _signature(inputs))
+        if key not in self._known:
+            self._known[key] = self._count(depth, ratio, inputs)
+        return self._known[key]
+
+    def _count(self, depth: int, ratio: float, inputs: tuple[Any, Any]) -> Macs:
+        # A full call comes first: a cached one needs what it leaves.
+        schedule = Schedule(depth=(FULL, depth), ratio=(ratio, ratio))
+        engine = Engine(self._model, layout_of(self._model), Parts(schedule, self._rule), None)
+        selected: list[tuple[torch.Size, Grid, int]] = []
+
+        def select(name: str, x: Tensor) -> Selection:
+            assert engine.call is not None
+            grid, count = engine.call.counts[name]
+            selected.append((x.shape, grid, count))
+            return free_selection(x, count)
+
+        engine.select = select
+        hooks = Installed(engine)
+        try:
+            with torch.no_grad(), engine.manual(2) as clock:
+                if depth < FULL:
+                    self._model(*inputs[0], **inputs[1])
+                clock.step()
+                selected.clear()
+                with FlopCounterMode(display=False) as counter:
+                    self._model(*inputs[0], **inputs[1])
+        finally:
+            hooks.remove()
+        kinds = Counter(selected)
+        chosen = sum(n * self._selection(*kind) for kind, n in kinds.items())
+        return Macs(counter.get_total_flops() // 2, chosen)
+
+    def _selection(self, shape: torch.Size, grid: Grid, count: int) -> int:
+        """MACs of one layer's selection, counted on zeros for one sample."""
+        assert self._rule is not None
+        call = CallInfo(1, False, (), torch.Generator().manual_seed(0))
+        prepared = self._rule.prepare([grid], call).get(grid)
+        with FlopCounterMode(display=False) as counter:
+            self._rule.select(torch.zeros(1, *shape[1:]), grid, count, prepared, call)
+        return shape[0] * (counter.get_total_flops() // 2)
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, dict):
+        return tuple((k, _signature(v)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_signature(v) for v in value)
+    return str(value)

@@ -1,0 +1,161 @@
+"""DaTo: dynamics-aware token pruning with feature caching (arXiv 2501.00375).
+
+A plan gives every call a cache depth and a pruning ratio. Tokens are pruned in the self-attention at
+the finest level, the ones that stay are where the predicted noise changes most from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from regrow.methods.parts import (
+    Alignment,
+    CallInfo,
+    Features,
+    Level,
+    MethodConfig,
+    Parts,
+    Recovery,
+    Where,
+    align,
+    check_ratio,
+    parts_of,
+)
+from regrow.schedule import Schedule
+from regrow.tokens.grid import Grid, best_of_patch
+from regrow.tokens.scores import diff_score, noise, random_score
+from regrow.tokens.select import Selection, prune_similar
+
+
+class Score(str, Enum):
+    """What makes a token of a patch its base token."""
+
+    DIFF = "diff"
+    """The temporal noise difference (the paper)."""
+    RANDOM = "random"
+    """Chance: the paper's ablation without DiffScore."""
+
+
+class DaTo(MethodConfig):
+    """DaTo's configuration. Defaults are the paper's; the released code's deviations are options.
+
+    Args:
+        schedule: depth and ratio of every call.
+        patch: side s of the patches that give one base token each (the paper: 2).
+        score: what chooses the base tokens.
+        alignment: whose base tokens both halves of a guided batch take (the paper: aligned).
+        features: what similarity is measured on (both released codes: the block's input).
+        recovery: copy (the paper) or merge.
+        from_all_kept: copy from the most similar of all kept tokens (released code) instead of the
+            most similar base token (the paper).
+        nearby: look for similar base tokens in the surrounding 3 x 3 patches only.
+        score_weight: factor on DiffScore (released code: 0.1).
+        score_noise: sigma of Gaussian noise added to the score (released code: 0.1).
+        sign_flip: turn the score's sign by a fair coin each call (released code).
+        max_downsample: deepest level that is pruned (the paper: the finest with attention).
+        seed: seed of the run's generator.
+
+    Raises:
+        pydantic.ValidationError: naming the field, the value and what is allowed.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Any]] = {
+        "b1": lambda: DaTo(schedule=Schedule.bundled("dato-b1")),
+        "fast": lambda: DaTo(schedule=Schedule.bundled("dato-fast")),
+        "b1-released": lambda: DaTo(
+            schedule=Schedule.bundled("dato-b1-released"),
+            alignment=Alignment.UNCONDITIONAL,
+            from_all_kept=True,
+            score_weight=0.1,
+            score_noise=0.1,
+            sign_flip=True,
+        ),
+    }
+
+    method: Literal["dato"] = "dato"
+    version: Literal[1] = 1
+    schedule: Schedule
+    patch: int = Field(2, ge=2)
+    score: Score = Score.DIFF
+    alignment: Alignment = Alignment.CONDITIONAL
+    features: Features = Features.BLOCK_INPUT
+    recovery: Recovery = Recovery.COPY
+    from_all_kept: bool = False
+    nearby: bool = False
+    score_weight: float = Field(1.0, gt=0)
+    score_noise: float = Field(0.0, ge=0)
+    sign_flip: bool = False
+    max_downsample: Level = "top"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _ratios(self) -> DaTo:
+        check_ratio(self.schedule.max_ratio, self.patch)
+        return self
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """DaTo's token pruning, steps 1 to 5."""
+
+    config: DaTo
+
+    @property
+    def where(self) -> Where:
+        c = self.config
+        return Where(max_downsample=c.max_downsample, features=c.features, recovery=c.recovery)
+
+    @property
+    def patch(self) -> int:
+        return self.config.patch
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def reads_outputs(self) -> bool:
+        return self.config.score is Score.DIFF
+
+    @property
+    def aligns(self) -> bool:
+        return self.config.alignment is not Alignment.OFF
+
+    def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
+        """Steps 1 to 3: the base token of each patch, the same for all layers of a grid."""
+        return {grid: best_of_patch(self.score(grid, call), grid) for grid in grids}
+
+    def score(self, grid: Grid, call: CallInfo) -> Tensor:
+        """The aligned score ``(B, N)``; random as long as there are no two outputs to compare."""
+        c = self.config
+        if c.score is Score.RANDOM or len(call.outputs) < 2:
+            score = random_score(call.batch, grid, call.generator)
+        else:
+            score = c.score_weight * diff_score(call.outputs[-1], call.outputs[-2], grid)
+            if c.sign_flip:
+                coin = random_score(1, Grid(1, 1), call.generator)
+                score = score * (coin < 0.5).to(score.dtype).mul(2).sub(1)
+            if c.score_noise:
+                score = score + noise(score.shape, c.score_noise, call.generator)
+        return align(score, c.alignment, call.guided)
+
+    def select(
+        self, x: Tensor, grid: Grid, count: int, prepared: Tensor | None, call: CallInfo
+    ) -> Selection:
+        """Steps 4 and 5: prune what is most similar to a base token."""
+        assert prepared is not None
+        c = self.config
+        return prune_similar(
+            x, prepared, grid, count, nearby=c.nearby, from_all_kept=c.from_all_kept
+        )
+
+
+@parts_of.register
+def _(config: DaTo) -> Parts:
+    return Parts(config.schedule, _Rule(config))

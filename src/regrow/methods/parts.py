@@ -1,0 +1,207 @@
+"""What a published system is made of: a schedule, and a rule that selects tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import singledispatch
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from regrow.schedule import Schedule
+from regrow.tokens.grid import Grid
+from regrow.tokens.select import Selection
+
+
+class Features(str, Enum):
+    """Which features similarities and scores are taken from."""
+
+    BLOCK_INPUT = "block_input"
+    """The hidden states entering the transformer block, before norm1 (both released codes)."""
+    NORM1 = "norm1"
+    """The output of norm1, which the self-attention reads."""
+
+
+class Recovery(str, Enum):
+    """Where a pruned token's value comes from."""
+
+    COPY = "copy"
+    """The output of the most similar token (pruning)."""
+    MEAN = "mean"
+    """As copy, but that token enters the layer as the mean of itself and those it stands for (merging)."""
+
+
+class Alignment(str, Enum):
+    """How the two halves of a guided batch come to the same base tokens."""
+
+    CONDITIONAL = "conditional"
+    UNCONDITIONAL = "unconditional"
+    MEAN = "mean"
+    OFF = "off"
+
+
+Level = Literal["top", 1, 2, 4, 8]
+
+
+@dataclass(frozen=True)
+class Where:
+    """The layers in which tokens are pruned.
+
+    Args:
+        self_attention: prune in the attention among image tokens.
+        cross_attention: prune the queries of the attention to the text.
+        feed_forward: prune in the token-wise network.
+        max_downsample: deepest level, as latent positions a token spans along one side; ``"top"`` is
+            the finest level at which the model has attention (1 for SD 1.5 and 2, 2 for SDXL).
+        features: what the selection looks at.
+        recovery: where pruned tokens' values come from.
+    """
+
+    self_attention: bool = True
+    cross_attention: bool = False
+    feed_forward: bool = False
+    max_downsample: Level = "top"
+    features: Features = Features.BLOCK_INPUT
+    recovery: Recovery = Recovery.COPY
+
+
+@dataclass(frozen=True)
+class CallInfo:
+    """What a rule may look at before a call of the denoiser.
+
+    Args:
+        batch: samples in the batch, both halves of guidance counted.
+        guided: whether the batch is an unconditional half followed by a conditional half.
+        outputs: the model's last computed outputs ``(B, C, H, W)``, newest last, at most two.
+        generator: the run's seeded generator, on the model's device.
+    """
+
+    batch: int
+    guided: bool
+    outputs: Sequence[Tensor]
+    generator: torch.Generator
+
+
+class TokenRule(Protocol):
+    """Selects the tokens of each layer."""
+
+    @property
+    def where(self) -> Where: ...
+
+    @property
+    def patch(self) -> int:
+        """Side of the patches the grids are cut into."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the generator of a generation."""
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether `CallInfo.outputs` is used."""
+
+    @property
+    def aligns(self) -> bool:
+        """Whether `CallInfo.guided` is used."""
+
+    def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
+        """What does not depend on the layer, once a call: for each grid a tensor `select` is given."""
+
+    def select(
+        self, x: Tensor, grid: Grid, count: int, prepared: Tensor | None, call: CallInfo
+    ) -> Selection:
+        """The selection of a layer that prunes ``count`` tokens, from its features ``(B, N, C)``."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A system, taken apart.
+
+    Args:
+        schedule: what each call does; resampled to the number of calls of a run.
+        tokens: how tokens are selected where the schedule's ratio is above 0; None prunes nothing.
+    """
+
+    schedule: Schedule
+    tokens: TokenRule | None = None
+
+
+class MethodConfig(BaseModel):
+    """A frozen, validated, versioned configuration that equals, hashes and goes to JSON and back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {}
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """A configuration by the name of its preset.
+
+        Args:
+            name: one of `presets`.
+            changes: fields to set otherwise.
+
+        Raises:
+            ValueError: if there is no preset of that name.
+        """
+        if name not in cls.PRESETS:
+            allowed = ", ".join(cls.PRESETS) or "none"
+            raise ValueError(f"preset: {name!r} is not known for {cls.__name__}; known are {allowed}")
+        config = cls.PRESETS[name]()
+        return cls.model_validate(config.model_dump() | changes) if changes else config
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Names of the presets."""
+        return tuple(cls.PRESETS)
+
+
+@singledispatch
+def parts_of(config: Any) -> Parts:
+    """The parts of a configured system; each system registers its own configuration type.
+
+    Raises:
+        TypeError: if ``config`` is no configuration of a system.
+    """
+    known = sorted(kind.__name__ for kind in parts_of.registry if kind is not object)
+    raise TypeError(f"config: {type(config).__name__} is no method; methods are {', '.join(known)}")
+
+
+def check_ratio(ratio: float, patch: int) -> None:
+    """Refuse a ratio that would prune base tokens.
+
+    Raises:
+        ValueError: if ``ratio > 1 - 1 / patch**2``.
+    """
+    highest = 1 - 1 / patch**2
+    if ratio > highest + 1e-9:
+        raise ValueError(
+            f"ratio: {ratio} is not allowed, it must be <= {highest:g}: with patch={patch} one token "
+            f"in {patch**2} is a base token and stays"
+        )
+
+
+def align(score: Tensor, alignment: Alignment, guided: bool) -> Tensor:
+    """CFG alignment of DaTo (step 3): both halves of a guided batch get the same scores.
+
+    Equal scores give equal base tokens, so this is the same as copying the positions of one half over
+    the other, and it serves the mean as well.
+
+    Args:
+        score: ``(B, N)``; of a guided batch the unconditional half comes first, as in diffusers.
+        alignment: whose scores count.
+        guided: whether the batch has two halves; if not, nothing is aligned.
+    """
+    if not guided or alignment is Alignment.OFF:
+        return score
+    unconditional, conditional = score.chunk(2)
+    both = {
+        Alignment.CONDITIONAL: conditional,
+        Alignment.UNCONDITIONAL: unconditional,
+        Alignment.MEAN: (unconditional + conditional) / 2,
+    }[alignment]
+    return both.repeat(2, 1)

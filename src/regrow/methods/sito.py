@@ -1,0 +1,179 @@
+"""SiTo: similarity-based token pruning (AAAI 2025).
+
+Base tokens are those most similar to all others; the tokens most similar to a base token are pruned
+and copy its output. No caching across steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from regrow.methods.parts import (
+    Alignment,
+    CallInfo,
+    Features,
+    Level,
+    MethodConfig,
+    Parts,
+    Recovery,
+    Where,
+    align,
+    check_ratio,
+    parts_of,
+)
+from regrow.schedule import Schedule
+from regrow.tokens.grid import Grid, best_of_patch, tokens_of_patch
+from regrow.tokens.scores import noise, random_score, sim_score
+from regrow.tokens.select import Selection, prune_similar, top_share
+
+
+class BaseChoice(str, Enum):
+    """How base tokens are chosen: the ablation's rows I to VI."""
+
+    TOP_LEFT = "I"
+    """The top-left token of each patch."""
+    RANDOM = "II"
+    """A random share of 1 / patch**2 of all tokens (25% for patch 2)."""
+    HIGHEST = "III"
+    """The same share of all tokens, those of highest SimScore."""
+    RANDOM_IN_PATCH = "IV"
+    """A random token of each patch."""
+    BEST_IN_PATCH = "V"
+    """The token of highest SimScore in each patch."""
+    NOISY_BEST_IN_PATCH = "VI"
+    """As V, with noise on the score (the paper's choice)."""
+
+
+class SiTo(MethodConfig):
+    """SiTo's configuration.
+
+    Args:
+        ratio: share r of the tokens that are pruned, in every call; r <= 1 - 1 / patch**2.
+        base: how base tokens are chosen (the paper: VI).
+        patch: side s of the patches (the paper: 2).
+        noise: sigma of the Gaussian noise on SimScore (the paper: 0.1); used by choice VI.
+        recovery: prune and copy (the paper), or merge.
+        self_attention: prune in self-attention (the paper's default).
+        cross_attention: prune the queries of the cross-attention.
+        feed_forward: prune in the feed-forward.
+        max_downsample: deepest level that is pruned (the default: the finest with attention).
+        features: what similarity is measured on (released code: the block's input).
+        alignment: give both halves of a guided batch the same base scores, as DaTo does (off in the
+            paper).
+        nearby: look for similar base tokens in the surrounding 3 x 3 patches only.
+        seed: seed of the run's generator.
+
+    Raises:
+        pydantic.ValidationError: naming the field, the value and what is allowed.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Any]] = {
+        "a": lambda: SiTo(ratio=0.3),
+        "b": lambda: SiTo(ratio=0.4),
+        "c": lambda: SiTo(ratio=0.5),
+        "d": lambda: SiTo(ratio=0.6),
+        "e": lambda: SiTo(ratio=0.7),
+    }
+
+    method: Literal["sito"] = "sito"
+    version: Literal[1] = 1
+    ratio: float = Field(ge=0, lt=1)
+    base: BaseChoice = BaseChoice.NOISY_BEST_IN_PATCH
+    patch: int = Field(2, ge=2)
+    noise: float = Field(0.1, ge=0)
+    recovery: Recovery = Recovery.COPY
+    self_attention: bool = True
+    cross_attention: bool = False
+    feed_forward: bool = False
+    max_downsample: Level = "top"
+    features: Features = Features.BLOCK_INPUT
+    alignment: Alignment = Alignment.OFF
+    nearby: bool = False
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _allowed(self) -> SiTo:
+        check_ratio(self.ratio, self.patch)
+        if not (self.self_attention or self.cross_attention or self.feed_forward):
+            raise ValueError(
+                "self_attention, cross_attention, feed_forward: all are off, so nothing is pruned; "
+                "switch one on"
+            )
+        if self.nearby and self.base in (BaseChoice.RANDOM, BaseChoice.HIGHEST):
+            raise ValueError(
+                f"nearby: not possible with base={self.base.value}, which has no base token in every "
+                "patch; allowed with I, IV, V, VI"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """SiTo's token pruning."""
+
+    config: SiTo
+
+    @property
+    def where(self) -> Where:
+        c = self.config
+        return Where(
+            c.self_attention,
+            c.cross_attention,
+            c.feed_forward,
+            c.max_downsample,
+            c.features,
+            c.recovery,
+        )
+
+    @property
+    def patch(self) -> int:
+        return self.config.patch
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def reads_outputs(self) -> bool:
+        return False
+
+    @property
+    def aligns(self) -> bool:
+        return self.config.alignment is not Alignment.OFF
+
+    def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
+        """Nothing: SiTo's scores depend on the layer."""
+        return {}
+
+    def select(
+        self, x: Tensor, grid: Grid, count: int, prepared: Tensor | None, call: CallInfo
+    ) -> Selection:
+        """Choose the layer's base tokens, then prune what is most similar to one."""
+        return prune_similar(x, self.base_tokens(x, grid, call), grid, count, nearby=self.config.nearby)
+
+    def base_tokens(self, x: Tensor, grid: Grid, call: CallInfo) -> Tensor:
+        """The base tokens ``(B, m)``, by one of the choices I to VI."""
+        c = self.config
+        if c.base is BaseChoice.TOP_LEFT:
+            return tokens_of_patch(grid, x.device)[:, 0].expand(x.shape[0], -1)
+        if c.base in (BaseChoice.RANDOM, BaseChoice.RANDOM_IN_PATCH):
+            score = random_score(x.shape[0], grid, call.generator)
+        else:
+            score = sim_score(x)
+            if c.base is BaseChoice.NOISY_BEST_IN_PATCH and c.noise:
+                score = score + noise(score.shape, c.noise, call.generator)
+        score = align(score, c.alignment, call.guided)
+        if c.base in (BaseChoice.RANDOM, BaseChoice.HIGHEST):
+            return top_share(score, grid.patches)
+        return best_of_patch(score, grid)
+
+
+@parts_of.register
+def _(config: SiTo) -> Parts:
+    return Parts(Schedule.constant(config.ratio, name=f"constant {config.ratio:g}"), _Rule(config))

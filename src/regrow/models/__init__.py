@@ -1,0 +1,56 @@
+"""Where the places are in each family of denoisers: a small table a family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from regrow.models.errors import UnsupportedModelError
+from regrow.models.table import Layout, TokenBlock
+from regrow.models.unet import unet_layout
+
+__all__ = ["Layout", "TokenBlock", "UnsupportedModelError", "denoiser_of", "layout_of"]
+
+# Class names, so that no model family is imported before somebody uses it.
+_LAYOUTS = {"UNet2DConditionModel": unet_layout}
+
+
+def denoiser_of(target: Any) -> nn.Module:
+    """The denoiser of a pipeline, or the denoiser itself.
+
+    Raises:
+        UnsupportedModelError: if there is none that regrow knows.
+    """
+    candidates: Sequence[Any] = [target]
+    if not isinstance(target, nn.Module):
+        candidates = [getattr(target, name, None) for name in ("unet", "transformer")]
+    for module in candidates:
+        if isinstance(module, nn.Module):
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+                raise UnsupportedModelError(
+                    f"model: {type(getattr(module, '_orig_mod', module)).__name__} is compiled as a "
+                    "whole, so what a call computes can't change from step to step; apply regrow to "
+                    "the plain model and compile its blocks: model.compile_repeated_blocks()"
+                )
+            layout_of(module)
+            return module
+    raise UnsupportedModelError(
+        f"model: {type(target).__name__} has no denoiser that is supported; supported are pipelines "
+        f"with, or instances of, {', '.join(_LAYOUTS)}"
+    )
+
+
+def layout_of(denoiser: nn.Module) -> Layout:
+    """The table of a denoiser.
+
+    Raises:
+        UnsupportedModelError: if regrow has no table for its class.
+    """
+    for base in type(denoiser).__mro__:
+        if base.__name__ in _LAYOUTS:
+            return _LAYOUTS[base.__name__](denoiser)
+    raise UnsupportedModelError(
+        f"model: {type(denoiser).__name__} is not supported; supported are {', '.join(_LAYOUTS)}"
+    )

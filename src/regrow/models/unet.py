@@ -1,0 +1,133 @@
+"""UNet2DConditionModel: Stable Diffusion 1 and 2, SDXL and their kin.
+
+Depth counts the layers of the up path (a residual block and its attention) from the output. The layer
+that is number ``d`` from the end takes the skip connection made by the down path's unit number
+``d - 1`` (unit 0 is ``conv_in``), so a call of depth ``d`` runs the first ``d`` units of the down path
+and the last ``d`` layers of the up path, and takes what layer ``d`` reads from below from a cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from regrow.models.errors import UnsupportedModelError
+from regrow.models.table import Cut, Layout, Returns, Skippable, TokenBlock
+
+
+KNOWN_BLOCKS = {
+    "CrossAttnDownBlock2D",
+    "DownBlock2D",
+    "UNetMidBlock2DCrossAttn",
+    "UNetMidBlock2D",
+    "CrossAttnUpBlock2D",
+    "UpBlock2D",
+}
+
+
+def unet_layout(unet: Any) -> Layout:
+    """The table of a UNet2DConditionModel.
+
+    Raises:
+        UnsupportedModelError: if it has blocks of another kind than Stable Diffusion's.
+    """
+    middle_blocks = [] if unet.mid_block is None else [unet.mid_block]
+    kinds = {type(b).__name__ for b in [*unet.down_blocks, *middle_blocks, *unet.up_blocks]}
+    if kinds - KNOWN_BLOCKS:
+        raise UnsupportedModelError(
+            f"model: its blocks {sorted(kinds - KNOWN_BLOCKS)} are not supported; supported are "
+            f"{sorted(KNOWN_BLOCKS)}"
+        )
+    skippable: dict[str, Skippable] = {}
+
+    def may_skip(name: str, module: nn.Module, returns: Returns, count: int = 0) -> str:
+        skippable[name] = Skippable(name, module, returns, count)
+        return name
+
+    ends = [may_skip(name, getattr(unet, name), Returns.TENSOR) for name in ("conv_in", "conv_out")]
+    if unet.conv_norm_out is not None:
+        ends.append(may_skip("conv_norm_out", unet.conv_norm_out, Returns.TENSOR))
+
+    down_blocks: list[str] = []
+    down_units: list[tuple[int, list[str]]] = []
+    for b, block in enumerate(unet.down_blocks):
+        path = f"down_blocks.{b}"
+        units = _layers(path, block, may_skip)
+        if block.downsamplers is not None:
+            units.append(
+                [
+                    may_skip(f"{path}.downsamplers.{i}", module, Returns.TENSOR)
+                    for i, module in enumerate(block.downsamplers)
+                ]
+            )
+        down_units += [(b, unit) for unit in units]
+        down_blocks.append(may_skip(path, block, Returns.DOWN, len(units)))
+
+    middle = [may_skip("mid_block", block, Returns.TENSOR) for block in middle_blocks]
+
+    up_blocks: list[str] = []
+    up_layers: list[tuple[int, list[str]]] = []
+    for b, block in enumerate(unet.up_blocks):
+        path = f"up_blocks.{b}"
+        up_layers += [(b, unit) for unit in _layers(path, block, may_skip)]
+        up_blocks.append(may_skip(path, block, Returns.TENSOR))
+
+    whole = frozenset([*ends, *down_blocks, *middle, *up_blocks])
+    cuts = [Cut(whole, "conv_out")]
+    for depth in range(1, len(up_layers)):
+        skip = set(middle)
+        running = {b for b, _ in down_units[: depth - 1]}
+        for b, unit in down_units[depth - 1 :]:
+            skip.update(unit if b in running else [down_blocks[b]])
+        first = len(up_layers) - depth
+        running = {b for b, _ in up_layers[first:]}
+        for b, unit in up_layers[:first]:
+            skip.update(unit if b in running else [up_blocks[b]])
+        b, unit = up_layers[first - 1]
+        cuts.append(Cut(frozenset(skip), unit[-1] if b in running else up_blocks[b]))
+
+    return Layout(_token_blocks(unet), skippable, tuple(cuts), unet.config.out_channels)
+
+
+def _layers(path: str, block: Any, may_skip: Any) -> list[list[str]]:
+    """The layers of a block, each a residual block and its attention if there is one."""
+    layers = []
+    attentions = getattr(block, "attentions", None)
+    for i, resnet in enumerate(block.resnets):
+        layer = [may_skip(f"{path}.resnets.{i}", resnet, Returns.TENSOR)]
+        if attentions is not None:
+            layer.append(may_skip(f"{path}.attentions.{i}", attentions[i], Returns.TUPLE))
+        layers.append(layer)
+    return layers
+
+
+def _token_blocks(unet: Any) -> tuple[TokenBlock, ...]:
+    """The transformer blocks, with how far each level is below the latent's resolution."""
+    found: list[TokenBlock] = []
+
+    def add(path: str, block: Any, downsample: int) -> None:
+        for i, attention in enumerate(getattr(block, "attentions", None) or []):
+            for j, inner in enumerate(getattr(attention, "transformer_blocks", [])):
+                found.append(
+                    TokenBlock(
+                        name=f"{path}.attentions.{i}.transformer_blocks.{j}",
+                        block=inner,
+                        downsample=downsample,
+                        # With `only_cross_attention` attn1 attends to the text as well.
+                        self_attention=None if inner.only_cross_attention else inner.attn1,
+                        cross_attention=inner.attn2,
+                        feed_forward=inner.ff,
+                    )
+                )
+
+    level = 1
+    for b, block in enumerate(unet.down_blocks):
+        add(f"down_blocks.{b}", block, level)
+        level *= 1 if block.downsamplers is None else 2
+    if unet.mid_block is not None:
+        add("mid_block", unet.mid_block, level)
+    for b, block in enumerate(unet.up_blocks):
+        add(f"up_blocks.{b}", block, level)
+        level //= 1 if block.upsamplers is None else 2
+    return tuple(found)

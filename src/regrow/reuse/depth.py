@@ -1,0 +1,56 @@
+"""What one guidance branch keeps from call to call: deep features, outputs, shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What a slot is valid for: shape, type and device of the denoiser's input.
+Key = tuple[torch.Size, torch.dtype, torch.device]
+
+
+@dataclass
+class Slot:
+    """The memory of one guidance branch; a call with another key starts a new one.
+
+    Args:
+        key: what the slot is valid for.
+        features: by module name, the output a module had in the last full call.
+        shapes: by module name, the shapes of what it returned in the last full call.
+        outputs: the last computed outputs of the denoiser, newest last, at most two.
+        inputs: the denoiser's arguments on the meta device, of the call that opened the slot.
+        guided: whether the batch is an unconditional and a conditional half.
+    """
+
+    key: Key
+    inputs: tuple[Any, Any]
+    guided: bool
+    features: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def remember(self, output: Tensor) -> None:
+        """Keep a copy of a computed output; the caller's tensor stays the caller's."""
+        self.outputs = [*self.outputs[-1:], output.detach().clone()]
+
+
+def placeholders(
+    like: Tensor, shapes: list[torch.Size] | None, count: int, *, dense: bool
+) -> list[Tensor]:
+    """What skipped modules hand on: tensors that nobody reads.
+
+    Concatenations of them cost nothing, since they have no channels.
+
+    Args:
+        like: a tensor of the batch size, type and device wanted.
+        shapes: the true shapes, needed for ``dense``.
+        count: how many.
+        dense: tensors of zeros of the true shapes instead, for callers that add to them (ControlNet,
+            T2I-Adapter) or transform them (FreeU).
+    """
+    if dense and shapes:
+        return [like.new_zeros(shape) for shape in shapes]
+    return [like.new_empty(like.shape[0], 0, 1, 1)] * count

@@ -1,0 +1,308 @@
+"""A method at work on a denoiser: what every call does is decided here, once, before it begins."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
+from regrow.methods.parts import CallInfo, Parts, TokenRule
+from regrow.models.table import Cut, Layout, TokenBlock
+from regrow.reuse.depth import Slot
+from regrow.schedule import FULL, Step
+from regrow.tokens.grid import Grid
+from regrow.tokens.select import Selection
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """What a call of the denoiser did.
+
+    Args:
+        position: where in the generation it stood.
+        depth: up-path layers computed; `FULL` for a full call.
+        ratio: share of tokens pruned where the method prunes.
+        planned: what the schedule asked for, if something else was done (nothing cached yet).
+        inputs: its positional and keyword arguments on the meta device, enough to count its MACs.
+    """
+
+    position: Position
+    depth: int
+    ratio: float
+    planned: Step
+    inputs: tuple[Any, Any]
+
+
+@dataclass
+class Generation:
+    """The state of one generation. It is dropped when the next one begins."""
+
+    steps: list[Step]
+    generator: torch.Generator
+    slots: dict[int, Slot] = field(default_factory=dict)
+    records: list[CallRecord] = field(default_factory=list)
+
+
+@dataclass
+class Call:
+    """What the call in progress does; hooks only read it (and leave their layer's selection).
+
+    Args:
+        slot: memory of the branch.
+        cut: what is skipped; None in a full call.
+        store: names of the modules whose output is kept.
+        dense: skipped modules hand on zeros of the true shape.
+        info: what the token rule may look at.
+        counts: for each block that prunes, its grid and the number of tokens pruned.
+        prepared: what the rule made ready for each grid.
+        selections: the selection of the block that runs, by its name.
+        restored: whether the cached feature was handed on.
+        pruned: how many blocks pruned.
+    """
+
+    slot: Slot
+    cut: Cut | None
+    store: frozenset[str]
+    dense: bool
+    info: CallInfo
+    counts: dict[str, tuple[Grid, int]]
+    prepared: Mapping[Grid, Tensor]
+    selections: dict[str, Selection] = field(default_factory=dict)
+    restored: bool = False
+    pruned: int = 0
+
+
+class Engine:
+    """Decides at the root of the denoiser what the hooks in its leaves do.
+
+    Args:
+        denoiser: the module.
+        layout: its table.
+        parts: the method.
+        clock: where calls stand; None until a generation is opened by hand.
+        guided: says whether batches hold two halves of guidance; None to look at the batch.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        layout: Layout,
+        parts: Parts,
+        clock: Clock | None,
+        guided: Callable[[], bool | None] = lambda: None,
+    ) -> None:
+        self.denoiser, self.layout, self.parts = denoiser, layout, parts
+        self.clock = clock
+        self.guided = guided
+        self.rule: TokenRule | None = parts.tokens
+        self.select = self._select_by_rule
+        self.blocks = self._pruned_blocks()
+        self.cuts = self._used_cuts()
+        self.call: Call | None = None
+        self.generation: Generation | None = None
+        self._busy: int | None = None
+        self._lock = threading.Lock()
+        self._warned: set[str] = set()
+
+    def _pruned_blocks(self) -> tuple[TokenBlock, ...]:
+        """The blocks in which the rule prunes."""
+        if self.rule is None or self.parts.schedule.max_ratio == 0:
+            return ()
+        limit = self.rule.where.max_downsample
+        deepest = self.layout.top_level if limit == "top" else limit
+        return tuple(b for b in self.layout.blocks if b.downsample <= deepest)
+
+    def _used_cuts(self) -> dict[int, Cut]:
+        """The cuts of the depths that the schedule uses on this model."""
+        depths = set(self.parts.schedule.depth[1:])
+        return {d: self.layout.cuts[d] for d in sorted(depths) if d < self.layout.depths}
+
+    def warn_once(self, about: str, message: str) -> None:
+        """Warn, the first time for this run."""
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(message, stacklevel=2)
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Decide what the call that begins now does."""
+        me = threading.get_ident()
+        with self._lock:
+            if self._busy not in (None, me):
+                raise ConcurrentGenerationError(
+                    "the denoiser is in use by another thread; an accelerated denoiser serves one "
+                    "generation at a time. Give each thread a pipeline with a denoiser of its own."
+                )
+            self._busy = me
+        self.call = None
+        if torch.is_grad_enabled():
+            self.warn_once("grad", "regrow steps aside while gradients are recorded; use torch.no_grad()")
+            return
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        if self.clock is None:
+            self.warn_once(
+                "clock",
+                "the denoiser is used without a pipeline and outside run.generation(num_steps); its "
+                "calls are computed in full",
+            )
+            return
+        position = self.clock.read(timestep)
+        if position is not None:
+            self._decide(position, sample, args, kwargs)
+
+    def _decide(
+        self, position: Position, sample: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        if position.first or self.generation is None:
+            seed = 0 if self.rule is None else self.rule.seed
+            self.generation = Generation(
+                list(self.parts.schedule.resample(position.total).steps()),
+                _generator(sample.device, seed),
+            )
+        generation = self.generation
+        slot = self._slot(generation, position.branch, sample, args, kwargs)
+        planned = generation.steps[position.index]
+        cut = self.cuts.get(planned.depth)
+        if cut is not None and cut.boundary not in slot.features and not (
+            cut.boundary == "conv_out" and slot.outputs
+        ):
+            cut = None
+        depth = FULL if cut is None else planned.depth
+        residuals = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
+        residuals |= kwargs.get("mid_block_additional_residual") is not None
+        info = CallInfo(sample.shape[0], slot.guided, tuple(slot.outputs), generation.generator)
+        counts = {} if depth == 0 else self._counts(sample, planned.ratio)
+        grids = sorted({grid for grid, _ in counts.values()}, key=lambda g: -g.tokens)
+        prepared: Mapping[Grid, Tensor] = {}
+        if self.rule is not None and grids and not sample.is_meta:
+            prepared = self.rule.prepare(grids, info)
+        self.call = Call(
+            slot=slot,
+            cut=cut,
+            store=frozenset(c.boundary for d, c in self.cuts.items() if d) if cut is None else frozenset(),
+            dense=residuals or _freeu(self.denoiser),
+            info=info,
+            counts=counts,
+            prepared=prepared,
+        )
+        ratio = planned.ratio if counts else 0.0
+        generation.records.append(CallRecord(position, depth, ratio, planned, slot.inputs))
+
+    def _slot(
+        self,
+        generation: Generation,
+        branch: int,
+        sample: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Slot:
+        """The memory of a branch; a new one if the batch is another."""
+        key = (sample.shape, sample.dtype, sample.device)
+        slot = generation.slots.get(branch)
+        if slot is None or slot.key != key:
+            wanted = self.rule is not None and self.rule.aligns
+            inputs = (_shapes(args), _shapes(kwargs))
+            slot = Slot(key, inputs, wanted and self._is_guided(sample))
+            generation.slots[branch] = slot
+        return slot
+
+    def _is_guided(self, sample: Tensor) -> bool:
+        """Whether a batch is two halves for guidance: the same latents twice. Once a generation."""
+        if self.guided() is False or sample.shape[0] % 2 or sample.is_meta:
+            return False
+        latents = sample[:, : self.layout.out_channels]
+        half = sample.shape[0] // 2
+        return bool(torch.equal(latents[:half], latents[half:]))
+
+    def _counts(self, sample: Tensor, ratio: float) -> dict[str, tuple[Grid, int]]:
+        """For each block that prunes, its grid and how many tokens go."""
+        if self.rule is None or ratio == 0:
+            return {}
+        height, width = sample.shape[-2:]
+        counts = {}
+        for block in self.blocks:
+            grid = block.grid(height, width, self.rule.patch)
+            if grid.pruned(ratio) > 0:
+                counts[block.name] = (grid, grid.pruned(ratio))
+        if not counts:
+            self.warn_once(
+                "grid",
+                f"a latent of {height} x {width} has no layer in which a ratio of {ratio:g} prunes a "
+                "token; nothing is pruned",
+            )
+        return counts
+
+    def _select_by_rule(self, name: str, x: Tensor) -> Selection:
+        """The selection of a block from its features ``(B, N, C)``."""
+        call = self.call
+        assert call is not None and self.rule is not None
+        grid, count = call.counts[name]
+        return self.rule.select(x, grid, count, call.prepared.get(grid), call.info)
+
+    def end(self, output: Any) -> None:
+        """The call is over; ``output`` is None if it raised."""
+        if self._busy != threading.get_ident():
+            return
+        call, self.call, self._busy = self.call, None, None
+        if call is None or output is None or self.generation is None:
+            return
+        if call.cut is not None and not call.restored:
+            self.warn_once(
+                "hooks",
+                "a cached call was computed in full, because something replaced the forward methods of "
+                "the denoiser's blocks after regrow.apply; apply regrow last",
+            )
+        if call.counts and not call.pruned and call.cut is None:
+            self.warn_once(
+                "prune",
+                f"none of the {len(call.counts)} layers that should prune tokens did, because something "
+                "replaced their forward methods after regrow.apply; apply regrow last",
+            )
+        reads = self.rule is not None and self.rule.reads_outputs
+        computed = call.cut is None or call.cut.boundary != "conv_out"
+        if computed and (reads or 0 in self.cuts):
+            call.slot.remember(output[0])
+
+    def release(self) -> None:
+        """Drop what is cached; the records of the last generation stay for the report."""
+        if self.generation is not None:
+            self.generation.slots.clear()
+
+    @contextmanager
+    def manual(self, num_steps: int) -> Iterator[ManualClock]:
+        """A generation stepped by hand."""
+        clock, before = ManualClock(num_steps, self.release), self.clock
+        self.clock = clock
+        try:
+            yield clock
+        finally:
+            self.release()
+            self.clock = before
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    where = "cpu" if device.type == "meta" else device
+    return torch.Generator(where).manual_seed(seed)
+
+
+def _freeu(denoiser: nn.Module) -> bool:
+    """Whether FreeU is on: it transforms what up blocks are given."""
+    return any(getattr(b, "b1", None) is not None for b in getattr(denoiser, "up_blocks", ()))
+
+
+def _shapes(value: Any) -> Any:
+    """The same structure with tensors that hold no data."""
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta")
+    if isinstance(value, Mapping):
+        return {k: _shapes(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_shapes(v) for v in value)
+    return value

@@ -1,0 +1,250 @@
+"""The plan of a run: for every call of the denoiser how deep it goes and how many tokens it prunes.
+
+A schedule is data. It is read from and written to YAML or JSON, checked field by field, and
+resampled to as many calls as a sampler makes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+# Deeper than any model: a call at this depth computes everything.
+FULL = 1_000_000
+
+
+class ScheduleError(ValueError):
+    """A schedule file that can't be used; the message is ``file:line: field: what is wrong``."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call of the denoiser does.
+
+    Args:
+        depth: number of up-path layers computed, counted from the output; `FULL` computes the whole
+            denoiser and stores its deep features, 0 reuses the last output whole.
+        ratio: share of tokens pruned in the layers where the method prunes.
+    """
+
+    depth: int
+    ratio: float
+
+    @property
+    def full(self) -> bool:
+        return self.depth >= FULL
+
+
+def _depth(value: Any) -> Any:
+    return FULL if value == "full" else value
+
+
+Depth = Annotated[int, BeforeValidator(_depth), Field(ge=0, strict=True)]
+Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Schedule(BaseModel):
+    """Depth and pruning ratio of every call.
+
+    Args:
+        depth: a depth for each call, an integer >= 0 or ``"full"``. Depths at or above the number of
+            up-path layers of a model are full there (12 for Stable Diffusion 1.5).
+        ratio: a pruning ratio for each call, 0 <= ratio < 1; as many as depths.
+        name: a name for tables.
+        note: where the schedule comes from.
+
+    Raises:
+        pydantic.ValidationError: with the field and the value, if one is not allowed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["regrow-schedule"] = "regrow-schedule"
+    version: Literal[1] = 1
+    name: str = ""
+    note: str = ""
+    depth: tuple[Depth, ...] = Field(min_length=1)
+    ratio: tuple[Ratio, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Schedule:
+        if len(self.depth) != len(self.ratio):
+            raise ValueError(
+                f"ratio: {len(self.ratio)} entries, but depth has {len(self.depth)}; "
+                "every call needs one of each"
+            )
+        return self
+
+    @classmethod
+    def constant(cls, ratio: float = 0.0, *, name: str = "") -> Schedule:
+        """Full calls only, all with the same ratio."""
+        return cls(depth=(FULL,), ratio=(ratio,), name=name)
+
+    @classmethod
+    def every(cls, interval: int, calls: int, *, depth: int = 1, ratio: float = 0.0) -> Schedule:
+        """A full call every ``interval`` calls and calls of ``depth`` between, for ``calls`` calls."""
+        if interval < 1:
+            raise ValueError(f"interval: {interval} is not allowed, it must be >= 1")
+        depths = tuple(FULL if i % interval == 0 else depth for i in range(calls))
+        return cls(depth=depths, ratio=(ratio,) * calls, name=f"every {interval}")
+
+    def __len__(self) -> int:
+        return len(self.depth)
+
+    def steps(self) -> Iterator[Step]:
+        """The steps in order."""
+        return (Step(d, r) for d, r in zip(self.depth, self.ratio, strict=True))
+
+    @property
+    def max_ratio(self) -> float:
+        """The highest ratio of all calls."""
+        return max(self.ratio)
+
+    def with_ratio(self, ratio: float) -> Schedule:
+        """The same depths with one ratio for all calls."""
+        return Schedule.model_validate(self.model_dump() | {"ratio": (ratio,) * len(self)})
+
+    def resample(self, calls: int) -> Schedule:
+        """The same plan for another number of calls.
+
+        The first call is full whatever the plan says, since nothing is cached before it. Every depth
+        keeps its share of the calls to within one call (largest remainders), and its place in the run:
+        the j-th of m calls of a depth takes the place, and the ratio, of that depth's occurrence at
+        quantile (j + 1/2) / m. For as many calls as the plan has, it is the plan itself.
+
+        Args:
+            calls: number of calls of the denoiser in a generation, >= 1.
+        """
+        if calls < 1:
+            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
+        depth = (FULL, *self.depth[1:])
+        places: dict[int, list[int]] = {}
+        for place, d in enumerate(depth):
+            places.setdefault(d, []).append(place)
+        counts = _shares([len(p) for p in places.values()], calls)
+        if counts[0] == 0:
+            # Depth of the first call comes first in `places`: it keeps at least that call.
+            counts[counts.index(max(counts))] -= 1
+            counts[0] = 1
+        chosen: list[tuple[float, int]] = []
+        for occurrences, count in zip(places.values(), counts, strict=True):
+            for j in range(count):
+                quantile = (j + 0.5) * len(occurrences) / count
+                source = occurrences[int(quantile)]
+                chosen.append((source + quantile % 1, source))
+        first = min((c for c in chosen if depth[c[1]] == FULL), default=chosen[0])
+        chosen.remove(first)
+        order = [first[1], *(source for _, source in sorted(chosen))]
+        return self.model_copy(
+            update={
+                "depth": tuple(depth[source] for source in order),
+                "ratio": tuple(self.ratio[source] for source in order),
+            }
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read a schedule from a YAML or JSON file.
+
+        Raises:
+            ScheduleError: with file, line, field and reason.
+            OSError: if the file can't be read.
+        """
+        return cls.parse(Path(path).read_text(encoding="utf-8"), str(path))
+
+    @classmethod
+    def parse(cls, text: str, file: str = "schedule") -> Schedule:
+        """As `load`, from a text; ``file`` is the name errors carry."""
+        try:
+            data = YAML(typ="rt").load(text)
+        except MarkedYAMLError as error:
+            mark = error.problem_mark
+            line = mark.line + 1 if mark else 1
+            raise ScheduleError(f"{file}:{line}: {error.problem}") from error
+        if not isinstance(data, dict):
+            raise ScheduleError(f"{file}:1: expected fields such as 'depth' and 'ratio'")
+        try:
+            return cls.model_validate(_plain(data))
+        except ValidationError as error:
+            lines = []
+            for issue in error.errors():
+                where = issue["loc"]
+                field = ".".join(str(part) for part in where) or "schedule"
+                lines.append(f"{file}:{_line(data, where)}: {field}: {_reason(issue)}")
+            raise ScheduleError("\n".join(lines)) from error
+
+    def dump(self, *, as_json: bool = False) -> str:
+        """The schedule as YAML (or JSON) text that `parse` reads back."""
+        fields = self.model_dump(exclude_defaults=False)
+        fields["depth"] = ["full" if d == FULL else d for d in self.depth]
+        fields["ratio"] = list(self.ratio)
+        if as_json:
+            return json.dumps(fields, indent=1) + "\n"
+        writer = YAML(typ="safe")
+        writer.default_flow_style = None
+        writer.sort_base_mapping_type_on_output = False
+        stream = StringIO()
+        writer.dump(fields, stream)
+        return stream.getvalue()
+
+    def save(self, path: str | Path) -> None:
+        """Write a YAML file, or a JSON file if the name ends in ``.json``."""
+        path = Path(path)
+        path.write_text(self.dump(as_json=path.suffix == ".json"), encoding="utf-8")
+
+    @classmethod
+    def bundled(cls, name: str) -> Schedule:
+        """One of the schedules that come with the package, such as ``"dato-b1"``."""
+        file = resources.files("regrow") / "presets" / f"{name}.yaml"
+        return cls.parse(file.read_text(encoding="utf-8"), f"{name}.yaml")
+
+
+def _shares(weights: Sequence[int], total: int) -> list[int]:
+    """Whole numbers in proportion to ``weights`` that sum to ``total`` (largest remainders)."""
+    exact = [w * total / sum(weights) for w in weights]
+    counts = [math.floor(e) for e in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _plain(value: Any) -> Any:
+    """ruamel's containers as dict and list."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _line(data: Any, where: Sequence[int | str]) -> int:
+    """The line (from 1) of a field in a document read by ruamel's round-trip loader."""
+    line = 0
+    for part in where:
+        try:
+            line = data.lc.value(part)[0] if isinstance(data, dict) else data.lc.item(part)[0]
+            data = data[part]
+        except (AttributeError, KeyError, TypeError, IndexError):
+            break
+    return line + 1
+
+
+def _reason(issue: Any) -> str:
+    """What is wrong, with the value that was given."""
+    if issue["type"] in ("missing", "extra_forbidden"):
+        known = ", ".join(Schedule.model_fields)
+        return f"{issue['msg'].lower()} (fields are {known})"
+    given = issue["input"]
+    shown = "" if isinstance(given, dict) else f", got {given!r}"
+    return f"{issue['msg']}{shown}"

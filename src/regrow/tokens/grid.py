@@ -1,0 +1,112 @@
+"""Tokens as cells of a grid, and the grid cut into patches.
+
+A grid of ``height x width`` tokens is stored row by row, so token ``n`` sits at
+``(n // width, n % width)``. Patches are ``side x side`` and do not overlap; where a side of the grid
+is no multiple of the patch, the last patch of the row or column is smaller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of tokens and the side of the patches it is cut into.
+
+    Args:
+        height: rows of tokens.
+        width: columns of tokens.
+        patch: side of a patch, in tokens.
+    """
+
+    height: int
+    width: int
+    patch: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "patch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not allowed, it must be >= 1")
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens N."""
+        return self.height * self.width
+
+    @property
+    def patch_rows(self) -> int:
+        return ceil(self.height / self.patch)
+
+    @property
+    def patch_columns(self) -> int:
+        return ceil(self.width / self.patch)
+
+    @property
+    def patches(self) -> int:
+        """Number of patches, which is the number of base tokens when each patch gives one."""
+        return self.patch_rows * self.patch_columns
+
+    def pruned(self, ratio: float, base: int | None = None) -> int:
+        """How many tokens a ratio prunes: ``floor(ratio * N)``, never one of the ``base`` tokens.
+
+        Args:
+            ratio: share of the N tokens to prune, 0 <= ratio < 1.
+            base: number of base tokens; the number of patches if not given.
+        """
+        # The small term keeps 0.3 * 10 == 2.9999... from losing a token.
+        wanted = int(ratio * self.tokens + 1e-6)
+        return min(wanted, self.tokens - (self.patches if base is None else base))
+
+
+def best_of_patch(score: Tensor, grid: Grid) -> Tensor:
+    """The token with the highest score in each patch.
+
+    Args:
+        score: ``(B, N)``, one score a token; the first of equal scores wins.
+        grid: the grid of the N tokens.
+
+    Returns:
+        ``(B, patches)`` token indices, patches row by row.
+    """
+    s, rows, columns = grid.patch, grid.patch_rows, grid.patch_columns
+    field = score.reshape(-1, grid.height, grid.width)
+    missing = (0, columns * s - grid.width, 0, rows * s - grid.height)
+    if any(missing):
+        field = torch.nn.functional.pad(field, missing, value=-torch.inf)
+    cells = field.reshape(-1, rows, s, columns, s).transpose(2, 3).reshape(-1, rows, columns, s * s)
+    slot = cells.argmax(-1)
+    row = torch.arange(rows, device=score.device)[:, None] * s + slot // s
+    column = torch.arange(columns, device=score.device) * s + slot % s
+    return (row * grid.width + column).flatten(1)
+
+
+def patch_of_token(grid: Grid, device: torch.device | None = None) -> Tensor:
+    """The patch each token lies in: ``(N,)``."""
+    row = torch.arange(grid.height, device=device) // grid.patch
+    column = torch.arange(grid.width, device=device) // grid.patch
+    return (row[:, None] * grid.patch_columns + column).flatten()
+
+
+def tokens_of_patch(grid: Grid, device: torch.device | None = None) -> Tensor:
+    """The tokens of each patch: ``(patches, patch * patch)``, -1 where a border patch has fewer."""
+    s = grid.patch
+    row = torch.arange(grid.patch_rows * s, device=device).reshape(grid.patch_rows, 1, s, 1)
+    column = torch.arange(grid.patch_columns * s, device=device).reshape(1, grid.patch_columns, 1, s)
+    index = row * grid.width + column
+    inside = (row < grid.height) & (column < grid.width)
+    return torch.where(inside, index, -1).reshape(grid.patches, s * s)
+
+
+def surrounding_patches(grid: Grid, device: torch.device | None = None) -> Tensor:
+    """The 3 x 3 patches around each patch: ``(patches, 9)``, -1 outside the grid."""
+    around = torch.arange(-1, 2, device=device)
+    row = (torch.arange(grid.patch_rows, device=device)[:, None] + around).reshape(-1, 1, 3, 1)
+    column = (torch.arange(grid.patch_columns, device=device)[:, None] + around).reshape(1, -1, 1, 3)
+    inside = (row >= 0) & (row < grid.patch_rows) & (column >= 0) & (column < grid.patch_columns)
+    index = row * grid.patch_columns + column
+    return torch.where(inside, index, -1).reshape(grid.patches, 9)

@@ -1,0 +1,179 @@
+"""From scores to a selection: which tokens are kept, and whose value each pruned token takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regrow.tokens.grid import Grid, patch_of_token, surrounding_patches, tokens_of_patch
+from regrow.tokens.scores import inverse_norm
+
+# Queries whose similarities are held at once: 1,024 x 1,024 floats stay in a processor's cache.
+ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens are computed, and where every token's value comes from afterwards.
+
+    Args:
+        kept: ``(B, N - K)`` indices of the tokens that are computed.
+        source: ``(B, N)``, for each token the position in ``kept`` of the token whose value it takes;
+            a kept token's own position, a pruned token's most similar one.
+        keep_rows: ``kept`` as rows of a ``(B * N, C)`` matrix.
+        source_rows: ``source`` as rows of a ``(B * (N - K), C)`` matrix.
+    """
+
+    kept: Tensor
+    source: Tensor
+    keep_rows: Tensor
+    source_rows: Tensor
+
+    @classmethod
+    def of(cls, kept: Tensor, source: Tensor) -> Selection:
+        """Build a selection from ``kept`` and ``source``."""
+        batch, tokens = source.shape
+        sample = torch.arange(batch, device=kept.device)[:, None]
+        return cls(
+            kept,
+            source,
+            (kept + sample * tokens).flatten(),
+            (source + sample * kept.shape[1]).flatten(),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens N before pruning."""
+        return self.source.shape[1]
+
+
+def complement(index: Tensor, tokens: int) -> Tensor:
+    """The tokens not in ``index``, in ascending order, without a data-dependent shape.
+
+    Args:
+        index: ``(B, n)`` different token indices.
+        tokens: number of tokens N.
+
+    Returns:
+        ``(B, N - n)``.
+    """
+    batch, chosen = index.shape
+    rest = tokens - chosen
+    free = torch.ones(batch, tokens, dtype=torch.bool, device=index.device)
+    free.scatter_(1, index, False)
+    # Chosen tokens all write to one spare place behind the end.
+    place = torch.where(free, free.cumsum(1) - 1, rest)
+    every = torch.arange(tokens, device=index.device).expand(batch, tokens)
+    return every.new_empty(batch, rest + 1).scatter_(1, place, every)[:, :rest]
+
+
+def top_share(score: Tensor, count: int) -> Tensor:
+    """The ``count`` tokens of highest score of all: ``(B, count)``."""
+    return score.topk(count, dim=1, sorted=False).indices
+
+
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """The rows ``index: (B, n)`` of ``x: (B, N, C)`` as ``(B, n, C)``."""
+    batch, tokens, channels = x.shape
+    flat = (index + torch.arange(batch, device=index.device)[:, None] * tokens).flatten()
+    return x.reshape(-1, channels).index_select(0, flat).view(batch, -1, channels)
+
+
+def most_similar(x: Tensor, query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+    """For each query token, the candidate token of highest cosine similarity.
+
+    Similarities are formed a block of ``ROWS`` queries at a time and reduced at once; nothing of size
+    N x N is ever held.
+
+    Args:
+        x: features ``(B, N, C)``.
+        query: ``(B, n)`` token indices.
+        candidate: ``(B, m)`` token indices.
+
+    Returns:
+        The similarity ``(B, n)`` in float32 and the position in ``candidate`` ``(B, n)``.
+    """
+    inverse = inverse_norm(x)
+    # Scaling the query by its norm changes its similarities but not their order, so it waits.
+    target = rows_of(x, candidate) * inverse.gather(1, candidate)[..., None].to(x.dtype)
+    asked = rows_of(x, query)
+    value = torch.empty(query.shape, dtype=x.dtype, device=x.device)
+    index = torch.empty_like(query)
+    for start in range(0, query.shape[1], ROWS):
+        part = slice(start, start + ROWS)
+        value[:, part], index[:, part] = (asked[:, part] @ target.transpose(1, 2)).max(-1)
+    return value.float() * inverse.gather(1, query), index
+
+
+def most_similar_nearby(x: Tensor, query: Tensor, base: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """As `most_similar` with one base token a patch, but only those of the 3 x 3 patches around.
+
+    Args:
+        x: features ``(B, N, C)``.
+        query: ``(B, n)`` token indices.
+        base: ``(B, patches)``, the base token of each patch.
+        grid: the grid of the N tokens.
+    """
+    batch, _, channels = x.shape
+    inverse = inverse_norm(x)
+    members, around = tokens_of_patch(grid, x.device), surrounding_patches(grid, x.device)
+    target = rows_of(x, base) * inverse.gather(1, base)[..., None].to(x.dtype)
+    near = target[:, around.clamp(min=0).flatten()].view(batch * grid.patches, 9, channels)
+    asked = x[:, members.clamp(min=0).flatten()].view(batch * grid.patches, -1, channels)
+    similarity = (asked @ near.transpose(1, 2)).view(batch, grid.patches, -1, 9)
+    similarity = similarity.masked_fill((around < 0)[:, None], -torch.inf)
+    best, which = similarity.max(-1)
+    # Back from (patch, slot) to tokens; the slots a border patch lacks have no token to go to.
+    patch = patch_of_token(grid, x.device)
+    token = torch.arange(grid.tokens, device=x.device)
+    row, column = token // grid.width % grid.patch, token % grid.width % grid.patch
+    slot = patch * grid.patch**2 + row * grid.patch + column
+    value = best.flatten(1)[:, slot].float() * inverse
+    index = around.flatten()[(patch * 9) + which.flatten(1)[:, slot]]
+    return value.gather(1, query), index.gather(1, query)
+
+
+def prune_similar(
+    x: Tensor,
+    base: Tensor,
+    grid: Grid,
+    count: int,
+    *,
+    nearby: bool = False,
+    from_all_kept: bool = False,
+) -> Selection:
+    """Prune the ``count`` tokens that are most similar to a base token.
+
+    DaTo steps 4 and 5 and SiTo's step 2: of the tokens that are not base tokens, those with the
+    highest similarity to a base token are pruned and take the value of that base token.
+
+    Args:
+        x: features ``(B, N, C)``.
+        base: ``(B, m)`` base tokens, never pruned.
+        grid: the grid of the N tokens.
+        count: number K of tokens to prune, the same for every sample; 0 <= K <= N - m.
+        nearby: look for base tokens in the surrounding 3 x 3 patches only; needs one base token a
+            patch, in the order of the patches.
+        from_all_kept: a pruned token takes the value of the most similar of ALL kept tokens, as the
+            released code does, instead of the most similar base token.
+    """
+    batch, tokens = x.shape[:2]
+    rest = complement(base, tokens)
+    if nearby:
+        similarity, match = most_similar_nearby(x, rest, base, grid)
+    else:
+        similarity, match = most_similar(x, rest, base)
+    order = similarity.argsort(dim=1, descending=True)
+    gone, stay = order[:, :count], order[:, count:]
+    pruned = rest.gather(1, gone)
+    kept = torch.cat([base, rest.gather(1, stay)], dim=1)
+    if from_all_kept:
+        match = most_similar(x, pruned, kept)[1]
+    else:
+        match = match.gather(1, gone)
+    place = torch.arange(kept.shape[1], device=x.device).expand_as(kept)
+    source = torch.empty(batch, tokens, dtype=torch.long, device=x.device)
+    source.scatter_(1, kept, place).scatter_(1, pruned, match)
+    return Selection.of(kept, source)
