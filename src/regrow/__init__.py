@@ -1,10 +1,10 @@
 """Faster diffusion sampling by computing fewer tokens at fewer steps.
 
-    import regrow
+import regrow
 
-    with regrow.apply(pipe, regrow.DaTo.preset("b1")) as run:
-        image = pipe("an astronaut riding a horse", num_inference_steps=50).images[0]
-    print(run.report())
+with regrow.apply(pipe, regrow.DaTo.preset("b1")) as run:
+    image = pipe("an astronaut riding a horse", num_inference_steps=50).images[0]
+print(run.report())
 """
 
 from regrow.apply import Run, apply

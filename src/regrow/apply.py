@@ -12,8 +12,8 @@ from regrow.clock import ManualClock, SchedulerClock
 from regrow.hooks import Installed, is_hooked
 from regrow.methods.parts import parts_of
 from regrow.models import denoiser_of, layout_of
-from regrow.run_report import RunReport, report_of
 from regrow.run import Engine
+from regrow.run_report import RunReport, report_of
 
 
 class Run:

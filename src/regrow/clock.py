@@ -148,12 +148,14 @@ class SchedulerClock:
         if timesteps is not self._timesteps:
             begin = _begin(self._scheduler, timestep)
             if begin is None:
-                return self._foreign()
+                self._warn_foreign()
+                return None
             self._timesteps, self._total = timesteps, len(timesteps)
             self._index, self._branch, self._first = begin, 0, True
             self._owner = threading.get_ident()
         elif self._index >= self._total or not _same(timestep, timesteps, self._index):
-            return self._foreign()
+            self._warn_foreign()
+            return None
         elif threading.get_ident() != self._owner:
             raise ConcurrentGenerationError(
                 "another thread is generating with this denoiser; an accelerated denoiser serves one "
@@ -164,7 +166,7 @@ class SchedulerClock:
         self._first = False
         return here
 
-    def _foreign(self) -> None:
+    def _warn_foreign(self) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(

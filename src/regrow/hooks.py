@@ -19,6 +19,12 @@ from regrow.run import Engine
 from regrow.tokens.recover import keep, keep_merged, recover
 
 
+def original(hook: ModelHook) -> Callable[..., Any]:
+    """The forward method that a hook wraps."""
+    reference: Any = hook.fn_ref
+    return reference.original_forward
+
+
 class SkipHook(ModelHook):
     """A module that cached calls leave out."""
 
@@ -29,10 +35,10 @@ class SkipHook(ModelHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call, name = self.engine.call, self.place.name
         if call is None:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return original(self)(*args, **kwargs)
         if call.cut is not None:
             if name not in call.cut.skip:
-                return self.fn_ref.original_forward(*args, **kwargs)
+                return original(self)(*args, **kwargs)
             if name == call.cut.boundary:
                 call.restored = True
                 feature = call.slot.outputs[-1] if name == "conv_out" else call.slot.features[name]
@@ -41,7 +47,7 @@ class SkipHook(ModelHook):
             like = args[0] if args else kwargs["hidden_states"]
             shapes = call.slot.shapes.get(name)
             return self._pack(placeholders(like, shapes, max(self.place.count, 1), dense=call.dense))
-        out = self.fn_ref.original_forward(*args, **kwargs)
+        out = original(self)(*args, **kwargs)
         tensors = self._unpack(out)
         call.slot.shapes[name] = [t.shape for t in tensors]
         if name in call.store:
@@ -95,8 +101,12 @@ class KeepHook(ModelHook):
         selection = None if call is None else call.selections.get(self.block.name)
         x = args[0] if args else kwargs["hidden_states"]
         # Chunked feed-forwards get a part of the tokens, IP-Adapter masks speak of all of them.
-        if selection is None or x.shape[1] != selection.tokens or kwargs.get("ip_adapter_masks") is not None:
-            return self.fn_ref.original_forward(*args, **kwargs)
+        if (
+            selection is None
+            or x.shape[1] != selection.tokens
+            or kwargs.get("ip_adapter_masks") is not None
+        ):
+            return original(self)(*args, **kwargs)
         assert call is not None
         call.pruned += 1
         if args:
@@ -107,7 +117,7 @@ class KeepHook(ModelHook):
         if mask is not None and module is self.block.self_attention:
             index = selection.kept.view(len(selection.kept), *[1] * (mask.ndim - 2), -1)
             kwargs["attention_mask"] = mask.gather(-1, index.expand(*mask.shape[:-1], -1))
-        return recover(self.fn_ref.original_forward(*args, **kwargs), selection)
+        return recover(original(self)(*args, **kwargs), selection)
 
 
 class RootHook:

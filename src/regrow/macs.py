@@ -23,7 +23,7 @@ from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
 
 
-def meta_copy(denoiser: nn.Module) -> Any:
+def meta_copy(denoiser: Any) -> Any:
     """A denoiser of the same configuration without weights."""
     with torch.device("meta"):
         return type(denoiser).from_config(denoiser.config).eval()

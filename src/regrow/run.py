@@ -170,8 +170,10 @@ class Engine:
         slot = self._slot(generation, position.branch, sample, args, kwargs)
         planned = generation.steps[position.index]
         cut = self.cuts.get(planned.depth)
-        if cut is not None and cut.boundary not in slot.features and not (
-            cut.boundary == "conv_out" and slot.outputs
+        if (
+            cut is not None
+            and cut.boundary not in slot.features
+            and not (cut.boundary == "conv_out" and slot.outputs)
         ):
             cut = None
         depth = FULL if cut is None else planned.depth
@@ -242,7 +244,8 @@ class Engine:
     def _select_by_rule(self, name: str, x: Tensor) -> Selection:
         """The selection of a block from its features ``(B, N, C)``."""
         call = self.call
-        assert call is not None and self.rule is not None
+        assert call is not None
+        assert self.rule is not None
         grid, count = call.counts[name]
         return self.rule.select(x, grid, count, call.prepared.get(grid), call.info)
 

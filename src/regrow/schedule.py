@@ -190,7 +190,7 @@ class Schedule(BaseModel):
         fields["ratio"] = list(self.ratio)
         if as_json:
             return json.dumps(fields, indent=1) + "\n"
-        writer = YAML(typ="safe")
+        writer: Any = YAML(typ="safe")
         writer.default_flow_style = None
         writer.sort_base_mapping_type_on_output = False
         stream = StringIO()
@@ -228,12 +228,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _line(data: Any, where: Sequence[int | str]) -> int:
+def _line(document: Any, where: Sequence[int | str]) -> int:
     """The line (from 1) of a field in a document read by ruamel's round-trip loader."""
-    line = 0
+    data, line = document, 0
     for part in where:
         try:
-            line = data.lc.value(part)[0] if isinstance(data, dict) else data.lc.item(part)[0]
+            marks = data.lc
+            line = marks.value(part)[0] if isinstance(data, dict) else marks.item(part)[0]
             data = data[part]
         except (AttributeError, KeyError, TypeError, IndexError):
             break

@@ -151,9 +151,7 @@ class _Rule:
         """Steps 4 and 5: prune what is most similar to a base token."""
         assert prepared is not None
         c = self.config
-        return prune_similar(
-            x, prepared, grid, count, nearby=c.nearby, from_all_kept=c.from_all_kept
-        )
+        return prune_similar(x, prepared, grid, count, nearby=c.nearby, from_all_kept=c.from_all_kept)
 
 
 @parts_of.register

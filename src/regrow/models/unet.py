@@ -15,7 +15,6 @@ from torch import nn
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Cut, Layout, Returns, Skippable, TokenBlock
 
-
 KNOWN_BLOCKS = {
     "CrossAttnDownBlock2D",
     "DownBlock2D",

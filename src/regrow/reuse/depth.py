@@ -37,9 +37,7 @@ class Slot:
         self.outputs = [*self.outputs[-1:], output.detach().clone()]
 
 
-def placeholders(
-    like: Tensor, shapes: list[torch.Size] | None, count: int, *, dense: bool
-) -> list[Tensor]:
+def placeholders(like: Tensor, shapes: list[torch.Size] | None, count: int, *, dense: bool) -> list[Tensor]:
     """What skipped modules hand on: tensors that nobody reads.
 
     Concatenations of them cost nothing, since they have no channels.

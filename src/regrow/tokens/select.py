@@ -169,10 +169,7 @@ def prune_similar(
     gone, stay = order[:, :count], order[:, count:]
     pruned = rest.gather(1, gone)
     kept = torch.cat([base, rest.gather(1, stay)], dim=1)
-    if from_all_kept:
-        match = most_similar(x, pruned, kept)[1]
-    else:
-        match = match.gather(1, gone)
+    match = most_similar(x, pruned, kept)[1] if from_all_kept else match.gather(1, gone)
     place = torch.arange(kept.shape[1], device=x.device).expand_as(kept)
     source = torch.empty(batch, tokens, dtype=torch.long, device=x.device)
     source.scatter_(1, kept, place).scatter_(1, pruned, match)

@@ -1,0 +1,29 @@
+# Every target is enough on a fresh machine: it makes .venv, installs through constraints.txt, and runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[measure,plot,peers,test,dev]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/regrow demo --out demo-out
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2 tests
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/unet_speed.py --dtype float32
+	$(BIN)/python benchmarks/unet_speed.py --dtype bfloat16
+
+clean:
+	rm -rf .venv demo-out

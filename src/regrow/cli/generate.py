@@ -1,0 +1,188 @@
+"""``regrow generate``."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from regrow import zoo
+from regrow.apply import apply
+from regrow.measure import contact_sheet, psnr
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate; fields are the options of the command."""
+
+    model: str
+    prompts: tuple[str, ...]
+    steps: int
+    guidance: float | None
+    seed: int
+    height: int | None
+    width: int | None
+    out: Path
+    device: str | None
+    dtype: str
+    compare: bool
+
+
+def best_device() -> str:
+    """The fastest device of this machine."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_pipeline(model: str, device: str, dtype: torch.dtype) -> Any:
+    """A text-to-image pipeline: bundled by name, from a folder, or from the hub."""
+    if model in zoo.NAMES and not Path(model).exists():
+        return zoo.load(model, dtype=dtype, device=device)
+    from diffusers import AutoPipelineForText2Image
+
+    pipeline: Any = AutoPipelineForText2Image.from_pretrained(model, dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures and how long they took.
+
+    Args:
+        images: one a prompt.
+        seconds: for all of them together.
+    """
+
+    images: list[Image.Image]
+    seconds: float
+
+
+def make(
+    pipeline: Any,
+    prompts: tuple[str, ...],
+    *,
+    steps: int,
+    guidance: float | None = None,
+    seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    on_step: Any = None,
+) -> Pictures:
+    """One batch of pictures, prompt number i from seed ``seed + i``.
+
+    Args:
+        pipeline: a text-to-image pipeline.
+        prompts: one a picture.
+        steps: sampler steps.
+        guidance: guidance scale; the pipeline's own default if not given.
+        seed: of the first picture.
+        height: in pixels.
+        width: in pixels.
+        on_step: called without arguments after each step.
+    """
+
+    def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step()
+        return tensors
+
+    options = {"guidance_scale": guidance, "height": height, "width": width}
+    begin = time.perf_counter()
+    images = pipeline(
+        list(prompts),
+        num_inference_steps=steps,
+        generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
+        callback_on_step_end=after,
+        **{name: value for name, value in options.items() if value is not None},
+    ).images
+    return Pictures(images, time.perf_counter() - begin)
+
+
+def run_generate(request: Request, config: Any, label: str, as_json: bool) -> None:
+    """Generate, save, and say what it took."""
+    console = Console(stderr=True)
+    device = request.device or best_device()
+    with console.status(f"loading {request.model}"):
+        pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype))
+    compared = request.compare and config is not None
+    variants = [("unaccelerated", None)] if compared or config is None else []
+    variants += [] if config is None else [(label, config)]
+    results: dict[str, Pictures] = {}
+    report = None
+    with Progress(console=console) as progress:
+        for name, method in variants:
+            task = progress.add_task(name, total=None)
+
+            def step(task: Any = task) -> None:
+                progress.update(task, total=pipeline.num_timesteps, advance=1)
+
+            options: dict[str, Any] = dict(
+                steps=request.steps,
+                guidance=request.guidance,
+                seed=request.seed,
+                height=request.height,
+                width=request.width,
+                on_step=step,
+            )
+            if method is None:
+                results[name] = make(pipeline, request.prompts, **options)
+            else:
+                with apply(pipeline, method) as run:
+                    results[name] = make(pipeline, request.prompts, **options)
+                report = run.report()
+    files = _save(request, results[variants[-1][0]].images)
+    rows: list[dict[str, Any]] = [
+        {"method": name, "seconds_per_image": r.seconds / len(r.images)} for name, r in results.items()
+    ]
+    if report is not None:
+        rows[-1]["macs_ratio"] = report.full_macs / report.macs
+    if compared:
+        plain, fast = (results[name] for name, _ in variants)
+        rows[-1]["speedup"] = plain.seconds / fast.seconds
+        distances = [psnr(a, b) for a, b in zip(plain.images, fast.images, strict=True)]
+        rows[-1]["psnr"] = sum(distances) / len(distances)
+        sheet = contact_sheet(
+            list(zip(plain.images, fast.images, strict=True)),
+            columns=["unaccelerated", label],
+            labels=list(request.prompts),
+            side=min(plain.images[0].width * 2, 512),
+        )
+        file = request.out.with_stem(request.out.stem + "-compare")
+        sheet.save(file)
+        files.append(file)
+    if as_json:
+        print(json.dumps({"files": [str(f) for f in files], "methods": rows}, indent=1))
+        return
+    table = Table("method", "s an image", "speed-up", "MACs", "PSNR dB")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['seconds_per_image']:.2f}",
+            f"{row['speedup']:.2f}x" if "speedup" in row else "-",
+            f"{row['macs_ratio']:.2f}x fewer" if "macs_ratio" in row else "-",
+            f"{row['psnr']:.1f}" if "psnr" in row else "-",
+        )
+    Console().print(table)
+    for file in files:
+        print(file)
+
+
+def _save(request: Request, images: list[Image.Image]) -> list[Path]:
+    request.out.parent.mkdir(parents=True, exist_ok=True)
+    if len(images) == 1:
+        images[0].save(request.out)
+        return [request.out]
+    files = [request.out.with_stem(f"{request.out.stem}-{i}") for i in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        image.save(file)
+    return files

@@ -1,0 +1,63 @@
+"""Pictures beside each other, and how far apart they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two pictures in dB; infinite if they are equal.
+
+    Raises:
+        ValueError: if their sizes differ.
+    """
+    if a.size != b.size:
+        raise ValueError(f"b: size {b.size} is not allowed, it must be that of a, {a.size}")
+    error = np.asarray(a.convert("RGB"), float) - np.asarray(b.convert("RGB"), float)
+    mean = float((error**2).mean())
+    return float("inf") if mean == 0 else 10 * float(np.log10(255**2 / mean))
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    columns: Sequence[str],
+    labels: Sequence[str],
+    side: int = 128,
+) -> Image.Image:
+    """Pictures in a grid with a label over each column and beside each row.
+
+    Args:
+        rows: the pictures, row by row, as many in each row as there are ``columns``.
+        columns: text over each column; line breaks are kept.
+        labels: text beside each row.
+        side: width of a picture in the sheet, in pixels.
+
+    Raises:
+        ValueError: if rows and labels do not fit together.
+    """
+    if len(rows) != len(labels) or any(len(row) != len(columns) for row in rows):
+        raise ValueError("rows: there must be one label a row and one picture a column")
+    font = ImageFont.load_default(14)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin, gap = 10, 8
+    left = 2 * margin + max(int(measure.textlength(text, font=font)) for text in labels)
+    head = 2 * margin + 17 * max(text.count("\n") + 1 for text in columns)
+    first = rows[0][0]
+    height = round(side * first.height / first.width)
+    size = (left + (side + gap) * len(columns), head + (height + gap) * len(rows))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, text in enumerate(columns):
+        centre = left + c * (side + gap) + side / 2
+        draw.multiline_text((centre, margin), text, "black", font, anchor="ma", align="center")
+    for r, (row, text) in enumerate(zip(rows, labels, strict=True)):
+        top = head + r * (height + gap)
+        draw.text((left - margin, top + height / 2), text, "black", font, anchor="rm")
+        for c, picture in enumerate(row):
+            resized = picture.convert("RGB").resize((side, height), Image.Resampling.LANCZOS)
+            sheet.paste(resized, (left + c * (side + gap), top))
+    return sheet

@@ -1,0 +1,78 @@
+"""The table of systems: what each does, what it supports, and whether it works here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from regrow.methods.dato import DaTo
+from regrow.methods.parts import MethodConfig
+from regrow.methods.sito import SiTo
+
+
+class Status(str, Enum):
+    """How far a system is."""
+
+    WORKS = "works"
+    PARTLY = "partly"
+    NOT_YET = "not yet"
+
+
+@dataclass(frozen=True)
+class System:
+    """A published system.
+
+    Args:
+        name: on the command line.
+        title: as its authors write it.
+        what: what it does, in one line.
+        status: how far it is here.
+        models: model families it runs on.
+        config: its configuration, if it works.
+    """
+
+    name: str
+    title: str
+    what: str
+    status: Status
+    models: str
+    config: type[MethodConfig] | None = None
+
+
+_UNETS = "SD 1.x, SD 2.x, SDXL (any UNet2DConditionModel of their blocks)"
+
+SYSTEMS = (
+    System(
+        "dato",
+        "DaTo",
+        "prune tokens where the noise changes least, reuse deep features, by a schedule",
+        Status.WORKS,
+        _UNETS,
+        DaTo,
+    ),
+    System("sito", "SiTo", "prune tokens similar to others in every call", Status.WORKS, _UNETS, SiTo),
+    System("cat", "CAT Pruning", "compute the tokens that change, in clusters", Status.NOT_YET, "-"),
+    System("tokencache", "TokenCache", "a learned predictor of what to cache", Status.NOT_YET, "-"),
+    System("tome", "ToMeSD", "merge similar tokens", Status.NOT_YET, "-"),
+    System("deepcache", "DeepCache", "reuse deep features every N calls", Status.NOT_YET, "-"),
+    System("fora", "FORA", "reuse attention and MLP outputs every N calls", Status.NOT_YET, "-"),
+    System("toca", "ToCa", "token-wise feature caching", Status.NOT_YET, "-"),
+    System("at-edm", "AT-EDM", "prune by attention graphs", Status.NOT_YET, "-"),
+    System("l2c", "Learning-to-Cache", "a learned table of layers to reuse", Status.NOT_YET, "-"),
+    System("steps", "Fewer steps", "the same sampler with fewer steps", Status.NOT_YET, "-"),
+)
+"""All systems, the main ones first. The command line takes its names from here."""
+
+
+def configured(name: str) -> type[MethodConfig]:
+    """The configuration type of a system that works.
+
+    Raises:
+        ValueError: if there is no such system, or it does not work yet.
+    """
+    for system in SYSTEMS:
+        if system.name == name and system.config is not None:
+            return system.config
+    working = ", ".join(s.name for s in SYSTEMS if s.config is not None)
+    known = any(s.name == name for s in SYSTEMS)
+    raise ValueError(f"method: {name!r} is {'not built yet' if known else 'not known'}; allowed: {working}")
