@@ -14,11 +14,11 @@ from rich.table import Table
 from regrow import zoo
 from regrow.apply import apply
 from regrow.cli.generate import Pictures, make
-from regrow.measure import contact_sheet, psnr
-from regrow.measure.features import distances
+from regrow.measure import contact_sheet, feature_distances, psnr
+from regrow.measure.features import MissingWeightsError
 from regrow.methods import DaTo, SiTo
 
-PROMPTS = ("red apple", "dog face", "pizza", "penguin", "sunflower", "hamburger")
+PROMPTS = ("red apple", "dog face", "cactus", "penguin", "sunflower", "hamburger")
 GUIDANCE = 2.0
 
 
@@ -71,7 +71,12 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
             def step(task: Any = tasks[name]) -> None:
                 progress.advance(task)
 
-            options: dict[str, Any] = dict(steps=steps, guidance=GUIDANCE, seed=seed, on_step=step)
+            options: dict[str, Any] = {
+                "steps": steps,
+                "guidance": GUIDANCE,
+                "seed": seed,
+                "on_step": step,
+            }
             if config is None:
                 pictures[name], ratios[name] = make(pipeline, PROMPTS, **options), 1.0
                 continue
@@ -116,12 +121,15 @@ def _row(name: str, pictures: dict[str, Pictures], macs_ratio: float) -> Row:
     if mine is plain:
         return Row(name, seconds, 1.0, 1.0, None, None)
     noise = [psnr(a, b) for a, b in zip(plain.images, mine.images, strict=True)]
-    features = distances(plain.images, mine.images)
+    try:
+        features = feature_distances(plain.images, mine.images)
+    except MissingWeightsError:
+        features = []
     return Row(
         name,
         seconds,
         speedup,
         macs_ratio,
         sum(noise) / len(noise),
-        None if features is None else sum(features) / len(features),
+        sum(features) / len(features) if features else None,
     )

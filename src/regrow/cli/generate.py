@@ -45,7 +45,7 @@ def best_device() -> str:
 
 def load_pipeline(model: str, device: str, dtype: torch.dtype) -> Any:
     """A text-to-image pipeline: bundled by name, from a folder, or from the hub."""
-    if model in zoo.NAMES and not Path(model).exists():
+    if model in zoo.MODELS and not Path(model).exists():
         return zoo.load(model, dtype=dtype, device=device)
     from diffusers import AutoPipelineForText2Image
 
@@ -126,14 +126,14 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
             def step(task: Any = task) -> None:
                 progress.update(task, total=pipeline.num_timesteps, advance=1)
 
-            options: dict[str, Any] = dict(
-                steps=request.steps,
-                guidance=request.guidance,
-                seed=request.seed,
-                height=request.height,
-                width=request.width,
-                on_step=step,
-            )
+            options: dict[str, Any] = {
+                "steps": request.steps,
+                "guidance": request.guidance,
+                "seed": request.seed,
+                "height": request.height,
+                "width": request.width,
+                "on_step": step,
+            }
             if method is None:
                 results[name] = make(pipeline, request.prompts, **options)
             else:

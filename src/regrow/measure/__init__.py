@@ -1,7 +1,7 @@
 """What a method costs and saves: MACs, time, and the distance to the unaccelerated picture."""
 
 from regrow.measure.architectures import NAMES, Architecture, architecture, architecture_of
-from regrow.measure.images import contact_sheet, psnr
+from regrow.measure.images import contact_sheet, feature_distances, psnr
 from regrow.measure.macs import Profile, profile
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "architecture",
     "architecture_of",
     "contact_sheet",
+    "feature_distances",
     "profile",
     "psnr",
 ]

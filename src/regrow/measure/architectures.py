@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig
 
 from regrow import zoo
 
@@ -45,9 +46,6 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 """Settings of the public models: Stable Diffusion 1.5, 2 (base) and XL."""
 
 NAMES = (*CONFIGS, "emoji")
-TEXT_TOKENS = 77
-LATENT_SCALE = {"emoji": 2}
-"""Pixels a latent position spans along one side; 8 for all others."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,13 @@ class Architecture:
         name: for tables.
         denoiser: on the meta device.
         scale: pixels a latent position spans along one side.
+        text_tokens: length of a prompt.
     """
 
     name: str
     denoiser: Any
     scale: int = 8
+    text_tokens: int = 77
 
     def inputs(
         self, height: int | None = None, width: int | None = None, batch: int = 1
@@ -86,7 +86,7 @@ class Architecture:
             sides.append(side // self.scale)
         with torch.device("meta"):
             sample = torch.empty(batch, config.in_channels, *sides)
-            text = torch.empty(batch, TEXT_TOKENS, config.cross_attention_dim)
+            text = torch.empty(batch, self.text_tokens, config.cross_attention_dim)
             extra: dict[str, Any] = {}
             if config.addition_embed_type == "text_time":
                 pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -107,7 +107,7 @@ def architecture(name: str) -> Architecture:
         raise ValueError(f"arch: {name!r} is not known; known are {', '.join(NAMES)}")
     if name in CONFIGS:
         return Architecture(name, _without_weights(CONFIGS[name]))
-    return _of_path(name, str(zoo.path(name)), LATENT_SCALE[name])
+    return _of_path(name, str(zoo.path(name)))
 
 
 def architecture_of(model: str) -> Architecture:
@@ -116,12 +116,17 @@ def architecture_of(model: str) -> Architecture:
     Raises:
         OSError: if there is no such model.
     """
-    return _of_path(model, model, 8)
+    return _of_path(model, model)
 
 
-def _of_path(name: str, path: str, scale: int) -> Architecture:
-    config: Any = UNet2DConditionModel.load_config(path, subfolder="unet")
-    return Architecture(name, _without_weights(config), scale)
+def _of_path(name: str, path: str) -> Architecture:
+    """What the configuration files of a pipeline say; the public models' values where they don't."""
+    unet: Any = UNet2DConditionModel.load_config(path, subfolder="unet")
+    vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
+    text: Any = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder")
+    levels = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+    scale = 2 ** (len(levels) - 1)
+    return Architecture(name, _without_weights(unet), scale, text.max_position_embeddings)
 
 
 def _without_weights(config: Any) -> Any:

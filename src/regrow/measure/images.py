@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from regrow.measure.features import EfficientNetFeatures, feature_distance
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
@@ -19,6 +22,29 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     error = np.asarray(a.convert("RGB"), float) - np.asarray(b.convert("RGB"), float)
     mean = float((error**2).mean())
     return float("inf") if mean == 0 else 10 * float(np.log10(255**2 / mean))
+
+
+def feature_distances(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> list[float]:
+    """How differently an ImageNet classifier sees each pair of pictures.
+
+    Args:
+        a: pictures of one size.
+        b: as many.
+
+    Returns:
+        1 - cosine of their EfficientNet-Lite0 features (1280-d), 0 for equal pictures.
+
+    Raises:
+        MissingWeightsError: if the extractor is not installed (extra ``measure``).
+    """
+    extract = EfficientNetFeatures()
+    one, other = (
+        extract(
+            torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) for p in side]) / 255
+        )
+        for side in (a, b)
+    )
+    return [float(d) for d in feature_distance(one, other)]
 
 
 def contact_sheet(

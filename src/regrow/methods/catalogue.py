@@ -39,7 +39,7 @@ class System:
     config: type[MethodConfig] | None = None
 
 
-_UNETS = "SD 1.x, SD 2.x, SDXL (any UNet2DConditionModel of their blocks)"
+_UNETS = "U-Nets: SD 1, SD 2, SDXL"
 
 SYSTEMS = (
     System(

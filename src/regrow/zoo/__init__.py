@@ -1,0 +1,74 @@
+"""The bundled models: small, complete pipelines that need no download."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+MODELS = ("emoji",)
+
+
+def path(name: str) -> Path:
+    """The folder of a bundled model, as `from_pretrained` takes it."""
+    if name not in MODELS:
+        raise ValueError(f"no bundled model {name!r}; there is: {', '.join(MODELS)}")
+    return Path(str(resources.files("regrow.zoo") / name))
+
+
+def captions(name: str) -> list[str]:
+    """The captions a bundled model was trained on."""
+    return captions_in(path(name))
+
+
+def captions_in(folder: Path) -> list[str]:
+    """The captions a model of this kind was trained on, from its folder."""
+    found: list[str] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    return found
+
+
+def load(
+    name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> StableDiffusionPipeline:
+    """A bundled model as a pipeline, with progress bars off."""
+    return load_from(path(name), dtype, device)
+
+
+def load_from(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> StableDiffusionPipeline:
+    """A pipeline from a folder, without the libraries' loading bars and remarks."""
+    with _quiet():
+        from diffusers import StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline.from_pretrained(folder).to(device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' loading bars and remarks off the screen, for as long as this lasts."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    logs = (diffusers_logging, transformers_logging)
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, (verbosity, bar) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bar:
+                log.enable_progress_bar()

@@ -1,0 +1,123 @@
+"""The commands, as a user types them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from regrow.cli import main
+from regrow.methods.catalogue import SYSTEMS
+from regrow.schedule import Schedule
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command and return its exit code."""
+    monkeypatch.setattr("sys.argv", ["regrow", *words])
+    try:
+        main()
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
+
+
+def test_profile_as_json_has_the_documented_keys(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("profile", "--arch", "emoji", "--method", "dato", "--preset", "b1", "--steps", "20", "--json")
+    assert run(monkeypatch, *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    keys = {"arch", "method", "calls", "baseline_macs_per_call", "baseline_macs", "macs", "macs_ratio"}
+    assert keys | {"per_call"} <= set(found)
+    assert found["calls"] == len(found["per_call"]) == 20
+    assert found["macs_ratio"] == pytest.approx(found["baseline_macs"] / found["macs"])
+
+
+def test_profile_takes_a_schedule_file_and_an_interval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.yaml"
+    Schedule.every(5, 10).save(file)
+    common = ("profile", "--arch", "emoji", "--method", "dato", "--steps", "10", "--json")
+    results = []
+    for plan in (("--schedule", str(file)), ("--interval", "5")):
+        assert run(monkeypatch, *common, *plan) == 0
+        results.append(json.loads(capsys.readouterr().out)["per_call"])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("profile",), "--arch, --model: give exactly one"),
+        (("profile", "--arch", "sd15", "--ratio", "0.5"), "need --method"),
+        (("profile", "--arch", "sd15", "--method", "magic"), "method: 'magic' is not known; allowed: dato"),
+        (("profile", "--arch", "sd15", "--method", "cat"), "method: 'cat' is not built yet"),
+        (("profile", "--arch", "emoji", "--method", "sito", "--preset", "z"), "preset: 'z' is not known"),
+        (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "0.9"), "ratio: 0.9 is not allowed"),
+        (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "-1"), "ratio: .* -1"),
+        (("profile", "--arch", "emoji", "--method", "dato"), "needs --preset, --schedule"),
+        (("profile", "--arch", "emoji", "--method", "dato", "--schedule", "none.yaml"), "none.yaml"),
+        (("generate", "--prompt", "pear", "--dtype", "int8"), "dtype: 'int8' is not allowed"),
+        (("generate", "--prompt", "pear", "--model", "./nowhere", "--steps", "1"), "nowhere"),
+    ],
+)
+def test_mistakes_get_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    assert run(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    last = [line for line in error.splitlines() if line.startswith("regrow: ")]
+    assert len(last) == 1
+    assert re.search(message, error)
+
+
+def test_a_wrong_schedule_file_is_named_with_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("depth: [1]\nratio: [much]\n")
+    words = ("profile", "--arch", "emoji", "--method", "dato", "--schedule", str(file))
+    assert run(monkeypatch, *words) == 2
+    assert f"{file}:2: ratio.0: " in capsys.readouterr().err
+
+
+def test_methods_lists_every_system(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "methods", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == [s.name for s in SYSTEMS]
+    presets = {row["name"]: row["presets"] for row in rows}
+    assert presets["sito"] == ["a", "b", "c", "d", "e"]
+    assert presets["dato"] == ["b1", "fast", "b1-released"]
+
+
+def test_generate_compares_with_the_unaccelerated_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "pictures" / "apple.png"
+    words = ("generate", "--prompt", "red apple", "--prompt", "dog face", "--method", "dato")
+    words += ("--preset", "b1", "--steps", "3", "--compare", "--json", "--device", "cpu", "--out", str(out))
+    assert run(monkeypatch, *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    files = [Path(f) for f in found["files"]]
+    assert [f.name for f in files] == ["apple-0.png", "apple-1.png", "apple-compare.png"]
+    assert Image.open(files[0]).size == (64, 64)
+    assert [m["method"] for m in found["methods"]] == ["unaccelerated", "dato b1"]
+    assert found["methods"][1]["macs_ratio"] > 2
+
+
+def test_demo_leaves_a_picture_and_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, "demo", "--out", str(tmp_path), "--steps", "2", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "demo.json").read_text())
+    assert [r["method"] for r in printed["rows"]] == ["unaccelerated", "SiTo d", "DaTo b1", "DaTo fast"]
+    assert all(r["psnr"] > 5 for r in printed["rows"][1:])
+    assert Image.open(tmp_path / "demo.png").width > 4 * 128
