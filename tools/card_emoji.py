@@ -64,7 +64,7 @@ def contact_sheet(
         array = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
         sheet.paste(Image.fromarray(array), (x + (cell - width) // 2, y + 4))
         pen.text((x + cell // 2, y + height + 8), shortened(caption), "black", anchor="mt")
-    sheet.quantize(128).save(target, optimize=True)
+    sheet.save(target, optimize=True)
 
 
 def shortened(caption: str, length: int = 18) -> str:

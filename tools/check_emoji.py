@@ -129,7 +129,9 @@ def measure(pipe: StableDiffusionPipeline, emoji: EmojiSet, args: argparse.Names
     }
     if args.trajectory:
         some = captions[: args.trajectory]
-        own = draw(pipe, some, 50, *settings, "50 steps")
+        own = drawn[: len(some)]
+        if args.steps != 50:
+            own = draw(pipe, some, 50, *settings, "50 steps")
         result["trajectory_captions"] = len(some)
         result["trajectory_psnr"] = {
             str(steps): psnr(draw(pipe, some, steps, *settings, f"{steps} steps"), own).median().item()

@@ -148,27 +148,39 @@ class _Rule:
         return self.config.alignment is not Alignment.OFF
 
     def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
-        """Nothing: SiTo's scores depend on the layer."""
+        """What chance decides, drawn once a call for all layers of a grid: scores ``(B, N)``."""
+        c = self.config
+        if c.base in (BaseChoice.RANDOM, BaseChoice.RANDOM_IN_PATCH):
+            return {grid: random_score(call.batch, grid, call.generator) for grid in grids}
+        if c.base is BaseChoice.NOISY_BEST_IN_PATCH and c.noise:
+            size = call.batch
+            return {grid: noise((size, grid.tokens), c.noise, call.generator) for grid in grids}
         return {}
 
     def select(
         self, x: Tensor, grid: Grid, count: int, prepared: Tensor | None, call: CallInfo
     ) -> Selection:
         """Choose the layer's base tokens, then prune what is most similar to one."""
-        return prune_similar(x, self.base_tokens(x, grid, call), grid, count, nearby=self.config.nearby)
+        base = self.base_tokens(x, grid, prepared, call.guided)
+        return prune_similar(x, base, grid, count, nearby=self.config.nearby)
 
-    def base_tokens(self, x: Tensor, grid: Grid, call: CallInfo) -> Tensor:
-        """The base tokens ``(B, m)``, by one of the choices I to VI."""
+    def base_tokens(self, x: Tensor, grid: Grid, chance: Tensor | None, guided: bool) -> Tensor:
+        """The base tokens ``(B, m)``, by one of the choices I to VI.
+
+        Args:
+            x: features ``(B, N, C)``.
+            grid: the grid of the N tokens.
+            chance: random scores (II, IV) or noise on SimScore (VI), ``(B, N)``.
+            guided: whether the batch is two halves of guidance.
+        """
         c = self.config
         if c.base is BaseChoice.TOP_LEFT:
             return tokens_of_patch(grid, x.device)[:, 0].expand(x.shape[0], -1)
-        if c.base in (BaseChoice.RANDOM, BaseChoice.RANDOM_IN_PATCH):
-            score = random_score(x.shape[0], grid, call.generator)
+        if c.base in (BaseChoice.RANDOM, BaseChoice.RANDOM_IN_PATCH) and chance is not None:
+            score = chance
         else:
-            score = sim_score(x)
-            if c.base is BaseChoice.NOISY_BEST_IN_PATCH and c.noise:
-                score = score + noise(score.shape, c.noise, call.generator)
-        score = align(score, c.alignment, call.guided)
+            score = sim_score(x) if chance is None else sim_score(x) + chance
+        score = align(score, c.alignment, guided)
         if c.base in (BaseChoice.RANDOM, BaseChoice.HIGHEST):
             return top_share(score, grid.patches)
         return best_of_patch(score, grid)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,6 @@ def random_score(batch: int, grid: Grid, generator: torch.Generator) -> Tensor:
     return torch.rand(batch, grid.tokens, generator=generator, device=generator.device)
 
 
-def noise(shape: torch.Size, sigma: float, generator: torch.Generator) -> Tensor:
+def noise(shape: Sequence[int], sigma: float, generator: torch.Generator) -> Tensor:
     """``sigma * N(0, 1)`` from a seeded generator, on its device."""
     return sigma * torch.randn(shape, generator=generator, device=generator.device)

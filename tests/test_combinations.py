@@ -1,0 +1,59 @@
+"""Together with what users switch on beside it: compiled blocks, model offload."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import regrow
+from regrow import zoo
+
+PLAN = regrow.Schedule(depth=("full", 1, 1, 0), ratio=(0.5, 0.3, 0.6, 0.0))
+
+
+def generate(pipeline):
+    return pipeline(
+        ["red apple"],
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+
+
+@pytest.fixture
+def pipeline():
+    return zoo.load("emoji")
+
+
+@pytest.mark.parametrize("config", [regrow.DaTo(schedule=PLAN), regrow.SiTo.preset("d")])
+def test_compiled_blocks_give_the_same_without_graph_breaks(pipeline, config):
+    with regrow.apply(pipeline, config):
+        expected = generate(pipeline)
+    torch._dynamo.reset()
+    counters.clear()
+    pipeline.unet.compile_repeated_blocks(backend="eager")
+    with regrow.apply(pipeline, config):
+        compiled = generate(pipeline)
+        assert not counters["graph_break"]
+        graphs = counters["stats"]["unique_graphs"]
+        again = generate(pipeline)
+    assert torch.allclose(expected, compiled, atol=1e-4)
+    assert torch.equal(compiled, again)
+    assert counters["stats"]["unique_graphs"] == graphs, "a second generation compiles nothing"
+
+
+@pytest.mark.parametrize("offload_first", [True, False])
+def test_model_offload_takes_nothing_away(pipeline, offload_first):
+    plain = generate(pipeline)
+    with regrow.apply(pipeline, regrow.DaTo(schedule=PLAN)):
+        expected = generate(pipeline)
+    if offload_first:
+        pipeline.enable_model_cpu_offload(device="cpu")
+        run = regrow.apply(pipeline, regrow.DaTo(schedule=PLAN))
+    else:
+        run = regrow.apply(pipeline, regrow.DaTo(schedule=PLAN))
+        pipeline.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(generate(pipeline), expected)
+    assert torch.equal(generate(pipeline), expected), "also after the offload hooks were renewed"
+    run.remove()
+    assert torch.equal(generate(pipeline), plain)
