@@ -1,0 +1,43 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.utils import logging
+from hypothesis import settings as hypothesis_settings
+
+logging.set_verbosity_error()
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pipelines  # noqa: E402
+
+# A machine that does something else at the same time is no failure.
+hypothesis_settings.register_profile("regrow", deadline=None)
+hypothesis_settings.load_profile("regrow")
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pipe() -> Any:
+    """A small Stable Diffusion 1 pipeline with DDIM."""
+    return pipelines.sd()
+
+
+@pytest.fixture
+def sdxl_pipe() -> Any:
+    """A small SDXL pipeline with Euler."""
+    return pipelines.sdxl()

@@ -1,0 +1,284 @@
+"""Schedules: their files, their errors, and plans for other numbers of calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from regrow import FULL, Schedule, ScheduleError
+
+depths = st.one_of(st.just(FULL), st.integers(0, 4))
+ratios = st.floats(0, 0.99)
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    n = draw(st.integers(1, 60))
+    return Schedule(
+        depth=tuple(draw(st.lists(depths, min_size=n, max_size=n))),
+        ratio=tuple(draw(st.lists(ratios, min_size=n, max_size=n))),
+    )
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=30)
+
+
+@settings(max_examples=30)
+@given(schedules(), texts, texts, st.booleans())
+def test_files_give_back_what_was_written(schedule: Schedule, name: str, note: str, as_json: bool) -> None:
+    schedule = Schedule(depth=schedule.depth, ratio=schedule.ratio, name=name, note=note)
+    text = schedule.dump(as_json=as_json)
+    assert Schedule.parse(text) == schedule
+    if as_json:
+        assert json.loads(text)["version"] == 1
+
+
+@pytest.mark.parametrize("name", ["plan.yaml", "plan.json"])
+def test_saving_and_loading_go_by_the_name(tmp_path: Path, name: str) -> None:
+    schedule = Schedule(depth=(FULL, 1, 0), ratio=(0.0, 0.5, 0.25), name="three", note="ümlaut")
+    schedule.save(tmp_path / name)
+    assert Schedule.load(tmp_path / name) == schedule
+    assert Schedule.load(str(tmp_path / name)) == schedule
+    assert "full" in (tmp_path / name).read_text()
+
+
+def test_a_file_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"nothing\.yaml"):
+        Schedule.load(tmp_path / "nothing.yaml")
+
+
+def test_depths_may_be_given_as_the_word_full() -> None:
+    assert Schedule(depth=("full", 1), ratio=(0, 0)).depth == (FULL, 1)
+
+
+GOOD = {
+    "format": "format: regrow-schedule",
+    "version": "version: 1",
+    "name": "name: mine",
+    "depth": "depth: [full, 1, 0]",
+    "ratio": "ratio: [0.0, 0.5, 0.5]",
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "line", "where", "what"),
+    [
+        ("format", "format: other", "2: format", "'regrow-schedule', got 'other'"),
+        ("version", "version: 2", "3: version", "1, got 2"),
+        ("version", "version: one", "3: version", "got 'one'"),
+        ("name", "name: [1]", "4: name", "string"),
+        ("name", "nmae: mine", "4: nmae", "fields are .*depth, ratio"),
+        ("depth", "depth: [full, -1, 0]", "5: depth.1", "greater than or equal to 0, got -1"),
+        ("depth", "depth: [full, 1.5, 0]", "5: depth.1", "integer, got 1.5"),
+        ("depth", "depth: [full, all, 0]", "5: depth.1", "integer, got 'all'"),
+        ("depth", "depth: [full, true, 0]", "5: depth.1", "integer, got True"),
+        ("depth", "depth: 3", "5: depth", "tuple, got 3"),
+        ("depth", "depth: []", "5: depth", "at least 1"),
+        ("depth", "", "1: depth", "field required.*fields are"),
+        ("ratio", "ratio: [0.0, 1, 0.5]", "6: ratio.1", "less than 1, got 1"),
+        ("ratio", "ratio: [0.0, 0.5, -0.1]", "6: ratio.2", "greater than or equal to 0, got -0.1"),
+        ("ratio", "ratio: [0.0, .nan, 0.5]", "6: ratio.1", "got nan"),
+        ("ratio", "ratio: [0.0, .inf, 0.5]", "6: ratio.1", "got inf"),
+        ("ratio", "ratio: [0.0, much, 0.5]", "6: ratio.1", "number.*got 'much'"),
+        ("ratio", "", "1: ratio", "field required"),
+    ],
+)
+def test_errors_name_file_line_field_and_what_is_wrong(
+    tmp_path: Path, field: str, line: str, where: str, what: str
+) -> None:
+    path = tmp_path / "plan.yaml"
+    # A comment first, so that line numbers are not those of the fields.
+    path.write_text("# mine\n" + "\n".join((GOOD | {field: line}).values()) + "\n")
+    with pytest.raises(ScheduleError) as error:
+        Schedule.load(path)
+    place, reason = str(error.value).split(": ", 1)[0], str(error.value)
+    line_number, name = where.split(": ")
+    assert reason.startswith(f"{path}:{line_number}: {name}: "), reason
+    assert place == f"{path}:{line_number}"
+    assert re.search(what, reason), reason
+
+
+def test_entries_on_lines_of_their_own_are_named_by_their_line() -> None:
+    text = "depth:\n- full\n- 1\n- -3\nratio:\n- 0\n- 2\n- 0\n"
+    with pytest.raises(ScheduleError) as error:
+        Schedule.parse(text, "plan.yaml")
+    lines = str(error.value).splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["plan.yaml:4", "depth.2"],
+        ["plan.yaml:7", "ratio.1"],
+    ]
+
+
+def test_lists_of_other_lengths_are_refused_with_both() -> None:
+    with pytest.raises(ScheduleError, match=r"^plan.yaml:\d+: .*ratio.*2 entries.*depth has 3"):
+        Schedule.parse("depth: [full, 1, 0]\nratio: [0, 0]\n", "plan.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("depth: [full, 1\nratio: [0]\n", r"[12]"),
+        ("name: x\ndepth: ]\n", "2"),
+        ("name: x\n  depth: [1]\n", "2"),
+        ("name: x\nname: y\ndepth: [1]\nratio: [0]\n", "2"),
+        ('{"depth": [1,\n "ratio"', "2"),
+    ],
+)
+def test_broken_yaml_and_json_name_file_and_line(text: str, line: str) -> None:
+    with pytest.raises(ScheduleError, match=rf"^plan\.yaml:{line}: \S"):
+        Schedule.parse(text, "plan.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "3", "- 1\n- 2\n", "just words", "null"])
+def test_documents_that_are_no_mapping_are_refused(text: str) -> None:
+    with pytest.raises(ScheduleError, match=r"^plan\.yaml:1: expected fields"):
+        Schedule.parse(text, "plan.yaml")
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_schedule_or_a_schedule_error(text: str) -> None:
+    message = "schedule:"
+    try:
+        Schedule.parse(text)
+    except ScheduleError as error:
+        message = str(error)
+    assert message.startswith("schedule:")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"depth": (FULL,), "ratio": (float("nan"),)}, "ratio"),
+        ({"depth": (FULL,), "ratio": (1.0,)}, "ratio"),
+        ({"depth": (-1,), "ratio": (0.0,)}, "depth"),
+        ({"depth": (), "ratio": ()}, "depth"),
+        ({"depth": (FULL, 1), "ratio": (0.0,)}, "ratio"),
+        ({"depth": (FULL,), "ratio": (0.0,), "version": 2}, "version"),
+        ({"depth": (FULL,), "ratio": (0.0,), "speed": 3}, "speed"),
+    ],
+)
+def test_schedules_made_in_python_are_checked_too(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        Schedule(**fields)
+
+
+def test_changing_the_ratio_checks_it() -> None:
+    assert Schedule.every(2, 4).with_ratio(0.5).ratio == (0.5,) * 4
+    assert Schedule.every(2, 4).with_ratio(0.5).depth == Schedule.every(2, 4).depth
+    with pytest.raises(ValidationError, match="ratio"):
+        Schedule.every(2, 4).with_ratio(1.5)
+
+
+@given(schedules(), st.integers(1, 200))
+def test_resampled_plans_have_the_length_asked_for_and_begin_full(schedule: Schedule, calls: int) -> None:
+    other = schedule.resample(calls)
+    assert len(other) == len(other.ratio) == calls
+    assert other.depth[0] == FULL
+    assert set(zip(other.depth[1:], other.ratio[1:], strict=True)) <= set(
+        zip((FULL, *schedule.depth[1:]), schedule.ratio, strict=True)
+    )
+    assert (other.name, other.note) == (schedule.name, schedule.note)
+
+
+@given(schedules())
+def test_a_plan_resampled_to_its_own_length_is_itself_but_begins_full(schedule: Schedule) -> None:
+    other = schedule.resample(len(schedule))
+    assert other.depth == (FULL, *schedule.depth[1:])
+    assert other.ratio == schedule.ratio
+    assert other.resample(len(schedule)) == other
+
+
+@given(schedules(), st.integers(1, 200))
+def test_every_depth_keeps_its_share_to_within_a_call(schedule: Schedule, calls: int) -> None:
+    planned = (FULL, *schedule.depth[1:])
+    other = schedule.resample(calls).depth
+    for depth in set(planned):
+        share = planned.count(depth) * calls / len(planned)
+        # The first call is full even where the share of full calls rounds to none.
+        slack = 1 if share >= 1 or depth != FULL else 1 - share
+        if FULL in other and planned.count(FULL) * calls / len(planned) < 1:
+            slack += 1
+        assert abs(other.count(depth) - share) <= slack + 1e-9
+
+
+@st.composite
+def numbered(draw: st.DrawFn) -> Schedule:
+    """A plan whose ratios tell the place each call came from."""
+    n = draw(st.integers(1, 60))
+    return Schedule(
+        depth=tuple(draw(st.lists(depths, min_size=n, max_size=n))),
+        ratio=tuple(i / 100 for i in range(n)),
+    )
+
+
+@settings(max_examples=200)
+@given(numbered(), st.integers(1, 200))
+def test_calls_keep_their_order_in_the_run(schedule: Schedule, calls: int) -> None:
+    other = schedule.resample(calls)
+    places = [round(r * 100) for r in other.ratio]
+    depth = (FULL, *schedule.depth[1:])
+    assert places[1:] == sorted(places[1:])
+    assert [depth[p] for p in places] == list(other.depth)
+
+
+@given(numbered(), st.integers(1, 200))
+def test_a_depths_calls_are_spread_over_all_its_places(schedule: Schedule, calls: int) -> None:
+    """With at least as many calls as a depth has places every place is used; with fewer, none twice."""
+    depth = (FULL, *schedule.depth[1:])
+    other = schedule.resample(calls)
+    for d in set(depth):
+        have = [i for i, x in enumerate(depth) if x == d]
+        used = [round(r * 100) for x, r in zip(other.depth, other.ratio, strict=True) if x == d]
+        if len(used) >= len(have):
+            assert set(used) == set(have)
+        else:
+            assert len(set(used)) == len(used)
+
+
+def test_doubling_a_plan_makes_every_call_two() -> None:
+    schedule = Schedule(depth=(FULL, 1, 0, FULL, 1, 0), ratio=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6))
+    doubled = schedule.resample(12)
+    assert sorted(doubled.depth) == sorted(schedule.depth * 2)
+    assert doubled.ratio == tuple(sorted(schedule.ratio * 2))
+
+
+@pytest.mark.parametrize("calls", [0, -1])
+def test_plans_for_no_calls_are_refused(calls: int) -> None:
+    with pytest.raises(ValueError, match=f"calls: {calls} .*>= 1"):
+        Schedule.every(2, 4).resample(calls)
+
+
+def test_a_full_call_every_few_calls() -> None:
+    schedule = Schedule.every(3, 7, depth=2, ratio=0.5)
+    assert schedule.depth == (FULL, 2, 2, FULL, 2, 2, FULL)
+    assert schedule.ratio == (0.5,) * 7
+    assert Schedule.every(1, 4).depth == (FULL,) * 4
+    assert Schedule.every(5, 3).depth == (FULL, 1, 1)
+    with pytest.raises(ValueError, match=r"interval: 0 .*>= 1"):
+        Schedule.every(0, 4)
+
+
+def test_a_constant_plan_is_full_at_any_length() -> None:
+    schedule = Schedule.constant(0.3)
+    assert schedule.resample(51).depth == (FULL,) * 51
+    assert schedule.resample(51).ratio == (0.3,) * 51
+    assert schedule.max_ratio == 0.3
+
+
+@pytest.mark.parametrize("name", ["dato-b1", "dato-b1-released", "dato-fast"])
+def test_bundled_plans_load_and_say_where_they_come_from(name: str) -> None:
+    schedule = Schedule.bundled(name)
+    assert len(schedule) == 50
+    assert "2501.00375" in schedule.note
+
+
+def test_steps_are_pairs_in_order() -> None:
+    steps = list(Schedule(depth=(FULL, 1), ratio=(0.0, 0.5)).steps())
+    assert [(s.depth, s.ratio, s.full) for s in steps] == [(FULL, 0.0, True), (1, 0.5, False)]

@@ -1,0 +1,283 @@
+"""What is cached belongs to one generation and never reaches another."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import pipelines
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from pipelines import generate
+from torch import Tensor
+
+import regrow
+from regrow import FULL
+
+METHODS = {
+    "sito": regrow.SiTo(ratio=0.6),
+    "dato": regrow.DaTo(schedule=regrow.Schedule(depth=(FULL, 1, 2, FULL, 0, 1), ratio=(0.5,) * 6)),
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "size": {"height": 96, "width": 64},
+    "portrait": {"height": 64, "width": 96},
+    "levels of odd size": {"height": 72, "width": 56},
+    "batch": {"prompt": ["a penguin", "a pizza"]},
+    "images per prompt": {"num_images_per_prompt": 3},
+    "unguided": {"guidance_scale": 1.0},
+    "steps": {"num_inference_steps": 7},
+    "seed": {"seed": 1},
+    "nothing": {},
+}
+
+
+def fresh(config: Any, **changes: Any) -> Tensor:
+    """What a pipeline that never did anything else makes."""
+    pipe = pipelines.sd()
+    with regrow.apply(pipe, config):
+        return generate(pipe, **changes)
+
+
+def slots(run: regrow.Run) -> Any:
+    return run._engine.generation.slots
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_a_second_generation_is_as_if_it_were_the_first(pipe: Any, config: Any, change: str) -> None:
+    with regrow.apply(pipe, config):
+        first = generate(pipe)
+        assert torch.equal(generate(pipe, **CHANGES[change]), fresh(config, **CHANGES[change]))
+        assert torch.equal(generate(pipe), first)
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_sizes_and_batches_give_pictures_of_their_shape(pipe: Any, config: Any) -> None:
+    with regrow.apply(pipe, config):
+        images = generate(pipe, num_images_per_prompt=2, height=64, width=96, output_type="np")
+    assert images.shape == (2, 64, 96, 3)
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_an_exception_between_steps_leaves_nothing_behind(pipe: Any, config: Any, after: int) -> None:
+    def stop(_: Any, step: int, *__: Any) -> dict[str, Any]:
+        if step == after:
+            raise StopError
+        return {}
+
+    with regrow.apply(pipe, config):
+        with pytest.raises(StopError):
+            generate(pipe, seed=3, callback_on_step_end=stop)
+        assert torch.equal(generate(pipe), fresh(config))
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_an_exception_inside_the_denoiser_leaves_nothing_behind(pipe: Any, config: Any) -> None:
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise StopError
+
+    handle = pipe.unet.conv_in.register_forward_pre_hook(fail)
+    with regrow.apply(pipe, config):
+        with pytest.raises(StopError):
+            generate(pipe, seed=3)
+        handle.remove()
+        assert torch.equal(generate(pipe), fresh(config))
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_an_interrupted_generation_leaves_nothing_behind(pipe: Any, config: Any) -> None:
+    def interrupt(pipeline: Any, step: int, *_: Any) -> dict[str, Any]:
+        pipeline._interrupt = step == 1
+        return {}
+
+    with regrow.apply(pipe, config):
+        generate(pipe, seed=3, callback_on_step_end=interrupt)
+        assert torch.equal(generate(pipe), fresh(config))
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("kind", ["img2img", "inpaint"])
+def test_pipelines_that_share_all_components_do_not_share_a_generation(
+    pipe: Any, config: Any, kind: str
+) -> None:
+    cls = {
+        "img2img": StableDiffusionImg2ImgPipeline,
+        "inpaint": StableDiffusionInpaintPipeline,
+    }[kind]
+    other = pipelines.quiet(cls(**pipe.components, requires_safety_checker=False))
+    alone = pipelines.make(kind)
+    with regrow.apply(alone, config):
+        expected = generate(alone, kind=kind)
+    with regrow.apply(pipe, config):
+        first = generate(pipe)
+        assert torch.equal(generate(other, kind=kind), expected)
+        assert torch.equal(generate(pipe), first)
+        generate(pipe, callback_on_step_end=lambda p, *_: setattr(p, "_interrupt", True) or {})
+        assert torch.equal(generate(other, kind=kind), expected)
+
+
+def test_cached_tensors_are_released_at_the_end(pipe: Any) -> None:
+    held = []
+
+    def look(_: Any, step: int, *__: Any) -> dict[str, Any]:
+        held.append(sum(len(s.features) + len(s.outputs) for s in slots(run).values()))
+        return {}
+
+    with regrow.apply(pipe, METHODS["dato"]) as run:
+        generate(pipe, num_inference_steps=6, callback_on_step_end=look)
+        assert min(held[:-1]) > 0
+        assert not slots(run)
+        assert len(run._engine.generation.records) == 6
+
+
+def test_cached_tensors_of_an_interrupted_run_are_released_by_remove(pipe: Any) -> None:
+    def stop(*_: Any) -> Any:
+        raise StopError
+
+    with regrow.apply(pipe, METHODS["dato"]) as run, pytest.raises(StopError):
+        generate(pipe, callback_on_step_end=stop)
+    assert not slots(run)
+
+
+def test_nothing_is_cached_that_the_schedule_does_not_use(pipe: Any) -> None:
+    held = []
+
+    def look(*_: Any) -> dict[str, Any]:
+        held.extend(len(s.features) + len(s.outputs) for s in slots(run).values())
+        return {}
+
+    with regrow.apply(pipe, METHODS["sito"]) as run:
+        generate(pipe, callback_on_step_end=look)
+    assert held == [0] * len(held)
+
+
+def test_a_batch_that_changes_in_mid_generation_is_computed_in_full(pipe: Any) -> None:
+    """Guidance may be switched off half way, as a callback does that lowers the guidance scale."""
+
+    def unguide(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            pipeline._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    schedule = regrow.Schedule(depth=(FULL, 1, 1, 1), ratio=(0.0,) * 4)
+    options = {
+        "callback_on_step_end": unguide,
+        "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
+    }
+    with regrow.apply(pipe, regrow.DaTo(schedule=schedule)) as run:
+        assert generate(pipe, **options).isfinite().all()
+        calls = run.report().calls
+    assert [c.depth for c in calls] == ["full", "1", "full", "1"]
+    assert [c.planned for c in calls] == ["full", "1", "1", "1"]
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_two_threads_on_one_pipeline_give_a_right_picture_or_a_clear_error(pipe: Any, config: Any) -> None:
+    expected = {seed: fresh(config, seed=seed) for seed in range(2)}
+    results: dict[int, Any] = {}
+    together = threading.Barrier(2)
+    met = threading.Event()
+
+    def meet(_: Any, step: int, *__: Any) -> dict[str, Any]:
+        if step == 0 and not met.is_set():
+            met.wait(0.2)
+        return {}
+
+    def work(seed: int) -> None:
+        torch.set_num_threads(1)
+        together.wait()
+        try:
+            results[seed] = generate(pipe, seed=seed, callback_on_step_end=meet)
+        except Exception as error:
+            results[seed] = error
+        met.set()
+
+    with regrow.apply(pipe, config):
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        failures = [r for r in results.values() if isinstance(r, Exception)]
+        right = [
+            seed for seed, r in results.items() if isinstance(r, Tensor) and torch.equal(r, expected[seed])
+        ]
+        assert all(isinstance(f, regrow.ConcurrentGenerationError) for f in failures), failures
+        assert right or len(failures) == 2
+        assert torch.equal(generate(pipe), expected[0])
+
+
+def test_a_call_while_another_thread_is_inside_is_refused(pipe: Any) -> None:
+    inputs = pipelines.unet_inputs(pipe.unet)
+    expected = fresh(METHODS["dato"])
+    errors: list[Exception] = []
+
+    def intrude() -> None:
+        try:
+            with torch.no_grad():
+                pipe.unet(**inputs)
+        except Exception as error:
+            errors.append(error)
+
+    def in_the_middle(*_: Any) -> None:
+        if not errors:
+            thread = threading.Thread(target=intrude)
+            thread.start()
+            thread.join()
+
+    pipe.unet.conv_in.register_forward_pre_hook(in_the_middle)
+    with regrow.apply(pipe, METHODS["dato"]):
+        assert torch.equal(generate(pipe), expected)
+    assert len(errors) == 1
+    assert isinstance(errors[0], regrow.ConcurrentGenerationError)
+    assert "another thread" in str(errors[0])
+
+
+def test_generations_one_after_another_may_come_from_different_threads(pipe: Any) -> None:
+    expected = fresh(METHODS["dato"])
+    results = []
+    with regrow.apply(pipe, METHODS["dato"]):
+        for _ in range(2):
+            thread = threading.Thread(target=lambda: results.append(generate(pipe)))
+            thread.start()
+            thread.join()
+    assert all(torch.equal(r, expected) for r in results)
+    assert len(results) == 2
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_it_steps_aside_while_gradients_are_recorded(pipe: Any, config: Any) -> None:
+    inputs = pipelines.unet_inputs(pipe.unet)
+    expected = pipe.unet(**inputs).sample
+    (expected.square().mean()).backward()
+    gradient = pipe.unet.conv_in.weight.grad.clone()
+    pipe.unet.zero_grad()
+    with regrow.apply(pipe, config):
+        with pytest.warns(UserWarning, match="steps aside while gradients"):
+            output = pipe.unet(**inputs).sample
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            pipe.unet(**inputs)
+        output.square().mean().backward()
+    assert torch.equal(output, expected)
+    assert torch.equal(pipe.unet.conv_in.weight.grad, gradient)
+
+
+def test_reporting_before_any_generation_is_refused(pipe: Any) -> None:
+    with (
+        regrow.apply(pipe, METHODS["sito"]) as run,
+        pytest.raises(RuntimeError, match="no generation"),
+    ):
+        run.report()

@@ -1,0 +1,84 @@
+"""Scores against the equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import features
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from regrow.tokens.grid import Grid
+from regrow.tokens.scores import diff_score, noise, random_score, sim_score
+
+SIZES = [(8, 8), (7, 5), (4, 9), (1, 6)]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("make", features.ALL.values(), ids=features.ALL)
+def test_sim_score_is_the_sum_of_a_row_of_the_full_matrix(
+    make: Callable[..., Tensor], size: tuple[int, int], batch: int
+) -> None:
+    x = make(batch, *size)
+    expected = torch.stack([reference.sim_score(sample) for sample in x])
+    torch.testing.assert_close(sim_score(x).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [features.random, features.areas])
+def test_sim_score_in_bfloat16_is_within_its_precision(make: Callable[..., Tensor]) -> None:
+    x = make(2, 8, 8).bfloat16()
+    expected = torch.stack([reference.sim_score(sample) for sample in x])
+    torch.testing.assert_close(sim_score(x).double(), expected, rtol=2e-2, atol=0.2)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_sim_score_does_not_depend_on_the_scale(scale: float) -> None:
+    x = features.random(1, 6, 6)
+    torch.testing.assert_close(sim_score(scale * x), sim_score(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [(8, 10), (4, 5), (3, 4), (2, 3)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_diff_score_is_the_mean_change_of_the_area_a_token_covers(
+    grid: tuple[int, int], batch: int
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    last, before = torch.randn(2, batch, 4, 8, 10, generator=g)
+    expected = [reference.diff_score(a, b, *grid) for a, b in zip(last, before, strict=True)]
+    score = diff_score(last, before, Grid(*grid))
+    torch.testing.assert_close(score.double(), torch.stack(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_diff_score_of_half_precision_outputs_subtracts_in_float32() -> None:
+    g = torch.Generator().manual_seed(0)
+    last, before = torch.randn(2, 1, 4, 6, 6, generator=g).bfloat16()
+    expected = reference.diff_score(last[0], before[0], 6, 6)
+    score = diff_score(last, before, Grid(6, 6))
+    assert score.dtype == torch.float32
+    torch.testing.assert_close(score[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_random_numbers_come_from_the_generator_alone() -> None:
+    grid, shape = Grid(4, 4), torch.Size((2, 16))
+
+    def draw(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return random_score(2, grid, generator), noise(shape, 0.1, generator)
+
+    torch.manual_seed(1)
+    first = draw(0)
+    torch.manual_seed(2)
+    again, other = draw(0), draw(1)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert a.shape == shape
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+def test_noise_has_the_sigma_asked_for() -> None:
+    sample = noise(torch.Size((1, 20_000)), 0.1, torch.Generator().manual_seed(0))
+    assert abs(float(sample.std()) - 0.1) < 0.005
+    assert abs(float(sample.mean())) < 0.005
