@@ -24,6 +24,7 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/unet_speed.py --dtype float32
 	$(BIN)/python benchmarks/unet_speed.py --dtype bfloat16
+	$(BIN)/python benchmarks/unet_speed.py --dtype float32 --memory
 
 clean:
 	rm -rf .venv demo-out
