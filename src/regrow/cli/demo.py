@@ -16,10 +16,10 @@ from regrow.apply import apply
 from regrow.cli.generate import Pictures, make
 from regrow.measure import contact_sheet, feature_distances, psnr
 from regrow.measure.features import MissingWeightsError
+from regrow.measure.machine import machine
 from regrow.methods import DaTo, SiTo
 
 PROMPTS = ("red apple", "dog face", "cactus", "penguin", "sunflower", "hamburger")
-GUIDANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
     with console.status("loading the bundled model"):
         pipeline = zoo.load("emoji")
         # Threads and memory are set up in the first calls; they belong to no method.
-        make(pipeline, PROMPTS, steps=1, guidance=GUIDANCE)
+        make(pipeline, PROMPTS, steps=1, guidance=zoo.GUIDANCE["emoji"])
     variants: list[tuple[str, Any]] = [
         ("unaccelerated", None),
         ("SiTo d", SiTo.preset("d")),
@@ -73,7 +73,7 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
 
             options: dict[str, Any] = {
                 "steps": steps,
-                "guidance": GUIDANCE,
+                "guidance": zoo.GUIDANCE["emoji"],
                 "seed": seed,
                 "on_step": step,
             }
@@ -93,7 +93,8 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
         labels=PROMPTS,
     )
     sheet.save(out / "demo.png")
-    text = json.dumps({"steps": steps, "seed": seed, "rows": [asdict(r) for r in rows]}, indent=1)
+    result = {"steps": steps, "seed": seed, "machine": machine(), "rows": [asdict(r) for r in rows]}
+    text = json.dumps(result, indent=1)
     (out / "demo.json").write_text(text + "\n", encoding="utf-8")
     if as_json:
         print(text)

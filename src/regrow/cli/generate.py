@@ -114,6 +114,7 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
     device = request.device or best_device()
     with console.status(f"loading {request.model}"):
         pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype))
+    guidance = zoo.GUIDANCE.get(request.model) if request.guidance is None else request.guidance
     compared = request.compare and config is not None
     variants = [("unaccelerated", None)] if compared or config is None else []
     variants += [] if config is None else [(label, config)]
@@ -128,7 +129,7 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
 
             options: dict[str, Any] = {
                 "steps": request.steps,
-                "guidance": request.guidance,
+                "guidance": guidance,
                 "seed": request.seed,
                 "height": request.height,
                 "width": request.width,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 MODELS = ("emoji",)
+GUIDANCE = {"emoji": 2.0}
+"""Guidance scale that suits a bundled model."""
 
 
 def path(name: str) -> Path:

@@ -1,15 +1,12 @@
-"""What a figure was measured on, and how much memory a call takes."""
+"""How memory is handed out, and how much of it a call takes."""
 
 from __future__ import annotations
 
 import ctypes
-import datetime
 import gc
 import os
-import platform
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,37 +26,6 @@ def restart_with(settings: dict[str, str]) -> None:
     """Restart this script with environment variables that are read when a process begins."""
     if any(os.environ.get(name) != value for name, value in settings.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Processor or GPU, versions, date."""
-    packages = ("torch", "diffusers", "transformers", "tomesd", "DeepCache")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "processor": _processor(),
-        "amx": "amx_bf16" in _cpuinfo(),
-        "avx512_bf16": "avx512_bf16" in _cpuinfo(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _cpuinfo() -> str:
-    file = Path("/proc/cpuinfo")
-    return file.read_text() if file.exists() else ""
-
-
-def _processor() -> str:
-    names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if "model name" in line]
-    return names[0] if names else platform.processor()
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
