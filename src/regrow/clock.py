@@ -107,6 +107,9 @@ class _Step:
 class SchedulerClock:
     """A clock that follows the scheduler of a pipeline.
 
+    A generation is known by the tensor its loop runs over: pipelines hand on elements of it, so calls
+    of other loops are told apart even where their timesteps have the same values.
+
     Args:
         scheduler: returns the scheduler in use, so that one swapped between generations is followed.
         on_end: called when the last step of a generation is done.
@@ -117,6 +120,8 @@ class SchedulerClock:
         self._scheduler: Any = None
         self._step: _Step | None = None
         self._timesteps: Any = None
+        self._loop: _Loop | None = None
+        self._displaced: _Loop | None = None
         self._index = self._total = self._branch = 0
         self._first = True
         self._owner = 0
@@ -127,11 +132,13 @@ class SchedulerClock:
         self.detach()
         self._scheduler = scheduler
         self._step = scheduler.step = _Step(scheduler, self._tick)
+        if not _is_set(scheduler):
+            self._timesteps = scheduler.timesteps
 
     def detach(self) -> None:
         if self._step is not None and self._scheduler.__dict__.get("step") is self._step:
             del self._scheduler.step
-        self._scheduler = self._step = self._timesteps = None
+        self._scheduler = self._step = self._timesteps = self._loop = self._displaced = None
         self._index = self._total = 0
 
     def _tick(self) -> None:
@@ -144,27 +151,45 @@ class SchedulerClock:
     def read(self, timestep: Any) -> Position | None:
         if self._current() is not self._scheduler:
             self._attach(self._current())
-        timesteps = self._scheduler.timesteps
-        if timesteps is not self._timesteps:
-            begin = _begin(self._scheduler, timestep)
-            if begin is None:
+        if self._displaced is not None and self._displaced.holds(timestep):
+            raise _concurrent("has begun a generation")
+        known = self._loop is not None and self._loop.holds(timestep)
+        if not known and self._scheduler.timesteps is not self._timesteps:
+            if not self._begin(timestep):
                 self._warn_foreign()
                 return None
-            self._timesteps, self._total = timesteps, len(timesteps)
-            self._index, self._branch, self._first = begin, 0, True
-            self._owner = threading.get_ident()
-        elif self._index >= self._total or not _same(timestep, timesteps, self._index):
+        elif self._index >= self._total or not self._is_next(timestep):
             self._warn_foreign()
             return None
         elif threading.get_ident() != self._owner:
-            raise ConcurrentGenerationError(
-                "another thread is generating with this denoiser; an accelerated denoiser serves one "
-                "generation at a time. Give each thread a pipeline with a denoiser of its own."
-            )
+            raise _concurrent("is generating")
         here = Position(self._index, self._total, self._branch, self._first)
         self._branch += 1
         self._first = False
         return here
+
+    def _begin(self, timestep: Any) -> bool:
+        """Begin a generation at its first call; False if the call is not one of the scheduler's."""
+        begin = _begin_index(self._scheduler, timestep)
+        if begin is None:
+            return False
+        me = threading.get_ident()
+        if self._index < self._total and self._owner != me:
+            self._displaced = self._loop
+        self._timesteps, self._total = self._scheduler.timesteps, len(self._scheduler.timesteps)
+        own = _Loop.over(self._timesteps)
+        self._loop = own if own.holds(timestep) else _Loop.around(timestep, begin)
+        self._index, self._branch, self._first, self._owner = begin, 0, True, me
+        return True
+
+    def _is_next(self, timestep: Any) -> bool:
+        """Whether a timestep is that of the step that is due. Elements of a loop's tensor are told by
+        their place, which needs no wait for the device."""
+        if self._loop is not None and self._loop.holds(timestep):
+            return self._loop.place(timestep) == self._index
+        if self._loop is not None and _Loop.around(timestep, 0) is not None:
+            return False
+        return _value(timestep) == float(self._timesteps[self._index])
 
     def _warn_foreign(self) -> None:
         if not self._warned:
@@ -177,32 +202,73 @@ class SchedulerClock:
             )
 
 
+@dataclass(frozen=True)
+class _Loop:
+    """The tensor of timesteps that a sampling loop runs over.
+
+    Args:
+        part: the tensor or an element of it, which keeps its memory from being given to another.
+        origin: where in memory the element of index 0 is, in elements.
+        stride: distance of its elements.
+    """
+
+    part: torch.Tensor
+    origin: int
+    stride: int
+
+    @classmethod
+    def over(cls, timesteps: torch.Tensor) -> _Loop:
+        """The loop over a whole tensor ``(S,)``."""
+        return cls(timesteps, int(timesteps.storage_offset()), max(int(timesteps.stride(0)), 1))
+
+    @classmethod
+    def around(cls, timestep: Any, index: int) -> _Loop | None:
+        """The loop a timestep of a known index belongs to; None if it is a value of its own."""
+        if not isinstance(timestep, torch.Tensor) or timestep.is_meta:
+            return None
+        own = timestep.numel() if any(timestep.stride()) else 1
+        if timestep.untyped_storage().nbytes() <= own * timestep.element_size():
+            return None
+        return cls(timestep, int(timestep.storage_offset()) - index, 1)
+
+    def holds(self, timestep: Any) -> bool:
+        """Whether a timestep is an element of this loop's tensor."""
+        return (
+            isinstance(timestep, torch.Tensor)
+            and timestep.device == self.part.device
+            and timestep.untyped_storage().data_ptr() == self.part.untyped_storage().data_ptr()
+        )
+
+    def place(self, timestep: torch.Tensor) -> int:
+        """The index of an element."""
+        return (int(timestep.storage_offset()) - self.origin) // self.stride
+
+
+def _concurrent(what: str) -> ConcurrentGenerationError:
+    return ConcurrentGenerationError(
+        f"another thread {what} with this denoiser; an accelerated denoiser serves one generation at a "
+        "time. Give each thread a pipeline with a denoiser of its own."
+    )
+
+
+def _is_set(scheduler: Any) -> bool:
+    """Whether ``set_timesteps`` was called; a new scheduler holds no or all training timesteps."""
+    steps = getattr(scheduler, "num_inference_steps", None)
+    return steps is not None and steps != scheduler.config.get("num_train_timesteps")
+
+
 def _value(timestep: Any) -> float:
     return float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
 
 
-def _place(timestep: Any, timesteps: torch.Tensor) -> int | None:
-    """The index of a timestep that is a view of ``timesteps``, as pipelines pass it; else None."""
-    if not isinstance(timestep, torch.Tensor) or timestep.device != timesteps.device:
-        return None
-    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
-        return None
-    return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
-
-
-def _begin(scheduler: Any, timestep: Any) -> int | None:
+def _begin_index(scheduler: Any, timestep: Any) -> int | None:
     """The index at which a generation starts: 0, or later for image-to-image."""
     timesteps = scheduler.timesteps
-    place = _place(timestep, timesteps)
+    loop = _Loop.over(timesteps)
+    place: int | None = loop.place(timestep) if loop.holds(timestep) else None
     if place is None:
         place = getattr(scheduler, "begin_index", None)
     if place is None:
         here = (timesteps.cpu() == _value(timestep)).nonzero()
         place = int(here[0]) if len(here) else None
     return place if place is not None and place < len(timesteps) else None
-
-
-def _same(timestep: Any, timesteps: torch.Tensor, index: int) -> bool:
-    """Whether a timestep is the one at ``index``; a view of ``timesteps`` needs no wait for the device."""
-    place = _place(timestep, timesteps)
-    return _value(timestep) == float(timesteps[index]) if place is None else place == index

@@ -144,8 +144,10 @@ class Engine:
         if torch.is_grad_enabled():
             self.warn_once("grad", "regrow steps aside while gradients are recorded; use torch.no_grad()")
             return
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        sample = args[0] if args else kwargs.get("sample")
+        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+        if sample is None or timestep is None:
+            return  # The denoiser says itself what it misses.
         if self.clock is None:
             self.warn_once(
                 "clock",

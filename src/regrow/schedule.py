@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 # Deeper than any model: a call at this depth computes everything.
 FULL = 1_000_000
@@ -171,6 +171,8 @@ class Schedule(BaseModel):
             mark = error.problem_mark
             line = mark.line + 1 if mark else 1
             raise ScheduleError(f"{file}:{line}: {error.problem}") from error
+        except (YAMLError, ValueError) as error:
+            raise ScheduleError(f"{file}:1: {str(error).splitlines()[0]}") from error
         if not isinstance(data, dict):
             raise ScheduleError(f"{file}:1: expected fields such as 'depth' and 'ratio'")
         try:
@@ -225,6 +227,9 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_plain(v) for v in value]
+    if isinstance(value, str):
+        # JSON writes a character beyond 16 bits as two, which YAML does not join.
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
 
 
