@@ -31,6 +31,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from regrow.measure.machine import machine
+
 PAUSE_SECONDS = 20.0
 
 
@@ -565,14 +567,9 @@ def describe(
 
 def processor_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with the matrix instructions it has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    names = [li.split(":", 1)[1].strip() for li in text.splitlines() if li.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    bf16 = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in text]
-    return f"{name} ({', '.join(bf16)})" if bf16 else name
+    found = machine(device)
+    bf16 = "amx_bf16" if found["amx"] else "avx512_bf16" if found["avx512_bf16"] else None
+    return found["gpu"] or (f"{found['processor']} ({bf16})" if bf16 else found["processor"])
 
 
 def keep_freed_memory() -> None:

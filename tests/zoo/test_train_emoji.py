@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from emoji_data import read_emoji
 from train_emoji import Muon, Recipe, decay, orthogonalised, read_log, run

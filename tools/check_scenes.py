@@ -1,0 +1,243 @@
+"""Does a model of emoji scenes draw what it is told, anew every time, and does it tell methods apart?
+
+    python tools/check_scenes.py --data iconify-json-noto-1.2.9.tgz --model work/scenes/model --json check.json
+
+*Right picture*: linear classifiers on EfficientNet-Lite0 features, fitted to composed scenes, look for the
+named objects and background colours in generated pictures; their accuracy on composed scenes they have not
+seen bounds what can be expected. *Not memorised*: how far two pictures of a caption are apart, as a share
+of what two composed scenes of it are. *Tells methods apart*: fewer steps, and reused outputs, against the
+model's own 50 DDIM steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from check_emoji import FEWER_STEPS, draw, features_of, psnr
+from emoji_scenes import COLOURS, Caption, Scene, Sprites, another, compose, read_sprites, scene
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from train_emoji import keep_freed_memory, write_json
+
+import regrow
+from regrow import zoo
+from regrow.measure.features import EfficientNetFeatures, feature_distance
+from regrow.measure.machine import machine
+
+# Scenes to fit, to test and to draw from are those of different seeds.
+FIT, HELD_OUT, DRAWN = 10**9, 2 * 10**9, 3 * 10**9
+REUSE = (2, 5)
+COLOUR_NAMES = tuple(COLOURS)
+
+
+@dataclass
+class Probe:
+    """Linear classifiers of objects and plain backgrounds on features."""
+
+    objects: nn.Linear
+    colours: nn.Linear
+
+    @classmethod
+    def fit(cls, features: Tensor, scenes: list[Scene], objects: int) -> Probe:
+        """Fit by gradient descent on all scenes at once; colours on plain backgrounds only."""
+        here = torch.stack([_present(s.caption, objects) for s in scenes])
+        plain = torch.tensor([len(s.colours) == 1 for s in scenes])
+        shade = torch.tensor([COLOUR_NAMES.index(s.colours[0]) for s in scenes])
+        probe = cls(nn.Linear(features.shape[1], objects), nn.Linear(features.shape[1], len(COLOURS)))
+        parameters = [*probe.objects.parameters(), *probe.colours.parameters()]
+        optimizer = torch.optim.AdamW(parameters, 1e-2, weight_decay=1e-2)
+        for _ in track(range(400), "fitting the classifiers"):
+            found = F.binary_cross_entropy_with_logits(probe.objects(features), here, reduction="sum")
+            colour = F.cross_entropy(probe.colours(features[plain]), shade[plain], reduction="sum")
+            optimizer.zero_grad()
+            ((found + colour) / len(scenes)).backward()
+            optimizer.step()
+        return probe
+
+    @torch.no_grad()
+    def right(self, features: Tensor, captions: list[Caption]) -> dict[str, float]:
+        """Shares: all named objects are the likeliest ones; the named plain colour is the likeliest."""
+        score, colour = self.objects(features), self.colours(features).argmax(1).tolist()
+        found = [
+            set(score[i].topk(len(c.phrases)).indices.tolist()) == {p.index for p in c.phrases}
+            for i, c in enumerate(captions)
+        ]
+        named = [i for i, c in enumerate(captions) if len(c.ground) == 1]
+        good = [COLOUR_NAMES[colour[i]] == captions[i].ground[0] for i in named]
+        return {
+            "objects": sum(found) / len(found),
+            "colour": sum(good) / len(good) if good else float("nan"),
+            "pictures": len(captions),
+            "colours_named": len(named),
+        }
+
+
+def _present(caption: Caption, objects: int) -> Tensor:
+    """One where an object is in the scene: ``(objects,)``."""
+    out = torch.zeros(objects)
+    out[[p.index for p in caption.phrases]] = 1
+    return out
+
+
+class Bench:
+    """What all measurements share: model, objects, features.
+
+    Args:
+        args: the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.names = zoo.captions_in(args.model)
+        self.sprites = Sprites(read_sprites(args.data, self.names))
+        self.extractor = EfficientNetFeatures()
+        self.pipe = zoo.load_from(args.model, device=args.device)
+        self.pipe.unet.to(memory_format=torch.channels_last)
+
+    def scenes(self, first: int, count: int, objects: int | None) -> list[Scene]:
+        """The scenes of consecutive seeds."""
+        return [scene(first + i, len(self.names), objects) for i in range(count)]
+
+    def composed(self, scenes: list[Scene], title: str) -> Tensor:
+        """Features of true scenes."""
+        parts = [scenes[i : i + 64] for i in range(0, len(scenes), 64)]
+        return torch.cat([features_of(compose(p, self.sprites), self.extractor) for p in track(parts, title)])
+
+    def drawn(self, captions: list[Caption], steps: int, seed: int, title: str) -> Tensor:
+        """Generated pictures."""
+        texts = [c.text(self.names) for c in captions]
+        a = self.args
+        return draw(self.pipe, texts, steps, a.guidance, a.batch, seed, a.bf16, title)
+
+
+def right_picture(bench: Bench) -> dict[str, Any]:
+    """The first bar, with the classifiers' own accuracy."""
+    args, objects = bench.args, len(bench.names)
+    half = args.fit // 2
+    fit = [*bench.scenes(FIT, half, 1), *bench.scenes(FIT + half, half, 2)]
+    probe = Probe.fit(bench.composed(fit, "composed scenes"), fit, objects)
+    out: dict[str, Any] = {"scenes_to_fit": len(fit)}
+    for name, count, number in (("one object", 1, args.singles), ("two objects", 2, args.pairs)):
+        true = bench.scenes(HELD_OUT, 500, count)
+        seen = bench.composed(true, f"held out, {name}")
+        out[f"composed, {name}"] = probe.right(seen, [s.caption for s in true])
+        captions = [s.caption for s in bench.scenes(DRAWN, number, count)]
+        pictures = bench.drawn(captions, args.steps, args.seed, name)
+        out[f"generated, {name}"] = probe.right(features_of(pictures, bench.extractor), captions)
+    return out
+
+
+def variety(bench: Bench) -> dict[str, Any]:
+    """The second bar: mean feature distance of two pictures of a caption, generated and composed."""
+    args = bench.args
+    captions = [s.caption for s in bench.scenes(DRAWN + 10**6, args.variety, None)]
+    drawn = [
+        features_of(bench.drawn(captions, args.steps, seed, f"seed {seed}"), bench.extractor)
+        for seed in (args.seed + 10**4, args.seed + 2 * 10**4)
+    ]
+    true = [
+        bench.composed([another(seed + i, c) for i, c in enumerate(captions)], "composed anew")
+        for seed in (FIT, HELD_OUT)
+    ]
+    generated = feature_distance(*drawn).mean().item()
+    composed = feature_distance(*true).mean().item()
+    return {
+        "captions": len(captions),
+        "generated": generated,
+        "composed": composed,
+        "ratio": generated / composed,
+    }
+
+
+def trajectory(bench: Bench) -> dict[str, Any]:
+    """Median PSNR against the model's own 50 steps, of fewer steps and of reused outputs."""
+    captions = [s.caption for s in bench.scenes(DRAWN + 2 * 10**6, bench.args.trajectory, None)]
+    seed = bench.args.seed
+    own = bench.drawn(captions, 50, seed, "50 steps")
+    steps = {
+        str(n): psnr(bench.drawn(captions, n, seed, f"{n} steps"), own).median().item() for n in FEWER_STEPS
+    }
+    reuse = {}
+    for interval in REUSE:
+        schedule = regrow.Schedule.every(interval, 50, depth=0)
+        with regrow.apply(bench.pipe, regrow.DaTo(schedule=schedule)):
+            pictures = bench.drawn(captions, 50, seed, f"reuse 1:{interval}")
+        reuse[f"1:{interval}"] = psnr(pictures, own).median().item()
+    return {"captions": len(captions), "steps": steps, "reuse": reuse}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the figures as a table."""
+    table = Table(title=f"{result['objects']} objects, {result['steps']} steps, {result['guidance']:g}")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in result.get("right_picture", {}).items():
+        if isinstance(value, dict):
+            table.add_row(f"{name}: named objects found", f"{value['objects']:.1%}")
+            table.add_row(f"{name}: named colour found", f"{value['colour']:.1%}")
+    if "variety" in result:
+        table.add_row("distance of two pictures of a caption, of true ones", f"{result['variety']['ratio']:.2f}")
+    for kind, values in result.get("trajectory", {}).items():
+        if isinstance(values, dict):
+            for name, value in values.items():
+                table.add_row(f"{kind} {name} against 50 steps", f"{value:.1f} dB")
+    Console().print(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="npm tarball of @iconify-json/noto")
+    parser.add_argument("--model", type=Path, required=True, help="pipeline folder")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--fit", type=int, default=8000, help="composed scenes for the classifiers")
+    parser.add_argument("--singles", type=int, default=500)
+    parser.add_argument("--pairs", type=int, default=300)
+    parser.add_argument("--variety", type=int, default=64)
+    parser.add_argument("--trajectory", type=int, default=32)
+    parser.add_argument("--only", nargs="+", choices=("right", "variety", "trajectory"))
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--bf16", action="store_true", help="autocast: faster, nearly the same")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure a model as the command line says."""
+    args = parse_arguments()
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
+    result: dict[str, Any] = {
+        "objects": len(bench.names),
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "precision": "bf16 autocast" if args.bf16 else "fp32",
+        "seed": args.seed,
+        "machine": machine(args.device),
+    }
+    parts = {"right": right_picture, "variety": variety, "trajectory": trajectory}
+    keys = {"right": "right_picture"}
+    for name, part in parts.items():
+        if args.only is None or name in args.only:
+            result[keys.get(name, name)] = part(bench)
+            if args.json:
+                write_json(args.json, result)
+    show(result)
+
+
+if __name__ == "__main__":
+    main()
