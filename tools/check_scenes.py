@@ -1,6 +1,6 @@
 """Does a model of emoji scenes draw what it is told, anew every time, and does it tell methods apart?
 
-    python tools/check_scenes.py --data iconify-json-noto-1.2.9.tgz --model work/scenes/model --json check.json
+    python tools/check_scenes.py --data noto.tgz --model work/scenes/model --json check.json
 
 *Right picture*: linear classifiers on EfficientNet-Lite0 features, fitted to composed scenes, look for the
 named objects and background colours in generated pictures; their accuracy on composed scenes they have not
@@ -108,7 +108,9 @@ class Bench:
     def composed(self, scenes: list[Scene], title: str) -> Tensor:
         """Features of true scenes."""
         parts = [scenes[i : i + 64] for i in range(0, len(scenes), 64)]
-        return torch.cat([features_of(compose(p, self.sprites), self.extractor) for p in track(parts, title)])
+        return torch.cat(
+            [features_of(compose(p, self.sprites), self.extractor) for p in track(parts, title)]
+        )
 
     def drawn(self, captions: list[Caption], steps: int, seed: int, title: str) -> Tensor:
         """Generated pictures."""
@@ -183,7 +185,9 @@ def show(result: dict[str, Any]) -> None:
             table.add_row(f"{name}: named objects found", f"{value['objects']:.1%}")
             table.add_row(f"{name}: named colour found", f"{value['colour']:.1%}")
     if "variety" in result:
-        table.add_row("distance of two pictures of a caption, of true ones", f"{result['variety']['ratio']:.2f}")
+        table.add_row(
+            "distance of two pictures of a caption, of true ones", f"{result['variety']['ratio']:.2f}"
+        )
     for kind, values in result.get("trajectory", {}).items():
         if isinstance(values, dict):
             for name, value in values.items():

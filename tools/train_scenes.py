@@ -1,7 +1,7 @@
 """Train the text-to-image model of emoji scenes, on a CPU or one CUDA GPU.
 
-    npm pack @iconify-json/noto
-    python tools/train_scenes.py --data iconify-json-noto-1.2.9.tgz --out work/scenes --export work/scenes/model
+    npm pack @iconify-json/noto@1.2.9
+    python tools/train_scenes.py --data noto.tgz --out work/scenes --export work/scenes/model
 
 Three stages, each under its own budget of minutes, as in train_emoji.py, but every picture is composed
 anew. Killed at any moment, the same command goes on from the last checkpoint. `--start DIR` begins with

@@ -13,7 +13,18 @@ from typing import Any
 import emoji_scenes
 import pytest
 import torch
-from emoji_scenes import COLOURS, OBJECTS, Caption, Placed, Scene, Sprites, another, compose, read_sprites, scene
+from emoji_scenes import (
+    COLOURS,
+    OBJECTS,
+    Caption,
+    Placed,
+    Scene,
+    Sprites,
+    another,
+    compose,
+    read_sprites,
+    scene,
+)
 from torch import Tensor
 
 NAMES = OBJECTS[:20]

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emoji_data import read_emoji
 from PIL import Image
 from safetensors.torch import load_file
-
-from emoji_data import read_emoji
 from train_emoji import Muon, Recipe, decay, orthogonalised, read_log, run
 
 TINY = Recipe(batch=2, channels=(32, 32, 32), text_width=32, tokens=6)
