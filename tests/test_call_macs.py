@@ -136,3 +136,28 @@ def test_every_pipelines_generation_can_be_reported(kind: str) -> None:
     assert 0 < report.macs < report.full_macs
     assert report.selection_macs > 0
     assert "fewer" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_half_precision_is_reported_as_full_precision_is(kind: str, dtype: torch.dtype) -> None:
+    config = regrow.DaTo(schedule=regrow.Schedule.every(2, 4, ratio=0.5))
+    reports = []
+    for kept in (torch.float32, dtype):
+        pipe = pipelines.make(kind).to(kept)
+        with regrow.apply(pipe, config) as run:
+            assert pipelines.generate(pipe, kind=kind).dtype == kept
+        reports.append(run.report())
+    assert reports[0].calls == reports[1].calls
+
+
+def test_calls_that_compute_no_layer_to_prune_say_so() -> None:
+    """SDXL has no attention in its last up block, which is all that depth 1 computes."""
+    pipe = pipelines.make("sdxl")
+    schedule = regrow.Schedule(depth=(FULL, 1, FULL, 1), ratio=(0.0, 0.5, 0.5, 0.5))
+    with regrow.apply(pipe, regrow.DaTo(schedule=schedule)) as run:
+        pipelines.generate(pipe, kind="sdxl")
+    assert [c.ratio for c in run.report().calls] == [0.0, 0.0, 0.5, 0.0]
+    never = regrow.Schedule(depth=(FULL, 1), ratio=(0.0, 0.5))
+    with pytest.warns(UserWarning, match="prunes only in calls in which none"):
+        regrow.apply(pipe, regrow.DaTo(schedule=never)).remove()

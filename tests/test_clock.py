@@ -385,3 +385,81 @@ def test_schedulers_without_step_are_refused(pipe: Any) -> None:
     inputs = pipelines.unet_inputs(pipe.unet)
     with torch.no_grad():
         assert torch.equal(pipe.unet(**inputs).sample, full_output(pipe.unet, inputs))
+
+
+@pytest.mark.parametrize("method", [PRUNE, REUSE], ids=["sito", "dato"])
+def test_a_generation_before_apply_does_not_let_another_pipeline_in(pipe: Any, method: Any) -> None:
+    other = pipelines.sd(pipe.unet)
+    expected = generate(other)
+    generate(pipe)
+    with regrow.apply(pipe, method) as run:
+        with pytest.warns(UserWarning, match="computed in full"):
+            assert torch.equal(generate(other), expected)
+        generate(pipe)
+        assert places(run) == [(i, 0) for i in range(4)]
+
+
+def test_a_loop_whose_timesteps_were_set_before_apply_is_followed(texts: list[Tensor]) -> None:
+    pipe = pipelines.sd()
+    pipe.scheduler.set_timesteps(6)
+    timesteps = pipe.scheduler.timesteps
+    for convert in (lambda t: t, int, lambda t: t.clone()):
+        with regrow.apply(pipe, REUSE) as run, torch.no_grad():
+            latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+            for t in timesteps:
+                noise = pipe.unet(latents, convert(t), encoder_hidden_states=texts[0]).sample
+                latents = pipe.scheduler.step(noise, t, latents).prev_sample
+            assert places(run) == [(i, 0) for i in range(6)]
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_timesteps_may_be_elements_of_a_tensor_made_for_the_step(texts: list[Tensor], steps: int) -> None:
+    pipe = pipelines.sd()
+    with regrow.apply(pipe, REUSE) as run, torch.no_grad():
+        pipe.scheduler.set_timesteps(steps)
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        for t in pipe.scheduler.timesteps:
+            both = torch.stack([t, t])
+            noise = pipe.unet(latents, both[:1], encoder_hidden_states=texts[0]).sample
+            noise = noise + pipe.unet(latents, both[1:], encoder_hidden_states=texts[1]).sample
+            latents = pipe.scheduler.step(noise / 2, t, latents).prev_sample
+    assert places(run) == [(i, b) for i in range(steps) for b in range(2)]
+
+
+def test_a_loop_over_a_copy_of_the_timesteps_is_followed(texts: list[Tensor]) -> None:
+    pipe = pipelines.sd()
+    with regrow.apply(pipe, REUSE) as run, torch.no_grad():
+        pipe.scheduler.set_timesteps(6)
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        for t in pipe.scheduler.timesteps.clone():
+            noise = pipe.unet(latents, t, encoder_hidden_states=texts[0]).sample
+            latents = pipe.scheduler.step(noise, t, latents).prev_sample
+    assert places(run) == [(i, 0) for i in range(6)]
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_two_runs_on_one_scheduler_leave_it_as_it_was(first_out: int) -> None:
+    """As a base and a refiner that share their scheduler, in either order of removal."""
+    pipes = [pipelines.sd(), pipelines.sd(pipelines.sd1_unet(seed=5))]
+    pipes[1].scheduler = pipes[0].scheduler
+    runs = [regrow.apply(pipe, REUSE) for pipe in pipes]
+    expected = [generate(pipe) for pipe in pipes]
+    runs[first_out].remove()
+    left = 1 - first_out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(generate(pipes[left]), expected[left])
+    assert len(records(runs[left])) == 4
+    runs[left].remove()
+    assert "step" not in pipes[0].scheduler.__dict__
+
+
+def test_the_state_of_a_scheduler_can_be_copied_and_put_back(pipe: Any) -> None:
+    """As panorama pipelines do for each view."""
+    with regrow.apply(pipe, REUSE) as run:
+        expected = generate(pipe)
+        state = copy.deepcopy(pipe.scheduler.__dict__)
+        pipe.scheduler.__dict__.update(state)
+        assert torch.equal(generate(pipe), expected)
+        assert len(records(run)) == 4
+    assert "step" not in pipe.scheduler.__dict__

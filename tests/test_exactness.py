@@ -180,3 +180,21 @@ def test_the_users_attention_processors_are_kept(pipe: Any) -> None:
     with regrow.apply(pipe, PRUNE):
         pipelines.generate(pipe)
     assert {name: id(p) for name, p in pipe.unet.attn_processors.items()} == before
+
+
+def test_copying_an_accelerated_denoiser_is_refused_clearly(pipe: Any) -> None:
+    with regrow.apply(pipe, REUSE):
+        with pytest.raises(TypeError, match="remove"):
+            copy.deepcopy(pipe.unet)
+        with pytest.raises(TypeError, match="remove"):
+            pickle.dumps(pipe.unet)
+
+
+def test_forward_methods_replaced_after_apply_are_spoken_of_on_removal(pipe: Any) -> None:
+    run = regrow.apply(pipe, REUSE)
+    module = next(iter(run._installed._forwards))
+    wrapped = module.forward
+    module.forward = lambda *args: wrapped(*args)
+    with pytest.warns(UserWarning, match="replaced the forward methods of 1 modules"):
+        run.remove()
+    assert_untouched(pipe)

@@ -347,3 +347,44 @@ def test_reporting_before_any_generation_is_refused(pipe: Any) -> None:
         pytest.raises(RuntimeError, match="no generation"),
     ):
         run.report()
+
+
+def test_an_interrupt_inside_the_denoiser_shuts_nobody_out(pipe: Any) -> None:
+    expected = fresh(METHODS["dato"])
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with regrow.apply(pipe, METHODS["dato"]) as run:
+        generate(pipe)
+        hook = pipe.unet.mid_block.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe)
+        hook.remove()
+        assert torch.equal(in_a_thread(lambda: generate(pipe)), expected)
+        assert torch.equal(generate(pipe), expected)
+        hook = pipe.unet.mid_block.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe)
+        hook.remove()
+    assert run._engine.call is None
+    assert not slots(run)
+
+
+def test_guidance_of_a_pipeline_that_shares_the_run_is_seen(pipe: Any) -> None:
+    """Whether a batch is guided is a property of the batch, not of the pipeline of `apply`."""
+    other = sharing(pipe)
+    expected = fresh(METHODS["dato"])
+    with regrow.apply(pipe, METHODS["dato"]) as run:
+        generate(pipe, guidance_scale=1.0)
+        assert torch.equal(generate(other), expected)
+        generate(pipe, guidance_scale=1.0)
+
+        def look(*_: Any) -> dict[str, Any]:
+            # What is cached is dropped with the last step.
+            guided.extend(slot.guided for slot in slots(run).values())
+            return {}
+
+        guided: list[bool] = []
+        generate(other, callback_on_step_end=look)
+    assert guided == [True] * 3

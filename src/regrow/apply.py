@@ -51,7 +51,10 @@ class Run:
 
         Raises:
             ValueError: if ``num_steps < 1``.
+            RuntimeError: if the method was taken off.
         """
+        if not self._installed.active:
+            raise RuntimeError("this run's method was taken off; call regrow.apply again")
         with self._engine.manual(num_steps) as clock:
             yield clock
 
@@ -79,7 +82,8 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
     Raises:
         UnsupportedModelError: if regrow has no table for the model.
         TypeError: if ``config`` is no method's configuration.
-        ValueError: if the model has no layer the method could prune, or a method is applied already.
+        ValueError: if the model has no layer the method could prune, a method is applied already, or a
+            scheduler is given with a pipeline.
     """
     denoiser = denoiser_of(target)
     parts = parts_of(config)
@@ -89,7 +93,9 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
             "Pipelines that share a denoiser and a scheduler share its run as well."
         )
     pipeline = None if target is denoiser else target
-    engine = Engine(denoiser, layout_of(denoiser), parts, None, _guided(pipeline))
+    if pipeline is not None and scheduler is not None:
+        raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
+    engine = Engine(denoiser, layout_of(denoiser), parts, None)
     _check_useful(engine, denoiser)
     source = (lambda: pipeline.scheduler) if pipeline is not None else (lambda: scheduler)
     if source() is not None and not hasattr(source(), "step"):
@@ -100,24 +106,27 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
     return Run(config, engine, installed)
 
 
-def _guided(pipeline: Any) -> Any:
-    """Whether the pipeline says it guides; None if it does not say, or there is none."""
-    return lambda: getattr(pipeline, "do_classifier_free_guidance", None)
-
-
 def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     """Refuse what could only do nothing, warn of what is asked to do nothing."""
-    prunes = engine.parts.schedule.max_ratio > 0 and engine.rule is not None
-    if prunes and not engine.blocks:
+    steps = engine.parts.schedule.steps()
+    asked = engine.parts.schedule.max_ratio > 0 and engine.rule is not None
+    if asked and not engine.blocks:
         assert engine.rule is not None
         raise ValueError(
             f"max_downsample: {engine.rule.where.max_downsample} leaves no layer of "
             f"{type(denoiser).__name__} to prune; its finest attention is at "
             f"{engine.layout.top_level}"
         )
+    prunes = any(engine.prunes(step) for step in steps)
+    if asked and not prunes:
+        engine.warn_once(
+            "nothing pruned",
+            "the schedule prunes only in calls in which none of the layers to prune is computed",
+        )
     if not prunes and not engine.cuts:
         engine.warn_once(
             "nothing",
-            f"the schedule prunes nothing and reuses nothing: 0 of {len(engine.parts.schedule)} steps "
-            f"go less deep than {engine.layout.depths} layers and no ratio is above 0",
+            "the schedule prunes nothing and reuses nothing: after the first call, which is always full, "
+            f"0 of {len(engine.parts.schedule) - 1} steps go less deep than {engine.layout.depths} layers, "
+            "and no ratio is above 0",
         )

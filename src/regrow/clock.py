@@ -88,19 +88,36 @@ class _Step:
     """Stands in for ``scheduler.step``: steps, then ticks the clock."""
 
     def __init__(self, scheduler: Any, tick: Callable[[], None]) -> None:
-        self._step, self._tick = scheduler.step, tick
-        self._scheduler = scheduler
         # Pipelines read the parameters of `step` from its signature.
         functools.update_wrapper(self, scheduler.step)
+        self._scheduler, self._step = scheduler, scheduler.step
+        self._below = scheduler.__dict__.get("step")
+        self._tick: Callable[[], None] | None = tick
+        scheduler.step = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self._step(*args, **kwargs)
-        self._tick()
+        if self._tick is not None:
+            self._tick()
         return out
 
+    def remove(self) -> None:
+        """Tick no more; the scheduler is as before, unless something else lies on top."""
+        self._tick = None
+        top = self._scheduler.__dict__.get("step")
+        while isinstance(top, _Step) and top._tick is None:
+            top = top._below
+        if top is None:
+            self._scheduler.__dict__.pop("step", None)
+        else:
+            self._scheduler.step = top
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._scheduler))
+        if copied is None:
+            # Panorama pipelines copy the state of a scheduler and put it back.
+            return self
         # A copied scheduler is another sampler: it must step itself and not this clock.
-        copied = memo[id(self._scheduler)]
         return MethodType(type(copied).step, copied)
 
 
@@ -120,6 +137,8 @@ class SchedulerClock:
         self._scheduler: Any = None
         self._step: _Step | None = None
         self._timesteps: Any = None
+        self._values: list[float] = []
+        self._unproven: Any = None
         self._loop: _Loop | None = None
         self._displaced: _Loop | None = None
         self._index = self._total = self._branch = 0
@@ -131,14 +150,17 @@ class SchedulerClock:
     def _attach(self, scheduler: Any) -> None:
         self.detach()
         self._scheduler = scheduler
-        self._step = scheduler.step = _Step(scheduler, self._tick)
-        if not _is_set(scheduler):
+        self._step = _Step(scheduler, self._tick)
+        if _is_set(scheduler):
+            self._unproven = scheduler.timesteps
+        else:
             self._timesteps = scheduler.timesteps
 
     def detach(self) -> None:
-        if self._step is not None and self._scheduler.__dict__.get("step") is self._step:
-            del self._scheduler.step
-        self._scheduler = self._step = self._timesteps = self._loop = self._displaced = None
+        if self._step is not None:
+            self._step.remove()
+        self._scheduler = self._step = self._timesteps = self._unproven = None
+        self._loop = self._displaced = None
         self._index = self._total = 0
 
     def _tick(self) -> None:
@@ -169,16 +191,29 @@ class SchedulerClock:
         return here
 
     def _begin(self, timestep: Any) -> bool:
-        """Begin a generation at its first call; False if the call is not one of the scheduler's."""
-        begin = _begin_index(self._scheduler, timestep)
-        if begin is None:
-            return False
+        """Begin a generation at its first call, at index 0, or later for image-to-image; False if the
+        call is not one of the scheduler's."""
+        timesteps = self._scheduler.timesteps
+        loop: _Loop | None = _Loop.over(timesteps)
+        values = timesteps.tolist()
+        if loop is not None and loop.holds(timestep):
+            begin = loop.place(timestep)
+        else:
+            # Timesteps set before `apply` may be of a generation long past.
+            if timesteps is self._unproven and _is_part(timestep, timesteps.device):
+                return False
+            value = _value(timestep)
+            if value not in values:
+                return False
+            begin = getattr(self._scheduler, "begin_index", None) or 0
+            if begin >= len(values) or values[begin] != value:
+                begin = values.index(value)
+            loop = _Loop.around(timestep, timesteps, begin)
         me = threading.get_ident()
-        if self._index < self._total and self._owner != me:
-            self._displaced = self._loop
-        self._timesteps, self._total = self._scheduler.timesteps, len(self._scheduler.timesteps)
-        own = _Loop.over(self._timesteps)
-        self._loop = own if own.holds(timestep) else _Loop.around(timestep, begin)
+        unfinished = self._index < self._total and self._owner != me
+        self._displaced = self._loop if unfinished else None
+        self._timesteps, self._values, self._total = timesteps, values, len(values)
+        self._loop, self._unproven = loop, None
         self._index, self._branch, self._first, self._owner = begin, 0, True, me
         return True
 
@@ -187,9 +222,9 @@ class SchedulerClock:
         their place, which needs no wait for the device."""
         if self._loop is not None and self._loop.holds(timestep):
             return self._loop.place(timestep) == self._index
-        if self._loop is not None and _Loop.around(timestep, 0) is not None:
+        if self._loop is not None and _is_part(timestep):
             return False
-        return _value(timestep) == float(self._timesteps[self._index])
+        return _value(timestep) == self._values[self._index]
 
     def _warn_foreign(self) -> None:
         if not self._warned:
@@ -222,14 +257,17 @@ class _Loop:
         return cls(timesteps, int(timesteps.storage_offset()), max(int(timesteps.stride(0)), 1))
 
     @classmethod
-    def around(cls, timestep: Any, index: int) -> _Loop | None:
-        """The loop a timestep of a known index belongs to; None if it is a value of its own."""
-        if not isinstance(timestep, torch.Tensor) or timestep.is_meta:
+    def around(cls, timestep: Any, timesteps: torch.Tensor, index: int) -> _Loop | None:
+        """The loop over a copy of ``timesteps`` whose element of that index is given; None if the
+        given one is not followed by the others."""
+        if not _is_part(timestep):
             return None
-        own = timestep.numel() if any(timestep.stride()) else 1
-        if timestep.untyped_storage().nbytes() <= own * timestep.element_size():
+        rest, offset = timesteps[index:], int(timestep.storage_offset())
+        room = timestep.untyped_storage().nbytes() // timestep.element_size() - offset
+        if room < len(rest):
             return None
-        return cls(timestep, int(timestep.storage_offset()) - index, 1)
+        following = timestep.as_strided((len(rest),), (1,), offset)
+        return cls(timestep, offset - index, 1) if torch.equal(following.to(rest), rest) else None
 
     def holds(self, timestep: Any) -> bool:
         """Whether a timestep is an element of this loop's tensor."""
@@ -261,14 +299,10 @@ def _value(timestep: Any) -> float:
     return float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
 
 
-def _begin_index(scheduler: Any, timestep: Any) -> int | None:
-    """The index at which a generation starts: 0, or later for image-to-image."""
-    timesteps = scheduler.timesteps
-    loop = _Loop.over(timesteps)
-    place: int | None = loop.place(timestep) if loop.holds(timestep) else None
-    if place is None:
-        place = getattr(scheduler, "begin_index", None)
-    if place is None:
-        here = (timesteps.cpu() == _value(timestep)).nonzero()
-        place = int(here[0]) if len(here) else None
-    return place if place is not None and place < len(timesteps) else None
+def _is_part(timestep: Any, device: torch.device | None = None) -> bool:
+    """Whether a timestep is an element of a larger tensor (on that device)."""
+    if not isinstance(timestep, torch.Tensor) or timestep.is_meta:
+        return False
+    own = timestep.numel() if any(timestep.stride()) else 1
+    larger = timestep.untyped_storage().nbytes() > own * timestep.element_size()
+    return larger and device in (None, timestep.device)

@@ -6,6 +6,7 @@ model hooks, which can leave a layer out.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -100,12 +101,10 @@ class KeepHook(ModelHook):
         call = self.engine.call
         selection = None if call is None else call.selections.get(self.block.name)
         x = args[0] if args else kwargs["hidden_states"]
-        # Chunked feed-forwards get a part of the tokens, IP-Adapter masks speak of all of them.
-        if (
-            selection is None
-            or x.shape[1] != selection.tokens
-            or kwargs.get("ip_adapter_masks") is not None
-        ):
+        # IP-Adapter masks, which every attention is handed, speak of all tokens to the cross-attention.
+        masked = module is self.block.cross_attention and kwargs.get("ip_adapter_masks") is not None
+        # Chunked feed-forwards get a part of the tokens.
+        if selection is None or x.shape[1] != selection.tokens or masked:
             return original(self)(*args, **kwargs)
         assert call is not None
         call.pruned += 1
@@ -138,14 +137,28 @@ class Installed:
 
     def __init__(self, engine: Engine) -> None:
         self._undo: list[Callable[[], None]] = []
+        self._forwards: dict[nn.Module, Any] = {}
         try:
             self._install(engine)
         except BaseException:
             self.remove()
             raise
 
+    @property
+    def active(self) -> bool:
+        """Whether the hooks are in place."""
+        return bool(self._undo)
+
     def remove(self) -> None:
         """Leave every module as it was before."""
+        covered = [m for m, forward in self._forwards.items() if m.__dict__.get("forward") is not forward]
+        if covered:
+            warnings.warn(
+                f"something replaced the forward methods of {len(covered)} modules after regrow.apply; it "
+                "is lost with the removal. Enable offload before regrow.apply, or remove regrow first",
+                stacklevel=3,
+            )
+        self._forwards.clear()
         while self._undo:
             self._undo.pop()()
 
@@ -184,6 +197,7 @@ class Installed:
         had_registry, had_forward = hasattr(module, "_diffusers_hook"), "forward" in module.__dict__
         registry = HookRegistry.check_if_exists_or_initialize(module)
         registry.register_hook(hook, name)
+        self._forwards[module] = module.forward
 
         def undo() -> None:
             registry.remove_hook(name, recurse=False)

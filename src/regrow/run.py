@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ class CallRecord:
         position: where in the generation it stood.
         depth: up-path layers computed; `FULL` for a full call.
         ratio: share of tokens pruned where the method prunes.
-        planned: what the schedule asked for, if something else was done (nothing cached yet).
+        planned: what the schedule asked for; something else was done where nothing was cached yet.
         inputs: its positional and keyword arguments on the meta device, enough to count its MACs.
     """
 
@@ -87,7 +88,6 @@ class Engine:
         layout: its table.
         parts: the method.
         clock: where calls stand; None until a generation is opened by hand.
-        guided: says whether batches hold two halves of guidance; None to look at the batch.
     """
 
     def __init__(
@@ -96,15 +96,14 @@ class Engine:
         layout: Layout,
         parts: Parts,
         clock: Clock | None,
-        guided: Callable[[], bool | None] = lambda: None,
     ) -> None:
         self.denoiser, self.layout, self.parts = denoiser, layout, parts
         self.clock = clock
-        self.guided = guided
         self.rule: TokenRule | None = parts.tokens
         self.select = self._select_by_rule
         self.blocks = self._pruned_blocks()
         self.cuts = self._used_cuts()
+        self.pruned = {cut: self._computed(cut) for cut in (None, *self.cuts.values())}
         self.call: Call | None = None
         self.generation: Generation | None = None
         self._busy: int | None = None
@@ -124,6 +123,20 @@ class Engine:
         depths = set(self.parts.schedule.depth[1:])
         return {d: self.layout.cuts[d] for d in sorted(depths) if d < self.layout.depths}
 
+    def _computed(self, cut: Cut | None) -> tuple[TokenBlock, ...]:
+        """The blocks in which the rule prunes, of those that run."""
+        skip = cut.skip if cut is not None else frozenset()
+        return tuple(b for b in self.blocks if not any(f"{b.name}.".startswith(f"{n}.") for n in skip))
+
+    def prunes(self, step: Step) -> bool:
+        """Whether a call of the schedule prunes in any layer."""
+        return step.ratio > 0 and bool(self.pruned[self.cuts.get(step.depth)])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a denoiser can't be copied while a method is applied to it; call run.remove() first"
+        )
+
     def warn_once(self, about: str, message: str) -> None:
         """Warn, the first time for this run."""
         if about not in self._warned:
@@ -134,7 +147,7 @@ class Engine:
         """Decide what the call that begins now does."""
         me = threading.get_ident()
         with self._lock:
-            if self._busy not in (None, me):
+            if self._busy not in (None, me) and _is_inside(self._busy, self.denoiser):
                 raise ConcurrentGenerationError(
                     "the denoiser is in use by another thread; an accelerated denoiser serves one "
                     "generation at a time. Give each thread a pipeline with a denoiser of its own."
@@ -182,7 +195,7 @@ class Engine:
         residuals = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
         residuals |= kwargs.get("mid_block_additional_residual") is not None
         info = CallInfo(sample.shape[0], slot.guided, tuple(slot.outputs), generation.generator)
-        counts = {} if depth == 0 else self._counts(sample, planned.ratio)
+        counts = self._counts(sample, planned.ratio, cut)
         grids = sorted({grid for grid, _ in counts.values()}, key=lambda g: -g.tokens)
         prepared: Mapping[Grid, Tensor] = {}
         if self.rule is not None and grids and not sample.is_meta:
@@ -213,25 +226,18 @@ class Engine:
         if slot is None or slot.key != key:
             wanted = self.rule is not None and self.rule.aligns
             inputs = (_shapes(args), _shapes(kwargs))
-            slot = Slot(key, inputs, wanted and self._is_guided(sample))
+            slot = Slot(key, inputs, wanted and _is_guided(sample))
             generation.slots[branch] = slot
         return slot
 
-    def _is_guided(self, sample: Tensor) -> bool:
-        """Whether a batch is two halves for guidance: the same latents twice. Once a generation."""
-        if self.guided() is False or sample.shape[0] % 2 or sample.is_meta:
-            return False
-        latents = sample[:, : self.layout.out_channels]
-        half = sample.shape[0] // 2
-        return bool(torch.equal(latents[:half], latents[half:]))
-
-    def _counts(self, sample: Tensor, ratio: float) -> dict[str, tuple[Grid, int]]:
+    def _counts(self, sample: Tensor, ratio: float, cut: Cut | None) -> dict[str, tuple[Grid, int]]:
         """For each block that prunes, its grid and how many tokens go."""
-        if self.rule is None or ratio == 0:
+        blocks = self.pruned[cut]
+        if self.rule is None or ratio == 0 or not blocks:
             return {}
         height, width = sample.shape[-2:]
         counts = {}
-        for block in self.blocks:
+        for block in blocks:
             grid = block.grid(height, width, self.rule.patch)
             if grid.pruned(ratio) > 0:
                 counts[block.name] = (grid, grid.pruned(ratio))
@@ -264,7 +270,7 @@ class Engine:
                 "a cached call was computed in full, because something replaced the forward methods of "
                 "the denoiser's blocks after regrow.apply; apply regrow last",
             )
-        if call.counts and not call.pruned and call.cut is None:
+        if call.counts and not call.pruned:
             self.warn_once(
                 "prune",
                 f"none of the {len(call.counts)} layers that should prune tokens did, because something "
@@ -277,6 +283,7 @@ class Engine:
 
     def release(self) -> None:
         """Drop what is cached; the records of the last generation stay for the report."""
+        self.call = None
         if self.generation is not None:
             self.generation.slots.clear()
 
@@ -292,6 +299,24 @@ class Engine:
             self.clock = before
 
 
+def _is_inside(thread: int | None, module: nn.Module) -> bool:
+    """Whether a thread is in a call of a module. One that was interrupted there told nobody."""
+    frame = sys._current_frames().get(thread or 0)
+    while frame is not None:
+        if frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_guided(sample: Tensor) -> bool:
+    """Whether a batch is two halves for guidance: the same input twice. Looked at once a generation."""
+    if sample.shape[0] % 2 or sample.is_meta:
+        return False
+    first, second = sample.chunk(2)
+    return bool(torch.equal(first, second))
+
+
 def _generator(device: torch.device, seed: int) -> torch.Generator:
     where = "cpu" if device.type == "meta" else device
     return torch.Generator(where).manual_seed(seed)
@@ -305,7 +330,9 @@ def _freeu(denoiser: nn.Module) -> bool:
 def _shapes(value: Any) -> Any:
     """The same structure with tensors that hold no data."""
     if isinstance(value, Tensor):
-        return torch.empty_like(value, device="meta")
+        # Models without weights are float32.
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        return torch.empty_like(value, device="meta", dtype=dtype)
     if isinstance(value, Mapping):
         return {k: _shapes(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -60,6 +60,11 @@ def test_profile_takes_a_schedule_file_and_an_interval(
         (("profile", "--arch", "emoji", "--method", "dato"), "needs --preset, --schedule"),
         (("profile", "--arch", "emoji", "--method", "dato", "--schedule", "none.yaml"), "none.yaml"),
         (("generate", "--prompt", "pear", "--dtype", "int8"), "dtype: 'int8' is not allowed"),
+        (
+            ("generate", "--prompt", "pear", "--device", "gpu"),
+            "--device: 'gpu' can't be used; best here is",
+        ),
+        (("generate", "--prompt", "pear", "--device", "cuda:77"), "--device: 'cuda:77' can't be used"),
         (("generate", "--prompt", "pear", "--model", "./nowhere", "--steps", "1"), "nowhere"),
     ],
 )
@@ -97,12 +102,14 @@ def test_methods_lists_every_system(
     assert presets["dato"] == ["b1", "fast", "b1-released"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_generate_compares_with_the_unaccelerated_picture(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, dtype: str
 ) -> None:
     out = tmp_path / "pictures" / "apple.png"
     words = ("generate", "--prompt", "red apple", "--prompt", "dog face", "--method", "dato")
     words += ("--preset", "b1", "--steps", "3", "--compare", "--json", "--device", "cpu", "--out", str(out))
+    words += ("--dtype", dtype)
     assert run(monkeypatch, *words) == 0
     found = json.loads(capsys.readouterr().out)
     files = [Path(f) for f in found["files"]]

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from regrow.measure import contact_sheet, feature_distances, psnr
+from regrow.measure import contact_sheet, feature_distances, mean_psnr, psnr
 
 
 def picture(seed: int, size: tuple[int, int] = (20, 16)) -> Image.Image:
@@ -19,6 +19,12 @@ def test_psnr_is_that_of_scikit_image() -> None:
 
 def test_psnr_of_equal_pictures_is_infinite() -> None:
     assert psnr(picture(0), picture(0)) == float("inf")
+
+
+def test_the_mean_psnr_leaves_equal_pictures_out() -> None:
+    a, b = picture(0), picture(1)
+    assert mean_psnr([(a, a), (a, b)]) == psnr(a, b)
+    assert mean_psnr([(a, a)]) is None
 
 
 def test_psnr_refuses_pictures_of_different_sizes() -> None:

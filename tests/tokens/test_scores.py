@@ -82,3 +82,12 @@ def test_noise_has_the_sigma_asked_for() -> None:
     sample = noise(torch.Size((1, 20_000)), 0.1, torch.Generator().manual_seed(0))
     assert abs(float(sample.std()) - 0.1) < 0.005
     assert abs(float(sample.mean())) < 0.005
+
+
+@pytest.mark.parametrize("norm", [1.0, 40.0, 400.0])
+def test_sim_score_does_not_overflow_in_float16(norm: float) -> None:
+    x = torch.randn(1, 4096, 64, generator=torch.Generator().manual_seed(0)) + 0.5
+    x = (x / x.norm(dim=-1, keepdim=True) * norm).half()
+    score = sim_score(x)
+    assert score.isfinite().all()
+    torch.testing.assert_close(score, sim_score(x.float()), rtol=5e-3, atol=1.0)

@@ -14,7 +14,7 @@ from rich.table import Table
 from regrow import zoo
 from regrow.apply import apply
 from regrow.cli.generate import Pictures, make
-from regrow.measure import contact_sheet, feature_distances, psnr
+from regrow.measure import contact_sheet, feature_distances, mean_psnr
 from regrow.measure.features import MissingWeightsError
 from regrow.measure.machine import machine
 from regrow.methods import DaTo, SiTo
@@ -121,7 +121,6 @@ def _row(name: str, pictures: dict[str, Pictures], macs_ratio: float) -> Row:
     speedup = plain.seconds / mine.seconds
     if mine is plain:
         return Row(name, seconds, 1.0, 1.0, None, None)
-    noise = [psnr(a, b) for a, b in zip(plain.images, mine.images, strict=True)]
     try:
         features = feature_distances(plain.images, mine.images)
     except MissingWeightsError:
@@ -131,6 +130,6 @@ def _row(name: str, pictures: dict[str, Pictures], macs_ratio: float) -> Row:
         seconds,
         speedup,
         macs_ratio,
-        sum(noise) / len(noise),
+        mean_psnr(zip(plain.images, mine.images, strict=True)),
         sum(features) / len(features) if features else None,
     )

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from regrow import zoo
 from regrow.apply import apply
-from regrow.measure import contact_sheet, psnr
+from regrow.measure import contact_sheet, mean_psnr
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,22 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(name: str) -> str:
+    """The name of a device that is there.
+
+    Raises:
+        ValueError: if torch does not know the device, or it is not there.
+    """
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device: {name!r} can't be used; best here is {best_device()} ({reason})"
+        ) from error
+    return name
 
 
 def load_pipeline(model: str, device: str, dtype: torch.dtype) -> Any:
@@ -111,7 +127,7 @@ def make(
 def run_generate(request: Request, config: Any, label: str, as_json: bool) -> None:
     """Generate, save, and say what it took."""
     console = Console(stderr=True)
-    device = request.device or best_device()
+    device = check_device(request.device) if request.device else best_device()
     with console.status(f"loading {request.model}"):
         pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype))
     guidance = zoo.GUIDANCE.get(request.model) if request.guidance is None else request.guidance
@@ -119,7 +135,7 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
     variants = [("unaccelerated", None)] if compared or config is None else []
     variants += [] if config is None else [(label, config)]
     results: dict[str, Pictures] = {}
-    report = None
+    ran = None
     with Progress(console=console) as progress:
         for name, method in variants:
             task = progress.add_task(name, total=None)
@@ -138,20 +154,19 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
             if method is None:
                 results[name] = make(pipeline, request.prompts, **options)
             else:
-                with apply(pipeline, method) as run:
+                with apply(pipeline, method) as ran:
                     results[name] = make(pipeline, request.prompts, **options)
-                report = run.report()
     files = _save(request, results[variants[-1][0]].images)
     rows: list[dict[str, Any]] = [
         {"method": name, "seconds_per_image": r.seconds / len(r.images)} for name, r in results.items()
     ]
-    if report is not None:
+    if ran is not None:
+        report = ran.report()
         rows[-1]["macs_ratio"] = report.full_macs / report.macs
     if compared:
         plain, fast = (results[name] for name, _ in variants)
         rows[-1]["speedup"] = plain.seconds / fast.seconds
-        distances = [psnr(a, b) for a, b in zip(plain.images, fast.images, strict=True)]
-        rows[-1]["psnr"] = sum(distances) / len(distances)
+        rows[-1]["psnr"] = mean_psnr(zip(plain.images, fast.images, strict=True))
         sheet = contact_sheet(
             list(zip(plain.images, fast.images, strict=True)),
             columns=["unaccelerated", label],
@@ -171,7 +186,7 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
             f"{row['seconds_per_image']:.2f}",
             f"{row['speedup']:.2f}x" if "speedup" in row else "-",
             f"{row['macs_ratio']:.2f}x fewer" if "macs_ratio" in row else "-",
-            f"{row['psnr']:.1f}" if "psnr" in row else "-",
+            ("equal" if row["psnr"] is None else f"{row['psnr']:.1f}") if "psnr" in row else "-",
         )
     Console().print(table)
     for file in files:

@@ -1,7 +1,7 @@
 """What a method costs and saves: MACs, time, and the distance to the unaccelerated picture."""
 
 from regrow.measure.architectures import NAMES, Architecture, architecture, architecture_of
-from regrow.measure.images import contact_sheet, feature_distances, psnr
+from regrow.measure.images import contact_sheet, feature_distances, mean_psnr, psnr
 from regrow.measure.macs import Profile, profile
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "architecture_of",
     "contact_sheet",
     "feature_distances",
+    "mean_psnr",
     "profile",
     "psnr",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +23,12 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     error = np.asarray(a.convert("RGB"), float) - np.asarray(b.convert("RGB"), float)
     mean = float((error**2).mean())
     return float("inf") if mean == 0 else 10 * float(np.log10(255**2 / mean))
+
+
+def mean_psnr(pairs: Iterable[tuple[Image.Image, Image.Image]]) -> float | None:
+    """Mean of the pairs that differ; None if none does."""
+    values = [value for a, b in pairs if math.isfinite(value := psnr(a, b))]
+    return sum(values) / len(values) if values else None
 
 
 def feature_distances(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> list[float]:

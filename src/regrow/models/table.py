@@ -82,13 +82,11 @@ class Layout:
         blocks: its transformer blocks in the order they run.
         skippable: the modules that some cut skips, by name.
         cuts: the cut of each depth from 0 to ``depths - 1``.
-        out_channels: channels of the predicted noise.
     """
 
     blocks: tuple[TokenBlock, ...]
     skippable: dict[str, Skippable]
     cuts: tuple[Cut, ...]
-    out_channels: int
 
     @property
     def depths(self) -> int:

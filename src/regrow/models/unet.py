@@ -86,7 +86,7 @@ def unet_layout(unet: Any) -> Layout:
         b, unit = up_layers[first - 1]
         cuts.append(Cut(frozenset(skip), unit[-1] if b in running else up_blocks[b]))
 
-    return Layout(_token_blocks(unet), skippable, tuple(cuts), unet.config.out_channels)
+    return Layout(_token_blocks(unet), skippable, tuple(cuts))
 
 
 def _layers(path: str, block: Any, may_skip: Any) -> list[list[str]]:

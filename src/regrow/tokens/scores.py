@@ -25,9 +25,9 @@ def sim_score(x: Tensor) -> Tensor:
         x: features ``(B, N, C)``.
     """
     inverse = inverse_norm(x)
-    total = (inverse[:, None].to(x.dtype) @ x).float()
-    total = total.to(x.dtype).transpose(1, 2)
-    return (x @ total).squeeze(-1).float() * inverse
+    # The mean instead of the sum: products with the sum overflow in float16.
+    mean = (inverse[:, None].to(x.dtype) @ x).float() / x.shape[1]
+    return (x @ mean.to(x.dtype).transpose(1, 2)).squeeze(-1).float() * inverse * x.shape[1]
 
 
 def diff_score(last: Tensor, before: Tensor, grid: Grid) -> Tensor:
