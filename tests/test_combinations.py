@@ -1,5 +1,6 @@
 """Together with what users switch on beside it: compiled blocks, model offload."""
 
+import pipelines
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -57,3 +58,25 @@ def test_model_offload_takes_nothing_away(pipeline, offload_first):
     assert torch.equal(generate(pipeline), expected), "also after the offload hooks were renewed"
     run.remove()
     assert torch.equal(generate(pipeline), plain)
+
+
+def test_ip_adapter_masks_keep_only_the_cross_attention_from_pruning(pipe):
+    """Every attention is handed the masks; without an IP-Adapter nobody reads them."""
+    inputs = pipelines.unet_inputs(pipe.unet)
+    masked = inputs | {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 16, 16)]}}
+
+    def outputs(config):
+        out = []
+        for arguments in (inputs, masked):
+            with regrow.apply(pipe.unet, config) as run, run.generation(1), torch.no_grad():
+                out.append(pipe.unet(**arguments).sample)
+        return out
+
+    with torch.no_grad():
+        full = pipe.unet(**inputs).sample
+    plain, with_masks = outputs(regrow.SiTo(ratio=0.5))
+    assert torch.equal(plain, with_masks)
+    assert not torch.equal(plain, full)
+    plain, with_masks = outputs(regrow.SiTo(ratio=0.5, self_attention=False, cross_attention=True))
+    assert not torch.equal(plain, full)
+    assert torch.equal(with_masks, full)
