@@ -126,7 +126,8 @@ def card(check: dict[str, Any], log: Path, same_run: bool, parameters: dict[str,
         origin = (
             f"The weights come from a first run of this recipe: {FIRST_RUN}. The loss curve is "
             "**not** that run's: it shows a later run of `tools/train_emoji.py`, on a slower, "
-            f"shared machine ({summary}). Minutes are processor time per thread."
+            f"shared machine ({summary}). Minutes are processor time per thread. That later run is far "
+            "too short to converge; its weights are not used."
         )
     return f"""# emoji
 
@@ -182,7 +183,7 @@ Retrain with one command (resumable; `--data` also takes the tarball of
 
 ```
 python tools/train_emoji.py --data emoji64.zip --out work/emoji --export work/emoji/model
-python tools/check_emoji.py --data emoji64.zip --model work/emoji/model --trajectory --json check.json
+python tools/check_emoji.py --data emoji64.zip --model work/emoji/model --bf16 --trajectory --json check.json
 ```
 
 On a machine shared with others, set `OMP_WAIT_POLICY=PASSIVE`, so that waiting threads don't spin.
