@@ -183,7 +183,7 @@ Retrain with one command (resumable; `--data` also takes the tarball of
 
 ```
 python tools/train_emoji.py --data emoji64.zip --out work/emoji --export work/emoji/model
-python tools/check_emoji.py --data emoji64.zip --model work/emoji/model --bf16 --trajectory --json check.json
+python tools/check_emoji.py --data emoji64.zip --model work/emoji/model --bf16 --trajectory
 ```
 
 On a machine shared with others, set `OMP_WAIT_POLICY=PASSIVE`, so that waiting threads don't spin.
