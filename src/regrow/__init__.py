@@ -9,7 +9,17 @@ print(run.report())
 
 from regrow.apply import Run, apply
 from regrow.clock import ConcurrentGenerationError
-from regrow.methods import Alignment, BaseChoice, DaTo, Features, Recovery, SiTo
+from regrow.methods import (
+    Alignment,
+    BaseChoice,
+    Combined,
+    DaTo,
+    DeepCache,
+    Features,
+    Recovery,
+    SiTo,
+    ToMeSD,
+)
 from regrow.models import UnsupportedModelError
 from regrow.run_report import RunReport
 from regrow.schedule import FULL, Schedule, ScheduleError
@@ -20,8 +30,10 @@ __all__ = [
     "FULL",
     "Alignment",
     "BaseChoice",
+    "Combined",
     "ConcurrentGenerationError",
     "DaTo",
+    "DeepCache",
     "Features",
     "Recovery",
     "Run",
@@ -29,6 +41,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "SiTo",
+    "ToMeSD",
     "UnsupportedModelError",
     "apply",
 ]

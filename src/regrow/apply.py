@@ -108,8 +108,7 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
 
 def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     """Refuse what could only do nothing, warn of what is asked to do nothing."""
-    steps = engine.parts.schedule.steps()
-    asked = engine.parts.schedule.max_ratio > 0 and engine.rule is not None
+    asked = engine.rule is not None and any(step.ratio for step in engine.kinds)
     if asked and not engine.blocks:
         assert engine.rule is not None
         raise ValueError(
@@ -117,7 +116,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             f"{type(denoiser).__name__} to prune; its finest attention is at "
             f"{engine.layout.top_level}"
         )
-    prunes = any(engine.prunes(step) for step in steps)
+    prunes = any(engine.prunes(step) for step in engine.kinds)
     if asked and not prunes:
         engine.warn_once(
             "nothing pruned",
@@ -126,7 +125,6 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     if not prunes and not engine.cuts:
         engine.warn_once(
             "nothing",
-            "the schedule prunes nothing and reuses nothing: after the first call, which is always full, "
-            f"0 of {len(engine.parts.schedule) - 1} steps go less deep than {engine.layout.depths} layers, "
-            "and no ratio is above 0",
+            "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
+            f"call goes less deep than {engine.layout.depths} layers, and no ratio is above 0",
         )

@@ -100,6 +100,7 @@ class Engine:
         self.denoiser, self.layout, self.parts = denoiser, layout, parts
         self.clock = clock
         self.rule: TokenRule | None = parts.tokens
+        self.kinds = parts.plan.kinds()
         self.select = self._select_by_rule
         self.blocks = self._pruned_blocks()
         self.cuts = self._used_cuts()
@@ -112,15 +113,15 @@ class Engine:
 
     def _pruned_blocks(self) -> tuple[TokenBlock, ...]:
         """The blocks in which the rule prunes."""
-        if self.rule is None or self.parts.schedule.max_ratio == 0:
+        if self.rule is None or not any(step.ratio for step in self.kinds):
             return ()
         limit = self.rule.where.max_downsample
         deepest = self.layout.top_level if limit == "top" else limit
         return tuple(b for b in self.layout.blocks if b.downsample <= deepest)
 
     def _used_cuts(self) -> dict[int, Cut]:
-        """The cuts of the depths that the schedule uses on this model."""
-        depths = set(self.parts.schedule.depth[1:])
+        """The cuts of the depths that the plan uses on this model."""
+        depths = {step.depth for step in self.kinds}
         return {d: self.layout.cuts[d] for d in sorted(depths) if d < self.layout.depths}
 
     def _computed(self, cut: Cut | None) -> tuple[TokenBlock, ...]:
@@ -129,7 +130,7 @@ class Engine:
         return tuple(b for b in self.blocks if not any(f"{b.name}.".startswith(f"{n}.") for n in skip))
 
     def prunes(self, step: Step) -> bool:
-        """Whether a call of the schedule prunes in any layer."""
+        """Whether a call of the plan prunes in any layer."""
         return step.ratio > 0 and bool(self.pruned[self.cuts.get(step.depth)])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -178,7 +179,7 @@ class Engine:
         if position.first or self.generation is None:
             seed = 0 if self.rule is None else self.rule.seed
             self.generation = Generation(
-                list(self.parts.schedule.resample(position.total).steps()),
+                list(self.parts.plan.resample(position.total).steps()),
                 _generator(sample.device, seed),
             )
         generation = self.generation

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -43,6 +43,19 @@ class Step:
     @property
     def full(self) -> bool:
         return self.depth >= FULL
+
+
+class Plan(Protocol):
+    """What says what each call does, for any number of calls."""
+
+    def kinds(self) -> frozenset[Step]:
+        """Every step that may occur."""
+
+    def resample(self, calls: int) -> Schedule:
+        """The steps of a generation of so many calls."""
+
+    def with_ratio(self, ratio: float) -> Plan:
+        """The same depths with one pruning ratio."""
 
 
 def _depth(value: Any) -> Any:
@@ -104,6 +117,10 @@ class Schedule(BaseModel):
     def steps(self) -> Iterator[Step]:
         """The steps in order."""
         return (Step(d, r) for d, r in zip(self.depth, self.ratio, strict=True))
+
+    def kinds(self) -> frozenset[Step]:
+        """Every step that may occur; the first one is full whatever the plan says."""
+        return frozenset((Step(FULL, self.ratio[0]), *list(self.steps())[1:]))
 
     @property
     def max_ratio(self) -> float:

@@ -9,7 +9,10 @@ from pydantic import ValidationError
 
 from regrow.methods.catalogue import configured
 from regrow.methods.dato import DaTo
+from regrow.methods.deepcache import DeepCache
+from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
+from regrow.methods.tome import ToMeSD
 from regrow.schedule import Schedule
 
 
@@ -38,36 +41,53 @@ def method_config(
         OSError: if it can't be read.
     """
     kind = configured(name)
-    plans = {"--preset": preset, "--schedule": schedule, "--interval": interval}
-    given = [option for option, value in plans.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: only one of them is allowed")
+    options = {"--preset": preset, "--schedule": schedule, "--ratio": ratio, "--interval": interval}
+    given = [option for option, value in options.items() if value is not None]
+    taken = _OPTIONS[kind]
+    for option in given:
+        if option not in taken:
+            raise ValueError(f"{option}: {name} does not take it; allowed are {', '.join(taken)}")
+    if not given:
+        choice = " or ".join(filter(None, (", ".join(taken[:-1]), taken[-1])))
+        raise ValueError(f"{name} needs {choice}")
+    plans = [option for option in given if option != "--ratio"]
+    if len(plans) > 1:
+        raise ValueError(f"{' and '.join(plans)}: only one of them is allowed")
     try:
-        if kind is SiTo:
-            if schedule is not None or interval is not None:
-                raise ValueError(f"{given[0]}: sito has no schedule; allowed are --preset and --ratio")
-            if preset is not None:
-                return SiTo.preset(preset, **({} if ratio is None else {"ratio": ratio}))
-            if ratio is None:
-                raise ValueError("sito needs --preset or --ratio")
-            return SiTo(ratio=ratio)
-        if preset is not None:
-            plan = DaTo.preset(preset).schedule
-        elif schedule is not None:
-            plan = Schedule.load(schedule)
-        elif interval is not None:
-            plan = Schedule.every(interval, steps)
-        elif ratio is not None:
-            plan = Schedule.constant(ratio)
-        else:
-            raise ValueError(f"{name} needs --preset, --schedule, --ratio or --interval")
-        if ratio is not None:
-            plan = plan.with_ratio(ratio)
-        if preset is not None:
-            return DaTo.preset(preset, schedule=plan)
-        return DaTo(schedule=plan)
+        if kind is DeepCache:
+            return DeepCache(interval=interval or 0)
+        if kind is DaTo:
+            return _dato(preset, schedule, ratio, interval, steps)
+        changes = {} if ratio is None else {"ratio": ratio}
+        return kind(**changes) if preset is None else kind.preset(preset, **changes)
     except ValidationError as error:
         raise ValueError(explain(error)) from error
+
+
+_OPTIONS: dict[type[MethodConfig], tuple[str, ...]] = {
+    DaTo: ("--preset", "--schedule", "--ratio", "--interval"),
+    SiTo: ("--preset", "--ratio"),
+    ToMeSD: ("--ratio",),
+    DeepCache: ("--interval",),
+}
+
+
+def _dato(
+    preset: str | None, schedule: Path | None, ratio: float | None, interval: int | None, steps: int
+) -> DaTo:
+    """DaTo with the plan a user asked for."""
+    config = None if preset is None else DaTo.preset(preset)
+    if config is not None:
+        plan = config.schedule
+    elif schedule is not None:
+        plan = Schedule.load(schedule)
+    elif interval is not None:
+        plan = Schedule.every(interval, steps)
+    else:
+        plan = Schedule.constant()
+    if ratio is not None:
+        plan = plan.with_ratio(ratio)
+    return DaTo(schedule=plan) if preset is None else DaTo.preset(preset, schedule=plan)
 
 
 def explain(error: ValidationError) -> str:

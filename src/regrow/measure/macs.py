@@ -97,7 +97,7 @@ def profile(
     full = counter.count(FULL, 0.0, inputs).denoiser
     plan = [(FULL, 0.0)] * steps
     if parts is not None:
-        plan = [(s.depth, s.ratio) for s in parts.schedule.resample(steps).steps()]
+        plan = [(s.depth, s.ratio) for s in parts.plan.resample(steps).steps()]
         prunes = parts.tokens is not None
         plan = [(d if d < depths else FULL, r if d and prunes else 0.0) for d, r in plan]
     counted = [counter.count(d, r, inputs) for d, r in plan]

@@ -1,7 +1,21 @@
 """One file a published system: its configuration, and how it is made of the parts."""
 
+from regrow.methods.combined import Combined
 from regrow.methods.dato import DaTo
+from regrow.methods.deepcache import DeepCache
 from regrow.methods.parts import Alignment, Features, MethodConfig, Recovery
 from regrow.methods.sito import BaseChoice, SiTo
+from regrow.methods.tome import ToMeSD
 
-__all__ = ["Alignment", "BaseChoice", "DaTo", "Features", "MethodConfig", "Recovery", "SiTo"]
+__all__ = [
+    "Alignment",
+    "BaseChoice",
+    "Combined",
+    "DaTo",
+    "DeepCache",
+    "Features",
+    "MethodConfig",
+    "Recovery",
+    "SiTo",
+    "ToMeSD",
+]

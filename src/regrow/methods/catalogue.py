@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from regrow.methods.dato import DaTo
+from regrow.methods.deepcache import DeepCache
 from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
+from regrow.methods.tome import ToMeSD
 
 
 class Status(str, Enum):
@@ -53,8 +55,8 @@ SYSTEMS = (
     System("sito", "SiTo", "prune tokens similar to others in every call", Status.WORKS, _UNETS, SiTo),
     System("cat", "CAT Pruning", "compute the tokens that change, in clusters", Status.NOT_YET, "-"),
     System("tokencache", "TokenCache", "a learned predictor of what to cache", Status.NOT_YET, "-"),
-    System("tome", "ToMeSD", "merge similar tokens", Status.NOT_YET, "-"),
-    System("deepcache", "DeepCache", "reuse deep features every N calls", Status.NOT_YET, "-"),
+    System("tome", "ToMeSD", "merge similar tokens", Status.WORKS, _UNETS, ToMeSD),
+    System("deepcache", "DeepCache", "reuse deep features every N calls", Status.WORKS, _UNETS, DeepCache),
     System("fora", "FORA", "reuse attention and MLP outputs every N calls", Status.NOT_YET, "-"),
     System("toca", "ToCa", "token-wise feature caching", Status.NOT_YET, "-"),
     System("at-edm", "AT-EDM", "prune by attention graphs", Status.NOT_YET, "-"),

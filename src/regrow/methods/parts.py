@@ -1,4 +1,4 @@
-"""What a published system is made of: a schedule, and a rule that selects tokens."""
+"""What a published system is made of: a plan of its calls, and a rule that selects tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from typing_extensions import Self
 
-from regrow.schedule import Schedule
+from regrow.schedule import Plan
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
 
@@ -123,11 +123,11 @@ class Parts:
     """A system, taken apart.
 
     Args:
-        schedule: what each call does; resampled to the number of calls of a run.
-        tokens: how tokens are selected where the schedule's ratio is above 0; None prunes nothing.
+        plan: what each call does, for any number of calls.
+        tokens: how tokens are selected where the plan's ratio is above 0; None prunes nothing.
     """
 
-    schedule: Schedule
+    plan: Plan
     tokens: TokenRule | None = None
 
 

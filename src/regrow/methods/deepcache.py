@@ -1,0 +1,93 @@
+"""DeepCache: reuse of deep features (arXiv 2312.00858).
+
+Every N-th call is full; the others compute one shallow branch of the U-Net and take the rest from the
+last full call. The full calls are evenly spread, or closer together around one step of the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Literal
+
+from pydantic import Field
+
+from regrow.methods.parts import MethodConfig, Parts, parts_of
+from regrow.schedule import FULL, Schedule, Step
+
+
+class DeepCache(MethodConfig):
+    """DeepCache's configuration.
+
+    Args:
+        interval: N, one call in so many is full (the paper: 2 to 20, 5 in its main table).
+        branch: the skip branch that cached calls compute; 0 is the outermost, the cheapest.
+        center: where full calls are closest together, as a share of the run; None spreads them evenly
+            (the paper's non-uniform 1:N uses step 15 of 50, .3).
+        power: p >= 1 of the non-uniform schedule; 1 is even (the paper: 1.2 to 1.4).
+
+    Raises:
+        pydantic.ValidationError: naming the field, the value and what is allowed.
+    """
+
+    method: Literal["deepcache"] = "deepcache"
+    version: Literal[1] = 1
+    interval: int = Field(5, ge=1)
+    branch: int = Field(0, ge=0)
+    center: float | None = Field(None, gt=0, lt=1)
+    power: float = Field(1.4, ge=1)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Full calls by DeepCache's rule, whatever the number of calls."""
+
+    config: DeepCache
+    ratio: float = 0.0
+
+    def kinds(self) -> frozenset[Step]:
+        """Full calls, and calls of the branch."""
+        full = {Step(FULL, self.ratio)}
+        return frozenset(full if self.config.interval == 1 else full | {Step(self.depth, self.ratio)})
+
+    @property
+    def depth(self) -> int:
+        """Up-path layers that a call of the branch computes."""
+        return self.config.branch + 1
+
+    def resample(self, calls: int) -> Schedule:
+        """The schedule of a generation."""
+        if calls < 1:
+            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
+        full = full_calls(self.config, calls)
+        depth = tuple(FULL if i in full else self.depth for i in range(calls))
+        return Schedule(depth=depth, ratio=(self.ratio,) * calls, name=f"1:{self.config.interval}")
+
+    def with_ratio(self, ratio: float) -> _Plan:
+        """The same calls, pruned."""
+        return replace(self, ratio=ratio)
+
+
+def full_calls(config: DeepCache, calls: int) -> set[int]:
+    """The indices of the full calls; the first is always one of them.
+
+    Even: every N-th. Else, with T calls and k = ceil(T / N), section 3.3's
+    ``unique(int(l^p + c)) for l in linspace((-c)^(1/p), (T - c)^(1/p), k + 1)``, roots and powers taken
+    of the absolute value and given its sign; the last point, T, is the end of the run.
+    """
+    if config.center is None:
+        return set(range(0, calls, config.interval))
+    center, count = config.center * calls, ceil(calls / config.interval)
+    first, last = _signed(-center, 1 / config.power), _signed(calls - center, 1 / config.power)
+    points = (first + (last - first) * i / count for i in range(count))
+    return {0, *(min(max(int(_signed(p, config.power) + center), 0), calls - 1) for p in points)}
+
+
+def _signed(x: float, power: float) -> float:
+    """``|x|^power`` with the sign of x."""
+    return abs(x) ** power * (1 if x >= 0 else -1)
+
+
+@parts_of.register
+def _(config: DeepCache) -> Parts:
+    return Parts(_Plan(config))

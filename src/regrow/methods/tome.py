@@ -1,0 +1,130 @@
+"""ToMeSD: token merging for Stable Diffusion (arXiv 2303.17604).
+
+Of each patch one token, by chance, is a destination. The other tokens most similar to a destination are
+averaged into it before a layer, and take a copy of its output after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from regrow.methods.parts import (
+    CallInfo,
+    Features,
+    Level,
+    MethodConfig,
+    Parts,
+    Recovery,
+    Where,
+    check_ratio,
+    parts_of,
+)
+from regrow.schedule import Schedule
+from regrow.tokens.grid import Grid, best_of_patch, tokens_of_patch
+from regrow.tokens.scores import random_score
+from regrow.tokens.select import Selection, prune_similar
+
+
+class ToMeSD(MethodConfig):
+    """ToMeSD's configuration; defaults are the paper's.
+
+    Args:
+        ratio: share r of the tokens that are merged away, in every call; r <= 1 - 1 / patch**2.
+        patch: side of the patches that give one destination each (the paper: 2).
+        random: draw the destinations anew in every layer; else the top-left token of each patch.
+        recovery: merge (the paper), or prune and copy.
+        self_attention: merge in self-attention (the paper's default).
+        cross_attention: merge the queries of the cross-attention.
+        feed_forward: merge in the feed-forward.
+        max_downsample: deepest level that is merged (the default: the finest with attention).
+        seed: seed of the run's generator.
+
+    Raises:
+        pydantic.ValidationError: naming the field, the value and what is allowed.
+    """
+
+    method: Literal["tome"] = "tome"
+    version: Literal[1] = 1
+    ratio: float = Field(0.5, ge=0, lt=1)
+    patch: int = Field(2, ge=2)
+    random: bool = True
+    recovery: Recovery = Recovery.MEAN
+    self_attention: bool = True
+    cross_attention: bool = False
+    feed_forward: bool = False
+    max_downsample: Level = "top"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _allowed(self) -> ToMeSD:
+        check_ratio(self.ratio, self.patch)
+        if not (self.self_attention or self.cross_attention or self.feed_forward):
+            raise ValueError(
+                "self_attention, cross_attention, feed_forward: all are off, so nothing is merged; "
+                "switch one on"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """ToMeSD's bipartite matching."""
+
+    config: ToMeSD
+
+    @property
+    def where(self) -> Where:
+        c = self.config
+        return Where(
+            c.self_attention,
+            c.cross_attention,
+            c.feed_forward,
+            c.max_downsample,
+            Features.BLOCK_INPUT,
+            c.recovery,
+        )
+
+    @property
+    def patch(self) -> int:
+        return self.config.patch
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def reads_outputs(self) -> bool:
+        return False
+
+    @property
+    def aligns(self) -> bool:
+        return False
+
+    def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
+        """Nothing is shared between layers."""
+        return {}
+
+    def select(
+        self, x: Tensor, grid: Grid, count: int, prepared: Tensor | None, call: CallInfo
+    ) -> Selection:
+        """Merge the tokens that are most similar to a destination into it."""
+        return prune_similar(x, self.destinations(x, grid, call.generator), grid, count)
+
+    def destinations(self, x: Tensor, grid: Grid, generator: torch.Generator) -> Tensor:
+        """One token of each patch ``(B, patches)``, the same for the whole batch."""
+        if self.config.random:
+            chosen = best_of_patch(random_score(1, grid, generator), grid).to(x.device)
+        else:
+            chosen = tokens_of_patch(grid, x.device)[None, :, 0]
+        return chosen.expand(x.shape[0], -1)
+
+
+@parts_of.register
+def _(config: ToMeSD) -> Parts:
+    return Parts(Schedule.constant(config.ratio, name=f"constant {config.ratio:g}"), _Rule(config))

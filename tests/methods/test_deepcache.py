@@ -1,0 +1,114 @@
+"""DeepCache: which calls are full, and that cached ones are those of its branch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pipelines
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+import regrow
+from regrow import FULL, Combined, DeepCache, SiTo, ToMeSD
+from regrow.methods.deepcache import full_calls
+from regrow.methods.parts import parts_of
+
+
+def depths(config: Any, calls: int) -> list[int]:
+    return list(parts_of(config).plan.resample(calls).depth)
+
+
+@given(interval=st.integers(1, 12), calls=st.integers(1, 60), branch=st.integers(0, 3))
+def test_every_nth_call_is_full_and_the_others_compute_the_branch(
+    interval: int, calls: int, branch: int
+) -> None:
+    expected = [FULL if i % interval == 0 else branch + 1 for i in range(calls)]
+    assert depths(DeepCache(interval=interval, branch=branch), calls) == expected
+
+
+@given(
+    interval=st.integers(1, 10),
+    calls=st.integers(1, 100),
+    center=st.floats(0.05, 0.95),
+    power=st.floats(1, 2),
+)
+def test_the_full_calls_of_an_uneven_schedule_are_those_of_the_formula(
+    interval: int, calls: int, center: float, power: float
+) -> None:
+    c, count = center * calls, -(-calls // interval)
+    ends = [np.sign(e) * np.abs(e) ** (1 / power) for e in (-c, calls - c)]
+    line = np.linspace(*ends, count + 1)[:-1]
+    formula = np.sign(line) * np.abs(line) ** power + c
+    found = sorted(full_calls(DeepCache(interval=interval, center=center, power=power), calls))
+    assert found[0] == 0
+    assert found[-1] < calls
+    assert len(found) <= count
+    # Rounding may put a point on the other side of a whole number.
+    assert all(np.abs(formula - i).min() < 1 + 1e-6 for i in found)
+    even = {int(i * calls / count + 1e-9) for i in range(count)}
+    straight = full_calls(DeepCache(interval=interval, center=center, power=1), calls)
+    assert all(min(abs(i - j) for j in even) <= 1 for i in straight)
+
+
+def test_uneven_full_calls_are_closest_together_at_the_center() -> None:
+    found = sorted(full_calls(DeepCache(interval=5, center=0.3, power=1.4), 50))
+    gaps = np.diff([*found, 50])
+    assert len(found) == 10
+    assert gaps[np.abs(np.array(found) - 15).argmin()] < gaps[-1]
+    assert gaps[np.abs(np.array(found) - 15).argmin()] < gaps[0]
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_it_is_the_schedule_of_the_same_depths(kind: str) -> None:
+    pipe = pipelines.make(kind)
+    schedule = regrow.Schedule(depth=(FULL, 2, 2, FULL), ratio=(0.0,) * 4)
+    with regrow.apply(pipe, regrow.DaTo(schedule=schedule)):
+        expected = pipelines.generate(pipe, kind=kind)
+    with regrow.apply(pipe, DeepCache(interval=3, branch=1)) as run:
+        assert torch.equal(pipelines.generate(pipe, kind=kind), expected)
+    assert [c.depth for c in run.report().calls] == ["full", "2", "2", "full"]
+
+
+def test_interval_one_changes_nothing_and_says_so(pipe: Any) -> None:
+    expected = pipelines.generate(pipe)
+    with pytest.warns(UserWarning, match="prunes nothing and reuses nothing"):
+        run = regrow.apply(pipe, DeepCache(interval=1))
+    assert torch.equal(pipelines.generate(pipe), expected)
+    run.remove()
+
+
+@pytest.mark.parametrize("tokens", [SiTo(ratio=0.5), ToMeSD(ratio=0.5)])
+@pytest.mark.parametrize("caching", [DeepCache(interval=2), regrow.Schedule.every(2, 10)])
+def test_any_token_method_goes_with_any_plan(pipe: Any, caching: Any, tokens: Any) -> None:
+    config = Combined(caching=caching, tokens=tokens)
+    assert Combined.model_validate_json(config.model_dump_json()) == config
+    with regrow.apply(pipe, tokens):
+        only_tokens = pipelines.generate(pipe)
+    with regrow.apply(pipe, config) as run:
+        both = pipelines.generate(pipe)
+    calls = run.report().calls
+    assert [c.depth for c in calls] == ["full", "1", "full", "1"]
+    assert all(c.ratio == 0.5 and c.selection_macs > 0 for c in calls)
+    assert both.isfinite().all()
+    assert not torch.equal(both, only_tokens)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"interval": 0}, "interval"),
+        ({"branch": -1}, "branch"),
+        ({"center": 0.0}, "center"),
+        ({"center": 1.0}, "center"),
+        ({"power": 0.5}, "power"),
+        ({"power": float("nan")}, "power"),
+        ({"every": 3}, "every"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        DeepCache(**fields)
