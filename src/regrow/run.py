@@ -226,7 +226,7 @@ class Engine:
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
             wanted = self.rule is not None and self.rule.aligns
-            inputs = (_shapes(args), _shapes(kwargs))
+            inputs = (without_data(args), without_data(kwargs))
             slot = Slot(key, inputs, wanted and _is_guided(sample))
             generation.slots[branch] = slot
         return slot
@@ -328,14 +328,14 @@ def _freeu(denoiser: nn.Module) -> bool:
     return any(getattr(b, "b1", None) is not None for b in getattr(denoiser, "up_blocks", ()))
 
 
-def _shapes(value: Any) -> Any:
-    """The same structure with tensors that hold no data."""
+def without_data(value: Any) -> Any:
+    """The same structure with tensors on the meta device, as a model without weights takes them."""
     if isinstance(value, Tensor):
         # Models without weights are float32.
         dtype = torch.float32 if value.is_floating_point() else value.dtype
         return torch.empty_like(value, device="meta", dtype=dtype)
     if isinstance(value, Mapping):
-        return {k: _shapes(v) for k, v in value.items()}
+        return {k: without_data(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_shapes(v) for v in value)
+        return type(value)(without_data(v) for v in value)
     return value

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from regrow import zoo
 from regrow.apply import apply
-from regrow.cli.generate import Pictures, make
 from regrow.measure import contact_sheet, feature_distances, mean_psnr
 from regrow.measure.features import MissingWeightsError
 from regrow.measure.machine import machine
+from regrow.measure.sampling import Pictures, make
 from regrow.methods import DaTo, SiTo
 
 PROMPTS = ("red apple", "dog face", "cactus", "penguin", "sunflower", "hamburger")

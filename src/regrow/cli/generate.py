@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rich.table import Table
 from regrow import zoo
 from regrow.apply import apply
 from regrow.measure import contact_sheet, mean_psnr
+from regrow.measure.sampling import Pictures, make
 
 
 @dataclass(frozen=True)
@@ -68,60 +68,6 @@ def load_pipeline(model: str, device: str, dtype: torch.dtype) -> Any:
     pipeline: Any = AutoPipelineForText2Image.from_pretrained(model, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures and how long they took.
-
-    Args:
-        images: one a prompt.
-        seconds: for all of them together.
-    """
-
-    images: list[Image.Image]
-    seconds: float
-
-
-def make(
-    pipeline: Any,
-    prompts: tuple[str, ...],
-    *,
-    steps: int,
-    guidance: float | None = None,
-    seed: int = 0,
-    height: int | None = None,
-    width: int | None = None,
-    on_step: Any = None,
-) -> Pictures:
-    """One batch of pictures, prompt number i from seed ``seed + i``.
-
-    Args:
-        pipeline: a text-to-image pipeline.
-        prompts: one a picture.
-        steps: sampler steps.
-        guidance: guidance scale; the pipeline's own default if not given.
-        seed: of the first picture.
-        height: in pixels.
-        width: in pixels.
-        on_step: called without arguments after each step.
-    """
-
-    def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if on_step is not None:
-            on_step()
-        return tensors
-
-    options = {"guidance_scale": guidance, "height": height, "width": width}
-    begin = time.perf_counter()
-    images = pipeline(
-        list(prompts),
-        num_inference_steps=steps,
-        generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
-        callback_on_step_end=after,
-        **{name: value for name, value in options.items() if value is not None},
-    ).images
-    return Pictures(images, time.perf_counter() - begin)
 
 
 def run_generate(request: Request, config: Any, label: str, as_json: bool) -> None:

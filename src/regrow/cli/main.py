@@ -24,6 +24,8 @@ app = typer.Typer(
 # Names are those of diffusers, so that a user can look them up there.
 DTYPES = ("float32", "bfloat16", "float16")
 
+BENCHED = "steps:50,steps:25,sito:d,dato:b1,dato:fast,deepcache:5,tome:0.5"
+
 Method = Annotated[Optional[str], typer.Option(help="Method; see [b]regrow methods[/b].")]
 Preset = Annotated[Optional[str], typer.Option(help="Preset of the method.")]
 ScheduleFile = Annotated[Optional[Path], typer.Option(help="Schedule file, YAML or JSON.")]
@@ -181,6 +183,59 @@ def profile(
     print(
         f"{result.arch}, {result.method}: {result.macs / 1e9:.1f} of {result.baseline_macs / 1e9:.1f} "
         f"GMACs in {result.calls} calls, {result.macs_ratio:.2f}x fewer"
+    )
+
+
+@app.command()
+def bench(
+    methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline.")] = BENCHED,
+    model: Annotated[Optional[str], typer.Option(help="Bundled name, folder, or hub id.")] = None,
+    arch: Annotated[Optional[str], typer.Option(help="sd15, sd2 or sdxl, random weights.")] = None,
+    images: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)] = 50,
+    prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt; the model's own if none.")] = None,
+    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
+    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
+    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the transformer blocks.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="JSON file for the result.")] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Bar chart of the speed-ups, PNG or SVG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time methods on one pipeline in turns: latency, memory, MACs, efficiency.
+
+    Methods: steps:25, sito:d, tome:0.5, deepcache:5, dato:b1, dato:FILE, deepcache:5+tome:0.5.
+
+    Example: [b]regrow bench --model emoji --methods steps:50,sito:d,dato:b1 --images 4[/b]
+    """
+    from regrow.cli.bench import Request, run_bench
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
+    if model is not None and arch is not None:
+        raise ValueError("--arch, --model: only one of them is allowed")
+    run_bench(
+        Request(
+            methods=tuple(methods.split(",")),
+            model=None if arch else model or "emoji",
+            arch=arch,
+            prompts=tuple(prompt or ()),
+            images=images,
+            rounds=rounds,
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            device=device,
+            dtype=dtype,
+            compiled=compiled,
+            out=out,
+            plot=plot,
+        ),
+        as_json,
     )
 
 

@@ -61,7 +61,7 @@ SYSTEMS = (
     System("toca", "ToCa", "token-wise feature caching", Status.NOT_YET, "-"),
     System("at-edm", "AT-EDM", "prune by attention graphs", Status.NOT_YET, "-"),
     System("l2c", "Learning-to-Cache", "a learned table of layers to reuse", Status.NOT_YET, "-"),
-    System("steps", "Fewer steps", "the same sampler with fewer steps", Status.NOT_YET, "-"),
+    System("steps", "Fewer steps", "the same sampler with fewer steps", Status.PARTLY, "any"),
 )
 """All systems, the main ones first. The command line takes its names from here."""
 

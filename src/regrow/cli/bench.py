@@ -1,0 +1,165 @@
+"""``regrow bench``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from regrow import zoo
+from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.measure.bench import BenchRow, bench
+from regrow.measure.machine import machine
+from regrow.measure.sampling import random_pipeline
+from regrow.measure.variants import variant
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure; fields are the options of the command."""
+
+    methods: tuple[str, ...]
+    model: str | None
+    arch: str | None
+    prompts: tuple[str, ...]
+    images: int
+    rounds: int
+    steps: int
+    guidance: float | None
+    height: int | None
+    width: int | None
+    device: str | None
+    dtype: str
+    compiled: bool
+    out: Path | None
+    plot: Path | None
+
+
+def run_bench(request: Request, as_json: bool) -> None:
+    """Measure, save, and print a table."""
+    variants = [variant(spec.strip(), request.steps) for spec in request.methods]
+    if request.plot is not None:
+        # Missing before the measurement, not after it.
+        import matplotlib  # noqa: F401
+    console = Console(stderr=True)
+    device = check_device(request.device) if request.device else best_device()
+    dtype = getattr(torch, request.dtype)
+    with console.status(f"loading {request.model or request.arch}"):
+        if request.model is None:
+            pipeline = random_pipeline(request.arch or "", device, dtype)
+        else:
+            pipeline = load_pipeline(request.model, device, dtype)
+        if request.compiled:
+            pipeline.unet.compile_repeated_blocks()
+    guidance = zoo.GUIDANCE.get(request.model or "") if request.guidance is None else request.guidance
+    known = request.prompts or (
+        zoo.captions(request.model) if request.model in zoo.MODELS else ("a photo",)
+    )
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("warming up", total=len(variants) * (request.rounds + 1))
+        rows = bench(
+            pipeline,
+            variants,
+            list(islice(cycle(request.prompts or known), request.images)),
+            rounds=request.rounds,
+            guidance=guidance,
+            height=request.height,
+            width=request.width,
+            on_generation=lambda name: progress.update(task, advance=1, description=name),
+        )
+    result: dict[str, Any] = {
+        "what": "time and memory of generations",
+        "model": request.model or f"{request.arch}, random weights",
+        "images": request.images,
+        "dtype": request.dtype,
+        "guidance": guidance,
+        "compiled": request.compiled,
+        "machine": machine(device),
+        "rows": [row.to_dict() for row in rows],
+    }
+    text = json.dumps(result, indent=1)
+    if request.out is not None:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        request.out.write_text(text + "\n", encoding="utf-8")
+    if request.plot is not None:
+        draw_bars(rows, request.plot)
+    if as_json:
+        print(text)
+    else:
+        print_rows(rows, variants[0].name)
+
+
+def print_rows(rows: list[BenchRow], baseline: str) -> None:
+    """The table of a measurement."""
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    for name in (
+        "s an image",
+        "spread",
+        f"speed-up\nover {baseline}",
+        "fewer\nMACs",
+        "efficiency",
+        "peak MiB",
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if row.error is not None:
+            table.add_row(row.name, "failed")
+            continue
+        table.add_row(
+            row.name + (" (disturbed)" if row.disturbed else ""),
+            f"{row.seconds_per_image:.3f}",
+            f"{row.spread:.2f}",
+            f"{row.speedup:.2f}x",
+            f"{row.macs_ratio:.2f}x",
+            f"{row.efficiency:.2f}",
+            "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if row.error is not None:
+            console.print(f"{row.name}: {row.error}", markup=False, soft_wrap=True)
+    calls = Table("method", "calls", "depth", "pruned", "ms a call")
+    for row in rows:
+        for kind in row.calls:
+            calls.add_row(
+                row.name, str(kind.count), kind.depth, f"{kind.ratio:.0%}", f"{kind.seconds * 1e3:.1f}"
+            )
+    console.print(calls)
+
+
+def draw_bars(rows: list[BenchRow], file: Path) -> None:
+    """Speed-ups as bars, with what the MACs promise beside them."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in rows if row.error is None]
+    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.42 * len(shown)), layout="constrained")
+    place = range(len(shown))
+    axis.barh([i + 0.2 for i in place], [r.macs_ratio for r in shown], 0.36, color="0.8", label="MACs")
+    bars = axis.barh([i - 0.2 for i in place], [r.speedup for r in shown], 0.36, label="measured")
+    axis.bar_label(bars, fmt="%.2fx", padding=3)
+    axis.set_yticks(list(place), [r.name for r in shown])
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_xlabel(f"speed-up over {shown[0].name}" if shown else "speed-up")
+    axis.legend(loc="lower right", frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

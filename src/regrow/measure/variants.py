@@ -1,0 +1,96 @@
+"""What is compared: a method, or fewer steps of the same sampler, by a short name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.methods import Combined, DaTo, DeepCache, SiTo, ToMeSD
+from regrow.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a comparison.
+
+    Args:
+        name: as it was asked for.
+        config: a method's configuration; None for the pipeline as it is.
+        steps: sampler steps.
+    """
+
+    name: str
+    config: Any
+    steps: int
+
+
+def variant(spec: str, steps: int) -> Variant:
+    """A row by its name.
+
+    ``steps:25`` is the same sampler with 25 steps; ``sito:d`` and ``dato:b1`` are presets, ``sito:0.5``
+    and ``tome:0.5`` ratios, ``dato:FILE`` a schedule, ``deepcache:5`` an interval, and
+    ``deepcache:5+tome:0.5`` both at once.
+
+    Args:
+        spec: the name.
+        steps: sampler steps of everything but ``steps:N``.
+
+    Raises:
+        ValueError: if the name is none of these.
+        OSError: if a schedule can't be read.
+    """
+    kind, _, value = spec.partition(":")
+    if kind == "steps":
+        return Variant(spec, None, _whole(spec, value))
+    parts = spec.split("+")
+    if len(parts) > 2:
+        raise ValueError(f"methods: {spec!r} is not allowed; at most one '+', as in deepcache:5+tome:0.5")
+    configs = [_config(part) for part in parts]
+    if len(configs) == 1:
+        return Variant(spec, configs[0], steps)
+    caching = configs[0].schedule if isinstance(configs[0], DaTo) else configs[0]
+    if not isinstance(caching, (DeepCache, Schedule)) or not isinstance(configs[1], (SiTo, ToMeSD)):
+        raise ValueError(
+            f"methods: {spec!r} is not allowed; deepcache or dato comes before the '+', sito or tome after"
+        )
+    return Variant(spec, Combined(caching=caching, tokens=configs[1]), steps)
+
+
+def _config(spec: str) -> Any:
+    """The configuration of one method."""
+    kind, _, value = spec.partition(":")
+    if kind not in _METHODS:
+        known = ", ".join(("steps", *_METHODS))
+        raise ValueError(f"methods: {spec!r} is not known; before the colon comes one of {known}")
+    return _METHODS[kind](spec, value)
+
+
+def _sito(spec: str, value: str) -> SiTo:
+    return SiTo.preset(value) if value in SiTo.presets() else SiTo(ratio=_share(spec, value))
+
+
+def _dato(spec: str, value: str) -> DaTo:
+    return DaTo.preset(value) if value in DaTo.presets() else DaTo(schedule=Schedule.load(Path(value)))
+
+
+_METHODS: dict[str, Callable[[str, str], Any]] = {
+    "sito": _sito,
+    "dato": _dato,
+    "tome": lambda spec, value: ToMeSD(ratio=_share(spec, value)),
+    "deepcache": lambda spec, value: DeepCache(interval=_whole(spec, value)),
+}
+
+
+def _whole(spec: str, value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"methods: {spec!r} is not allowed; after the colon comes a whole number >= 1")
+    return int(value)
+
+
+def _share(spec: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ValueError(f"methods: {spec!r} is not allowed; after the colon comes a ratio") from error

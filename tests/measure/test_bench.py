@@ -1,0 +1,192 @@
+"""Variants by name, and that a measurement counts and times what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pipelines
+import pytest
+import torch
+from PIL import Image
+
+import regrow
+from regrow import FULL, Combined, DaTo, DeepCache, SiTo, ToMeSD, cli
+from regrow.cli.bench import draw_bars, print_rows
+from regrow.measure.bench import Memory, bench
+from regrow.measure.sampling import make, random_pipeline
+from regrow.measure.variants import Variant, variant
+
+PROMPTS = ["a penguin", "a pizza"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("steps:25", Variant("steps:25", None, 25)),
+        ("sito:d", Variant("sito:d", SiTo.preset("d"), 50)),
+        ("sito:0.25", Variant("sito:0.25", SiTo(ratio=0.25), 50)),
+        ("dato:b1", Variant("dato:b1", DaTo.preset("b1"), 50)),
+        ("tome:0.75", Variant("tome:0.75", ToMeSD(ratio=0.75), 50)),
+        ("deepcache:5", Variant("deepcache:5", DeepCache(interval=5), 50)),
+        (
+            "deepcache:5+tome:0.5",
+            Variant(
+                "deepcache:5+tome:0.5",
+                Combined(caching=DeepCache(interval=5), tokens=ToMeSD(ratio=0.5)),
+                50,
+            ),
+        ),
+        (
+            "dato:b1+sito:a",
+            Variant(
+                "dato:b1+sito:a",
+                Combined(caching=DaTo.preset("b1").schedule, tokens=SiTo.preset("a")),
+                50,
+            ),
+        ),
+    ],
+)
+def test_a_variant_is_found_by_its_name(spec: str, expected: Variant) -> None:
+    assert variant(spec, 50) == expected
+
+
+def test_a_schedule_file_is_a_variant(tmp_path: Path) -> None:
+    plan = regrow.Schedule(depth=(FULL, 1), ratio=(0.0, 0.5))
+    plan.save(tmp_path / "plan.yaml")
+    assert variant(f"dato:{tmp_path / 'plan.yaml'}", 8).config == DaTo(schedule=plan)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("magic:3", "'magic:3' is not known"),
+        ("steps:0", "whole number"),
+        ("steps:", "whole number"),
+        ("deepcache:five", "whole number"),
+        ("tome:much", "a ratio"),
+        ("tome:0.9", "ratio: 0.9 is not allowed"),
+        ("tome:0.5+deepcache:5", "comes before"),
+        ("deepcache:5+tome:0.5+sito:a", "at most one"),
+        ("deepcache:5+steps:3", "'steps:3' is not known"),
+    ],
+)
+def test_wrong_names_are_refused_with_what_is_allowed(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        variant(spec, 50)
+
+
+@pytest.fixture(scope="module")
+def rows() -> Any:
+    variants = [variant(s, 4) for s in ("steps:4", "steps:2", "deepcache:2+tome:0.5")]
+    seen: list[str] = []
+    pipe = pipelines.sd()
+    found = bench(pipe, variants, PROMPTS, rounds=3, on_generation=seen.append)
+    assert seen == [v.name for v in variants] * 4
+    assert "step" not in pipe.scheduler.__dict__
+    assert not pipe.unet._forward_pre_hooks
+    assert not pipe.unet._forward_hooks
+    return found
+
+
+def test_calls_and_macs_are_those_of_the_generation(rows: Any) -> None:
+    full, half, both = rows
+    assert [(c.depth, c.ratio, c.count) for c in full.calls] == [("full", 0.0, 4)]
+    assert [(c.depth, c.ratio, c.count) for c in half.calls] == [("full", 0.0, 2)]
+    assert [(c.depth, c.ratio, c.count) for c in both.calls] == [("full", 0.5, 2), ("1", 0.5, 2)]
+    assert full.macs == 2 * half.macs
+    assert half.macs_ratio == 2
+    pipe = pipelines.sd()
+    with regrow.apply(pipe, variant("deepcache:2+tome:0.5", 4).config) as run:
+        make(pipe, PROMPTS, steps=4)
+    assert both.macs == run.report().macs
+    assert both.macs_ratio == run.report().full_macs / run.report().macs
+
+
+def test_times_are_consistent(rows: Any) -> None:
+    for row in rows:
+        assert len(row.rounds) == 3
+        assert row.seconds == sorted(row.rounds)[1]
+        assert row.spread == max(row.rounds) / min(row.rounds)
+        assert math.isclose(row.seconds_per_image * 2, row.seconds)
+        assert math.isclose(row.images_per_second * row.seconds, 2)
+        assert 0 < row.denoiser_seconds < row.seconds
+        assert sum(c.count for c in row.calls) in (2, 4)
+        assert all(0 < c.seconds < row.denoiser_seconds for c in row.calls)
+    assert rows[0].speedup == 1
+    assert rows[0].efficiency == 1
+    assert rows[1].speedup > 1
+
+
+def test_a_variant_that_fails_is_shown_with_its_error_and_stops_nobody(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bad = Variant("sito, level 8", SiTo(ratio=0.5, max_downsample=1), 2)
+    pipe = pipelines.make("sdxl")
+    rows = bench(pipe, [variant("steps:2", 2), bad], PROMPTS[:1], rounds=1)
+    assert rows[0].error is None
+    assert "leaves no layer" in (rows[1].error or "")
+    print_rows(rows, "steps:2")
+    assert f"sito, level 8: {rows[1].error}" in capsys.readouterr().out
+    draw_bars(rows, tmp_path / "bars.png")
+    assert Image.open(tmp_path / "bars.png").width > 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"variants": []}, "methods"), ({"prompts": []}, "images"), ({"rounds": 0}, "rounds")],
+)
+def test_nothing_to_measure_is_refused(changes: dict[str, Any], named: str) -> None:
+    arguments: dict[str, Any] = {
+        "variants": [variant("steps:1", 1)],
+        "prompts": PROMPTS,
+        "rounds": 1,
+    } | changes
+    with pytest.raises(ValueError, match=f"{named}: 0 is not allowed"):
+        bench(None, arguments["variants"], arguments["prompts"], rounds=arguments["rounds"])
+
+
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    memory = Memory(torch.device("cpu"))
+    block = torch.ones(64, 2**20)
+    del block
+    peak = memory.peak_mib()
+    assert peak is None or 200 < peak < 400
+
+
+def test_pipelines_of_public_architectures_run_without_text_and_decoder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": 8, "sample_size": 8}
+    xl = {"block_out_channels": (32, 32, 32), "transformer_layers_per_block": 1, "sample_size": 8}
+    from regrow.measure import sampling
+
+    changes = {"sd15": small, "sdxl": xl | {"attention_head_dim": 8}}
+    monkeypatch.setattr(
+        sampling, "CONFIGS", {name: sampling.CONFIGS[name] | changes[name] for name in changes}
+    )
+    for name in changes:
+        pipe = random_pipeline(name)
+        rows = bench(pipe, [variant("steps:2", 2), variant("sito:d", 2)], PROMPTS, rounds=1, guidance=5.0)
+        assert [row.error for row in rows] == [None, None]
+        assert rows[1].macs < rows[0].macs
+    with pytest.raises(ValueError, match="arch: 'sd9' is not known"):
+        random_pipeline("sd9")
+
+
+def test_the_command_prints_what_it_writes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "results" / "bench.json"
+    words = ("bench", "--methods", "steps:2,dato:b1", "--steps", "2", "--rounds", "1", "--json")
+    monkeypatch.setattr("sys.argv", ["regrow", *words, "--device", "cpu", "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    assert printed["model"] == "emoji"
+    assert [row["name"] for row in printed["rows"]] == ["steps:2", "dato:b1"]
+    assert printed["rows"][1]["macs_ratio"] > 1.5
