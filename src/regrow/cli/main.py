@@ -239,6 +239,55 @@ def bench(
     )
 
 
+@app.command(name="eval")
+def evaluate(
+    methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline.")] = BENCHED,
+    model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
+    prompts: Annotated[str, typer.Option(help="A file, or a number of the model's own.")] = "64",
+    template: Annotated[str, typer.Option(help="What each prompt is put into.")] = "{}",
+    reference: Annotated[Optional[Path], typer.Option(help="Folder of true pictures.")] = None,
+    steps: Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
+    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
+    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
+    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
+    batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 16,
+    out: Annotated[Path, typer.Option(help="Folder for pictures and results; gone on with.")] = Path(
+        "eval"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Make pictures of many prompts by each method and compare them. Killed, it goes on where it was.
+
+    Example: [b]regrow eval --model emoji --methods steps:50,steps:10,dato:b1 --prompts 64[/b]
+    """
+    from regrow.cli.evaluate import Request, run_eval
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
+    run_eval(
+        Request(
+            methods=tuple(methods.split(",")),
+            model=model,
+            prompts=prompts,
+            template=template,
+            reference=reference,
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            height=height,
+            width=width,
+            device=device,
+            dtype=dtype,
+            batch=batch,
+            out=out,
+        ),
+        as_json,
+    )
+
+
 def main() -> None:
     """Run the command; errors of the user become one line and exit code 2."""
     from regrow.models import UnsupportedModelError

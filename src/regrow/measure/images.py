@@ -31,6 +31,11 @@ def mean_psnr(pairs: Iterable[tuple[Image.Image, Image.Image]]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """A picture as uint8 ``(3, H, W)``."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
 def feature_distances(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> list[float]:
     """How differently an ImageNet classifier sees each pair of pictures.
 
@@ -45,12 +50,7 @@ def feature_distances(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> lis
         MissingWeightsError: if the extractor is not installed (extra ``measure``).
     """
     extract = EfficientNetFeatures()
-    one, other = (
-        extract(
-            torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) for p in side]) / 255
-        )
-        for side in (a, b)
-    )
+    one, other = (extract(torch.stack([to_tensor(picture) for picture in side]) / 255) for side in (a, b))
     return [float(d) for d in feature_distance(one, other)]
 
 
