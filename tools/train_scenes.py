@@ -11,6 +11,7 @@ the U-Net and the words of another pipeline of the same shape.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from regrow import zoo
 TOKENS = 24
 WORDS = (*SIZES, *PLACES, "and", "on", "to")
 SEEDS = 2**62
-STATISTICS = 512
+STATISTICS = 256
 
 
 class Scenes:
@@ -149,9 +150,14 @@ def start_from(
     folder: Path,
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
+    vae: AutoencoderTiny,
     tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    """Take over a pipeline's U-Net, and its text encoder with the words that both know."""
+) -> bool:
+    """Take over a pipeline's U-Net, and its text encoder with the words that both know.
+
+    Returns:
+        whether its autoencoder was of the same shape and taken over too.
+    """
     pipe = zoo.load_from(folder)
     unet.load_state_dict(pipe.unet.state_dict())
     known, ours = pipe.tokenizer.get_vocab(), tokenizer.get_vocab()
@@ -167,6 +173,11 @@ def start_from(
         elif value.shape == theirs[name].shape:
             value.copy_(theirs[name])
     text_encoder.load_state_dict(target)
+    shapes = [{n: t.shape for n, t in v.state_dict().items()} for v in (vae, pipe.vae)]
+    if shapes[0] != shapes[1]:
+        return False
+    vae.load_state_dict(pipe.vae.state_dict())
+    return True
 
 
 def run(
@@ -179,13 +190,15 @@ def run(
     export_to: Path | None = None,
     device: torch.device | None = None,
     timer: Callable[[], float] | None = None,
+    checkpoint_seconds: float = 120.0,
 ) -> None:
     """All stages, resuming whatever of them already exists in `out`."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = OBJECTS[:objects]
     settings = describe(recipe, minutes, ("emoji scenes",), len(names), device)
     check_same_run(out / "run.json", settings)
-    loop: dict[str, Any] = {} if device.type == "cuda" else {"timer": timer or processor_seconds}
+    timer = timer or (time.perf_counter if device.type == "cuda" else processor_seconds)
+    loop: dict[str, Any] = {"timer": timer, "checkpoint_seconds": checkpoint_seconds}
     scenes = Scenes(Sprites(read_sprites(data, names), device), names)
 
     torch.manual_seed(recipe.seed)
@@ -194,13 +207,12 @@ def run(
     tokenizer = build_tokenizer([*OBJECTS, *COLOURS, *WORDS], recipe.tokens)
     text_encoder = build_text_encoder(recipe, len(tokenizer)).to(device)
     unet = build_unet(recipe).to(**layout)
-    if start:
-        start_from(start, unet, text_encoder, tokenizer)
-
-    train(vae_stage(vae, scenes, recipe), out, minutes["vae"], recipe.batch, **loop)
+    has_vae = start is not None and start_from(start, unet, text_encoder, vae, tokenizer)
     pictures = scenes.draw(STATISTICS, torch.Generator().manual_seed(recipe.seed))[1]
-    normalise_latents(vae, pictures)
-    train(decoder_stage(vae, scenes, recipe), out, minutes["decoder"], recipe.batch, **loop)
+    if not has_vae:
+        train(vae_stage(vae, scenes, recipe), out, minutes["vae"], recipe.batch, **loop)
+        normalise_latents(vae, pictures)
+        train(decoder_stage(vae, scenes, recipe), out, minutes["decoder"], recipe.batch, **loop)
     report(vae, pictures)
     vae.requires_grad_(False)
     stage = denoiser_stage(unet, text_encoder, vae, tokenizer, scenes, recipe)
