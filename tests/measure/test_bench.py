@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import regrow
-from regrow import FULL, Combined, DaTo, DeepCache, SiTo, ToMeSD, cli
+from regrow import FULL, Alignment, BaseChoice, Combined, DaTo, DeepCache, SiTo, ToMeSD, cli
+from regrow.cli.ablations import ABLATIONS, ablated
 from regrow.cli.bench import draw_bars, print_rows
 from regrow.measure.bench import Memory, bench
 from regrow.measure.sampling import make, random_pipeline
@@ -190,3 +191,41 @@ def test_the_command_prints_what_it_writes(
     assert printed["model"] == "emoji"
     assert [row["name"] for row in printed["rows"]] == ["steps:2", "dato:b1"]
     assert printed["rows"][1]["macs_ratio"] > 1.5
+
+
+def test_fields_may_follow_a_method() -> None:
+    assert variant("sito:d:base=V:patch=4", 50).config == SiTo(
+        ratio=0.6, base=BaseChoice.BEST_IN_PATCH, patch=4
+    )
+    assert variant("sito:d:max_downsample=2", 50).config == SiTo(ratio=0.6, max_downsample=2)
+    b1 = DaTo.preset("b1")
+    expected = DaTo(schedule=b1.schedule.with_ratio(0.5), alignment=Alignment.OFF)
+    assert variant("dato:b1:ratio=0.5:alignment=off", 50).config == expected
+    combined = variant("deepcache:3:branch=1+tome:0.5:random=false", 50).config
+    assert combined == Combined(caching=DeepCache(interval=3, branch=1), tokens=ToMeSD(random=False))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("sito:d:speed=3", "speed"),
+        ("sito:d:base", "field=value"),
+        ("sito:d:patch=1", "patch"),
+        ("dato:b1:ratio=0.9", "ratio: 0.9 is not allowed"),
+    ],
+)
+def test_wrong_fields_are_named(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        variant(spec, 50)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_is_a_list_of_different_methods(name: str) -> None:
+    variants = [variant(spec, 50) for spec in ablated(name)]
+    assert variants[0] == Variant("steps:50", None, 50)
+    assert len({(v.config, v.steps) for v in variants}) == len(variants) > 3
+
+
+def test_an_unknown_ablation_is_refused() -> None:
+    with pytest.raises(ValueError, match="ablation: 'everything' is not known; allowed are base"):
+        ablated("everything")

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from regrow.cli.ablations import ABLATIONS, ablated
 from regrow.methods.catalogue import SYSTEMS
 
 app = typer.Typer(
@@ -242,6 +243,7 @@ def bench(
 @app.command(name="eval")
 def evaluate(
     methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline.")] = BENCHED,
+    ablation: Annotated[Optional[str], typer.Option(help="Instead: " + ", ".join(ABLATIONS) + ".")] = None,
     model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
     prompts: Annotated[str, typer.Option(help="A file, or a number of the model's own.")] = "64",
     template: Annotated[str, typer.Option(help="What each prompt is put into.")] = "{}",
@@ -262,6 +264,7 @@ def evaluate(
     """Make pictures of many prompts by each method and compare them. Killed, it goes on where it was.
 
     Example: [b]regrow eval --model emoji --methods steps:50,steps:10,dato:b1 --prompts 64[/b]
+    or [b]regrow eval --ablation alignment[/b]
     """
     from regrow.cli.evaluate import Request, run_eval
 
@@ -269,7 +272,7 @@ def evaluate(
         raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
     run_eval(
         Request(
-            methods=tuple(methods.split(",")),
+            methods=tuple(methods.split(",")) if ablation is None else ablated(ablation),
             model=model,
             prompts=prompts,
             template=template,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ def variant(spec: str, steps: int) -> Variant:
 
     ``steps:25`` is the same sampler with 25 steps; ``sito:d`` and ``dato:b1`` are presets, ``sito:0.5``
     and ``tome:0.5`` ratios, ``dato:FILE`` a schedule, ``deepcache:5`` an interval, and
-    ``deepcache:5+tome:0.5`` both at once.
+    ``deepcache:5+tome:0.5`` both at once. Further fields follow after colons: ``sito:d:base=V:patch=4``,
+    ``dato:b1:ratio=0.5:alignment=off``.
 
     Args:
         spec: the name.
@@ -60,11 +62,32 @@ def variant(spec: str, steps: int) -> Variant:
 
 def _config(spec: str) -> Any:
     """The configuration of one method."""
-    kind, _, value = spec.partition(":")
+    kind, _, rest = spec.partition(":")
     if kind not in _METHODS:
         known = ", ".join(("steps", *_METHODS))
         raise ValueError(f"methods: {spec!r} is not known; before the colon comes one of {known}")
-    return _METHODS[kind](spec, value)
+    value, *fields = rest.split(":")
+    changes: dict[str, Any] = {}
+    for field in fields:
+        name, equals, text = field.partition("=")
+        if not equals:
+            raise ValueError(f"methods: {spec!r} is not allowed; {field!r} is not of the form field=value")
+        changes[name] = _plain(text)
+    config = _METHODS[kind](spec, value)
+    if not changes:
+        return config
+    if isinstance(config, DaTo) and "ratio" in changes:
+        # DaTo's ratios are its schedule's.
+        changes["schedule"] = config.schedule.with_ratio(changes.pop("ratio"))
+    return type(config).model_validate(config.model_dump() | changes)
+
+
+def _plain(text: str) -> Any:
+    """A number or a truth value where it is one, else the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _sito(spec: str, value: str) -> SiTo:
