@@ -26,7 +26,15 @@ def pipeline():
     return zoo.load("emoji")
 
 
-@pytest.mark.parametrize("config", [regrow.DaTo(schedule=PLAN), regrow.SiTo.preset("d")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        regrow.DaTo(schedule=PLAN),
+        regrow.SiTo.preset("d"),
+        regrow.Combined(caching=regrow.DeepCache(interval=2), tokens=regrow.ToMeSD(ratio=0.5)),
+    ],
+    ids=["dato", "sito", "deepcache+tome"],
+)
 def test_compiled_blocks_give_the_same_without_graph_breaks(pipeline, config):
     with regrow.apply(pipeline, config):
         expected = generate(pipeline)

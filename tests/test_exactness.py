@@ -17,6 +17,7 @@ FULL_ONLY = regrow.Schedule(depth=(regrow.FULL,) * 4, ratio=(0.0,) * 4)
 ALL_DEEP = regrow.Schedule(depth=(99,) * 4, ratio=(0.0,) * 4)
 PRUNE = regrow.SiTo(ratio=0.5)
 REUSE = regrow.DaTo(schedule=regrow.Schedule.every(2, 4, ratio=0.5))
+BOTH = regrow.Combined(caching=regrow.DeepCache(interval=2), tokens=regrow.ToMeSD(ratio=0.5))
 
 IDLE = {
     "sito-ratio-0": regrow.SiTo(ratio=0),
@@ -25,6 +26,9 @@ IDLE = {
     ),
     "dato-full-ratio-0": regrow.DaTo(schedule=FULL_ONLY),
     "dato-deeper-than-the-model": regrow.DaTo(schedule=ALL_DEEP),
+    "deepcache-every-call+tome-ratio-0": regrow.Combined(
+        caching=regrow.DeepCache(interval=1), tokens=regrow.ToMeSD(ratio=0)
+    ),
 }
 
 
@@ -57,7 +61,7 @@ def test_a_schedule_that_saves_nothing_warns(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("guidance", [5.0, 1.0], ids=["guided", "unguided"])
-@pytest.mark.parametrize("config", [PRUNE, REUSE], ids=["sito", "dato"])
+@pytest.mark.parametrize("config", [PRUNE, REUSE, BOTH], ids=["sito", "dato", "deepcache+tome"])
 @pytest.mark.parametrize("kind", pipelines.KINDS)
 def test_removal_restores_the_output_and_leaves_no_trace(kind: str, config: Any, guidance: float) -> None:
     pipe = pipelines.make(kind)
@@ -99,7 +103,7 @@ def test_an_exception_inside_the_denoiser_removes_and_passes_through(pipe: Any) 
     assert torch.equal(pipelines.generate(pipe), expected)
 
 
-@pytest.mark.parametrize("config", [PRUNE, REUSE], ids=["sito", "dato"])
+@pytest.mark.parametrize("config", [PRUNE, REUSE, BOTH], ids=["sito", "dato", "deepcache+tome"])
 def test_deepcopy_and_pickle_work_after_removal(pipe: Any, config: Any) -> None:
     inputs = pipelines.unet_inputs(pipe.unet)
     with torch.no_grad():

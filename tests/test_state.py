@@ -20,6 +20,9 @@ from regrow import FULL
 METHODS = {
     "sito": regrow.SiTo(ratio=0.6),
     "dato": regrow.DaTo(schedule=regrow.Schedule(depth=(FULL, 1, 2, FULL, 0, 1), ratio=(0.5,) * 6)),
+    "deepcache+tome": regrow.Combined(
+        caching=regrow.DeepCache(interval=2, branch=1), tokens=regrow.ToMeSD(ratio=0.5)
+    ),
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "size": {"height": 96, "width": 64},

@@ -48,6 +48,27 @@ def test_profile_takes_a_schedule_file_and_an_interval(
 
 
 @pytest.mark.parametrize(
+    ("words", "full", "fewer"),
+    [
+        (("--method", "deepcache", "--interval", "5"), 2, 2.0),
+        (("--method", "tome", "--ratio", "0.5"), 10, 1.0),
+    ],
+)
+def test_profile_of_the_baselines(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    full: int,
+    fewer: float,
+) -> None:
+    assert run(monkeypatch, "profile", "--arch", "emoji", *words, "--steps", "10", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    macs = found["per_call"]
+    assert macs.count(max(macs)) == full
+    assert found["macs_ratio"] > fewer
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (("profile",), "--arch, --model: give exactly one"),

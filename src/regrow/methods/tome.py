@@ -37,7 +37,8 @@ class ToMeSD(MethodConfig):
     Args:
         ratio: share r of the tokens that are merged away, in every call; r <= 1 - 1 / patch**2.
         patch: side of the patches that give one destination each (the paper: 2).
-        random: draw the destinations anew in every layer; else the top-left token of each patch.
+        random: draw the destinations anew in every call (the authors: in every layer; drawing inside a
+            layer would break compiled blocks); else the top-left token of each patch.
         recovery: merge (the paper), or prune and copy.
         self_attention: merge in self-attention (the paper's default).
         cross_attention: merge the queries of the cross-attention.
@@ -107,22 +108,21 @@ class _Rule:
         return False
 
     def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
-        """Nothing is shared between layers."""
-        return {}
+        """The destinations ``(1, patches)`` of each grid: once a call, for all its layers."""
+        return {grid: self.destinations(grid, call.generator) for grid in grids}
 
     def select(
         self, x: Tensor, grid: Grid, count: int, prepared: Tensor | None, call: CallInfo
     ) -> Selection:
         """Merge the tokens that are most similar to a destination into it."""
-        return prune_similar(x, self.destinations(x, grid, call.generator), grid, count)
+        assert prepared is not None
+        return prune_similar(x, prepared.to(x.device).expand(x.shape[0], -1), grid, count)
 
-    def destinations(self, x: Tensor, grid: Grid, generator: torch.Generator) -> Tensor:
-        """One token of each patch ``(B, patches)``, the same for the whole batch."""
+    def destinations(self, grid: Grid, generator: torch.Generator) -> Tensor:
+        """One token of each patch ``(1, patches)``, the same for the whole batch."""
         if self.config.random:
-            chosen = best_of_patch(random_score(1, grid, generator), grid).to(x.device)
-        else:
-            chosen = tokens_of_patch(grid, x.device)[None, :, 0]
-        return chosen.expand(x.shape[0], -1)
+            return best_of_patch(random_score(1, grid, generator), grid)
+        return tokens_of_patch(grid, generator.device)[None, :, 0]
 
 
 @parts_of.register
