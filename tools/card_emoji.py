@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import torch
 from check_emoji import draw, pick
 from PIL import Image, ImageDraw
 from train_emoji import keep_freed_memory, read_log
 
 from regrow import zoo
+from regrow.measure.images import to_picture
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -61,8 +61,7 @@ def contact_sheet(
     pen = ImageDraw.Draw(sheet)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x, y = i % columns * cell, i // columns * row
-        array = (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-        sheet.paste(Image.fromarray(array), (x + (cell - width) // 2, y + 4))
+        sheet.paste(to_picture(picture), (x + (cell - width) // 2, y + 4))
         pen.text((x + cell // 2, y + height + 8), shortened(caption), "black", anchor="mt")
     sheet.save(target, optimize=True)
 

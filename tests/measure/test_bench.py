@@ -30,6 +30,7 @@ PROMPTS = ["a penguin", "a pizza"]
         ("sito:d", Variant("sito:d", SiTo.preset("d"), 50)),
         ("sito:0.25", Variant("sito:0.25", SiTo(ratio=0.25), 50)),
         ("dato:b1", Variant("dato:b1", DaTo.preset("b1"), 50)),
+        ("dato:4", Variant("dato:4", DaTo(schedule=regrow.Schedule.every(4, 50, ratio=0.5)), 50)),
         ("tome:0.75", Variant("tome:0.75", ToMeSD(ratio=0.75), 50)),
         ("deepcache:5", Variant("deepcache:5", DeepCache(interval=5), 50)),
         (

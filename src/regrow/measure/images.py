@@ -36,6 +36,11 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """Values ``(3, H, W)`` in [0, 1] as a picture."""
+    return Image.fromarray((pixels.permute(1, 2, 0).float().numpy() * 255).round().astype(np.uint8))
+
+
 def feature_distances(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> list[float]:
     """How differently an ImageNet classifier sees each pair of pictures.
 

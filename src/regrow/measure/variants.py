@@ -31,9 +31,9 @@ def variant(spec: str, steps: int) -> Variant:
     """A row by its name.
 
     ``steps:25`` is the same sampler with 25 steps; ``sito:d`` and ``dato:b1`` are presets, ``sito:0.5``
-    and ``tome:0.5`` ratios, ``dato:FILE`` a schedule, ``deepcache:5`` an interval, and
-    ``deepcache:5+tome:0.5`` both at once. Further fields follow after colons: ``sito:d:base=V:patch=4``,
-    ``dato:b1:ratio=0.5:alignment=off``.
+    and ``tome:0.5`` ratios, ``dato:FILE`` a schedule, ``deepcache:5`` an interval, ``dato:5`` the same with
+    ``ratio=0.5`` of the tokens pruned, and ``deepcache:5+tome:0.5`` both at once. Further fields follow
+    after colons: ``sito:d:base=V:patch=4``, ``dato:b1:ratio=0.5:alignment=off``.
 
     Args:
         spec: the name.
@@ -49,7 +49,7 @@ def variant(spec: str, steps: int) -> Variant:
     parts = spec.split("+")
     if len(parts) > 2:
         raise ValueError(f"methods: {spec!r} is not allowed; at most one '+', as in deepcache:5+tome:0.5")
-    configs = [_config(part) for part in parts]
+    configs = [_config(part, steps) for part in parts]
     if len(configs) == 1:
         return Variant(spec, configs[0], steps)
     caching = configs[0].schedule if isinstance(configs[0], DaTo) else configs[0]
@@ -60,8 +60,8 @@ def variant(spec: str, steps: int) -> Variant:
     return Variant(spec, Combined(caching=caching, tokens=configs[1]), steps)
 
 
-def _config(spec: str) -> Any:
-    """The configuration of one method."""
+def _config(spec: str, steps: int) -> Any:
+    """The configuration of one method in a run of so many steps."""
     kind, _, rest = spec.partition(":")
     if kind not in _METHODS:
         known = ", ".join(("steps", *_METHODS))
@@ -73,7 +73,7 @@ def _config(spec: str) -> Any:
         if not equals:
             raise ValueError(f"methods: {spec!r} is not allowed; {field!r} is not of the form field=value")
         changes[name] = _plain(text)
-    config = _METHODS[kind](spec, value)
+    config = _METHODS[kind](spec, value, steps)
     if not changes:
         return config
     if isinstance(config, DaTo) and "ratio" in changes:
@@ -90,19 +90,23 @@ def _plain(text: str) -> Any:
         return text
 
 
-def _sito(spec: str, value: str) -> SiTo:
+def _sito(spec: str, value: str, steps: int) -> SiTo:
     return SiTo.preset(value) if value in SiTo.presets() else SiTo(ratio=_share(spec, value))
 
 
-def _dato(spec: str, value: str) -> DaTo:
-    return DaTo.preset(value) if value in DaTo.presets() else DaTo(schedule=Schedule.load(Path(value)))
+def _dato(spec: str, value: str, steps: int) -> DaTo:
+    if value in DaTo.presets():
+        return DaTo.preset(value)
+    if value.isdecimal():
+        return DaTo(schedule=Schedule.every(_whole(spec, value), steps, ratio=0.5))
+    return DaTo(schedule=Schedule.load(Path(value)))
 
 
-_METHODS: dict[str, Callable[[str, str], Any]] = {
+_METHODS: dict[str, Callable[[str, str, int], Any]] = {
     "sito": _sito,
     "dato": _dato,
-    "tome": lambda spec, value: ToMeSD(ratio=_share(spec, value)),
-    "deepcache": lambda spec, value: DeepCache(interval=_whole(spec, value)),
+    "tome": lambda spec, value, steps: ToMeSD(ratio=_share(spec, value)),
+    "deepcache": lambda spec, value, steps: DeepCache(interval=_whole(spec, value)),
 }
 
 

@@ -1,0 +1,93 @@
+"""The card of a model of scenes says what was measured, and its reference is what the captions say."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import card_scenes
+import compose_scenes
+import pytest
+import torch
+from emoji_scenes import OBJECTS, Sprites, compose, scene
+from PIL import Image
+
+from regrow.measure.images import to_tensor
+
+NAMES = list(OBJECTS[:6])
+CHECK: dict[str, Any] = {
+    "objects": 6,
+    "steps": 20,
+    "guidance": 3.0,
+    "precision": "fp32",
+    "machine": {"processor": "P", "threads": 2, "date": "2026-01-01", "versions": {"torch": "2"}},
+    "right_picture": {
+        "scenes_to_fit": 8000,
+        "composed, one object": {"objects": 1.0, "colour": 0.99},
+        "generated, one object": {"objects": 0.851, "colour": 0.96, "pictures": 500},
+        "composed, two objects": {"objects": 0.9, "colour": 0.99},
+        "generated, two objects": {"objects": 0.612, "colour": 0.97, "pictures": 300},
+    },
+    "variety": {"captions": 64, "generated": 0.3, "composed": 0.33, "ratio": 0.91},
+    "trajectory": {"captions": 32, "steps": {"25": 40.1, "10": 31.2}, "reuse": {"1:2": 38.0}},
+}
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    settings = {"threads": 2, "processor": "P", "torch": "2"}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    for stage in ("vae", "decoder", "denoiser"):
+        lines = [{"step": 50 * i, "seconds": 60.0 * i, "loss": 1 / i} for i in (1, 2)]
+        (tmp_path / f"{stage}.log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return tmp_path
+
+
+def test_the_card_has_every_figure_beside_its_bar(log: Path) -> None:
+    text = card_scenes.card(CHECK, log, NAMES, {"U-Net": 12_600_000})
+    for figure in ("85.1%", "61.2%", "96.0%", "0.91", "31.2 dB", "38.0 dB", "12.60 M", "All bars are met."):
+        assert figure in text
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "named"),
+    [
+        (("right_picture", "generated, one object", "objects"), 0.84, "one object"),
+        (("right_picture", "generated, one object", "colour"), 0.94, "background"),
+        (("right_picture", "generated, two objects", "objects"), 0.59, "two objects"),
+        (("variety", "ratio"), 0.79, "variety"),
+        (("trajectory", "steps", "10"), 32.1, "10 steps"),
+    ],
+)
+def test_the_card_says_which_bar_is_missed(
+    log: Path, where: tuple[str, ...], value: float, named: str
+) -> None:
+    check = copy.deepcopy(CHECK)
+    *path, last = where
+    inner = check
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    assert f"Missed: {named}." in card_scenes.card(check, log, NAMES, {})
+
+
+def test_the_sheet_shows_every_caption_with_all_seeds() -> None:
+    drawn = [torch.zeros(5, 3, 16, 16) for _ in range(2)]
+    drawn[0][:, 0], drawn[1][:, 2] = 1, 1
+    sheet = card_scenes.contact_sheet(drawn, ["cat"] * 5)
+    counts = {colour: count for count, colour in sheet.getcolors(maxcolors=2**20)}
+    assert counts[255, 0, 0] == counts[0, 0, 255] == 5 * card_scenes.SIDE**2
+
+
+def test_the_reference_is_the_scenes_of_its_seeds(tmp_path: Path) -> None:
+    pictures = torch.randint(0, 256, (6, 4, 32, 32), dtype=torch.uint8)
+    sprites = Sprites(pictures)
+    compose_scenes.write_scenes(sprites, NAMES, 70, tmp_path / "out")
+    captions = (tmp_path / "out" / "captions.txt").read_text().splitlines()
+    assert len(captions) == len(list((tmp_path / "out").glob("*.png"))) == 70
+    last = scene(compose_scenes.FIRST + 69, 6)
+    assert captions[69] == last.caption.text(NAMES)
+    expected = compose([last], sprites)[0].mul(255).round()
+    assert torch.equal(to_tensor(Image.open(tmp_path / "out" / "000069.png")).float(), expected)

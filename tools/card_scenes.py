@@ -1,0 +1,193 @@
+"""Write the card of a model of emoji scenes, its loss curve and a sheet of its pictures, into its folder.
+
+python tools/card_scenes.py --model work/scenes/model --log work/scenes --check check.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from card_emoji import loss_curves, percent, run_summary, shortened
+from check_emoji import draw
+from check_scenes import DRAWN
+from emoji_scenes import scene
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from train_emoji import keep_freed_memory
+
+from regrow import zoo
+from regrow.measure.images import to_picture
+
+CAPTIONS, SEEDS = 64, 4
+SIDE, COLUMNS = 88, 4
+
+
+def contact_sheet(drawn: list[Tensor], captions: list[str]) -> Image.Image:
+    """Every caption over its pictures of all seeds.
+
+    Args:
+        drawn: for each seed the captions' pictures ``(N, 3, H, W)`` in [0, 1].
+        captions: N texts.
+    """
+    width, height = len(drawn) * (SIDE + 2) + 12, SIDE + 22
+    rows = -(-len(captions) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * width, rows * height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, caption in enumerate(captions):
+        x, y = i % COLUMNS * width + 6, i // COLUMNS * height
+        pen.text((x, y + 4), shortened(caption, 62), "black", font)
+        for seed, pictures in enumerate(drawn):
+            picture = to_picture(pictures[i]).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (x + seed * (SIDE + 2), y + 19))
+    return sheet
+
+
+def bars(check: dict[str, Any]) -> str:
+    """What was measured as a table, with the bars."""
+    right, reuse = check["right_picture"], check["trajectory"]["reuse"]
+    one, two = right["generated, one object"], right["generated, two objects"]
+    own_one, own_two = right["composed, one object"], right["composed, two objects"]
+    rows = [
+        ("named object found, one object", percent(one["objects"]), ">= 85%", percent(own_one["objects"])),
+        ("both objects found, two objects", percent(two["objects"]), ">= 60%", percent(own_two["objects"])),
+        ("named plain background found", percent(one["colour"]), ">= 95%", percent(own_one["colour"])),
+        ("distance of two pictures of a caption", f"{check['variety']['ratio']:.2f}", ">= .80", "1"),
+    ]
+    for steps, value in check["trajectory"]["steps"].items():
+        bar = "<= 32 dB" if steps == "10" else ""
+        rows.append((f"{steps} steps against its own 50", f"{value:.1f} dB", bar, ""))
+    rows += [(f"output reused {k} against its own 50", f"{v:.1f} dB", "", "") for k, v in reuse.items()]
+    lines = ["| figure | this model | bar | true scenes |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    machine = check["machine"]
+    lines += [
+        "",
+        f"{one['pictures']} and {two['pictures']} captions, {check['steps']} DDIM steps, guidance "
+        f"{check['guidance']:g}, {check['precision']}. Linear classifiers on EfficientNet-Lite0 features, "
+        f'fitted to {right["scenes_to_fit"]:,} composed scenes; "true scenes" is what they find in '
+        "composed scenes they have not seen. Distance: mean feature distance of two seeds, as a share of "
+        f"that of two composed scenes ({check['variety']['captions']} captions). Fewer steps and reuse: "
+        f"median PSNR of {check['trajectory']['captions']} captions, guidance on.",
+        f"Measured {machine['date']} on {machine['processor']}, {machine['threads']} threads; "
+        + ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+def missed_bars(check: dict[str, Any]) -> list[str]:
+    """The bars that are missed."""
+    right = check["right_picture"]
+    one, two = right["generated, one object"], right["generated, two objects"]
+    held = {
+        "one object": one["objects"] >= 0.85,
+        "two objects": two["objects"] >= 0.60,
+        "background": one["colour"] >= 0.95,
+        "variety": check["variety"]["ratio"] >= 0.80,
+        "10 steps": check["trajectory"]["steps"]["10"] <= 32.0,
+    }
+    return [name for name, good in held.items() if not good]
+
+
+def card(check: dict[str, Any], log: Path, names: list[str], parameters: dict[str, int]) -> str:
+    """The model card."""
+    sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
+    missed = missed_bars(check)
+    verdict = f"Missed: {', '.join(missed)}." if missed else "All bars are met."
+    return f"""# emoji scenes
+
+A small, complete text-to-image pipeline whose captions leave much open: it draws scenes of one to three of
+{len(names)} emoji at random places, sizes and turns before a plain colour, a gradient or white, at 128x128.
+An ordinary `StableDiffusionPipeline` folder: {sizes} parameters. Latents are 32x32, so the top level has
+1,024 tokens. U-Net and autoencoder are stored in fp16, the text encoder in fp32.
+
+```python
+from regrow import zoo
+
+pipe = zoo.load_from("{{folder}}")
+pipe("small penguin left and pizza on blue", num_inference_steps=50, guidance_scale=3.0).images[0]
+```
+
+![{CAPTIONS} captions, {SEEDS} seeds each](contact.jpg)
+
+## Does it draw what it is told, anew every time?
+
+{bars(check)}
+
+{verdict}
+
+## Captions
+
+Objects with "and" between them; by chance each with "small" or "large" before and "left", "right", "top" or
+"bottom" after it; by chance "on" and the background's colour, or two of them with "to". The objects:
+{", ".join(names)}. It knows no other words.
+
+## Data
+
+Noto emoji, drawn from the SVGs of the npm package `@iconify-json/noto` 1.2.9 (Apache-2.0, by Google) and
+composed on the fly: every training picture is new (`tools/emoji_scenes.py`, a pure function of a seed).
+
+## How it was trained
+
+1. An `AutoencoderTiny` (128x128 to 32x32x4), on mean squared error.
+2. Its latents are normalised per channel; the factors are folded into its first and last convolutions,
+   and the decoder is trained on.
+3. U-Net and a two-layer CLIP text encoder, from those of the first emoji model (290 memorised pictures,
+   64x64): v-prediction, Stable Diffusion's noise levels, stratified timesteps, 10% of the captions dropped,
+   batch 16, bf16 autocast; Muon on inner matrices and convolutions, AdamW on the rest, the learning rate
+   falling over the second half, averaged weights (0.998).
+
+{run_summary(log)}. Minutes are processor time per thread.
+
+![loss of the three stages](loss.png)
+
+```
+npm pack @iconify-json/noto@1.2.9
+python tools/train_scenes.py --data iconify-json-noto-1.2.9.tgz --start FIRST_MODEL \\
+    --objects {len(names)} --out work/scenes --export work/scenes/model
+python tools/check_scenes.py --data iconify-json-noto-1.2.9.tgz --model work/scenes/model --bf16 \\
+    --json check.json
+```
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, help="pipeline folder")
+    parser.add_argument("--log", type=Path, required=True, help="work folder of train_scenes.py")
+    parser.add_argument("--check", type=Path, required=True, help="JSON of check_scenes.py")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write card, curve and sheet into the model's folder."""
+    args = parse_arguments()
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    pipe = zoo.load_from(args.model)
+    names = zoo.captions_in(args.model)
+    captions = [scene(DRAWN + 3 * 10**6 + i, len(names)).caption.text(names) for i in range(CAPTIONS)]
+    drawn = [
+        draw(pipe, captions, args.steps, args.guidance, 16, 10**5 * (seed + 1), True, f"seed {seed + 1}")
+        for seed in range(SEEDS)
+    ]
+    contact_sheet(drawn, captions).save(args.model / "contact.jpg", quality=88)
+    loss_curves(args.log, args.model / "loss.png")
+    parts = {"U-Net": pipe.unet, "text encoder": pipe.text_encoder, "autoencoder": pipe.vae}
+    parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()}
+    check = json.loads(args.check.read_text())
+    (args.model / "README.md").write_text(card(check, args.log, names, parameters))
+
+
+if __name__ == "__main__":
+    main()
