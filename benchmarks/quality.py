@@ -1,0 +1,208 @@
+"""Quality against speed: every method a curve, on one model, in one run.
+
+    python benchmarks/quality.py --prompts 1000 --reference work/reference --work work/quality
+
+First the pictures of all variants are made and compared (`regrow eval`: killed, it goes on), then all are
+timed in turns (`regrow bench`). The result, a table and a plot go to `--out`; `--table` only reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+CURVES: Mapping[str, tuple[str, ...]] = {
+    "fewer steps": tuple(f"steps:{n}" for n in (50, 25, 16, 12, 10, 8, 6, 5)),
+    "SiTo a to e": tuple(f"sito:{preset}" for preset in "abcde"),
+    "ToMeSD .3 to .7": tuple(f"tome:{ratio}" for ratio in (0.3, 0.5, 0.7)),
+    "DeepCache 2 to 10": tuple(f"deepcache:{n}" for n in (2, 3, 5, 7, 10)),
+    "DeepCache 2 to 10 + ToMeSD .5": tuple(f"deepcache:{n}+tome:0.5" for n in (2, 3, 5, 7, 10)),
+    "DaTo every 2 to 10, r .5": tuple(f"dato:{n}" for n in (2, 3, 5, 7, 10)),
+    "DaTo presets": ("dato:b1", "dato:fast"),
+}
+SPEEDS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One variant: how much faster than 50 steps, and how good.
+
+    Args:
+        name: of the variant.
+        speedup: measured, of whole generations.
+        macs_ratio: MACs of the baseline's denoiser over this one's.
+        fd: Fréchet distance to the reference.
+        psnr: median, dB, to the baseline's pictures of the same seeds; None for the baseline.
+    """
+
+    name: str
+    speedup: float
+    macs_ratio: float
+    fd: float
+    psnr: float | None
+
+
+def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Point]:
+    """What both results say of every variant that is in both."""
+    timed = {row["name"]: row for row in speed["rows"] if row["error"] is None}
+    return {
+        row["name"]: Point(
+            row["name"],
+            timed[row["name"]]["speedup"],
+            timed[row["name"]]["macs_ratio"],
+            row["fd"],
+            row["psnr"],
+        )
+        for row in quality["rows"]
+        if row["name"] in timed
+    }
+
+
+def at_speed(curve: Sequence[Point], speed: float, field: str) -> float | None:
+    """A curve's value at a speed-up, linear in its logarithm; None outside of what was measured."""
+    known = sorted((math.log(p.speedup), value) for p in curve if (value := getattr(p, field)) is not None)
+    x = math.log(speed)
+    for (x0, y0), (x1, y1) in itertools.pairwise(known):
+        if x0 <= x <= x1:
+            return y0 if x0 == x1 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return None
+
+
+def of_curves(found: Mapping[str, Point]) -> dict[str, list[Point]]:
+    """The points of each curve; fewer steps begin at the baseline, and so does every other curve."""
+    base = found[CURVES["fewer steps"][0]]
+    out = {}
+    for name, specs in CURVES.items():
+        mine = [found[s] for s in specs if s in found and found[s] is not base]
+        if mine:
+            out[name] = [base, *mine]
+    return out
+
+
+def table(found: Mapping[str, Point], field: str, unit: str) -> list[str]:
+    """Markdown: a row a curve, a column a speed-up; the best of a column in bold."""
+    best = min if field == "fd" else max
+    rows = {
+        name: [at_speed(curve, speed, field) for speed in SPEEDS]
+        for name, curve in of_curves(found).items()
+    }
+    columns = [[v for v in column if v is not None] for column in zip(*rows.values(), strict=True)]
+    lines = [
+        f"| {unit} at | " + " | ".join(f"{speed:g}x" for speed in SPEEDS) + " |",
+        "|---" * (len(SPEEDS) + 1) + "|",
+    ]
+    for name, values in rows.items():
+        cells = []
+        for value, column in zip(values, columns, strict=True):
+            text = "" if value is None else f"{value:.2f}" if field == "fd" else f"{value:.1f}"
+            cells.append(f"**{text}**" if value is not None and value == best(column) else text)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def variants_table(found: Mapping[str, Point]) -> list[str]:
+    """Markdown: every variant as it was measured."""
+    lines = ["| method | speed-up | fewer MACs | FD-EffNet | PSNR dB |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{p.name}` | {p.speedup:.2f}x | {p.macs_ratio:.2f}x | {p.fd:.2f} | "
+        f"{'' if p.psnr is None else f'{p.psnr:.1f}'} |"
+        for p in found.values()
+    ]
+    return lines
+
+
+def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
+    """FD and PSNR against the measured speed-up, a line for every curve."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    labels = (("fd", "FD-EffNet to true pictures (lower is better)"), ("psnr", "PSNR to own 50 steps, dB"))
+    for axis, (field, label) in zip(axes, labels, strict=True):
+        for (name, curve), marker in zip(of_curves(found).items(), "osD^v*P", strict=False):
+            known = [(p.speedup, v) for p in curve if (v := getattr(p, field)) is not None]
+            xs, ys = zip(*sorted(known), strict=True)
+            axis.plot(xs, ys, marker=marker, markersize=5, linewidth=1.3, label=name)
+        axis.set_xscale("log")
+        axis.set_xticks(SPEEDS, [f"{speed:g}x" for speed in SPEEDS])
+        axis.minorticks_off()
+        axis.set(xlabel="measured speed-up over 50 steps", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Run both commands for all variants; what is already made is not made again."""
+    methods = ",".join(spec for curve in CURVES.values() for spec in curve)
+    common = ["--model", args.model, "--methods", methods, "--dtype", args.dtype, "--device", args.device]
+    regrow = str(Path(sys.executable).with_name("regrow"))
+    pictures, speed = args.work / "pictures", args.work / "speed.json"
+    words = ["--prompts", args.prompts, "--out", str(pictures), "--batch", str(args.batch)]
+    if args.reference is not None:
+        words += ["--reference", str(args.reference)]
+    subprocess.run([regrow, "eval", *common, *words], check=True)
+    if not speed.exists():
+        words = ["--images", str(args.images), "--rounds", str(args.rounds), "--out", str(speed)]
+        subprocess.run([regrow, "bench", *common, *words], check=True)
+    return {
+        "quality": json.loads((pictures / "result.json").read_text()),
+        "speed": json.loads(speed.read_text()),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="emoji", help="bundled name, folder or hub id")
+    parser.add_argument("--prompts", default="1000", help="a file, or a number of the model's own")
+    parser.add_argument("--reference", type=Path, help="folder of true pictures; else the baseline's")
+    parser.add_argument("--work", type=Path, default=Path("work/quality"), help="resumed if it exists")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality-emoji"))
+    parser.add_argument("--images", type=int, default=4, help="pictures a timed generation")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--table", action="store_true", help="only table and plot, from the result in --out"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, then write table and plot."""
+    args = parse_arguments()
+    result_file = args.out.with_suffix(".json")
+    if not args.table:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        result_file.write_text(json.dumps(measure(args), indent=1) + "\n", encoding="utf-8")
+    result = json.loads(result_file.read_text())
+    quality = result["quality"]
+    found = points(quality, result["speed"])
+    processor = quality["machine"]["gpu"] or quality["machine"]["processor"]
+    title = f"{quality['model']}, {quality['prompts']} prompts, {quality['dtype']}, {processor}"
+    draw(found, args.out.with_suffix(".png"), title)
+    lines = [f"{title}, {quality['machine']['date']}.", "", *table(found, "fd", "FD-EffNet"), ""]
+    lines += [*table(found, "psnr", "PSNR dB"), "", *variants_table(found)]
+    args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

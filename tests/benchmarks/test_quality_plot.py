@@ -1,0 +1,59 @@
+"""Curves of quality against speed say what was measured and nothing beyond it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import quality
+from PIL import Image
+from quality import Point, at_speed, of_curves, points, table
+
+FOUND = {
+    p.name: p
+    for p in (
+        Point("steps:50", 1.0, 1.0, 10.0, None),
+        Point("steps:25", 2.0, 2.0, 12.0, 30.0),
+        Point("steps:10", 5.0, 5.0, 20.0, 22.0),
+        Point("deepcache:2", 1.8, 1.9, 11.0, 33.0),
+        Point("deepcache:5", 3.6, 3.8, 13.0, 26.0),
+        Point("dato:b1", 6.0, 6.7, 15.0, 24.0),
+    )
+}
+
+
+def test_a_curve_is_linear_in_the_logarithm_of_the_speed() -> None:
+    curve = [FOUND["steps:50"], FOUND["steps:25"], FOUND["steps:10"]]
+    assert at_speed(curve, 2**0.5, "fd") == pytest.approx(11.0)
+    assert at_speed(curve, 10**0.5, "fd") == pytest.approx(16.0)
+    assert at_speed(curve, 1.0, "fd") == 10.0
+    assert at_speed(curve, 5.1, "fd") is None
+    assert at_speed(curve, 1.5, "psnr") is None, "the baseline has no distance to itself"
+
+
+def test_all_curves_begin_at_the_baseline() -> None:
+    curves = of_curves(FOUND)
+    assert set(curves) == {"fewer steps", "DeepCache 2 to 10", "DaTo presets"}
+    assert all(curve[0] is FOUND["steps:50"] for curve in curves.values())
+
+
+def test_the_best_of_each_speed_is_bold() -> None:
+    lines = table(FOUND, "fd", "FD")
+    at_two = {line.split(" | ")[0].strip("| "): line.split(" | ")[3] for line in lines[2:]}
+    assert at_two["fewer steps"] == "12.00"
+    assert at_two["DeepCache 2 to 10"].startswith("**11.")
+    assert sum("**" in value for value in at_two.values()) == 1
+
+
+def test_failed_variants_have_no_point() -> None:
+    rows = [{"name": "steps:50", "fd": 1.0, "psnr": None}, {"name": "sito:a", "fd": 2.0, "psnr": 30.0}]
+    times = [
+        {"name": "steps:50", "error": None, "speedup": 1.0, "macs_ratio": 1.0},
+        {"name": "sito:a", "error": "no", "speedup": 0.0, "macs_ratio": 0.0},
+    ]
+    assert list(points({"rows": rows}, {"rows": times})) == ["steps:50"]
+
+
+def test_the_plot_is_drawn(tmp_path: Path) -> None:
+    quality.draw(FOUND, tmp_path / "curves.png", "a model")
+    assert Image.open(tmp_path / "curves.png").width > 800
