@@ -10,20 +10,37 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
-from card_emoji import loss_curves, percent, run_summary, shortened
-from check_emoji import draw
-from check_scenes import DRAWN
-from emoji_scenes import scene
+from check_scenes import DRAWN, draw
+from emoji_scenes import objects_in, scene
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from train_emoji import keep_freed_memory
+from training import keep_freed_memory, read_log
 
 from regrow import zoo
 from regrow.measure.images import to_picture
 
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+STAGES = ("vae", "decoder", "denoiser")
 CAPTIONS, SEEDS = 64, 4
 SIDE, COLUMNS = 88, 4
+
+
+def loss_curves(log: Path, target: Path) -> None:
+    """One panel a stage: loss against minutes of training."""
+    figure, axes = plt.subplots(1, len(STAGES), figsize=(10, 3), layout="constrained")
+    for axis, stage in zip(axes, STAGES, strict=True):
+        records = read_log(log / f"{stage}.log.jsonl")
+        minutes = [r["seconds"] / 60 for r in records]
+        axis.semilogy(minutes, [r["loss"] for r in records], linewidth=1.2)
+        axis.set(title=stage, xlabel="minutes")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("mean squared error")
+    figure.savefig(target, dpi=90)
+    plt.close(figure)
 
 
 def contact_sheet(drawn: list[Tensor], captions: list[str]) -> Image.Image:
@@ -44,6 +61,16 @@ def contact_sheet(drawn: list[Tensor], captions: list[str]) -> Image.Image:
             picture = to_picture(pictures[i]).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             sheet.paste(picture, (x + seed * (SIDE + 2), y + 19))
     return sheet
+
+
+def shortened(caption: str, length: int = 18) -> str:
+    """A caption that fits under its picture."""
+    return caption if len(caption) <= length else caption[: length - 1] + "…"
+
+
+def percent(share: float) -> str:
+    """A share with one decimal."""
+    return f"{100 * share:.1f}%"
 
 
 def bars(check: dict[str, Any]) -> str:
@@ -93,12 +120,26 @@ def missed_bars(check: dict[str, Any]) -> list[str]:
     return [name for name, good in held.items() if not good]
 
 
+def run_summary(log: Path) -> str:
+    """The run behind the loss curve in one sentence."""
+    settings = json.loads((log / "run.json").read_text())
+    parts = []
+    for stage in STAGES:
+        records = read_log(log / f"{stage}.log.jsonl")
+        minutes, steps = records[-1]["seconds"] / 60, int(records[-1]["step"])
+        parts.append(f"{stage} {minutes:.0f} minutes, {steps:,} steps")
+    return (
+        f"{'; '.join(parts)}; {settings['threads']} threads of {settings['processor']}, "
+        f"torch {settings['torch']}"
+    )
+
+
 def card(check: dict[str, Any], log: Path, names: list[str], parameters: dict[str, int]) -> str:
     """The model card."""
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     missed = missed_bars(check)
     verdict = f"Missed: {', '.join(missed)}." if missed else "All bars are met."
-    return f"""# emoji scenes
+    return f"""# emoji
 
 A small, complete text-to-image pipeline whose captions leave much open: it draws scenes of one to three of
 {len(names)} emoji at random places, sizes and turns before a plain colour, a gradient or white, at 128x128.
@@ -108,7 +149,7 @@ An ordinary `StableDiffusionPipeline` folder: {sizes} parameters. Latents are 32
 ```python
 from regrow import zoo
 
-pipe = zoo.load_from("{{folder}}")
+pipe = zoo.load("emoji")
 pipe("small penguin left and pizza on blue", num_inference_steps=50, guidance_scale=3.0).images[0]
 ```
 
@@ -136,10 +177,11 @@ composed on the fly: every training picture is new (`tools/emoji_scenes.py`, a p
 1. An `AutoencoderTiny` (128x128 to 32x32x4), on mean squared error.
 2. Its latents are normalised per channel; the factors are folded into its first and last convolutions,
    and the decoder is trained on.
-3. U-Net and a two-layer CLIP text encoder, from those of the first emoji model (290 memorised pictures,
-   64x64): v-prediction, Stable Diffusion's noise levels, stratified timesteps, 10% of the captions dropped,
-   batch 16, bf16 autocast; Muon on inner matrices and convolutions, AdamW on the rest, the learning rate
-   falling over the second half, averaged weights (0.998).
+3. U-Net and a two-layer CLIP text encoder, beginning with those of a first model of 290 memorised pictures
+   (`git archive 2e49882 src/regrow/zoo/emoji` has it): v-prediction, Stable Diffusion's noise levels,
+   stratified timesteps, 10% of the captions dropped, batch 16, bf16 autocast; Muon on inner matrices and
+   convolutions, AdamW on the rest, the learning rate falling over the second half, averaged
+   weights (0.998).
 
 {run_summary(log)}. Minutes are processor time per thread.
 
@@ -147,7 +189,7 @@ composed on the fly: every training picture is new (`tools/emoji_scenes.py`, a p
 
 ```
 npm pack @iconify-json/noto@1.2.9
-python tools/train_scenes.py --data iconify-json-noto-1.2.9.tgz --start FIRST_MODEL \\
+python tools/train_scenes.py --data iconify-json-noto-1.2.9.tgz --start src/regrow/zoo/emoji \\
     --objects {len(names)} --out work/scenes --export work/scenes/model
 python tools/check_scenes.py --data iconify-json-noto-1.2.9.tgz --model work/scenes/model --bf16 \\
     --json check.json
@@ -175,7 +217,7 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     pipe = zoo.load_from(args.model)
-    names = zoo.captions_in(args.model)
+    names = objects_in(args.model)
     captions = [scene(DRAWN + 3 * 10**6 + i, len(names)).caption.text(names) for i in range(CAPTIONS)]
     drawn = [
         draw(pipe, captions, args.steps, args.guidance, 16, 10**5 * (seed + 1), True, f"seed {seed + 1}")

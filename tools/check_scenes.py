@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from check_emoji import FEWER_STEPS, draw, features_of, psnr
-from emoji_scenes import COLOURS, Caption, Scene, Sprites, another, compose, read_sprites, scene
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from emoji_scenes import COLOURS, Caption, Scene, Sprites, another, compose, objects_in, read_sprites, scene
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from train_emoji import keep_freed_memory, write_json
+from training import keep_freed_memory, write_json
 
 import regrow
 from regrow import zoo
@@ -34,7 +34,48 @@ from regrow.measure.machine import machine
 # Scenes to fit, to test and to draw from are those of different seeds.
 FIT, HELD_OUT, DRAWN = 10**9, 2 * 10**9, 3 * 10**9
 REUSE = (2, 5)
+FEWER_STEPS = (25, 16, 10, 5)
 COLOUR_NAMES = tuple(COLOURS)
+
+
+def draw(
+    pipe: StableDiffusionPipeline,
+    captions: list[str],
+    steps: int,
+    guidance: float,
+    batch: int,
+    seed: int,
+    bf16: bool,
+    title: str,
+) -> Tensor:
+    """One picture a caption, each from its own seed: (N, 3, H, W) in [0, 1]."""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    out = []
+    for start in track(range(0, len(captions), batch), title):
+        part = captions[start : start + batch]
+        seeds = [seed + start + i for i in range(len(part))]
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        with torch.autocast(pipe.unet.device.type, torch.bfloat16, enabled=bf16):
+            pictures = pipe(
+                part,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+                output_type="pt",
+            ).images
+        out.append(pictures.float().cpu())
+    return torch.cat(out)
+
+
+def features_of(pictures: Tensor, extractor: EfficientNetFeatures) -> Tensor:
+    """Unit-length features of pictures in [0, 1]."""
+    parts = [extractor(part) for part in pictures.split(64)]
+    return F.normalize(torch.cat(parts), dim=-1)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture, both in [0, 1]."""
+    return -10 * torch.log10((a - b).square().mean((1, 2, 3)).clamp_min(1e-12))
 
 
 @dataclass
@@ -95,7 +136,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.names = zoo.captions_in(args.model)
+        self.names = objects_in(args.model)
         self.sprites = Sprites(read_sprites(args.data, self.names))
         self.extractor = EfficientNetFeatures()
         self.pipe = zoo.load_from(args.model, device=args.device)

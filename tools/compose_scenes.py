@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from emoji_scenes import Sprites, compose, read_sprites, scene
+from emoji_scenes import Sprites, compose, objects_in, read_sprites, scene
 from rich.progress import track
 
-from regrow import zoo
 from regrow.measure.images import to_picture
 
 # Other scenes than those a model is tested on.
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--out", type=Path, required=True, help="folder")
     args = parser.parse_args()
-    names = zoo.captions_in(args.model)
+    names = objects_in(args.model)
     write_scenes(Sprites(read_sprites(args.data, names)), names, args.count, args.out)
 
 

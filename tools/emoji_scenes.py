@@ -169,6 +169,22 @@ def scene(seed: int, objects: int, count: int | None = None) -> Scene:
     return _scene(rng, placed, colours, caption)
 
 
+def captions(names: Sequence[str], count: int, first: int = 5 * 10**9) -> list[str]:
+    """Different captions: those of the scenes of consecutive seeds, without repetitions."""
+    found: dict[str, None] = {}
+    seed = first
+    while len(found) < count:
+        found[scene(seed, len(names)).caption.text(names)] = None
+        seed += 1
+    return list(found)
+
+
+def objects_in(folder: Path) -> list[str]:
+    """The objects that a model of scenes draws, from its folder."""
+    found: list[str] = json.loads((folder / "objects.json").read_text(encoding="utf-8"))
+    return found
+
+
 def another(seed: int, caption: Caption) -> Scene:
     """A scene of the same caption; what it leaves open is drawn anew.
 

@@ -3,9 +3,10 @@
     npm pack @iconify-json/noto@1.2.9
     python tools/train_scenes.py --data noto.tgz --out work/scenes --export work/scenes/model
 
-Three stages, each under its own budget of minutes, as in train_emoji.py, but every picture is composed
-anew. Killed at any moment, the same command goes on from the last checkpoint. `--start DIR` begins with
-the U-Net and the words of another pipeline of the same shape.
+Three stages run one after the other, each under its own budget of minutes: an autoencoder, its decoder on
+normalised latents, and the U-Net with its text encoder; every picture is composed anew. Killed at any
+moment, the same command goes on from the last checkpoint. `--start DIR` begins with the U-Net and the words
+of another pipeline of the same shape.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, UNet2DConditionModel
-from emoji_scenes import COLOURS, OBJECTS, PLACES, SIZES, Sprites, compose, read_sprites, scene
+from emoji_scenes import COLOURS, OBJECTS, PLACES, SIZES, Sprites, captions, compose, read_sprites, scene
 from torch import Tensor
-from train_emoji import (
+from training import (
     Recipe,
     Stage,
     build_scheduler,
@@ -39,15 +40,16 @@ from train_emoji import (
     token_ids,
     train,
     trainable,
+    write_json,
 )
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from regrow import zoo
 
-TOKENS = 24
 WORDS = (*SIZES, *PLACES, "and", "on", "to")
 SEEDS = 2**62
 STATISTICS = 256
+PROMPTS = 2048
 
 
 class Scenes:
@@ -66,8 +68,8 @@ class Scenes:
         seeds = torch.randint(SEEDS, (count,), generator=rng).tolist()
         scenes = [scene(seed, len(self.names)) for seed in seeds]
         pictures = compose(scenes, self.sprites).mul(2).sub(1)
-        captions = [s.caption.text(self.names) for s in scenes]
-        return captions, pictures.contiguous(memory_format=torch.channels_last)
+        texts = [s.caption.text(self.names) for s in scenes]
+        return texts, pictures.contiguous(memory_format=torch.channels_last)
 
 
 def build_vae() -> AutoencoderTiny:
@@ -195,7 +197,7 @@ def run(
     """All stages, resuming whatever of them already exists in `out`."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = OBJECTS[:objects]
-    settings = describe(recipe, minutes, ("emoji scenes",), len(names), device)
+    settings = describe(recipe, minutes, len(names), device)
     check_same_run(out / "run.json", settings)
     timer = timer or (time.perf_counter if device.type == "cuda" else processor_seconds)
     loop: dict[str, Any] = {"timer": timer, "checkpoint_seconds": checkpoint_seconds}
@@ -218,7 +220,8 @@ def run(
     stage = denoiser_stage(unet, text_encoder, vae, tokenizer, scenes, recipe)
     train(stage, out, minutes["denoiser"], recipe.batch, **loop)
     if export_to:
-        export(export_to, vae, unet, text_encoder, tokenizer, list(names))
+        export(export_to, vae, unet, text_encoder, tokenizer, captions(names, PROMPTS))
+        write_json(export_to / "objects.json", list(names))
 
 
 @torch.no_grad()
@@ -257,7 +260,7 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     minutes = {"vae": args.vae_minutes, "decoder": args.decoder_minutes, "denoiser": args.minutes}
-    recipe = Recipe(seed=args.seed, lr=args.lr, tokens=TOKENS)
+    recipe = Recipe(seed=args.seed, lr=args.lr)
     run(args.data, args.out, minutes, recipe, args.objects, args.start, args.export, args.device)
 
 

@@ -128,14 +128,14 @@ def test_generate_compares_with_the_unaccelerated_picture(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, dtype: str
 ) -> None:
     out = tmp_path / "pictures" / "apple.png"
-    words = ("generate", "--prompt", "red apple", "--prompt", "dog face", "--method", "dato")
+    words = ("generate", "--prompt", "red apple", "--prompt", "dog", "--method", "dato")
     words += ("--preset", "b1", "--steps", "3", "--compare", "--json", "--device", "cpu", "--out", str(out))
     words += ("--dtype", dtype)
     assert run(monkeypatch, *words) == 0
     found = json.loads(capsys.readouterr().out)
     files = [Path(f) for f in found["files"]]
     assert [f.name for f in files] == ["apple-0.png", "apple-1.png", "apple-compare.png"]
-    assert Image.open(files[0]).size == (64, 64)
+    assert Image.open(files[0]).size == (128, 128)
     assert [m["method"] for m in found["methods"]] == ["unaccelerated", "dato b1"]
     assert found["methods"][1]["macs_ratio"] > 2
 

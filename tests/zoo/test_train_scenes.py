@@ -11,9 +11,12 @@ import pytest
 import torch
 import train_scenes
 from diffusers import StableDiffusionPipeline
+from emoji_scenes import objects_in
 from safetensors.torch import load_file
-from test_train_emoji import Killed, ticking
-from train_emoji import Recipe
+from test_training import Killed, ticking
+from training import Recipe
+
+from regrow import zoo
 
 TINY = Recipe(batch=2, channels=(32, 32, 32), text_width=32, tokens=24)
 MINUTES = {"vae": 2 / 60, "decoder": 2 / 60, "denoiser": 4 / 60}
@@ -23,7 +26,7 @@ MINUTES = {"vae": 2 / 60, "decoder": 2 / 60, "denoiser": 4 / 60}
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     icons = {
         name: {"body": f'<circle cx="64" cy="64" r="60" fill="{colour}"/>'}
-        for name, colour in (("cat", "#c80"), ("dog", "#08c"))
+        for name, colour in (("cat", "#c80"), ("dog", "#08c"), ("penguin", "#888"))
     }
     text = json.dumps({"width": 128, "height": 128, "icons": icons}).encode()
     archive = tmp_path_factory.mktemp("data") / "noto.tgz"
@@ -38,14 +41,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents are normalised by a few pictures."""
     monkeypatch.setattr(train_scenes, "STATISTICS", 4)
-    # Layouts of up to three different objects need three.
-    monkeypatch.setattr(train_scenes, "scene", lambda seed, objects: one_object(seed, objects))
-
-
-def one_object(seed: int, objects: int) -> object:
-    from emoji_scenes import scene
-
-    return scene(seed, objects, 1)
 
 
 def train(
@@ -62,7 +57,7 @@ def train(
         out,
         MINUTES,
         TINY,
-        2,
+        3,
         start,
         export_to,
         torch.device("cpu"),
@@ -84,7 +79,11 @@ def test_killed_and_resumed_equals_straight_and_a_model_starts_the_next(data: Pa
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)
     assert pipe("small cat left on blue", num_inference_steps=2).images[0].size == (128, 128)
-    assert json.loads((tmp_path / "model" / "captions.json").read_text()) == ["cat", "dog"]
+    assert objects_in(tmp_path / "model") == ["cat", "dog", "penguin"]
+    prompts = zoo.captions_in(tmp_path / "model")
+    assert len(set(prompts)) == train_scenes.PROMPTS
+    with pytest.raises(SystemExit, match="objects was 3, now 2"):
+        train_scenes.run(data, tmp_path / "straight", MINUTES, TINY, 2)
 
     train(data, tmp_path / "next", start=tmp_path / "model", export_to=tmp_path / "second")
     assert not list((tmp_path / "next").glob("vae*"))

@@ -13,7 +13,7 @@ def test_plain_from_pretrained_draws_without_arguments():
     pipe = StableDiffusionPipeline.from_pretrained(zoo.path("emoji"))
     pipe.set_progress_bar_config(disable=True)
     image = pipe("red apple", num_inference_steps=2).images[0]
-    assert image.size == (64, 64)
+    assert image.size == (128, 128)
 
 
 def test_load_is_quiet_and_has_one_precision(capfd):
@@ -28,12 +28,12 @@ def test_everything_together_stays_small():
     assert sum(f.stat().st_size for f in files) < 30e6
 
 
-def test_captions_are_the_ones_the_tokenizer_knows():
+def test_captions_are_many_and_of_words_that_the_tokenizer_knows():
     captions = zoo.captions("emoji")
     tokenizer = json.loads((zoo.path("emoji") / "tokenizer" / "tokenizer.json").read_text())
-    assert len(captions) == len(set(captions)) == 290
-    assert {"red apple", "penguin", "slice of pizza"} <= set(captions)
-    assert "penguin" in tokenizer["model"]["vocab"]
+    assert len(captions) == len(set(captions)) >= 1000
+    words = {word for caption in captions for word in caption.split()}
+    assert words <= set(tokenizer["model"]["vocab"])
 
 
 def test_no_local_paths_in_the_configs():

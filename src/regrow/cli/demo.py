@@ -19,7 +19,14 @@ from regrow.measure.machine import machine
 from regrow.measure.sampling import Pictures, make
 from regrow.methods import DaTo, SiTo
 
-PROMPTS = ("red apple", "dog face", "cactus", "penguin", "sunflower", "hamburger")
+PROMPTS = (
+    "large penguin on blue",
+    "small tiger left and cactus right",
+    "owl on orange to yellow",
+    "red apple and banana on white",
+    "octopus on green",
+    "cat and hamburger on pink",
+)
 
 
 @dataclass(frozen=True)

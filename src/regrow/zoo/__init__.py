@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 MODELS = ("emoji",)
-GUIDANCE = {"emoji": 2.0}
+GUIDANCE = {"emoji": 3.0}
 """Guidance scale that suits a bundled model."""
 
 
@@ -27,12 +27,12 @@ def path(name: str) -> Path:
 
 
 def captions(name: str) -> list[str]:
-    """The captions a bundled model was trained on."""
+    """Captions that a bundled model can draw."""
     return captions_in(path(name))
 
 
 def captions_in(folder: Path) -> list[str]:
-    """The captions a model of this kind was trained on, from its folder."""
+    """Captions that a model of this kind can draw, from its folder."""
     found: list[str] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
     return found
 

@@ -1,16 +1,7 @@
-"""Train the bundled text-to-image model from scratch, on a CPU or one CUDA GPU.
-
-    python tools/train_emoji.py --data emoji64.zip --out work/emoji --export work/emoji/model
-
-Three stages run one after the other, each under its own budget of minutes: an autoencoder, its
-decoder on normalised latents, and the U-Net with its text encoder. Killed at any moment, the same
-command goes on from the last checkpoint. `--data` is a zip with images/ and captions.json, or the
-tarball that `npm pack emoji-datasource-google@16.0.0` writes.
-"""
+"""What it takes to train a small text-to-image pipeline: its parts, stages that resume, Muon, export."""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -22,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from emoji_data import CATEGORIES, read_emoji
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -47,7 +36,7 @@ class Recipe:
     caption_dropout: float = 0.1
     channels: tuple[int, int, int] = (64, 128, 256)
     text_width: int = 128
-    tokens: int = 10
+    tokens: int = 24
     seed: int = 0
 
 
@@ -282,20 +271,6 @@ def processor_seconds() -> float:
     return time.process_time() / torch.get_num_threads()
 
 
-def build_vae() -> AutoencoderTiny:
-    """A small autoencoder: 64x64 pictures to 32x32 latents of four channels."""
-    return AutoencoderTiny(
-        encoder_block_out_channels=(48, 48),
-        decoder_block_out_channels=(48, 48),
-        num_encoder_blocks=(1, 3),
-        num_decoder_blocks=(3, 1),
-        latent_channels=4,
-        upsampling_scaling_factor=2,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
-
-
 def build_unet(recipe: Recipe) -> UNet2DConditionModel:
     """The denoiser."""
     return UNet2DConditionModel(
@@ -369,12 +344,6 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def to_float(pictures: Tensor, device: torch.device) -> Tensor:
-    """uint8 pictures as channels-last floats in [-1, 1]."""
-    x = pictures.to(device).float().div(127.5).sub(1)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def trainable(prefix: str, module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a module under prefixed names."""
     return {f"{prefix}.{n}": p for n, p in module.named_parameters()}
@@ -383,66 +352,6 @@ def trainable(prefix: str, module: nn.Module) -> dict[str, nn.Parameter]:
 def half_precision(device: torch.device) -> torch.autocast:
     """bf16 autocast on this device."""
     return torch.autocast(device.type, torch.bfloat16)
-
-
-def vae_stage(vae: AutoencoderTiny, pictures: Tensor, recipe: Recipe) -> Stage:
-    """Encoder and decoder on all pictures, mirrored at random."""
-
-    def loss(rng: torch.Generator) -> Tensor:
-        x = pictures[torch.randint(len(pictures), (recipe.batch,), generator=rng)]
-        mirrored = torch.rand(recipe.batch, 1, 1, 1, generator=rng) < 0.5
-        x = torch.where(mirrored.to(x.device), x.flip(-1), x)
-        with half_precision(x.device):
-            y = vae.decoder(vae.encoder(x))
-        return F.mse_loss(y.float(), x)
-
-    names = trainable("vae", vae)
-    return Stage("vae", names, loss, recipe.vae_lr, recipe.ema, recipe.seed + 1)
-
-
-def decoder_stage(vae: AutoencoderTiny, pictures: Tensor, latents: Tensor, recipe: Recipe) -> Stage:
-    """The decoder alone, on the normalised latents that the denoiser will produce."""
-
-    def loss(rng: torch.Generator) -> Tensor:
-        rows = torch.randint(len(pictures), (recipe.batch,), generator=rng)
-        with half_precision(pictures.device):
-            y = vae.decoder(latents[rows])
-        return F.mse_loss(y.float(), pictures[rows])
-
-    names = trainable("decoder", vae.decoder)
-    return Stage("decoder", names, loss, recipe.vae_lr, recipe.ema, recipe.seed + 2)
-
-
-def denoiser_stage(
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    latents: Tensor,
-    tokens: Tensor,
-    empty: Tensor,
-    recipe: Recipe,
-) -> Stage:
-    """U-Net and text encoder together: v-prediction at stratified noise levels."""
-    kept = build_scheduler().alphas_cumprod
-    device, batch = latents.device, recipe.batch
-
-    def loss(rng: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (batch,), generator=rng)
-        strata = (torch.rand(1, generator=rng) + torch.arange(batch) / batch) % 1
-        t = (strata * len(kept)).long()[torch.randperm(batch, generator=rng)]
-        noise = torch.randn(batch, *latents.shape[1:], generator=rng).to(device)
-        dropped = torch.rand(batch, 1, generator=rng) < recipe.caption_dropout
-        ids = torch.where(dropped, empty, tokens[rows]).to(device)
-        signal = kept[t].sqrt().view(-1, 1, 1, 1).to(device)
-        grain = (1 - kept[t]).sqrt().view(-1, 1, 1, 1).to(device)
-        clean = latents[rows]
-        noisy = (signal * clean + grain * noise).contiguous(memory_format=torch.channels_last)
-        with half_precision(device):
-            words = text_encoder(ids).last_hidden_state
-            velocity = unet(noisy, t.to(device), words).sample
-        return F.mse_loss(velocity.float(), signal * noise - grain * clean)
-
-    names = trainable("unet", unet) | trainable("text_encoder", text_encoder)
-    return Stage("denoiser", names, loss, recipe.lr, recipe.ema, recipe.seed + 3)
 
 
 @torch.no_grad()
@@ -503,61 +412,17 @@ def strip_local_paths(folder: Path) -> None:
         write_json(config, entries)
 
 
-def run(
-    data: Path,
-    out: Path,
-    minutes: dict[str, float],
-    recipe: Recipe | None = None,
-    categories: tuple[str, ...] = CATEGORIES,
-    export_to: Path | None = None,
-    device: torch.device | None = None,
-    timer: Callable[[], float] | None = None,
-    checkpoint_seconds: float = 120.0,
-) -> None:
-    """All stages, resuming whatever of them already exists in `out`."""
-    recipe = recipe or Recipe()
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    timer = timer or (time.perf_counter if device.type == "cuda" else processor_seconds)
-    emoji = read_emoji(data)
-    chosen = emoji.of(categories)
-    settings = describe(recipe, minutes, categories, len(chosen), device)
-    check_same_run(out / "run.json", settings)
-    loop: dict[str, Any] = {"timer": timer, "checkpoint_seconds": checkpoint_seconds}
-
-    torch.manual_seed(recipe.seed)
-    layout: dict[str, Any] = {"device": device, "memory_format": torch.channels_last}
-    vae = build_vae().to(**layout)
-    tokenizer = build_tokenizer(chosen.captions, recipe.tokens)
-    text_encoder = build_text_encoder(recipe, len(tokenizer)).to(device)
-    unet = build_unet(recipe).to(**layout)
-    pictures = to_float(chosen.pictures, device)
-
-    first = vae_stage(vae, to_float(emoji.pictures, device), recipe)
-    train(first, out, minutes["vae"], recipe.batch, **loop)
-    normalise_latents(vae, pictures)
-    latents = encode(vae, pictures)
-    second = decoder_stage(vae, pictures, latents, recipe)
-    train(second, out, minutes["decoder"], recipe.batch, **loop)
-    tokens, empty = token_ids(tokenizer, chosen.captions), token_ids(tokenizer, [""])
-    third = denoiser_stage(unet, text_encoder, latents, tokens, empty, recipe)
-    train(third, out, minutes["denoiser"], recipe.batch, **loop)
-    if export_to:
-        export(export_to, vae, unet, text_encoder, tokenizer, chosen.captions)
-
-
 def describe(
     recipe: Recipe,
     minutes: dict[str, float],
-    categories: tuple[str, ...],
-    pictures: int,
+    objects: int,
     device: torch.device,
 ) -> dict[str, Any]:
     """The settings of a run as plain data, with the machine it runs on."""
     return {
         "recipe": json.loads(json.dumps(asdict(recipe))),
         "minutes": minutes,
-        "categories": list(categories),
-        "pictures": pictures,
+        "objects": objects,
         "device": device.type,
         "processor": processor_name(device),
         "threads": torch.get_num_threads(),
@@ -586,40 +451,8 @@ def check_same_run(path: Path, settings: dict[str, Any]) -> None:
     """Refuse another run's checkpoints; only the minutes may change between a kill and a resume."""
     if path.exists():
         before = json.loads(path.read_text())
-        for key in ("recipe", "categories", "pictures"):
+        for key in ("recipe", "objects"):
             if before[key] != settings[key]:
                 raise SystemExit(f"{path}: {key} was {before[key]}, now {settings[key]}; use another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="zip or npm tarball of emoji")
-    parser.add_argument("--out", type=Path, required=True, help="work folder, resumed if it exists")
-    parser.add_argument("--export", type=Path, help="write the finished pipeline here")
-    parser.add_argument("--minutes", type=float, default=62.0, help="for U-Net and text encoder")
-    parser.add_argument("--vae-minutes", type=float, default=6.0)
-    parser.add_argument("--decoder-minutes", type=float, default=3.0)
-    parser.add_argument("--categories", nargs="+", default=CATEGORIES)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", type=torch.device, help="cpu or cuda; default: cuda if any")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Train as the command line says."""
-    args = parse_arguments()
-    keep_freed_memory()
-    torch.set_num_threads(args.threads)
-    minutes = {"vae": args.vae_minutes, "decoder": args.decoder_minutes, "denoiser": args.minutes}
-    recipe = Recipe(seed=args.seed)
-    run(args.data, args.out, minutes, recipe, tuple(args.categories), args.export, args.device)
-
-
-if __name__ == "__main__":
-    main()
