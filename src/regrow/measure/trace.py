@@ -133,6 +133,7 @@ class Trace:
 
     Args:
         baseline: name of the unaccelerated run.
+        timestep: of its steps.
         images: its pictures.
         differences: its features from step to step.
         variants: the others.
@@ -140,6 +141,7 @@ class Trace:
     """
 
     baseline: str
+    timestep: tuple[float, ...]
     images: list[Image.Image]
     differences: tuple[Difference, ...]
     variants: tuple[Traced, ...]
@@ -149,6 +151,7 @@ class Trace:
         """Everything but the pictures as plain data."""
         return {
             "baseline": self.baseline,
+            "timestep": list(self.timestep),
             "x0_unknown": self.x0_unknown,
             "percentiles": list(PERCENTILES),
             "differences": [asdict(d) for d in self.differences],
@@ -230,6 +233,7 @@ def trace(
     timestep = tuple(moment.timestep for moment in reference[0].moments)
     return Trace(
         baseline.name,
+        timestep,
         [image for look in reference for image in look.images],
         tuple(_difference(place.name, timestep[1:], reference) for place in places),
         tuple(_traced(one, found, reference) for one, found in zip(others, looks[1:], strict=True)),
