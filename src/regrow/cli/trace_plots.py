@@ -117,7 +117,7 @@ def draw_computed(trace: Trace, mapped: list[Traced], prompts: tuple[str, ...], 
     rows, columns = min(len(trace.images), PICTURES), 1 + 2 * len(mapped)
     first = trace.images[0]
     height = 1.35 * first.height / first.width
-    size = (1.35 * columns + 1.6, height * rows + 0.4)
+    size = (1.35 * columns + 1.6, height * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for r in range(rows):
         axes[r, 0].imshow(trace.images[r])
@@ -134,7 +134,8 @@ def draw_computed(trace: Trace, mapped: list[Traced], prompts: tuple[str, ...], 
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.colorbar(shown, ax=axes, label="share of calls and layers", shrink=0.8 if rows > 1 else 1.0)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.8 if rows > 1 else 1.0)
+    bar.set_label("share of calls\nand layers", fontsize=8)
     _save(figure, file)
 
 
