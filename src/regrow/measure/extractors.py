@@ -29,7 +29,7 @@ class Features:
     """What a network sees in N pictures, float32 on the CPU.
 
     Args:
-        pooled: before the classifier ``(N, C)``, for the Fréchet and the kernel distance, precision, recall.
+        pooled: before the classifier ``(N, C)``, for Fréchet and kernel distance, precision and recall.
         spatial: a few channels of a layer in the middle, with their places ``(N, S)``, S near 2,000, for
             the spatial Fréchet distance (Nash et al., 2021).
         logits: of the classifier ``(N, classes)``, for the Inception Score's formula.

@@ -145,9 +145,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _sets(
-    a: Tensor | FeatureSet, b: Tensor | FeatureSet, *, least: int
-) -> tuple[FeatureSet, FeatureSet]:
+def _sets(a: Tensor | FeatureSet, b: Tensor | FeatureSet, *, least: int) -> tuple[FeatureSet, FeatureSet]:
     """Both as sets, checked."""
     one, other = (x if isinstance(x, FeatureSet) else FeatureSet(x) for x in (a, b))
     for name, x in (("a", one.features), ("b", other.features)):
