@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -15,11 +16,13 @@ from typing import Any
 import pipelines
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from regrow import cli
+from regrow.cli.evaluate import patient
 from regrow.measure.evaluate import Pictures, Setting, compare
 from regrow.measure.extractors import Features, Labels
 from regrow.measure.quality import frechet_distance, inception_score
@@ -292,6 +295,18 @@ def test_the_command_goes_on_and_prints_what_it_writes(
     again = json.loads(capsys.readouterr().out)
     assert again["reference"] == "steps-2"
     assert again["rows"][1]["sfd"] == pytest.approx(result["rows"][1]["sfd"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("after", "shows"), [(0.0, True), (2.0, False)])
+def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100)
+    with patient(console, "comparing", 3, after) as advance:
+        for _ in range(3):
+            time.sleep(0.001)
+            advance()
+    assert ("comparing" in text.getvalue() and "3/3" in text.getvalue()) == shows
+    assert bool(text.getvalue()) == shows
 
 
 @pytest.mark.parametrize(

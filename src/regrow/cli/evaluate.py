@@ -29,9 +29,6 @@ from regrow.measure.prompts import PromptSet, Usual, fetch, named, read_prompts
 from regrow.measure.reference import Reference, load, of_pictures, pictures_in
 from regrow.measure.variants import Variant, variant
 
-PATIENCE = 2.0
-"""Seconds of silence before a progress bar shows."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -93,10 +90,10 @@ def run_eval(request: Request, as_json: bool) -> None:
         reference = _reference(request, true_pictures, seer, console)
     _make(request, pictures, variants, device, console)
     shards = len(variants) * len(list(setting.shards()))
-    with _patient(console, "comparing", shards) as advance:
+    with patient(console, "comparing", shards) as advance:
         rows = compare(pictures, variants, seer, reference, clip, on_shard=advance)
     if request.export is not None:
-        with _patient(console, "exporting", shards) as advance:
+        with patient(console, "exporting", shards) as advance:
             export(request.export, pictures, variants, on_shard=advance)
     result: dict[str, Any] = {
         "what": "quality of generated pictures",
@@ -149,7 +146,7 @@ def _reference_file(where: Path | None, seer: Extractor) -> Reference | None:
 def _reference(request: Request, files: list[Path], seer: Extractor, console: Console) -> Reference:
     """The features of the reference's pictures, kept if that was asked for."""
     name = "" if request.reference is None else request.reference.resolve().name
-    with _patient(console, "reference", len(files)) as advance:
+    with patient(console, "reference", len(files)) as advance:
         found = of_pictures(name, files, seer, on_picture=advance)
     if request.save_reference is not None:
         found.save(request.save_reference, seer)
@@ -157,15 +154,25 @@ def _reference(request: Request, files: list[Path], seer: Extractor, console: Co
 
 
 @contextmanager
-def _patient(console: Console, what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar that shows only if the work takes longer than a moment; gives what advances it."""
+def patient(console: Console, what: str, total: int, after: float = 2.0) -> Iterator[Callable[[], None]]:
+    """A progress bar that shows itself only once the work has taken some seconds.
+
+    Args:
+        console: where it shows.
+        what: is done.
+        total: how often what it yields will be called.
+        after: seconds.
+
+    Yields:
+        What advances it by one.
+    """
     bar = _bar(console)
     task = bar.add_task(what, total=total)
     begin = time.monotonic()
 
     def advance() -> None:
         bar.advance(task)
-        if not bar.live.is_started and time.monotonic() - begin > PATIENCE:
+        if not bar.live.is_started and time.monotonic() - begin > after:
             bar.start()
 
     try:
@@ -240,12 +247,13 @@ def print_rows(
 
 
 def _table(caption: str, columns: Sequence[str]) -> Table:
-    table = Table(caption=caption)
+    table = Table(caption=caption, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 
 def _shown(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    # Adding zero takes the sign off a zero.
+    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
