@@ -12,7 +12,7 @@ from regrow.clock import ManualClock, SchedulerClock
 from regrow.hooks import Installed, is_hooked
 from regrow.methods.parts import parts_of
 from regrow.models import denoiser_of, layout_of
-from regrow.run import Engine
+from regrow.run import Engine, Observer
 from regrow.run_report import RunReport, report_of
 
 
@@ -57,6 +57,20 @@ class Run:
             raise RuntimeError("this run's method was taken off; call regrow.apply again")
         with self._engine.manual(num_steps) as clock:
             yield clock
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Tell an observer after every call of the denoiser what it computed, for as long as this lasts.
+
+        Args:
+            observer: called with a `regrow.run.Observation`; its tensors stay as they are.
+        """
+        observers = self._engine.observers
+        observers.append(observer)
+        try:
+            yield
+        finally:
+            observers.remove(observer)
 
     def report(self) -> RunReport:
         """What the last generation computed, reused and saved, call by call.

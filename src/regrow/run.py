@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,23 @@ class CallRecord:
     ratio: float
     planned: Step
     inputs: tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an observer is told after a call of the denoiser.
+
+    Args:
+        record: what the call did.
+        blocks: the transformer blocks that ran, by name, each with the selection of tokens that its
+            pruned layers computed; None where they computed all.
+    """
+
+    record: CallRecord
+    blocks: Mapping[str, Selection | None]
+
+
+Observer = Callable[[Observation], None]
 
 
 @dataclass
@@ -107,6 +124,7 @@ class Engine:
         self.pruned = {cut: self._computed(cut) for cut in (None, *self.cuts.values())}
         self.call: Call | None = None
         self.generation: Generation | None = None
+        self.observers: list[Observer] = []
         self._busy: int | None = None
         self._lock = threading.Lock()
         self._warned: set[str] = set()
@@ -126,8 +144,7 @@ class Engine:
 
     def _computed(self, cut: Cut | None) -> tuple[TokenBlock, ...]:
         """The blocks in which the rule prunes, of those that run."""
-        skip = cut.skip if cut is not None else frozenset()
-        return tuple(b for b in self.blocks if not any(f"{b.name}.".startswith(f"{n}.") for n in skip))
+        return tuple(b for b in self.blocks if _runs(b, cut))
 
     def prunes(self, step: Step) -> bool:
         """Whether a call of the plan prunes in any layer."""
@@ -281,6 +298,16 @@ class Engine:
         computed = call.cut is None or call.cut.boundary != "conv_out"
         if computed and (reads or 0 in self.cuts):
             call.slot.remember(output[0])
+        self._tell(call, self.generation.records[-1])
+
+    def _tell(self, call: Call, record: CallRecord) -> None:
+        """Tell the observers what a call computed."""
+        if not self.observers:
+            return
+        ran = (b.name for b in self.layout.blocks if _runs(b, call.cut))
+        blocks = {name: call.selections.get(name) for name in ran}
+        for observer in self.observers:
+            observer(Observation(record, blocks))
 
     def release(self) -> None:
         """Drop what is cached; the records of the last generation stay for the report."""
@@ -298,6 +325,11 @@ class Engine:
         finally:
             self.release()
             self.clock = before
+
+
+def _runs(block: TokenBlock, cut: Cut | None) -> bool:
+    """Whether a block runs in a call with that cut."""
+    return cut is None or not any(f"{block.name}.".startswith(f"{name}.") for name in cut.skip)
 
 
 def _is_inside(thread: int | None, module: nn.Module) -> bool:

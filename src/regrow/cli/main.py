@@ -27,6 +27,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 BENCHED = "steps:50,steps:25,sito:d,dato:b1,dato:fast,deepcache:5,tome:0.5"
 
+TRACED = "steps:50,steps:25,sito:d,dato:b1,deepcache:5"
+
 Method = Annotated[Optional[str], typer.Option(help="Method; see [b]regrow methods[/b].")]
 Preset = Annotated[Optional[str], typer.Option(help="Preset of the method.")]
 ScheduleFile = Annotated[Optional[Path], typer.Option(help="Schedule file, YAML or JSON.")]
@@ -286,6 +288,60 @@ def evaluate(
             dtype=dtype,
             batch=batch,
             out=out,
+        ),
+        as_json,
+    )
+
+
+@app.command()
+def trace(
+    methods: Annotated[str, typer.Option(help="Comma-separated; the first is unaccelerated.")] = TRACED,
+    model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
+    prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt; give it again for more.")] = None,
+    prompts: Annotated[
+        Optional[int], typer.Option(help="Instead: so many of the model's own.", min=1)
+    ] = None,
+    module: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Module whose output's change is shown, instead of the pruned blocks' inputs."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
+    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
+    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
+    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
+    batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 4,
+    out: Annotated[Path, typer.Option(help="Folder for trace.json and the plots.")] = Path("trace"),
+    plots: Annotated[bool, typer.Option(help="Draw PNGs as well.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Look inside generations: deviation at each step, change of features, how often tokens are computed.
+
+    Example: [b]regrow trace --methods steps:50,sito:d,dato:b1 --prompt "red apple" --out trace[/b]
+    """
+    from regrow.cli.trace import Request, run_trace
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
+    run_trace(
+        Request(
+            methods=tuple(methods.split(",")),
+            model=model,
+            prompt=tuple(prompt or ()),
+            prompts=prompts,
+            modules=tuple(module or ()),
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            height=height,
+            width=width,
+            device=device,
+            dtype=dtype,
+            batch=batch,
+            out=out,
+            plots=plots,
         ),
         as_json,
     )

@@ -1,0 +1,67 @@
+"""How often each token was computed: SiTo's figure 4, for methods that cache as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.models import Layout
+from regrow.run import Observation
+
+
+class ComputedCounter:
+    """Counts, as an observer of a run, the calls and blocks in which each token was computed.
+
+    A transformer block computes a token where it runs and its pruned layers keep the token. A block that a
+    cached call leaves out computes none. Blocks of one level, which have one grid of tokens, are counted
+    together.
+
+    Args:
+        layout: the table of the denoiser.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._counts: dict[int, Tensor] = {}
+        self._calls = 0
+
+    def __call__(self, seen: Observation) -> None:
+        batch, _, height, width = _sample(seen).shape
+        self._calls += 1
+        for block in self._layout.blocks:
+            grid = block.grid(height, width, patch=1)
+            shape = (batch, grid.height, grid.width)
+            count = self._counts.setdefault(block.downsample, torch.zeros(shape, dtype=torch.long))
+            if count.shape != shape:
+                raise ValueError(
+                    "the calls counted together must be of one batch size and one picture size"
+                )
+            if block.name in seen.blocks:
+                selection = seen.blocks[block.name]
+                if selection is None:
+                    count += 1
+                else:
+                    kept = selection.kept.cpu()
+                    count.view(batch, -1).scatter_add_(1, kept, torch.ones_like(kept))
+
+    def counts(self) -> Mapping[int, Tensor]:
+        """By level, as latent positions a token spans along one side: counts ``(B, h, w)``."""
+        return self._counts
+
+    def of(self, level: int) -> int:
+        """The highest count possible at a level: calls times blocks."""
+        return self._calls * sum(b.downsample == level for b in self._layout.blocks)
+
+    def shares(self) -> dict[int, Tensor]:
+        """By level, the share of calls and blocks in which each token was computed ``(B, h, w)``."""
+        return {level: count / self.of(level) for level, count in self._counts.items()}
+
+
+def _sample(seen: Observation) -> Tensor:
+    """The denoiser's input ``(B, C, H, W)``, without data."""
+    args, kwargs = seen.record.inputs
+    found: Any = args[0] if args else kwargs["sample"]
+    return found
