@@ -21,6 +21,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 # Deeper than any model: a call at this depth computes everything.
 FULL = 1_000_000
+# A call of all blocks in which every attention and feed-forward hands on its last output.
+LAYERS = FULL - 1
 
 
 class ScheduleError(ValueError):
@@ -58,8 +60,11 @@ class Plan(Protocol):
         """The same depths with one pruning ratio."""
 
 
+_NAMED = {"full": FULL, "layers": LAYERS}
+
+
 def _depth(value: Any) -> Any:
-    return FULL if value == "full" else value
+    return _NAMED.get(value, value) if isinstance(value, str) else value
 
 
 Depth = Annotated[int, BeforeValidator(_depth), Field(ge=0, strict=True)]
@@ -70,8 +75,9 @@ class Schedule(BaseModel):
     """Depth and pruning ratio of every call.
 
     Args:
-        depth: a depth for each call, an integer >= 0 or ``"full"``. Depths at or above the number of
-            up-path layers of a model are full there (12 for Stable Diffusion 1.5).
+        depth: a depth for each call: an integer >= 0, ``"full"``, or ``"layers"``, a call of all blocks in
+            which every attention and feed-forward hands on its last output. Depths at or above the number
+            of up-path layers of a model are full there (12 for Stable Diffusion 1.5).
         ratio: a pruning ratio for each call, 0 <= ratio < 1; as many as depths.
         name: a name for tables.
         note: where the schedule comes from.
@@ -205,7 +211,8 @@ class Schedule(BaseModel):
     def dump(self, *, as_json: bool = False) -> str:
         """The schedule as YAML (or JSON) text that `parse` reads back."""
         fields = self.model_dump(exclude_defaults=False)
-        fields["depth"] = ["full" if d == FULL else d for d in self.depth]
+        names = {depth: name for name, depth in _NAMED.items()}
+        fields["depth"] = [names.get(d, d) for d in self.depth]
         fields["ratio"] = list(self.ratio)
         if as_json:
             return json.dumps(fields, indent=1) + "\n"
