@@ -19,6 +19,10 @@ from typing import Any, Protocol
 import torch
 
 
+# Half of bfloat16's spacing just below one, where a scaled timestep is rounded most.
+ROUNDING = 2.0**-9
+
+
 class ConcurrentGenerationError(RuntimeError):
     """Two threads generate with one accelerated denoiser at the same time."""
 
@@ -130,10 +134,13 @@ class SchedulerClock:
     Args:
         scheduler: returns the scheduler in use, so that one swapped between generations is followed.
         on_end: called when the last step of a generation is done.
+        scale: what the pipeline divides timesteps by before it hands them on.
     """
 
-    def __init__(self, scheduler: Callable[[], Any], on_end: Callable[[], None]) -> None:
-        self._current, self._on_end = scheduler, on_end
+    def __init__(
+        self, scheduler: Callable[[], Any], on_end: Callable[[], None], scale: float = 1.0
+    ) -> None:
+        self._current, self._on_end, self._scale = scheduler, on_end, scale
         self._scheduler: Any = None
         self._step: _Step | None = None
         self._timesteps: Any = None
@@ -202,7 +209,7 @@ class SchedulerClock:
             # Timesteps set before `apply` may be of a generation long past.
             if timesteps is self._unproven and _is_part(timestep, timesteps.device):
                 return False
-            value = _value(timestep)
+            value = self._value(timestep, values)
             if value not in values:
                 return False
             begin = getattr(self._scheduler, "begin_index", None) or 0
@@ -224,7 +231,15 @@ class SchedulerClock:
             return self._loop.place(timestep) == self._index
         if self._loop is not None and _is_part(timestep):
             return False
-        return _value(timestep) == self._values[self._index]
+        return self._value(timestep, self._values) == self._values[self._index]
+
+    def _value(self, timestep: Any, values: list[float]) -> float:
+        """A timestep's value; of a scaled one, which may have been rounded, the nearest of the run's."""
+        value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        if self._scale == 1:
+            return value
+        nearest = min(values, key=lambda v: abs(v - value * self._scale))
+        return nearest if abs(nearest - value * self._scale) <= ROUNDING * max(values) else value
 
     def _warn_foreign(self) -> None:
         if not self._warned:
@@ -293,10 +308,6 @@ def _is_set(scheduler: Any) -> bool:
     """Whether ``set_timesteps`` was called; a new scheduler holds no or all training timesteps."""
     steps = getattr(scheduler, "num_inference_steps", None)
     return steps is not None and steps != scheduler.config.get("num_train_timesteps")
-
-
-def _value(timestep: Any) -> float:
-    return float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
 
 
 def _is_part(timestep: Any, device: torch.device | None = None) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -233,6 +233,44 @@ class Schedule(BaseModel):
         """One of the schedules that come with the package, such as ``"dato-b1"``."""
         file = resources.files("regrow") / "presets" / f"{name}.yaml"
         return cls.parse(file.read_text(encoding="utf-8"), f"{name}.yaml")
+
+
+@dataclass(frozen=True)
+class Spaced:
+    """A plan of full calls with calls of one lesser depth between, for any number of calls.
+
+    Args:
+        interval: one call in so many is full; 1 makes all of them full.
+        depth: of the others.
+        full: the indices of the full calls among so many calls; every ``interval``-th if None.
+        ratio: pruning ratio of all calls.
+    """
+
+    interval: int
+    depth: int
+    full: Callable[[int], set[int]] | None = None
+    ratio: float = 0.0
+
+    def kinds(self) -> frozenset[Step]:
+        """Full calls and the others."""
+        full = {Step(FULL, self.ratio)}
+        return frozenset(full if self.interval == 1 else full | {Step(self.depth, self.ratio)})
+
+    def resample(self, calls: int) -> Schedule:
+        """The schedule of a generation.
+
+        Raises:
+            ValueError: if ``calls < 1``.
+        """
+        if calls < 1:
+            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
+        full = set(range(0, calls, self.interval)) if self.full is None else self.full(calls)
+        depth = tuple(FULL if i in full else self.depth for i in range(calls))
+        return Schedule(depth=depth, ratio=(self.ratio,) * calls, name=f"1:{self.interval}")
+
+    def with_ratio(self, ratio: float) -> Spaced:
+        """The same calls, pruned."""
+        return replace(self, ratio=ratio)
 
 
 def _shares(weights: Sequence[int], total: int) -> list[int]:

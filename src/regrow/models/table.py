@@ -93,11 +93,12 @@ class Layout:
     """The table of a denoiser.
 
     Args:
-        blocks: its transformer blocks in the order they run.
+        blocks: the transformer blocks in which tokens can be left out of a layer, in the order they run.
         skippable: the modules that some cut skips, by name.
         cuts: the cut of each depth from 0 to ``depths - 1``; that of depth 0 hands on the last output.
         layers: the cut in which every attention and feed-forward hands on its last output.
         sample: name of the argument that is denoised.
+        timestep_scale: what pipelines divide the scheduler's timesteps by.
     """
 
     blocks: tuple[TokenBlock, ...]
@@ -105,6 +106,7 @@ class Layout:
     cuts: tuple[Cut, ...]
     layers: Cut
     sample: str = "sample"
+    timestep_scale: float = 1.0
 
     @property
     def depths(self) -> int:
@@ -119,7 +121,7 @@ class Layout:
     @property
     def top_level(self) -> int:
         """The smallest downsampling at which there is a self-attention."""
-        return min(b.downsample for b in self.blocks if b.self_attention is not None)
+        return min((b.downsample for b in self.blocks if b.self_attention is not None), default=1)
 
 
 def own_layers(blocks: Iterable[tuple[str, nn.Module]], layers: Sequence[str]) -> dict[str, Skippable]:
