@@ -22,6 +22,7 @@ from regrow.methods import (
     ToMeSD,
 )
 from regrow.models import UnsupportedModelError
+from regrow.run import Observation
 from regrow.run_report import RunReport
 from regrow.schedule import FULL, Schedule, ScheduleError
 
@@ -37,6 +38,7 @@ __all__ = [
     "DaTo",
     "DeepCache",
     "Features",
+    "Observation",
     "Recovery",
     "Run",
     "RunReport",

@@ -63,7 +63,7 @@ class Run:
         """Tell an observer after every call of the denoiser what it computed, for as long as this lasts.
 
         Args:
-            observer: called with a `regrow.run.Observation`; its tensors stay as they are.
+            observer: called with an `Observation`; it must not change its tensors.
         """
         observers = self._engine.observers
         observers.append(observer)

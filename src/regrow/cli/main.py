@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regrow.cli.ablations import ABLATIONS, ablated
+from regrow.measure.extractors import Network
 from regrow.methods.catalogue import SYSTEMS
 
 app = typer.Typer(
@@ -247,9 +248,35 @@ def evaluate(
     methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline.")] = BENCHED,
     ablation: Annotated[Optional[str], typer.Option(help="Instead: " + ", ".join(ABLATIONS) + ".")] = None,
     model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
-    prompts: Annotated[str, typer.Option(help="A file, or a number of the model's own.")] = "64",
-    template: Annotated[str, typer.Option(help="What each prompt is put into.")] = "{}",
-    reference: Annotated[Optional[Path], typer.Option(help="Folder of true pictures.")] = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="A file (.txt, COCO's captions .json, PartiPrompts' .tsv, DrawBench's .csv), "
+            "coco, parti or imagenet from the hub, or a number of the model's own."
+        ),
+    ] = "64",
+    template: Annotated[
+        Optional[str], typer.Option(help='What each prompt is put into: "a photo of a {}".')
+    ] = None,
+    each: Annotated[Optional[int], typer.Option(help="Pictures a prompt; imagenet: 2, else 1.")] = None,
+    features: Annotated[
+        Network, typer.Option(help="Network of FD and so on; inception is FID's, by torch-fidelity.")
+    ] = Network.EFFNET,
+    reference: Annotated[
+        Optional[Path], typer.Option(help="Folder of true pictures, or what --save-reference wrote.")
+    ] = None,
+    save_reference: Annotated[
+        Optional[Path], typer.Option(help="Keep the reference's features here, .safetensors.")
+    ] = None,
+    clip: Annotated[
+        Optional[str], typer.Option(help="CLIP model for the CLIP score: folder or id.")
+    ] = None,
+    scores: Annotated[
+        Optional[list[Path]], typer.Option(help="JSON of other tools' scores; see benchmarks/external.")
+    ] = None,
+    export: Annotated[
+        Optional[Path], typer.Option(help="Write the pictures here as PNG, for other tools.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
     guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
@@ -278,7 +305,13 @@ def evaluate(
             model=model,
             prompts=prompts,
             template=template,
+            each=each,
+            features=features,
             reference=reference,
+            save_reference=save_reference,
+            clip=clip,
+            scores=tuple(scores or ()),
+            export=export,
             steps=steps,
             seed=seed,
             guidance=guidance,

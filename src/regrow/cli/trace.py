@@ -117,20 +117,20 @@ def _prompts(request: Request) -> tuple[str, ...]:
 
 
 def print_trace(found: Trace) -> None:
-    """The table of a trace: the last step, and the highest deviation on the way."""
+    """The table of a trace: where each method ends, and where it expected something else on the way."""
     table = Table(caption=f"mean absolute error to {found.baseline}; computed: tokens at the finest level")
     table.add_column("method", no_wrap=True)
-    for name in ("x_0 at the end", "x_t, largest", "at timestep", "computed"):
+    for name in ("x_t at the end", "x_0 at worst", "at timestep", "computed"):
         table.add_column(name, justify="right")
     for one in found.variants:
         d = one.deviation
-        worst = max(range(len(d.x)), key=d.x.__getitem__)
+        worst = max(zip(d.x0 or (), d.timestep, strict=False), default=None)
         share = None if one.computed is None else float(one.computed[min(one.computed)].mean())
         table.add_row(
             one.name,
             f"{d.x[-1]:.4f}",
-            f"{d.x[worst]:.4f}",
-            f"{d.after[worst]:.0f}",
+            "-" if worst is None else f"{worst[0]:.4f}",
+            "-" if worst is None else f"{worst[1]:.0f}",
             "all" if share is None else f"{share:.1%}",
         )
     console = Console()

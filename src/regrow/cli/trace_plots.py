@@ -97,7 +97,7 @@ def draw_differences(differences: tuple[Difference, ...], file: Path) -> None:
         outer = axis.fill_between(d.timestep, p5, p95, color="#c6dcec", label=f"{low} to {high} %")
         inner = axis.fill_between(d.timestep, p25, p75, color="#6baed6", label=f"{lower} to {upper} %")
         (line,) = axis.plot(d.timestep, p50, color="#08306b", label=f"median, {middle} %")
-        axis.set_title(_broken(d.name), fontsize=8)
+        axis.set_title(_broken(d.name, r"\d\.", 32), fontsize=8)
         axis.set_xlabel("timestep")
         axis.invert_xaxis()
         axis.set_ylim(bottom=0)
@@ -117,7 +117,7 @@ def draw_computed(trace: Trace, mapped: list[Traced], prompts: tuple[str, ...], 
     rows, columns = min(len(trace.images), PICTURES), 1 + 2 * len(mapped)
     first = trace.images[0]
     height = 1.35 * first.height / first.width
-    size = (1.35 * columns + 1.6, height * rows + 0.4)
+    size = (1.35 * columns + 1.6, height * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for r in range(rows):
         axes[r, 0].imshow(trace.images[r])
@@ -128,19 +128,26 @@ def draw_computed(trace: Trace, mapped: list[Traced], prompts: tuple[str, ...], 
             axes[r, 1 + 2 * c].imshow(one.images[r])
             shown = axes[r, 2 + 2 * c].imshow(share[:, r].mean(0).numpy(), vmin=0, vmax=1, cmap="viridis")
             if r == 0:
-                axes[r, 1 + 2 * c].set_title("\n".join(textwrap.wrap(one.name, 17)), fontsize=8)
+                axes[r, 1 + 2 * c].set_title(_broken(one.name, "[:+]", 16), fontsize=8)
                 axes[r, 2 + 2 * c].set_title(f"{float(share.mean()):.0%} computed", fontsize=8)
     axes[0, 0].set_title(trace.baseline, fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.colorbar(shown, ax=axes, label="share of calls and layers", shrink=0.8 if rows > 1 else 1.0)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.8 if rows > 1 else 1.0)
+    bar.set_label("share of calls\nand layers", fontsize=8)
     _save(figure, file)
 
 
-def _broken(name: str) -> str:
-    """A module's path in lines that end after a number."""
-    return "\n".join(textwrap.wrap(re.sub(r"(\.\d+\.)", r"\1 ", name), 30)).replace(". ", ".")
+def _broken(name: str, after: str, width: int) -> str:
+    """A long name in lines that end after what a pattern finds."""
+    parts = re.split(f"(?<={after})", name)
+    lines = [""]
+    for part in parts:
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _save(figure: Any, file: Path) -> None:

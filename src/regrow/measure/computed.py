@@ -21,6 +21,9 @@ class ComputedCounter:
 
     Args:
         layout: the table of the denoiser.
+
+    Raises:
+        ValueError: when called, if the batch or the picture is of another size than before.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -51,13 +54,13 @@ class ComputedCounter:
         """By level, as latent positions a token spans along one side: counts ``(B, h, w)``."""
         return self._counts
 
-    def of(self, level: int) -> int:
+    def possible(self, level: int) -> int:
         """The highest count possible at a level: calls times blocks."""
         return self._calls * sum(b.downsample == level for b in self._layout.blocks)
 
     def shares(self) -> dict[int, Tensor]:
         """By level, the share of calls and blocks in which each token was computed ``(B, h, w)``."""
-        return {level: count / self.of(level) for level, count in self._counts.items()}
+        return {level: count / self.possible(level) for level, count in self._counts.items()}
 
 
 def _sample(seen: Observation) -> Tensor:
