@@ -18,9 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
-
-# Half of bfloat16's spacing just below one, where a scaled timestep is rounded most.
-ROUNDING = 2.0**-9
+# A scaled timestep is rounded to bfloat16 twice: before and after it is divided.
+ROUNDING = 2.0**-7
 
 
 class ConcurrentGenerationError(RuntimeError):
@@ -209,12 +208,11 @@ class SchedulerClock:
             # Timesteps set before `apply` may be of a generation long past.
             if timesteps is self._unproven and _is_part(timestep, timesteps.device):
                 return False
-            value = self._value(timestep, values)
-            if value not in values:
+            places = [i for i, value in enumerate(values) if self._matches(timestep, value)]
+            if not places:
                 return False
             begin = getattr(self._scheduler, "begin_index", None) or 0
-            if begin >= len(values) or values[begin] != value:
-                begin = values.index(value)
+            begin = begin if begin in places else places[0]
             loop = _Loop.around(timestep, timesteps, begin)
         me = threading.get_ident()
         unfinished = self._index < self._total and self._owner != me
@@ -231,15 +229,14 @@ class SchedulerClock:
             return self._loop.place(timestep) == self._index
         if self._loop is not None and _is_part(timestep):
             return False
-        return self._value(timestep, self._values) == self._values[self._index]
+        return self._matches(timestep, self._values[self._index])
 
-    def _value(self, timestep: Any, values: list[float]) -> float:
-        """A timestep's value; of a scaled one, which may have been rounded, the nearest of the run's."""
-        value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+    def _matches(self, timestep: Any, value: float) -> bool:
+        """Whether a timestep has a value; a scaled one may have been rounded."""
+        given = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
         if self._scale == 1:
-            return value
-        nearest = min(values, key=lambda v: abs(v - value * self._scale))
-        return nearest if abs(nearest - value * self._scale) <= ROUNDING * max(values) else value
+            return given == value
+        return abs(given * self._scale - value) <= ROUNDING * self._scale
 
     def _warn_foreign(self) -> None:
         if not self._warned:

@@ -31,9 +31,9 @@ def variant(spec: str, steps: int) -> Variant:
     """A row by its name.
 
     ``steps:25`` is the same sampler with 25 steps; ``sito:d`` and ``dato:b1`` are presets, ``sito:0.5``
-    and ``tome:0.5`` ratios, ``dato:FILE`` a schedule, ``deepcache:5`` and ``fora:3`` intervals, ``dato:5`` the same with
-    ``ratio=0.5`` of the tokens pruned, and ``deepcache:5+tome:0.5`` both at once. Further fields follow
-    after colons: ``sito:d:base=V:patch=4``, ``dato:b1:ratio=0.5:alignment=off``.
+    and ``tome:0.5`` ratios, ``dato:FILE`` a schedule, ``deepcache:5`` and ``fora:3`` intervals, ``dato:5``
+    the same with ``ratio=0.5`` of the tokens pruned, and ``deepcache:5+tome:0.5`` both at once. Further
+    fields follow after colons: ``sito:d:base=V:patch=4``, ``dato:b1:ratio=0.5:alignment=off``.
 
     Args:
         spec: the name.
@@ -55,7 +55,8 @@ def variant(spec: str, steps: int) -> Variant:
     caching = configs[0].schedule if isinstance(configs[0], DaTo) else configs[0]
     if not isinstance(caching, (DeepCache, FORA, Schedule)) or not isinstance(configs[1], (SiTo, ToMeSD)):
         raise ValueError(
-            f"methods: {spec!r} is not allowed; deepcache, fora or dato comes before the '+', sito or tome after"
+            f"methods: {spec!r} is not allowed; deepcache, fora or dato comes before the '+', sito or tome "
+            "after it"
         )
     return Variant(spec, Combined(caching=caching, tokens=configs[1]), steps)
 
