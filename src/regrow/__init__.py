@@ -10,6 +10,7 @@ print(run.report())
 from regrow.apply import Run, apply
 from regrow.clock import ConcurrentGenerationError
 from regrow.methods import (
+    FORA,
     Alignment,
     BaseChoice,
     Combined,
@@ -28,6 +29,7 @@ from regrow.schedule import FULL, Schedule, ScheduleError
 __version__ = "0.1.0"
 
 __all__ = [
+    "FORA",
     "FULL",
     "Alignment",
     "BaseChoice",

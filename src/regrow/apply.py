@@ -11,7 +11,7 @@ from torch import nn
 from regrow.clock import ManualClock, SchedulerClock
 from regrow.hooks import Installed, is_hooked
 from regrow.methods.parts import parts_of
-from regrow.models import denoiser_of, layout_of
+from regrow.models import UnsupportedModelError, denoiser_of, layout_of
 from regrow.run import Engine, Observer
 from regrow.run_report import RunReport, report_of
 
@@ -116,13 +116,18 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
         raise TypeError(f"scheduler: {type(source()).__name__} has no step()")
     installed = Installed(engine)
     if source() is not None:
-        engine.clock = SchedulerClock(source, engine.release)
+        engine.clock = SchedulerClock(source, engine.release, engine.layout.timestep_scale)
     return Run(config, engine, installed)
 
 
 def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     """Refuse what could only do nothing, warn of what is asked to do nothing."""
     asked = engine.rule is not None and any(step.ratio for step in engine.kinds)
+    if asked and not engine.layout.blocks:
+        raise UnsupportedModelError(
+            f"model: tokens can't be left out of the layers of {type(denoiser).__name__} yet; methods that "
+            "only reuse, such as FORA and DeepCache, work on it"
+        )
     if asked and not engine.blocks:
         assert engine.rule is not None
         raise ValueError(

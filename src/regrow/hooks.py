@@ -7,16 +7,16 @@ model hooks, which can leave a layer out.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from regrow.methods.parts import Features, Recovery
-from regrow.models.table import Returns, Skippable, TokenBlock
+from regrow.models.table import Cut, Returns, Skippable, TokenBlock
 from regrow.reuse.depth import placeholders
-from regrow.run import Engine
+from regrow.run import Call, Engine
 from regrow.tokens.recover import keep, keep_merged, recover
 
 
@@ -37,41 +37,89 @@ class SkipHook(ModelHook):
         call, name = self.engine.call, self.place.name
         if call is None:
             return original(self)(*args, **kwargs)
-        if call.cut is not None:
-            if name not in call.cut.skip:
-                return original(self)(*args, **kwargs)
-            if name == call.cut.boundary:
-                call.restored = True
-                feature = call.slot.outputs[-1] if name == "conv_out" else call.slot.features[name]
-                # Whoever writes to it in place must not write to what is stored.
-                return self._pack([feature.clone() if call.dense or name == "conv_out" else feature])
-            like = args[0] if args else kwargs["hidden_states"]
-            shapes = call.slot.shapes.get(name)
-            return self._pack(placeholders(like, shapes, max(self.place.count, 1), dense=call.dense))
+        for cut in (*call.store, *([] if call.cut is None else [call.cut])):
+            if name == cut.entry:
+                call.entered[cut] = _taken(args, kwargs)
+        if call.cut is not None and name in call.cut.skip:
+            if name in call.cut.restore:
+                call.restored += 1
+                return self._restored(call, call.cut)
+            return self._stand_in(call, args, kwargs)
         out = original(self)(*args, **kwargs)
-        tensors = self._unpack(out)
-        call.slot.shapes[name] = [t.shape for t in tensors]
-        if name in call.store:
-            call.slot.features[name] = tensors[0].clone() if call.dense else tensors[0]
+        if self.place.returns in (Returns.TENSOR, Returns.TUPLE, Returns.DOWN) and call.cut is None:
+            call.slot.shapes[name] = [t.shape for t in self._tensors(out)]
+        for cut in call.store:
+            if name in cut.restore:
+                self._keep(call, cut, out)
         return out
 
-    def _pack(self, tensors: list[Tensor]) -> Any:
+    def _keep(self, call: Call, cut: Cut, out: Any) -> None:
+        """Keep what a restoring module returned, or what was added to the entry's input."""
+        features = call.slot.features
+        if cut.entry is None:
+            # Whoever is handed this output may write to it, such as the caller of the denoiser.
+            features[cut.key(self.place.name)] = _copied(out) if call.dense or cut.final else out
+        elif cut in call.entered:
+            before, after = call.entered.pop(cut), self._tensors(out)
+            added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
+            features[cut.key(self.place.name)] = added
+
+    def _restored(self, call: Call, cut: Cut) -> Any:
+        """What a module hands on instead of running."""
+        feature = call.slot.features[cut.key(self.place.name)]
+        if cut.entry is None:
+            return _copied(feature) if call.dense or cut.final else feature
+        # Not to its own input: others may have added to the tokens on the way here (ControlNet).
+        before = call.entered.pop(cut)
+        return self._pack([x if d is None else x + d for x, d in zip(before, feature, strict=True)])
+
+    def _stand_in(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a module between hands on: nobody reads it."""
+        if self.place.returns in (Returns.TOKENS, Returns.JOINT):
+            return self._pack(_taken(args, kwargs))
+        like = args[0] if args else kwargs["hidden_states"]
+        shapes = call.slot.shapes.get(self.place.name)
+        return self._pack(placeholders(like, shapes, max(self.place.count, 1), dense=call.dense))
+
+    def _pack(self, tensors: Sequence[Any]) -> Any:
         match self.place.returns:
-            case Returns.TENSOR:
+            case Returns.TENSOR | Returns.OWN:
                 return tensors[0]
             case Returns.TUPLE:
                 return (tensors[0],)
             case Returns.DOWN:
                 return tensors[-1], tuple(tensors)
+            case Returns.TOKENS:
+                return tensors[-1]
+            case Returns.JOINT:
+                return tuple(tensors)
 
-    def _unpack(self, out: Any) -> list[Tensor]:
+    def _tensors(self, out: Any) -> list[Any]:
         match self.place.returns:
-            case Returns.TENSOR:
+            case Returns.TENSOR | Returns.OWN:
                 return [out]
             case Returns.TUPLE:
                 return [out[0]]
             case Returns.DOWN:
                 return list(out[1])
+            case Returns.TOKENS:
+                return [None, out]
+            case Returns.JOINT:
+                return list(out)
+
+
+def _taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The text, or None, and the image tokens that a transformer block is given."""
+    image = args[0] if args else kwargs["hidden_states"]
+    text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    return [text, image]
+
+
+def _copied(value: Any) -> Any:
+    """A tensor, or a tuple of tensors, that nobody else holds."""
+    if isinstance(value, tuple):
+        return tuple(_copied(v) for v in value)
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class SelectHook(ModelHook):
@@ -163,13 +211,12 @@ class Installed:
             self._undo.pop()()
 
     def _install(self, engine: Engine) -> None:
-        if engine.cuts:
-            needed = set().union(*(cut.skip for cut in engine.cuts.values()))
-            for name in sorted(needed):
-                place = engine.layout.skippable[name]
-                self._hook(place.module, SkipHook(engine, place), "regrow-skip")
         for block in engine.blocks:
             self._hook_block(engine, block)
+        # Registered last, so that what is skipped is neither selected from nor pruned.
+        for name in sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values()))):
+            place = engine.layout.skippable[name]
+            self._hook(place.module, SkipHook(engine, place), "regrow-skip")
         denoiser, root = engine.denoiser, RootHook(engine)
         before = denoiser.register_forward_pre_hook(root.before, with_kwargs=True)
         self._undo.append(before.remove)

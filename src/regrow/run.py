@@ -75,26 +75,28 @@ class Call:
     Args:
         slot: memory of the branch.
         cut: what is skipped; None in a full call.
-        store: names of the modules whose output is kept.
+        store: the cuts whose features this call keeps.
         dense: skipped modules hand on zeros of the true shape.
         info: what the token rule may look at.
         counts: for each block that prunes, its grid and the number of tokens pruned.
         prepared: what the rule made ready for each grid.
         selections: the selection of the block that runs, by its name.
-        restored: whether the cached feature was handed on.
+        restored: how many modules handed on what is cached.
+        entered: what the first module of a cut was given in this call.
         pruned: how many blocks pruned.
     """
 
     slot: Slot
     cut: Cut | None
-    store: frozenset[str]
+    store: tuple[Cut, ...]
     dense: bool
     info: CallInfo
     counts: dict[str, tuple[Grid, int]]
     prepared: Mapping[Grid, Tensor]
     selections: dict[str, Selection] = field(default_factory=dict)
-    restored: bool = False
+    restored: int = 0
     pruned: int = 0
+    entered: dict[Cut, list[Any]] = field(default_factory=dict)
 
 
 class Engine:
@@ -139,8 +141,8 @@ class Engine:
 
     def _used_cuts(self) -> dict[int, Cut]:
         """The cuts of the depths that the plan uses on this model."""
-        depths = {step.depth for step in self.kinds}
-        return {d: self.layout.cuts[d] for d in sorted(depths) if d < self.layout.depths}
+        depths = sorted({step.depth for step in self.kinds})
+        return {d: cut for d in depths if (cut := self.layout.cut(d)) is not None}
 
     def _computed(self, cut: Cut | None) -> tuple[TokenBlock, ...]:
         """The blocks in which the rule prunes, of those that run."""
@@ -175,7 +177,7 @@ class Engine:
         if torch.is_grad_enabled():
             self.warn_once("grad", "regrow steps aside while gradients are recorded; use torch.no_grad()")
             return
-        sample = args[0] if args else kwargs.get("sample")
+        sample = args[0] if args else kwargs.get(self.layout.sample)
         timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
         if sample is None or timestep is None:
             return  # The denoiser says itself what it misses.
@@ -203,11 +205,7 @@ class Engine:
         slot = self._slot(generation, position.branch, sample, args, kwargs)
         planned = generation.steps[position.index]
         cut = self.cuts.get(planned.depth)
-        if (
-            cut is not None
-            and cut.boundary not in slot.features
-            and not (cut.boundary == "conv_out" and slot.outputs)
-        ):
+        if cut is not None and any(cut.key(name) not in slot.features for name in cut.restore):
             cut = None
         depth = FULL if cut is None else planned.depth
         residuals = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
@@ -221,7 +219,7 @@ class Engine:
         self.call = Call(
             slot=slot,
             cut=cut,
-            store=frozenset(c.boundary for d, c in self.cuts.items() if d) if cut is None else frozenset(),
+            store=tuple(c for c in self.cuts.values() if cut is None or (c.final and not cut.final)),
             dense=residuals or _freeu(self.denoiser),
             info=info,
             counts=counts,
@@ -295,8 +293,7 @@ class Engine:
                 "replaced their forward methods after regrow.apply; apply regrow last",
             )
         reads = self.rule is not None and self.rule.reads_outputs
-        computed = call.cut is None or call.cut.boundary != "conv_out"
-        if computed and (reads or 0 in self.cuts):
+        if reads and (call.cut is None or not call.cut.final):
             call.slot.remember(output[0])
         self._tell(call, self.generation.records[-1])
 
@@ -328,8 +325,9 @@ class Engine:
 
 
 def _runs(block: TokenBlock, cut: Cut | None) -> bool:
-    """Whether a block runs in a call with that cut."""
-    return cut is None or not any(f"{block.name}.".startswith(f"{name}.") for name in cut.skip)
+    """Whether a block runs, with its layers, in a call with that cut."""
+    own = f"{block.name}."
+    return cut is None or not any(own.startswith(f"{n}.") or n.startswith(own) for n in cut.skip)
 
 
 def _is_inside(thread: int | None, module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from regrow.methods.catalogue import configured
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
+from regrow.methods.fora import FORA
 from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
 from regrow.methods.tome import ToMeSD
@@ -54,8 +55,8 @@ def method_config(
     if len(plans) > 1:
         raise ValueError(f"{' and '.join(plans)}: only one of them is allowed")
     try:
-        if kind is DeepCache:
-            return DeepCache(interval=interval or 0)
+        if kind in (DeepCache, FORA):
+            return kind(interval=interval or 0)
         if kind is DaTo:
             return _dato(preset, schedule, ratio, interval, steps)
         changes = {} if ratio is None else {"ratio": ratio}
@@ -69,6 +70,7 @@ _OPTIONS: dict[type[MethodConfig], tuple[str, ...]] = {
     SiTo: ("--preset", "--ratio"),
     ToMeSD: ("--ratio",),
     DeepCache: ("--interval",),
+    FORA: ("--interval",),
 }
 
 

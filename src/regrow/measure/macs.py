@@ -91,7 +91,7 @@ def profile(
     if steps < 1:
         raise ValueError(f"steps: {steps} is not allowed, it must be >= 1")
     inputs = arch.inputs(height, width)
-    depths = layout_of(arch.denoiser).depths
+    layout = layout_of(arch.denoiser)
     parts = None if config is None else parts_of(config)
     counter = CallCounter(arch.denoiser, None if parts is None else parts.tokens)
     full = counter.count(FULL, 0.0, inputs).denoiser
@@ -99,10 +99,10 @@ def profile(
     if parts is not None:
         plan = [(s.depth, s.ratio) for s in parts.plan.resample(steps).steps()]
         prunes = parts.tokens is not None
-        plan = [(d if d < depths else FULL, r if d and prunes else 0.0) for d, r in plan]
+        plan = [(d if layout.cut(d) else FULL, r if d and prunes else 0.0) for d, r in plan]
     counted = [counter.count(d, r, inputs) for d, r in plan]
     kinds = [
-        Kind(depth_name(d, depths), r, n, m.denoiser, m.selection)
+        Kind(depth_name(d, layout.depths), r, n, m.denoiser, m.selection)
         for ((d, r), m), n in Counter(zip(plan, counted, strict=True)).items()
     ]
     macs = sum(m.denoiser for m in counted)

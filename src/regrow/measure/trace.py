@@ -468,8 +468,8 @@ def _default_places(denoiser: nn.Module) -> list[_Place]:
     layout = layout_of(denoiser)
     places = [_Place(OUTPUT, denoiser)]
     if layout.depths > 1:
-        boundary = layout.skippable[layout.cuts[1].boundary]
-        places.append(_Place(boundary.name, boundary.module))
+        restoring = [layout.skippable[name] for name in layout.cuts[1].restore]
+        places += [_Place(place.name, place.module) for place in restoring]
     finest = (b for b in layout.blocks if b.downsample == layout.top_level)
     return places + [_Place(f"into {b.name}", b.block, given=True) for b in finest]
 

@@ -3,11 +3,13 @@
 from regrow.methods.combined import Combined
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
+from regrow.methods.fora import FORA
 from regrow.methods.parts import Alignment, Features, MethodConfig, Recovery
 from regrow.methods.sito import BaseChoice, SiTo
 from regrow.methods.tome import ToMeSD
 
 __all__ = [
+    "FORA",
     "Alignment",
     "BaseChoice",
     "Combined",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, TokenBlock
+from regrow.models.transformer import FAMILIES, transformer_layout
 from regrow.models.unet import unet_layout
 
 __all__ = ["Layout", "TokenBlock", "UnsupportedModelError", "denoiser_of", "layout_of"]
 
 # Class names, so that no model family is imported before somebody uses it.
-_LAYOUTS = {"UNet2DConditionModel": unet_layout}
+_LAYOUTS: Mapping[str, Callable[[Any], Layout]] = {
+    "UNet2DConditionModel": unet_layout,
+    **dict.fromkeys(FAMILIES, transformer_layout),
+}
 
 
 def denoiser_of(target: Any) -> nn.Module:

@@ -18,7 +18,7 @@ class Slot:
 
     Args:
         key: what the slot is valid for.
-        features: by module name, the output a module had in the last full call.
+        features: by the key of a cut and module, what is handed on instead of computed.
         shapes: by module name, the shapes of what it returned in the last full call.
         outputs: the last computed outputs of the denoiser, newest last, at most two.
         inputs: the denoiser's arguments on the meta device, of the call that opened the slot.
@@ -28,7 +28,7 @@ class Slot:
     key: Key
     inputs: tuple[Any, Any]
     guided: bool
-    features: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
 

@@ -1,0 +1,72 @@
+"""Diffusion transformers: DiT, PixArt-alpha and -Sigma, Stable Diffusion 3 and 3.5, Flux.
+
+A family is a row of a table. Depth counts blocks: a call of depth ``d`` runs the first ``ceil(d / 2)`` and
+the last ``floor(d / 2)`` of them, and adds what those between added in the last full call (block caching;
+U-Nets have skip connections for it, a transformer has its residual stream).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from regrow.models.table import Cut, Layout, Returns, Skippable, own_layers, reuse_all
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the places are in a family of transformers.
+
+    Args:
+        stacks: for each list of blocks its path, the names of their attentions and feed-forwards, and the
+            form of what a block returns.
+        output: path of the module that makes the output of the tokens.
+        timestep_scale: what the pipelines divide the scheduler's timesteps by.
+    """
+
+    stacks: tuple[tuple[str, tuple[str, ...], Returns], ...]
+    output: str
+    timestep_scale: float = 1.0
+
+
+_BASIC = ("transformer_blocks", ("attn1", "attn2", "ff"), Returns.TOKENS)
+_JOINT = ("transformer_blocks", ("attn", "attn2", "ff", "ff_context"), Returns.JOINT)
+_SINGLE = ("single_transformer_blocks", ("attn", "proj_mlp", "proj_out"), Returns.JOINT)
+
+FAMILIES = {
+    "DiTTransformer2DModel": Family((_BASIC,), "proj_out_2"),
+    "PixArtTransformer2DModel": Family((_BASIC,), "proj_out"),
+    "SD3Transformer2DModel": Family((_JOINT,), "proj_out"),
+    "FluxTransformer2DModel": Family((_JOINT, _SINGLE), "proj_out", timestep_scale=1000.0),
+}
+"""The families by class name, so that none is imported before somebody uses it."""
+
+
+def transformer_layout(transformer: Any) -> Layout:
+    """The table of a transformer of one of the families."""
+    family = FAMILIES[_family_name(transformer)]
+    blocks: dict[str, Skippable] = {}
+    layers: dict[str, Skippable] = {}
+    for path, names, returns in family.stacks:
+        stack = {f"{path}.{i}": block for i, block in enumerate(getattr(transformer, path))}
+        blocks |= {name: Skippable(name, block, returns) for name, block in stack.items()}
+        layers |= own_layers(stack.items(), names)
+    output = Skippable(family.output, getattr(transformer, family.output), Returns.TENSOR)
+    order = list(blocks)
+    cuts = [Cut(frozenset((*order, output.name)), frozenset({output.name}), final=True)]
+    for depth in range(1, len(order)):
+        first, last = (depth + 1) // 2, len(order) - depth // 2
+        between = order[first:last]
+        cuts.append(Cut(frozenset(between), frozenset(between[-1:]), between[0]))
+    return Layout(
+        blocks=(),
+        skippable=blocks | layers | {output.name: output},
+        cuts=tuple(cuts),
+        layers=reuse_all(layers),
+        sample="hidden_states",
+        timestep_scale=family.timestep_scale,
+    )
+
+
+def _family_name(transformer: Any) -> str:
+    return next(base.__name__ for base in type(transformer).__mro__ if base.__name__ in FAMILIES)
