@@ -44,10 +44,12 @@ class Macs:
     Args:
         denoiser: what the denoiser computes, attention counted.
         selection: what choosing tokens adds.
+        attention: the part of ``denoiser`` that is products of queries, keys and values.
     """
 
     denoiser: int
     selection: int
+    attention: int
 
 
 class CallCounter:
@@ -102,7 +104,9 @@ class CallCounter:
             hooks.remove()
         kinds = Counter(selected)
         chosen = sum(n * self._selection(*kind) for kind, n in kinds.items())
-        return Macs(counter.get_total_flops() // 2, chosen)
+        flops = counter.get_flop_counts()["Global"]
+        attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
+        return Macs(counter.get_total_flops() // 2, chosen, attention // 2)
 
     def _selection(self, shape: torch.Size, grid: Grid, count: int) -> int:
         """MACs of one layer's selection, counted on zeros for one sample."""
@@ -112,6 +116,12 @@ class CallCounter:
         with FlopCounterMode(display=False) as counter:
             self._rule.select(torch.zeros(1, *shape[1:]), grid, count, prepared, call)
         return shape[0] * (counter.get_total_flops() // 2)
+
+
+def _is_attention(operation: str) -> bool:
+    """Whether an operation multiplies activations by activations; on the meta device attention is two such
+    batched products."""
+    return "scaled_dot_product" in operation or operation in ("aten.bmm", "aten.baddbmm")
 
 
 def _signature(value: Any) -> Any:

@@ -132,7 +132,7 @@ def methods(as_json: AsJson = False) -> None:
 
 @app.command()
 def profile(
-    arch: Annotated[Optional[str], typer.Option(help="sd15, sd2, sdxl or emoji.")] = None,
+    arch: Annotated[Optional[str], typer.Option(help="sd15, sdxl, emoji, sd3-1024 and others.")] = None,
     model: Annotated[Optional[str], typer.Option(help="Folder or hub id instead; no weights read.")] = None,
     height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
     width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
@@ -142,13 +142,20 @@ def profile(
     ratio: Ratio = None,
     interval: Interval = None,
     steps: Annotated[int, typer.Option(help="Calls of the denoiser.", min=1)] = 50,
+    exclude_attention: Annotated[
+        bool, typer.Option("--exclude-attention", help="Leave out products of queries, keys and values.")
+    ] = False,
+    per_guided_image: Annotated[
+        bool, typer.Option("--per-guided-image", help="Count both halves of a guided batch.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Count MACs of a generation on the meta device: no weights, a few seconds.
 
-    Per image, batch 1, attention counted, choosing tokens counted apart.
+    Per image, batch 1, attention counted unless told otherwise, choosing tokens counted apart.
 
     Example: [b]regrow profile --arch sd15 --method dato --preset b1 --ratio 0.5[/b]
+    or [b]regrow profile --arch sd3-1024 --steps 28 --exclude-attention --per-guided-image[/b]
     """
     from regrow.cli.options import method_config, method_label
     from regrow.measure import architecture, architecture_of
@@ -167,7 +174,16 @@ def profile(
     console = Console(stderr=True)
     with console.status("counting MACs"):
         what = architecture(arch) if arch is not None else architecture_of(model or "")
-        result = count(what, config, steps, name=label, height=height, width=width)
+        result = count(
+            what,
+            config,
+            steps,
+            name=label,
+            height=height,
+            width=width,
+            attention=not exclude_attention,
+            guided=per_guided_image,
+        )
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
         return
