@@ -208,8 +208,11 @@ def test_a_hook_of_the_users_own_stays() -> None:
         pictures("sd", pipe)
     assert not registry.hooks
     assert torch.equal(pictures("sd", pipe), doubled)
+    forward = pipe.unet.forward
     with peer("DeepCache", STEPS).applied(pipe):
+        assert pipe.unet.forward is not forward
         pictures("sd", pipe)
+    assert pipe.unet.forward is forward
     assert torch.equal(pictures("sd", pipe), doubled)
     assert not torch.equal(doubled, pictures("sd", pipelines.sd()))
 
