@@ -7,6 +7,7 @@ papers give. One MAC is two FLOPs.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,23 @@ class Macs:
     denoiser: int
     selection: int
     attention: int
+
+
+def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
+    """MACs of calls of any diffusers denoiser as it is, attention counted.
+
+    Args:
+        denoiser: on any device; only its configuration is used.
+        calls: positional and keyword arguments of each call, on the meta device.
+    """
+    model = meta_copy(denoiser)
+    known: dict[Any, int] = {}
+    for call in calls:
+        if _signature(call) not in known:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model(*call[0], **call[1])
+            known[_signature(call)] = counter.get_total_flops() // 2
+    return sum(known[_signature(call)] for call in calls)
 
 
 class CallCounter:

@@ -232,6 +232,7 @@ def bench(
     Example: [b]regrow bench --model emoji --methods steps:50,sito:d,dato:b1 --images 4[/b]
     """
     from regrow.cli.bench import Request, run_bench
+    from regrow.measure.variants import variant
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
@@ -239,13 +240,12 @@ def bench(
         raise ValueError("--arch, --model: only one of them is allowed")
     run_bench(
         Request(
-            methods=tuple(methods.split(",")),
+            variants=tuple(variant(spec.strip(), steps) for spec in methods.split(",")),
             model=None if arch else model or "emoji",
             arch=arch,
             prompts=tuple(prompt or ()),
             images=images,
             rounds=rounds,
-            steps=steps,
             guidance=guidance,
             height=height,
             width=width,

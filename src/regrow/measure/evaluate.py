@@ -6,7 +6,6 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from regrow.apply import apply
 from regrow.measure.clip import ClipScore
 from regrow.measure.extractors import Extractor, Features
 from regrow.measure.images import to_tensor
@@ -113,9 +111,9 @@ class Pictures:
             on_shard: called after every shard.
         """
         s = self.setting
-        missing = self.missing(one)
-        with nullcontext() if one.config is None else apply(pipeline, one.config):
-            for number, prompts in missing:
+        for number, prompts in self.missing(one):
+            # Anew for each shard: what a method keeps must not pass from one to the next.
+            with one.applied(pipeline):
                 made = make(
                     pipeline,
                     prompts,
@@ -125,10 +123,10 @@ class Pictures:
                     height=s.height,
                     width=s.width,
                 )
-                pictures = torch.stack([to_tensor(image) for image in made.images])
-                tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}
-                write_whole(self._file(one, number), partial(save_file, tensors))
-                on_shard()
+            pictures = torch.stack([to_tensor(image) for image in made.images])
+            tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}
+            write_whole(self._file(one, number), partial(save_file, tensors))
+            on_shard()
 
     def of(self, one: Variant) -> Iterator[Tensor]:
         """The pictures of a variant in order, a shard at a time: ``(B, 3, H, W)`` in [0, 1]."""
@@ -154,8 +152,8 @@ class Pictures:
     def _claim(self, one: Variant) -> None:
         """Keep a variant's configuration beside its pictures."""
         file = self.folder_of(one) / "variant.json"
-        config = None if one.config is None else one.config.model_dump(mode="json")
-        now = json.dumps({"name": one.name, "steps": one.steps, "config": config}, indent=1) + "\n"
+        description = {"name": one.name, "steps": one.steps, "config": one.settings()}
+        now = json.dumps(description, indent=1) + "\n"
         if file.exists() and file.read_text(encoding="utf-8") != now:
             raise ValueError(
                 f"methods: {file.parent} holds pictures of another {one.name}; use another folder"

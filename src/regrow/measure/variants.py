@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regrow.apply import Run, apply
 from regrow.methods import FORA, Combined, DaTo, DeepCache, SiTo, ToMeSD
 from regrow.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a comparison.
+    """One row of a comparison. What is not regrow's own is a subclass.
 
     Args:
         name: as it was asked for.
@@ -25,6 +27,18 @@ class Variant:
     name: str
     config: Any
     steps: int
+
+    def applied(self, pipeline: Any) -> AbstractContextManager[Run | None]:
+        """The pipeline with the method on it for one generation; the run tells what it computed.
+
+        Raises:
+            Exception: whatever keeps the method off this pipeline.
+        """
+        return nullcontext() if self.config is None else apply(pipeline, self.config)
+
+    def settings(self) -> Any:
+        """What tells it from another of its name, as plain data."""
+        return None if self.config is None else self.config.model_dump(mode="json")
 
 
 def variant(spec: str, steps: int) -> Variant:
