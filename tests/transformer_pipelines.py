@@ -20,11 +20,13 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 TEXT = pipelines.TEXT
 # More than the eight that cache-dit always computes.
 LAYERS = 9
+STEPS = 5
 
 
 def seeded(module: Any) -> Any:
@@ -183,3 +185,23 @@ def flux() -> FluxPipeline:
 
 
 KINDS = {"sd3": sd3, "pixart": pixart, "dit": dit, "flux": flux}
+
+FORMS = {
+    "guided": {"guidance_scale": 4.0},
+    "unguided": {"guidance_scale": 1.0},
+    "batch": {"count": 2},
+    "wide": {"width": 24},
+}
+"""What a generation may be asked for beside the plain one."""
+
+
+def generate(pipe: Any, *, seed: int = 0, count: int = 1, width: int = 16, **options: Any) -> Tensor:
+    """Latents of a few steps."""
+    side = pipe.vae_scale_factor if hasattr(pipe, "vae_scale_factor") else 2
+    words: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent"} | options
+    if type(pipe).__name__ == "DiTPipeline":
+        words |= {"class_labels": [1, 2][:count], "output_type": "np"}
+    else:
+        words |= {"prompt": ["a penguin", "a pizza"][:count], "height": 16 * side, "width": width * side}
+    words["generator"] = torch.Generator().manual_seed(seed)
+    return torch.as_tensor(pipe(**words).images)

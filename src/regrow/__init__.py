@@ -13,12 +13,14 @@ from regrow.methods import (
     FORA,
     Alignment,
     BaseChoice,
+    CATPruning,
     Combined,
     DaTo,
     DeepCache,
     Features,
     Recovery,
     SiTo,
+    TokenChoice,
     ToMeSD,
 )
 from regrow.models import UnsupportedModelError
@@ -33,6 +35,7 @@ __all__ = [
     "FULL",
     "Alignment",
     "BaseChoice",
+    "CATPruning",
     "Combined",
     "ConcurrentGenerationError",
     "DaTo",
@@ -46,6 +49,7 @@ __all__ = [
     "ScheduleError",
     "SiTo",
     "ToMeSD",
+    "TokenChoice",
     "UnsupportedModelError",
     "apply",
 ]

@@ -135,7 +135,10 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             f"{type(denoiser).__name__} to prune; its finest attention is at "
             f"{engine.layout.top_level}"
         )
-    prunes = any(engine.prunes(step) for step in engine.kinds)
+    leaves_out = engine.token_set is not None and any(step.ratio for step in engine.kinds)
+    if leaves_out:
+        _check_stream(engine, denoiser)
+    prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
     if asked and not prunes:
         engine.warn_once(
             "nothing pruned",
@@ -146,4 +149,18 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             "nothing",
             "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
             f"call goes less deep than {engine.layout.depths} layers, and no ratio is above 0",
+        )
+
+
+def _check_stream(engine: Engine, denoiser: nn.Module) -> None:
+    """Refuse a model in which a call can't compute some of the tokens only."""
+    if engine.layout.stream is None:
+        raise UnsupportedModelError(
+            f"model: a call of {type(denoiser).__name__} can't compute some of its tokens only"
+        )
+    fused = [name for name, m in denoiser.named_modules() if getattr(m, "fused_projections", False)]
+    if fused:
+        raise ValueError(
+            f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept by "
+            "themselves; call unfuse_qkv_projections() first"
         )

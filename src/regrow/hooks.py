@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from regrow.methods.parts import Features, Recovery
 from regrow.models.table import Cut, Returns, Skippable, TokenBlock
 from regrow.reuse.depth import placeholders
-from regrow.run import Call, Engine
+from regrow.run import OUTPUT, Call, Engine
 from regrow.tokens.recover import keep, keep_merged, recover
+from regrow.tokens.select import rows_of, write_rows
 
 
 def original(hook: ModelHook) -> Callable[..., Any]:
@@ -167,6 +168,39 @@ class KeepHook(ModelHook):
         return recover(original(self)(*args, **kwargs), selection)
 
 
+class EmbedHook(ModelHook):
+    """Hands on those of the image's tokens that the call computes."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        call = self.engine.call
+        return output if call is None or call.tokens is None else rows_of(output, call.tokens)
+
+
+class MemoryHook(ModelHook):
+    """Completes what a module gives for some tokens with what it last gave for the others."""
+
+    def __init__(self, engine: Engine, key: str) -> None:
+        super().__init__()
+        self.engine, self.key = engine, key
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        call = self.engine.call
+        if call is None or not call.remembers:
+            return output
+        features = call.slot.features
+        if call.tokens is None:
+            features[self.key] = output
+        else:
+            write_rows(features[self.key], call.tokens, output)
+            call.pruned += 1
+        # The caller of the denoiser may write to its output.
+        return features[self.key].clone() if self.key == OUTPUT else features[self.key]
+
+
 class RootHook:
     """Lets the engine decide before a call of the denoiser, and look at its output."""
 
@@ -213,6 +247,12 @@ class Installed:
     def _install(self, engine: Engine) -> None:
         for block in engine.blocks:
             self._hook_block(engine, block)
+        if engine.token_set is not None and engine.layout.stream is not None:
+            stream = engine.layout.stream
+            self._hook(stream.embed, EmbedHook(engine), "regrow-embed")
+            for name, module in stream.memory.items():
+                self._hook(module, MemoryHook(engine, name), "regrow-memory")
+            self._hook(stream.output, MemoryHook(engine, OUTPUT), "regrow-memory")
         # Registered last, so that what is skipped is neither selected from nor pruned.
         for name in sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values()))):
             place = engine.layout.skippable[name]

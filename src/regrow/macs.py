@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.hooks import Installed
-from regrow.methods.parts import CallInfo, Parts, TokenRule
+from regrow.methods.parts import CallInfo, Parts, TokenRule, TokenSet
 from regrow.models import layout_of
 from regrow.run import Engine
 from regrow.schedule import FULL, Schedule
@@ -70,17 +70,36 @@ def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
     return sum(known[_signature(call)] for call in calls)
 
 
+class _FirstTokens:
+    """A choice of tokens that costs nothing, the first ones; remembers what was asked for."""
+
+    seed = 0
+    aligns = False
+
+    def __init__(self) -> None:
+        self.asked: tuple[Grid, int, torch.Size] | None = None
+
+    def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
+        """The first ``count`` tokens."""
+        output = call.outputs[-1]
+        self.asked = grid, count, output.shape
+        return torch.arange(count, device=output.device).repeat(call.batch, 1), None
+
+
 class CallCounter:
     """Counts calls of one denoiser with one method, each kind of call once.
 
     Args:
         denoiser: the denoiser, on any device; only its configuration is used.
         rule: the method's token rule, or None.
+        token_set: its choice of the tokens of a call, or None.
     """
 
-    def __init__(self, denoiser: nn.Module, rule: TokenRule | None) -> None:
+    def __init__(
+        self, denoiser: nn.Module, rule: TokenRule | None, token_set: TokenSet | None = None
+    ) -> None:
         self._model = meta_copy(denoiser)
-        self._rule = rule
+        self._rule, self._token_set = rule, token_set
         self._known: dict[Any, Macs] = {}
 
     def count(self, depth: int, ratio: float, inputs: tuple[Any, Any]) -> Macs:
@@ -97,9 +116,11 @@ class CallCounter:
         return self._known[key]
 
     def _count(self, depth: int, ratio: float, inputs: tuple[Any, Any]) -> Macs:
-        # A full call comes first: a cached one needs what it leaves.
-        schedule = Schedule(depth=(FULL, depth), ratio=(ratio, ratio))
-        engine = Engine(self._model, layout_of(self._model), Parts(schedule, self._rule), None)
+        # Full calls come first: others need what they leave.
+        before = 2 if self._token_set is not None else 1 if depth < FULL else 0
+        plan = Schedule(depth=(FULL,) * before + (depth,), ratio=(0.0,) * before + (ratio,))
+        first = None if self._token_set is None else _FirstTokens()
+        engine = Engine(self._model, layout_of(self._model), Parts(plan, self._rule, first), None)
         selected: list[tuple[torch.Size, Grid, int]] = []
 
         def select(name: str, x: Tensor) -> Selection:
@@ -111,10 +132,10 @@ class CallCounter:
         engine.select = select
         hooks = Installed(engine)
         try:
-            with torch.no_grad(), engine.manual(2) as clock:
-                if depth < FULL:
+            with torch.no_grad(), engine.manual(before + 1) as clock:
+                for _ in range(before):
                     self._model(*inputs[0], **inputs[1])
-                clock.step()
+                    clock.step()
                 selected.clear()
                 with FlopCounterMode(display=False) as counter:
                     self._model(*inputs[0], **inputs[1])
@@ -122,6 +143,8 @@ class CallCounter:
             hooks.remove()
         kinds = Counter(selected)
         chosen = sum(n * self._selection(*kind) for kind, n in kinds.items())
+        if first is not None and first.asked is not None:
+            chosen += self._choice(*first.asked)
         flops = counter.get_flop_counts()["Global"]
         attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
         return Macs(counter.get_total_flops() // 2, chosen, attention // 2)
@@ -133,6 +156,16 @@ class CallCounter:
         prepared = self._rule.prepare([grid], call).get(grid)
         with FlopCounterMode(display=False) as counter:
             self._rule.select(torch.zeros(1, *shape[1:]), grid, count, prepared, call)
+        return shape[0] * (counter.get_total_flops() // 2)
+
+    def _choice(self, grid: Grid, count: int, shape: torch.Size) -> int:
+        """MACs of choosing the tokens of a call, on zeros for one sample, once clusters are made."""
+        assert self._token_set is not None
+        outputs = (torch.zeros(1, *shape[1:]), torch.zeros(1, *shape[1:]))
+        call = CallInfo(1, False, outputs, torch.Generator().manual_seed(0))
+        memory = self._token_set.select(None, grid, count, call)[1]
+        with FlopCounterMode(display=False) as counter:
+            self._token_set.select(memory, grid, count, call)
         return shape[0] * (counter.get_total_flops() // 2)
 
 

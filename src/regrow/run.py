@@ -14,12 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
-from regrow.methods.parts import CallInfo, Parts, TokenRule
+from regrow.methods.parts import CallInfo, Parts, TokenRule, TokenSet
 from regrow.models.table import Cut, Layout, TokenBlock
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, Step
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
+
+# What the output of the tokens is kept under.
+OUTPUT = "output of tokens"
+# Arguments by which a ControlNet adds to the tokens of all blocks.
+RESIDUALS = (
+    "block_controlnet_hidden_states",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,8 @@ class Call:
         selections: the selection of the block that runs, by its name.
         restored: how many modules handed on what is cached.
         entered: what the first module of a cut was given in this call.
+        tokens: the tokens ``(B, K)`` that the whole call computes; None if it computes all.
+        remembers: whether keys, values and outputs of the tokens are kept.
         pruned: how many blocks pruned.
     """
 
@@ -97,6 +108,8 @@ class Call:
     restored: int = 0
     pruned: int = 0
     entered: dict[Cut, list[Any]] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    remembers: bool = False
 
 
 class Engine:
@@ -119,6 +132,7 @@ class Engine:
         self.denoiser, self.layout, self.parts = denoiser, layout, parts
         self.clock = clock
         self.rule: TokenRule | None = parts.tokens
+        self.token_set: TokenSet | None = parts.token_set
         self.kinds = parts.plan.kinds()
         self.select = self._select_by_rule
         self.blocks = self._pruned_blocks()
@@ -196,7 +210,8 @@ class Engine:
         self, position: Position, sample: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         if position.first or self.generation is None:
-            seed = 0 if self.rule is None else self.rule.seed
+            chooser = self.rule or self.token_set
+            seed = 0 if chooser is None else chooser.seed
             self.generation = Generation(
                 list(self.parts.plan.resample(position.total).steps()),
                 _generator(sample.device, seed),
@@ -210,7 +225,13 @@ class Engine:
         depth = FULL if cut is None else planned.depth
         residuals = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
         residuals |= kwargs.get("mid_block_additional_residual") is not None
-        info = CallInfo(sample.shape[0], slot.guided, tuple(slot.outputs), generation.generator)
+        info = CallInfo(
+            sample.shape[0],
+            slot.guided,
+            tuple(slot.outputs),
+            generation.generator,
+            self.layout.conditional_first,
+        )
         counts = self._counts(sample, planned.ratio, cut)
         grids = sorted({grid for grid, _ in counts.values()}, key=lambda g: -g.tokens)
         prepared: Mapping[Grid, Tensor] = {}
@@ -225,7 +246,10 @@ class Engine:
             counts=counts,
             prepared=prepared,
         )
-        ratio = planned.ratio if counts else 0.0
+        self.call.remembers = self.token_set is not None and cut is None
+        if self.call.remembers:
+            self.call.tokens = self._tokens(slot, sample, planned.ratio, info, kwargs)
+        ratio = planned.ratio if counts or self.call.tokens is not None else 0.0
         generation.records.append(CallRecord(position, depth, ratio, planned, slot.inputs))
 
     def _slot(
@@ -240,11 +264,32 @@ class Engine:
         key = (sample.shape, sample.dtype, sample.device)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
-            wanted = self.rule is not None and self.rule.aligns
+            chooser = self.rule or self.token_set
+            wanted = chooser is not None and chooser.aligns
             inputs = (without_data(args), without_data(kwargs))
             slot = Slot(key, inputs, wanted and _is_guided(sample))
             generation.slots[branch] = slot
         return slot
+
+    def _tokens(
+        self, slot: Slot, sample: Tensor, ratio: float, info: CallInfo, kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
+        """The tokens that a call computes; None if it has to compute all."""
+        stream = self.layout.stream
+        assert stream is not None
+        assert self.token_set is not None
+        if ratio == 0:
+            return None
+        if any(kwargs.get(name) is not None for name in RESIDUALS):
+            self.warn_once("residuals", "a ControlNet adds to all tokens; its calls are computed in full")
+            return None
+        if len(slot.outputs) < 2 or any(name not in slot.features for name in stream.memory):
+            return None
+        grid = stream.grid(*sample.shape[-2:])
+        # As the released code rounds: 1228 of 4096 tokens for 0.3.
+        count = max(int((1 - ratio) * grid.tokens + 1e-6), 1)
+        tokens, slot.chosen = self.token_set.select(slot.chosen, grid, count, info)
+        return tokens
 
     def _counts(self, sample: Tensor, ratio: float, cut: Cut | None) -> dict[str, tuple[Grid, int]]:
         """For each block that prunes, its grid and how many tokens go."""
@@ -292,6 +337,9 @@ class Engine:
                 f"none of the {len(call.counts)} layers that should prune tokens did, because something "
                 "replaced their forward methods after regrow.apply; apply regrow last",
             )
+        if call.remembers and OUTPUT in call.slot.features:
+            assert self.layout.stream is not None
+            call.slot.remember(self.layout.stream.noise_of(call.slot.features[OUTPUT]))
         reads = self.rule is not None and self.rule.reads_outputs
         if reads and (call.cut is None or not call.cut.final):
             call.slot.remember(output[0])

@@ -11,17 +11,11 @@ import torch
 import transformer_pipelines
 from test_exactness import assert_untouched_module
 from torch import Tensor
+from transformer_pipelines import FORMS, STEPS, generate
 
 import regrow
 from regrow import FORA, DeepCache
 
-STEPS = 5
-FORMS = {
-    "guided": {"guidance_scale": 4.0},
-    "unguided": {"guidance_scale": 1.0},
-    "batch": {"count": 2},
-    "wide": {"width": 24},
-}
 LAYERS = ("attn", "attn1", "attn2", "ff", "ff_context", "proj_mlp", "proj_out")
 BRANCHES = (0, 1, 4)
 
@@ -34,18 +28,6 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def pipe(kind: str) -> Any:
     return transformer_pipelines.KINDS[kind]()
-
-
-def generate(pipe: Any, *, seed: int = 0, count: int = 1, width: int = 16, **options: Any) -> Tensor:
-    """Latents of a few steps."""
-    side = pipe.vae_scale_factor if hasattr(pipe, "vae_scale_factor") else 2
-    words: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent"} | options
-    if type(pipe).__name__ == "DiTPipeline":
-        words |= {"class_labels": [1, 2][:count], "output_type": "np"}
-    else:
-        words |= {"prompt": ["a penguin", "a pizza"][:count], "height": 16 * side, "width": width * side}
-    words["generator"] = torch.Generator().manual_seed(seed)
-    return torch.as_tensor(pipe(**words).images)
 
 
 def allowed(pipe: Any, form: str) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def profile(
     inputs = arch.inputs(height, width)
     layout = layout_of(arch.denoiser)
     parts = None if config is None else parts_of(config)
-    counter = CallCounter(arch.denoiser, None if parts is None else parts.tokens)
+    chosen = (None, None) if parts is None else (parts.tokens, parts.token_set)
+    counter = CallCounter(arch.denoiser, *chosen)
 
     def macs_of(counted: Macs) -> int:
         return (counted.denoiser - (0 if attention else counted.attention)) * (2 if guided else 1)
@@ -106,7 +107,7 @@ def profile(
     plan = [(FULL, 0.0)] * steps
     if parts is not None:
         plan = [(s.depth, s.ratio) for s in parts.plan.resample(steps).steps()]
-        prunes = parts.tokens is not None
+        prunes = any(part is not None for part in chosen)
         plan = [(d if layout.cut(d) else FULL, r if d and prunes else 0.0) for d, r in plan]
     counted = [counter.count(d, r, inputs) for d, r in plan]
     kinds = [

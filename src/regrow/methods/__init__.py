@@ -1,5 +1,6 @@
 """One file a published system: its configuration, and how it is made of the parts."""
 
+from regrow.methods.cat import CATPruning, TokenChoice
 from regrow.methods.combined import Combined
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
@@ -12,6 +13,7 @@ __all__ = [
     "FORA",
     "Alignment",
     "BaseChoice",
+    "CATPruning",
     "Combined",
     "DaTo",
     "DeepCache",
@@ -20,4 +22,5 @@ __all__ = [
     "Recovery",
     "SiTo",
     "ToMeSD",
+    "TokenChoice",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from math import ceil
 
-from torch import nn
+from torch import Tensor, nn
 
 from regrow.schedule import LAYERS
 from regrow.tokens.grid import Grid
@@ -89,6 +89,33 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """Where the image's tokens begin and end, and what is remembered of those that a call leaves out.
+
+    Args:
+        embed: makes the tokens ``(B, N, C)`` from the latent.
+        memory: by name, the modules that give the keys and values of the image's tokens.
+        output: makes the output of the tokens ``(B, N, D)``.
+        patch: latent positions a token spans along one side.
+        noise: of the output's channels, how many are predicted noise; they come first.
+    """
+
+    embed: nn.Module
+    memory: dict[str, nn.Module]
+    output: nn.Module
+    patch: int
+    noise: int
+
+    def grid(self, height: int, width: int) -> Grid:
+        """The grid of tokens of a latent."""
+        return Grid(height // self.patch, width // self.patch)
+
+    def noise_of(self, tokens: Tensor) -> Tensor:
+        """The predicted noise in an output ``(B, N, D)``, which has the channels of a position together."""
+        return tokens.unflatten(2, (self.patch**2, -1))[..., : self.noise].flatten(2)
+
+
+@dataclass(frozen=True)
 class Layout:
     """The table of a denoiser.
 
@@ -99,6 +126,8 @@ class Layout:
         layers: the cut in which every attention and feed-forward hands on its last output.
         sample: name of the argument that is denoised.
         timestep_scale: what pipelines divide the scheduler's timesteps by.
+        conditional_first: of a guided batch, the pipelines put the conditional half first.
+        stream: of a transformer in which a call can compute some of the tokens only.
     """
 
     blocks: tuple[TokenBlock, ...]
@@ -107,6 +136,8 @@ class Layout:
     layers: Cut
     sample: str = "sample"
     timestep_scale: float = 1.0
+    conditional_first: bool = False
+    stream: Stream | None = None
 
     @property
     def depths(self) -> int:

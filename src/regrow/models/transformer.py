@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from regrow.models.table import Cut, Layout, Returns, Skippable, own_layers, reuse_all
+from torch import nn
+
+from regrow.models.table import Cut, Layout, Returns, Skippable, Stream, own_layers, reuse_all
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,15 @@ class Family:
             form of what a block returns.
         output: path of the module that makes the output of the tokens.
         timestep_scale: what the pipelines divide the scheduler's timesteps by.
+        self_attentions: names of the blocks' attentions whose keys and values are of the image's tokens;
+            none where a call can't compute some of the tokens only.
+        conditional_first: of a guided batch, the pipeline puts the conditional half first.
     """
 
     stacks: tuple[tuple[str, tuple[str, ...], Returns], ...]
     output: str
+    self_attentions: tuple[str, ...] = ()
+    conditional_first: bool = False
     timestep_scale: float = 1.0
 
 
@@ -34,9 +41,11 @@ _JOINT = ("transformer_blocks", ("attn", "attn2", "ff", "ff_context"), Returns.J
 _SINGLE = ("single_transformer_blocks", ("attn", "proj_mlp", "proj_out"), Returns.JOINT)
 
 FAMILIES = {
-    "DiTTransformer2DModel": Family((_BASIC,), "proj_out_2"),
-    "PixArtTransformer2DModel": Family((_BASIC,), "proj_out"),
-    "SD3Transformer2DModel": Family((_JOINT,), "proj_out"),
+    "DiTTransformer2DModel": Family(
+        (_BASIC,), "proj_out_2", self_attentions=("attn1",), conditional_first=True
+    ),
+    "PixArtTransformer2DModel": Family((_BASIC,), "proj_out", self_attentions=("attn1",)),
+    "SD3Transformer2DModel": Family((_JOINT,), "proj_out", self_attentions=("attn", "attn2")),
     "FluxTransformer2DModel": Family((_JOINT, _SINGLE), "proj_out", timestep_scale=1000.0),
 }
 """The families by class name, so that none is imported before somebody uses it."""
@@ -65,6 +74,24 @@ def transformer_layout(transformer: Any) -> Layout:
         layers=reuse_all(layers),
         sample="hidden_states",
         timestep_scale=family.timestep_scale,
+        conditional_first=family.conditional_first,
+        stream=_stream(transformer, family, blocks, output.module) if family.self_attentions else None,
+    )
+
+
+def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable], output: nn.Module) -> Stream:
+    """The tokens' way through the blocks."""
+    attentions = own_layers(
+        [(name, place.module) for name, place in blocks.items()], family.self_attentions
+    )
+    memory = own_layers([(name, place.module) for name, place in attentions.items()], ("to_k", "to_v"))
+    config = transformer.config
+    return Stream(
+        embed=transformer.pos_embed,
+        memory={name: place.module for name, place in memory.items()},
+        output=output,
+        patch=config.patch_size,
+        noise=config.in_channels,
     )
 
 

@@ -23,6 +23,7 @@ class Slot:
         outputs: the last computed outputs of the denoiser, newest last, at most two.
         inputs: the denoiser's arguments on the meta device, of the call that opened the slot.
         guided: whether the batch is an unconditional and a conditional half.
+        chosen: what the choice of tokens remembers.
     """
 
     key: Key
@@ -31,6 +32,7 @@ class Slot:
     features: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
+    chosen: Any = None
 
     def remember(self, output: Tensor) -> None:
         """Keep a copy of a computed output; the caller's tensor stays the caller's."""
