@@ -201,6 +201,23 @@ class MemoryHook(ModelHook):
         return features[self.key].clone() if self.key == OUTPUT else features[self.key]
 
 
+class TextHook(ModelHook):
+    """Computes what depends on the text alone once for each text."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        super().__init__()
+        self.engine, self.name = engine, name
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self.engine.call
+        if call is not None and call.knows_text and self.name in call.slot.features:
+            return call.slot.features[self.name]
+        out = original(self)(*args, **kwargs)
+        if call is not None:
+            call.slot.features[self.name] = out
+        return out
+
+
 class RootHook:
     """Lets the engine decide before a call of the denoiser, and look at its output."""
 
@@ -247,6 +264,8 @@ class Installed:
     def _install(self, engine: Engine) -> None:
         for block in engine.blocks:
             self._hook_block(engine, block)
+        for name, module in engine.layout.text.items():
+            self._hook(module, TextHook(engine, name), "regrow-text")
         if engine.token_set is not None and engine.layout.stream is not None:
             stream = engine.layout.stream
             self._hook(stream.embed, EmbedHook(engine), "regrow-embed")

@@ -102,22 +102,24 @@ class CallCounter:
         self._rule, self._token_set = rule, token_set
         self._known: dict[Any, Macs] = {}
 
-    def count(self, depth: int, ratio: float, inputs: tuple[Any, Any]) -> Macs:
+    def count(self, depth: int, ratio: float, inputs: tuple[Any, Any], *, knows_text: bool = False) -> Macs:
         """MACs of a call.
 
         Args:
             depth: up-path layers computed, `FULL` for all.
             ratio: pruning ratio.
             inputs: positional and keyword arguments on the meta device.
+            knows_text: whether what depends on the text alone was computed before.
         """
-        key = (depth, ratio if depth else 0.0, _signature(inputs))
+        key = (depth, ratio if depth else 0.0, knows_text, _signature(inputs))
         if key not in self._known:
-            self._known[key] = self._count(depth, ratio, inputs)
+            self._known[key] = self._count(depth, ratio, inputs, knows_text)
         return self._known[key]
 
-    def _count(self, depth: int, ratio: float, inputs: tuple[Any, Any]) -> Macs:
+    def _count(self, depth: int, ratio: float, inputs: tuple[Any, Any], knows_text: bool) -> Macs:
         # Full calls come first: others need what they leave.
-        before = 2 if self._token_set is not None else 1 if depth < FULL else 0
+        leaves_out = self._token_set is not None and ratio > 0
+        before = 2 if leaves_out else 1 if depth < FULL or knows_text else 0
         plan = Schedule(depth=(FULL,) * before + (depth,), ratio=(0.0,) * before + (ratio,))
         first = None if self._token_set is None else _FirstTokens()
         engine = Engine(self._model, layout_of(self._model), Parts(plan, self._rule, first), None)

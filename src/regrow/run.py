@@ -41,6 +41,7 @@ class CallRecord:
         ratio: share of tokens pruned where the method prunes.
         planned: what the schedule asked for; something else was done where nothing was cached yet.
         inputs: its positional and keyword arguments on the meta device, enough to count its MACs.
+        knew_text: whether what depends on the text alone was not computed again.
     """
 
     position: Position
@@ -48,6 +49,7 @@ class CallRecord:
     ratio: float
     planned: Step
     inputs: tuple[Any, Any]
+    knew_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Call:
         entered: what the first module of a cut was given in this call.
         tokens: the tokens ``(B, K)`` that the whole call computes; None if it computes all.
         remembers: whether keys, values and outputs of the tokens are kept.
+        knows_text: whether the text is that of the last call.
         pruned: how many blocks pruned.
     """
 
@@ -110,6 +113,7 @@ class Call:
     entered: dict[Cut, list[Any]] = field(default_factory=dict)
     tokens: Tensor | None = None
     remembers: bool = False
+    knows_text: bool = False
 
 
 class Engine:
@@ -246,11 +250,14 @@ class Engine:
             counts=counts,
             prepared=prepared,
         )
+        self.call.knows_text = bool(self.layout.text) and slot.knows(kwargs.get("encoder_hidden_states"))
         self.call.remembers = self.token_set is not None and cut is None
         if self.call.remembers:
             self.call.tokens = self._tokens(slot, sample, planned.ratio, info, kwargs)
         ratio = planned.ratio if counts or self.call.tokens is not None else 0.0
-        generation.records.append(CallRecord(position, depth, ratio, planned, slot.inputs))
+        generation.records.append(
+            CallRecord(position, depth, ratio, planned, slot.inputs, self.call.knows_text)
+        )
 
     def _slot(
         self,

@@ -100,7 +100,7 @@ def report_of(engine: Engine) -> RunReport:
     counter, depths = CallCounter(engine.denoiser, engine.rule, engine.token_set), engine.layout.depths
     rows = []
     for record in engine.generation.records:
-        counted = counter.count(record.depth, record.ratio, record.inputs)
+        counted = counter.count(record.depth, record.ratio, record.inputs, knows_text=record.knew_text)
         rows.append(
             CallRow(
                 record.position.index,

@@ -241,6 +241,18 @@ def test_macs_are_the_papers(arch: str, steps: int, full: float, pruned: float) 
     assert result.macs / 1e12 == pytest.approx(pruned, rel=2e-3)
 
 
+@pytest.mark.parametrize(("steps", "full", "pruned"), [(28, 120.68, 60.08), (50, 215.40, 88.24)])
+def test_macs_of_pixart_are_the_papers_but_for_its_text(steps: int, full: float, pruned: float) -> None:
+    """The paper projects the text in each of its eight full calls; here only the first one does."""
+    arch = architecture("pixart-sigma-1024")
+    result = profile(arch, CATPruning(), steps, attention=False, guided=True)
+    text = result.per_call[0] - result.per_call[1]
+    assert text > 0
+    assert result.baseline_macs / 1e12 == pytest.approx(full, rel=2e-3)
+    assert (result.macs + 7 * text) / 1e12 == pytest.approx(pruned, rel=2e-3)
+    assert result.macs / 1e12 == pytest.approx(pruned, rel=7e-3)
+
+
 def test_generations_share_nothing_and_removal_leaves_nothing(pipe: Any) -> None:
     plain = generate(pipe)
     config = CATPruning(alpha=0.4, t0=2)

@@ -252,6 +252,60 @@ def test_bfloat16_timesteps_of_flux_are_recognised() -> None:
     assert [c.depth for c in run.report().calls] == ["full", "layers"] * 15
 
 
+TEXT = {
+    "sd3": ("context_embedder",),
+    "pixart": ("caption_projection", "transformer_blocks.3.attn2.to_k", "transformer_blocks.8.attn2.to_v"),
+    "flux": ("context_embedder",),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.filterwarnings("ignore:the method prunes nothing")
+def test_what_depends_on_the_text_alone_is_computed_once_a_generation(kind: str, pipe: Any) -> None:
+    plain = {seed: generate(pipe, seed=seed, count=1 + seed) for seed in (0, 1)}
+    counts = dict.fromkeys(TEXT[kind], 0)
+    for name in TEXT[kind]:
+
+        def count(*_: Any, name: str = name) -> None:
+            counts[name] += 1
+
+        # A layer's own modules run only if the layer does.
+        inner = pipe.transformer.get_submodule(name)
+        inner = getattr(inner, "linear_1", inner)
+        original = inner.forward
+        inner.forward = lambda *a, f=original, c=count: (c(), f(*a))[1]
+    with regrow.apply(pipe, FORA(interval=1)) as run:
+        for turn, seed in enumerate((0, 1, 0), 1):
+            assert torch.equal(generate(pipe, seed=seed, count=1 + seed), plain[seed])
+            assert set(counts.values()) == {turn}
+    macs = [c.macs for c in run.report().calls]
+    assert macs[0] > macs[1] == macs[-1]
+
+
+def test_a_text_that_was_written_to_is_a_new_one(pipe: Any, kind: str) -> None:
+    if kind not in TEXT:
+        pytest.skip("DiT reads no text")
+    calls: list[Any] = []
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        calls.append((args, kwargs))
+
+    hook = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    generate(pipe)
+    hook.remove()
+    (args, kwargs), text = calls[0], calls[0][1]["encoder_hidden_states"]
+    with torch.no_grad():
+        before = pipe.transformer(*args, **kwargs)[0]
+        with regrow.apply(pipe.transformer, FORA(interval=2)) as run, run.generation(4) as clock:
+            assert torch.equal(pipe.transformer(*args, **kwargs)[0], before)
+            clock.step()
+            clock.step()
+            text += 1
+            again = pipe.transformer(*args, **kwargs)[0]
+        assert torch.equal(again, pipe.transformer(*args, **kwargs)[0])
+        assert not torch.equal(again, before)
+
+
 def test_methods_that_prune_are_refused_by_name(pipe: Any) -> None:
     with pytest.raises(regrow.UnsupportedModelError, match="tokens can't be left out"):
         regrow.apply(pipe, regrow.SiTo.preset("d"))

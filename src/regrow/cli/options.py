@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from regrow.methods.cat import CATPruning
 from regrow.methods.catalogue import configured
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
@@ -59,7 +60,10 @@ def method_config(
             return kind(interval=interval or 0)
         if kind is DaTo:
             return _dato(preset, schedule, ratio, interval, steps)
-        changes = {} if ratio is None else {"ratio": ratio}
+        if kind is CATPruning:
+            changes = {} if ratio is None else {"alpha": 1 - ratio}
+        else:
+            changes = {} if ratio is None else {"ratio": ratio}
         return kind(**changes) if preset is None else kind.preset(preset, **changes)
     except ValidationError as error:
         raise ValueError(explain(error)) from error
@@ -68,6 +72,7 @@ def method_config(
 _OPTIONS: dict[type[MethodConfig], tuple[str, ...]] = {
     DaTo: ("--preset", "--schedule", "--ratio", "--interval"),
     SiTo: ("--preset", "--ratio"),
+    CATPruning: ("--preset", "--ratio"),
     ToMeSD: ("--ratio",),
     DeepCache: ("--interval",),
     FORA: ("--interval",),

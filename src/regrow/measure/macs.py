@@ -109,7 +109,8 @@ def profile(
         plan = [(s.depth, s.ratio) for s in parts.plan.resample(steps).steps()]
         prunes = any(part is not None for part in chosen)
         plan = [(d if layout.cut(d) else FULL, r if d and prunes else 0.0) for d, r in plan]
-    counted = [counter.count(d, r, inputs) for d, r in plan]
+    known = config is not None and bool(layout.text)
+    counted = [counter.count(d, r, inputs, knows_text=known and i > 0) for i, (d, r) in enumerate(plan)]
     kinds = [
         Kind(depth_name(d, layout.depths), r, n, macs_of(m), m.selection)
         for ((d, r), m), n in Counter(zip(plan, counted, strict=True)).items()

@@ -74,6 +74,9 @@ class CATPruning(MethodConfig):
     seed: int = 0
 
 
+CATPruning.PRESETS = {"paper": CATPruning}
+
+
 @dataclass
 class Memory:
     """What CAT Pruning remembers of a generation.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from regrow.methods.cat import CATPruning
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
@@ -55,7 +56,14 @@ SYSTEMS = (
         DaTo,
     ),
     System("sito", "SiTo", "prune tokens similar to others in every call", Status.WORKS, _UNETS, SiTo),
-    System("cat", "CAT Pruning", "compute the tokens that change, in clusters", Status.NOT_YET, "-"),
+    System(
+        "cat",
+        "CAT Pruning",
+        "compute the tokens that change, in clusters",
+        Status.WORKS,
+        "transformers: SD3, PixArt, DiT",
+        CATPruning,
+    ),
     System("tokencache", "TokenCache", "a learned predictor of what to cache", Status.NOT_YET, "-"),
     System("tome", "ToMeSD", "merge similar tokens", Status.WORKS, _UNETS, ToMeSD),
     System("deepcache", "DeepCache", "reuse deep features every N calls", Status.WORKS, _ALL, DeepCache),

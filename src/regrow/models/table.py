@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from math import ceil
 
@@ -127,6 +127,7 @@ class Layout:
         sample: name of the argument that is denoised.
         timestep_scale: what pipelines divide the scheduler's timesteps by.
         conditional_first: of a guided batch, the pipelines put the conditional half first.
+        text: by name, modules whose output depends on the text alone.
         stream: of a transformer in which a call can compute some of the tokens only.
     """
 
@@ -137,6 +138,7 @@ class Layout:
     sample: str = "sample"
     timestep_scale: float = 1.0
     conditional_first: bool = False
+    text: Mapping[str, nn.Module] = field(default_factory=dict)
     stream: Stream | None = None
 
     @property

@@ -7,6 +7,7 @@ U-Nets have skip connections for it, a transformer has its residual stream).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,16 @@ class Family:
         self_attentions: names of the blocks' attentions whose keys and values are of the image's tokens;
             none where a call can't compute some of the tokens only.
         conditional_first: of a guided batch, the pipeline puts the conditional half first.
+        text: paths of the modules that project the text.
+        cross_attentions: names of the blocks' attentions whose keys and values are of the text alone.
     """
 
     stacks: tuple[tuple[str, tuple[str, ...], Returns], ...]
     output: str
     self_attentions: tuple[str, ...] = ()
     conditional_first: bool = False
+    text: tuple[str, ...] = ()
+    cross_attentions: tuple[str, ...] = ()
     timestep_scale: float = 1.0
 
 
@@ -44,9 +49,19 @@ FAMILIES = {
     "DiTTransformer2DModel": Family(
         (_BASIC,), "proj_out_2", self_attentions=("attn1",), conditional_first=True
     ),
-    "PixArtTransformer2DModel": Family((_BASIC,), "proj_out", self_attentions=("attn1",)),
-    "SD3Transformer2DModel": Family((_JOINT,), "proj_out", self_attentions=("attn", "attn2")),
-    "FluxTransformer2DModel": Family((_JOINT, _SINGLE), "proj_out", timestep_scale=1000.0),
+    "PixArtTransformer2DModel": Family(
+        (_BASIC,),
+        "proj_out",
+        self_attentions=("attn1",),
+        text=("caption_projection",),
+        cross_attentions=("attn2",),
+    ),
+    "SD3Transformer2DModel": Family(
+        (_JOINT,), "proj_out", self_attentions=("attn", "attn2"), text=("context_embedder",)
+    ),
+    "FluxTransformer2DModel": Family(
+        (_JOINT, _SINGLE), "proj_out", timestep_scale=1000.0, text=("context_embedder",)
+    ),
 }
 """The families by class name, so that none is imported before somebody uses it."""
 
@@ -75,20 +90,31 @@ def transformer_layout(transformer: Any) -> Layout:
         sample="hidden_states",
         timestep_scale=family.timestep_scale,
         conditional_first=family.conditional_first,
+        text=_text(transformer, family, blocks),
         stream=_stream(transformer, family, blocks, output.module) if family.self_attentions else None,
     )
 
 
+def _text(transformer: Any, family: Family, blocks: dict[str, Skippable]) -> dict[str, nn.Module]:
+    """The modules whose output depends on the text alone."""
+    own = {name: getattr(transformer, name) for name in family.text}
+    found = {name: module for name, module in own.items() if module is not None}
+    return found | _keys_and_values(blocks, family.cross_attentions)
+
+
+def _keys_and_values(blocks: dict[str, Skippable], attentions: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that give keys and values in these attentions of all blocks."""
+    layers = own_layers([(name, place.module) for name, place in blocks.items()], attentions)
+    places = own_layers([(name, place.module) for name, place in layers.items()], ("to_k", "to_v"))
+    return {name: place.module for name, place in places.items()}
+
+
 def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable], output: nn.Module) -> Stream:
     """The tokens' way through the blocks."""
-    attentions = own_layers(
-        [(name, place.module) for name, place in blocks.items()], family.self_attentions
-    )
-    memory = own_layers([(name, place.module) for name, place in attentions.items()], ("to_k", "to_v"))
     config = transformer.config
     return Stream(
         embed=transformer.pos_embed,
-        memory={name: place.module for name, place in memory.items()},
+        memory=_keys_and_values(blocks, family.self_attentions),
         output=output,
         patch=config.patch_size,
         noise=config.in_channels,

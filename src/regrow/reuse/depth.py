@@ -24,6 +24,7 @@ class Slot:
         inputs: the denoiser's arguments on the meta device, of the call that opened the slot.
         guided: whether the batch is an unconditional and a conditional half.
         chosen: what the choice of tokens remembers.
+        text: the text of the last call and its version, which writing to it changes.
     """
 
     key: Key
@@ -33,6 +34,14 @@ class Slot:
     shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     chosen: Any = None
+    text: tuple[Tensor, int] | None = None
+
+    def knows(self, text: Tensor | None) -> bool:
+        """Whether the text is that of the last call, the very tensor; remembers it."""
+        if text is None:
+            return False
+        before, self.text = self.text, (text, text._version)
+        return before is not None and before[0] is text and before[1] == text._version
 
     def remember(self, output: Tensor) -> None:
         """Keep a copy of a computed output; the caller's tensor stays the caller's."""
