@@ -11,7 +11,7 @@ from torch import nn
 from regrow.clock import ManualClock, SchedulerClock
 from regrow.hooks import Installed, is_hooked
 from regrow.methods.parts import parts_of
-from regrow.models import UnsupportedModelError, denoiser_of, layout_of
+from regrow.models import denoiser_of, layout_of
 from regrow.run import Engine, Observer
 from regrow.run_report import RunReport, report_of
 
@@ -123,11 +123,6 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
 def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     """Refuse what could only do nothing, warn of what is asked to do nothing."""
     asked = engine.rule is not None and any(step.ratio for step in engine.kinds)
-    if asked and not engine.layout.blocks:
-        raise UnsupportedModelError(
-            f"model: tokens can't be left out of the layers of {type(denoiser).__name__} yet; methods that "
-            "only reuse, such as FORA and DeepCache, work on it"
-        )
     if asked and not engine.blocks:
         assert engine.rule is not None
         raise ValueError(
@@ -137,7 +132,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         )
     leaves_out = engine.token_set is not None and any(step.ratio for step in engine.kinds)
     if leaves_out:
-        _check_stream(engine, denoiser)
+        _check_projections(denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
     if asked and not prunes:
         engine.warn_once(
@@ -152,12 +147,8 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         )
 
 
-def _check_stream(engine: Engine, denoiser: nn.Module) -> None:
-    """Refuse a model in which a call can't compute some of the tokens only."""
-    if engine.layout.stream is None:
-        raise UnsupportedModelError(
-            f"model: a call of {type(denoiser).__name__} can't compute some of its tokens only"
-        )
+def _check_projections(denoiser: nn.Module) -> None:
+    """Refuse attentions whose keys can't be kept."""
     fused = [name for name, m in denoiser.named_modules() if getattr(m, "fused_projections", False)]
     if fused:
         raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
 from regrow.methods.parts import CallInfo, Parts, TokenRule, TokenSet
+from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Cut, Layout, TokenBlock
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, Step
@@ -138,6 +139,7 @@ class Engine:
         self.rule: TokenRule | None = parts.tokens
         self.token_set: TokenSet | None = parts.token_set
         self.kinds = parts.plan.kinds()
+        self._check_supported()
         self.select = self._select_by_rule
         self.blocks = self._pruned_blocks()
         self.cuts = self._used_cuts()
@@ -148,6 +150,23 @@ class Engine:
         self._busy: int | None = None
         self._lock = threading.Lock()
         self._warned: set[str] = set()
+
+    def _check_supported(self) -> None:
+        """Refuse a method that needs what the model has not.
+
+        Raises:
+            UnsupportedModelError: saying what.
+        """
+        name = type(self.denoiser).__name__
+        if not any(step.ratio for step in self.kinds):
+            return
+        if self.rule is not None and not self.layout.blocks:
+            raise UnsupportedModelError(
+                f"model: tokens can't be left out of the layers of {name} yet; methods that only reuse, "
+                "such as FORA and DeepCache, work on it"
+            )
+        if self.token_set is not None and self.layout.stream is None:
+            raise UnsupportedModelError(f"model: a call of {name} can't compute some of its tokens only")
 
     def _pruned_blocks(self) -> tuple[TokenBlock, ...]:
         """The blocks in which the rule prunes."""
@@ -282,11 +301,11 @@ class Engine:
         self, slot: Slot, sample: Tensor, ratio: float, info: CallInfo, kwargs: Mapping[str, Any]
     ) -> Tensor | None:
         """The tokens that a call computes; None if it has to compute all."""
+        if ratio == 0:
+            return None
         stream = self.layout.stream
         assert stream is not None
         assert self.token_set is not None
-        if ratio == 0:
-            return None
         if any(kwargs.get(name) is not None for name in RESIDUALS):
             self.warn_once("residuals", "a ControlNet adds to all tokens; its calls are computed in full")
             return None

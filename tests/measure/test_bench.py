@@ -179,6 +179,12 @@ def test_nothing_to_measure_is_refused(changes: dict[str, Any], named: str) -> N
         bench(None, arguments["variants"], arguments["prompts"], rounds=arguments["rounds"])
 
 
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_one_side_alone_is_refused(side: str) -> None:
+    with pytest.raises(ValueError, match=f"must be given together with {side}"):
+        make(None, PROMPTS, steps=1, **{side: 64})
+
+
 def test_peak_memory_sees_what_was_freed_again() -> None:
     memory = Memory(torch.device("cpu"))
     block = torch.ones(64, 2**20)

@@ -51,8 +51,12 @@ def make(
         on_step: called without arguments after each step.
 
     Raises:
-        ValueError: if a prompt is no number where a class is needed.
+        ValueError: if a prompt is no number where a class is needed, or only one side is given.
     """
+    if (height is None) != (width is None):
+        # Pipelines fall back to their own size then.
+        missing, given = ("height", "width") if height is None else ("width", "height")
+        raise ValueError(f"{missing}: must be given together with {given}")
 
     def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:

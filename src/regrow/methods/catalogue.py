@@ -60,7 +60,7 @@ SYSTEMS = (
         "cat",
         "CAT Pruning",
         "compute the tokens that change, in clusters",
-        Status.WORKS,
+        Status.PARTLY,
         "transformers: SD3, PixArt, DiT",
         CATPruning,
     ),
