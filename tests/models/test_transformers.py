@@ -169,9 +169,10 @@ def test_interval_1_is_the_plain_pipeline_bit_for_bit(pipe: Any, config: Any) ->
         assert torch.equal(generate(pipe), plain)
 
 
-@pytest.mark.parametrize(
-    "config", [FORA(interval=2), DeepCache(interval=2, branch=2)], ids=["fora", "blocks"]
-)
+REUSING = {"fora": FORA(interval=2), "blocks": DeepCache(interval=2, branch=2)}
+
+
+@pytest.mark.parametrize("config", REUSING.values(), ids=REUSING)
 def test_generations_share_nothing_and_removal_leaves_nothing(kind: str, pipe: Any, config: Any) -> None:
     plain = generate(pipe)
 
@@ -213,7 +214,7 @@ def test_skip_layer_guidance_has_a_memory_of_its_own() -> None:
         "skip_layer_guidance_stop": 1.0,
     }
     plain = generate(pipe, **options)
-    for config in (FORA(interval=2), DeepCache(interval=2, branch=2)):
+    for config in REUSING.values():
         with regrow.apply(pipe, config) as run:
             images = generate(pipe, **options)
         assert images.isfinite().all()
@@ -304,6 +305,15 @@ def test_a_text_that_was_written_to_is_a_new_one(pipe: Any, kind: str) -> None:
             again = pipe.transformer(*args, **kwargs)[0]
         assert torch.equal(again, pipe.transformer(*args, **kwargs)[0])
         assert not torch.equal(again, before)
+
+
+@pytest.mark.parametrize("config", REUSING.values(), ids=REUSING)
+def test_in_inference_mode_the_pictures_are_the_same(pipe: Any, config: Any) -> None:
+    with regrow.apply(pipe, config):
+        expected = generate(pipe)
+        with torch.inference_mode():
+            ours = generate(pipe)
+    torch.testing.assert_close(ours.clone(), expected)
 
 
 def test_methods_that_prune_are_refused_by_name(pipe: Any) -> None:

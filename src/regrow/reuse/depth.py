@@ -40,8 +40,10 @@ class Slot:
         """Whether the text is that of the last call, the very tensor; remembers it."""
         if text is None:
             return False
-        before, self.text = self.text, (text, text._version)
-        return before is not None and before[0] is text and before[1] == text._version
+        # A tensor made in inference mode does not tell.
+        version = -1 if text.is_inference() else text._version
+        before, self.text = self.text, (text, version)
+        return before is not None and before[0] is text and before[1] == version != -1
 
     def remember(self, output: Tensor) -> None:
         """Keep a copy of a computed output; the caller's tensor stays the caller's."""
