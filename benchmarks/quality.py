@@ -68,7 +68,7 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
             row["psnr"],
         )
         for row in quality["rows"]
-        if row["name"] in timed
+        if row["name"] in timed and row["fd"] is not None
     }
 
 
@@ -145,6 +145,23 @@ def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
     plt.close(figure)
 
 
+def claim(file: Path, inputs: dict[str, Any]) -> None:
+    """Refuse to go on with what other arguments made.
+
+    Raises:
+        SystemExit: naming the argument.
+    """
+    if file.exists():
+        before = json.loads(file.read_text())
+        for name, value in inputs.items():
+            if before.get(name) != value:
+                raise SystemExit(
+                    f"{name}: {file.parent} was made with {before.get(name)}; use another --work"
+                )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(inputs, indent=1) + "\n")
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run both commands for all variants; what is already made is not made again."""
     methods = ",".join(spec for curve in CURVES.values() for spec in curve)
@@ -152,6 +169,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     common += [] if args.guidance is None else ["--guidance", str(args.guidance)]
     regrow = str(Path(sys.executable).with_name("regrow"))
     pictures, speed = args.work / "pictures", args.work / "speed.json"
+    claim(
+        args.work / "inputs.json",
+        {"reference": str(args.reference), "methods": methods}
+        | {
+            name: getattr(args, name)
+            for name in ("model", "images", "rounds", "dtype", "device", "guidance")
+        },
+    )
     words = ["--prompts", args.prompts, "--out", str(pictures), "--batch", str(args.batch)]
     features = args.work / "reference.safetensors"
     if features.exists():

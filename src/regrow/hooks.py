@@ -41,14 +41,17 @@ class SkipHook(ModelHook):
         for cut in (*call.store, *([] if call.cut is None else [call.cut])):
             if name == cut.entry:
                 call.entered[cut] = _taken(args, kwargs)
+        turn = call.turns[name] = call.turns.get(name, -1) + 1
         if call.cut is not None and name in call.cut.skip:
-            if name in call.cut.restore:
+            if name not in call.cut.restore:
+                return self._stand_in(call, args, kwargs)
+            # A layer that the last full call left out (skip-layer guidance) has nothing to hand on.
+            if _turn(call.cut.key(name), turn) in call.slot.features:
                 call.restored += 1
                 return self._restored(call, call.cut)
-            return self._stand_in(call, args, kwargs)
         out = original(self)(*args, **kwargs)
-        if self.place.returns in (Returns.TENSOR, Returns.TUPLE, Returns.DOWN) and call.cut is None:
-            call.slot.shapes[name] = [t.shape for t in self._tensors(out)]
+        if call.cut is None:
+            call.slot.shapes[name] = [t.shape for t in self._tensors(out) if isinstance(t, Tensor)]
         for cut in call.store:
             if name in cut.restore:
                 self._keep(call, cut, out)
@@ -59,7 +62,8 @@ class SkipHook(ModelHook):
         features = call.slot.features
         if cut.entry is None:
             # Whoever is handed this output may write to it, such as the caller of the denoiser.
-            features[cut.key(self.place.name)] = _copied(out) if call.dense or cut.final else out
+            key = _turn(cut.key(self.place.name), call.turns[self.place.name])
+            features[key] = _copied(out) if call.dense or cut.final else out
         elif cut in call.entered:
             before, after = call.entered.pop(cut), self._tensors(out)
             added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
@@ -67,7 +71,8 @@ class SkipHook(ModelHook):
 
     def _restored(self, call: Call, cut: Cut) -> Any:
         """What a module hands on instead of running."""
-        feature = call.slot.features[cut.key(self.place.name)]
+        name = self.place.name
+        feature = call.slot.features[_turn(cut.key(name), call.turns[name])]
         if cut.entry is None:
             return _copied(feature) if call.dense or cut.final else feature
         # Not to its own input: others may have added to the tokens on the way here (ControlNet).
@@ -80,6 +85,9 @@ class SkipHook(ModelHook):
             return self._pack(_taken(args, kwargs))
         like = args[0] if args else kwargs["hidden_states"]
         shapes = call.slot.shapes.get(self.place.name)
+        if self.place.returns is Returns.OWN:
+            assert shapes is not None
+            return like.new_empty(1).expand(shapes[0])
         return self._pack(placeholders(like, shapes, max(self.place.count, 1), dense=call.dense))
 
     def _pack(self, tensors: Sequence[Any]) -> Any:
@@ -107,6 +115,11 @@ class SkipHook(ModelHook):
                 return [None, out]
             case Returns.JOINT:
                 return list(out)
+
+
+def _turn(key: str, turn: int) -> str:
+    """What a feature is kept under if its module runs several times a call (chunked feed-forwards)."""
+    return key if turn == 0 else f"{key}, turn {turn}"
 
 
 def _taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -194,6 +207,11 @@ class MemoryHook(ModelHook):
         features = call.slot.features
         if call.tokens is None:
             features[self.key] = output
+        elif self.key not in features:
+            raise RuntimeError(
+                f"{self.key} runs, but was left out of the last full call; layers to skip can't change "
+                "within a generation"
+            )
         else:
             write_rows(features[self.key], call.tokens, output)
             call.pruned += 1

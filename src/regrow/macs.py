@@ -75,6 +75,7 @@ class _FirstTokens:
 
     seed = 0
     aligns = False
+    full_calls = 0
 
     def __init__(self) -> None:
         self.asked: tuple[Grid, int, torch.Size] | None = None
@@ -139,6 +140,8 @@ class CallCounter:
                     self._model(*inputs[0], **inputs[1])
                     clock.step()
                 selected.clear()
+                if not knows_text and "encoder_hidden_states" in inputs[1]:
+                    inputs = inputs[0], inputs[1] | {"encoder_hidden_states": _another(inputs[1])}
                 with FlopCounterMode(display=False) as counter:
                     self._model(*inputs[0], **inputs[1])
         finally:
@@ -169,6 +172,12 @@ class CallCounter:
         with FlopCounterMode(display=False) as counter:
             self._token_set.select(memory, grid, count, call)
         return shape[0] * (counter.get_total_flops() // 2)
+
+
+def _another(kwargs: Any) -> Any:
+    """A text of the same shape that is not known yet."""
+    text = kwargs["encoder_hidden_states"]
+    return text.clone() if isinstance(text, Tensor) else text
 
 
 def _is_attention(operation: str) -> bool:

@@ -61,10 +61,12 @@ class Observation:
         record: what the call did.
         blocks: the transformer blocks that ran, by name, each with the selection of tokens that its
             pruned layers computed; None where they computed all.
+        tokens: the tokens ``(B, K)`` that the whole call computed; None where it computed all.
     """
 
     record: CallRecord
     blocks: Mapping[str, Selection | None]
+    tokens: Tensor | None = None
 
 
 Observer = Callable[[Observation], None]
@@ -97,6 +99,7 @@ class Call:
         entered: what the first module of a cut was given in this call.
         tokens: the tokens ``(B, K)`` that the whole call computes; None if it computes all.
         remembers: whether keys, values and outputs of the tokens are kept.
+        turns: how often modules that may be skipped were called before in this call.
         knows_text: whether the text is that of the last call.
         pruned: how many blocks pruned.
     """
@@ -114,6 +117,7 @@ class Call:
     entered: dict[Cut, list[Any]] = field(default_factory=dict)
     tokens: Tensor | None = None
     remembers: bool = False
+    turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
 
 
@@ -241,9 +245,10 @@ class Engine:
             )
         generation = self.generation
         slot = self._slot(generation, position.branch, sample, args, kwargs)
+        slot.calls += 1
         planned = generation.steps[position.index]
         cut = self.cuts.get(planned.depth)
-        if cut is not None and any(cut.key(name) not in slot.features for name in cut.restore):
+        if cut is not None and not any(cut.key(name) in slot.features for name in cut.restore):
             cut = None
         depth = FULL if cut is None else planned.depth
         residuals = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
@@ -270,6 +275,10 @@ class Engine:
             prepared=prepared,
         )
         self.call.knows_text = bool(self.layout.text) and slot.knows(kwargs.get("encoder_hidden_states"))
+        if not self.call.knows_text:
+            # A module that this call skips must not hand on another text's output later.
+            for name in self.layout.text:
+                slot.features.pop(name, None)
         self.call.remembers = self.token_set is not None and cut is None
         if self.call.remembers:
             self.call.tokens = self._tokens(slot, sample, planned.ratio, info, kwargs)
@@ -287,12 +296,13 @@ class Engine:
         kwargs: Mapping[str, Any],
     ) -> Slot:
         """The memory of a branch; a new one if the batch is another."""
-        key = (sample.shape, sample.dtype, sample.device)
+        text = kwargs.get("encoder_hidden_states")
+        key = (sample.shape, sample.dtype, sample.device, None if text is None else text.shape)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
             chooser = self.rule or self.token_set
             wanted = chooser is not None and chooser.aligns
-            inputs = (without_data(args), without_data(kwargs))
+            inputs = (without_data(args), without_data(_countable(kwargs)))
             slot = Slot(key, inputs, wanted and _is_guided(sample))
             generation.slots[branch] = slot
         return slot
@@ -309,7 +319,16 @@ class Engine:
         if any(kwargs.get(name) is not None for name in RESIDUALS):
             self.warn_once("residuals", "a ControlNet adds to all tokens; its calls are computed in full")
             return None
-        if len(slot.outputs) < 2 or any(name not in slot.features for name in stream.memory):
+        if len(slot.outputs) < 2 or slot.calls <= self.token_set.full_calls:
+            return None
+        if not all(self.denoiser.get_submodule(name) is m for name, m in stream.memory.items()) or not any(
+            name in slot.features for name in stream.memory
+        ):
+            self.warn_once(
+                "memory",
+                "all tokens are computed, because the attentions' projections were replaced or fused after "
+                "regrow.apply (LoRA, fuse_qkv_projections), so that keys can't be kept; apply regrow last",
+            )
             return None
         grid = stream.grid(*sample.shape[-2:])
         # As the released code rounds: 1228 of 4096 tokens for 0.3.
@@ -378,7 +397,7 @@ class Engine:
         ran = (b.name for b in self.layout.blocks if _runs(b, call.cut))
         blocks = {name: call.selections.get(name) for name in ran}
         for observer in self.observers:
-            observer(Observation(record, blocks))
+            observer(Observation(record, blocks, call.tokens))
 
     def release(self) -> None:
         """Drop what is cached; the records of the last generation stay for the report."""
@@ -412,6 +431,15 @@ def _is_inside(thread: int | None, module: nn.Module) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _countable(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with which a model without adapters can be run; an IP-Adapter's part is not counted."""
+    out = dict(kwargs)
+    if out.get("joint_attention_kwargs"):
+        kept = out["joint_attention_kwargs"].items()
+        out["joint_attention_kwargs"] = {k: v for k, v in kept if not k.startswith("ip_")}
+    return out
 
 
 def _is_guided(sample: Tensor) -> bool:

@@ -264,7 +264,8 @@ class Spaced:
         """
         if calls < 1:
             raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
-        full = set(range(0, calls, self.interval)) if self.full is None else self.full(calls)
+        even = self.full is None or self.interval == 1
+        full = set(range(0, calls, self.interval)) if even or self.full is None else self.full(calls)
         depth = tuple(FULL if i in full else self.depth for i in range(calls))
         return Schedule(depth=depth, ratio=(self.ratio,) * calls, name=f"1:{self.interval}")
 

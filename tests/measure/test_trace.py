@@ -14,6 +14,7 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+import transformer_pipelines
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -475,6 +476,31 @@ def test_sdxl_is_traced_at_its_finest_level_with_attention() -> None:
         4: (2, 1, 3, 4),
     }
     assert float((found.variants[0].computed or {})[2].mean()) == 0.5
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "pixart"])
+def test_transformers_are_traced(kind: str) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
+    size = 16 * getattr(pipe, "vae_scale_factor", 2)
+    variants = [variant("steps:4", 4), variant("steps:3", 4), variant("fora:2", 4)]
+    block = "transformer_blocks.1"
+    found = trace(pipe, variants, ["a penguin"], modules=[block], height=size, width=size)
+    assert all(np.isfinite(one.deviation.x).all() for one in found.variants)
+    cached = found.variants[1].deviation.x
+    assert cached[0] == 0 < cached[1]
+    assert [difference.name for difference in found.differences] == ["predicted noise", block]
+
+
+def test_the_tokens_of_a_call_are_counted_exactly() -> None:
+    pipe = transformer_pipelines.sd3()
+    counter = ComputedCounter(layout_of(pipe.transformer))
+    with regrow.apply(pipe, regrow.CATPruning(alpha=0.25, t0=2)) as run, run.observed(counter):
+        transformer_pipelines.generate(pipe)
+    blocks = len(pipe.transformer.transformer_blocks)
+    (count,) = counter.counts().values()
+    # Two full calls, three of a quarter of the 64 tokens.
+    assert count.sum((1, 2)).tolist() == [blocks * (2 * 64 + 3 * 16)] * 2
+    assert counter.shares()[2].max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class Everything(MethodConfig):
 
 
 class _All:
-    seed, aligns = 0, False
+    seed, aligns, full_calls = 0, False, 0
 
     def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
         return torch.arange(grid.tokens).repeat(call.batch, 1), None
@@ -262,6 +262,60 @@ def test_generations_share_nothing_and_removal_leaves_nothing(pipe: Any) -> None
     assert torch.equal(generate(pipe), first)
     run.remove()
     assert torch.equal(generate(pipe), plain)
+
+
+def test_t0_counts_from_where_a_generation_begins() -> None:
+    """Image-to-image begins late in the sampler's steps."""
+    from diffusers import StableDiffusion3Img2ImgPipeline
+    from PIL import Image
+
+    pipe = StableDiffusion3Img2ImgPipeline(**transformer_pipelines.sd3().components)
+    pipe.set_progress_bar_config(disable=True)
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=3)) as run:
+        pipe(
+            ["a penguin"],
+            image=Image.new("RGB", (32, 32)),
+            strength=0.5,
+            num_inference_steps=12,
+            height=32,
+            width=32,
+            output_type="latent",
+        )
+    assert [c.ratio > 0 for c in run.report().calls] == [False] * 3 + [True] * 3
+
+
+def test_a_projection_replaced_after_apply_is_said_and_all_tokens_are_computed() -> None:
+    """As peft does it: the old layer, with its hook, inside a new one that adds to it."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + x
+
+    pipe = transformer_pipelines.sd3()
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run:
+        attention = pipe.transformer.transformer_blocks[1].attn
+        attention.to_k = Adapted(attention.to_k)
+        with pytest.warns(UserWarning, match="projections were replaced or fused"):
+            generate(pipe)
+    assert {c.ratio for c in run.report().calls} == {0}
+
+
+def test_clusters_are_of_relative_noise_unless_told_otherwise() -> None:
+    """All noise is alike between calls, and far apart between two halves of the picture."""
+    before = torch.zeros(1, GRID.tokens, 6)
+    before[:, ::2] = 1000
+    labels = []
+    for absolute in (False, True):
+        config = CATPruning(clusters=2, absolute_noise=absolute)
+        memory = select(config, [(before, before.clone())], 10)[1][0]
+        labels.append(memory.labels[0].view(8, 8))
+    halves = (labels[1][:, ::2] != labels[1][:, 1::2]).all()
+    assert halves
+    assert not (labels[0][:, ::2] != labels[0][:, 1::2]).all()
 
 
 def test_models_without_such_calls_are_refused() -> None:

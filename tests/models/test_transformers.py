@@ -204,6 +204,96 @@ def test_generations_share_nothing_and_removal_leaves_nothing(kind: str, pipe: A
     assert torch.equal(generate(pipe), plain)
 
 
+def inputs_of(pipe: Any) -> tuple[Any, dict[str, Any]]:
+    """The arguments of the first call of a generation."""
+    calls: list[Any] = []
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        calls.append((args, kwargs))
+
+    hook = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    generate(pipe)
+    hook.remove()
+    return calls[0]
+
+
+@pytest.mark.parametrize("depth", [0, 1, "layers"])
+def test_another_text_between_full_calls_is_not_mixed_up_with_the_old_one(depth: Any) -> None:
+    """A cached call skips the modules that would have seen it."""
+    pipe = transformer_pipelines.pixart()
+    args, kwargs = inputs_of(pipe)
+    other = kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"].flip(1) + 1}
+    plan = regrow.Schedule(depth=("full", depth, "full"), ratio=(0.0,) * 3)
+    with torch.no_grad():
+        expected = pipe.transformer(*args, **other)[0]
+        with regrow.apply(pipe.transformer, regrow.DaTo(schedule=plan)) as run, run.generation(3) as clock:
+            for words in (kwargs, other, other):
+                found = pipe.transformer(*args, **words)[0]
+                clock.step()
+    assert torch.equal(found, expected)
+
+
+def test_a_text_of_another_length_begins_anew() -> None:
+    pipe = transformer_pipelines.sd3()
+    args, kwargs = inputs_of(pipe)
+    short = kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"][:, :20]}
+    with torch.no_grad():
+        expected = pipe.transformer(*args, **short)[0]
+        with regrow.apply(pipe.transformer, FORA(interval=3)) as run, run.generation(3) as clock:
+            pipe.transformer(*args, **kwargs)
+            clock.step()
+            assert torch.equal(pipe.transformer(*args, **short)[0], expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_chunked_feed_forwards_hand_on_every_chunk(dim: int) -> None:
+    pipe = transformer_pipelines.sd3()
+    with regrow.apply(pipe, FORA(interval=3)):
+        expected = generate(pipe, guidance_scale=4.0)
+    pipe.transformer.enable_forward_chunking(1, dim)
+    with regrow.apply(pipe, FORA(interval=3)):
+        torch.testing.assert_close(generate(pipe, guidance_scale=4.0), expected)
+
+
+def test_of_fluxs_single_blocks_only_what_is_read_is_kept() -> None:
+    pipe = transformer_pipelines.flux()
+    kept: set[str] = set()
+
+    def look(_: Any, step: int, *__: Any) -> dict[str, Any]:
+        slots = run._engine.generation.slots.values()
+        kept.update(*(slot.features for slot in slots))
+        return {}
+
+    with regrow.apply(pipe, FORA(interval=2)) as run:
+        generate(pipe, callback_on_step_end=look)
+    singles = {name.split(".", 2)[2] for name in kept if name.startswith("single")}
+    assert singles == {"proj_out"}
+
+
+def test_an_ip_adapters_part_is_left_out_of_the_count() -> None:
+    from regrow.run import _countable
+
+    given = {"joint_attention_kwargs": {"ip_adapter_image_embeds": 1, "scale": 0.5}, "timestep": 3}
+    assert _countable(given) == {"joint_attention_kwargs": {"scale": 0.5}, "timestep": 3}
+    assert given["joint_attention_kwargs"]["ip_adapter_image_embeds"] == 1
+
+
+def test_macs_count_a_text_that_is_new() -> None:
+    pipe = transformer_pipelines.pixart()
+    args, kwargs = inputs_of(pipe)
+    other = kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"] + 1}
+    with (
+        torch.no_grad(),
+        regrow.apply(pipe.transformer, DeepCache(interval=9, branch=1)) as run,
+        run.generation(3) as clock,
+    ):
+        for words in (kwargs, kwargs, other):
+            pipe.transformer(*args, **words)
+            clock.step()
+    macs = [call.macs for call in run.report().calls]
+    assert macs[1] < macs[2] < macs[0]
+
+
 def test_skip_layer_guidance_has_a_memory_of_its_own() -> None:
     """SD3's third call leaves layers out, in some of the steps only."""
     pipe = transformer_pipelines.sd3()
@@ -219,8 +309,11 @@ def test_skip_layer_guidance_has_a_memory_of_its_own() -> None:
             images = generate(pipe, **options)
         assert images.isfinite().all()
         assert not torch.equal(images, plain)
-        branches = {c.branch for c in run.report().calls}
-        assert branches == {0, 1}
+        calls = run.report().calls
+        assert {c.branch for c in calls} == {0, 1}
+        full = [[c.depth == "full" for c in calls if c.branch == branch] for branch in (0, 1)]
+        # The third call begins at the second step, at which nothing of its own is cached yet.
+        assert full == [[True, False, True, False, True], [True, True, False, True]]
 
 
 def test_the_two_calls_of_flux_are_kept_apart() -> None:
@@ -286,15 +379,8 @@ def test_what_depends_on_the_text_alone_is_computed_once_a_generation(kind: str,
 def test_a_text_that_was_written_to_is_a_new_one(pipe: Any, kind: str) -> None:
     if kind not in TEXT:
         pytest.skip("DiT reads no text")
-    calls: list[Any] = []
-
-    def keep(module: Any, args: Any, kwargs: Any) -> None:
-        calls.append((args, kwargs))
-
-    hook = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
-    generate(pipe)
-    hook.remove()
-    (args, kwargs), text = calls[0], calls[0][1]["encoder_hidden_states"]
+    args, kwargs = inputs_of(pipe)
+    text = kwargs["encoder_hidden_states"]
     with torch.no_grad():
         before = pipe.transformer(*args, **kwargs)[0]
         with regrow.apply(pipe.transformer, FORA(interval=2)) as run, run.generation(4) as clock:

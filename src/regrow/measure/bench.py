@@ -204,13 +204,21 @@ def _generation(
             timed.kinds, timed.macs = [(c.depth, c.ratio) for c in report.calls], report.macs
         elif one.config is None:
             timed.kinds = [("full", 0.0)] * len(calls)
-            timed.macs = plain_macs(denoiser, inputs)
+            timed.macs = _plain_macs(denoiser, inputs)
         else:
             timed.kinds = [(None, None)] * len(calls)
         return
     timed.seconds.append(seconds)
     timed.denoiser.append(sum(calls))
     timed.calls.append(calls)
+
+
+def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
+    """MACs of plain calls; None if the forward pass looks at data, which the meta device lacks."""
+    try:
+        return plain_macs(denoiser, inputs)
+    except (NotImplementedError, RuntimeError, AttributeError):
+        return None
 
 
 def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | None) -> BenchRow:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from regrow.models import Layout
+from regrow.models.table import Stream
 from regrow.run import Observation
+from regrow.schedule import LAYERS
 
 
 class ComputedCounter:
@@ -32,8 +33,14 @@ class ComputedCounter:
         self._calls = 0
 
     def __call__(self, seen: Observation) -> None:
-        batch, _, height, width = _sample(seen).shape
+        args, kwargs = seen.record.inputs
+        sample: Tensor = args[0] if args else kwargs[self._layout.sample]
         self._calls += 1
+        if self._layout.stream is not None:
+            self._count_stream(seen, sample, self._layout.stream)
+        if not self._layout.blocks:
+            return
+        batch, _, height, width = sample.shape
         for block in self._layout.blocks:
             grid = block.grid(height, width, patch=1)
             shape = (batch, grid.height, grid.width)
@@ -50,21 +57,32 @@ class ComputedCounter:
                     kept = selection.kept.cpu()
                     count.view(batch, -1).scatter_add_(1, kept, torch.ones_like(kept))
 
+    def _count_stream(self, seen: Observation, sample: Tensor, stream: Stream) -> None:
+        """Blocks in which the tokens of a transformer were computed."""
+        grid = stream.grid(*sample.shape[-2:])
+        shape = (len(sample), grid.height, grid.width)
+        count = self._counts.setdefault(stream.patch, torch.zeros(shape, dtype=torch.long))
+        if count.shape != shape:
+            raise ValueError("the calls counted together must be of one batch size and one picture size")
+        depth = seen.record.depth
+        blocks = 0 if depth == LAYERS else min(depth, self._layout.depths)
+        if seen.tokens is None:
+            count += blocks
+        else:
+            kept = seen.tokens.cpu()
+            count.view(len(sample), -1).scatter_add_(1, kept, torch.full_like(kept, blocks))
+
     def counts(self) -> Mapping[int, Tensor]:
         """By level, as latent positions a token spans along one side: counts ``(B, h, w)``."""
         return self._counts
 
     def possible(self, level: int) -> int:
         """The highest count possible at a level: calls times blocks."""
+        stream = self._layout.stream
+        if stream is not None and level == stream.patch:
+            return self._calls * self._layout.depths
         return self._calls * sum(b.downsample == level for b in self._layout.blocks)
 
     def shares(self) -> dict[int, Tensor]:
         """By level, the share of calls and blocks in which each token was computed ``(B, h, w)``."""
         return {level: count / self.possible(level) for level, count in self._counts.items()}
-
-
-def _sample(seen: Observation) -> Tensor:
-    """The denoiser's input ``(B, C, H, W)``, without data."""
-    args, kwargs = seen.record.inputs
-    found: Any = args[0] if args else kwargs["sample"]
-    return found

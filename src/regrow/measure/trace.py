@@ -26,6 +26,7 @@ from regrow.measure.sampling import make
 from regrow.measure.variants import Variant
 from regrow.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
 from regrow.models import denoiser_of, layout_of
+from regrow.models.table import Returns
 
 PERCENTILES = (5, 25, 50, 75, 95)
 OUTPUT = "predicted noise"
@@ -370,7 +371,7 @@ def _mae(
 ) -> tuple[float, ...]:
     """The mean absolute error at each step, over all pictures of all batches."""
     pictures = [
-        torch.stack([(a - other[j]).abs().mean((1, 2, 3)) for a, j in zip(mine, against, strict=True)])
+        torch.stack([(a - other[j]).abs().flatten(1).mean(1) for a, j in zip(mine, against, strict=True)])
         for mine, other in zip(own, reference, strict=True)
     ]
     return tuple(torch.cat(pictures, dim=1).mean(1).tolist())
@@ -395,11 +396,13 @@ def _difference(name: str, timestep: tuple[float, ...], looks: Sequence[_Look]) 
 
 @dataclass(frozen=True)
 class _Place:
-    """A feature: what a module returns, or what it is given."""
+    """A feature: what a module returns, or what it is given; of a joint block, which returns the text and
+    the image, the image."""
 
     name: str
     module: nn.Module
     given: bool = False
+    joint: bool = False
 
 
 class _Features:
@@ -434,7 +437,8 @@ class _Features:
             self._keep(place.name, args[0] if args else kwargs["hidden_states"])
 
         def returned(module: nn.Module, args: Any, output: Any) -> None:
-            self._keep(place.name, output)
+            # Of a block with text and image, the image comes last.
+            self._keep(place.name, output[-1] if place.joint else output)
 
         if place.given:
             return place.module.register_forward_pre_hook(given, with_kwargs=True)
@@ -469,20 +473,22 @@ def _default_places(denoiser: nn.Module) -> list[_Place]:
     places = [_Place(OUTPUT, denoiser)]
     if layout.depths > 1:
         restoring = [layout.skippable[name] for name in layout.cuts[1].restore]
-        places += [_Place(place.name, place.module) for place in restoring]
+        places += [_Place(p.name, p.module, joint=p.returns is Returns.JOINT) for p in restoring]
     finest = (b for b in layout.blocks if b.downsample == layout.top_level)
     return places + [_Place(f"into {b.name}", b.block, given=True) for b in finest]
 
 
 def _chosen(denoiser: nn.Module, names: Sequence[str]) -> list[_Place]:
     """The predicted noise and the outputs of modules."""
-    modules = dict(denoiser.named_modules())
+    modules, known = dict(denoiser.named_modules()), layout_of(denoiser).skippable
+    joint = {name for name, place in known.items() if place.returns is Returns.JOINT}
     for name in names:
         if not name or name not in modules:
             raise ValueError(
                 f"module: {name!r} is not in {type(denoiser).__name__}; it must be one of named_modules()"
             )
-    return [_Place(OUTPUT, denoiser), *(_Place(name, modules[name]) for name in dict.fromkeys(names))]
+    chosen = [_Place(name, modules[name], joint=name in joint) for name in dict.fromkeys(names)]
+    return [_Place(OUTPUT, denoiser), *chosen]
 
 
 def _rounded(share: Tensor) -> list[Any]:

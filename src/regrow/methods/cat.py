@@ -45,7 +45,7 @@ class CATPruning(MethodConfig):
 
     Args:
         alpha: share of the image's tokens that a call computes (the paper: 0.3).
-        t0: full calls at the beginning, at least 2 (the paper: 8).
+        t0: full calls at the beginning of a generation, at least 2 (the paper: 8).
         choice: which tokens are computed.
         clusters: number of clusters n (the paper: 20).
         decay: a of the staleness ``f_n = a f_(n-1) + I_n`` (the code: 0.5).
@@ -53,6 +53,7 @@ class CATPruning(MethodConfig):
             (the code: 0.25).
         balance: share of a cluster's tokens that are its stalest instead of its most moved (the code: 0.5).
         noise_scale: weight of the noise beside the position in the clusters' features (the code: 0.05).
+        absolute_noise: make the clusters of the noise itself (the code), not of the relative noise.
         alignment: whose tokens both halves of a guided batch compute (the code: the conditional half's).
         seed: of the run's generator, which draws where k-means begins.
 
@@ -70,6 +71,7 @@ class CATPruning(MethodConfig):
     cluster_share: float = Field(0.25, ge=0, le=1)
     balance: float = Field(0.5, ge=0, le=1)
     noise_scale: float = Field(0.05, ge=0)
+    absolute_noise: bool = False
     alignment: Alignment = Alignment.CONDITIONAL
     seed: int = 0
 
@@ -110,6 +112,10 @@ class _Rule:
     def aligns(self) -> bool:
         return self.config.alignment is not Alignment.OFF
 
+    @property
+    def full_calls(self) -> int:
+        return self.config.t0
+
     def select(
         self, memory: Memory | None, grid: Grid, count: int, call: CallInfo
     ) -> tuple[Tensor, Memory]:
@@ -136,7 +142,8 @@ class _Rule:
         """Clusters are made once, of the noise with its position; the reference is the call before."""
         c = self.config
         clusters = min(c.clusters, grid.tokens)
-        features = now * c.noise_scale + positions(grid, now.shape[2], now.device)
+        noise = now if c.absolute_noise else now - before
+        features = noise * c.noise_scale + positions(grid, now.shape[2], now.device)
         labels = k_means(features, clusters, generator)
         staleness = torch.zeros(now.shape[:2], device=now.device, dtype=now.dtype)
         return Memory(before, labels, neighbours(labels, grid, clusters).to(now.dtype), staleness)

@@ -132,6 +132,10 @@ class TokenSet(Protocol):
     def aligns(self) -> bool:
         """Whether `CallInfo.guided` is used."""
 
+    @property
+    def full_calls(self) -> int:
+        """Calls that compute all tokens at the beginning of a generation, wherever it begins."""
+
     def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
         """The ``(B, count)`` tokens to compute, ascending, and what to remember until the next such call.
 

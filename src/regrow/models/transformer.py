@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from regrow.models.table import Cut, Layout, Returns, Skippable, Stream, own_layers, reuse_all
+from regrow.models.table import Cut, Layout, Returns, Skippable, Stream, own_layers
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Family:
 
 _BASIC = ("transformer_blocks", ("attn1", "attn2", "ff"), Returns.TOKENS)
 _JOINT = ("transformer_blocks", ("attn", "attn2", "ff", "ff_context"), Returns.JOINT)
-_SINGLE = ("single_transformer_blocks", ("attn", "proj_mlp", "proj_out"), Returns.JOINT)
+# Of a single block's layers, proj_out alone is read by others.
+_SINGLE = ("single_transformer_blocks", ("attn", "proj_mlp", "act_mlp", "proj_out"), Returns.JOINT)
+_ENDS = {"single_transformer_blocks": ("proj_out",)}
 
 FAMILIES = {
     "DiTTransformer2DModel": Family(
@@ -71,10 +73,12 @@ def transformer_layout(transformer: Any) -> Layout:
     family = FAMILIES[_family_name(transformer)]
     blocks: dict[str, Skippable] = {}
     layers: dict[str, Skippable] = {}
+    restored: set[str] = set()
     for path, names, returns in family.stacks:
         stack = {f"{path}.{i}": block for i, block in enumerate(getattr(transformer, path))}
         blocks |= {name: Skippable(name, block, returns) for name, block in stack.items()}
         layers |= own_layers(stack.items(), names)
+        restored |= set(own_layers(stack.items(), _ENDS.get(path, names)))
     output = Skippable(family.output, getattr(transformer, family.output), Returns.TENSOR)
     order = list(blocks)
     cuts = [Cut(frozenset((*order, output.name)), frozenset({output.name}), final=True)]
@@ -86,7 +90,7 @@ def transformer_layout(transformer: Any) -> Layout:
         blocks=(),
         skippable=blocks | layers | {output.name: output},
         cuts=tuple(cuts),
-        layers=reuse_all(layers),
+        layers=Cut(frozenset(layers), frozenset(restored)),
         sample="hidden_states",
         timestep_scale=family.timestep_scale,
         conditional_first=family.conditional_first,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a slot is valid for: shape, type and device of the denoiser's input.
-Key = tuple[torch.Size, torch.dtype, torch.device]
+# What a slot is valid for: shape, type and device of the denoiser's input, and the shape of its text.
+Key = tuple[torch.Size, torch.dtype, torch.device, torch.Size | None]
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Slot:
         guided: whether the batch is an unconditional and a conditional half.
         chosen: what the choice of tokens remembers.
         text: the text of the last call and its version, which writing to it changes.
+        calls: how many calls the slot has seen.
     """
 
     key: Key
@@ -35,6 +36,7 @@ class Slot:
     outputs: list[Tensor] = field(default_factory=list)
     chosen: Any = None
     text: tuple[Tensor, int] | None = None
+    calls: int = 0
 
     def knows(self, text: Tensor | None) -> bool:
         """Whether the text is that of the last call, the very tensor; remembers it."""
