@@ -68,7 +68,7 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
             row["psnr"],
         )
         for row in quality["rows"]
-        if row["name"] in timed
+        if row["name"] in timed and row["fd"] is not None
     }
 
 
@@ -145,15 +145,45 @@ def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
     plt.close(figure)
 
 
+def claim(file: Path, inputs: dict[str, Any]) -> None:
+    """Refuse to go on with what other arguments made.
+
+    Raises:
+        SystemExit: naming the argument.
+    """
+    if file.exists():
+        before = json.loads(file.read_text())
+        for name, value in inputs.items():
+            if before.get(name) != value:
+                raise SystemExit(
+                    f"{name}: {file.parent} was made with {before.get(name)}; use another --work"
+                )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(inputs, indent=1) + "\n")
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run both commands for all variants; what is already made is not made again."""
     methods = ",".join(spec for curve in CURVES.values() for spec in curve)
     common = ["--model", args.model, "--methods", methods, "--dtype", args.dtype, "--device", args.device]
+    common += [] if args.guidance is None else ["--guidance", str(args.guidance)]
     regrow = str(Path(sys.executable).with_name("regrow"))
     pictures, speed = args.work / "pictures", args.work / "speed.json"
+    claim(
+        args.work / "inputs.json",
+        {"reference": str(args.reference), "methods": methods}
+        | {
+            name: getattr(args, name)
+            for name in ("model", "images", "rounds", "dtype", "device", "guidance")
+        },
+    )
     words = ["--prompts", args.prompts, "--out", str(pictures), "--batch", str(args.batch)]
-    if args.reference is not None:
-        words += ["--reference", str(args.reference)]
+    features = args.work / "reference.safetensors"
+    if features.exists():
+        words += ["--reference", str(features)]
+    elif args.reference is not None:
+        args.work.mkdir(parents=True, exist_ok=True)
+        words += ["--reference", str(args.reference), "--save-reference", str(features)]
     subprocess.run([regrow, "eval", *common, *words], check=True)
     if not speed.exists():
         words = ["--images", str(args.images), "--rounds", str(args.rounds), "--out", str(speed)]
@@ -177,6 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=4, help="pictures a timed generation")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--guidance", type=float, help="guidance scale; a bundled model's own if none")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from memory import EXACT_MALLOC, FAST_MALLOC, peak_memory, restart_with
+from peers import peer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -127,15 +128,12 @@ class ToMe:
         self.unet, self.inputs, self.ratio = unet, inputs, ratio
 
     def __enter__(self) -> Callable[[], Any]:
-        import tomesd
-
-        tomesd.apply_patch(self.unet, ratio=self.ratio)
+        self.stack = ExitStack()
+        self.stack.enter_context(peer(f"tomesd:{self.ratio}", 1).applied(self.unet))
         return lambda: self.unet(*self.inputs[0], **self.inputs[1])
 
     def __exit__(self, *exception: object) -> None:
-        import tomesd
-
-        tomesd.remove_patch(self.unet)
+        self.stack.close()
 
 
 class DeepCached:

@@ -113,17 +113,19 @@ def ddpm() -> Any:
     return diffusers.DDPMPipeline(plain_unet(), diffusers.DDPMScheduler())
 
 
-def dit() -> Any:
-    model = diffusers.DiTTransformer2DModel(
+def sana() -> nn.Module:
+    return diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
         num_attention_heads=2,
         attention_head_dim=4,
-        in_channels=4,
         num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
         sample_size=8,
-        norm_num_groups=2,
-        num_embeds_ada_norm=10,
     )
-    return diffusers.DiTPipeline(model, pipelines.vae(), pipelines.scheduler())
 
 
 @pytest.mark.parametrize(
@@ -131,14 +133,14 @@ def dit() -> Any:
     [
         (plain_unet, "UNet2DModel"),
         (ddpm, "UNet2DModel"),
-        (dit, "DiTTransformer2DModel"),
+        (sana, "SanaTransformer2DModel"),
         (lambda: nn.Linear(2, 2), "Linear"),
         (pipelines.vae, "AutoencoderKL"),
         (lambda: None, "NoneType"),
         (lambda: "stable-diffusion-v1-5", "str"),
         (object, "object"),
     ],
-    ids=["UNet2DModel", "DDPM", "DiT", "Linear", "vae", "None", "str", "object"],
+    ids=["UNet2DModel", "DDPM", "Sana", "Linear", "vae", "None", "str", "object"],
 )
 def test_models_without_a_table_are_refused_with_those_that_have_one(make: Any, name: str) -> None:
     target = make()

@@ -10,31 +10,38 @@ print(run.report())
 from regrow.apply import Run, apply
 from regrow.clock import ConcurrentGenerationError
 from regrow.methods import (
+    FORA,
     Alignment,
     BaseChoice,
+    CATPruning,
     Combined,
     DaTo,
     DeepCache,
     Features,
     Recovery,
     SiTo,
+    TokenChoice,
     ToMeSD,
 )
 from regrow.models import UnsupportedModelError
+from regrow.run import Observation
 from regrow.run_report import RunReport
 from regrow.schedule import FULL, Schedule, ScheduleError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FORA",
     "FULL",
     "Alignment",
     "BaseChoice",
+    "CATPruning",
     "Combined",
     "ConcurrentGenerationError",
     "DaTo",
     "DeepCache",
     "Features",
+    "Observation",
     "Recovery",
     "Run",
     "RunReport",
@@ -42,6 +49,7 @@ __all__ = [
     "ScheduleError",
     "SiTo",
     "ToMeSD",
+    "TokenChoice",
     "UnsupportedModelError",
     "apply",
 ]

@@ -12,7 +12,7 @@ from regrow.clock import ManualClock, SchedulerClock
 from regrow.hooks import Installed, is_hooked
 from regrow.methods.parts import parts_of
 from regrow.models import denoiser_of, layout_of
-from regrow.run import Engine
+from regrow.run import Engine, Observer
 from regrow.run_report import RunReport, report_of
 
 
@@ -58,6 +58,20 @@ class Run:
         with self._engine.manual(num_steps) as clock:
             yield clock
 
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Tell an observer after every call of the denoiser what it computed, for as long as this lasts.
+
+        Args:
+            observer: called with an `Observation`; it must not change its tensors.
+        """
+        observers = self._engine.observers
+        observers.append(observer)
+        try:
+            yield
+        finally:
+            observers.remove(observer)
+
     def report(self) -> RunReport:
         """What the last generation computed, reused and saved, call by call.
 
@@ -102,7 +116,7 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
         raise TypeError(f"scheduler: {type(source()).__name__} has no step()")
     installed = Installed(engine)
     if source() is not None:
-        engine.clock = SchedulerClock(source, engine.release)
+        engine.clock = SchedulerClock(source, engine.release, engine.layout.timestep_scale)
     return Run(config, engine, installed)
 
 
@@ -116,7 +130,10 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             f"{type(denoiser).__name__} to prune; its finest attention is at "
             f"{engine.layout.top_level}"
         )
-    prunes = any(engine.prunes(step) for step in engine.kinds)
+    leaves_out = engine.token_set is not None and any(step.ratio for step in engine.kinds)
+    if leaves_out:
+        _check_projections(denoiser)
+    prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
     if asked and not prunes:
         engine.warn_once(
             "nothing pruned",
@@ -127,4 +144,14 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             "nothing",
             "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
             f"call goes less deep than {engine.layout.depths} layers, and no ratio is above 0",
+        )
+
+
+def _check_projections(denoiser: nn.Module) -> None:
+    """Refuse attentions whose keys can't be kept."""
+    fused = [name for name, m in denoiser.named_modules() if getattr(m, "fused_projections", False)]
+    if fused:
+        raise ValueError(
+            f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept by "
+            "themselves; call unfuse_qkv_projections() first"
         )

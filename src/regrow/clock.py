@@ -18,6 +18,9 @@ from typing import Any, Protocol
 
 import torch
 
+# A scaled timestep is rounded to bfloat16 twice: before and after it is divided.
+ROUNDING = 2.0**-7
+
 
 class ConcurrentGenerationError(RuntimeError):
     """Two threads generate with one accelerated denoiser at the same time."""
@@ -130,10 +133,13 @@ class SchedulerClock:
     Args:
         scheduler: returns the scheduler in use, so that one swapped between generations is followed.
         on_end: called when the last step of a generation is done.
+        scale: what the pipeline divides timesteps by before it hands them on.
     """
 
-    def __init__(self, scheduler: Callable[[], Any], on_end: Callable[[], None]) -> None:
-        self._current, self._on_end = scheduler, on_end
+    def __init__(
+        self, scheduler: Callable[[], Any], on_end: Callable[[], None], scale: float = 1.0
+    ) -> None:
+        self._current, self._on_end, self._scale = scheduler, on_end, scale
         self._scheduler: Any = None
         self._step: _Step | None = None
         self._timesteps: Any = None
@@ -202,12 +208,11 @@ class SchedulerClock:
             # Timesteps set before `apply` may be of a generation long past.
             if timesteps is self._unproven and _is_part(timestep, timesteps.device):
                 return False
-            value = _value(timestep)
-            if value not in values:
+            places = [i for i, value in enumerate(values) if self._matches(timestep, value)]
+            if not places:
                 return False
             begin = getattr(self._scheduler, "begin_index", None) or 0
-            if begin >= len(values) or values[begin] != value:
-                begin = values.index(value)
+            begin = begin if begin in places else places[0]
             loop = _Loop.around(timestep, timesteps, begin)
         me = threading.get_ident()
         unfinished = self._index < self._total and self._owner != me
@@ -224,7 +229,14 @@ class SchedulerClock:
             return self._loop.place(timestep) == self._index
         if self._loop is not None and _is_part(timestep):
             return False
-        return _value(timestep) == self._values[self._index]
+        return self._matches(timestep, self._values[self._index])
+
+    def _matches(self, timestep: Any, value: float) -> bool:
+        """Whether a timestep has a value; a scaled one may have been rounded."""
+        given = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        if self._scale == 1:
+            return given == value
+        return abs(given * self._scale - value) <= ROUNDING * self._scale
 
     def _warn_foreign(self) -> None:
         if not self._warned:
@@ -293,10 +305,6 @@ def _is_set(scheduler: Any) -> bool:
     """Whether ``set_timesteps`` was called; a new scheduler holds no or all training timesteps."""
     steps = getattr(scheduler, "num_inference_steps", None)
     return steps is not None and steps != scheduler.config.get("num_train_timesteps")
-
-
-def _value(timestep: Any) -> float:
-    return float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
 
 
 def _is_part(timestep: Any, device: torch.device | None = None) -> bool:

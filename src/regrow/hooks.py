@@ -7,17 +7,18 @@ model hooks, which can leave a layer out.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from regrow.methods.parts import Features, Recovery
-from regrow.models.table import Returns, Skippable, TokenBlock
+from regrow.models.table import Cut, Returns, Skippable, TokenBlock
 from regrow.reuse.depth import placeholders
-from regrow.run import Engine
+from regrow.run import OUTPUT, Call, Engine
 from regrow.tokens.recover import keep, keep_merged, recover
+from regrow.tokens.select import rows_of, write_rows
 
 
 def original(hook: ModelHook) -> Callable[..., Any]:
@@ -37,41 +38,102 @@ class SkipHook(ModelHook):
         call, name = self.engine.call, self.place.name
         if call is None:
             return original(self)(*args, **kwargs)
-        if call.cut is not None:
-            if name not in call.cut.skip:
-                return original(self)(*args, **kwargs)
-            if name == call.cut.boundary:
-                call.restored = True
-                feature = call.slot.outputs[-1] if name == "conv_out" else call.slot.features[name]
-                # Whoever writes to it in place must not write to what is stored.
-                return self._pack([feature.clone() if call.dense or name == "conv_out" else feature])
-            like = args[0] if args else kwargs["hidden_states"]
-            shapes = call.slot.shapes.get(name)
-            return self._pack(placeholders(like, shapes, max(self.place.count, 1), dense=call.dense))
+        for cut in (*call.store, *([] if call.cut is None else [call.cut])):
+            if name == cut.entry:
+                call.entered[cut] = _taken(args, kwargs)
+        turn = call.turns[name] = call.turns.get(name, -1) + 1
+        if call.cut is not None and name in call.cut.skip:
+            if name not in call.cut.restore:
+                return self._stand_in(call, args, kwargs)
+            # A layer that the last full call left out (skip-layer guidance) has nothing to hand on.
+            if _turn(call.cut.key(name), turn) in call.slot.features:
+                call.restored += 1
+                return self._restored(call, call.cut)
         out = original(self)(*args, **kwargs)
-        tensors = self._unpack(out)
-        call.slot.shapes[name] = [t.shape for t in tensors]
-        if name in call.store:
-            call.slot.features[name] = tensors[0].clone() if call.dense else tensors[0]
+        if call.cut is None:
+            call.slot.shapes[name] = [t.shape for t in self._tensors(out) if isinstance(t, Tensor)]
+        for cut in call.store:
+            if name in cut.restore:
+                self._keep(call, cut, out)
         return out
 
-    def _pack(self, tensors: list[Tensor]) -> Any:
+    def _keep(self, call: Call, cut: Cut, out: Any) -> None:
+        """Keep what a restoring module returned, or what was added to the entry's input."""
+        features = call.slot.features
+        if cut.entry is None:
+            # Whoever is handed this output may write to it, such as the caller of the denoiser.
+            key = _turn(cut.key(self.place.name), call.turns[self.place.name])
+            features[key] = _copied(out) if call.dense or cut.final else out
+        elif cut in call.entered:
+            before, after = call.entered.pop(cut), self._tensors(out)
+            added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
+            features[cut.key(self.place.name)] = added
+
+    def _restored(self, call: Call, cut: Cut) -> Any:
+        """What a module hands on instead of running."""
+        name = self.place.name
+        feature = call.slot.features[_turn(cut.key(name), call.turns[name])]
+        if cut.entry is None:
+            return _copied(feature) if call.dense or cut.final else feature
+        # Not to its own input: others may have added to the tokens on the way here (ControlNet).
+        before = call.entered.pop(cut)
+        return self._pack([x if d is None else x + d for x, d in zip(before, feature, strict=True)])
+
+    def _stand_in(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a module between hands on: nobody reads it."""
+        if self.place.returns in (Returns.TOKENS, Returns.JOINT):
+            return self._pack(_taken(args, kwargs))
+        like = args[0] if args else kwargs["hidden_states"]
+        shapes = call.slot.shapes.get(self.place.name)
+        if self.place.returns is Returns.OWN:
+            assert shapes is not None
+            return like.new_empty(1).expand(shapes[0])
+        return self._pack(placeholders(like, shapes, max(self.place.count, 1), dense=call.dense))
+
+    def _pack(self, tensors: Sequence[Any]) -> Any:
         match self.place.returns:
-            case Returns.TENSOR:
+            case Returns.TENSOR | Returns.OWN:
                 return tensors[0]
             case Returns.TUPLE:
                 return (tensors[0],)
             case Returns.DOWN:
                 return tensors[-1], tuple(tensors)
+            case Returns.TOKENS:
+                return tensors[-1]
+            case Returns.JOINT:
+                return tuple(tensors)
 
-    def _unpack(self, out: Any) -> list[Tensor]:
+    def _tensors(self, out: Any) -> list[Any]:
         match self.place.returns:
-            case Returns.TENSOR:
+            case Returns.TENSOR | Returns.OWN:
                 return [out]
             case Returns.TUPLE:
                 return [out[0]]
             case Returns.DOWN:
                 return list(out[1])
+            case Returns.TOKENS:
+                return [None, out]
+            case Returns.JOINT:
+                return list(out)
+
+
+def _turn(key: str, turn: int) -> str:
+    """What a feature is kept under if its module runs several times a call (chunked feed-forwards)."""
+    return key if turn == 0 else f"{key}, turn {turn}"
+
+
+def _taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The text, or None, and the image tokens that a transformer block is given."""
+    image = args[0] if args else kwargs["hidden_states"]
+    text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    return [text, image]
+
+
+def _copied(value: Any) -> Any:
+    """A tensor, or a tuple of tensors, that nobody else holds."""
+    if isinstance(value, tuple):
+        return tuple(_copied(v) for v in value)
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class SelectHook(ModelHook):
@@ -119,6 +181,61 @@ class KeepHook(ModelHook):
         return recover(original(self)(*args, **kwargs), selection)
 
 
+class EmbedHook(ModelHook):
+    """Hands on those of the image's tokens that the call computes."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        call = self.engine.call
+        return output if call is None or call.tokens is None else rows_of(output, call.tokens)
+
+
+class MemoryHook(ModelHook):
+    """Completes what a module gives for some tokens with what it last gave for the others."""
+
+    def __init__(self, engine: Engine, key: str) -> None:
+        super().__init__()
+        self.engine, self.key = engine, key
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        call = self.engine.call
+        if call is None or not call.remembers:
+            return output
+        features = call.slot.features
+        if call.tokens is None:
+            features[self.key] = output
+        elif self.key not in features:
+            raise RuntimeError(
+                f"{self.key} runs, but was left out of the last full call; layers to skip can't change "
+                "within a generation"
+            )
+        else:
+            write_rows(features[self.key], call.tokens, output)
+            call.pruned += 1
+        # The caller of the denoiser may write to its output.
+        return features[self.key].clone() if self.key == OUTPUT else features[self.key]
+
+
+class TextHook(ModelHook):
+    """Computes what depends on the text alone once for each text."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        super().__init__()
+        self.engine, self.name = engine, name
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self.engine.call
+        if call is not None and call.knows_text and self.name in call.slot.features:
+            return call.slot.features[self.name]
+        out = original(self)(*args, **kwargs)
+        if call is not None:
+            call.slot.features[self.name] = out
+        return out
+
+
 class RootHook:
     """Lets the engine decide before a call of the denoiser, and look at its output."""
 
@@ -163,13 +280,20 @@ class Installed:
             self._undo.pop()()
 
     def _install(self, engine: Engine) -> None:
-        if engine.cuts:
-            needed = set().union(*(cut.skip for cut in engine.cuts.values()))
-            for name in sorted(needed):
-                place = engine.layout.skippable[name]
-                self._hook(place.module, SkipHook(engine, place), "regrow-skip")
         for block in engine.blocks:
             self._hook_block(engine, block)
+        for name, module in engine.layout.text.items():
+            self._hook(module, TextHook(engine, name), "regrow-text")
+        if engine.token_set is not None and engine.layout.stream is not None:
+            stream = engine.layout.stream
+            self._hook(stream.embed, EmbedHook(engine), "regrow-embed")
+            for name, module in stream.memory.items():
+                self._hook(module, MemoryHook(engine, name), "regrow-memory")
+            self._hook(stream.output, MemoryHook(engine, OUTPUT), "regrow-memory")
+        # Registered last, so that what is skipped is neither selected from nor pruned.
+        for name in sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values()))):
+            place = engine.layout.skippable[name]
+            self._hook(place.module, SkipHook(engine, place), "regrow-skip")
         denoiser, root = engine.denoiser, RootHook(engine)
         before = denoiser.register_forward_pre_hook(root.before, with_kwargs=True)
         self._undo.append(before.remove)

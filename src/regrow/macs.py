@@ -7,6 +7,7 @@ papers give. One MAC is two FLOPs.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.hooks import Installed
-from regrow.methods.parts import CallInfo, Parts, TokenRule
+from regrow.methods.parts import CallInfo, Parts, TokenRule, TokenSet
 from regrow.models import layout_of
 from regrow.run import Engine
 from regrow.schedule import FULL, Schedule
@@ -44,10 +45,46 @@ class Macs:
     Args:
         denoiser: what the denoiser computes, attention counted.
         selection: what choosing tokens adds.
+        attention: the part of ``denoiser`` that is products of queries, keys and values.
     """
 
     denoiser: int
     selection: int
+    attention: int
+
+
+def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
+    """MACs of calls of any diffusers denoiser as it is, attention counted.
+
+    Args:
+        denoiser: on any device; only its configuration is used.
+        calls: positional and keyword arguments of each call, on the meta device.
+    """
+    model = meta_copy(denoiser)
+    known: dict[Any, int] = {}
+    for call in calls:
+        if _signature(call) not in known:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model(*call[0], **call[1])
+            known[_signature(call)] = counter.get_total_flops() // 2
+    return sum(known[_signature(call)] for call in calls)
+
+
+class _FirstTokens:
+    """A choice of tokens that costs nothing, the first ones; remembers what was asked for."""
+
+    seed = 0
+    aligns = False
+    full_calls = 0
+
+    def __init__(self) -> None:
+        self.asked: tuple[Grid, int, torch.Size] | None = None
+
+    def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
+        """The first ``count`` tokens."""
+        output = call.outputs[-1]
+        self.asked = grid, count, output.shape
+        return torch.arange(count, device=output.device).repeat(call.batch, 1), None
 
 
 class CallCounter:
@@ -56,30 +93,37 @@ class CallCounter:
     Args:
         denoiser: the denoiser, on any device; only its configuration is used.
         rule: the method's token rule, or None.
+        token_set: its choice of the tokens of a call, or None.
     """
 
-    def __init__(self, denoiser: nn.Module, rule: TokenRule | None) -> None:
+    def __init__(
+        self, denoiser: nn.Module, rule: TokenRule | None, token_set: TokenSet | None = None
+    ) -> None:
         self._model = meta_copy(denoiser)
-        self._rule = rule
+        self._rule, self._token_set = rule, token_set
         self._known: dict[Any, Macs] = {}
 
-    def count(self, depth: int, ratio: float, inputs: tuple[Any, Any]) -> Macs:
+    def count(self, depth: int, ratio: float, inputs: tuple[Any, Any], *, knows_text: bool = False) -> Macs:
         """MACs of a call.
 
         Args:
             depth: up-path layers computed, `FULL` for all.
             ratio: pruning ratio.
             inputs: positional and keyword arguments on the meta device.
+            knows_text: whether what depends on the text alone was computed before.
         """
-        key = (depth, ratio if depth else 0.0, _signature(inputs))
+        key = (depth, ratio if depth else 0.0, knows_text, _signature(inputs))
         if key not in self._known:
-            self._known[key] = self._count(depth, ratio, inputs)
+            self._known[key] = self._count(depth, ratio, inputs, knows_text)
         return self._known[key]
 
-    def _count(self, depth: int, ratio: float, inputs: tuple[Any, Any]) -> Macs:
-        # A full call comes first: a cached one needs what it leaves.
-        schedule = Schedule(depth=(FULL, depth), ratio=(ratio, ratio))
-        engine = Engine(self._model, layout_of(self._model), Parts(schedule, self._rule), None)
+    def _count(self, depth: int, ratio: float, inputs: tuple[Any, Any], knows_text: bool) -> Macs:
+        # Full calls come first: others need what they leave.
+        leaves_out = self._token_set is not None and ratio > 0
+        before = 2 if leaves_out else 1 if depth < FULL or knows_text else 0
+        plan = Schedule(depth=(FULL,) * before + (depth,), ratio=(0.0,) * before + (ratio,))
+        first = None if self._token_set is None else _FirstTokens()
+        engine = Engine(self._model, layout_of(self._model), Parts(plan, self._rule, first), None)
         selected: list[tuple[torch.Size, Grid, int]] = []
 
         def select(name: str, x: Tensor) -> Selection:
@@ -91,18 +135,24 @@ class CallCounter:
         engine.select = select
         hooks = Installed(engine)
         try:
-            with torch.no_grad(), engine.manual(2) as clock:
-                if depth < FULL:
+            with torch.no_grad(), engine.manual(before + 1) as clock:
+                for _ in range(before):
                     self._model(*inputs[0], **inputs[1])
-                clock.step()
+                    clock.step()
                 selected.clear()
+                if not knows_text and "encoder_hidden_states" in inputs[1]:
+                    inputs = inputs[0], inputs[1] | {"encoder_hidden_states": _another(inputs[1])}
                 with FlopCounterMode(display=False) as counter:
                     self._model(*inputs[0], **inputs[1])
         finally:
             hooks.remove()
         kinds = Counter(selected)
         chosen = sum(n * self._selection(*kind) for kind, n in kinds.items())
-        return Macs(counter.get_total_flops() // 2, chosen)
+        if first is not None and first.asked is not None:
+            chosen += self._choice(*first.asked)
+        flops = counter.get_flop_counts()["Global"]
+        attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
+        return Macs(counter.get_total_flops() // 2, chosen, attention // 2)
 
     def _selection(self, shape: torch.Size, grid: Grid, count: int) -> int:
         """MACs of one layer's selection, counted on zeros for one sample."""
@@ -112,6 +162,28 @@ class CallCounter:
         with FlopCounterMode(display=False) as counter:
             self._rule.select(torch.zeros(1, *shape[1:]), grid, count, prepared, call)
         return shape[0] * (counter.get_total_flops() // 2)
+
+    def _choice(self, grid: Grid, count: int, shape: torch.Size) -> int:
+        """MACs of choosing the tokens of a call, on zeros for one sample, once clusters are made."""
+        assert self._token_set is not None
+        outputs = (torch.zeros(1, *shape[1:]), torch.zeros(1, *shape[1:]))
+        call = CallInfo(1, False, outputs, torch.Generator().manual_seed(0))
+        memory = self._token_set.select(None, grid, count, call)[1]
+        with FlopCounterMode(display=False) as counter:
+            self._token_set.select(memory, grid, count, call)
+        return shape[0] * (counter.get_total_flops() // 2)
+
+
+def _another(kwargs: Any) -> Any:
+    """A text of the same shape that is not known yet."""
+    text = kwargs["encoder_hidden_states"]
+    return text.clone() if isinstance(text, Tensor) else text
+
+
+def _is_attention(operation: str) -> bool:
+    """Whether an operation multiplies activations by activations; on the meta device attention is two such
+    batched products."""
+    return "scaled_dot_product" in operation or operation in ("aten.bmm", "aten.baddbmm")
 
 
 def _signature(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
-from regrow.methods.parts import CallInfo, Parts, TokenRule
+from regrow.methods.parts import CallInfo, Parts, TokenRule, TokenSet
+from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Cut, Layout, TokenBlock
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, Step
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
+
+# What the output of the tokens is kept under.
+OUTPUT = "output of tokens"
+# Arguments by which a ControlNet adds to the tokens of all blocks.
+RESIDUALS = (
+    "block_controlnet_hidden_states",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class CallRecord:
         ratio: share of tokens pruned where the method prunes.
         planned: what the schedule asked for; something else was done where nothing was cached yet.
         inputs: its positional and keyword arguments on the meta device, enough to count its MACs.
+        knew_text: whether what depends on the text alone was not computed again.
     """
 
     position: Position
@@ -39,6 +50,26 @@ class CallRecord:
     ratio: float
     planned: Step
     inputs: tuple[Any, Any]
+    knew_text: bool = False
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an observer is told after a call of the denoiser.
+
+    Args:
+        record: what the call did.
+        blocks: the transformer blocks that ran, by name, each with the selection of tokens that its
+            pruned layers computed; None where they computed all.
+        tokens: the tokens ``(B, K)`` that the whole call computed; None where it computed all.
+    """
+
+    record: CallRecord
+    blocks: Mapping[str, Selection | None]
+    tokens: Tensor | None = None
+
+
+Observer = Callable[[Observation], None]
 
 
 @dataclass
@@ -58,26 +89,36 @@ class Call:
     Args:
         slot: memory of the branch.
         cut: what is skipped; None in a full call.
-        store: names of the modules whose output is kept.
+        store: the cuts whose features this call keeps.
         dense: skipped modules hand on zeros of the true shape.
         info: what the token rule may look at.
         counts: for each block that prunes, its grid and the number of tokens pruned.
         prepared: what the rule made ready for each grid.
         selections: the selection of the block that runs, by its name.
-        restored: whether the cached feature was handed on.
+        restored: how many modules handed on what is cached.
+        entered: what the first module of a cut was given in this call.
+        tokens: the tokens ``(B, K)`` that the whole call computes; None if it computes all.
+        remembers: whether keys, values and outputs of the tokens are kept.
+        turns: how often modules that may be skipped were called before in this call.
+        knows_text: whether the text is that of the last call.
         pruned: how many blocks pruned.
     """
 
     slot: Slot
     cut: Cut | None
-    store: frozenset[str]
+    store: tuple[Cut, ...]
     dense: bool
     info: CallInfo
     counts: dict[str, tuple[Grid, int]]
     prepared: Mapping[Grid, Tensor]
     selections: dict[str, Selection] = field(default_factory=dict)
-    restored: bool = False
+    restored: int = 0
     pruned: int = 0
+    entered: dict[Cut, list[Any]] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    remembers: bool = False
+    turns: dict[str, int] = field(default_factory=dict)
+    knows_text: bool = False
 
 
 class Engine:
@@ -100,16 +141,36 @@ class Engine:
         self.denoiser, self.layout, self.parts = denoiser, layout, parts
         self.clock = clock
         self.rule: TokenRule | None = parts.tokens
+        self.token_set: TokenSet | None = parts.token_set
         self.kinds = parts.plan.kinds()
+        self._check_supported()
         self.select = self._select_by_rule
         self.blocks = self._pruned_blocks()
         self.cuts = self._used_cuts()
         self.pruned = {cut: self._computed(cut) for cut in (None, *self.cuts.values())}
         self.call: Call | None = None
         self.generation: Generation | None = None
+        self.observers: list[Observer] = []
         self._busy: int | None = None
         self._lock = threading.Lock()
         self._warned: set[str] = set()
+
+    def _check_supported(self) -> None:
+        """Refuse a method that needs what the model has not.
+
+        Raises:
+            UnsupportedModelError: saying what.
+        """
+        name = type(self.denoiser).__name__
+        if not any(step.ratio for step in self.kinds):
+            return
+        if self.rule is not None and not self.layout.blocks:
+            raise UnsupportedModelError(
+                f"model: tokens can't be left out of the layers of {name} yet; methods that only reuse, "
+                "such as FORA and DeepCache, work on it"
+            )
+        if self.token_set is not None and self.layout.stream is None:
+            raise UnsupportedModelError(f"model: a call of {name} can't compute some of its tokens only")
 
     def _pruned_blocks(self) -> tuple[TokenBlock, ...]:
         """The blocks in which the rule prunes."""
@@ -121,13 +182,12 @@ class Engine:
 
     def _used_cuts(self) -> dict[int, Cut]:
         """The cuts of the depths that the plan uses on this model."""
-        depths = {step.depth for step in self.kinds}
-        return {d: self.layout.cuts[d] for d in sorted(depths) if d < self.layout.depths}
+        depths = sorted({step.depth for step in self.kinds})
+        return {d: cut for d in depths if (cut := self.layout.cut(d)) is not None}
 
     def _computed(self, cut: Cut | None) -> tuple[TokenBlock, ...]:
         """The blocks in which the rule prunes, of those that run."""
-        skip = cut.skip if cut is not None else frozenset()
-        return tuple(b for b in self.blocks if not any(f"{b.name}.".startswith(f"{n}.") for n in skip))
+        return tuple(b for b in self.blocks if _runs(b, cut))
 
     def prunes(self, step: Step) -> bool:
         """Whether a call of the plan prunes in any layer."""
@@ -158,7 +218,7 @@ class Engine:
         if torch.is_grad_enabled():
             self.warn_once("grad", "regrow steps aside while gradients are recorded; use torch.no_grad()")
             return
-        sample = args[0] if args else kwargs.get("sample")
+        sample = args[0] if args else kwargs.get(self.layout.sample)
         timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
         if sample is None or timestep is None:
             return  # The denoiser says itself what it misses.
@@ -177,25 +237,29 @@ class Engine:
         self, position: Position, sample: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         if position.first or self.generation is None:
-            seed = 0 if self.rule is None else self.rule.seed
+            chooser = self.rule or self.token_set
+            seed = 0 if chooser is None else chooser.seed
             self.generation = Generation(
                 list(self.parts.plan.resample(position.total).steps()),
                 _generator(sample.device, seed),
             )
         generation = self.generation
         slot = self._slot(generation, position.branch, sample, args, kwargs)
+        slot.calls += 1
         planned = generation.steps[position.index]
         cut = self.cuts.get(planned.depth)
-        if (
-            cut is not None
-            and cut.boundary not in slot.features
-            and not (cut.boundary == "conv_out" and slot.outputs)
-        ):
+        if cut is not None and not any(cut.key(name) in slot.features for name in cut.restore):
             cut = None
         depth = FULL if cut is None else planned.depth
         residuals = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
         residuals |= kwargs.get("mid_block_additional_residual") is not None
-        info = CallInfo(sample.shape[0], slot.guided, tuple(slot.outputs), generation.generator)
+        info = CallInfo(
+            sample.shape[0],
+            slot.guided,
+            tuple(slot.outputs),
+            generation.generator,
+            self.layout.conditional_first,
+        )
         counts = self._counts(sample, planned.ratio, cut)
         grids = sorted({grid for grid, _ in counts.values()}, key=lambda g: -g.tokens)
         prepared: Mapping[Grid, Tensor] = {}
@@ -204,14 +268,24 @@ class Engine:
         self.call = Call(
             slot=slot,
             cut=cut,
-            store=frozenset(c.boundary for d, c in self.cuts.items() if d) if cut is None else frozenset(),
+            store=tuple(c for c in self.cuts.values() if cut is None or (c.final and not cut.final)),
             dense=residuals or _freeu(self.denoiser),
             info=info,
             counts=counts,
             prepared=prepared,
         )
-        ratio = planned.ratio if counts else 0.0
-        generation.records.append(CallRecord(position, depth, ratio, planned, slot.inputs))
+        self.call.knows_text = bool(self.layout.text) and slot.knows(kwargs.get("encoder_hidden_states"))
+        if not self.call.knows_text:
+            # A module that this call skips must not hand on another text's output later.
+            for name in self.layout.text:
+                slot.features.pop(name, None)
+        self.call.remembers = self.token_set is not None and cut is None
+        if self.call.remembers:
+            self.call.tokens = self._tokens(slot, sample, planned.ratio, info, kwargs)
+        ratio = planned.ratio if counts or self.call.tokens is not None else 0.0
+        generation.records.append(
+            CallRecord(position, depth, ratio, planned, slot.inputs, self.call.knows_text)
+        )
 
     def _slot(
         self,
@@ -222,14 +296,45 @@ class Engine:
         kwargs: Mapping[str, Any],
     ) -> Slot:
         """The memory of a branch; a new one if the batch is another."""
-        key = (sample.shape, sample.dtype, sample.device)
+        text = kwargs.get("encoder_hidden_states")
+        key = (sample.shape, sample.dtype, sample.device, None if text is None else text.shape)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
-            wanted = self.rule is not None and self.rule.aligns
-            inputs = (without_data(args), without_data(kwargs))
+            chooser = self.rule or self.token_set
+            wanted = chooser is not None and chooser.aligns
+            inputs = (without_data(args), without_data(_countable(kwargs)))
             slot = Slot(key, inputs, wanted and _is_guided(sample))
             generation.slots[branch] = slot
         return slot
+
+    def _tokens(
+        self, slot: Slot, sample: Tensor, ratio: float, info: CallInfo, kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
+        """The tokens that a call computes; None if it has to compute all."""
+        if ratio == 0:
+            return None
+        stream = self.layout.stream
+        assert stream is not None
+        assert self.token_set is not None
+        if any(kwargs.get(name) is not None for name in RESIDUALS):
+            self.warn_once("residuals", "a ControlNet adds to all tokens; its calls are computed in full")
+            return None
+        if len(slot.outputs) < 2 or slot.calls <= self.token_set.full_calls:
+            return None
+        if not all(self.denoiser.get_submodule(name) is m for name, m in stream.memory.items()) or not any(
+            name in slot.features for name in stream.memory
+        ):
+            self.warn_once(
+                "memory",
+                "all tokens are computed, because the attentions' projections were replaced or fused after "
+                "regrow.apply (LoRA, fuse_qkv_projections), so that keys can't be kept; apply regrow last",
+            )
+            return None
+        grid = stream.grid(*sample.shape[-2:])
+        # As the released code rounds: 1228 of 4096 tokens for 0.3.
+        count = max(int((1 - ratio) * grid.tokens + 1e-6), 1)
+        tokens, slot.chosen = self.token_set.select(slot.chosen, grid, count, info)
+        return tokens
 
     def _counts(self, sample: Tensor, ratio: float, cut: Cut | None) -> dict[str, tuple[Grid, int]]:
         """For each block that prunes, its grid and how many tokens go."""
@@ -277,10 +382,22 @@ class Engine:
                 f"none of the {len(call.counts)} layers that should prune tokens did, because something "
                 "replaced their forward methods after regrow.apply; apply regrow last",
             )
+        if call.remembers and OUTPUT in call.slot.features:
+            assert self.layout.stream is not None
+            call.slot.remember(self.layout.stream.noise_of(call.slot.features[OUTPUT]))
         reads = self.rule is not None and self.rule.reads_outputs
-        computed = call.cut is None or call.cut.boundary != "conv_out"
-        if computed and (reads or 0 in self.cuts):
+        if reads and (call.cut is None or not call.cut.final):
             call.slot.remember(output[0])
+        self._tell(call, self.generation.records[-1])
+
+    def _tell(self, call: Call, record: CallRecord) -> None:
+        """Tell the observers what a call computed."""
+        if not self.observers:
+            return
+        ran = (b.name for b in self.layout.blocks if _runs(b, call.cut))
+        blocks = {name: call.selections.get(name) for name in ran}
+        for observer in self.observers:
+            observer(Observation(record, blocks, call.tokens))
 
     def release(self) -> None:
         """Drop what is cached; the records of the last generation stay for the report."""
@@ -300,6 +417,12 @@ class Engine:
             self.clock = before
 
 
+def _runs(block: TokenBlock, cut: Cut | None) -> bool:
+    """Whether a block runs, with its layers, in a call with that cut."""
+    own = f"{block.name}."
+    return cut is None or not any(own.startswith(f"{n}.") or n.startswith(own) for n in cut.skip)
+
+
 def _is_inside(thread: int | None, module: nn.Module) -> bool:
     """Whether a thread is in a call of a module. One that was interrupted there told nobody."""
     frame = sys._current_frames().get(thread or 0)
@@ -308,6 +431,15 @@ def _is_inside(thread: int | None, module: nn.Module) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _countable(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with which a model without adapters can be run; an IP-Adapter's part is not counted."""
+    out = dict(kwargs)
+    if out.get("joint_attention_kwargs"):
+        kept = out["joint_attention_kwargs"].items()
+        out["joint_attention_kwargs"] = {k: v for k, v in kept if not k.startswith("ip_")}
+    return out
 
 
 def _is_guided(sample: Tensor) -> bool:

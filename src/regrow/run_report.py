@@ -7,7 +7,7 @@ from typing import Any
 
 from regrow.macs import CallCounter
 from regrow.run import Engine
-from regrow.schedule import FULL
+from regrow.schedule import FULL, LAYERS
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,10 @@ class RunReport:
 
 
 def depth_name(depth: int, depths: int) -> str:
-    """A depth in words: a number of layers, or ``"full"`` from the model's own number on."""
-    return "full" if depth >= min(depths, FULL) else str(depth)
+    """A depth in words: a number of layers, ``"layers"``, or ``"full"`` from the model's own number on."""
+    if depth == LAYERS:
+        return "layers"
+    return "full" if depth >= depths else str(depth)
 
 
 def report_of(engine: Engine) -> RunReport:
@@ -95,10 +97,10 @@ def report_of(engine: Engine) -> RunReport:
     """
     if engine.generation is None:
         raise RuntimeError("there is nothing to report: no generation has begun since regrow.apply")
-    counter, depths = CallCounter(engine.denoiser, engine.rule), engine.layout.depths
+    counter, depths = CallCounter(engine.denoiser, engine.rule, engine.token_set), engine.layout.depths
     rows = []
     for record in engine.generation.records:
-        counted = counter.count(record.depth, record.ratio, record.inputs)
+        counted = counter.count(record.depth, record.ratio, record.inputs, knows_text=record.knew_text)
         rows.append(
             CallRow(
                 record.position.index,

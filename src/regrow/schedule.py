@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -21,6 +21,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 # Deeper than any model: a call at this depth computes everything.
 FULL = 1_000_000
+# A call of all blocks in which every attention and feed-forward hands on its last output.
+LAYERS = FULL - 1
 
 
 class ScheduleError(ValueError):
@@ -58,8 +60,11 @@ class Plan(Protocol):
         """The same depths with one pruning ratio."""
 
 
+_NAMED = {"full": FULL, "layers": LAYERS}
+
+
 def _depth(value: Any) -> Any:
-    return FULL if value == "full" else value
+    return _NAMED.get(value, value) if isinstance(value, str) else value
 
 
 Depth = Annotated[int, BeforeValidator(_depth), Field(ge=0, strict=True)]
@@ -70,8 +75,9 @@ class Schedule(BaseModel):
     """Depth and pruning ratio of every call.
 
     Args:
-        depth: a depth for each call, an integer >= 0 or ``"full"``. Depths at or above the number of
-            up-path layers of a model are full there (12 for Stable Diffusion 1.5).
+        depth: a depth for each call: an integer >= 0, ``"full"``, or ``"layers"``, a call of all blocks in
+            which every attention and feed-forward hands on its last output. Depths at or above the number
+            of up-path layers of a model are full there (12 for Stable Diffusion 1.5).
         ratio: a pruning ratio for each call, 0 <= ratio < 1; as many as depths.
         name: a name for tables.
         note: where the schedule comes from.
@@ -205,7 +211,8 @@ class Schedule(BaseModel):
     def dump(self, *, as_json: bool = False) -> str:
         """The schedule as YAML (or JSON) text that `parse` reads back."""
         fields = self.model_dump(exclude_defaults=False)
-        fields["depth"] = ["full" if d == FULL else d for d in self.depth]
+        names = {depth: name for name, depth in _NAMED.items()}
+        fields["depth"] = [names.get(d, d) for d in self.depth]
         fields["ratio"] = list(self.ratio)
         if as_json:
             return json.dumps(fields, indent=1) + "\n"
@@ -226,6 +233,45 @@ class Schedule(BaseModel):
         """One of the schedules that come with the package, such as ``"dato-b1"``."""
         file = resources.files("regrow") / "presets" / f"{name}.yaml"
         return cls.parse(file.read_text(encoding="utf-8"), f"{name}.yaml")
+
+
+@dataclass(frozen=True)
+class Spaced:
+    """A plan of full calls with calls of one lesser depth between, for any number of calls.
+
+    Args:
+        interval: one call in so many is full; 1 makes all of them full.
+        depth: of the others.
+        full: the indices of the full calls among so many calls; every ``interval``-th if None.
+        ratio: pruning ratio of all calls.
+    """
+
+    interval: int
+    depth: int
+    full: Callable[[int], set[int]] | None = None
+    ratio: float = 0.0
+
+    def kinds(self) -> frozenset[Step]:
+        """Full calls and the others."""
+        full = {Step(FULL, self.ratio)}
+        return frozenset(full if self.interval == 1 else full | {Step(self.depth, self.ratio)})
+
+    def resample(self, calls: int) -> Schedule:
+        """The schedule of a generation.
+
+        Raises:
+            ValueError: if ``calls < 1``.
+        """
+        if calls < 1:
+            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
+        even = self.full is None or self.interval == 1
+        full = set(range(0, calls, self.interval)) if even or self.full is None else self.full(calls)
+        depth = tuple(FULL if i in full else self.depth for i in range(calls))
+        return Schedule(depth=depth, ratio=(self.ratio,) * calls, name=f"1:{self.interval}")
+
+    def with_ratio(self, ratio: float) -> Spaced:
+        """The same calls, pruned."""
+        return replace(self, ratio=ratio)
 
 
 def _shares(weights: Sequence[int], total: int) -> list[int]:

@@ -74,7 +74,16 @@ def test_profile_of_the_baselines(
         (("profile",), "--arch, --model: give exactly one"),
         (("profile", "--arch", "sd15", "--ratio", "0.5"), "need --method"),
         (("profile", "--arch", "sd15", "--method", "magic"), "method: 'magic' is not known; allowed: dato"),
-        (("profile", "--arch", "sd15", "--method", "cat"), "method: 'cat' is not built yet"),
+        (("profile", "--arch", "sd15", "--method", "toca"), "method: 'toca' is not built yet"),
+        (("profile", "--arch", "sd15", "--method", "cat"), "cat needs --preset or --ratio"),
+        (
+            ("profile", "--arch", "sd15", "--method", "cat", "--preset", "paper"),
+            "a call of UNet2DConditionModel can't compute some of its tokens only",
+        ),
+        (
+            ("profile", "--arch", "dit-xl-256", "--method", "sito", "--preset", "d"),
+            "tokens can't be left out of the layers of DiTTransformer2DModel yet",
+        ),
         (("profile", "--arch", "emoji", "--method", "sito", "--preset", "z"), "preset: 'z' is not known"),
         (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "0.9"), "ratio: 0.9 is not allowed"),
         (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "-1"), "ratio: .* -1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pipelines
@@ -16,9 +17,11 @@ import regrow
 from regrow import FULL, Alignment, BaseChoice, Combined, DaTo, DeepCache, SiTo, ToMeSD, cli
 from regrow.cli.ablations import ABLATIONS, ablated
 from regrow.cli.bench import draw_bars, print_rows
+from regrow.macs import CallCounter, plain_macs
 from regrow.measure.bench import Memory, bench
 from regrow.measure.sampling import make, random_pipeline
 from regrow.measure.variants import Variant, variant
+from regrow.run import without_data
 
 PROMPTS = ["a penguin", "a pizza"]
 
@@ -136,6 +139,32 @@ def test_a_variant_that_fails_is_shown_with_its_error_and_stops_nobody(
     assert Image.open(tmp_path / "bars.png").width > 400
 
 
+def test_what_changes_nothing_is_told_where_the_plain_pipeline_is_there_to_compare(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    specs = ("steps:2", "deepcache:1", "deepcache:2", "tome:0.5")
+    variants = [variant(s, 2) for s in specs] + [variant("deepcache:1", 3)]
+    with pytest.warns(UserWarning, match="prunes nothing and reuses nothing"):
+        rows = bench(pipelines.sd(), variants, PROMPTS, rounds=1)
+    assert [row.error for row in rows] == [None] * 5
+    assert [row.changes_nothing for row in rows] == [None, True, False, False, None]
+    print_rows(rows, "steps:2")
+    assert capsys.readouterr().out.count("(changes nothing)") == 1
+
+
+def test_plain_calls_are_counted_as_a_method_that_does_nothing_is() -> None:
+    denoiser = pipelines.unet()
+    calls = [((), without_data(pipelines.unet_inputs(denoiser, batch=b))) for b in (1, 2, 2)]
+    expected = [CallCounter(denoiser, None).count(FULL, 0.0, call).denoiser for call in calls]
+    assert expected[0] * 2 == expected[1]
+    assert plain_macs(denoiser, calls) == sum(expected)
+
+
+def test_a_pipeline_without_a_denoiser_is_refused_in_each_row() -> None:
+    (row,) = bench(SimpleNamespace(), [variant("steps:2", 2)], PROMPTS, rounds=1)
+    assert "UnsupportedModelError: model: SimpleNamespace has no denoiser" in (row.error or "")
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [({"variants": []}, "methods"), ({"prompts": []}, "images"), ({"rounds": 0}, "rounds")],
@@ -148,6 +177,12 @@ def test_nothing_to_measure_is_refused(changes: dict[str, Any], named: str) -> N
     } | changes
     with pytest.raises(ValueError, match=f"{named}: 0 is not allowed"):
         bench(None, arguments["variants"], arguments["prompts"], rounds=arguments["rounds"])
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_one_side_alone_is_refused(side: str) -> None:
+    with pytest.raises(ValueError, match=f"must be given together with {side}"):
+        make(None, PROMPTS, steps=1, **{side: 64})
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +16,17 @@ from typing import Any
 import pipelines
 import pytest
 import torch
-from safetensors.torch import load_file
-from skimage.metrics import peak_signal_noise_ratio
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from regrow import cli
+from regrow.cli.evaluate import patient
 from regrow.measure.evaluate import Pictures, Setting, compare
-from regrow.measure.prompts import read_prompts
-from regrow.measure.quality import frechet_distance
+from regrow.measure.extractors import Features, Labels
+from regrow.measure.quality import frechet_distance, inception_score
+from regrow.measure.reference import Reference
 from regrow.measure.variants import variant
 
 PROMPTS = ("a penguin", "a pizza", "a cat", "a dog", "an owl")
@@ -29,9 +34,24 @@ SETTING = Setting("tiny", PROMPTS, guidance=5.0, shard=2)
 VARIANTS = [variant(spec, 4) for spec in ("steps:4", "steps:2", "deepcache:2+tome:0.5")]
 
 
+class Colours:
+    """Coarse colours, as features; counts the pictures it has seen."""
+
+    name = "colours"
+    labels = Labels("colours", "FD", "sFD", "KD", "IS")
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, images: Tensor) -> Features:
+        self.seen += len(images)
+        means = torch.nn.functional.adaptive_avg_pool2d(images, 2)
+        return Features(means.flatten(1), images[:, :, ::16, ::16].flatten(1), 9 * means.mean((2, 3)))
+
+
 def extractor(pictures: Tensor) -> Tensor:
-    """Coarse colours, as features."""
-    return torch.nn.functional.adaptive_avg_pool2d(pictures, 2).flatten(1)
+    """The pooled ones."""
+    return Colours()(pictures).pooled
 
 
 def made(folder: Path) -> Pictures:
@@ -66,7 +86,7 @@ def test_every_prompt_has_its_picture_from_its_own_seed(pictures: Pictures) -> N
 def test_a_second_run_makes_nothing_again(pictures: Pictures) -> None:
     again = Pictures(pictures.folder, SETTING)
     again.make(None, VARIANTS[0])
-    assert compare(again, VARIANTS, extractor) == compare(pictures, VARIANTS, extractor)
+    assert compare(again, VARIANTS, Colours()) == compare(pictures, VARIANTS, Colours())
 
 
 def test_lost_pictures_are_made_again_as_they_were(tmp_path: Path, pictures: Pictures) -> None:
@@ -81,13 +101,21 @@ def test_lost_pictures_are_made_again_as_they_were(tmp_path: Path, pictures: Pic
 
 
 def test_distances_are_those_of_other_libraries(pictures: Pictures) -> None:
-    rows = compare(pictures, VARIANTS, extractor)
+    rows = compare(pictures, VARIANTS, Colours())
     base, other = (torch.cat(list(pictures.of(VARIANTS[i]))) for i in (0, 2))
     assert rows[0].psnr is None
     assert rows[0].ssim == 1
     assert rows[0].feature_distance == pytest.approx(0, abs=1e-9)
     assert rows[0].fd == pytest.approx(0, abs=1e-9)
     assert (rows[0].precision, rows[0].recall) == (1, 1)
+    assert rows[2].ssim == pytest.approx(
+        sum(
+            structural_similarity(a.double().numpy(), b.double().numpy(), channel_axis=0, data_range=1)
+            for a, b in zip(base, other, strict=True)
+        )
+        / len(base),
+        abs=1e-6,
+    )
     values = sorted(
         peak_signal_noise_ratio(a.double().numpy(), b.double().numpy(), data_range=1)
         for a, b in zip(base, other, strict=True)
@@ -95,9 +123,14 @@ def test_distances_are_those_of_other_libraries(pictures: Pictures) -> None:
     assert rows[2].psnr == pytest.approx(values[2], abs=1e-6)
     assert 0 < rows[2].ssim < 1
     assert rows[2].fd == pytest.approx(frechet_distance(extractor(base), extractor(other)))
-    reference = torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
-    with_data = compare(pictures, VARIANTS, extractor, reference)
-    assert with_data[0].fd == pytest.approx(frechet_distance(reference, extractor(base)))
+    features = Colours()(other)
+    assert rows[2].sfd == pytest.approx(frechet_distance(Colours()(base).spatial, features.spatial))
+    assert rows[2].inception_score == pytest.approx(inception_score(features.logits))
+    g = torch.Generator().manual_seed(0)
+    reference = Reference("data", torch.rand(6, 12, generator=g), torch.rand(6, 48, generator=g))
+    with_data = compare(pictures, VARIANTS, Colours(), reference)
+    assert with_data[0].fd == pytest.approx(frechet_distance(reference.pooled, extractor(base)))
+    assert with_data[2].sfd == pytest.approx(frechet_distance(reference.spatial, features.spatial))
     assert with_data[2].psnr == rows[2].psnr
 
 
@@ -149,63 +182,154 @@ def test_killed_three_times_gives_what_an_undisturbed_run_gives(tmp_path: Path, 
     assert len(kept) >= 6
     subprocess.run([*words, "0"], env=environment, check=True)
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
-    assert compare(Pictures(tmp_path, SETTING), VARIANTS, extractor) == compare(
-        pictures, VARIANTS, extractor
+    assert compare(Pictures(tmp_path, SETTING), VARIANTS, Colours()) == compare(
+        pictures, VARIANTS, Colours()
     )
 
 
-def test_prompt_files_of_the_public_formats_are_read(tmp_path: Path) -> None:
-    files = {
-        "own.txt": "a cat\n\n a dog \n",
-        "parti.tsv": "Prompt\tCategory\na cat\tAnimals\na dog\tAnimals\n",
-        "drawbench.csv": 'Prompts,Category\na cat,x\n"a dog",x\n',
-        "list.json": '["a cat", "a dog"]',
-        "coco.json": json.dumps(
-            {
-                "annotations": [
-                    {"image_id": 7, "caption": "a cat"},
-                    {"image_id": 3, "caption": "a dog\n"},
-                    {"image_id": 7, "caption": "another cat"},
-                ]
-            }
-        ),
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-        assert read_prompts(tmp_path / name) == ["a cat", "a dog"], name
-    assert read_prompts(tmp_path / "own.txt", "a photo of {}")[1] == "a photo of a dog"
+class KilledError(Exception):
+    """Stands for a kill."""
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.txt", "\n", "holds none"),
-        ("a.json", "{", "neither a list"),
-        ("a.json", '{"images": []}', "neither a list"),
-        ("a.csv", "text\na cat\n", "no column Prompt"),
-        ("a.parquet", "", "'.parquet' is not allowed"),
-    ],
+def test_a_comparison_killed_anywhere_goes_on_to_the_same_figures(
+    tmp_path: Path, pictures: Pictures
+) -> None:
+    shutil.copytree(pictures.folder, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.rglob("measured/*"):
+        file.unlink()
+    mine = Pictures(tmp_path, SETTING)
+    undisturbed = compare(mine, VARIANTS, Colours())
+    for file in tmp_path.rglob("measured/*"):
+        file.unlink()
+    left = 4
+
+    def die() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        compare(mine, VARIANTS, Colours(), on_shard=die)
+    again, third = Colours(), Colours()
+    assert compare(mine, VARIANTS, again) == undisturbed
+    # The first four of nine shards hold 2 + 2 + 1 + 2 pictures.
+    assert again.seen == 15 - 7
+    assert compare(mine, VARIANTS, third) == undisturbed
+    assert third.seen == 0
+
+
+def test_changed_pictures_are_measured_anew(tmp_path: Path, pictures: Pictures) -> None:
+    shutil.copytree(pictures.folder, tmp_path, dirs_exist_ok=True)
+    mine = Pictures(tmp_path, SETTING)
+    before = compare(mine, VARIANTS, Colours())
+    file = mine.folder_of(VARIANTS[1]) / "000000.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"pictures": 255 - tensors["pictures"]}, file)
+    seer = Colours()
+    after = compare(mine, VARIANTS, seer)
+    assert seer.seen == 2
+    assert after[1] != before[1]
+    assert (after[0], after[2]) == (before[0], before[2])
+    # The baseline's pictures count for every other's pairs.
+    file = mine.folder_of(VARIANTS[0]) / "000002.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"pictures": 255 - tensors["pictures"]}, file)
+    assert compare(mine, VARIANTS, Colours())[2].ssim != before[2].ssim
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command and return its exit code."""
+    monkeypatch.setattr("sys.argv", ["regrow", "eval", *words])
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+SMALL = (
+    "--methods",
+    "steps:2,dato:b1",
+    "--steps",
+    "2",
+    "--prompts",
+    "4",
+    "--batch",
+    "4",
+    "--device",
+    "cpu",
 )
-def test_files_without_prompts_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_prompts(tmp_path / name)
 
 
 def test_the_command_goes_on_and_prints_what_it_writes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    words = ["eval", "--methods", "steps:2,dato:b1", "--steps", "2", "--prompts", "4", "--batch", "4"]
-    words += ["--json", "--device", "cpu", "--out", str(tmp_path / "eval")]
+    monkeypatch.setenv("COLUMNS", "200")
+    out = ("--out", str(tmp_path / "eval"))
     printed = []
     for _ in range(2):
-        monkeypatch.setattr("sys.argv", ["regrow", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code
+        assert command(monkeypatch, *SMALL, "--json", *out) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] == (tmp_path / "eval" / "result.json").read_text()
     result = json.loads(printed[0])
     assert [row["name"] for row in result["rows"]] == ["steps:2", "dato:b1"]
     assert result["rows"][1]["psnr"] > 5
     assert result["rows"][0]["fd"] == pytest.approx(0, abs=1e-6)
+    assert result["labels"]["fd"] == "FD-EffNet"
+    assert result["rows"][1]["inception_score"] >= 1
+
+    # Exported, scored by something else, and shown with a reference of the same pictures.
+    folder, scores = tmp_path / "png", tmp_path / "scores.json"
+    assert command(monkeypatch, *SMALL, "--json", *out, "--export", str(folder)) == 0
+    capsys.readouterr()
+    scores.write_text('{"dato:b1": {"ImageReward": 0.5}}')
+    kept = tmp_path / "kept.safetensors"
+    reference = ("--reference", str(folder / "steps-2"), "--save-reference", str(kept))
+    assert command(monkeypatch, *SMALL, *out, *reference, "--scores", str(scores)) == 0
+    shown = capsys.readouterr().out
+    for text in ("FD-EffNet", "sFD-EffNet", "KD-EffNet", "IS-EffNet", "ImageReward", "0.5000"):
+        assert text in shown
+    assert "FID" not in shown
+    assert command(monkeypatch, *SMALL, "--json", *out, "--reference", str(kept)) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["reference"] == "steps-2"
+    assert again["rows"][1]["sfd"] == pytest.approx(result["rows"][1]["sfd"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("after", "shows"), [(0.0, True), (2.0, False)])
+def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100)
+    with patient(console, "comparing", 3, after) as advance:
+        for _ in range(3):
+            time.sleep(0.001)
+            advance()
+    assert ("comparing" in text.getvalue() and "3/3" in text.getvalue()) == shows
+    assert bool(text.getvalue()) == shows
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--save-reference", "x.safetensors"), "--save-reference: it needs --reference with a folder"),
+        (("--template", "a {}"), "--template, --each: they go with a file"),
+        (("--prompts", "drawbench"), "'drawbench' is neither a file nor a number nor one of coco, parti"),
+        (("--reference", "nowhere"), "nowhere is neither a folder nor a .safetensors"),
+        (("--reference", "nowhere.safetensors"), "nowhere.safetensors is not there"),
+        (("--scores", "nowhere.json"), "nowhere.json"),
+        (("--features", "inception"), "pip install torch-fidelity"),
+        (("--export", "tests"), "export: tests holds something else"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    out = tmp_path / "eval"
+    assert command(monkeypatch, *SMALL, "--out", str(out), *words) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()

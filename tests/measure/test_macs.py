@@ -1,17 +1,58 @@
 """The papers' MAC figures, from the real configurations."""
 
-import pytest
+from pathlib import Path
 
-from regrow.measure import architecture, profile
-from regrow.methods import DaTo, SiTo
+import pytest
+import transformer_pipelines
+
+from regrow.measure import architecture, architecture_of, profile
+from regrow.methods import FORA, DaTo, SiTo
 from regrow.schedule import Schedule
 
+PUBLISHED = {
+    "sd15": (401.64, 338.61),
+    "sd2": (402.13, 339.10),
+    "sdxl": (3380.6, 2988.7),
+    "dit-xl-256": (118.67, 114.44),
+    "dit-xl-512": (524.58, 456.94),
+    "pixart-alpha-1024": (3254.8, 2140.7),
+    "pixart-sigma-1024": (3316.8, 2155.2),
+    "sd3-1024": (4452.2, 3005.9),
+}
 
-@pytest.mark.parametrize(("arch", "gmacs"), [("sd15", 401.64), ("sd2", 402.13), ("sdxl", 3380.6)])
-def test_a_full_call_costs_what_the_papers_say(arch: str, gmacs: float) -> None:
+
+@pytest.mark.parametrize("arch", PUBLISHED)
+def test_a_full_call_costs_what_the_papers_say(arch: str) -> None:
+    whole, without_attention = PUBLISHED[arch]
     result = profile(architecture(arch), None, 1)
-    assert result.baseline_macs_per_call / 1e9 == pytest.approx(gmacs, rel=1e-3)
+    assert result.baseline_macs_per_call / 1e9 == pytest.approx(whole, rel=1e-3)
     assert result.macs_ratio == 1
+    less = profile(architecture(arch), None, 1, attention=False)
+    assert less.macs / 1e9 == pytest.approx(without_attention, rel=1e-3)
+    assert profile(architecture(arch), None, 1, guided=True).macs == 2 * result.macs
+
+
+def test_fora_computes_next_to_nothing_between_its_full_calls() -> None:
+    result = profile(architecture("dit-xl-256"), FORA(interval=3), 50)
+    full, cached = (kind.macs for kind in result.kinds)
+    assert cached < 0.004 * full
+    assert [kind.count for kind in result.kinds] == [17, 33]
+    assert [kind.depth for kind in result.kinds] == ["full", "layers"]
+
+
+@pytest.mark.parametrize(("kind", "text"), [("dit", None), ("pixart", 120), ("sd3", 333), ("flux", 512)])
+def test_a_transformers_folder_is_profiled(kind: str, text: int | None, tmp_path: Path) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
+    pipe.save_pretrained(tmp_path)
+    arch = architecture_of(str(tmp_path))
+    sides = (None, None) if kind != "flux" else (32, 48)
+    arguments = arch.inputs(*sides)[1]
+    if text is not None:
+        assert arguments["encoder_hidden_states"].shape[1] == text
+    result = profile(arch, FORA(interval=2), 4, height=sides[0], width=sides[1])
+    # Half of the calls, and the text only once.
+    assert 1.9 < result.macs_ratio < 2.5
+    assert {kind.depth for kind in result.kinds} == {"full", "layers"}
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(0.0, 5.61), (0.5, 6.73)])

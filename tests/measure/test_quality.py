@@ -1,4 +1,4 @@
-"""Distances of feature sets against scipy and against loops over their definitions."""
+"""Distances of feature sets against other libraries and against loops over their definitions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torch import Tensor
+from prdc import compute_prdc
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 
-from regrow.measure.quality import frechet_distance, inception_score, kernel_distance, precision_recall
+from regrow.measure.quality import (
+    FeatureSet,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 
 
 def features(count: int, width: int, seed: int) -> Tensor:
@@ -91,6 +101,72 @@ def test_the_inception_score_is_that_of_its_definition() -> None:
     assert inception_score(logits) == pytest.approx(math.exp(sum(divergence) / 30), rel=1e-9)
     assert inception_score(torch.zeros(5, 7)) == pytest.approx(1)
     assert inception_score(1000 * torch.eye(7)) == pytest.approx(7)
+
+
+class Given(nn.Module):
+    """An extractor for torchmetrics whose pictures are the features."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_features = width
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+@pytest.mark.parametrize(("n", "m", "width"), SETS[:2])
+def test_the_frechet_distance_is_that_of_torchmetrics(n: int, m: int, width: int) -> None:
+    a, b = features(n, width, 0).double(), features(m, width, 1).double()
+    metric = FrechetInceptionDistance(Given(width)).set_dtype(torch.float64)
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert frechet_distance(a, b) == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+def test_the_kernel_distance_is_that_of_torchmetrics_over_one_subset() -> None:
+    a, b = features(60, 16, 0).double(), features(60, 16, 1).double()
+    metric = KernelInceptionDistance(Given(16), subsets=1, subset_size=60)
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert kernel_distance(a, b) == pytest.approx(float(metric.compute()[0]), rel=1e-6)
+
+
+def test_the_inception_score_is_that_of_torchmetrics_over_one_split() -> None:
+    logits = 3 * features(50, 10, 0).double()
+    metric = InceptionScore(Given(10), splits=1)
+    metric.update(logits)
+    assert inception_score(logits) == pytest.approx(float(metric.compute()[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 5])
+def test_precision_and_recall_are_those_of_prdc(neighbours: int) -> None:
+    real = features(80, 6, 0).double()
+    generated = torch.cat([real[:30] + 0.3 * features(30, 6, 3).double(), features(40, 6, 2).double()])
+    other = compute_prdc(real.numpy(), generated.numpy(), nearest_k=neighbours)
+    found = precision_recall(real, generated, neighbours)
+    assert found == pytest.approx((other["precision"], other["recall"]), abs=1e-6)
+    assert 0 < found[0] < 1
+    assert 0 < found[1] < 1
+
+
+def test_sets_of_many_blocks_give_what_one_block_would() -> None:
+    a, b = features(1300, 6, 0), features(700, 6, 1) / 4
+    x, y = a.double(), b.double()
+
+    def kernel(p: Tensor, q: Tensor) -> Tensor:
+        return (p @ q.T / 6 + 1) ** 3
+
+    within = [(kernel(s, s).sum() - kernel(s, s).trace()) / (len(s) * (len(s) - 1)) for s in (x, y)]
+    expected = float(sum(within) - 2 * kernel(x, y).mean())
+    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    other = compute_prdc(x.numpy(), y.numpy(), nearest_k=3)
+    assert precision_recall(a, b) == pytest.approx((other["precision"], other["recall"]), abs=1e-6)
+
+
+def test_a_set_gives_the_same_however_often_it_is_compared() -> None:
+    data, others = FeatureSet(features(40, 8, 0)), [features(30, 8, seed) for seed in (1, 2)]
+    for measure in (frechet_distance, kernel_distance, precision_recall):
+        assert [measure(data, x) for x in others] == [measure(data.features, x) for x in others]
 
 
 @pytest.mark.parametrize("measure", [frechet_distance, kernel_distance, precision_recall])

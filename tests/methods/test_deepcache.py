@@ -112,3 +112,8 @@ def test_any_token_method_goes_with_any_plan(pipe: Any, caching: Any, tokens: An
 def test_wrong_fields_are_named(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         DeepCache(**fields)
+
+
+def test_interval_1_makes_every_call_full_also_when_spread_unevenly() -> None:
+    plan = parts_of(DeepCache(interval=1, center=0.3)).plan.resample(50)
+    assert set(plan.depth) == {FULL}

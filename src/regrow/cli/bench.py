@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -16,22 +17,22 @@ from rich.table import Table
 from regrow import zoo
 from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.measure.bench import BenchRow, bench
-from regrow.measure.machine import machine
+from regrow.measure.machine import PACKAGES, machine
 from regrow.measure.sampling import random_pipeline
-from regrow.measure.variants import variant
+from regrow.measure.variants import Variant
+from regrow.models import module_of
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure; fields are the options of the command."""
+    """What to measure; fields are the options of the command, the methods as variants."""
 
-    methods: tuple[str, ...]
+    variants: tuple[Variant, ...]
     model: str | None
     arch: str | None
     prompts: tuple[str, ...]
     images: int
     rounds: int
-    steps: int
     guidance: float | None
     height: int | None
     width: int | None
@@ -42,9 +43,14 @@ class Request:
     plot: Path | None
 
 
-def run_bench(request: Request, as_json: bool) -> None:
-    """Measure, save, and print a table."""
-    variants = [variant(spec.strip(), request.steps) for spec in request.methods]
+def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGES) -> None:
+    """Measure, save, and print a table.
+
+    Args:
+        request: what to measure.
+        as_json: print the result instead of the table.
+        packages: whose versions go with the result.
+    """
     if request.plot is not None:
         # Missing before the measurement, not after it.
         import matplotlib  # noqa: F401
@@ -57,7 +63,8 @@ def run_bench(request: Request, as_json: bool) -> None:
         else:
             pipeline = load_pipeline(request.model, device, dtype)
         if request.compiled:
-            pipeline.unet.compile_repeated_blocks()
+            compiled: Any = module_of(pipeline)
+            compiled.compile_repeated_blocks()
     guidance = zoo.GUIDANCE.get(request.model or "") if request.guidance is None else request.guidance
     known = request.prompts or (
         zoo.captions(request.model) if request.model in zoo.MODELS else ("a photo",)
@@ -69,10 +76,10 @@ def run_bench(request: Request, as_json: bool) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("warming up", total=len(variants) * (request.rounds + 1))
+        task = progress.add_task("warming up", total=len(request.variants) * (request.rounds + 1))
         rows = bench(
             pipeline,
-            variants,
+            request.variants,
             list(islice(cycle(request.prompts or known), request.images)),
             rounds=request.rounds,
             guidance=guidance,
@@ -87,7 +94,7 @@ def run_bench(request: Request, as_json: bool) -> None:
         "dtype": request.dtype,
         "guidance": guidance,
         "compiled": request.compiled,
-        "machine": machine(device),
+        "machine": machine(device, packages),
         "rows": [row.to_dict() for row in rows],
     }
     text = json.dumps(result, indent=1)
@@ -99,7 +106,7 @@ def run_bench(request: Request, as_json: bool) -> None:
     if as_json:
         print(text)
     else:
-        print_rows(rows, variants[0].name)
+        print_rows(rows, request.variants[0].name)
 
 
 def print_rows(rows: list[BenchRow], baseline: str) -> None:
@@ -120,13 +127,13 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
             table.add_row(row.name, "failed")
             continue
         table.add_row(
-            row.name + (" (disturbed)" if row.disturbed else ""),
+            _noted(row),
             f"{row.seconds_per_image:.3f}",
             f"{row.spread:.2f}",
             f"{row.speedup:.2f}x",
-            f"{row.macs_ratio:.2f}x",
-            f"{row.efficiency:.2f}",
-            "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+            _shown(row.macs_ratio, ".2f", "x"),
+            _shown(row.efficiency, ".2f"),
+            _shown(row.peak_mib, ".0f"),
         )
     console = Console()
     console.print(table)
@@ -136,10 +143,20 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
     calls = Table("method", "calls", "depth", "pruned", "ms a call")
     for row in rows:
         for kind in row.calls:
-            calls.add_row(
-                row.name, str(kind.count), kind.depth, f"{kind.ratio:.0%}", f"{kind.seconds * 1e3:.1f}"
-            )
+            pruned, milliseconds = _shown(kind.ratio, ".0%"), f"{kind.seconds * 1e3:.1f}"
+            calls.add_row(row.name, str(kind.count), kind.depth or "-", pruned, milliseconds)
     console.print(calls)
+
+
+def _noted(row: BenchRow) -> str:
+    """The name with what is to be known of the row."""
+    notes = {"changes nothing": row.changes_nothing, "disturbed": row.disturbed}
+    seen = ", ".join(note for note, holds in notes.items() if holds)
+    return f"{row.name} ({seen})" if seen else row.name
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
 
 
 def draw_bars(rows: list[BenchRow], file: Path) -> None:
@@ -152,7 +169,7 @@ def draw_bars(rows: list[BenchRow], file: Path) -> None:
     shown = [row for row in rows if row.error is None]
     figure, axis = plt.subplots(figsize=(7, 0.6 + 0.42 * len(shown)), layout="constrained")
     place = range(len(shown))
-    axis.barh([i + 0.2 for i in place], [r.macs_ratio for r in shown], 0.36, color="0.8", label="MACs")
+    axis.barh([i + 0.2 for i in place], [r.macs_ratio or 0 for r in shown], 0.36, color="0.8", label="MACs")
     bars = axis.barh([i - 0.2 for i in place], [r.speedup for r in shown], 0.36, label="measured")
     axis.bar_label(bars, fmt="%.2fx", padding=3)
     axis.set_yticks(list(place), [r.name for r in shown])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import cycle, islice
@@ -13,18 +16,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
 from regrow import zoo
 from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.measure.clip import ClipScore
 from regrow.measure.evaluate import Pictures, Quality, Setting, compare
-from regrow.measure.features import EfficientNetFeatures
-from regrow.measure.images import to_tensor
+from regrow.measure.exchange import Scores, check_export, export, read_scores
+from regrow.measure.extractors import Extractor, Labels, Network, extractor
+from regrow.measure.keep import write_whole
 from regrow.measure.machine import machine
-from regrow.measure.prompts import read_prompts
+from regrow.measure.prompts import PromptSet, Usual, fetch, named, read_prompts
+from regrow.measure.reference import Reference, load, of_pictures, pictures_in
 from regrow.measure.variants import Variant, variant
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,14 @@ class Request:
     methods: tuple[str, ...]
     model: str
     prompts: str
-    template: str
+    template: str | None
+    each: int | None
+    features: Network
     reference: Path | None
+    save_reference: Path | None
+    clip: str | None
+    scores: tuple[Path, ...]
+    export: Path | None
     steps: int
     seed: int
     guidance: float | None
@@ -50,9 +59,13 @@ class Request:
 def run_eval(request: Request, as_json: bool) -> None:
     """Make what is missing, compare, save ``result.json``, and print a table."""
     variants = [variant(spec.strip(), request.steps) for spec in request.methods]
-    extractor = EfficientNetFeatures()
-    # Missing before the pictures are made, not after it.
-    extractor(torch.zeros(1, 3, 8, 8))
+    if request.save_reference is not None and (request.reference is None or request.reference.is_file()):
+        raise ValueError("--save-reference: it needs --reference with a folder of pictures")
+    scores = read_scores(request.scores, variants)
+    device = check_device(request.device) if request.device else best_device()
+    console = Console(stderr=True)
+    # What is missing is missing before the pictures are made, not after it.
+    seer = extractor(request.features, device)
     if find_spec("skimage") is None:
         raise ImportError("SSIM needs scikit-image: pip install 'regrow[measure]'")
     guidance = zoo.GUIDANCE.get(request.model) if request.guidance is None else request.guidance
@@ -66,13 +79,22 @@ def run_eval(request: Request, as_json: bool) -> None:
         dtype=request.dtype,
         shard=request.batch,
     )
-    reference = None if request.reference is None else _reference(request.reference, extractor)
+    if request.export is not None:
+        check_export(request.export, setting)
+    reference = _reference_file(request.reference, seer)
+    true_pictures = pictures_in(request.reference) if request.reference and reference is None else []
+    with console.status("loading the CLIP model"):
+        clip = None if request.clip is None else ClipScore(request.clip, device)
     pictures = Pictures(request.out, setting)
-    console = Console(stderr=True)
-    _make(request, pictures, variants, console)
-    with console.status("comparing the pictures"):
-        rows = compare(pictures, variants, extractor, reference)
-    device = check_device(request.device) if request.device else best_device()
+    if true_pictures:
+        reference = _reference(request, true_pictures, seer, console)
+    _make(request, pictures, variants, device, console)
+    shards = len(variants) * len(list(setting.shards()))
+    with patient(console, "comparing", shards) as advance:
+        rows = compare(pictures, variants, seer, reference, clip, on_shard=advance)
+    if request.export is not None:
+        with patient(console, "exporting", shards) as advance:
+            export(request.export, pictures, variants, on_shard=advance)
     result: dict[str, Any] = {
         "what": "quality of generated pictures",
         "model": request.model,
@@ -80,80 +102,158 @@ def run_eval(request: Request, as_json: bool) -> None:
         "steps": request.steps,
         "guidance": guidance,
         "dtype": request.dtype,
-        "features": "EfficientNet-Lite0",
-        "reference": "the baseline's pictures" if request.reference is None else request.reference.name,
+        "features": seer.labels.network,
+        "labels": {name: text for name, text in vars(seer.labels).items() if name != "network"},
+        "reference": "the baseline's pictures" if reference is None else reference.name,
+        "clip": request.clip,
         "machine": machine(device),
-        "rows": [row.to_dict() for row in rows],
+        "rows": [row.to_dict() | {"scores": scores[row.name]} for row in rows],
     }
     text = json.dumps(result, indent=1)
-    (request.out / "result.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(request.out / "result.json", lambda to: to.write_text(text + "\n", encoding="utf-8"))
     if as_json:
         print(text)
         return
-    print_rows(rows, {one.name: pictures.seconds(one) for one in variants}, result["reference"])
+    seconds = {one.name: pictures.seconds(one) for one in variants}
+    print_rows(rows, seconds, result["reference"], seer.labels, scores)
 
 
 def _prompts(request: Request) -> tuple[str, ...]:
-    """The prompts of a file, or so many of the model's own, again from the first if there are fewer."""
-    if not request.prompts.isdecimal():
-        return tuple(read_prompts(Path(request.prompts), request.template))
-    if request.model not in zoo.MODELS:
-        raise ValueError(f"prompts: {request.model} has no prompts of its own; give a file")
-    return tuple(islice(cycle(zoo.captions(request.model)), int(request.prompts)))
+    """The prompts of a file or a named set, or so many of the model's own, again from the first."""
+    text = request.prompts
+    if text.isdecimal():
+        if request.template is not None or request.each is not None:
+            raise ValueError("--template, --each: they go with a file or a named set of prompts")
+        if request.model not in zoo.MODELS:
+            raise ValueError(f"prompts: {request.model} has no prompts of its own; give a file")
+        return tuple(islice(cycle(zoo.captions(request.model)), int(text)))
+    which = named(text)
+    if which is None and not Path(text).exists():
+        sets = ", ".join(PromptSet.__members__).lower()
+        raise ValueError(f"prompts: {text!r} is neither a file nor a number nor one of {sets}")
+    file = Path(text) if which is None else fetch(which)
+    usual = Usual() if which is None else which.value.usual
+    template = usual.template if request.template is None else request.template
+    each = usual.each if request.each is None else request.each
+    return tuple(read_prompts(file, template, each))
 
 
-def _reference(folder: Path, extractor: EfficientNetFeatures) -> Tensor:
-    """Features of a folder's pictures, whatever their sizes."""
-    from PIL import Image
-
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES)
-    if len(files) < 4:
-        raise ValueError(f"reference: {folder} holds {len(files)} pictures, it must be >= 4")
-    return torch.cat([extractor(to_tensor(Image.open(file))[None].float() / 255) for file in files])
+def _reference_file(where: Path | None, seer: Extractor) -> Reference | None:
+    """The reference if it is a file of features."""
+    return load(where, seer) if where is not None and where.suffix == ".safetensors" else None
 
 
-def _make(request: Request, pictures: Pictures, variants: list[Variant], console: Console) -> None:
-    """Make what is missing; the model is loaded only if something is."""
-    missing = {one.name: len(pictures.missing(one)) for one in variants}
-    if not any(missing.values()):
-        return
-    device = check_device(request.device) if request.device else best_device()
-    with console.status(f"loading {request.model}"):
-        pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype))
+def _reference(request: Request, files: list[Path], seer: Extractor, console: Console) -> Reference:
+    """The features of the reference's pictures, kept if that was asked for."""
+    name = "" if request.reference is None else request.reference.resolve().name
+    with patient(console, "reference", len(files)) as advance:
+        found = of_pictures(name, files, seer, on_picture=advance)
+    if request.save_reference is not None:
+        found.save(request.save_reference, seer)
+    return found
+
+
+@contextmanager
+def patient(console: Console, what: str, total: int, after: float = 2.0) -> Iterator[Callable[[], None]]:
+    """A progress bar that shows itself only once the work has taken some seconds.
+
+    Args:
+        console: where it shows.
+        what: is done.
+        total: how often what it yields will be called.
+        after: seconds.
+
+    Yields:
+        What advances it by one.
+    """
+    bar = _bar(console)
+    task = bar.add_task(what, total=total)
+    begin = time.monotonic()
+
+    def advance() -> None:
+        bar.advance(task)
+        if not bar.live.is_started and time.monotonic() - begin > after:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def _bar(console: Console) -> Progress:
     columns = (
         TextColumn("{task.description:24}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    return Progress(*columns, console=console)
+
+
+def _make(
+    request: Request, pictures: Pictures, variants: list[Variant], device: str, console: Console
+) -> None:
+    """Make what is missing; the model is loaded only if something is."""
+    missing = {one.name: len(pictures.missing(one)) for one in variants}
+    if not any(missing.values()):
+        return
+    with console.status(f"loading {request.model}"):
+        pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype))
+    with _bar(console) as progress:
         task = progress.add_task("batches", total=sum(missing.values()))
         for one in variants:
             progress.update(task, description=one.name)
             pictures.make(pipeline, one, on_shard=lambda: progress.advance(task))
 
 
-def print_rows(rows: list[Quality], seconds: dict[str, float], reference: str) -> None:
-    """The table of an evaluation."""
-    table = Table(caption=f"PSNR, SSIM, distance: to {rows[0].name}; FD-EffNet and after: to {reference}")
-    table.add_column("method", no_wrap=True)
-    distances = ("PSNR dB", "SSIM", "distance", "FD-EffNet", "KD-EffNet", "precision", "recall")
-    for name in ("s an image", *distances):
-        table.add_column(name, justify="right")
+def print_rows(
+    rows: Sequence[Quality], seconds: dict[str, float], reference: str, labels: Labels, scores: Scores
+) -> None:
+    """Two tables: each picture by itself, and all of them as a set."""
+    metrics = list(dict.fromkeys(metric for own in scores.values() for metric in own))
+    clip = any(row.clip_score is not None for row in rows)
+    single = _table(
+        f"PSNR, SSIM, distance: to {rows[0].name}",
+        ["s an image", "PSNR dB", "SSIM", "distance", *(["CLIP score"] if clip else []), *metrics],
+    )
+    together = _table(
+        f"All pictures beside {reference}; {labels.inception_score} beside none",
+        [labels.fd, labels.sfd, labels.kd, "precision", "recall", labels.inception_score],
+    )
     for row in rows:
-        table.add_row(
+        single.add_row(
             row.name,
             f"{seconds[row.name]:.3f}",
             _shown(row.psnr, 1),
             _shown(row.ssim, 3),
             _shown(row.feature_distance, 4),
+            *([_shown(row.clip_score, 2)] if clip else []),
+            *(_shown(scores[row.name].get(metric), 4) for metric in metrics),
+        )
+        together.add_row(
+            row.name,
             _shown(row.fd, 2),
+            _shown(row.sfd, 2),
             _shown(row.kd, 4),
             _shown(row.precision, 3),
             _shown(row.recall, 3),
+            _shown(row.inception_score, 2),
         )
-    Console().print(table)
+    console = Console()
+    console.print(single)
+    console.print(together)
+
+
+def _table(caption: str, columns: Sequence[str]) -> Table:
+    table = Table(caption=caption, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    return table
 
 
 def _shown(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    # Adding zero takes the sign off a zero.
+    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"

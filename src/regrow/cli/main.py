@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regrow.cli.ablations import ABLATIONS, ablated
+from regrow.measure.extractors import Network
 from regrow.methods.catalogue import SYSTEMS
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ app = typer.Typer(
 DTYPES = ("float32", "bfloat16", "float16")
 
 BENCHED = "steps:50,steps:25,sito:d,dato:b1,dato:fast,deepcache:5,tome:0.5"
+
+TRACED = "steps:50,steps:25,sito:d,dato:b1,deepcache:5"
 
 Method = Annotated[Optional[str], typer.Option(help="Method; see [b]regrow methods[/b].")]
 Preset = Annotated[Optional[str], typer.Option(help="Preset of the method.")]
@@ -129,7 +132,7 @@ def methods(as_json: AsJson = False) -> None:
 
 @app.command()
 def profile(
-    arch: Annotated[Optional[str], typer.Option(help="sd15, sd2, sdxl or emoji.")] = None,
+    arch: Annotated[Optional[str], typer.Option(help="sd15, sdxl, emoji, sd3-1024 and others.")] = None,
     model: Annotated[Optional[str], typer.Option(help="Folder or hub id instead; no weights read.")] = None,
     height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
     width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
@@ -139,13 +142,20 @@ def profile(
     ratio: Ratio = None,
     interval: Interval = None,
     steps: Annotated[int, typer.Option(help="Calls of the denoiser.", min=1)] = 50,
+    exclude_attention: Annotated[
+        bool, typer.Option("--exclude-attention", help="Leave out products of queries, keys and values.")
+    ] = False,
+    per_guided_image: Annotated[
+        bool, typer.Option("--per-guided-image", help="Count both halves of a guided batch.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Count MACs of a generation on the meta device: no weights, a few seconds.
 
-    Per image, batch 1, attention counted, choosing tokens counted apart.
+    Per image, batch 1, attention counted unless told otherwise, choosing tokens counted apart.
 
     Example: [b]regrow profile --arch sd15 --method dato --preset b1 --ratio 0.5[/b]
+    or [b]regrow profile --arch sd3-1024 --steps 28 --exclude-attention --per-guided-image[/b]
     """
     from regrow.cli.options import method_config, method_label
     from regrow.measure import architecture, architecture_of
@@ -164,7 +174,16 @@ def profile(
     console = Console(stderr=True)
     with console.status("counting MACs"):
         what = architecture(arch) if arch is not None else architecture_of(model or "")
-        result = count(what, config, steps, name=label, height=height, width=width)
+        result = count(
+            what,
+            config,
+            steps,
+            name=label,
+            height=height,
+            width=width,
+            attention=not exclude_attention,
+            guided=per_guided_image,
+        )
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
         return
@@ -213,6 +232,7 @@ def bench(
     Example: [b]regrow bench --model emoji --methods steps:50,sito:d,dato:b1 --images 4[/b]
     """
     from regrow.cli.bench import Request, run_bench
+    from regrow.measure.variants import variant
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
@@ -220,13 +240,12 @@ def bench(
         raise ValueError("--arch, --model: only one of them is allowed")
     run_bench(
         Request(
-            methods=tuple(methods.split(",")),
+            variants=tuple(variant(spec.strip(), steps) for spec in methods.split(",")),
             model=None if arch else model or "emoji",
             arch=arch,
             prompts=tuple(prompt or ()),
             images=images,
             rounds=rounds,
-            steps=steps,
             guidance=guidance,
             height=height,
             width=width,
@@ -245,9 +264,35 @@ def evaluate(
     methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline.")] = BENCHED,
     ablation: Annotated[Optional[str], typer.Option(help="Instead: " + ", ".join(ABLATIONS) + ".")] = None,
     model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
-    prompts: Annotated[str, typer.Option(help="A file, or a number of the model's own.")] = "64",
-    template: Annotated[str, typer.Option(help="What each prompt is put into.")] = "{}",
-    reference: Annotated[Optional[Path], typer.Option(help="Folder of true pictures.")] = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="A file (.txt, COCO's captions .json, PartiPrompts' .tsv, DrawBench's .csv), "
+            "coco, parti or imagenet from the hub, or a number of the model's own."
+        ),
+    ] = "64",
+    template: Annotated[
+        Optional[str], typer.Option(help='What each prompt is put into: "a photo of a {}".')
+    ] = None,
+    each: Annotated[Optional[int], typer.Option(help="Pictures a prompt; imagenet: 2, else 1.")] = None,
+    features: Annotated[
+        Network, typer.Option(help="Network of FD and so on; inception is FID's, by torch-fidelity.")
+    ] = Network.EFFNET,
+    reference: Annotated[
+        Optional[Path], typer.Option(help="Folder of true pictures, or what --save-reference wrote.")
+    ] = None,
+    save_reference: Annotated[
+        Optional[Path], typer.Option(help="Keep the reference's features here, .safetensors.")
+    ] = None,
+    clip: Annotated[
+        Optional[str], typer.Option(help="CLIP model for the CLIP score: folder or id.")
+    ] = None,
+    scores: Annotated[
+        Optional[list[Path]], typer.Option(help="JSON of other tools' scores; see benchmarks/external.")
+    ] = None,
+    export: Annotated[
+        Optional[Path], typer.Option(help="Write the pictures here as PNG, for other tools.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
     guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
@@ -276,7 +321,13 @@ def evaluate(
             model=model,
             prompts=prompts,
             template=template,
+            each=each,
+            features=features,
             reference=reference,
+            save_reference=save_reference,
+            clip=clip,
+            scores=tuple(scores or ()),
+            export=export,
             steps=steps,
             seed=seed,
             guidance=guidance,
@@ -286,6 +337,60 @@ def evaluate(
             dtype=dtype,
             batch=batch,
             out=out,
+        ),
+        as_json,
+    )
+
+
+@app.command()
+def trace(
+    methods: Annotated[str, typer.Option(help="Comma-separated; the first is unaccelerated.")] = TRACED,
+    model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
+    prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt; give it again for more.")] = None,
+    prompts: Annotated[
+        Optional[int], typer.Option(help="Instead: so many of the model's own.", min=1)
+    ] = None,
+    module: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Module whose output's change is shown, instead of the pruned blocks' inputs."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
+    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
+    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
+    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
+    batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 4,
+    out: Annotated[Path, typer.Option(help="Folder for trace.json and the plots.")] = Path("trace"),
+    plots: Annotated[bool, typer.Option(help="Draw PNGs as well.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Look inside generations: deviation at each step, change of features, how often tokens are computed.
+
+    Example: [b]regrow trace --methods steps:50,sito:d,dato:b1 --prompt "red apple" --out trace[/b]
+    """
+    from regrow.cli.trace import Request, run_trace
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
+    run_trace(
+        Request(
+            methods=tuple(methods.split(",")),
+            model=model,
+            prompt=tuple(prompt or ()),
+            prompts=prompts,
+            modules=tuple(module or ()),
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            height=height,
+            width=width,
+            device=device,
+            dtype=dtype,
+            batch=batch,
+            out=out,
+            plots=plots,
         ),
         as_json,
     )

@@ -7,9 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from regrow.methods.cat import CATPruning
 from regrow.methods.catalogue import configured
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
+from regrow.methods.fora import FORA
 from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
 from regrow.methods.tome import ToMeSD
@@ -54,11 +56,14 @@ def method_config(
     if len(plans) > 1:
         raise ValueError(f"{' and '.join(plans)}: only one of them is allowed")
     try:
-        if kind is DeepCache:
-            return DeepCache(interval=interval or 0)
+        if kind in (DeepCache, FORA):
+            return kind(interval=interval or 0)
         if kind is DaTo:
             return _dato(preset, schedule, ratio, interval, steps)
-        changes = {} if ratio is None else {"ratio": ratio}
+        if kind is CATPruning:
+            changes = {} if ratio is None else {"alpha": 1 - ratio}
+        else:
+            changes = {} if ratio is None else {"ratio": ratio}
         return kind(**changes) if preset is None else kind.preset(preset, **changes)
     except ValidationError as error:
         raise ValueError(explain(error)) from error
@@ -67,8 +72,10 @@ def method_config(
 _OPTIONS: dict[type[MethodConfig], tuple[str, ...]] = {
     DaTo: ("--preset", "--schedule", "--ratio", "--interval"),
     SiTo: ("--preset", "--ratio"),
+    CATPruning: ("--preset", "--ratio"),
     ToMeSD: ("--ratio",),
     DeepCache: ("--interval",),
+    FORA: ("--interval",),
 }
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPTextConfig
 
 from regrow import zoo
@@ -45,7 +46,44 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }
 """Settings of the public models: Stable Diffusion 1.5, 2 (base) and XL."""
 
-NAMES = (*CONFIGS, "emoji")
+_PATCHES = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "out_channels": 8}
+_PIXART = _PATCHES | {"cross_attention_dim": 1152, "caption_channels": 4096}
+
+TRANSFORMERS: Mapping[str, tuple[str, int, Mapping[str, Any]]] = {
+    "dit-xl-256": ("DiTTransformer2DModel", 0, _PATCHES | {"sample_size": 32}),
+    "dit-xl-512": ("DiTTransformer2DModel", 0, _PATCHES | {"sample_size": 64}),
+    "pixart-alpha-256": (
+        "PixArtTransformer2DModel",
+        120,
+        _PIXART | {"sample_size": 32, "use_additional_conditions": False},
+    ),
+    "pixart-alpha-1024": (
+        "PixArtTransformer2DModel",
+        120,
+        _PIXART | {"sample_size": 128, "use_additional_conditions": True},
+    ),
+    "pixart-sigma-1024": (
+        "PixArtTransformer2DModel",
+        300,
+        _PIXART | {"sample_size": 128, "use_additional_conditions": False},
+    ),
+    "sd3-1024": (
+        "SD3Transformer2DModel",
+        77 + 256,
+        {
+            "sample_size": 128,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "attention_head_dim": 64,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        },
+    ),
+    "flux-1024": ("FluxTransformer2DModel", 512, {"guidance_embeds": True}),
+}
+"""Transformers of the public models: class, text tokens, settings that are not its class's defaults."""
+
+NAMES = (*CONFIGS, "emoji", *TRANSFORMERS)
 
 
 @dataclass(frozen=True)
@@ -78,23 +116,85 @@ class Architecture:
             ValueError: if a side is no positive multiple of ``scale``.
         """
         config = self.denoiser.config
+        own = getattr(config, "sample_size", FLUX_SIDE) * self.scale
         sides = []
         for name, side in (("height", height), ("width", width)):
-            side = config.sample_size * self.scale if side is None else side
+            side = own if side is None else side
             if side < self.scale or side % self.scale:
                 raise ValueError(f"{name}: {side} is not allowed, it must be a multiple of {self.scale}")
             sides.append(side // self.scale)
+        make = _INPUTS[type(self.denoiser).__name__]
         with torch.device("meta"):
-            sample = torch.empty(batch, config.in_channels, *sides)
-            text = torch.empty(batch, self.text_tokens, config.cross_attention_dim)
-            extra: dict[str, Any] = {}
-            if config.addition_embed_type == "text_time":
-                pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-                extra["added_cond_kwargs"] = {
-                    "text_embeds": torch.empty(batch, pooled),
-                    "time_ids": torch.empty(batch, 6),
-                }
-            return (sample, torch.empty((), dtype=torch.long), text), extra
+            return make(config, batch, sides[0], sides[1], self.text_tokens)
+
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _unet_inputs(config: Any, batch: int, height: int, width: int, text: int) -> Inputs:
+    extra: dict[str, Any] = {}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        extra["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(batch, pooled),
+            "time_ids": torch.empty(batch, 6),
+        }
+    sample = torch.empty(batch, config.in_channels, height, width)
+    words = torch.empty(batch, text, config.cross_attention_dim)
+    return (sample, torch.empty((), dtype=torch.long), words), extra
+
+
+def _dit_inputs(config: Any, batch: int, height: int, width: int, text: int) -> Inputs:
+    step = torch.empty(batch, dtype=torch.long)
+    sample = torch.empty(batch, config.in_channels, height, width)
+    return (sample,), {"timestep": step, "class_labels": step}
+
+
+def _pixart_inputs(config: Any, batch: int, height: int, width: int, text: int) -> Inputs:
+    widths = {"resolution": 2, "aspect_ratio": 1}
+    said = config.use_additional_conditions
+    added = {name: torch.empty(batch, size) if said else None for name, size in widths.items()}
+    sample = torch.empty(batch, config.in_channels, height, width)
+    return (sample,), {
+        "encoder_hidden_states": torch.empty(batch, text, config.caption_channels),
+        "encoder_attention_mask": torch.empty(batch, text),
+        "timestep": torch.empty(batch, dtype=torch.long),
+        "added_cond_kwargs": added,
+    }
+
+
+def _sd3_inputs(config: Any, batch: int, height: int, width: int, text: int) -> Inputs:
+    return (), {
+        "hidden_states": torch.empty(batch, config.in_channels, height, width),
+        "encoder_hidden_states": torch.empty(batch, text, config.joint_attention_dim),
+        "pooled_projections": torch.empty(batch, config.pooled_projection_dim),
+        "timestep": torch.empty(batch),
+    }
+
+
+def _flux_inputs(config: Any, batch: int, height: int, width: int, text: int) -> Inputs:
+    # The pipeline packs 2 x 2 latent positions into a token.
+    tokens = (height // 2) * (width // 2)
+    return (), {
+        "hidden_states": torch.empty(batch, tokens, config.in_channels),
+        "encoder_hidden_states": torch.empty(batch, text, config.joint_attention_dim),
+        "pooled_projections": torch.empty(batch, config.pooled_projection_dim),
+        "timestep": torch.empty(batch),
+        "img_ids": torch.empty(tokens, 3),
+        "txt_ids": torch.empty(text, 3),
+        "guidance": torch.empty(batch) if config.guidance_embeds else None,
+    }
+
+
+# Flux's configuration does not say its own size: 1024 pixels.
+FLUX_SIDE = 128
+_INPUTS = {
+    "UNet2DConditionModel": _unet_inputs,
+    "DiTTransformer2DModel": _dit_inputs,
+    "PixArtTransformer2DModel": _pixart_inputs,
+    "SD3Transformer2DModel": _sd3_inputs,
+    "FluxTransformer2DModel": _flux_inputs,
+}
 
 
 def architecture(name: str) -> Architecture:
@@ -106,7 +206,10 @@ def architecture(name: str) -> Architecture:
     if name not in NAMES:
         raise ValueError(f"arch: {name!r} is not known; known are {', '.join(NAMES)}")
     if name in CONFIGS:
-        return Architecture(name, _without_weights(CONFIGS[name]))
+        return Architecture(name, _without_weights("UNet2DConditionModel", CONFIGS[name]))
+    if name in TRANSFORMERS:
+        kind, text, config = TRANSFORMERS[name]
+        return Architecture(name, _without_weights(kind, config), text_tokens=text)
     return _of_path(name, str(zoo.path(name)))
 
 
@@ -121,14 +224,32 @@ def architecture_of(model: str) -> Architecture:
 
 def _of_path(name: str, path: str) -> Architecture:
     """What the configuration files of a pipeline say; the public models' values where they don't."""
-    unet: Any = UNet2DConditionModel.load_config(path, subfolder="unet")
+    index: Any = DiffusionPipeline.load_config(path)
+    part = "unet" if "unet" in index else "transformer"
+    kind = index[part][1] if part in index else ""
+    if kind not in _INPUTS:
+        raise ValueError(
+            f"model: {path} has no denoiser that can be profiled; known are {', '.join(_INPUTS)}"
+        )
+    config: Any = getattr(diffusers, kind).load_config(path, subfolder=part)
     vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
-    text: Any = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder")
     levels = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
-    scale = 2 ** (len(levels) - 1)
-    return Architecture(name, _without_weights(unet), scale, text.max_position_embeddings)
+    return Architecture(
+        name, _without_weights(kind, config), 2 ** (len(levels) - 1), _text_tokens(path, index, kind)
+    )
 
 
-def _without_weights(config: Any) -> Any:
+def _text_tokens(path: str, index: Any, kind: str) -> int:
+    """How many text tokens a pipeline hands on."""
+    if index["_class_name"] == "PixArtSigmaPipeline":
+        return 300
+    known = {type_: text for type_, text, _ in TRANSFORMERS.values() if text != 300}
+    if kind in known:
+        return known[kind]
+    text: Any = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder")
+    return int(text.max_position_embeddings)
+
+
+def _without_weights(kind: str, config: Any) -> Any:
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config).eval()
+        return getattr(diffusers, kind).from_config(config).eval()

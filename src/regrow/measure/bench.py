@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from regrow.apply import Run, apply
-from regrow.macs import CallCounter
+from regrow.macs import plain_macs
 from regrow.measure.sampling import make, wait
 from regrow.measure.variants import Variant
-from regrow.models import denoiser_of
+from regrow.models import module_of
 from regrow.run import without_data
-from regrow.schedule import FULL
 
 # A round this much slower than the median of its variant was disturbed by something else.
 DISTURBED = 1.25
@@ -26,24 +24,24 @@ DISTURBED = 1.25
 
 @dataclass(frozen=True)
 class CallKind:
-    """One kind of call of the denoiser.
+    """One kind of call of the denoiser; None where the method does not tell.
 
     Args:
         depth: ``"full"`` or a number of up-path layers.
         ratio: share of tokens pruned where the method prunes.
         count: calls of this kind in a generation.
-        seconds: median of one call, the whole batch.
+        seconds: median of one call, the whole batch; the mean where kinds are not told apart.
     """
 
-    depth: str
-    ratio: float
+    depth: str | None
+    ratio: float | None
     count: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """What one variant took; times are medians over rounds.
+    """What one variant took; times are medians over rounds, None is what is not known.
 
     Args:
         name: of the variant.
@@ -57,7 +55,9 @@ class BenchRow:
         macs: of the denoiser in a generation, the whole batch.
         macs_ratio: of the first variant's MACs over this one's.
         efficiency: denoiser speed-up measured over ``macs_ratio``.
-        peak_mib: peak memory of a generation, above what was there before it; None if not measurable.
+        peak_mib: peak memory of a generation, above what was there before it.
+        changes_nothing: whether every call of the denoiser gave, bit for bit, what it gives in the plain
+            pipeline with as many steps; None if that is not one of the variants.
         calls: the kinds of calls.
         rounds: seconds of every round.
         error: why it did not run; all else is empty then.
@@ -71,10 +71,11 @@ class BenchRow:
     disturbed: tuple[int, ...] = ()
     speedup: float = 0.0
     denoiser_seconds: float = 0.0
-    macs: int = 0
-    macs_ratio: float = 0.0
-    efficiency: float = 0.0
+    macs: int | None = None
+    macs_ratio: float | None = None
+    efficiency: float | None = None
     peak_mib: float | None = None
+    changes_nothing: bool | None = None
     calls: tuple[CallKind, ...] = ()
     rounds: tuple[float, ...] = ()
     error: str | None = None
@@ -91,8 +92,9 @@ class _Timed:
     seconds: list[float] = field(default_factory=list)
     denoiser: list[float] = field(default_factory=list)
     calls: list[list[float]] = field(default_factory=list)
-    kinds: list[tuple[str, float]] = field(default_factory=list)
-    macs: int = 0
+    kinds: Sequence[tuple[str | None, float | None]] = ()
+    macs: int | None = None
+    outputs: str = ""
     peak: float | None = None
     error: str | None = None
 
@@ -110,11 +112,12 @@ def bench(
 ) -> list[BenchRow]:
     """Time variants in turns: round by round, each variant once.
 
-    Before the rounds every variant makes one generation, untimed, in which memory is measured. A
-    variant that fails gets a row with its error.
+    Before the rounds every variant makes one generation, untimed, in which memory is measured and the
+    denoiser's outputs are compared with the plain pipeline's. A variant that fails gets a row with its
+    error.
 
     Args:
-        pipeline: the pipeline.
+        pipeline: a diffusers pipeline; regrow's own methods may not support it, the plain one runs.
         variants: what to compare; the first is the baseline of the ratios.
         prompts: one a picture, all in one batch.
         rounds: timed rounds, >= 1.
@@ -141,7 +144,15 @@ def bench(
                         f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                     )
             on_generation(one.name)
-    return [_row(one, timed, found[0], len(prompts)) for one, timed in zip(variants, found, strict=True)]
+    plain = {
+        one.steps: timed.outputs
+        for one, timed in zip(variants, found, strict=True)
+        if one.config is None and timed.error is None
+    }
+    return [
+        _row(one, timed, found[0], len(prompts), None if one.config is None else plain.get(one.steps))
+        for one, timed in zip(variants, found, strict=True)
+    ]
 
 
 def _generation(
@@ -154,21 +165,25 @@ def _generation(
     warm_up: bool,
 ) -> None:
     """One generation of a variant, with the times of its calls."""
-    denoiser = denoiser_of(pipeline)
+    denoiser = module_of(pipeline)
     calls: list[float] = []
     inputs: list[Any] = []
+    outputs = hashlib.sha256()
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
-        if warm_up and not inputs:
-            inputs.append((args, kwargs))
+        if warm_up:
+            inputs.append(without_data((args, kwargs)))
         wait(pipeline)
         calls.append(time.perf_counter())
 
-    def after(*_: Any) -> None:
+    def after(module: Any, args: Any, output: Any) -> None:
         wait(pipeline)
         calls[-1] = time.perf_counter() - calls[-1]
+        if warm_up:
+            values = output if isinstance(output, torch.Tensor) else output[0]
+            outputs.update(values.detach().contiguous().view(torch.uint8).cpu().numpy().data)
 
-    with nullcontext() if one.config is None else apply(pipeline, one.config) as run:
+    with one.applied(pipeline) as run:
         # Registered last, and so around the method's own.
         hooks = [
             denoiser.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
@@ -183,37 +198,42 @@ def _generation(
         if memory is not None:
             timed.peak = memory.peak_mib()
     if warm_up:
-        _describe(denoiser, run, len(calls), inputs[0], timed)
+        timed.outputs = outputs.hexdigest()
+        if run is not None:
+            report = run.report()
+            timed.kinds, timed.macs = [(c.depth, c.ratio) for c in report.calls], report.macs
+        elif one.config is None:
+            timed.kinds = [("full", 0.0)] * len(calls)
+            timed.macs = _plain_macs(denoiser, inputs)
+        else:
+            timed.kinds = [(None, None)] * len(calls)
         return
     timed.seconds.append(seconds)
     timed.denoiser.append(sum(calls))
     timed.calls.append(calls)
 
 
-def _describe(denoiser: Any, run: Run | None, calls: int, inputs: Any, timed: _Timed) -> None:
-    """Kinds of calls and MACs: of the run's report, or of the plain denoiser."""
-    if run is not None:
-        report = run.report()
-        timed.kinds = [(c.depth, c.ratio) for c in report.calls]
-        timed.macs = report.macs
-        return
-    timed.kinds = [("full", 0.0)] * calls
-    timed.macs = calls * CallCounter(denoiser, None).count(FULL, 0.0, without_data(inputs)).denoiser
+def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
+    """MACs of plain calls; None if the forward pass looks at data, which the meta device lacks."""
+    try:
+        return plain_macs(denoiser, inputs)
+    except (NotImplementedError, RuntimeError, AttributeError):
+        return None
 
 
-def _row(one: Variant, timed: _Timed, base: _Timed, images: int) -> BenchRow:
-    """The medians of a variant."""
+def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | None) -> BenchRow:
+    """The medians of a variant; ``plain`` are the outputs it is compared with."""
     if timed.error is not None:
         return BenchRow(one.name, error=timed.error)
     seconds = statistics.median(timed.seconds)
-    kinds: dict[tuple[str, float], list[float]] = {}
+    kinds: dict[tuple[str | None, float | None], list[float]] = {}
     for calls in timed.calls:
         for kind, value in zip(timed.kinds, calls, strict=True):
             kinds.setdefault(kind, []).append(value)
     has_base = base.error is None
     ratios = [b / t for b, t in zip(base.seconds, timed.seconds, strict=True)] if has_base else [0.0]
     denoiser = [b / t for b, t in zip(base.denoiser, timed.denoiser, strict=True)] if has_base else [0.0]
-    macs_ratio = base.macs / timed.macs if timed.macs else 0.0
+    macs_ratio = base.macs / timed.macs if base.macs and timed.macs else None
     return BenchRow(
         name=one.name,
         seconds=seconds,
@@ -225,10 +245,16 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int) -> BenchRow:
         denoiser_seconds=statistics.median(timed.denoiser),
         macs=timed.macs,
         macs_ratio=macs_ratio,
-        efficiency=statistics.median(denoiser) / macs_ratio if macs_ratio else 0.0,
+        efficiency=statistics.median(denoiser) / macs_ratio if macs_ratio else None,
         peak_mib=timed.peak,
+        changes_nothing=None if plain is None else timed.outputs == plain,
         calls=tuple(
-            CallKind(depth, ratio, timed.kinds.count((depth, ratio)), statistics.median(values))
+            CallKind(
+                depth,
+                ratio,
+                timed.kinds.count((depth, ratio)),
+                statistics.fmean(values) if depth is None else statistics.median(values),
+            )
             for (depth, ratio), values in kinds.items()
         ),
         rounds=tuple(timed.seconds),

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from regrow.apply import apply
+from regrow.measure.clip import ClipScore
+from regrow.measure.extractors import Extractor, Features
 from regrow.measure.images import to_tensor
-from regrow.measure.quality import frechet_distance, kernel_distance, precision_recall
+from regrow.measure.keep import digest, kept, write_whole
+from regrow.measure.quality import (
+    FeatureSet,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from regrow.measure.reference import Reference
 from regrow.measure.sampling import make
 from regrow.measure.variants import Variant
 
-Extractor = Callable[[Tensor], Tensor]
-"""Features ``(B, C)`` of pictures ``(B, 3, H, W)`` in [0, 1]."""
+# Goes up with every change of how a picture is measured, so that no older figure is taken for a new one.
+_MEASURE = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Pictures:
                         f"{name}: the pictures in {folder} were made with another one; use another folder"
                     )
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(file, lambda to: to.write_text(json.dumps(now, indent=1) + "\n", "utf-8"))
+        write_whole(file, lambda to: to.write_text(json.dumps(now, indent=1) + "\n", "utf-8"))
 
     def missing(self, one: Variant) -> list[tuple[int, tuple[str, ...]]]:
         """The shards of a variant that are not made yet.
@@ -105,9 +111,9 @@ class Pictures:
             on_shard: called after every shard.
         """
         s = self.setting
-        missing = self.missing(one)
-        with nullcontext() if one.config is None else apply(pipeline, one.config):
-            for number, prompts in missing:
+        for number, prompts in self.missing(one):
+            # Anew for each shard: what a method keeps must not pass from one to the next.
+            with one.applied(pipeline):
                 made = make(
                     pipeline,
                     prompts,
@@ -117,38 +123,43 @@ class Pictures:
                     height=s.height,
                     width=s.width,
                 )
-                pictures = torch.stack([to_tensor(image) for image in made.images])
-                tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}
-                _replace(self._file(one, number), partial(save_file, tensors))
-                on_shard()
+            pictures = torch.stack([to_tensor(image) for image in made.images])
+            tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}
+            write_whole(self._file(one, number), partial(save_file, tensors))
+            on_shard()
 
     def of(self, one: Variant) -> Iterator[Tensor]:
         """The pictures of a variant in order, a shard at a time: ``(B, 3, H, W)`` in [0, 1]."""
         for number, _ in self.setting.shards():
-            yield load_file(self._file(one, number))["pictures"].float() / 255
+            yield self.shard(one, number).float() / 255
+
+    def shard(self, one: Variant, number: int) -> Tensor:
+        """The pictures of one shard: uint8 ``(B, 3, H, W)``."""
+        return load_file(self._file(one, number))["pictures"]
 
     def seconds(self, one: Variant) -> float:
         """Median seconds a picture, over the shards; of a machine that may have done other things."""
         shards = [load_file(self._file(one, number)) for number, _ in self.setting.shards()]
         return statistics.median(float(s["seconds"]) / len(s["pictures"]) for s in shards)
 
-    def _folder(self, one: Variant) -> Path:
+    def folder_of(self, one: Variant) -> Path:
+        """Where a variant's pictures are kept, and what was measured on them."""
         return self.folder / re.sub(r"[^\w.+-]", "-", one.name)
 
     def _file(self, one: Variant, number: int) -> Path:
-        return self._folder(one) / f"{number:06d}.safetensors"
+        return self.folder_of(one) / f"{number:06d}.safetensors"
 
     def _claim(self, one: Variant) -> None:
         """Keep a variant's configuration beside its pictures."""
-        file = self._folder(one) / "variant.json"
-        config = None if one.config is None else one.config.model_dump(mode="json")
-        now = json.dumps({"name": one.name, "steps": one.steps, "config": config}, indent=1) + "\n"
+        file = self.folder_of(one) / "variant.json"
+        description = {"name": one.name, "steps": one.steps, "config": one.settings()}
+        now = json.dumps(description, indent=1) + "\n"
         if file.exists() and file.read_text(encoding="utf-8") != now:
             raise ValueError(
                 f"methods: {file.parent} holds pictures of another {one.name}; use another folder"
             )
         file.parent.mkdir(parents=True, exist_ok=True)
-        _replace(file, lambda to: to.write_text(now, "utf-8"))
+        write_whole(file, lambda to: to.write_text(now, "utf-8"))
 
 
 @dataclass(frozen=True)
@@ -161,9 +172,12 @@ class Quality:
         ssim: mean, likewise.
         feature_distance: mean of 1 - cosine of the features, likewise.
         fd: Fréchet distance of the features to the reference.
-        kd: kernel distance, likewise.
+        sfd: Fréchet distance of the spatial features to the reference.
+        kd: kernel distance of the features to the reference.
         precision: share of pictures within the reference's manifold.
         recall: share of the reference within the pictures' manifold.
+        inception_score: the Inception Score's formula on the extractor's classifier; needs no reference.
+        clip_score: mean of `ClipScore` over the pictures; None if it was not asked for.
     """
 
     name: str
@@ -171,9 +185,12 @@ class Quality:
     ssim: float
     feature_distance: float
     fd: float | None
+    sfd: float | None
     kd: float | None
     precision: float | None
     recall: float | None
+    inception_score: float | None
+    clip_score: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -184,61 +201,124 @@ def compare(
     pictures: Pictures,
     variants: Sequence[Variant],
     extractor: Extractor,
-    reference: Tensor | None = None,
-    on_variant: Callable[[], None] = lambda: None,
+    reference: Reference | None = None,
+    clip: ClipScore | None = None,
+    on_shard: Callable[[], None] = lambda: None,
 ) -> list[Quality]:
     """Measure the pictures of all variants; the first is the baseline.
+
+    What is measured on a shard is kept beside its pictures, so that a killed comparison goes on where it
+    was, with the same figures.
 
     Args:
         pictures: made already.
         variants: what to compare.
         extractor: features of pictures.
-        reference: features of the data ``(N, C)``; those of the baseline's pictures if None.
-        on_variant: called after every variant.
+        reference: features of the data; those of the baseline's pictures if None.
+        clip: scores pictures with their prompts, if given.
+        on_shard: called after every shard of every variant.
     """
-    base_features = _features(pictures.of(variants[0]), extractor)
-    others = base_features if reference is None else reference
+    base: _Seen | None = None
+    data: tuple[FeatureSet, FeatureSet] | None = None
     out = []
     for one in variants:
-        features = _features(pictures.of(one), extractor)
-        errors, likeness = [], []
-        for own, base in zip(pictures.of(one), pictures.of(variants[0]), strict=True):
-            errors.append((own.double() - base.double()).square().mean((1, 2, 3)))
-            likeness += [_ssim(a, b) for a, b in zip(own, base, strict=True)]
-        error = torch.cat(errors)
-        finite = -10 * error[error > 0].log10()
-        cosine = torch.cosine_similarity(features.double(), base_features.double())
-        enough = min(len(features), len(others)) > 3
-        near, far = precision_recall(others, features) if enough else (None, None)
-        out.append(
-            Quality(
-                name=one.name,
-                psnr=float(finite.median()) if len(finite) else None,
-                ssim=statistics.mean(likeness),
-                feature_distance=float((1 - cosine).mean()),
-                fd=frechet_distance(others, features) if enough else None,
-                kd=kernel_distance(others, features) if enough else None,
-                precision=near,
-                recall=far,
-            )
+        seen = _Seen.of(pictures, one, variants[0], extractor, clip, on_shard)
+        base = base or seen
+        data = data or (
+            base.sets
+            if reference is None
+            else (FeatureSet(reference.pooled), FeatureSet(reference.spatial))
         )
-        on_variant()
+        out.append(_quality(one.name, seen, base, data))
     return out
 
 
-def _features(shards: Iterator[Tensor], extractor: Extractor) -> Tensor:
-    return torch.cat([extractor(shard).float().cpu() for shard in shards])
+@dataclass(frozen=True)
+class _Seen:
+    """What was measured on the N pictures of a variant."""
+
+    features: Features
+    error: Tensor
+    ssim: Tensor
+    clip: Tensor | None
+
+    @cached_property
+    def sets(self) -> tuple[FeatureSet, FeatureSet]:
+        return FeatureSet(self.features.pooled), FeatureSet(self.features.spatial)
+
+    @classmethod
+    def of(
+        cls,
+        pictures: Pictures,
+        one: Variant,
+        base: Variant,
+        extractor: Extractor,
+        clip: ClipScore | None,
+        on_shard: Callable[[], None],
+    ) -> _Seen:
+        """Measure a variant, or read what was measured before."""
+        folder = pictures.folder_of(one) / "measured"
+        features, paired, scores = [], [], []
+        for number, prompts in pictures.setting.shards():
+            own, others = (pictures.shard(variant, number) for variant in (one, base))
+            key = f"{_MEASURE} {digest([own])}"
+            ending = f"{number:06d}.safetensors"
+            found = kept(folder / f"{extractor.name}-{ending}", key, partial(_features, extractor, own))
+            features.append(Features(**found))
+            both = f"{key} {digest([others])}"
+            paired.append(kept(folder / f"paired-{ending}", both, partial(_paired, own, others)))
+            if clip is not None:
+                with_model = f"{key} {clip.key}"
+                scores.append(
+                    kept(folder / f"clip-{ending}", with_model, partial(_clip, clip, own, prompts))
+                )
+            on_shard()
+        return cls(
+            features=Features.joined(features),
+            error=torch.cat([pair["error"] for pair in paired]),
+            ssim=torch.cat([pair["ssim"] for pair in paired]),
+            clip=torch.cat([score["clip"] for score in scores]) if scores else None,
+        )
 
 
-def _ssim(a: Tensor, b: Tensor) -> float:
+def _features(extractor: Extractor, own: Tensor) -> dict[str, Tensor]:
+    return dict(vars(extractor(own.float() / 255)))
+
+
+def _paired(own: Tensor, others: Tensor) -> dict[str, Tensor]:
+    """Each picture of a shard beside the baseline's: mean squared error and SSIM, float64."""
     from skimage.metrics import structural_similarity
 
-    pair = [x.permute(1, 2, 0).numpy().astype(np.float64) for x in (a, b)]
-    return float(structural_similarity(*pair, channel_axis=2, data_range=1.0))
+    one, other = (x.double() / 255 for x in (own, others))
+    likeness = [
+        structural_similarity(*(x.permute(1, 2, 0).numpy() for x in pair), channel_axis=2, data_range=1.0)
+        for pair in zip(one, other, strict=True)
+    ]
+    error = (one - other).square().mean((1, 2, 3))
+    return {"error": error, "ssim": torch.tensor(likeness, dtype=torch.float64)}
 
 
-def _replace(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is whole or not there."""
-    unfinished = file.with_name(f"{file.name}.partial")
-    write(unfinished)
-    os.replace(unfinished, file)
+def _clip(clip: ClipScore, own: Tensor, prompts: tuple[str, ...]) -> dict[str, Tensor]:
+    return {"clip": clip(own, prompts)}
+
+
+def _quality(name: str, seen: _Seen, base: _Seen, data: tuple[FeatureSet, FeatureSet]) -> Quality:
+    """The row of a variant."""
+    finite = -10 * seen.error[seen.error > 0].log10()
+    cosine = torch.cosine_similarity(seen.features.pooled.double(), base.features.pooled.double())
+    own, others = seen.sets, data
+    enough = min(len(own[0].features), len(others[0].features)) > 3
+    near, far = precision_recall(others[0], own[0]) if enough else (None, None)
+    return Quality(
+        name=name,
+        psnr=float(finite.median()) if len(finite) else None,
+        ssim=float(seen.ssim.mean()),
+        feature_distance=float((1 - cosine).mean()),
+        fd=frechet_distance(others[0], own[0]) if enough else None,
+        sfd=frechet_distance(others[1], own[1]) if enough else None,
+        kd=kernel_distance(others[0], own[0]) if enough else None,
+        precision=near,
+        recall=far,
+        inception_score=inception_score(seen.features.logits) if len(own[0].features) > 3 else None,
+        clip_score=None if seen.clip is None else float(seen.clip.double().mean()),
+    )

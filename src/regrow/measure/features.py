@@ -15,6 +15,8 @@ from torch import Tensor, nn
 FEATURES = 1280
 CLASSES = 1000
 INPUT_SIZE = 224
+SPATIAL_BLOCK = 9
+SPATIAL_CHANNELS = 10
 _EPS = 1e-3
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
@@ -60,6 +62,20 @@ class EfficientNetFeatures(nn.Module):
         network = self._loaded()
         scores: Tensor = network._fc(network.features(self._prepared(images)))
         return scores
+
+    @torch.no_grad()
+    def measured(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled features (B, 1280), spatial features (B, 1960) and logits (B, 1000), in one go.
+
+        The spatial features are the first 10 channels of the last block but one at stride 16,
+        14 x 14 x 10: as near to the 17 x 17 x 7 of Inception's last block but one at stride 16, which
+        sFID takes (Nash et al., 2021), as this network has them.
+        """
+        network = self._loaded()
+        maps: list[Tensor] = []
+        pooled = network.features(self._prepared(images), maps)
+        spatial = maps[SPATIAL_BLOCK][:, :SPATIAL_CHANNELS].flatten(1)
+        return pooled, spatial, network._fc(pooled)
 
     def _prepared(self, images: Tensor) -> Tensor:
         """Resized to the network's input size and normalised."""
@@ -158,8 +174,11 @@ class _EfficientNetLite0(nn.Module):
         self._bn1 = _norm(FEATURES)
         self._fc = nn.Linear(FEATURES, CLASSES)
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """Pooled features; ``maps`` is given the output of every block."""
         h = F.relu6(self._bn0(self._conv_stem(x)))
         for block in self._blocks:
             h = block(h)
+            if maps is not None:
+                maps.append(h)
         return F.relu6(self._bn1(self._conv_head(h))).mean((2, 3))

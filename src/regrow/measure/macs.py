@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from regrow.macs import CallCounter
+from regrow.macs import CallCounter, Macs
 from regrow.measure.architectures import Architecture
 from regrow.methods.parts import parts_of
 from regrow.models import layout_of
@@ -35,7 +35,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Profile:
-    """MACs of one image: batch 1, attention counted, choosing tokens counted apart.
+    """MACs of one image; choosing tokens counted apart.
 
     Args:
         arch: name of the architecture.
@@ -74,6 +74,8 @@ def profile(
     name: str = "",
     height: int | None = None,
     width: int | None = None,
+    attention: bool = True,
+    guided: bool = False,
 ) -> Profile:
     """Count the MACs of a generation.
 
@@ -84,6 +86,8 @@ def profile(
         name: of the method, for tables.
         height: of the picture in pixels; the model's own size if not given.
         width: likewise.
+        attention: count the products of queries, keys and values (scaled dot-product attention) as well.
+        guided: count both halves of a guided batch, else one sample (papers differ in both).
 
     Raises:
         ValueError: if a size or the number of steps is not allowed.
@@ -91,21 +95,27 @@ def profile(
     if steps < 1:
         raise ValueError(f"steps: {steps} is not allowed, it must be >= 1")
     inputs = arch.inputs(height, width)
-    depths = layout_of(arch.denoiser).depths
+    layout = layout_of(arch.denoiser)
     parts = None if config is None else parts_of(config)
-    counter = CallCounter(arch.denoiser, None if parts is None else parts.tokens)
-    full = counter.count(FULL, 0.0, inputs).denoiser
+    chosen = (None, None) if parts is None else (parts.tokens, parts.token_set)
+    counter = CallCounter(arch.denoiser, *chosen)
+
+    def macs_of(counted: Macs) -> int:
+        return (counted.denoiser - (0 if attention else counted.attention)) * (2 if guided else 1)
+
+    full = macs_of(counter.count(FULL, 0.0, inputs))
     plan = [(FULL, 0.0)] * steps
     if parts is not None:
         plan = [(s.depth, s.ratio) for s in parts.plan.resample(steps).steps()]
-        prunes = parts.tokens is not None
-        plan = [(d if d < depths else FULL, r if d and prunes else 0.0) for d, r in plan]
-    counted = [counter.count(d, r, inputs) for d, r in plan]
+        prunes = any(part is not None for part in chosen)
+        plan = [(d if layout.cut(d) else FULL, r if d and prunes else 0.0) for d, r in plan]
+    known = config is not None and bool(layout.text)
+    counted = [counter.count(d, r, inputs, knows_text=known and i > 0) for i, (d, r) in enumerate(plan)]
     kinds = [
-        Kind(depth_name(d, depths), r, n, m.denoiser, m.selection)
+        Kind(depth_name(d, layout.depths), r, n, macs_of(m), m.selection)
         for ((d, r), m), n in Counter(zip(plan, counted, strict=True)).items()
     ]
-    macs = sum(m.denoiser for m in counted)
+    macs = sum(macs_of(m) for m in counted)
     return Profile(
         arch=arch.name,
         method=name,
@@ -115,6 +125,6 @@ def profile(
         macs=macs,
         selection_macs=sum(m.selection for m in counted),
         macs_ratio=full * steps / macs,
-        per_call=tuple(m.denoiser for m in counted),
+        per_call=tuple(macs_of(m) for m in counted),
         kinds=tuple(sorted(kinds, key=lambda k: -k.macs)),
     )

@@ -1,36 +1,108 @@
-"""Prompt sets in their public formats."""
+"""Prompt sets in their public formats, from a file or from the hub."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 # Columns of the published tables: PartiPrompts, DrawBench.
 _COLUMNS = ("Prompt", "Prompts", "prompt", "caption")
 
 
-def read_prompts(file: Path, template: str = "{}") -> list[str]:
+@dataclass(frozen=True)
+class Usual:
+    """What is usually made of a prompt set's texts.
+
+    Args:
+        template: what each is put into.
+        each: pictures of each.
+    """
+
+    template: str = "{}"
+    each: int = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the hub keeps a prompt set, and what is usually made of it.
+
+    Args:
+        repository: of kind dataset.
+        file: in it.
+        usual: what is made of its texts.
+    """
+
+    repository: str
+    file: str
+    usual: Usual
+
+
+class PromptSet(Enum):
+    """A prompt set that the hub has.
+
+    COCO is the first caption of each of the 5,000 pictures of 2017's validation; other years' are read from
+    their ``captions_*.json``. DrawBench's authors publish a table, not a repository: its CSV is read as a
+    file.
+    """
+
+    COCO = Source("merve/coco", "annotations/captions_val2017.json", Usual())
+    PARTI = Source("nateraw/parti-prompts", "PartiPrompts.tsv", Usual())
+    IMAGENET = Source("huggingface/label-files", "imagenet-1k-id2label.json", Usual("a photo of a {}", 2))
+
+
+def named(text: str) -> PromptSet | None:
+    """The prompt set of this name, in any case, or None."""
+    return PromptSet.__members__.get(text.upper())
+
+
+def fetch(which: PromptSet) -> Path:
+    """A prompt set's file, from the hub's cache or the hub.
+
+    Raises:
+        OSError: if the hub can't be reached and the file is not in the cache.
+    """
+    from huggingface_hub import hf_hub_download
+
+    source = which.value
+    try:
+        return Path(hf_hub_download(source.repository, source.file, repo_type="dataset"))
+    except OSError as error:
+        raise OSError(
+            f"prompts: {which.name.lower()} could not be fetched ({source.file} of the hub's dataset "
+            f"{source.repository}); download it and give the file ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def read_prompts(file: Path, template: str = "{}", each: int = 1) -> list[str]:
     """The prompts of a file, in its order.
 
-    A ``.txt`` has one a line (also ImageNet's class names), a ``.json`` is COCO's captions (one for each
-    picture, the first) or a list of texts, a ``.tsv`` or ``.csv`` has a column ``Prompt`` (PartiPrompts) or
-    ``Prompts`` (DrawBench).
+    A ``.txt`` has one a line (also ImageNet's class names). A ``.json`` is COCO's captions (one for each
+    picture, the first), a list of texts, or ImageNet's classes by number, of which the first name is taken:
+    ``{"0": "tench, Tinca tinca"}`` or ``{"0": ["n01440764", "tench"]}``. A ``.tsv`` or ``.csv`` has a
+    column ``Prompt`` (PartiPrompts) or ``Prompts`` (DrawBench).
 
     Args:
         file: the file.
         template: what each text is put into, such as ``"a photo of a {}"``.
+        each: how often each comes, in a row.
 
     Raises:
         ValueError: if the file holds no prompts, or is of another kind.
         OSError: if it can't be read.
     """
-    text = file.read_text(encoding="utf-8")
     if "{}" not in template:
         raise ValueError(f"template: {template!r} is not allowed, it must hold {{}}")
+    if each < 1:
+        raise ValueError(f"each: {each} is not allowed, it must be >= 1")
+    # Tables saved by office programs begin with a byte order mark.
+    text = file.read_text(encoding="utf-8-sig")
     match file.suffix:
         case ".txt":
-            found = [line.strip() for line in text.splitlines()]
+            found = text.split("\n")
         case ".json":
             found = _of_json(file, text)
         case ".tsv" | ".csv":
@@ -39,7 +111,8 @@ def read_prompts(file: Path, template: str = "{}") -> list[str]:
             raise ValueError(
                 f"prompts: {other or file.name!r} is not allowed; allowed are .txt .json .tsv .csv"
             )
-    prompts = [template.format(prompt) for prompt in found if prompt]
+    texts = filter(None, (prompt.strip() for prompt in found))
+    prompts = [template.replace("{}", prompt) for prompt in texts for _ in range(each)]
     if not prompts:
         raise ValueError(f"prompts: {file} holds none")
     return prompts
@@ -49,18 +122,27 @@ def _of_json(file: Path, text: str) -> list[str]:
     try:
         data = json.loads(text)
         if isinstance(data, list):
-            return [str(prompt).strip() for prompt in data]
+            return [str(prompt) for prompt in data]
+        if data and all(key.isdecimal() for key in data):
+            return [_class_name(data[key]) for key in sorted(data, key=int)]
         first: dict[int, str] = {}
         for entry in data["annotations"]:
-            first.setdefault(entry["image_id"], str(entry["caption"]).strip())
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"prompts: {file} is neither a list nor COCO's captions ({error!r})") from error
+            first.setdefault(entry["image_id"], str(entry["caption"]))
+    except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"prompts: {file} is neither a list nor COCO's captions nor ImageNet's classes ({error!r})"
+        ) from error
     return list(first.values())
 
 
+def _class_name(entry: str | list[str]) -> str:
+    """The first name of a class: of its names with commas between, or after its WordNet number."""
+    return entry.split(",")[0] if isinstance(entry, str) else entry[1].replace("_", " ")
+
+
 def _of_table(file: Path, text: str) -> list[str]:
-    rows = csv.DictReader(text.splitlines(), delimiter="\t" if file.suffix == ".tsv" else ",")
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",")
     column = next((c for c in _COLUMNS if c in (rows.fieldnames or ())), None)
     if column is None:
         raise ValueError(f"prompts: {file} has no column {' or '.join(_COLUMNS)}")
-    return [(row[column] or "").strip() for row in rows]
+    return [row[column] or "" for row in rows]

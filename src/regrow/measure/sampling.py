@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,29 +41,41 @@ def make(
     """One batch of pictures, prompt number i from seed ``seed + i``.
 
     Args:
-        pipeline: a text-to-image pipeline, also one of `random_pipeline`.
-        prompts: one a picture.
+        pipeline: a pipeline of pictures from text or from classes, also one of `random_pipeline`.
+        prompts: one a picture; numbers of classes if that is what the pipeline takes.
         steps: sampler steps.
         guidance: guidance scale; the pipeline's own default if not given.
         seed: of the first picture.
         height: in pixels.
         width: in pixels.
         on_step: called without arguments after each step.
+
+    Raises:
+        ValueError: if a prompt is no number where a class is needed, or only one side is given.
     """
+    if (height is None) != (width is None):
+        # Pipelines fall back to their own size then.
+        missing, given = ("height", "width") if height is None else ("width", "height")
+        raise ValueError(f"{missing}: must be given together with {given}")
 
     def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
             on_step()
         return tensors
 
-    options = {"guidance_scale": guidance, "height": height, "width": width}
+    options = {
+        "guidance_scale": guidance,
+        "height": height,
+        "width": width,
+        # Not every pipeline takes one.
+        "callback_on_step_end": None if on_step is None else after,
+    }
     wait(pipeline)
     begin = time.perf_counter()
     images = pipeline(
         **prompt_arguments(pipeline, prompts),
         num_inference_steps=steps,
         generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
-        callback_on_step_end=after,
         **{name: value for name, value in options.items() if value is not None},
     ).images
     wait(pipeline)
@@ -76,7 +89,12 @@ def wait(pipeline: Any) -> None:
 
 
 def prompt_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
-    """The prompts as a pipeline takes them: texts, or random embeddings if it has no text encoder."""
+    """The prompts as a pipeline takes them: texts, classes, or random embeddings if it has no encoder."""
+    if "class_labels" in inspect.signature(pipeline.__call__).parameters:
+        for prompt in prompts:
+            if not prompt.isdecimal():
+                raise ValueError(f"prompt: {prompt!r} is not allowed, it must be the number of a class")
+        return {"class_labels": [int(prompt) for prompt in prompts]}
     if pipeline.text_encoder is not None:
         return {"prompt": list(prompts)}
     config, count = pipeline.unet.config, len(prompts)

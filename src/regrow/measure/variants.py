@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrow.methods import Combined, DaTo, DeepCache, SiTo, ToMeSD
+from regrow.apply import Run, apply
+from regrow.methods import FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToMeSD
 from regrow.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a comparison.
+    """One row of a comparison. What is not regrow's own is a subclass.
 
     Args:
         name: as it was asked for.
@@ -26,14 +28,27 @@ class Variant:
     config: Any
     steps: int
 
+    def applied(self, pipeline: Any) -> AbstractContextManager[Run | None]:
+        """The pipeline with the method on it for one generation; the run tells what it computed.
+
+        Raises:
+            Exception: whatever keeps the method off this pipeline.
+        """
+        return nullcontext() if self.config is None else apply(pipeline, self.config)
+
+    def settings(self) -> Any:
+        """What tells it from another of its name, as plain data."""
+        return None if self.config is None else self.config.model_dump(mode="json")
+
 
 def variant(spec: str, steps: int) -> Variant:
     """A row by its name.
 
     ``steps:25`` is the same sampler with 25 steps; ``sito:d`` and ``dato:b1`` are presets, ``sito:0.5``
-    and ``tome:0.5`` ratios, ``dato:FILE`` a schedule, ``deepcache:5`` an interval, ``dato:5`` the same with
-    ``ratio=0.5`` of the tokens pruned, and ``deepcache:5+tome:0.5`` both at once. Further fields follow
-    after colons: ``sito:d:base=V:patch=4``, ``dato:b1:ratio=0.5:alignment=off``.
+    and ``tome:0.5`` ratios, ``cat:0.3`` the share computed, ``dato:FILE`` a schedule, ``deepcache:5`` and
+    ``fora:3`` intervals, ``dato:5`` the same with ``ratio=0.5`` of the tokens pruned, and
+    ``deepcache:5+tome:0.5`` both at once. Further fields follow after colons: ``sito:d:base=V:patch=4``,
+    ``dato:b1:ratio=0.5:alignment=off``.
 
     Args:
         spec: the name.
@@ -53,9 +68,10 @@ def variant(spec: str, steps: int) -> Variant:
     if len(configs) == 1:
         return Variant(spec, configs[0], steps)
     caching = configs[0].schedule if isinstance(configs[0], DaTo) else configs[0]
-    if not isinstance(caching, (DeepCache, Schedule)) or not isinstance(configs[1], (SiTo, ToMeSD)):
+    if not isinstance(caching, (DeepCache, FORA, Schedule)) or not isinstance(configs[1], (SiTo, ToMeSD)):
         raise ValueError(
-            f"methods: {spec!r} is not allowed; deepcache or dato comes before the '+', sito or tome after"
+            f"methods: {spec!r} is not allowed; deepcache, fora or dato comes before the '+', sito or tome "
+            "after it"
         )
     return Variant(spec, Combined(caching=caching, tokens=configs[1]), steps)
 
@@ -107,6 +123,8 @@ _METHODS: dict[str, Callable[[str, str, int], Any]] = {
     "dato": _dato,
     "tome": lambda spec, value, steps: ToMeSD(ratio=_share(spec, value)),
     "deepcache": lambda spec, value, steps: DeepCache(interval=_whole(spec, value)),
+    "cat": lambda spec, value, steps: CATPruning(alpha=_share(spec, value)),
+    "fora": lambda spec, value, steps: FORA(interval=_whole(spec, value)),
 }
 
 

@@ -1,15 +1,19 @@
 """One file a published system: its configuration, and how it is made of the parts."""
 
+from regrow.methods.cat import CATPruning, TokenChoice
 from regrow.methods.combined import Combined
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
+from regrow.methods.fora import FORA
 from regrow.methods.parts import Alignment, Features, MethodConfig, Recovery
 from regrow.methods.sito import BaseChoice, SiTo
 from regrow.methods.tome import ToMeSD
 
 __all__ = [
+    "FORA",
     "Alignment",
     "BaseChoice",
+    "CATPruning",
     "Combined",
     "DaTo",
     "DeepCache",
@@ -18,4 +22,5 @@ __all__ = [
     "Recovery",
     "SiTo",
     "ToMeSD",
+    "TokenChoice",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from regrow.methods.cat import CATPruning
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
+from regrow.methods.fora import FORA
 from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
 from regrow.methods.tome import ToMeSD
@@ -42,6 +44,7 @@ class System:
 
 
 _UNETS = "U-Nets: SD 1, SD 2, SDXL"
+_ALL = f"{_UNETS}; transformers: DiT, PixArt, SD3, Flux"
 
 SYSTEMS = (
     System(
@@ -53,11 +56,18 @@ SYSTEMS = (
         DaTo,
     ),
     System("sito", "SiTo", "prune tokens similar to others in every call", Status.WORKS, _UNETS, SiTo),
-    System("cat", "CAT Pruning", "compute the tokens that change, in clusters", Status.NOT_YET, "-"),
+    System(
+        "cat",
+        "CAT Pruning",
+        "compute the tokens that change, in clusters",
+        Status.PARTLY,
+        "transformers: SD3, PixArt, DiT",
+        CATPruning,
+    ),
     System("tokencache", "TokenCache", "a learned predictor of what to cache", Status.NOT_YET, "-"),
     System("tome", "ToMeSD", "merge similar tokens", Status.WORKS, _UNETS, ToMeSD),
-    System("deepcache", "DeepCache", "reuse deep features every N calls", Status.WORKS, _UNETS, DeepCache),
-    System("fora", "FORA", "reuse attention and MLP outputs every N calls", Status.NOT_YET, "-"),
+    System("deepcache", "DeepCache", "reuse deep features every N calls", Status.WORKS, _ALL, DeepCache),
+    System("fora", "FORA", "reuse attention and MLP outputs every N calls", Status.WORKS, _ALL, FORA),
     System("toca", "ToCa", "token-wise feature caching", Status.NOT_YET, "-"),
     System("at-edm", "AT-EDM", "prune by attention graphs", Status.NOT_YET, "-"),
     System("l2c", "Learning-to-Cache", "a learned table of layers to reuse", Status.NOT_YET, "-"),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from regrow.methods.deepcache import DeepCache
+from regrow.methods.fora import FORA
 from regrow.methods.parts import MethodConfig, Parts, parts_of
 from regrow.methods.sito import SiTo
 from regrow.methods.tome import ToMeSD
@@ -27,7 +28,7 @@ class Combined(MethodConfig):
 
     method: Literal["combined"] = "combined"
     version: Literal[1] = 1
-    caching: DeepCache | Schedule
+    caching: Annotated[DeepCache | FORA, Field(discriminator="method")] | Schedule
     tokens: Annotated[SiTo | ToMeSD, Field(discriminator="method")]
 
 

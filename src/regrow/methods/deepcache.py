@@ -6,14 +6,14 @@ last full call. The full calls are evenly spread, or closer together around one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from typing import Literal
 
 from pydantic import Field
 
 from regrow.methods.parts import MethodConfig, Parts, parts_of
-from regrow.schedule import FULL, Schedule, Step
+from regrow.schedule import Spaced
 
 
 class DeepCache(MethodConfig):
@@ -21,7 +21,8 @@ class DeepCache(MethodConfig):
 
     Args:
         interval: N, one call in so many is full (the paper: 2 to 20, 5 in its main table).
-        branch: the skip branch that cached calls compute; 0 is the outermost, the cheapest.
+        branch: the skip branch that cached calls compute; 0 is the outermost, the cheapest. In a
+            transformer, ``branch + 1`` blocks are computed, the first and the last ones.
         center: where full calls are closest together, as a share of the run; None spreads them evenly
             (the paper's non-uniform 1:N uses step 15 of 50, .3).
         power: p >= 1 of the non-uniform schedule; 1 is even (the paper: 1.2 to 1.4).
@@ -36,36 +37,6 @@ class DeepCache(MethodConfig):
     branch: int = Field(0, ge=0)
     center: float | None = Field(None, gt=0, lt=1)
     power: float = Field(1.4, ge=1)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Full calls by DeepCache's rule, whatever the number of calls."""
-
-    config: DeepCache
-    ratio: float = 0.0
-
-    def kinds(self) -> frozenset[Step]:
-        """Full calls, and calls of the branch."""
-        full = {Step(FULL, self.ratio)}
-        return frozenset(full if self.config.interval == 1 else full | {Step(self.depth, self.ratio)})
-
-    @property
-    def depth(self) -> int:
-        """Up-path layers that a call of the branch computes."""
-        return self.config.branch + 1
-
-    def resample(self, calls: int) -> Schedule:
-        """The schedule of a generation."""
-        if calls < 1:
-            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
-        full = full_calls(self.config, calls)
-        depth = tuple(FULL if i in full else self.depth for i in range(calls))
-        return Schedule(depth=depth, ratio=(self.ratio,) * calls, name=f"1:{self.config.interval}")
-
-    def with_ratio(self, ratio: float) -> _Plan:
-        """The same calls, pruned."""
-        return replace(self, ratio=ratio)
 
 
 def full_calls(config: DeepCache, calls: int) -> set[int]:
@@ -90,4 +61,4 @@ def _signed(x: float, power: float) -> float:
 
 @parts_of.register
 def _(config: DeepCache) -> Parts:
-    return Parts(_Plan(config))
+    return Parts(Spaced(config.interval, config.branch + 1, partial(full_calls, config)))

@@ -77,14 +77,17 @@ class CallInfo:
     Args:
         batch: samples in the batch, both halves of guidance counted.
         guided: whether the batch is an unconditional half followed by a conditional half.
-        outputs: the model's last computed outputs ``(B, C, H, W)``, newest last, at most two.
+        outputs: the model's last computed outputs ``(B, C, H, W)`` (for a `TokenSet` as tokens), newest
+            last, at most two.
         generator: the run's seeded generator, on the model's device.
+        conditional_first: in a guided batch the conditional half comes first (DiT).
     """
 
     batch: int
     guided: bool
     outputs: Sequence[Tensor]
     generator: torch.Generator
+    conditional_first: bool = False
 
 
 class TokenRule(Protocol):
@@ -118,17 +121,45 @@ class TokenRule(Protocol):
         """The selection of a layer that prunes ``count`` tokens, from its features ``(B, N, C)``."""
 
 
+class TokenSet(Protocol):
+    """Selects the tokens that a whole call computes; of the others everything is of earlier calls."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the generator of a generation."""
+
+    @property
+    def aligns(self) -> bool:
+        """Whether `CallInfo.guided` is used."""
+
+    @property
+    def full_calls(self) -> int:
+        """Calls that compute all tokens at the beginning of a generation, wherever it begins."""
+
+    def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
+        """The ``(B, count)`` tokens to compute, ascending, and what to remember until the next such call.
+
+        Args:
+            memory: what the last such call remembered; None in the first of a generation.
+            grid: the grid of the image's N tokens.
+            count: how many to compute.
+            call: its outputs are those of the last two calls, as tokens ``(B, N, D)``.
+        """
+
+
 @dataclass(frozen=True)
 class Parts:
     """A system, taken apart.
 
     Args:
         plan: what each call does, for any number of calls.
-        tokens: how tokens are selected where the plan's ratio is above 0; None prunes nothing.
+        tokens: how the tokens of a layer are selected where the plan's ratio is above 0.
+        token_set: how the tokens of a whole call are selected there. With neither, nothing is left out.
     """
 
     plan: Plan
     tokens: TokenRule | None = None
+    token_set: TokenSet | None = None
 
 
 class MethodConfig(BaseModel):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, TokenBlock
+from regrow.models.transformer import FAMILIES, transformer_layout
 from regrow.models.unet import unet_layout
 
-__all__ = ["Layout", "TokenBlock", "UnsupportedModelError", "denoiser_of", "layout_of"]
+__all__ = ["Layout", "TokenBlock", "UnsupportedModelError", "denoiser_of", "layout_of", "module_of"]
 
 # Class names, so that no model family is imported before somebody uses it.
-_LAYOUTS = {"UNet2DConditionModel": unet_layout}
+_LAYOUTS: Mapping[str, Callable[[Any], Layout]] = {
+    "UNet2DConditionModel": unet_layout,
+    **dict.fromkeys(FAMILIES, transformer_layout),
+}
 
 
 def denoiser_of(target: Any) -> nn.Module:
@@ -22,6 +26,17 @@ def denoiser_of(target: Any) -> nn.Module:
 
     Raises:
         UnsupportedModelError: if there is none that regrow knows.
+    """
+    module = module_of(target)
+    layout_of(module)
+    return module
+
+
+def module_of(target: Any) -> nn.Module:
+    """The same of any diffusers pipeline, whether regrow knows its denoiser or not.
+
+    Raises:
+        UnsupportedModelError: if there is none, or it is compiled as a whole.
     """
     candidates: Sequence[Any] = [target]
     if not isinstance(target, nn.Module):
@@ -34,7 +49,6 @@ def denoiser_of(target: Any) -> nn.Module:
                     "whole, so what a call computes can't change from step to step; apply regrow to "
                     "the plain model and compile its blocks: model.compile_repeated_blocks()"
                 )
-            layout_of(module)
             return module
     raise UnsupportedModelError(
         f"model: {type(target).__name__} has no denoiser that is supported; supported are pipelines "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from math import ceil
 
-from torch import nn
+from torch import Tensor, nn
 
+from regrow.schedule import LAYERS
 from regrow.tokens.grid import Grid
 
 
@@ -42,6 +44,9 @@ class Returns(Enum):
     TENSOR = "tensor"
     TUPLE = "tuple"  # (tensor,)
     DOWN = "down"  # tensor, (tensor, ...): a U-Net's down block
+    TOKENS = "tokens"  # tensor (B, N, C), as it takes
+    JOINT = "joint"  # text or None, image: each (B, N, C), as it takes them
+    OWN = "own"  # whatever it returns, it only ever hands on its own
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,51 @@ class Skippable:
 
 @dataclass(frozen=True)
 class Cut:
-    """A call of less than full depth: what it skips, and where the cached feature comes in.
+    """A call that computes less: what it skips, and where cached features come in.
 
     Args:
         skip: names of the modules that do not run.
-        boundary: the one of them that returns the cached feature of the last full call.
+        restore: those of them that hand on what is cached; the others hand on nothing that is read.
+        entry: the first skipped module, if what is cached is what the skipped ones added to its input;
+            None if it is the restoring module's own output.
+        final: what is restored is handed to the denoiser's caller.
     """
 
     skip: frozenset[str]
-    boundary: str
+    restore: frozenset[str]
+    entry: str | None = None
+    final: bool = False
+
+    def key(self, name: str) -> str:
+        """What the cached feature of a restoring module is kept under."""
+        return name if self.entry is None else f"{self.entry} to {name}"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where the image's tokens begin and end, and what is remembered of those that a call leaves out.
+
+    Args:
+        embed: makes the tokens ``(B, N, C)`` from the latent.
+        memory: by name, the modules that give the keys and values of the image's tokens.
+        output: makes the output of the tokens ``(B, N, D)``.
+        patch: latent positions a token spans along one side.
+        noise: of the output's channels, how many are predicted noise; they come first.
+    """
+
+    embed: nn.Module
+    memory: dict[str, nn.Module]
+    output: nn.Module
+    patch: int
+    noise: int
+
+    def grid(self, height: int, width: int) -> Grid:
+        """The grid of tokens of a latent."""
+        return Grid(height // self.patch, width // self.patch)
+
+    def noise_of(self, tokens: Tensor) -> Tensor:
+        """The predicted noise in an output ``(B, N, D)``, which has the channels of a position together."""
+        return tokens.unflatten(2, (self.patch**2, -1))[..., : self.noise].flatten(2)
 
 
 @dataclass(frozen=True)
@@ -79,20 +120,60 @@ class Layout:
     """The table of a denoiser.
 
     Args:
-        blocks: its transformer blocks in the order they run.
+        blocks: the transformer blocks in which tokens can be left out of a layer, in the order they run.
         skippable: the modules that some cut skips, by name.
-        cuts: the cut of each depth from 0 to ``depths - 1``.
+        cuts: the cut of each depth from 0 to ``depths - 1``; that of depth 0 hands on the last output.
+        layers: the cut in which every attention and feed-forward hands on its last output.
+        sample: name of the argument that is denoised.
+        timestep_scale: what pipelines divide the scheduler's timesteps by.
+        conditional_first: of a guided batch, the pipelines put the conditional half first.
+        text: by name, modules whose output depends on the text alone.
+        stream: of a transformer in which a call can compute some of the tokens only.
     """
 
     blocks: tuple[TokenBlock, ...]
     skippable: dict[str, Skippable]
     cuts: tuple[Cut, ...]
+    layers: Cut
+    sample: str = "sample"
+    timestep_scale: float = 1.0
+    conditional_first: bool = False
+    text: Mapping[str, nn.Module] = field(default_factory=dict)
+    stream: Stream | None = None
 
     @property
     def depths(self) -> int:
         return len(self.cuts)
 
+    def cut(self, depth: int) -> Cut | None:
+        """The cut of a depth; None if everything is computed."""
+        if depth == LAYERS:
+            return self.layers
+        return self.cuts[depth] if depth < self.depths else None
+
     @property
     def top_level(self) -> int:
         """The smallest downsampling at which there is a self-attention."""
-        return min(b.downsample for b in self.blocks if b.self_attention is not None)
+        return min((b.downsample for b in self.blocks if b.self_attention is not None), default=1)
+
+
+def own_layers(blocks: Iterable[tuple[str, nn.Module]], layers: Sequence[str]) -> dict[str, Skippable]:
+    """The attentions and feed-forwards of blocks, each of which can hand on its own last output.
+
+    Args:
+        blocks: paths and modules.
+        layers: names of their children; those that a block lacks are left out.
+    """
+    found = {
+        f"{path}.{layer}": getattr(block, layer)
+        for path, block in blocks
+        for layer in layers
+        if getattr(block, layer, None) is not None
+    }
+    return {name: Skippable(name, module, Returns.OWN) for name, module in found.items()}
+
+
+def reuse_all(layers: Iterable[str]) -> Cut:
+    """The cut in which all of these hand on their own last output."""
+    names = frozenset(layers)
+    return Cut(names, names)

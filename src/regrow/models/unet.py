@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from regrow.models.errors import UnsupportedModelError
-from regrow.models.table import Cut, Layout, Returns, Skippable, TokenBlock
+from regrow.models.table import Cut, Layout, Returns, Skippable, TokenBlock, own_layers, reuse_all
 
 KNOWN_BLOCKS = {
     "CrossAttnDownBlock2D",
@@ -73,7 +73,7 @@ def unet_layout(unet: Any) -> Layout:
         up_blocks.append(may_skip(path, block, Returns.TENSOR))
 
     whole = frozenset([*ends, *down_blocks, *middle, *up_blocks])
-    cuts = [Cut(whole, "conv_out")]
+    cuts = [Cut(whole, frozenset({"conv_out"}), final=True)]
     for depth in range(1, len(up_layers)):
         skip = set(middle)
         running = {b for b, _ in down_units[: depth - 1]}
@@ -84,9 +84,11 @@ def unet_layout(unet: Any) -> Layout:
         for b, unit in up_layers[:first]:
             skip.update(unit if b in running else [up_blocks[b]])
         b, unit = up_layers[first - 1]
-        cuts.append(Cut(frozenset(skip), unit[-1] if b in running else up_blocks[b]))
+        cuts.append(Cut(frozenset(skip), frozenset({unit[-1] if b in running else up_blocks[b]})))
 
-    return Layout(_token_blocks(unet), skippable, tuple(cuts))
+    blocks = _token_blocks(unet)
+    layers = own_layers([(b.name, b.block) for b in blocks], ("attn1", "attn2", "ff"))
+    return Layout(blocks, skippable | layers, tuple(cuts), reuse_all(layers))
 
 
 def _layers(path: str, block: Any, may_skip: Any) -> list[list[str]]:

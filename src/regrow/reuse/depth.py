@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a slot is valid for: shape, type and device of the denoiser's input.
-Key = tuple[torch.Size, torch.dtype, torch.device]
+# What a slot is valid for: shape, type and device of the denoiser's input, and the shape of its text.
+Key = tuple[torch.Size, torch.dtype, torch.device, torch.Size | None]
 
 
 @dataclass
@@ -18,19 +18,34 @@ class Slot:
 
     Args:
         key: what the slot is valid for.
-        features: by module name, the output a module had in the last full call.
+        features: by the key of a cut and module, what is handed on instead of computed.
         shapes: by module name, the shapes of what it returned in the last full call.
         outputs: the last computed outputs of the denoiser, newest last, at most two.
         inputs: the denoiser's arguments on the meta device, of the call that opened the slot.
         guided: whether the batch is an unconditional and a conditional half.
+        chosen: what the choice of tokens remembers.
+        text: the text of the last call and its version, which writing to it changes.
+        calls: how many calls the slot has seen.
     """
 
     key: Key
     inputs: tuple[Any, Any]
     guided: bool
-    features: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
+    chosen: Any = None
+    text: tuple[Tensor, int] | None = None
+    calls: int = 0
+
+    def knows(self, text: Tensor | None) -> bool:
+        """Whether the text is that of the last call, the very tensor; remembers it."""
+        if text is None:
+            return False
+        # A tensor made in inference mode does not tell.
+        version = -1 if text.is_inference() else text._version
+        before, self.text = self.text, (text, version)
+        return before is not None and before[0] is text and before[1] == version != -1
 
     def remember(self, output: Tensor) -> None:
         """Keep a copy of a computed output; the caller's tensor stays the caller's."""

@@ -81,6 +81,13 @@ def rows_of(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(-1, channels).index_select(0, flat).view(batch, -1, channels)
 
 
+def write_rows(x: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Write ``rows: (B, n, C)`` over the rows ``index: (B, n)`` of the contiguous ``x: (B, N, C)``."""
+    batch, tokens, channels = x.shape
+    flat = (index + torch.arange(batch, device=index.device)[:, None] * tokens).flatten()
+    x.view(-1, channels).index_copy_(0, flat, rows.reshape(-1, channels))
+
+
 def most_similar(x: Tensor, query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
     """For each query token, the candidate token of highest cosine similarity.
 

@@ -1,0 +1,139 @@
+"""``regrow trace``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from regrow import zoo
+from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.cli.trace_plots import check_matplotlib, draw
+from regrow.measure.machine import machine
+from regrow.measure.trace import Trace, trace
+from regrow.measure.variants import variant
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to look at; fields are the options of the command."""
+
+    methods: tuple[str, ...]
+    model: str
+    prompt: tuple[str, ...]
+    prompts: int | None
+    modules: tuple[str, ...]
+    steps: int
+    seed: int
+    guidance: float | None
+    height: int | None
+    width: int | None
+    device: str | None
+    dtype: str
+    batch: int
+    out: Path
+    plots: bool
+
+
+def run_trace(request: Request, as_json: bool) -> None:
+    """Look, save ``trace.json`` and the plots, and print a table."""
+    variants = [variant(spec.strip(), request.steps) for spec in request.methods]
+    prompts = _prompts(request)
+    if request.plots:
+        # Missing before the pictures are made, not after it.
+        check_matplotlib()
+    console = Console(stderr=True)
+    device = check_device(request.device) if request.device else best_device()
+    with console.status(f"loading {request.model}"):
+        pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype))
+    guidance = zoo.GUIDANCE.get(request.model) if request.guidance is None else request.guidance
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        tasks = {one.name: progress.add_task(one.name, total=1.0) for one in variants}
+        found = trace(
+            pipeline,
+            variants,
+            prompts,
+            modules=request.modules,
+            guidance=guidance,
+            seed=request.seed,
+            height=request.height,
+            width=request.width,
+            batch=request.batch,
+            on_step=lambda name, done: progress.update(tasks[name], completed=done),
+        )
+    request.out.mkdir(parents=True, exist_ok=True)
+    if request.plots:
+        with console.status("drawing"):
+            files = draw(found, prompts, request.out)
+    else:
+        files = []
+    result: dict[str, Any] = {
+        "what": "inside generations",
+        "model": request.model,
+        "prompts": list(prompts),
+        "seed": request.seed,
+        "steps": request.steps,
+        "guidance": guidance,
+        "dtype": request.dtype,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "machine": machine(device),
+        **found.to_dict(),
+    }
+    text = json.dumps(result)
+    file = request.out / "trace.json"
+    file.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        print(text)
+        return
+    print_trace(found)
+    for written in (file, *files):
+        print(written)
+
+
+def _prompts(request: Request) -> tuple[str, ...]:
+    """The prompts given, or so many of the model's own, again from the first if there are fewer."""
+    if request.prompt and request.prompts is not None:
+        raise ValueError("--prompt, --prompts: only one of them is allowed")
+    if request.prompt:
+        return request.prompt
+    if request.model not in zoo.MODELS:
+        raise ValueError(f"prompts: {request.model} has no prompts of its own; give --prompt")
+    return tuple(
+        islice(cycle(zoo.captions(request.model)), 1 if request.prompts is None else request.prompts)
+    )
+
+
+def print_trace(found: Trace) -> None:
+    """The table of a trace: where each method ends, and where it expected something else on the way."""
+    table = Table(caption=f"mean absolute error to {found.baseline}; computed: tokens at the finest level")
+    table.add_column("method", no_wrap=True)
+    for name in ("x_t at the end", "x_0 at worst", "at timestep", "computed"):
+        table.add_column(name, justify="right")
+    for one in found.variants:
+        d = one.deviation
+        worst = max(zip(d.x0 or (), d.timestep, strict=False), default=None)
+        share = None if one.computed is None else float(one.computed[min(one.computed)].mean())
+        table.add_row(
+            one.name,
+            f"{d.x[-1]:.4f}",
+            "-" if worst is None else f"{worst[0]:.4f}",
+            "-" if worst is None else f"{worst[1]:.0f}",
+            "all" if share is None else f"{share:.1%}",
+        )
+    console = Console()
+    console.print(table)
+    if found.x0_unknown is not None:
+        console.print(f"no predicted x_0: {found.x0_unknown}", markup=False, soft_wrap=True)

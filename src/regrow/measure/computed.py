@@ -1,0 +1,88 @@
+"""How often each token was computed: SiTo's figure 4, for methods that cache as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from regrow.models import Layout
+from regrow.models.table import Stream
+from regrow.run import Observation
+from regrow.schedule import LAYERS
+
+
+class ComputedCounter:
+    """Counts, as an observer of a run, the calls and blocks in which each token was computed.
+
+    A transformer block computes a token where it runs and its pruned layers keep the token. A block that a
+    cached call leaves out computes none. Blocks of one level, which have one grid of tokens, are counted
+    together.
+
+    Args:
+        layout: the table of the denoiser.
+
+    Raises:
+        ValueError: when called, if the batch or the picture is of another size than before.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._counts: dict[int, Tensor] = {}
+        self._calls = 0
+
+    def __call__(self, seen: Observation) -> None:
+        args, kwargs = seen.record.inputs
+        sample: Tensor = args[0] if args else kwargs[self._layout.sample]
+        self._calls += 1
+        if self._layout.stream is not None:
+            self._count_stream(seen, sample, self._layout.stream)
+        if not self._layout.blocks:
+            return
+        batch, _, height, width = sample.shape
+        for block in self._layout.blocks:
+            grid = block.grid(height, width, patch=1)
+            shape = (batch, grid.height, grid.width)
+            count = self._counts.setdefault(block.downsample, torch.zeros(shape, dtype=torch.long))
+            if count.shape != shape:
+                raise ValueError(
+                    "the calls counted together must be of one batch size and one picture size"
+                )
+            if block.name in seen.blocks:
+                selection = seen.blocks[block.name]
+                if selection is None:
+                    count += 1
+                else:
+                    kept = selection.kept.cpu()
+                    count.view(batch, -1).scatter_add_(1, kept, torch.ones_like(kept))
+
+    def _count_stream(self, seen: Observation, sample: Tensor, stream: Stream) -> None:
+        """Blocks in which the tokens of a transformer were computed."""
+        grid = stream.grid(*sample.shape[-2:])
+        shape = (len(sample), grid.height, grid.width)
+        count = self._counts.setdefault(stream.patch, torch.zeros(shape, dtype=torch.long))
+        if count.shape != shape:
+            raise ValueError("the calls counted together must be of one batch size and one picture size")
+        depth = seen.record.depth
+        blocks = 0 if depth == LAYERS else min(depth, self._layout.depths)
+        if seen.tokens is None:
+            count += blocks
+        else:
+            kept = seen.tokens.cpu()
+            count.view(len(sample), -1).scatter_add_(1, kept, torch.full_like(kept, blocks))
+
+    def counts(self) -> Mapping[int, Tensor]:
+        """By level, as latent positions a token spans along one side: counts ``(B, h, w)``."""
+        return self._counts
+
+    def possible(self, level: int) -> int:
+        """The highest count possible at a level: calls times blocks."""
+        stream = self._layout.stream
+        if stream is not None and level == stream.patch:
+            return self._calls * self._layout.depths
+        return self._calls * sum(b.downsample == level for b in self._layout.blocks)
+
+    def shares(self) -> dict[int, Tensor]:
+        """By level, the share of calls and blocks in which each token was computed ``(B, h, w)``."""
+        return {level: count / self.possible(level) for level, count in self._counts.items()}

@@ -1,0 +1,49 @@
+"""Files that are whole or not there, and tensors that are computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is whole or not there."""
+    unfinished = file.with_name(f"{file.name}.partial")
+    write(unfinished)
+    os.replace(unfinished, file)
+
+
+def kept(file: Path, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file if it was written under this key; else they are computed and written.
+
+    Args:
+        file: a ``.safetensors``.
+        key: all that the tensors depend on.
+        compute: makes them.
+    """
+    if file.exists():
+        with safe_open(file, "pt") as opened:
+            if opened.metadata() == {"key": key}:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, partial(save_file, tensors, metadata={"key": key}))
+    return tensors
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A short fingerprint of the tensors' bytes and shapes."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]

@@ -1,0 +1,106 @@
+"""Features of true pictures, from a folder or from a file kept of an earlier run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from regrow.measure.extractors import Extractor
+from regrow.measure.images import to_tensor
+from regrow.measure.keep import write_whole
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMAT = "regrow-reference"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of the data that generated pictures are compared with.
+
+    Args:
+        name: for the caption of tables.
+        pooled: ``(N, C)``.
+        spatial: ``(N, S)``.
+    """
+
+    name: str
+    pooled: Tensor
+    spatial: Tensor
+
+    def save(self, file: Path, extractor: Extractor) -> None:
+        """Keep them in a ``.safetensors``, with the extractor they are of."""
+        tensors = {"pooled": self.pooled, "spatial": self.spatial}
+        metadata = {"format": _FORMAT, "version": "1", "features": extractor.name, "name": self.name}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, partial(save_file, tensors, metadata=metadata))
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder and the folders in it, sorted.
+
+    Raises:
+        ValueError: if there are fewer than four: precision and recall look at three neighbours.
+        OSError: if the folder can't be read.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"reference: {folder} is neither a folder nor a .safetensors")
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS)
+    if len(files) < 4:
+        raise ValueError(f"reference: {folder} holds {len(files)} pictures, it must be >= 4")
+    return files
+
+
+def of_pictures(
+    name: str, files: list[Path], extractor: Extractor, on_picture: Callable[[], None] = lambda: None
+) -> Reference:
+    """The features of pictures, whatever their sizes.
+
+    Args:
+        name: of the data.
+        files: the pictures.
+        extractor: sees one picture at a time.
+        on_picture: called after each.
+
+    Raises:
+        OSError: if one is no picture.
+    """
+    pooled, spatial = [], []
+    for file in files:
+        with Image.open(file) as picture:
+            features = extractor(to_tensor(picture)[None].float() / 255)
+        pooled.append(features.pooled)
+        spatial.append(features.spatial)
+        on_picture()
+    return Reference(name, torch.cat(pooled), torch.cat(spatial))
+
+
+def load(file: Path, extractor: Extractor) -> Reference:
+    """Features that `Reference.save` kept.
+
+    Raises:
+        ValueError: if the file is no such file, or of another extractor.
+        OSError: if it can't be read.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"reference: {file} is not there")
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("format") != _FORMAT or metadata.get("version") != "1":
+                raise ValueError(f"reference: {file} was not written by --save-reference")
+            if metadata["features"] != extractor.name:
+                raise ValueError(
+                    f"reference: {file} holds features of {metadata['features']!r}, "
+                    f"it must be those of {extractor.name!r}"
+                )
+            return Reference(metadata["name"], opened.get_tensor("pooled"), opened.get_tensor("spatial"))
+    except SafetensorError as error:
+        raise ValueError(f"reference: {file} is no safetensors file ({error})") from error

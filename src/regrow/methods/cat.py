@@ -1,0 +1,221 @@
+"""CAT Pruning: cluster-aware token pruning for diffusion transformers (arXiv 2502.00433).
+
+After ``t0`` full calls each call computes a share of the image's tokens only, through all blocks; the
+others' keys and values, and their predicted noise, are those of the last call that computed them. Chosen
+are tokens whose predicted noise moved most since the reference call, in the clusters where it moved most,
+and those that were not computed for longest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
+from regrow.schedule import FULL, Schedule, Step
+from regrow.tokens.cluster import (
+    k_means,
+    neighbours,
+    pool_clusters,
+    pool_graph,
+    positions,
+    rank_within,
+)
+from regrow.tokens.grid import Grid
+
+
+class TokenChoice(str, Enum):
+    """Which tokens a call computes."""
+
+    CLUSTERS = "clusters"
+    """The paper's: by relative noise in clusters, filled up with the stalest."""
+    NOISE = "noise"
+    """Ablation: the largest relative noise alone."""
+    ROWS = "rows"
+    """Ablation: rows of tokens in turn."""
+
+
+class CATPruning(MethodConfig):
+    """CAT Pruning's configuration; defaults are the paper's, or the released code's where it is silent.
+
+    Args:
+        alpha: share of the image's tokens that a call computes (the paper: 0.3).
+        t0: full calls at the beginning of a generation, at least 2 (the paper: 8).
+        choice: which tokens are computed.
+        clusters: number of clusters n (the paper: 20).
+        decay: a of the staleness ``f_n = a f_(n-1) + I_n`` (the code: 0.5).
+        cluster_share: share of the computed tokens that the clusters give; the others are the stalest
+            (the code: 0.25).
+        balance: share of a cluster's tokens that are its stalest instead of its most moved (the code: 0.5).
+        noise_scale: weight of the noise beside the position in the clusters' features (the code: 0.05).
+        absolute_noise: make the clusters of the noise itself (the code), not of the relative noise.
+        alignment: whose tokens both halves of a guided batch compute (the code: the conditional half's).
+        seed: of the run's generator, which draws where k-means begins.
+
+    Raises:
+        pydantic.ValidationError: naming the field, the value and what is allowed.
+    """
+
+    method: Literal["cat"] = "cat"
+    version: Literal[1] = 1
+    alpha: float = Field(0.3, gt=0, le=1)
+    t0: int = Field(8, ge=2)
+    choice: TokenChoice = TokenChoice.CLUSTERS
+    clusters: int = Field(20, ge=1)
+    decay: float = Field(0.5, ge=0, lt=1)
+    cluster_share: float = Field(0.25, ge=0, le=1)
+    balance: float = Field(0.5, ge=0, le=1)
+    noise_scale: float = Field(0.05, ge=0)
+    absolute_noise: bool = False
+    alignment: Alignment = Alignment.CONDITIONAL
+    seed: int = 0
+
+
+CATPruning.PRESETS = {"paper": CATPruning}
+
+
+@dataclass
+class Memory:
+    """What CAT Pruning remembers of a generation.
+
+    Args:
+        reference: ``n_t0``, the output one call before the last full one: ``(B, N, D)``.
+        labels: cluster of each token ``(B, N)``.
+        touching: which clusters are neighbours ``(B, n, n)``.
+        staleness: ``f_n`` of each token ``(B, N)``; small is stale.
+        calls: calls that left tokens out so far.
+    """
+
+    reference: Tensor
+    labels: Tensor
+    touching: Tensor
+    staleness: Tensor
+    calls: int = 0
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """CAT Pruning's choice of tokens."""
+
+    config: CATPruning
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def aligns(self) -> bool:
+        return self.config.alignment is not Alignment.OFF
+
+    @property
+    def full_calls(self) -> int:
+        return self.config.t0
+
+    def select(
+        self, memory: Memory | None, grid: Grid, count: int, call: CallInfo
+    ) -> tuple[Tensor, Memory]:
+        """The tokens to compute ``(B, count)``, ascending, and what to remember."""
+        c = self.config
+        halves = call.guided and c.alignment is not Alignment.OFF
+        before, now = (one_half(n, c.alignment, call) if halves else n for n in call.outputs)
+        if memory is None:
+            memory = self._begin(before, now, grid, call.generator)
+        moved = (now - memory.reference).norm(dim=2)
+        if c.choice is TokenChoice.ROWS:
+            first = memory.calls * count
+            every = (torch.arange(count, device=now.device) + first) % grid.tokens
+            chosen = every.repeat(len(now), 1)
+        elif c.choice is TokenChoice.NOISE:
+            chosen = moved.topk(count, dim=1).indices
+        else:
+            chosen = self._of_clusters(memory, now, moved, count)
+        memory.staleness.mul_(c.decay).scatter_add_(1, chosen, torch.ones_like(moved))
+        memory.calls += 1
+        return chosen.sort(1).values.repeat(2 if halves else 1, 1), memory
+
+    def _begin(self, before: Tensor, now: Tensor, grid: Grid, generator: torch.Generator) -> Memory:
+        """Clusters are made once, of the noise with its position; the reference is the call before."""
+        c = self.config
+        clusters = min(c.clusters, grid.tokens)
+        noise = now if c.absolute_noise else now - before
+        features = noise * c.noise_scale + positions(grid, now.shape[2], now.device)
+        labels = k_means(features, clusters, generator)
+        staleness = torch.zeros(now.shape[:2], device=now.device, dtype=now.dtype)
+        return Memory(before, labels, neighbours(labels, grid, clusters).to(now.dtype), staleness)
+
+    def _of_clusters(self, memory: Memory, now: Tensor, moved: Tensor, count: int) -> Tensor:
+        """Tokens of the clusters that moved most, then the stalest of the others: ``(B, count)``."""
+        c, labels = self.config, memory.labels
+        clusters = memory.touching.shape[1]
+        pooled = pool_clusters(now - memory.reference, labels, clusters)
+        value = pool_graph(pooled, memory.touching).norm(dim=2)
+        place = torch.empty_like(value, dtype=torch.long)
+        order = value.argsort(stable=True, dim=1, descending=True)
+        place.scatter_(1, order, torch.arange(clusters, device=now.device).expand_as(order))
+        rank = self._rank(moved, memory.staleness, labels)
+        of_clusters = int(count * c.cluster_share)
+        # A fifth of the share to a cluster, and three and two times as much to the first two.
+        cluster = place.gather(1, labels)
+        quota = max(of_clusters // 5, 1) * (3 - cluster).clamp_min(1)
+        tokens = now.shape[1]
+        key = cluster * tokens + rank + torch.where(rank < quota, 0, clusters * tokens)
+        first = key.topk(of_clusters, dim=1, largest=False).indices
+        stale = memory.staleness.scatter(1, first, torch.inf)
+        # Of equally stale tokens those that moved most come first.
+        by_moved = moved.argsort(stable=True, dim=1, descending=True)
+        rest = stale.gather(1, by_moved).argsort(stable=True, dim=1)[:, : count - of_clusters]
+        return torch.cat([first, by_moved.gather(1, rest)], 1)
+
+    def _rank(self, moved: Tensor, staleness: Tensor, labels: Tensor) -> Tensor:
+        """Place of each token in its cluster: by movement and by staleness in turn, by their shares."""
+        by_moved, by_stale = rank_within(moved, labels), rank_within(-staleness, labels)
+        balance = self.config.balance
+        if balance == 0:
+            return by_moved
+        if balance == 1:
+            return by_stale
+        turn = torch.minimum(by_moved / (1 - balance), (by_stale + 0.5) / balance)
+        return rank_within(-turn, labels)
+
+
+def one_half(noise: Tensor, alignment: Alignment, call: CallInfo) -> Tensor:
+    """Of a guided batch ``(2 B, N, D)`` the half, or the mean of both, that decides for both."""
+    unconditional, conditional = noise.chunk(2)
+    if call.conditional_first:
+        unconditional, conditional = conditional, unconditional
+    if alignment is Alignment.MEAN:
+        return (unconditional + conditional) / 2
+    return conditional if alignment is Alignment.CONDITIONAL else unconditional
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Full calls, then calls of some tokens."""
+
+    t0: int
+    ratio: float
+
+    def kinds(self) -> frozenset[Step]:
+        """Full calls and those that leave tokens out."""
+        return frozenset({Step(FULL, 0.0), Step(FULL, self.ratio)})
+
+    def resample(self, calls: int) -> Schedule:
+        """The schedule of a generation."""
+        if calls < 1:
+            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
+        ratio = tuple(0.0 if i < self.t0 else self.ratio for i in range(calls))
+        return Schedule(depth=(FULL,) * calls, ratio=ratio, name=f"from {self.t0}")
+
+    def with_ratio(self, ratio: float) -> _Plan:
+        """The same calls with another share left out."""
+        return _Plan(self.t0, ratio)
+
+
+@parts_of.register
+def _(config: CATPruning) -> Parts:
+    return Parts(_Plan(config.t0, 1 - config.alpha), token_set=_Rule(config))

@@ -1,0 +1,34 @@
+"""FORA: fast-forward caching in diffusion transformers (arXiv 2407.01425).
+
+Every N-th call is full; in the others each block hands on the outputs that its attention and its
+feed-forward had in the last full call. What is cheap (modulation, norms, the residual stream) is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from regrow.methods.parts import MethodConfig, Parts, parts_of
+from regrow.schedule import LAYERS, Spaced
+
+
+class FORA(MethodConfig):
+    """FORA's configuration.
+
+    Args:
+        interval: N, one call in so many is full (the paper: 2 to 7, 3 in its main table).
+
+    Raises:
+        pydantic.ValidationError: naming the field, the value and what is allowed.
+    """
+
+    method: Literal["fora"] = "fora"
+    version: Literal[1] = 1
+    interval: int = Field(3, ge=1)
+
+
+@parts_of.register
+def _(config: FORA) -> Parts:
+    return Parts(Spaced(config.interval, LAYERS))

@@ -1,0 +1,129 @@
+"""Diffusion transformers: DiT, PixArt-alpha and -Sigma, Stable Diffusion 3 and 3.5, Flux.
+
+A family is a row of a table. Depth counts blocks: a call of depth ``d`` runs the first ``ceil(d / 2)`` and
+the last ``floor(d / 2)`` of them, and adds what those between added in the last full call (block caching;
+U-Nets have skip connections for it, a transformer has its residual stream).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from regrow.models.table import Cut, Layout, Returns, Skippable, Stream, own_layers
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the places are in a family of transformers.
+
+    Args:
+        stacks: for each list of blocks its path, the names of their attentions and feed-forwards, and the
+            form of what a block returns.
+        output: path of the module that makes the output of the tokens.
+        timestep_scale: what the pipelines divide the scheduler's timesteps by.
+        self_attentions: names of the blocks' attentions whose keys and values are of the image's tokens;
+            none where a call can't compute some of the tokens only.
+        conditional_first: of a guided batch, the pipeline puts the conditional half first.
+        text: paths of the modules that project the text.
+        cross_attentions: names of the blocks' attentions whose keys and values are of the text alone.
+    """
+
+    stacks: tuple[tuple[str, tuple[str, ...], Returns], ...]
+    output: str
+    self_attentions: tuple[str, ...] = ()
+    conditional_first: bool = False
+    text: tuple[str, ...] = ()
+    cross_attentions: tuple[str, ...] = ()
+    timestep_scale: float = 1.0
+
+
+_BASIC = ("transformer_blocks", ("attn1", "attn2", "ff"), Returns.TOKENS)
+_JOINT = ("transformer_blocks", ("attn", "attn2", "ff", "ff_context"), Returns.JOINT)
+# Of a single block's layers, proj_out alone is read by others.
+_SINGLE = ("single_transformer_blocks", ("attn", "proj_mlp", "act_mlp", "proj_out"), Returns.JOINT)
+_ENDS = {"single_transformer_blocks": ("proj_out",)}
+
+FAMILIES = {
+    "DiTTransformer2DModel": Family(
+        (_BASIC,), "proj_out_2", self_attentions=("attn1",), conditional_first=True
+    ),
+    "PixArtTransformer2DModel": Family(
+        (_BASIC,),
+        "proj_out",
+        self_attentions=("attn1",),
+        text=("caption_projection",),
+        cross_attentions=("attn2",),
+    ),
+    "SD3Transformer2DModel": Family(
+        (_JOINT,), "proj_out", self_attentions=("attn", "attn2"), text=("context_embedder",)
+    ),
+    "FluxTransformer2DModel": Family(
+        (_JOINT, _SINGLE), "proj_out", timestep_scale=1000.0, text=("context_embedder",)
+    ),
+}
+"""The families by class name, so that none is imported before somebody uses it."""
+
+
+def transformer_layout(transformer: Any) -> Layout:
+    """The table of a transformer of one of the families."""
+    family = FAMILIES[_family_name(transformer)]
+    blocks: dict[str, Skippable] = {}
+    layers: dict[str, Skippable] = {}
+    restored: set[str] = set()
+    for path, names, returns in family.stacks:
+        stack = {f"{path}.{i}": block for i, block in enumerate(getattr(transformer, path))}
+        blocks |= {name: Skippable(name, block, returns) for name, block in stack.items()}
+        layers |= own_layers(stack.items(), names)
+        restored |= set(own_layers(stack.items(), _ENDS.get(path, names)))
+    output = Skippable(family.output, getattr(transformer, family.output), Returns.TENSOR)
+    order = list(blocks)
+    cuts = [Cut(frozenset((*order, output.name)), frozenset({output.name}), final=True)]
+    for depth in range(1, len(order)):
+        first, last = (depth + 1) // 2, len(order) - depth // 2
+        between = order[first:last]
+        cuts.append(Cut(frozenset(between), frozenset(between[-1:]), between[0]))
+    return Layout(
+        blocks=(),
+        skippable=blocks | layers | {output.name: output},
+        cuts=tuple(cuts),
+        layers=Cut(frozenset(layers), frozenset(restored)),
+        sample="hidden_states",
+        timestep_scale=family.timestep_scale,
+        conditional_first=family.conditional_first,
+        text=_text(transformer, family, blocks),
+        stream=_stream(transformer, family, blocks, output.module) if family.self_attentions else None,
+    )
+
+
+def _text(transformer: Any, family: Family, blocks: dict[str, Skippable]) -> dict[str, nn.Module]:
+    """The modules whose output depends on the text alone."""
+    own = {name: getattr(transformer, name) for name in family.text}
+    found = {name: module for name, module in own.items() if module is not None}
+    return found | _keys_and_values(blocks, family.cross_attentions)
+
+
+def _keys_and_values(blocks: dict[str, Skippable], attentions: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that give keys and values in these attentions of all blocks."""
+    layers = own_layers([(name, place.module) for name, place in blocks.items()], attentions)
+    places = own_layers([(name, place.module) for name, place in layers.items()], ("to_k", "to_v"))
+    return {name: place.module for name, place in places.items()}
+
+
+def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable], output: nn.Module) -> Stream:
+    """The tokens' way through the blocks."""
+    config = transformer.config
+    return Stream(
+        embed=transformer.pos_embed,
+        memory=_keys_and_values(blocks, family.self_attentions),
+        output=output,
+        patch=config.patch_size,
+        noise=config.in_channels,
+    )
+
+
+def _family_name(transformer: Any) -> str:
+    return next(base.__name__ for base in type(transformer).__mro__ if base.__name__ in FAMILIES)

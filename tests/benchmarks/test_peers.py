@@ -1,0 +1,291 @@
+"""Every public accelerator on small real pipelines: what it does there, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peers_table
+import pipelines
+import pytest
+import torch
+import transformer_pipelines
+from peers import PEERS, Peer, peer
+from torch import Tensor, nn
+
+from regrow.cli.bench import print_rows
+from regrow.measure.bench import BenchRow, bench
+from regrow.measure.evaluate import Pictures, Setting
+from regrow.measure.sampling import make, prompt_arguments
+from regrow.measure.variants import variant
+from regrow.models import module_of
+
+# cache-dit computes the first eight steps in full.
+STEPS = 10
+MODELS: dict[str, Callable[[], Any]] = {"sd": pipelines.sd, **transformer_pipelines.KINDS}
+SIZE = {"height": 32, "width": 32}
+NO_CONTEXT = "ValueError: No cache context is set"
+NO_UNET = "has no attribute 'unet'"
+ACCELERATES, NOTHING = "accelerates", "changes nothing"
+# Thresholds are above what two steps of random weights differ by.
+WORKING = {
+    "sd": ("tomesd", "DeepCache", "pab"),
+    "sd3": ("cache-dit:9", "pab", "magcache"),
+    "pixart": ("cache-dit:9", "pab", "fastercache", "magcache"),
+    "dit": ("cache-dit:9", "pab", "magcache"),
+    "flux": ("cache-dit:9", "pab", "fastercache", "firstblock:9", "taylorseer", "magcache"),
+}
+OTHERS = {
+    "sd": {
+        "cache-dit": "not officially supported",
+        "fastercache": "RuntimeError: chunk expects at least a 1-dimensional tensor",
+        "firstblock": "IndexError: pop from empty list",
+        "taylorseer": NOTHING,
+        "magcache": NOTHING,
+    },
+    "sd3": {
+        "tomesd": "IndexError",
+        "DeepCache": NO_UNET,
+        "fastercache": "RuntimeError: The size of tensor",
+        "firstblock": NO_CONTEXT,
+        "taylorseer": NO_CONTEXT,
+    },
+    "pixart": {
+        "tomesd": "'ToMeBlock' object has no attribute 'norm3'",
+        "DeepCache": NO_UNET,
+        "firstblock": NO_CONTEXT,
+        "taylorseer": NOTHING,
+    },
+    "dit": {
+        "tomesd": NOTHING,
+        "DeepCache": NO_UNET,
+        "fastercache": "RuntimeError: The size of tensor",
+        "firstblock": NO_CONTEXT,
+        "taylorseer": NOTHING,
+    },
+    "flux": {"tomesd": "IndexError", "DeepCache": NO_UNET},
+}
+
+
+def options(name: str) -> dict[str, Any]:
+    return {} if name == "dit" else SIZE
+
+
+def prompts(name: str) -> list[str]:
+    return ["1", "2"] if name == "dit" else ["a penguin", "a pizza"]
+
+
+def pictures(name: str, pipe: Any) -> Tensor:
+    images = pipe(
+        **prompt_arguments(pipe, prompts(name)),
+        num_inference_steps=STEPS,
+        generator=[torch.Generator().manual_seed(i) for i in range(2)],
+        output_type="np",
+        **options(name),
+    ).images
+    return torch.from_numpy(images)
+
+
+def outcome(row: BenchRow) -> str:
+    """What a row says of a peer, in one of the words of the tables above, or its error."""
+    return row.error or (NOTHING if row.changes_nothing else ACCELERATES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_does_what_it_does_there_and_the_table_says_so(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = MODELS[name]()
+    expected = dict.fromkeys(WORKING[name], ACCELERATES) | OTHERS[name]
+    assert {spec.partition(":")[0] for spec in expected} == set(PEERS)
+    variants = [variant(f"steps:{STEPS}", STEPS), *(peer(spec, STEPS) for spec in expected)]
+    plain, *rows = bench(pipe, variants, prompts(name), rounds=1, **options(name))
+    assert (plain.error, plain.changes_nothing) == (None, None)
+    assert plain.macs
+    assert [(c.depth, c.count) for c in plain.calls] == [("full", STEPS)]
+    for row in rows:
+        assert expected[row.name] in outcome(row), row.name
+        if row.error is None:
+            assert row.macs is row.macs_ratio is row.efficiency is None
+            assert [(c.depth, c.ratio, c.count) for c in row.calls] == [(None, None, STEPS)]
+    print_rows([plain, *rows], plain.name)
+    shown = capsys.readouterr().out
+    for row in rows:
+        assert row.error is None or f"{row.name}: {row.error}" in shown
+        assert (f"{row.name} (changes nothing)" in shown) == bool(row.changes_nothing)
+
+
+class StopError(Exception):
+    pass
+
+
+def state(module: nn.Module) -> list[Any]:
+    """Everything a peer could leave on modules and their classes."""
+    return [
+        (
+            name,
+            type(part),
+            list(vars(part)),
+            vars(part).get("forward"),
+            list(part._modules),
+            list(part._forward_pre_hooks),
+            list(part._forward_hooks),
+            dict(vars(type(part))),
+        )
+        for name, part in module.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_begins_anew_and_leaves_nothing_even_if_stopped(name: str) -> None:
+    pipe = MODELS[name]()
+    plain = pictures(name, pipe)
+    before, of_class = state(module_of(pipe)), dict(vars(type(pipe)))
+
+    def check(spec: str) -> None:
+        assert state(module_of(pipe)) == before, spec
+        assert dict(vars(type(pipe))) == of_class, spec
+
+    for spec in WORKING[name]:
+        one = peer(spec, STEPS)
+        calls = 0
+
+        def stop(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == STEPS - 1:
+                raise StopError
+
+        with one.applied(pipe):
+            first = pictures(name, pipe)
+        check(spec)
+        assert not torch.equal(first, plain), spec
+        with pytest.raises(StopError), one.applied(pipe):  # noqa: PT012
+            hook = module_of(pipe).register_forward_pre_hook(stop)
+            try:
+                pictures(name, pipe)
+            finally:
+                hook.remove()
+        check(spec)
+        torch.rand(1)
+        with one.applied(pipe):
+            assert torch.equal(pictures(name, pipe), first), spec
+        check(spec)
+    assert torch.equal(pictures(name, pipe), plain)
+    for spec, reason in OTHERS[name].items():
+        if reason != NOTHING:
+            with pytest.raises(Exception), peer(spec, STEPS).applied(pipe):  # noqa: B017, PT011
+                pictures(name, pipe)
+            check(spec)
+    assert torch.equal(pictures(name, pipe), plain)
+
+
+def test_the_timestep_is_the_pipelines_own_from_its_first_generation_on() -> None:
+    fresh, used = MODELS["flux"](), MODELS["flux"]()
+    pictures("flux", used)
+    one = peer("fastercache", STEPS)
+    with one.applied(fresh), one.applied(used):
+        assert torch.equal(pictures("flux", fresh), pictures("flux", used))
+
+
+def test_a_hook_of_the_users_own_stays() -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Doubled(ModelHook):
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            return (output[0] * 2,)
+
+    pipe = pipelines.sd()
+    HookRegistry.check_if_exists_or_initialize(pipe.unet).register_hook(Doubled(), "doubled")
+    attention = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    registry = HookRegistry.check_if_exists_or_initialize(attention)
+    doubled = pictures("sd", pipe)
+    with peer("pab", STEPS).applied(pipe):
+        assert len(registry.hooks) == 1
+        pictures("sd", pipe)
+    assert not registry.hooks
+    assert torch.equal(pictures("sd", pipe), doubled)
+    forward = pipe.unet.forward
+    with peer("DeepCache", STEPS).applied(pipe):
+        assert pipe.unet.forward is not forward
+        pictures("sd", pipe)
+    assert pipe.unet.forward is forward
+    assert torch.equal(pictures("sd", pipe), doubled)
+    assert not torch.equal(doubled, pictures("sd", pipelines.sd()))
+
+
+@pytest.mark.parametrize(
+    ("spec", "number"), [("tomesd", 0.5), ("DeepCache:5", 5), ("cache-dit:0.2", 0.2), ("pab:3", 3)]
+)
+def test_a_peer_is_found_by_its_name(spec: str, number: float) -> None:
+    name = spec.partition(":")[0]
+    assert peer(spec, 20) == Peer(spec, number, 20, PEERS[name])
+    assert peer(spec, 20).settings()[PEERS[name].number] == number
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("toca:3", "peers: 'toca:3' is not known; before the colon comes one of tomesd, DeepCache"),
+        ("DeepCache:2.5", "cache_interval, a whole number >= 1"),
+        ("DeepCache:0", "cache_interval, a whole number >= 1"),
+        ("tomesd:", "ratio, a number > 0"),
+        ("tomesd:-1", "ratio, a number > 0"),
+    ],
+)
+def test_wrong_names_are_refused_with_what_is_allowed(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        peer(spec, 20)
+
+
+@pytest.mark.parametrize("spec", ["tomesd", "DeepCache", "cache-dit"])
+def test_a_missing_package_is_named(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, spec.replace("-", "_"), None)
+    with (
+        pytest.raises(ImportError, match=rf"{spec} is not installed: pip install 'regrow\[peers\]'"),
+        peer(spec, 20).applied(pipelines.sd()),
+    ):
+        pass
+
+
+def test_an_evaluation_makes_a_peers_pictures_however_often_it_begins(tmp_path: Path) -> None:
+    # FasterCache keeps what it cached for the next generation there.
+    setting = Setting("tiny", ("a penguin", "a pizza", "a penguin"), height=32, width=32, shard=2)
+    one, pipe = peer("fastercache", STEPS), MODELS["pixart"]()
+    made = Pictures(tmp_path, setting)
+    made.make(pipe, one)
+    whole = list(made.of(one))
+    assert [len(shard) for shard in whole] == [2, 1]
+    for file in tmp_path.glob("*/000001.safetensors"):
+        file.unlink()
+    made.make(MODELS["pixart"](), one)
+    assert all(torch.equal(a, b) for a, b in zip(whole, made.of(one), strict=True))
+    with pytest.raises(ValueError, match="holds pictures of another fastercache"):
+        made.missing(Peer("fastercache", 3, STEPS, PEERS["fastercache"]))
+
+
+def test_a_pipeline_of_classes_takes_their_numbers_only() -> None:
+    with pytest.raises(ValueError, match="prompt: 'a penguin' is not allowed, it must be the number of a"):
+        make(MODELS["dit"](), ["1", "a penguin"], steps=STEPS)
+
+
+def test_the_script_writes_what_it_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "peers.json"
+    words = "--model emoji --methods steps:2,dato:b1 --peers DeepCache:2,firstblock --steps 2 --rounds 1"
+    monkeypatch.setattr("sys.argv", ["peers_table", *words.split(), "--device", "cpu", "--json", str(out)])
+    monkeypatch.setenv("CACHE_DIT_LOG_LEVEL", "error")
+    peers_table.main()
+    printed, written = capsys.readouterr().out, json.loads(out.read_text())
+    assert [row["name"] for row in written["rows"]] == ["steps:2", "dato:b1", "DeepCache:2", "firstblock"]
+    assert "firstblock: IndexError: pop from empty list" in printed
+    assert written["rows"][2]["speedup"] > 1
+    assert {"tomesd", "DeepCache", "cache-dit", "diffusers"} <= set(written["machine"]["versions"])
+    monkeypatch.setattr("sys.argv", ["peers_table", "--arch", "sd15", "--peers", "toca"])
+    with pytest.raises(SystemExit, match="2"):
+        peers_table.main()
+    assert "peers_table: peers: 'toca' is not known" in capsys.readouterr().err

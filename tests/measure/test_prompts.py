@@ -1,0 +1,110 @@
+"""Prompt sets in their public formats, from files and from the hub's cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from regrow.measure.prompts import PromptSet, fetch, named, read_prompts
+
+
+def test_prompt_files_of_the_public_formats_are_read(tmp_path: Path) -> None:
+    files = {
+        "own.txt": "a cat\n\n a dog \n",
+        "parti.tsv": "Prompt\tCategory\na cat\tAnimals\na dog\tAnimals\n",
+        "drawbench.csv": 'Prompts,Category\na cat,x\n"a dog",x\n',
+        "list.json": '["a cat", "a dog"]',
+        "coco.json": json.dumps(
+            {
+                "annotations": [
+                    {"image_id": 7, "caption": "a cat"},
+                    {"image_id": 3, "caption": "a dog\n"},
+                    {"image_id": 7, "caption": "another cat"},
+                ]
+            }
+        ),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        assert read_prompts(tmp_path / name) == ["a cat", "a dog"], name
+    assert read_prompts(tmp_path / "own.txt", "a photo of {}")[1] == "a photo of a dog"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "\n", "holds none"),
+        ("a.json", "{", "neither a list"),
+        ("a.json", '{"images": []}', "neither a list"),
+        ("a.csv", "text\na cat\n", "no column Prompt"),
+        ("a.parquet", "", "'.parquet' is not allowed"),
+    ],
+)
+def test_files_without_prompts_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_class_names_by_number_are_read_in_order_with_their_first_name(tmp_path: Path) -> None:
+    file = tmp_path / "id2label.json"
+    file.write_text('{"10": "brambling, Fringilla", "0": "tench, Tinca tinca", "9": "ostrich"}')
+    prompts = read_prompts(file, "a photo of a {}", 2)
+    assert prompts[:3] == ["a photo of a tench", "a photo of a tench", "a photo of a ostrich"]
+    assert prompts[5] == "a photo of a brambling"
+    assert len(prompts) == 6
+    file.write_text('{"0": ["n01440764", "tench"], "1": ["n01443537", "great_white_shark"]}')
+    assert read_prompts(file) == ["tench", "great white shark"]
+
+
+def test_odd_characters_stay_in_prompts(tmp_path: Path) -> None:
+    table = tmp_path / "drawbench.csv"
+    table.write_text('\ufeffPrompts,Category\n"a cat, ""red""\nand fat",x\na {dog}\u2028here,x\n')
+    assert read_prompts(table, "{} {x}") == ['a cat, "red"\nand fat {x}', "a {dog}\u2028here {x}"]
+
+
+@pytest.mark.parametrize(
+    ("template", "each", "message"),
+    [("a photo", 1, "template: 'a photo' is not allowed"), ("{}", 0, "each: 0 is not allowed")],
+)
+def test_nothing_to_make_of_a_prompt_is_refused(
+    tmp_path: Path, template: str, each: int, message: str
+) -> None:
+    (tmp_path / "a.txt").write_text("a cat")
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / "a.txt", template, each)
+
+
+TEXTS = {
+    PromptSet.COCO: '{"annotations": [{"image_id": 1, "caption": "a cat"}]}',
+    PromptSet.PARTI: "Prompt\tCategory\na cat\tAnimals\n",
+    PromptSet.IMAGENET: '{"0": "cat, Felis"}',
+}
+
+
+@pytest.mark.parametrize("which", PromptSet)
+def test_named_sets_come_from_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: PromptSet
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    source = which.value
+    assert named(which.name.lower()) is which
+    with pytest.raises(OSError, match=f"{which.name.lower()} could not be fetched .*{source.repository}"):
+        fetch(which)
+    repository = tmp_path / f"datasets--{source.repository.replace('/', '--')}"
+    commit = "0" * 40
+    file = repository / "snapshots" / commit / source.file
+    file.parent.mkdir(parents=True)
+    file.write_text(TEXTS[which])
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    found = read_prompts(fetch(which), source.usual.template, source.usual.each)
+    assert found == (["a photo of a cat"] * 2 if which is PromptSet.IMAGENET else ["a cat"])
+
+
+def test_other_names_are_no_set() -> None:
+    assert named("drawbench") is None

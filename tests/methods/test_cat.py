@@ -1,0 +1,342 @@
+"""CAT Pruning: its choice of tokens, and calls of some tokens against full ones with old rows put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, Literal
+
+import pytest
+import torch
+import transformer_pipelines
+from pydantic import ValidationError
+from torch import Tensor
+from transformer_pipelines import FORMS, generate
+
+import regrow
+from regrow import CATPruning, TokenChoice
+from regrow.measure import architecture, profile
+from regrow.methods.cat import Memory
+from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
+from regrow.schedule import Schedule
+from regrow.tokens.grid import Grid
+
+KINDS = ("sd3", "pixart", "dit")
+GRID = Grid(8, 8)
+
+
+class Everything(MethodConfig):
+    """A method whose calls compute all tokens the way that leaves tokens out."""
+
+    method: Literal["everything"] = "everything"
+
+
+class _All:
+    seed, aligns, full_calls = 0, False, 0
+
+    def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
+        return torch.arange(grid.tokens).repeat(call.batch, 1), None
+
+
+@parts_of.register
+def _(config: Everything) -> Parts:
+    return Parts(Schedule.constant(0.5), token_set=_All())
+
+
+@pytest.fixture(params=KINDS)
+def pipe(request: pytest.FixtureRequest) -> Any:
+    return transformer_pipelines.KINDS[request.param]()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_tokens_on_the_way_of_some_are_bit_for_bit_the_plain_pipeline(pipe: Any, form: str) -> None:
+    if form == "wide" and type(pipe).__name__ == "DiTPipeline":
+        pytest.skip("DiT knows one square size")
+    plain = generate(pipe, **FORMS[form])
+    with regrow.apply(pipe, Everything()) as run:
+        assert torch.equal(generate(pipe, **FORMS[form]), plain)
+    assert [c.ratio for c in run.report().calls] == [0, 0, 0.5, 0.5, 0.5]
+
+
+def test_alpha_1_is_the_plain_pipeline_bit_for_bit(pipe: Any) -> None:
+    plain = generate(pipe)
+    with (
+        pytest.warns(UserWarning, match="prunes nothing"),
+        regrow.apply(pipe, CATPruning(alpha=1, t0=2)),
+    ):
+        assert torch.equal(generate(pipe), plain)
+
+
+@contextmanager
+def slow(transformer: Any, tokens: list[Tensor | None]) -> Iterator[None]:
+    """Computes all tokens in every call, then puts back old keys, values and outputs of those left out."""
+    call = [-1]
+    kept: dict[int, Tensor] = {}
+
+    def begin(*_: Any) -> None:
+        call[0] += 1
+
+    def after(module: Any, args: Any, out: Tensor) -> Tensor:
+        chosen = tokens[call[0]]
+        if chosen is not None:
+            old = kept[id(module)].clone()
+            for b in range(len(out)):
+                old[b, chosen[b]] = out[b, chosen[b]]
+            out = old
+        kept[id(module)] = out
+        return out
+
+    hooks = [transformer.register_forward_pre_hook(begin)]
+    modules = [getattr(transformer, "proj_out_2", None) or transformer.proj_out]
+    for block in transformer.transformer_blocks:
+        attention = getattr(block, "attn1", None) or block.attn
+        modules += [attention.to_k, attention.to_v]
+    hooks += [module.register_forward_hook(after) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("choice", TokenChoice)
+def test_a_call_of_some_tokens_is_a_full_one_with_old_rows_put_back(
+    pipe: Any, form: str, choice: TokenChoice
+) -> None:
+    if form == "wide" and type(pipe).__name__ == "DiTPipeline":
+        pytest.skip("DiT knows one square size")
+    plain = generate(pipe, **FORMS[form])
+    chosen: list[Tensor | None] = []
+
+    def note(module: Any, args: Any, out: Any) -> None:
+        tokens = run._engine.call.tokens
+        chosen.append(None if tokens is None else tokens.clone())
+
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2, clusters=5, choice=choice)) as run:
+        hook = pipe.transformer.pos_embed.register_forward_hook(note)
+        ours = generate(pipe, **FORMS[form])
+        hook.remove()
+    assert [t is None for t in chosen] == [True, True, False, False, False]
+    with slow(pipe.transformer, chosen):
+        expected = generate(pipe, **FORMS[form])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
+    calls = run.report().calls
+    assert calls[2].macs < 0.75 * calls[0].macs
+
+
+def select(
+    config: CATPruning, outputs: list[tuple[Tensor, Tensor]], count: int, guided: bool = False
+) -> tuple[list[Tensor], list[Memory]]:
+    """The tokens of one call after the other."""
+    rule: Any = parts_of(config).token_set
+    memory, tokens, memories = None, [], []
+    generator = torch.Generator().manual_seed(config.seed)
+    for pair in outputs:
+        call = CallInfo(len(pair[0]), guided, pair, generator)
+        chosen, memory = rule.select(memory, GRID, count, call)
+        tokens.append(chosen)
+        memories.append(memory)
+    return tokens, memories
+
+
+def noises(calls: int, batch: int = 2, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    each = [torch.randn(batch, GRID.tokens, 6, generator=g) for _ in range(calls + 1)]
+    return list(pairwise(each))
+
+
+@pytest.mark.parametrize("count", [1, 3, 19, 40, 64])
+@pytest.mark.parametrize("choice", TokenChoice)
+def test_tokens_are_different_and_ascending(choice: TokenChoice, count: int) -> None:
+    for tokens in select(CATPruning(choice=choice), noises(4), count)[0]:
+        assert tokens.shape == (2, count)
+        assert (tokens[:, 1:] > tokens[:, :-1]).all()
+        assert 0 <= tokens.min() <= tokens.max() < GRID.tokens
+
+
+def test_noise_alone_takes_what_moved_most_since_the_reference() -> None:
+    pairs = noises(3)
+    tokens, _ = select(CATPruning(choice=TokenChoice.NOISE), pairs, 10)
+    for (_, now), chosen in zip(pairs, tokens, strict=True):
+        moved = (now - pairs[0][0]).norm(dim=2)
+        for b in range(2):
+            assert set(chosen[b].tolist()) == set(moved[b].topk(10).indices.tolist())
+
+
+def test_rows_come_in_turn() -> None:
+    tokens, _ = select(CATPruning(choice=TokenChoice.ROWS), noises(4), 24)
+    assert tokens[0][0].tolist() == list(range(24))
+    assert tokens[1][0].tolist() == list(range(24, 48))
+    assert sorted(tokens[2][0].tolist()) == [*range(8), *range(48, 64)]
+
+
+def test_staleness_forgets_by_its_decay() -> None:
+    config = CATPruning(decay=0.5)
+    tokens, memories = select(config, noises(5), 20)
+    expected = torch.zeros(2, GRID.tokens)
+    for chosen in tokens:
+        expected = 0.5 * expected
+        for b in range(2):
+            expected[b, chosen[b]] += 1
+    torch.testing.assert_close(memories[-1].staleness, expected)
+
+
+def test_the_stalest_fill_up_and_nobody_waits_for_ever() -> None:
+    config = CATPruning(cluster_share=0.25)
+    pairs = noises(12, batch=1)
+    tokens, _ = select(config, pairs, 20)
+    last = torch.full((GRID.tokens,), -1)
+    for turn, chosen in enumerate(tokens):
+        missing = set(range(GRID.tokens)) - set(chosen[0].tolist())
+        filled = 15
+        if turn > 0:
+            # Whoever was left out waited no longer than the last of those filled up with.
+            waited = sorted((turn - int(last[n]) for n in chosen[0].tolist()), reverse=True)
+            assert max(turn - int(last[n]) for n in missing) <= waited[filled - 1] + 1
+        last[chosen[0]] = turn
+    assert (last >= len(tokens) - 6).all()
+
+
+def test_clusters_give_the_tokens_that_moved_most_in_the_cluster_that_moved_most() -> None:
+    """Noise moves in one corner only; with no filling up, its cluster gives the first tokens."""
+    before = torch.zeros(1, GRID.tokens, 6)
+    now = before.clone()
+    corner = [r * 8 + c for r in range(3) for c in range(3)]
+    for k, n in enumerate(corner):
+        now[0, n] = 5 + k
+    config = CATPruning(clusters=6, cluster_share=1, balance=0, noise_scale=1)
+    tokens, memories = select(config, [(before, now)], 5)
+    label = memories[0].labels[0]
+    strongest = label[corner[-1]]
+    members = [n for n in corner if label[n] == strongest]
+    best = sorted(members, key=lambda n: -float(now[0, n].norm()))[: min(3, len(members))]
+    assert set(best) <= set(tokens[0][0].tolist())
+
+
+@pytest.mark.parametrize("alignment", Alignment)
+def test_the_conditional_half_decides_for_both(alignment: Alignment) -> None:
+    config = CATPruning(alignment=alignment)
+    pairs = noises(3, batch=4)
+    tokens, _ = select(config, pairs, 20, guided=True)
+    same = all(torch.equal(t[:2], t[2:]) for t in tokens)
+    assert same == (alignment is not Alignment.OFF)
+    halves = {Alignment.CONDITIONAL: slice(2, 4), Alignment.UNCONDITIONAL: slice(0, 2)}
+    if alignment in halves:
+        own = [tuple(n[halves[alignment]] for n in pair) for pair in pairs]
+        alone, _ = select(config, own, 20)
+        assert all(torch.equal(a, t[:2]) for a, t in zip(alone, tokens, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arch", "steps", "full", "pruned"),
+    [("sd3-1024", 28, 168.28, 90.28), ("sd3-1024", 50, 300.50, 136.70)],
+)
+def test_macs_are_the_papers(arch: str, steps: int, full: float, pruned: float) -> None:
+    """Both halves of guidance, attention not counted."""
+    result = profile(architecture(arch), CATPruning(), steps, attention=False, guided=True)
+    assert result.baseline_macs / 1e12 == pytest.approx(full, rel=2e-3)
+    assert result.macs / 1e12 == pytest.approx(pruned, rel=2e-3)
+
+
+@pytest.mark.parametrize(("steps", "full", "pruned"), [(28, 120.68, 60.08), (50, 215.40, 88.24)])
+def test_macs_of_pixart_are_the_papers_but_for_its_text(steps: int, full: float, pruned: float) -> None:
+    """The paper projects the text in each of its eight full calls; here only the first one does."""
+    arch = architecture("pixart-sigma-1024")
+    result = profile(arch, CATPruning(), steps, attention=False, guided=True)
+    text = result.per_call[0] - result.per_call[1]
+    assert text > 0
+    assert result.baseline_macs / 1e12 == pytest.approx(full, rel=2e-3)
+    assert (result.macs + 7 * text) / 1e12 == pytest.approx(pruned, rel=2e-3)
+    assert result.macs / 1e12 == pytest.approx(pruned, rel=7e-3)
+
+
+def test_generations_share_nothing_and_removal_leaves_nothing(pipe: Any) -> None:
+    plain = generate(pipe)
+    config = CATPruning(alpha=0.4, t0=2)
+    run = regrow.apply(pipe, config)
+    first = generate(pipe)
+    generate(pipe, count=2, seed=3)
+    assert torch.equal(generate(pipe), first)
+    run.remove()
+    assert torch.equal(generate(pipe), plain)
+
+
+def test_t0_counts_from_where_a_generation_begins() -> None:
+    """Image-to-image begins late in the sampler's steps."""
+    from diffusers import StableDiffusion3Img2ImgPipeline
+    from PIL import Image
+
+    pipe = StableDiffusion3Img2ImgPipeline(**transformer_pipelines.sd3().components)
+    pipe.set_progress_bar_config(disable=True)
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=3)) as run:
+        pipe(
+            ["a penguin"],
+            image=Image.new("RGB", (32, 32)),
+            strength=0.5,
+            num_inference_steps=12,
+            height=32,
+            width=32,
+            output_type="latent",
+        )
+    assert [c.ratio > 0 for c in run.report().calls] == [False] * 3 + [True] * 3
+
+
+def test_a_projection_replaced_after_apply_is_said_and_all_tokens_are_computed() -> None:
+    """As peft does it: the old layer, with its hook, inside a new one that adds to it."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + x
+
+    pipe = transformer_pipelines.sd3()
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run:
+        attention = pipe.transformer.transformer_blocks[1].attn
+        attention.to_k = Adapted(attention.to_k)
+        with pytest.warns(UserWarning, match="projections were replaced or fused"):
+            generate(pipe)
+    assert {c.ratio for c in run.report().calls} == {0}
+
+
+def test_clusters_are_of_relative_noise_unless_told_otherwise() -> None:
+    """All noise is alike between calls, and far apart between two halves of the picture."""
+    before = torch.zeros(1, GRID.tokens, 6)
+    before[:, ::2] = 1000
+    labels = []
+    for absolute in (False, True):
+        config = CATPruning(clusters=2, absolute_noise=absolute)
+        memory = select(config, [(before, before.clone())], 10)[1][0]
+        labels.append(memory.labels[0].view(8, 8))
+    halves = (labels[1][:, ::2] != labels[1][:, 1::2]).all()
+    assert halves
+    assert not (labels[0][:, ::2] != labels[0][:, 1::2]).all()
+
+
+def test_models_without_such_calls_are_refused() -> None:
+    import pipelines
+
+    for other in (pipelines.sd(), transformer_pipelines.flux()):
+        with pytest.raises(regrow.UnsupportedModelError, match="can't compute some of its tokens only"):
+            regrow.apply(other, CATPruning())
+
+
+def test_fused_projections_are_refused() -> None:
+    pipe = transformer_pipelines.sd3()
+    pipe.transformer.transformer_blocks[0].attn.fuse_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        regrow.apply(pipe, CATPruning())
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"alpha": 0}, "alpha"), ({"alpha": 1.1}, "alpha"), ({"t0": 1}, "t0"), ({"clusters": 0}, "clusters")],
+)
+def test_wrong_fields_are_named(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        CATPruning(**fields)

@@ -1,0 +1,408 @@
+"""Diffusion transformers: reuse of layers and of blocks against slow references, state, removal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformer_pipelines
+from test_exactness import assert_untouched_module
+from torch import Tensor
+from transformer_pipelines import FORMS, STEPS, generate
+
+import regrow
+from regrow import FORA, DeepCache
+
+LAYERS = ("attn", "attn1", "attn2", "ff", "ff_context", "proj_mlp", "proj_out")
+BRANCHES = (0, 1, 4)
+
+
+@pytest.fixture(params=transformer_pipelines.KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def pipe(kind: str) -> Any:
+    return transformer_pipelines.KINDS[kind]()
+
+
+def allowed(pipe: Any, form: str) -> dict[str, Any]:
+    """What a form asks of a pipeline; DiT's is square."""
+    if form == "wide" and type(pipe).__name__ == "DiTPipeline":
+        pytest.skip("DiT knows one square size")
+    return dict(FORMS[form])
+
+
+def stacks(transformer: Any) -> list[Any]:
+    """All blocks in order."""
+    singles = getattr(transformer, "single_transformer_blocks", [])
+    return [*transformer.transformer_blocks, *singles]
+
+
+@contextmanager
+def replaced(transformer: Any, cached: Any, act: Any) -> Iterator[None]:
+    """Call ``act(key, module, inputs, output, whether the call is cached)`` after modules that it names."""
+    count = [-1]
+
+    def begin(*_: Any) -> None:
+        count[0] += 1
+
+    hooks = [transformer.register_forward_pre_hook(begin)]
+    for key, module in act.places(transformer):
+
+        def after(m: Any, args: Any, kwargs: Any, out: Any, key: Any = key) -> Any:
+            return act(key, args, kwargs, out, cached(count[0]))
+
+        hooks.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class SlowFORA:
+    """Computes every layer, and throws the output away in cached calls."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Any, Any] = {}
+
+    def places(self, transformer: Any) -> Iterator[tuple[Any, Any]]:
+        for i, block in enumerate(stacks(transformer)):
+            for name in LAYERS:
+                if getattr(block, name, None) is not None:
+                    yield (i, name), getattr(block, name)
+
+    def __call__(self, key: Any, args: Any, kwargs: Any, out: Any, cached: bool) -> Any:
+        if cached:
+            return self.kept[key]
+        self.kept[key] = out
+        return None
+
+
+class SlowBlocks:
+    """Computes every block; in cached calls those between only hand on, the last adds what was kept."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.entered: list[Any] = []
+        self.added: list[Any] = []
+
+    def places(self, transformer: Any) -> Iterator[tuple[Any, Any]]:
+        yield from list(enumerate(stacks(transformer)))[self.first : self.last]
+
+    def __call__(self, key: int, args: Any, kwargs: Any, out: Any, cached: bool) -> Any:
+        joint = isinstance(out, tuple)
+        given = [kwargs["encoder_hidden_states"], kwargs["hidden_states"]] if joint else [args[0]]
+        made = list(out) if joint else [out]
+        if key == self.first:
+            self.entered = given
+        if not cached:
+            if key == self.last - 1:
+                pairs = zip(self.entered, made, strict=True)
+                self.added = [None if y is None else y - x for x, y in pairs]
+            return None
+        new = given
+        if key == self.last - 1:
+            pairs = zip(self.entered, self.added, strict=True)
+            new = [x if d is None else x + d for x, d in pairs]
+        return tuple(new) if joint else new[0]
+
+
+def is_cached(interval: int, calls_a_step: int = 1) -> Any:
+    return lambda call: (call // calls_a_step) % interval != 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fora_is_that_of_full_computation_thrown_away(pipe: Any, form: str) -> None:
+    options = allowed(pipe, form)
+    plain = generate(pipe, **options)
+    with replaced(pipe.transformer, is_cached(3), SlowFORA()):
+        expected = generate(pipe, **options)
+    with regrow.apply(pipe, FORA(interval=3)) as run:
+        ours = generate(pipe, **options)
+    assert torch.equal(ours, expected)
+    assert not torch.equal(ours, plain)
+    report = run.report()
+    assert [c.depth for c in report.calls] == ["full", "layers", "layers", "full", "layers"]
+    assert report.calls[1].macs < 0.25 * report.calls[0].macs
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_block_caching_adds_what_the_blocks_between_added(pipe: Any, form: str, branch: int) -> None:
+    options = allowed(pipe, form)
+    count = len(stacks(pipe.transformer))
+    first, last = (branch + 2) // 2, count - (branch + 1) // 2
+    with replaced(pipe.transformer, is_cached(2), SlowBlocks(first, last)):
+        expected = generate(pipe, **options)
+    with regrow.apply(pipe, DeepCache(interval=2, branch=branch)) as run:
+        ours = generate(pipe, **options)
+    torch.testing.assert_close(ours, expected)
+    calls = run.report().calls
+    assert [c.depth for c in calls] == ["full", str(branch + 1)] * 2 + ["full"]
+    assert calls[1].macs < calls[0].macs * (branch + 3) / count
+
+
+def test_depth_0_hands_on_the_last_output(pipe: Any) -> None:
+    outputs = []
+    hook = pipe.transformer.register_forward_hook(lambda m, i, out: outputs.append(out[0].clone()))
+    plan = regrow.Schedule(depth=("full", 0, 0, "full", 0), ratio=(0.0,) * 5)
+    with regrow.apply(pipe, regrow.DaTo(schedule=plan)):
+        generate(pipe)
+    hook.remove()
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[3], outputs[4])
+    assert not torch.equal(outputs[0], outputs[3])
+
+
+@pytest.mark.parametrize("config", [FORA(interval=1), DeepCache(interval=1, branch=2)])
+@pytest.mark.filterwarnings("ignore:the method prunes nothing")
+def test_interval_1_is_the_plain_pipeline_bit_for_bit(pipe: Any, config: Any) -> None:
+    plain = generate(pipe)
+    with regrow.apply(pipe, config):
+        assert torch.equal(generate(pipe), plain)
+
+
+REUSING = {"fora": FORA(interval=2), "blocks": DeepCache(interval=2, branch=2)}
+
+
+@pytest.mark.parametrize("config", REUSING.values(), ids=REUSING)
+def test_generations_share_nothing_and_removal_leaves_nothing(kind: str, pipe: Any, config: Any) -> None:
+    plain = generate(pipe)
+
+    def fresh(**options: Any) -> Tensor:
+        other = transformer_pipelines.KINDS[kind]()
+        with regrow.apply(other, config):
+            return generate(other, **options)
+
+    class StopError(Exception):
+        pass
+
+    def stop(p: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == 2:
+            raise StopError
+        return {}
+
+    modules = pipe.transformer.named_modules()
+    had_registry = frozenset(name for name, module in modules if hasattr(module, "_diffusers_hook"))
+    run = regrow.apply(pipe, config)
+    first = generate(pipe)
+    assert not torch.equal(first, plain)
+    assert torch.equal(generate(pipe, count=2, seed=3), fresh(count=2, seed=3))
+    if kind in ("sd3", "flux"):
+        with pytest.raises(StopError):
+            generate(pipe, seed=4, callback_on_step_end=stop)
+    assert torch.equal(generate(pipe), first)
+    run.remove()
+    assert_untouched_module(pipe.transformer, had_registry)
+    assert torch.equal(generate(pipe), plain)
+
+
+def inputs_of(pipe: Any) -> tuple[Any, dict[str, Any]]:
+    """The arguments of the first call of a generation."""
+    calls: list[Any] = []
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        calls.append((args, kwargs))
+
+    hook = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    generate(pipe)
+    hook.remove()
+    return calls[0]
+
+
+@pytest.mark.parametrize("depth", [0, 1, "layers"])
+def test_another_text_between_full_calls_is_not_mixed_up_with_the_old_one(depth: Any) -> None:
+    """A cached call skips the modules that would have seen it."""
+    pipe = transformer_pipelines.pixart()
+    args, kwargs = inputs_of(pipe)
+    other = kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"].flip(1) + 1}
+    plan = regrow.Schedule(depth=("full", depth, "full"), ratio=(0.0,) * 3)
+    with torch.no_grad():
+        expected = pipe.transformer(*args, **other)[0]
+        with regrow.apply(pipe.transformer, regrow.DaTo(schedule=plan)) as run, run.generation(3) as clock:
+            for words in (kwargs, other, other):
+                found = pipe.transformer(*args, **words)[0]
+                clock.step()
+    assert torch.equal(found, expected)
+
+
+def test_a_text_of_another_length_begins_anew() -> None:
+    pipe = transformer_pipelines.sd3()
+    args, kwargs = inputs_of(pipe)
+    short = kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"][:, :20]}
+    with torch.no_grad():
+        expected = pipe.transformer(*args, **short)[0]
+        with regrow.apply(pipe.transformer, FORA(interval=3)) as run, run.generation(3) as clock:
+            pipe.transformer(*args, **kwargs)
+            clock.step()
+            assert torch.equal(pipe.transformer(*args, **short)[0], expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_chunked_feed_forwards_hand_on_every_chunk(dim: int) -> None:
+    pipe = transformer_pipelines.sd3()
+    with regrow.apply(pipe, FORA(interval=3)):
+        expected = generate(pipe, guidance_scale=4.0)
+    pipe.transformer.enable_forward_chunking(1, dim)
+    with regrow.apply(pipe, FORA(interval=3)):
+        torch.testing.assert_close(generate(pipe, guidance_scale=4.0), expected)
+
+
+def test_of_fluxs_single_blocks_only_what_is_read_is_kept() -> None:
+    pipe = transformer_pipelines.flux()
+    kept: set[str] = set()
+
+    def look(_: Any, step: int, *__: Any) -> dict[str, Any]:
+        slots = run._engine.generation.slots.values()
+        kept.update(*(slot.features for slot in slots))
+        return {}
+
+    with regrow.apply(pipe, FORA(interval=2)) as run:
+        generate(pipe, callback_on_step_end=look)
+    singles = {name.split(".", 2)[2] for name in kept if name.startswith("single")}
+    assert singles == {"proj_out"}
+
+
+def test_an_ip_adapters_part_is_left_out_of_the_count() -> None:
+    from regrow.run import _countable
+
+    given = {"joint_attention_kwargs": {"ip_adapter_image_embeds": 1, "scale": 0.5}, "timestep": 3}
+    assert _countable(given) == {"joint_attention_kwargs": {"scale": 0.5}, "timestep": 3}
+    assert given["joint_attention_kwargs"]["ip_adapter_image_embeds"] == 1
+
+
+def test_macs_count_a_text_that_is_new() -> None:
+    pipe = transformer_pipelines.pixart()
+    args, kwargs = inputs_of(pipe)
+    other = kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"] + 1}
+    with (
+        torch.no_grad(),
+        regrow.apply(pipe.transformer, DeepCache(interval=9, branch=1)) as run,
+        run.generation(3) as clock,
+    ):
+        for words in (kwargs, kwargs, other):
+            pipe.transformer(*args, **words)
+            clock.step()
+    macs = [call.macs for call in run.report().calls]
+    assert macs[1] < macs[2] < macs[0]
+
+
+def test_skip_layer_guidance_has_a_memory_of_its_own() -> None:
+    """SD3's third call leaves layers out, in some of the steps only."""
+    pipe = transformer_pipelines.sd3()
+    options: dict[str, Any] = {
+        "guidance_scale": 4.0,
+        "skip_guidance_layers": [3],
+        "skip_layer_guidance_start": 0.0,
+        "skip_layer_guidance_stop": 1.0,
+    }
+    plain = generate(pipe, **options)
+    for config in REUSING.values():
+        with regrow.apply(pipe, config) as run:
+            images = generate(pipe, **options)
+        assert images.isfinite().all()
+        assert not torch.equal(images, plain)
+        calls = run.report().calls
+        assert {c.branch for c in calls} == {0, 1}
+        full = [[c.depth == "full" for c in calls if c.branch == branch] for branch in (0, 1)]
+        # The third call begins at the second step, at which nothing of its own is cached yet.
+        assert full == [[True, False, True, False, True], [True, True, False, True]]
+
+
+def test_the_two_calls_of_flux_are_kept_apart() -> None:
+    pipe = transformer_pipelines.flux()
+    options = {"true_cfg_scale": 3.0, "negative_prompt": ["a pizza"]}
+    with replaced(pipe.transformer, is_cached(2, 2), SlowTwo()):
+        expected = generate(pipe, **options)
+    with regrow.apply(pipe, FORA(interval=2)) as run:
+        assert torch.equal(generate(pipe, **options), expected)
+    assert len(run.report().calls) == 2 * STEPS
+
+
+class SlowTwo(SlowFORA):
+    """As SlowFORA, with calls in turn for two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, int] = {}
+
+    def __call__(self, key: Any, args: Any, kwargs: Any, out: Any, cached: bool) -> Any:
+        turn = self.calls.get(key, 0)
+        self.calls[key] = turn + 1
+        return super().__call__((*key, turn % 2), args, kwargs, out, cached)
+
+
+def test_bfloat16_timesteps_of_flux_are_recognised() -> None:
+    pipe = transformer_pipelines.flux().to(torch.bfloat16)
+    with regrow.apply(pipe, FORA(interval=2)) as run:
+        generate(pipe, num_inference_steps=30)
+    assert [c.depth for c in run.report().calls] == ["full", "layers"] * 15
+
+
+TEXT = {
+    "sd3": ("context_embedder",),
+    "pixart": ("caption_projection", "transformer_blocks.3.attn2.to_k", "transformer_blocks.8.attn2.to_v"),
+    "flux": ("context_embedder",),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.filterwarnings("ignore:the method prunes nothing")
+def test_what_depends_on_the_text_alone_is_computed_once_a_generation(kind: str, pipe: Any) -> None:
+    plain = {seed: generate(pipe, seed=seed, count=1 + seed) for seed in (0, 1)}
+    counts = dict.fromkeys(TEXT[kind], 0)
+    for name in TEXT[kind]:
+
+        def count(*_: Any, name: str = name) -> None:
+            counts[name] += 1
+
+        # A layer's own modules run only if the layer does.
+        inner = pipe.transformer.get_submodule(name)
+        inner = getattr(inner, "linear_1", inner)
+        original = inner.forward
+        inner.forward = lambda *a, f=original, c=count: (c(), f(*a))[1]
+    with regrow.apply(pipe, FORA(interval=1)) as run:
+        for turn, seed in enumerate((0, 1, 0), 1):
+            assert torch.equal(generate(pipe, seed=seed, count=1 + seed), plain[seed])
+            assert set(counts.values()) == {turn}
+    macs = [c.macs for c in run.report().calls]
+    assert macs[0] > macs[1] == macs[-1]
+
+
+def test_a_text_that_was_written_to_is_a_new_one(pipe: Any, kind: str) -> None:
+    if kind not in TEXT:
+        pytest.skip("DiT reads no text")
+    args, kwargs = inputs_of(pipe)
+    text = kwargs["encoder_hidden_states"]
+    with torch.no_grad():
+        before = pipe.transformer(*args, **kwargs)[0]
+        with regrow.apply(pipe.transformer, FORA(interval=2)) as run, run.generation(4) as clock:
+            assert torch.equal(pipe.transformer(*args, **kwargs)[0], before)
+            clock.step()
+            clock.step()
+            text += 1
+            again = pipe.transformer(*args, **kwargs)[0]
+        assert torch.equal(again, pipe.transformer(*args, **kwargs)[0])
+        assert not torch.equal(again, before)
+
+
+@pytest.mark.parametrize("config", REUSING.values(), ids=REUSING)
+def test_in_inference_mode_the_pictures_are_the_same(pipe: Any, config: Any) -> None:
+    with regrow.apply(pipe, config):
+        expected = generate(pipe)
+        with torch.inference_mode():
+            ours = generate(pipe)
+    torch.testing.assert_close(ours.clone(), expected)
+
+
+def test_methods_that_prune_are_refused_by_name(pipe: Any) -> None:
+    with pytest.raises(regrow.UnsupportedModelError, match="tokens can't be left out"):
+        regrow.apply(pipe, regrow.SiTo.preset("d"))
+    assert_untouched_module(pipe.transformer)

@@ -1,0 +1,207 @@
+"""Real diffusers pipelines around small diffusion transformers, with random weights from fixed seeds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pipelines
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+TEXT = pipelines.TEXT
+# More than the eight that cache-dit always computes.
+LAYERS = 9
+STEPS = 5
+
+
+def seeded(module: Any) -> Any:
+    """Every weight drawn: those that start at zero would make a block do nothing."""
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=g) * 0.1)
+    return module.eval()
+
+
+def vae(channels: int = 4) -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=32,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+    words = ["<pad>", "</s>", "<unk>", "a", "penguin", "pizza"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(4)
+    config = T5Config(vocab_size=len(words), d_model=TEXT, d_kv=8, d_ff=TEXT, num_layers=1, num_heads=4)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    return T5EncoderModel(config).eval(), fast
+
+
+class StableDiffusion3Small(StableDiffusion3Pipeline):
+    """With a short text."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, max_sequence_length=16, **kwargs)
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=LAYERS,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=2 * TEXT,
+        caption_projection_dim=32,
+        pooled_projection_dim=2 * TEXT,
+        pos_embed_max_size=16,
+    )
+    return pipelines.quiet(
+        StableDiffusion3Small(
+            transformer=seeded(transformer),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=vae(),
+            text_encoder=pipelines.text_encoder(2, projection=True),
+            tokenizer=pipelines.tokenizer(),
+            text_encoder_2=pipelines.text_encoder(3, projection=True),
+            tokenizer_2=pipelines.tokenizer(),
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+    )
+
+
+class PixArtSmall(PixArtAlphaPipeline):
+    """Without the choice among the aspect ratios of the public models' sizes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, clean_caption=False, use_resolution_binning=False, **kwargs)
+
+
+def pixart() -> PixArtAlphaPipeline:
+    text_encoder, tokenizer = t5()
+    transformer = PixArtTransformer2DModel(
+        sample_size=16,
+        num_layers=LAYERS,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_channels=TEXT,
+        cross_attention_dim=32,
+        in_channels=4,
+        out_channels=8,
+        use_additional_conditions=False,
+    )
+    return pipelines.quiet(
+        PixArtSmall(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae(),
+            transformer=seeded(transformer),
+            scheduler=DDIMScheduler(clip_sample=False),
+        )
+    )
+
+
+def dit() -> DiTPipeline:
+    transformer = DiTTransformer2DModel(
+        sample_size=16,
+        num_layers=LAYERS,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        in_channels=4,
+        out_channels=8,
+        num_embeds_ada_norm=1000,
+    )
+    return pipelines.quiet(
+        DiTPipeline(transformer=seeded(transformer), vae=vae(), scheduler=DDIMScheduler(clip_sample=False))
+    )
+
+
+class FluxSmall(FluxPipeline):
+    """With a short text."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, max_sequence_length=16, **kwargs)
+
+
+def flux() -> FluxPipeline:
+    text_encoder, tokenizer = t5()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=LAYERS - 2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT,
+        pooled_projection_dim=TEXT,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return pipelines.quiet(
+        FluxSmall(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=vae(),
+            text_encoder=pipelines.text_encoder(2),
+            tokenizer=pipelines.tokenizer(),
+            text_encoder_2=text_encoder,
+            tokenizer_2=tokenizer,
+            transformer=seeded(transformer),
+        )
+    )
+
+
+KINDS = {"sd3": sd3, "pixart": pixart, "dit": dit, "flux": flux}
+
+FORMS = {
+    "guided": {"guidance_scale": 4.0},
+    "unguided": {"guidance_scale": 1.0},
+    "batch": {"count": 2},
+    "wide": {"width": 24},
+}
+"""What a generation may be asked for beside the plain one."""
+
+
+def generate(pipe: Any, *, seed: int = 0, count: int = 1, width: int = 16, **options: Any) -> Tensor:
+    """Latents of a few steps."""
+    side = pipe.vae_scale_factor if hasattr(pipe, "vae_scale_factor") else 2
+    words: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent"} | options
+    if type(pipe).__name__ == "DiTPipeline":
+        words |= {"class_labels": [1, 2][:count], "output_type": "np"}
+    else:
+        words |= {"prompt": ["a penguin", "a pizza"][:count], "height": 16 * side, "width": width * side}
+    words["generator"] = torch.Generator().manual_seed(seed)
+    return torch.as_tensor(pipe(**words).images)
