@@ -93,7 +93,9 @@ def missed_bars(check: dict[str, Any]) -> list[str]:
     return [name for name, good in held.items() if not good]
 
 
-def card(check: dict[str, Any], log: Path, names: list[str], parameters: dict[str, int]) -> str:
+def card(
+    check: dict[str, Any], log: Path, folder: Path, names: list[str], parameters: dict[str, int]
+) -> str:
     """The model card."""
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     missed = missed_bars(check)
@@ -106,9 +108,11 @@ An ordinary `StableDiffusionPipeline` folder: {sizes} parameters. Latents are 32
 1,024 tokens. U-Net and autoencoder are stored in fp16, the text encoder in fp32.
 
 ```python
+from pathlib import Path
+
 from regrow import zoo
 
-pipe = zoo.load_from("{{folder}}")
+pipe = zoo.load_from(Path("{folder}"))
 pipe("small penguin left and pizza on blue", num_inference_steps=50, guidance_scale=3.0).images[0]
 ```
 
@@ -186,7 +190,7 @@ def main() -> None:
     parts = {"U-Net": pipe.unet, "text encoder": pipe.text_encoder, "autoencoder": pipe.vae}
     parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()}
     check = json.loads(args.check.read_text())
-    (args.model / "README.md").write_text(card(check, args.log, names, parameters))
+    (args.model / "README.md").write_text(card(check, args.log, args.model, names, parameters))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_the_card_has_every_figure_beside_its_bar(log: Path) -> None:
-    text = card_scenes.card(CHECK, log, NAMES, {"U-Net": 12_600_000})
+    text = card_scenes.card(CHECK, log, Path("here"), NAMES, {"U-Net": 12_600_000})
     for figure in ("85.1%", "61.2%", "96.0%", "0.91", "31.2 dB", "38.0 dB", "12.60 M", "All bars are met."):
         assert figure in text
 
@@ -70,7 +70,7 @@ def test_the_card_says_which_bar_is_missed(
     for key in path:
         inner = inner[key]
     inner[last] = value
-    assert f"Missed: {named}." in card_scenes.card(check, log, NAMES, {})
+    assert f"Missed: {named}." in card_scenes.card(check, log, Path("here"), NAMES, {})
 
 
 def test_the_sheet_shows_every_caption_with_all_seeds() -> None:
