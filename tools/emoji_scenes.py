@@ -43,7 +43,8 @@ COLOURS = {
 JITTER = 14
 
 OBJECTS = tuple(
-    """cat; dog; penguin; owl; elephant; octopus; turtle; snail; butterfly; honeybee; tropical fish;
+    """penguin; pizza; cat; sunflower; octopus; strawberry; owl; cactus; tropical fish; doughnut; turtle;
+    mushroom; butterfly; watermelon; frog; ice cream; cat; dog; penguin; owl; elephant; octopus; turtle; snail; butterfly; honeybee; tropical fish;
     spouting whale; crab; duck; rooster; flamingo; tiger; monkey; pig; cow; koala; hedgehog; snake; dolphin;
     rose; sunflower; tulip; cactus; palm tree; evergreen tree; mushroom; maple leaf; red apple; banana;
     grapes; watermelon; strawberry; pineapple; lemon; cherries; carrot; broccoli; tomato; avocado; bread;
