@@ -147,6 +147,8 @@ An ordinary `StableDiffusionPipeline` folder: {sizes} parameters. Latents are 32
 1,024 tokens. U-Net and autoencoder are stored in fp16, the text encoder in fp32.
 
 ```python
+from pathlib import Path
+
 from regrow import zoo
 
 pipe = zoo.load("emoji")

@@ -42,21 +42,20 @@ COLOURS = {
 }
 JITTER = 14
 
-OBJECTS = tuple(
-    """cat; dog; penguin; owl; elephant; octopus; turtle; snail; butterfly; honeybee; tropical fish;
-    spouting whale; crab; duck; rooster; flamingo; tiger; monkey; pig; cow; koala; hedgehog; snake; dolphin;
-    rose; sunflower; tulip; cactus; palm tree; evergreen tree; mushroom; maple leaf; red apple; banana;
-    grapes; watermelon; strawberry; pineapple; lemon; cherries; carrot; broccoli; tomato; avocado; bread;
-    croissant; cheese wedge; hamburger; french fries; hot dog; taco; sushi; doughnut; cookie; birthday cake;
-    ice cream; lollipop; popcorn; pretzel; teapot; wine glass; beer mug; pizza; frog; bat; spider;
-    lady beetle; lobster; peacock; parrot; swan; eagle; rabbit; mouse; horse; camel; gorilla; kangaroo;
-    crocodile; shark; squid; scorpion; worm; hibiscus; cherry blossom; four leaf clover; potted plant;
-    deciduous tree; green apple; pear; peach; mango; coconut; eggplant; potato; bell pepper; garlic; onion;
-    peanuts; chestnut; bagel; waffle; bacon; poultry leg; sandwich; burrito; egg; popcorn; shrimp; cupcake;
-    chocolate bar; candy; honey pot; hot beverage; cocktail glass; tropical drink; lion; giraffe; zebra;
-    panda; fox; wolf; unicorn; t rex""".replace("\n", " ").split(";")
-)
-OBJECTS = tuple(dict.fromkeys(" ".join(name.split()) for name in OBJECTS))
+_NAMES = """
+    penguin; pizza; cat; sunflower; octopus; strawberry; owl; cactus; tropical fish; doughnut; turtle;
+    mushroom; butterfly; watermelon; frog; ice cream; dog; elephant; snail; honeybee; spouting whale;
+    crab; duck; rooster; flamingo; tiger; monkey; pig; cow; koala; hedgehog; snake; dolphin; rose;
+    tulip; palm tree; evergreen tree; maple leaf; red apple; banana; grapes; pineapple; lemon; cherries;
+    carrot; broccoli; tomato; avocado; bread; croissant; cheese wedge; hamburger; french fries; hot dog;
+    taco; sushi; cookie; birthday cake; lollipop; popcorn; pretzel; teapot; wine glass; beer mug; bat;
+    spider; lady beetle; lobster; peacock; parrot; swan; eagle; rabbit; mouse; horse; camel; gorilla;
+    kangaroo; crocodile; shark; squid; scorpion; worm; hibiscus; cherry blossom; four leaf clover;
+    potted plant; deciduous tree; green apple; pear; peach; mango; coconut; eggplant; potato; bell
+    pepper; garlic; onion; peanuts; chestnut; bagel; waffle; bacon; poultry leg; sandwich; burrito; egg;
+    shrimp; cupcake; chocolate bar; candy; honey pot; hot beverage; cocktail glass; tropical drink;
+    lion; giraffe; zebra; panda; fox; wolf; unicorn; t rex"""
+OBJECTS = tuple(" ".join(name.split()) for name in _NAMES.split(";"))
 """Names of the objects, in the order in which a larger model takes them up."""
 
 

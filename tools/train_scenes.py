@@ -4,9 +4,10 @@
     python tools/train_scenes.py --data noto.tgz --out work/scenes --export work/scenes/model
 
 Three stages run one after the other, each under its own budget of minutes: an autoencoder, its decoder on
-normalised latents, and the U-Net with its text encoder; every picture is composed anew. Killed at any
-moment, the same command goes on from the last checkpoint. `--start DIR` begins with the U-Net and the words
-of another pipeline of the same shape.
+the latents, and the U-Net with its text encoder; every picture is composed anew. Killed at any moment, the
+same command goes on from the last checkpoint. `--start DIR` begins with the U-Net and the words of another
+pipeline of the same shape; if its autoencoder is one of pictures of half the size, ours is held to the same
+latents, so that its U-Net keeps what it knows.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from emoji_scenes import COLOURS, OBJECTS, PLACES, SIZES, Sprites, captions, compose, read_sprites, scene
-from torch import Tensor
+from torch import Tensor, nn
 from training import (
     Recipe,
     Stage,
@@ -77,7 +78,7 @@ def build_vae() -> AutoencoderTiny:
     return AutoencoderTiny(
         encoder_block_out_channels=(48, 48, 48),
         decoder_block_out_channels=(48, 48, 48),
-        num_encoder_blocks=(0, 2, 2),
+        num_encoder_blocks=(0, 1, 3),
         num_decoder_blocks=(3, 2, 0),
         latent_channels=4,
         upsampling_scaling_factor=2,
@@ -86,14 +87,21 @@ def build_vae() -> AutoencoderTiny:
     )
 
 
-def vae_stage(vae: AutoencoderTiny, scenes: Scenes, recipe: Recipe) -> Stage:
-    """Encoder and decoder."""
+def vae_stage(
+    vae: AutoencoderTiny, scenes: Scenes, recipe: Recipe, teacher: AutoencoderTiny | None = None
+) -> Stage:
+    """Encoder and decoder; a teacher's latents are those of the picture at half its size."""
 
     def loss(rng: torch.Generator) -> Tensor:
         x = scenes.draw(recipe.batch, rng)[1]
         with half_precision(x.device):
-            y = vae.decoder(vae.encoder(x))
-        return F.mse_loss(y.float(), x)
+            latents = vae.encoder(x)
+            error = F.mse_loss(vae.decoder(latents).float(), x)
+            if teacher is not None:
+                with torch.no_grad():
+                    taught = teacher.encoder(F.avg_pool2d(x, 2))
+                error = error + F.mse_loss(latents.float(), taught.float())
+        return error
 
     return Stage("vae", trainable("vae", vae), loss, recipe.vae_lr, recipe.ema, recipe.seed + 1)
 
@@ -149,18 +157,12 @@ def denoiser_stage(
 
 @torch.no_grad()
 def start_from(
-    folder: Path,
+    pipe: StableDiffusionPipeline,
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
-    vae: AutoencoderTiny,
     tokenizer: PreTrainedTokenizerFast,
-) -> bool:
-    """Take over a pipeline's U-Net, and its text encoder with the words that both know.
-
-    Returns:
-        whether its autoencoder was of the same shape and taken over too.
-    """
-    pipe = zoo.load_from(folder)
+) -> None:
+    """Take over a pipeline's U-Net, and its text encoder with the words that both know."""
     unet.load_state_dict(pipe.unet.state_dict())
     known, ours = pipe.tokenizer.get_vocab(), tokenizer.get_vocab()
     theirs, target = pipe.text_encoder.state_dict(), text_encoder.state_dict()
@@ -175,11 +177,20 @@ def start_from(
         elif value.shape == theirs[name].shape:
             value.copy_(theirs[name])
     text_encoder.load_state_dict(target)
-    shapes = [{n: t.shape for n, t in v.state_dict().items()} for v in (vae, pipe.vae)]
-    if shapes[0] != shapes[1]:
-        return False
-    vae.load_state_dict(pipe.vae.state_dict())
-    return True
+
+
+def same_shape(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same parameters, but for their values."""
+    shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (one, other)]
+    return shapes[0] == shapes[1]
+
+
+def inherit(vae: AutoencoderTiny, teacher: AutoencoderTiny) -> None:
+    """Begin with the layers of a 2x autoencoder; new are the outermost of encoder and decoder."""
+    inner = zip([*vae.encoder.layers][2:], [*teacher.encoder.layers][1:], strict=True)
+    outer = zip([*vae.decoder.layers][:8], [*teacher.decoder.layers][:8], strict=True)
+    for ours, theirs in (*inner, *outer):
+        ours.load_state_dict(theirs.state_dict())
 
 
 def run(
@@ -209,11 +220,19 @@ def run(
     tokenizer = build_tokenizer([*OBJECTS, *COLOURS, *WORDS], recipe.tokens)
     text_encoder = build_text_encoder(recipe, len(tokenizer)).to(device)
     unet = build_unet(recipe).to(**layout)
-    has_vae = start is not None and start_from(start, unet, text_encoder, vae, tokenizer)
     pictures = scenes.draw(STATISTICS, torch.Generator().manual_seed(recipe.seed))[1]
-    if not has_vae:
-        train(vae_stage(vae, scenes, recipe), out, minutes["vae"], recipe.batch, **loop)
-        normalise_latents(vae, pictures)
+    first = zoo.load_from(start) if start else None
+    if first:
+        start_from(first, unet, text_encoder, tokenizer)
+    if first and same_shape(vae, first.vae):
+        vae.load_state_dict(first.vae.state_dict())
+    else:
+        teacher = first.vae.to(**layout).requires_grad_(False) if first else None
+        if teacher:
+            inherit(vae, teacher)
+        train(vae_stage(vae, scenes, recipe, teacher), out, minutes["vae"], recipe.batch, **loop)
+        if not teacher:
+            normalise_latents(vae, pictures)
         train(decoder_stage(vae, scenes, recipe), out, minutes["decoder"], recipe.batch, **loop)
     report(vae, pictures)
     vae.requires_grad_(False)

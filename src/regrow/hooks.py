@@ -18,7 +18,7 @@ from regrow.models.table import Cut, Returns, Skippable, TokenBlock
 from regrow.reuse.depth import placeholders
 from regrow.run import OUTPUT, Call, Engine
 from regrow.tokens.recover import keep, keep_merged, recover
-from regrow.tokens.select import rows_of, write_rows
+from regrow.tokens.select import rows_of
 
 
 def original(hook: ModelHook) -> Callable[..., Any]:
@@ -207,13 +207,14 @@ class MemoryHook(ModelHook):
         features = call.slot.features
         if call.tokens is None:
             features[self.key] = output
-        elif self.key not in features:
+        elif call.rows is None or self.key not in features:
             raise RuntimeError(
                 f"{self.key} runs, but was left out of the last full call; layers to skip can't change "
                 "within a generation"
             )
         else:
-            write_rows(features[self.key], call.tokens, output)
+            channels = output.shape[-1]
+            features[self.key].view(-1, channels).index_copy_(0, call.rows, output.reshape(-1, channels))
             call.pruned += 1
         # The caller of the denoiser may write to its output.
         return features[self.key].clone() if self.key == OUTPUT else features[self.key]

@@ -20,7 +20,7 @@ from regrow.models.table import Cut, Layout, TokenBlock
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, Step
 from regrow.tokens.grid import Grid
-from regrow.tokens.select import Selection
+from regrow.tokens.select import Selection, flat_rows
 
 # What the output of the tokens is kept under.
 OUTPUT = "output of tokens"
@@ -98,6 +98,7 @@ class Call:
         restored: how many modules handed on what is cached.
         entered: what the first module of a cut was given in this call.
         tokens: the tokens ``(B, K)`` that the whole call computes; None if it computes all.
+        rows: the same as rows of a ``(B * N, C)`` matrix.
         remembers: whether keys, values and outputs of the tokens are kept.
         turns: how often modules that may be skipped were called before in this call.
         knows_text: whether the text is that of the last call.
@@ -116,6 +117,7 @@ class Call:
     pruned: int = 0
     entered: dict[Cut, list[Any]] = field(default_factory=dict)
     tokens: Tensor | None = None
+    rows: Tensor | None = None
     remembers: bool = False
     turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
@@ -282,6 +284,8 @@ class Engine:
         self.call.remembers = self.token_set is not None and cut is None
         if self.call.remembers:
             self.call.tokens = self._tokens(slot, sample, planned.ratio, info, kwargs)
+            if self.call.tokens is not None:
+                self.call.rows = flat_rows(self.call.tokens, slot.outputs[-1].shape[1])
         ratio = planned.ratio if counts or self.call.tokens is not None else 0.0
         generation.records.append(
             CallRecord(position, depth, ratio, planned, slot.inputs, self.call.knows_text)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import train_scenes
-from diffusers import StableDiffusionPipeline
-from emoji_scenes import objects_in
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from emoji_scenes import OBJECTS, objects_in
 from safetensors.torch import load_file
 from test_training import Killed, ticking
 from training import Recipe
@@ -19,6 +19,7 @@ from training import Recipe
 from regrow import zoo
 
 TINY = Recipe(batch=2, channels=(32, 32, 32), text_width=32, tokens=24)
+NAMES = OBJECTS[:3]
 MINUTES = {"vae": 2 / 60, "decoder": 2 / 60, "denoiser": 4 / 60}
 
 
@@ -26,7 +27,7 @@ MINUTES = {"vae": 2 / 60, "decoder": 2 / 60, "denoiser": 4 / 60}
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     icons = {
         name: {"body": f'<circle cx="64" cy="64" r="60" fill="{colour}"/>'}
-        for name, colour in (("cat", "#c80"), ("dog", "#08c"), ("penguin", "#888"))
+        for name, colour in zip(NAMES, ("#c80", "#08c", "#888"), strict=True)
     }
     text = json.dumps({"width": 128, "height": 128, "icons": icons}).encode()
     archive = tmp_path_factory.mktemp("data") / "noto.tgz"
@@ -78,8 +79,8 @@ def test_killed_and_resumed_equals_straight_and_a_model_starts_the_next(data: Pa
 
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)
-    assert pipe("small cat left on blue", num_inference_steps=2).images[0].size == (128, 128)
-    assert objects_in(tmp_path / "model") == ["cat", "dog", "penguin"]
+    assert pipe(f"small {NAMES[0]} left on blue", num_inference_steps=2).images[0].size == (128, 128)
+    assert objects_in(tmp_path / "model") == list(NAMES)
     prompts = zoo.captions_in(tmp_path / "model")
     assert len(set(prompts)) == train_scenes.PROMPTS
     with pytest.raises(SystemExit, match="objects was 3, now 2"):
@@ -92,3 +93,36 @@ def test_killed_and_resumed_equals_straight_and_a_model_starts_the_next(data: Pa
         assert torch.equal(second.vae.state_dict()[name], value), name
     moved = (second.unet.conv_in.weight.float() - pipe.unet.conv_in.weight.float()).abs().max()
     assert 0 < moved < 0.1
+
+
+def test_an_autoencoder_of_half_the_size_teaches_its_latents(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "first", export_to=tmp_path / "model")
+    teacher = AutoencoderTiny(
+        encoder_block_out_channels=(48, 48),
+        decoder_block_out_channels=(48, 48),
+        num_encoder_blocks=(1, 3),
+        num_decoder_blocks=(3, 1),
+        latent_channels=4,
+        upsampling_scaling_factor=2,
+        scaling_factor=1.0,
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipe.vae = teacher
+    pipe.save_pretrained(tmp_path / "half")
+    train(data, tmp_path / "next", start=tmp_path / "half", export_to=tmp_path / "second")
+    second = StableDiffusionPipeline.from_pretrained(tmp_path / "second").vae
+
+    inner = list(second.encoder.layers)[-1].weight, list(teacher.encoder.layers)[-1].weight
+    assert 0 < (inner[0] - inner[1]).abs().max() < 0.1
+
+    vae = train_scenes.build_vae()
+    train_scenes.inherit(vae, teacher)
+    scenes = train_scenes.Scenes(train_scenes.Sprites(train_scenes.read_sprites(data, NAMES)), NAMES)
+    stage = train_scenes.vae_stage(vae, scenes, TINY, teacher)
+    x = scenes.draw(2, torch.Generator().manual_seed(0))[1]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        latents = vae.encoder(x)
+        error = (vae.decoder(latents).float() - x).square().mean()
+        taught = teacher.encoder(torch.nn.functional.avg_pool2d(x, 2))
+        expected = error + (latents.float() - taught.float()).square().mean()
+        assert stage.loss(torch.Generator().manual_seed(0)) == pytest.approx(expected.item(), rel=1e-2)

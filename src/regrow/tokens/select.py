@@ -74,18 +74,16 @@ def top_share(score: Tensor, count: int) -> Tensor:
     return score.topk(count, dim=1, sorted=False).indices
 
 
+def flat_rows(index: Tensor, tokens: int) -> Tensor:
+    """Token indices ``(B, n)`` as rows of a ``(B * N, C)`` matrix: ``(B * n,)``."""
+    return (index + torch.arange(len(index), device=index.device)[:, None] * tokens).flatten()
+
+
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
     """The rows ``index: (B, n)`` of ``x: (B, N, C)`` as ``(B, n, C)``."""
     batch, tokens, channels = x.shape
-    flat = (index + torch.arange(batch, device=index.device)[:, None] * tokens).flatten()
-    return x.reshape(-1, channels).index_select(0, flat).view(batch, -1, channels)
-
-
-def write_rows(x: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Write ``rows: (B, n, C)`` over the rows ``index: (B, n)`` of the contiguous ``x: (B, N, C)``."""
-    batch, tokens, channels = x.shape
-    flat = (index + torch.arange(batch, device=index.device)[:, None] * tokens).flatten()
-    x.view(-1, channels).index_copy_(0, flat, rows.reshape(-1, channels))
+    rows = x.reshape(-1, channels).index_select(0, flat_rows(index, tokens))
+    return rows.view(batch, -1, channels)
 
 
 def most_similar(x: Tensor, query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
