@@ -80,7 +80,7 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
 
 def takes_muon(name: str, p: nn.Parameter) -> bool:
     """Inner matrices and convolutions; embeddings and the outer convolutions go to AdamW."""
-    outer = ("embedding", "conv_in", "conv_out")
+    outer = ("embedding", "conv_in", "conv_out", "pos_embed", "proj_out_2")
     return p.ndim >= 2 and not any(part in name for part in outer)
 
 
@@ -413,7 +413,7 @@ def strip_local_paths(folder: Path) -> None:
 
 
 def describe(
-    recipe: Recipe,
+    recipe: Any,
     minutes: dict[str, float],
     objects: int,
     device: torch.device,

@@ -1,0 +1,111 @@
+"""Training on photographs: both published forms are read, resuming is exact, and DiTPipeline loads it."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+import train_cifar
+from cifar import CLASSES, read_cifar
+from diffusers import DiTPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from test_training import Killed, ticking
+from train_cifar import Recipe, pixel_vae
+
+TINY = Recipe(batch=2, layers=2, heads=1, head_size=32)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    return torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def archive(pictures: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two batches of two to train on, one of two to test."""
+    file = tmp_path_factory.mktemp("data") / "cifar-10-binary.tar.gz"
+    with tarfile.open(file, "w:gz") as tar:
+        for name, first in (("data_batch_1.bin", 0), ("data_batch_2.bin", 2), ("test_batch.bin", 4)):
+            rows = [bytes([i]) + pictures[i].numpy().tobytes() for i in (first, first + 1)]
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(b"".join(rows))
+            tar.addfile(member, io.BytesIO(b"".join(rows)))
+    return file
+
+
+def test_the_binary_version_is_read(archive: Path, pictures: torch.Tensor) -> None:
+    for test, expected in ((False, range(4)), (True, range(4, 6))):
+        found, labels = read_cifar([archive], test=test)
+        assert torch.equal(found, pictures[list(expected)])
+        assert labels.tolist() == list(expected)
+
+
+def test_the_parquet_form_is_read(pictures: torch.Tensor, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    for name, rows in (("train", range(4)), ("test", range(4, 6))):
+        coded = []
+        for i in rows:
+            file = io.BytesIO()
+            Image.fromarray(pictures[i].permute(1, 2, 0).numpy()).save(file, "png")
+            coded.append({"bytes": file.getvalue(), "path": None})
+        table = pyarrow.table({"img": coded, "label": list(rows)})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    files = sorted(tmp_path.glob("*.parquet"))
+    found, labels = read_cifar(files, test=True)
+    assert torch.equal(found, pictures[4:])
+    assert labels.tolist() == [4, 5]
+    assert len(read_cifar(files, test=False)[0]) == 4
+
+
+def test_files_without_photographs_are_refused(archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hold no test photographs"):
+        read_cifar([tmp_path / "train-0.parquet"], test=True)
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(ValueError, match="holds no binary batches"):
+        read_cifar([tmp_path / "empty.tar"], test=False)
+
+
+def test_the_autoencoder_of_pixels_gives_them_back() -> None:
+    vae = pixel_vae()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(x).latents
+        again = vae.decode(latents).sample
+    torch.testing.assert_close(latents, x)
+    # A tenth of a step between the 256 values that a pixel has.
+    assert (again - x).abs().max() < 0.1 * 2 / 255
+
+
+def train(data: Path, out: Path, export_to: Path | None = None, until: int | None = None) -> dict:
+    """The state after four steps."""
+    train_cifar.run(
+        [data], out, 4 / 60, TINY, export_to, torch.device("cpu"), ticking(until), checkpoint_seconds=2
+    )
+    index = json.loads((out / "denoiser.json").read_text())
+    assert (index["step"], index["done"]) == (4, True)
+    return load_file(out / index["tensors"])
+
+
+def test_killed_and_resumed_equals_straight_and_the_pipeline_loads(archive: Path, tmp_path: Path) -> None:
+    straight = train(archive, tmp_path / "straight", tmp_path / "model")
+    with pytest.raises(Killed):
+        train(archive, tmp_path / "killed", until=2 * 3 + 1)
+    resumed = train(archive, tmp_path / "killed")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+    pipe = DiTPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.labels == {name: number for number, name in enumerate(CLASSES)}
+    for guidance in (1.0, 4.0):
+        made = pipe(
+            class_labels=pipe.get_label_ids(["ship", "cat"]), num_inference_steps=2, guidance_scale=guidance
+        )
+        assert [image.size for image in made.images] == [(32, 32)] * 2

@@ -1,0 +1,65 @@
+"""The photographs of CIFAR-10 as tensors, from the archives in which they are published.
+
+Either the binary version (``cifar-10-binary.tar.gz``) or files in the public Parquet form, which need
+pyarrow. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SIDE = 32
+
+
+def read_cifar(files: Sequence[Path], *, test: bool) -> tuple[Tensor, Tensor]:
+    """Photographs uint8 ``(N, 3, 32, 32)`` and the numbers of their classes ``(N,)``.
+
+    Args:
+        files: one tar archive of the binary version, or Parquet files; of those the ones with "test" in
+            their name are the test photographs.
+        test: those for testing, not those to train on.
+
+    Raises:
+        ValueError: if the files have no such photographs.
+    """
+    wanted = [f for f in files if f.suffix != ".parquet" or ("test" in f.name) == test]
+    parts = [_parquet(f) if f.suffix == ".parquet" else _binary(f, test) for f in wanted]
+    if not parts:
+        kind = "test" if test else "training"
+        raise ValueError(f"files: {', '.join(map(str, files)) or 'none'} hold no {kind} photographs")
+    pictures, labels = zip(*parts, strict=True)
+    return torch.cat(pictures), torch.cat(labels)
+
+
+def _binary(archive: Path, test: bool) -> tuple[Tensor, Tensor]:
+    """Records of one byte of label and 3,072 bytes of picture, channel by channel."""
+    rows = []
+    with tarfile.open(archive) as tar:
+        for member in sorted(tar.getmembers(), key=lambda m: m.name):
+            name = Path(member.name).name
+            if name.endswith(".bin") and (name == "test_batch.bin") == test:
+                file = tar.extractfile(member)
+                assert file is not None
+                rows.append(np.frombuffer(file.read(), np.uint8).reshape(-1, 1 + 3 * SIDE * SIDE))
+    if not rows:
+        raise ValueError(f"files: {archive} holds no binary batches of CIFAR-10")
+    table = torch.from_numpy(np.concatenate(rows).copy())
+    return table[:, 1:].reshape(-1, 3, SIDE, SIDE).clone(), table[:, 0].long()
+
+
+def _parquet(file: Path) -> tuple[Tensor, Tensor]:
+    """Columns ``img`` with the coded picture and ``label``."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(file, columns=["img", "label"]).to_pydict()
+    pictures = [np.array(Image.open(io.BytesIO(img["bytes"])).convert("RGB")) for img in table["img"]]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.tensor(table["label"])
