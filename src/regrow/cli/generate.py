@@ -90,7 +90,7 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
             task = progress.add_task(name, total=None)
 
             def step(task: Any = task) -> None:
-                progress.update(task, total=pipeline.num_timesteps, advance=1)
+                progress.update(task, total=len(pipeline.scheduler.timesteps), advance=1)
 
             options: dict[str, Any] = {
                 "steps": request.steps,

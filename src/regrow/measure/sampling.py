@@ -51,12 +51,16 @@ def make(
         on_step: called without arguments after each step.
 
     Raises:
-        ValueError: if a prompt is no number where a class is needed, or only one side is given.
+        ValueError: if a prompt is no number where a class is needed, only one side is given, or the
+            pipeline takes none.
     """
     if (height is None) != (width is None):
         # Pipelines fall back to their own size then.
         missing, given = ("height", "width") if height is None else ("width", "height")
         raise ValueError(f"{missing}: must be given together with {given}")
+    takes = inspect.signature(pipeline.__call__).parameters
+    if height is not None and "height" not in takes:
+        raise ValueError(f"height: {type(pipeline).__name__} has one size, it must not be given")
 
     def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
@@ -67,8 +71,7 @@ def make(
         "guidance_scale": guidance,
         "height": height,
         "width": width,
-        # Not every pipeline takes one.
-        "callback_on_step_end": None if on_step is None else after,
+        "callback_on_step_end": after if on_step and "callback_on_step_end" in takes else None,
     }
     wait(pipeline)
     begin = time.perf_counter()
