@@ -163,8 +163,8 @@ class Stage:
 
 
 def decay(fraction: float) -> float:
-    """Learning-rate factor: constant for half of the budget, then falling to 2%."""
-    return 1.0 if fraction < 0.5 else max(0.02, (1 - fraction) / 0.5)
+    """Learning-rate factor: constant for a fifth of the budget, then falling to 2%."""
+    return 1.0 if fraction < 0.2 else max(0.02, (1 - fraction) / 0.8)
 
 
 class Checkpoints:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import transformer_pipelines
 from PIL import Image
 
 from regrow.cli import main
@@ -147,6 +148,23 @@ def test_generate_compares_with_the_unaccelerated_picture(
     assert Image.open(files[0]).size == (128, 128)
     assert [m["method"] for m in found["methods"]] == ["unaccelerated", "dato b1"]
     assert found["methods"][1]["macs_ratio"] > 2
+
+
+def test_generate_makes_pictures_of_classes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    transformer_pipelines.dit().save_pretrained(tmp_path / "dit")
+    common = ("generate", "--model", str(tmp_path / "dit"), "--method", "fora", "--interval", "2")
+    common += ("--steps", "4", "--device", "cpu", "--out", str(tmp_path / "picture.png"))
+    assert run(monkeypatch, *common, "--prompt", "7", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["methods"][0]["macs_ratio"] > 1.5
+    assert Image.open(tmp_path / "picture.png").size == (32, 32)
+    for wrong, named in (
+        (("--prompt", "cat"), "prompt: 'cat'"),
+        (("--height", "64", "--width", "64"), "height"),
+    ):
+        assert run(monkeypatch, *common, *(() if "--prompt" in wrong else ("--prompt", "7")), *wrong) != 0
+        assert named in capsys.readouterr().err
 
 
 def test_demo_leaves_a_picture_and_a_table(

@@ -19,7 +19,7 @@ from regrow.cli.ablations import ABLATIONS, ablated
 from regrow.cli.bench import draw_bars, print_rows
 from regrow.macs import CallCounter, plain_macs
 from regrow.measure.bench import Memory, bench
-from regrow.measure.sampling import make, random_pipeline
+from regrow.measure.sampling import make
 from regrow.measure.variants import Variant, variant
 from regrow.run import without_data
 
@@ -191,26 +191,6 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     del block
     peak = memory.peak_mib()
     assert peak is None or 200 < peak < 400
-
-
-def test_pipelines_of_public_architectures_run_without_text_and_decoder(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    small = {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": 8, "sample_size": 8}
-    xl = {"block_out_channels": (32, 32, 32), "transformer_layers_per_block": 1, "sample_size": 8}
-    from regrow.measure import sampling
-
-    changes = {"sd15": small, "sdxl": xl | {"attention_head_dim": 8}}
-    monkeypatch.setattr(
-        sampling, "CONFIGS", {name: sampling.CONFIGS[name] | changes[name] for name in changes}
-    )
-    for name in changes:
-        pipe = random_pipeline(name)
-        rows = bench(pipe, [variant("steps:2", 2), variant("sito:d", 2)], PROMPTS, rounds=1, guidance=5.0)
-        assert [row.error for row in rows] == [None, None]
-        assert rows[1].macs < rows[0].macs
-    with pytest.raises(ValueError, match="arch: 'sd9' is not known"):
-        random_pipeline("sd9")
 
 
 def test_the_command_prints_what_it_writes(

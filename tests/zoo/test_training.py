@@ -44,8 +44,8 @@ def test_muon_reduces_a_quadratic():
     assert loss < 0.02
 
 
-def test_learning_rate_falls_over_the_second_half():
-    assert [decay(f) for f in (0, 0.49, 0.75, 1)] == [1, 1, 0.5, 0.02]
+def test_learning_rate_falls_after_a_fifth():
+    assert [decay(f) for f in (0, 0.19, 0.6, 1)] == [1, 1, 0.5, 0.02]
 
 
 def test_log_cut_short_by_a_kill_is_still_read(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from regrow import zoo
 from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.measure.bench import BenchRow, bench
 from regrow.measure.machine import PACKAGES, machine
-from regrow.measure.sampling import random_pipeline
+from regrow.measure.random_weights import random_pipeline
 from regrow.measure.variants import Variant
 from regrow.models import module_of
 

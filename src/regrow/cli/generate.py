@@ -60,12 +60,15 @@ def check_device(name: str) -> str:
 
 
 def load_pipeline(model: str, device: str, dtype: torch.dtype) -> Any:
-    """A text-to-image pipeline: bundled by name, from a folder, or from the hub."""
+    """A pipeline of pictures from text or classes: bundled by name, from a folder, or from the hub."""
     if model in zoo.MODELS and not Path(model).exists():
         return zoo.load(model, dtype=dtype, device=device)
-    from diffusers import AutoPipelineForText2Image
+    from diffusers import AutoPipelineForText2Image, DiffusionPipeline, DiTPipeline
 
-    pipeline: Any = AutoPipelineForText2Image.from_pretrained(model, dtype=dtype)
+    config: Any = DiffusionPipeline.load_config(model)
+    # The one of pictures from classes; the automatic choice knows those from text only.
+    kind: Any = DiTPipeline if config["_class_name"] == "DiTPipeline" else AutoPipelineForText2Image
+    pipeline: Any = kind.from_pretrained(model, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -87,7 +90,7 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
             task = progress.add_task(name, total=None)
 
             def step(task: Any = task) -> None:
-                progress.update(task, total=pipeline.num_timesteps, advance=1)
+                progress.update(task, total=len(pipeline.scheduler.timesteps), advance=1)
 
             options: dict[str, Any] = {
                 "steps": request.steps,

@@ -210,7 +210,9 @@ def profile(
 def bench(
     methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline.")] = BENCHED,
     model: Annotated[Optional[str], typer.Option(help="Bundled name, folder, or hub id.")] = None,
-    arch: Annotated[Optional[str], typer.Option(help="sd15, sd2 or sdxl, random weights.")] = None,
+    arch: Annotated[
+        Optional[str], typer.Option(help="sd15, sdxl, sd3-1024 and others, random weights.")
+    ] = None,
     images: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
     steps: Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)] = 50,
