@@ -7,6 +7,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import check_cifar
 import pytest
 import torch
 import train_cifar
@@ -94,7 +95,9 @@ def train(data: Path, out: Path, export_to: Path | None = None, until: int | Non
     return load_file(out / index["tensors"])
 
 
-def test_killed_and_resumed_equals_straight_and_the_pipeline_loads(archive: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_straight_and_the_pipeline_loads(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     straight = train(archive, tmp_path / "straight", tmp_path / "model")
     with pytest.raises(Killed):
         train(archive, tmp_path / "killed", until=2 * 3 + 1)
@@ -109,3 +112,20 @@ def test_killed_and_resumed_equals_straight_and_the_pipeline_loads(archive: Path
             class_labels=pipe.get_label_ids(["ship", "cat"]), num_inference_steps=2, guidance_scale=guidance
         )
         assert [image.size for image in made.images] == [(32, 32)] * 2
+
+    words = ["--images", "2", "--fit", "4", "--steps", "1", "--json", str(tmp_path / "check.json")]
+    words += ["--data", str(archive), "--model", str(tmp_path / "model")]
+    monkeypatch.setattr("sys.argv", ["check_cifar.py", *words])
+    check_cifar.main()
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert 0 <= found["accuracy"] <= 1
+    assert found["fd"] > 0
+    assert Image.open(tmp_path / "model" / "contact.png").size == (64 * check_cifar.COLUMNS, 640)
+
+
+def test_a_classifier_learns_its_classes() -> None:
+    labels = torch.arange(40) % 10
+    features = torch.randn(10, 1280, generator=torch.Generator().manual_seed(0))[labels]
+    assert check_cifar.accuracy(check_cifar.fit(features, labels), features, labels) == 1.0
+    wrong = (labels + 1) % 10
+    assert check_cifar.accuracy(check_cifar.fit(features, labels), features, wrong) == 0.0

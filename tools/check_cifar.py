@@ -1,0 +1,146 @@
+"""Are a model's photographs like CIFAR-10's, and of the classes that they are said to be?
+
+    python tools/check_cifar.py --data cifar-10-binary.tar.gz --model work/cifar/model --json check.json
+
+*FD-EffNet*: Fréchet distance of EfficientNet-Lite0 features to those of the test photographs, beside that
+of as many training photographs, the least that can be expected. *Accuracy*: of a linear classifier on the
+same features, fitted to training photographs, on generated pictures and on the test photographs. A contact
+sheet of the classes is written beside the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cifar import CLASSES, read_cifar
+from diffusers import DDIMScheduler, DiTPipeline
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from training import keep_freed_memory, write_json
+
+from regrow.measure.features import EfficientNetFeatures
+from regrow.measure.images import to_picture
+from regrow.measure.machine import machine
+from regrow.measure.quality import frechet_distance
+
+COLUMNS = 12
+
+
+def features_of(pictures: Tensor, title: str) -> Tensor:
+    """Features ``(N, 1280)`` of uint8 pictures ``(N, 3, H, W)``."""
+    extractor = EfficientNetFeatures()
+    parts = [extractor(part.float() / 255) for part in track(pictures.split(64), title)]
+    return torch.cat(parts)
+
+
+def fit(features: Tensor, labels: Tensor) -> nn.Linear:
+    """A linear classifier, by gradient descent on all features at once."""
+    head = nn.Linear(features.shape[1], len(CLASSES))
+    optimizer = torch.optim.AdamW(head.parameters(), 1e-2, weight_decay=1e-2)
+    for _ in track(range(300), "fitting the classifier"):
+        optimizer.zero_grad()
+        F.cross_entropy(head(features), labels).backward()
+        optimizer.step()
+    return head
+
+
+def accuracy(head: nn.Linear, features: Tensor, labels: Tensor) -> float:
+    """Share of pictures that the classifier finds to be of their class."""
+    with torch.no_grad():
+        return (head(features).argmax(1) == labels).float().mean().item()
+
+
+def draw(
+    pipe: DiTPipeline, labels: list[int], steps: int, guidance: float, batch: int, seed: int, bf16: bool
+) -> Tensor:
+    """One picture a label, each from its own seed: uint8 ``(N, 3, 32, 32)``."""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    out = []
+    for start in track(range(0, len(labels), batch), "generating"):
+        part = labels[start : start + batch]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        with torch.autocast(pipe.transformer.device.type, torch.bfloat16, enabled=bf16):
+            pictures: Any = pipe(
+                class_labels=part,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+                output_type="pt",
+            )
+        out.append(pictures.images.float().mul(255).round().byte().cpu())
+    return torch.cat(out)
+
+
+def contact_sheet(pictures: Tensor, labels: list[int], scale: int = 2) -> Image.Image:
+    """A row of pictures for each class."""
+    side = pictures.shape[-1] * scale
+    sheet = Image.new("RGB", (COLUMNS * side, len(CLASSES) * side), "white")
+    for number in range(len(CLASSES)):
+        rows = [i for i, label in enumerate(labels) if label == number][:COLUMNS]
+        for column, i in enumerate(rows):
+            picture = to_picture(pictures[i].float() / 255).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(picture, (column * side, number * side))
+    return sheet
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="tar archive or Parquet files")
+    parser.add_argument("--model", type=Path, required=True, help="pipeline folder")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument(
+        "--images", type=int, default=2000, help="generated, and of each set of photographs"
+    )
+    parser.add_argument("--fit", type=int, default=10000, help="training photographs for the classifier")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--bf16", action="store_true", help="autocast: faster, nearly the same")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure a model as the command line says."""
+    args = parse_arguments()
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    train, train_labels = read_cifar(args.data, test=False)
+    test, test_labels = read_cifar(args.data, test=True)
+    pipe = DiTPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    labels = [i % len(CLASSES) for i in range(args.images)]
+    made = draw(pipe, labels, args.steps, args.guidance, args.batch, args.seed, args.bf16)
+    contact_sheet(made, labels).save(args.model / "contact.png")
+    generated = features_of(made, "generated")
+    known = features_of(train[: args.fit], "training photographs")
+    true = features_of(test[: args.images], "test photographs")
+    head = fit(known, train_labels[: args.fit])
+    result = {
+        "images": args.images,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "fd": frechet_distance(generated, true),
+        "fd of training photographs": frechet_distance(known[: args.images], true),
+        "accuracy": accuracy(head, generated, torch.tensor(labels)),
+        "accuracy on test photographs": accuracy(head, true, test_labels[: args.images]),
+        "machine": machine("cpu"),
+    }
+    Console().print_json(json.dumps(result))
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
