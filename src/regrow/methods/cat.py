@@ -4,6 +4,10 @@ After ``t0`` full calls each call computes a share of the image's tokens only, t
 others' keys and values, and their predicted noise, are those of the last call that computed them. Chosen
 are tokens whose predicted noise moved most since the reference call, in the clusters where it moved most,
 and those that were not computed for longest.
+
+On Stable Diffusion 3, PixArt, DiT and Flux. Flux turns queries and keys by the positions of their tokens;
+it needs its stock attention processors (no IP-Adapter), and calls with the tokens of several pictures
+(Kontext) are computed in full, with a warning.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ SYSTEMS = (
         "CAT Pruning",
         "compute the tokens that change, in clusters",
         Status.PARTLY,
-        "transformers: SD3, PixArt, DiT",
+        "transformers: SD3, PixArt, DiT, Flux",
         CATPruning,
     ),
     System("tokencache", "TokenCache", "a learned predictor of what to cache", Status.NOT_YET, "-"),
