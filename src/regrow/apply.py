@@ -111,6 +111,12 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
     engine = Engine(denoiser, layout_of(denoiser), parts, None)
     _check_useful(engine, denoiser)
+    if getattr(pipeline, "transformer_2", None) not in (None, denoiser):
+        engine.warn_once(
+            "second",
+            "the pipeline has a second denoiser, which is left as it is; for it call "
+            "regrow.apply(pipeline.transformer_2, config, scheduler=pipeline.scheduler)",
+        )
     source = (lambda: pipeline.scheduler) if pipeline is not None else (lambda: scheduler)
     if source() is not None and not hasattr(source(), "step"):
         raise TypeError(f"scheduler: {type(source()).__name__} has no step()")

@@ -44,7 +44,7 @@ class System:
 
 
 _UNETS = "U-Nets: SD 1, SD 2, SDXL"
-_ALL = f"{_UNETS}; transformers: DiT, PixArt, SD3, Flux"
+_ALL = f"{_UNETS}; transformers: DiT, PixArt, SD3, Flux, Wan"
 
 SYSTEMS = (
     System(

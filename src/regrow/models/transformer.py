@@ -1,4 +1,4 @@
-"""Diffusion transformers: DiT, PixArt-alpha and -Sigma, Stable Diffusion 3 and 3.5, Flux.
+"""Diffusion transformers: DiT, PixArt-alpha and -Sigma, Stable Diffusion 3 and 3.5, Flux, Wan.
 
 A family is a row of a table. Depth counts blocks: a call of depth ``d`` runs the first ``ceil(d / 2)`` and
 the last ``floor(d / 2)`` of them, and adds what those between added in the last full call (block caching;
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -84,6 +85,12 @@ FAMILIES = {
         embed="x_embedder",
         rotary="pos_embed",
     ),
+    "WanTransformer3DModel": Family(
+        (("blocks", ("attn1", "attn2", "ffn"), Returns.TOKENS),),
+        "proj_out",
+        text=("condition_embedder.text_embedder",),
+        cross_attentions=("attn2",),
+    ),
 }
 """The families by class name, so that none is imported before somebody uses it."""
 
@@ -121,7 +128,7 @@ def transformer_layout(transformer: Any) -> Layout:
 
 def _text(transformer: Any, family: Family, blocks: dict[str, Skippable]) -> dict[str, nn.Module]:
     """The modules whose output depends on the text alone."""
-    own = {name: getattr(transformer, name) for name in family.text}
+    own = {name: attrgetter(name)(transformer) for name in family.text}
     found = {name: module for name, module in own.items() if module is not None}
     return found | _keys_and_values(blocks, family.cross_attentions)
 
