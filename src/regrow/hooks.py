@@ -18,7 +18,7 @@ from regrow.methods.parts import Features, Recovery
 from regrow.models.table import Cut, Returns, Rotary, Rows, Skippable, TokenBlock
 from regrow.reuse.depth import placeholders
 from regrow.run import OUTPUT, Call, Engine
-from regrow.tokens.recover import keep, keep_merged, recover
+from regrow.tokens.recover import complete, keep, keep_merged, recover
 from regrow.tokens.select import behind, flat_rows, rows_of
 
 
@@ -68,7 +68,13 @@ class SkipHook(ModelHook):
         elif cut in call.entered:
             before, after = call.entered.pop(cut), self._tensors(out)
             added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
-            features[cut.key(self.place.name)] = added
+            key, (text, image) = cut.key(self.place.name), added
+            if call.tokens is None:
+                features[key] = added
+            elif key in features and image is not None:
+                # The other tokens keep what was added to them before.
+                complete(features[key][1], call.rows[Rows.IMAGE], image)
+                features[key] = [text, features[key][1]]
 
     def _restored(self, call: Call, cut: Cut) -> Any:
         """What a module hands on instead of running."""
@@ -78,6 +84,8 @@ class SkipHook(ModelHook):
             return _copied(feature) if call.dense or cut.final else feature
         # Not to its own input: others may have added to the tokens on the way here (ControlNet).
         before = call.entered.pop(cut)
+        if call.tokens is not None:
+            feature = [feature[0], rows_of(feature[1], call.tokens)]
         return self._pack([x if d is None else x + d for x, d in zip(before, feature, strict=True)])
 
     def _stand_in(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -214,8 +222,7 @@ class MemoryHook(ModelHook):
                 "within a generation"
             )
         else:
-            kept, rows = features[self.key], call.rows[self.rows]
-            kept.view(kept.shape[0] * kept.shape[1], -1).index_copy_(0, rows, output.reshape(len(rows), -1))
+            complete(features[self.key], call.rows[self.rows], output)
             call.pruned += 1
         # The caller of the denoiser may write to its output.
         return features[self.key].clone() if self.key == OUTPUT else features[self.key]

@@ -255,7 +255,8 @@ class Engine:
         slot.calls += 1
         planned = generation.steps[position.index]
         cut = self.cuts.get(planned.depth)
-        if cut is not None and not any(cut.key(name) in slot.features for name in cut.restore):
+        begins = self.token_set is not None and slot.calls <= self.token_set.full_calls
+        if cut is not None and (begins or not any(cut.key(n) in slot.features for n in cut.restore)):
             cut = None
         depth = FULL if cut is None else planned.depth
         residuals = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
@@ -286,7 +287,8 @@ class Engine:
             # A module that this call skips must not hand on another text's output later.
             for name in self.layout.text:
                 slot.features.pop(name, None)
-        self.call.remembers = self.token_set is not None and cut is None and self._can_remember(slot)
+        whole = cut is None or cut.entry is not None
+        self.call.remembers = self.token_set is not None and whole and self._can_remember(slot)
         if self.call.remembers:
             self.call.tokens = self._tokens(slot, sample, planned.ratio, info, kwargs)
             if self.call.tokens is not None:

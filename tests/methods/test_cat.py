@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal
@@ -69,8 +69,15 @@ def test_alpha_1_is_the_plain_pipeline_bit_for_bit(pipe: Any) -> None:
 
 
 @contextmanager
-def slow(transformer: Any, tokens: list[Tensor | None]) -> Iterator[None]:
-    """Computes all tokens in every call, then puts back old keys, values and outputs of those left out."""
+def slow(
+    transformer: Any,
+    tokens: list[Tensor | None],
+    skips: Callable[[int, int], bool] = lambda call, block: False,
+) -> Iterator[None]:
+    """Computes all tokens in every call, then puts back old keys, values and outputs of those left out.
+
+    Where ``skips(call, block)``, what a block computes is not kept.
+    """
     call = [-1]
     kept: dict[int, Tensor] = {}
     singles = list(getattr(transformer, "single_transformer_blocks", []))
@@ -84,6 +91,8 @@ def slow(transformer: Any, tokens: list[Tensor | None]) -> Iterator[None]:
 
     def after(module: Any, args: Any, out: Tensor) -> Tensor:
         chosen = tokens[call[0]]
+        if id(module) in owner and skips(call[0], owner[id(module)]):
+            return out
         if chosen is not None:
             old = kept[id(module)].clone()
             # Flux's single blocks put the text before the image; it is always new.
@@ -97,9 +106,11 @@ def slow(transformer: Any, tokens: list[Tensor | None]) -> Iterator[None]:
 
     hooks = [transformer.register_forward_pre_hook(begin, with_kwargs=True)]
     modules = [getattr(transformer, "proj_out_2", None) or transformer.proj_out]
-    for block in [*transformer.transformer_blocks, *singles]:
+    owner = {}
+    for i, block in enumerate([*transformer.transformer_blocks, *singles]):
         attention = getattr(block, "attn1", None) or block.attn
         modules += [attention.to_k, attention.to_v]
+        owner |= dict.fromkeys(map(id, modules[-2:]), i)
     hooks += [module.register_forward_hook(after) for module in modules]
     try:
         yield
