@@ -108,11 +108,8 @@ def slow_blocks(
             hook.remove()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("branch", [0, 3])
-def test_calls_are_full_ones_with_old_rows_and_old_blocks_put_back(
-    pipe: Any, form: str, branch: int
-) -> None:
+@pytest.mark.parametrize(("form", "branch"), [("guided", 0), ("batch", 3), ("wide", 3)])
+def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(pipe: Any, form: str, branch: int) -> None:
     options = allowed(pipe, form) | {"num_inference_steps": 7}
     chosen: list[Tensor | None] = []
 
