@@ -111,6 +111,12 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
     engine = Engine(denoiser, layout_of(denoiser), parts, None)
     _check_useful(engine, denoiser)
+    if getattr(pipeline, "transformer_2", None) not in (None, denoiser):
+        engine.warn_once(
+            "second",
+            "the pipeline has a second denoiser, which is left as it is; for it call "
+            "regrow.apply(pipeline.transformer_2, config, scheduler=pipeline.scheduler)",
+        )
     source = (lambda: pipeline.scheduler) if pipeline is not None else (lambda: scheduler)
     if source() is not None and not hasattr(source(), "step"):
         raise TypeError(f"scheduler: {type(source()).__name__} has no step()")
@@ -132,7 +138,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         )
     leaves_out = engine.token_set is not None and any(step.ratio for step in engine.kinds)
     if leaves_out:
-        _check_projections(denoiser)
+        _check_attentions(engine, denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
     if asked and not prunes:
         engine.warn_once(
@@ -147,11 +153,18 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         )
 
 
-def _check_projections(denoiser: nn.Module) -> None:
-    """Refuse attentions whose keys can't be kept."""
+def _check_attentions(engine: Engine, denoiser: nn.Module) -> None:
+    """Refuse attentions whose keys can't be kept, or whose queries can't be fewer than their keys."""
     fused = [name for name, m in denoiser.named_modules() if getattr(m, "fused_projections", False)]
     if fused:
         raise ValueError(
             f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept by "
             "themselves; call unfuse_qkv_projections() first"
+        )
+    stream = engine.layout.stream
+    others = [] if stream is None or stream.rotary is None else stream.rotary.others()
+    if others:
+        raise ValueError(
+            f"target: {len(others)} attentions have processors of their own (IP-Adapter), so a call can't "
+            "compute some of the tokens only; call unload_ip_adapter() first"
         )

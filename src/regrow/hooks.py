@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from regrow.methods.parts import Features, Recovery
-from regrow.models.table import Cut, Returns, Skippable, TokenBlock
+from regrow.models.table import Cut, Returns, Rotary, Rows, Skippable, TokenBlock
 from regrow.reuse.depth import placeholders
 from regrow.run import OUTPUT, Call, Engine
-from regrow.tokens.recover import keep, keep_merged, recover
-from regrow.tokens.select import rows_of
+from regrow.tokens.recover import complete, keep, keep_merged, recover
+from regrow.tokens.select import behind, flat_rows, rows_of
 
 
 def original(hook: ModelHook) -> Callable[..., Any]:
@@ -67,7 +68,13 @@ class SkipHook(ModelHook):
         elif cut in call.entered:
             before, after = call.entered.pop(cut), self._tensors(out)
             added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
-            features[cut.key(self.place.name)] = added
+            key, (text, image) = cut.key(self.place.name), added
+            if call.tokens is None:
+                features[key] = added
+            elif key in features and image is not None:
+                # The other tokens keep what was added to them before.
+                complete(features[key][1], call.rows[Rows.IMAGE], image)
+                features[key] = [text, features[key][1]]
 
     def _restored(self, call: Call, cut: Cut) -> Any:
         """What a module hands on instead of running."""
@@ -77,6 +84,8 @@ class SkipHook(ModelHook):
             return _copied(feature) if call.dense or cut.final else feature
         # Not to its own input: others may have added to the tokens on the way here (ControlNet).
         before = call.entered.pop(cut)
+        if call.tokens is not None:
+            feature = [feature[0], rows_of(feature[1], call.tokens)]
         return self._pack([x if d is None else x + d for x, d in zip(before, feature, strict=True)])
 
     def _stand_in(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -196,9 +205,9 @@ class EmbedHook(ModelHook):
 class MemoryHook(ModelHook):
     """Completes what a module gives for some tokens with what it last gave for the others."""
 
-    def __init__(self, engine: Engine, key: str) -> None:
+    def __init__(self, engine: Engine, key: str, rows: Rows = Rows.IMAGE) -> None:
         super().__init__()
-        self.engine, self.key = engine, key
+        self.engine, self.key, self.rows = engine, key, rows
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         call = self.engine.call
@@ -207,17 +216,74 @@ class MemoryHook(ModelHook):
         features = call.slot.features
         if call.tokens is None:
             features[self.key] = output
-        elif call.rows is None or self.key not in features:
+        elif self.key not in features:
             raise RuntimeError(
                 f"{self.key} runs, but was left out of the last full call; layers to skip can't change "
                 "within a generation"
             )
         else:
-            channels = output.shape[-1]
-            features[self.key].view(-1, channels).index_copy_(0, call.rows, output.reshape(-1, channels))
+            complete(features[self.key], call.rows[self.rows], output)
             call.pruned += 1
         # The caller of the denoiser may write to its output.
         return features[self.key].clone() if self.key == OUTPUT else features[self.key]
+
+
+class PositionHook(ModelHook):
+    """Takes from a table of rotary embeddings the rows of the tokens that the call computes."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def post_forward(self, module: nn.Module, output: Sequence[Tensor]) -> Sequence[Tensor]:
+        call = self.engine.call
+        if call is None or not call.remembers:
+            return output
+        assert call.slot.grid is not None
+        both, image = len(output[0]), call.slot.grid.tokens
+        text = both - image
+        call.rotary[Rows.TEXT] = [table[:text] for table in output]
+        if call.tokens is None:
+            call.rotary[Rows.IMAGE] = [table[text:] for table in output]
+            call.rotary[Rows.JOINT] = output
+        else:
+            tokens = behind(call.tokens, text)
+            call.rotary[Rows.JOINT] = [table[tokens.flatten()] for table in output]
+            call.rotary[Rows.IMAGE] = [table[tokens[:, text:].flatten()] for table in output]
+            call.rows[Rows.JOINT] = flat_rows(tokens, both)
+        return output
+
+
+class TurnHook(ModelHook):
+    """Turns queries or keys by the positions of their tokens, where they are made."""
+
+    def __init__(self, engine: Engine, rows: Rows) -> None:
+        super().__init__()
+        self.engine, self.rows = engine, rows
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        call = self.engine.call
+        if call is None or not call.remembers:
+            return output
+        table: Any = tuple(call.rotary[self.rows])
+        # Samples that compute other tokens have other positions: then all are one sequence.
+        sequences = output.reshape(-1, len(table[0]), *output.shape[2:])
+        turned: Any = apply_rotary_emb(sequences, table, sequence_dim=1)
+        return cast(Tensor, turned.view(output.shape))
+
+
+class UnturnedHook(ModelHook):
+    """An attention that is handed queries and keys which are turned already."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self.engine.call
+        if call is not None and call.remembers:
+            kwargs["image_rotary_emb"] = None
+        return args, kwargs
 
 
 class TextHook(ModelHook):
@@ -288,18 +354,28 @@ class Installed:
         if engine.token_set is not None and engine.layout.stream is not None:
             stream = engine.layout.stream
             self._hook(stream.embed, EmbedHook(engine), "regrow-embed")
-            for name, module in stream.memory.items():
-                self._hook(module, MemoryHook(engine, name), "regrow-memory")
+            if stream.rotary is not None:
+                self._hook_rotary(engine, stream.rotary)
+            for name, place in stream.memory.items():
+                # Registered after what turns keys, so that turned ones are kept.
+                self._hook(place.module, MemoryHook(engine, name, place.rows), "regrow-memory")
             self._hook(stream.output, MemoryHook(engine, OUTPUT), "regrow-memory")
         # Registered last, so that what is skipped is neither selected from nor pruned.
         for name in sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values()))):
-            place = engine.layout.skippable[name]
-            self._hook(place.module, SkipHook(engine, place), "regrow-skip")
+            skippable = engine.layout.skippable[name]
+            self._hook(skippable.module, SkipHook(engine, skippable), "regrow-skip")
         denoiser, root = engine.denoiser, RootHook(engine)
         before = denoiser.register_forward_pre_hook(root.before, with_kwargs=True)
         self._undo.append(before.remove)
         after = denoiser.register_forward_hook(root.after, with_kwargs=True, always_call=True)
         self._undo.append(after.remove)
+
+    def _hook_rotary(self, engine: Engine, rotary: Rotary) -> None:
+        self._hook(rotary.positions, PositionHook(engine), "regrow-positions")
+        for attention in rotary.attentions.values():
+            self._hook(attention, UnturnedHook(engine), "regrow-unturned")
+        for place in rotary.turned.values():
+            self._hook(place.module, TurnHook(engine, place.rows), "regrow-turn")
 
     def _hook_block(self, engine: Engine, block: TokenBlock) -> None:
         assert engine.rule is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
 from regrow.methods.parts import CallInfo, Parts, TokenRule, TokenSet
 from regrow.models.errors import UnsupportedModelError
-from regrow.models.table import Cut, Layout, TokenBlock
+from regrow.models.table import Cut, Layout, Rows, TokenBlock
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, Step
 from regrow.tokens.grid import Grid
@@ -62,11 +62,13 @@ class Observation:
         blocks: the transformer blocks that ran, by name, each with the selection of tokens that its
             pruned layers computed; None where they computed all.
         tokens: the tokens ``(B, K)`` that the whole call computed; None where it computed all.
+        grid: of a transformer's image tokens, if a call of it can compute some of them only.
     """
 
     record: CallRecord
     blocks: Mapping[str, Selection | None]
     tokens: Tensor | None = None
+    grid: Grid | None = None
 
 
 Observer = Callable[[Observation], None]
@@ -98,7 +100,9 @@ class Call:
         restored: how many modules handed on what is cached.
         entered: what the first module of a cut was given in this call.
         tokens: the tokens ``(B, K)`` that the whole call computes; None if it computes all.
-        rows: the same as rows of a ``(B * N, C)`` matrix.
+        rows: the same as rows of a matrix of all tokens, such as ``(B * N, C)``.
+        rotary: cosines and sines ``(n, D)`` of the tokens that the call computes; ``(B * n, D)`` if it
+            leaves some out.
         remembers: whether keys, values and outputs of the tokens are kept.
         turns: how often modules that may be skipped were called before in this call.
         knows_text: whether the text is that of the last call.
@@ -117,7 +121,8 @@ class Call:
     pruned: int = 0
     entered: dict[Cut, list[Any]] = field(default_factory=dict)
     tokens: Tensor | None = None
-    rows: Tensor | None = None
+    rows: dict[Rows, Tensor] = field(default_factory=dict)
+    rotary: dict[Rows, Sequence[Tensor]] = field(default_factory=dict)
     remembers: bool = False
     turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
@@ -250,7 +255,8 @@ class Engine:
         slot.calls += 1
         planned = generation.steps[position.index]
         cut = self.cuts.get(planned.depth)
-        if cut is not None and not any(cut.key(name) in slot.features for name in cut.restore):
+        begins = self.token_set is not None and slot.calls <= self.token_set.full_calls
+        if cut is not None and (begins or not any(cut.key(n) in slot.features for n in cut.restore)):
             cut = None
         depth = FULL if cut is None else planned.depth
         residuals = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
@@ -281,11 +287,12 @@ class Engine:
             # A module that this call skips must not hand on another text's output later.
             for name in self.layout.text:
                 slot.features.pop(name, None)
-        self.call.remembers = self.token_set is not None and cut is None
+        whole = cut is None or cut.entry is not None
+        self.call.remembers = self.token_set is not None and whole and self._can_remember(slot)
         if self.call.remembers:
             self.call.tokens = self._tokens(slot, sample, planned.ratio, info, kwargs)
             if self.call.tokens is not None:
-                self.call.rows = flat_rows(self.call.tokens, slot.outputs[-1].shape[1])
+                self.call.rows[Rows.IMAGE] = flat_rows(self.call.tokens, slot.outputs[-1].shape[1])
         ratio = planned.ratio if counts or self.call.tokens is not None else 0.0
         generation.records.append(
             CallRecord(position, depth, ratio, planned, slot.inputs, self.call.knows_text)
@@ -308,8 +315,30 @@ class Engine:
             wanted = chooser is not None and chooser.aligns
             inputs = (without_data(args), without_data(_countable(kwargs)))
             slot = Slot(key, inputs, wanted and _is_guided(sample))
+            if self.layout.stream is not None:
+                slot.grid = self.layout.stream.grid(sample, kwargs)
             generation.slots[branch] = slot
         return slot
+
+    def _can_remember(self, slot: Slot) -> bool:
+        """Whether what is kept of a call can be completed by a later one."""
+        stream = self.layout.stream
+        assert stream is not None
+        if slot.grid is None:
+            self.warn_once(
+                "grid", "all tokens are computed, because they are not those of one picture (Kontext)"
+            )
+        elif stream.rotary is not None and stream.rotary.others():
+            self.warn_once(
+                "processor",
+                "all tokens are computed, because attention processors were replaced after regrow.apply "
+                "(IP-Adapter), so that queries can't be turned before the attention",
+            )
+        else:
+            return True
+        # What was kept gets old.
+        slot.outputs.clear()
+        return False
 
     def _tokens(
         self, slot: Slot, sample: Tensor, ratio: float, info: CallInfo, kwargs: Mapping[str, Any]
@@ -325,8 +354,9 @@ class Engine:
             return None
         if len(slot.outputs) < 2 or slot.calls <= self.token_set.full_calls:
             return None
-        if not all(self.denoiser.get_submodule(name) is m for name, m in stream.memory.items()) or not any(
-            name in slot.features for name in stream.memory
+        places = stream.memory.items()
+        if not all(self.denoiser.get_submodule(name) is place.module for name, place in places) or not any(
+            name in slot.features for name in stream.memory if name.endswith("to_v")
         ):
             self.warn_once(
                 "memory",
@@ -334,7 +364,8 @@ class Engine:
                 "regrow.apply (LoRA, fuse_qkv_projections), so that keys can't be kept; apply regrow last",
             )
             return None
-        grid = stream.grid(*sample.shape[-2:])
+        grid = slot.grid
+        assert grid is not None
         # As the released code rounds: 1228 of 4096 tokens for 0.3.
         count = max(int((1 - ratio) * grid.tokens + 1e-6), 1)
         tokens, slot.chosen = self.token_set.select(slot.chosen, grid, count, info)
@@ -401,7 +432,7 @@ class Engine:
         ran = (b.name for b in self.layout.blocks if _runs(b, call.cut))
         blocks = {name: call.selections.get(name) for name in ran}
         for observer in self.observers:
-            observer(Observation(record, blocks, call.tokens))
+            observer(Observation(record, blocks, call.tokens, call.slot.grid))
 
     def release(self) -> None:
         """Drop what is cached; the records of the last generation stay for the report."""

@@ -53,6 +53,7 @@ def test_profile_takes_a_schedule_file_and_an_interval(
     [
         (("--method", "deepcache", "--interval", "5"), 2, 2.0),
         (("--method", "tome", "--ratio", "0.5"), 10, 1.0),
+        (("--method", "deepcache:5+tome:0.5"), 2, 2.0),
     ],
 )
 def test_profile_of_the_baselines(
@@ -77,6 +78,12 @@ def test_profile_of_the_baselines(
         (("profile", "--arch", "sd15", "--method", "magic"), "method: 'magic' is not known; allowed: dato"),
         (("profile", "--arch", "sd15", "--method", "toca"), "method: 'toca' is not built yet"),
         (("profile", "--arch", "sd15", "--method", "cat"), "cat needs --preset or --ratio"),
+        (
+            ("profile", "--arch", "sd15", "--method", "sito:d", "--ratio", "0.5"),
+            "--ratio: not allowed with --method sito:d",
+        ),
+        (("profile", "--arch", "sd15", "--method", "steps:5"), "method: 'steps:5' is not allowed"),
+        (("profile", "--arch", "sd3-1024", "--method", "cat:0.3+fora:2"), "not allowed with cat"),
         (
             ("profile", "--arch", "sd15", "--method", "cat", "--preset", "paper"),
             "a call of UNet2DConditionModel can't compute some of its tokens only",

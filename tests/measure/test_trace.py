@@ -491,16 +491,17 @@ def test_transformers_are_traced(kind: str) -> None:
     assert [difference.name for difference in found.differences] == ["predicted noise", block]
 
 
-def test_the_tokens_of_a_call_are_counted_exactly() -> None:
-    pipe = transformer_pipelines.sd3()
+@pytest.mark.parametrize(("kind", "samples"), [("sd3", 2), ("flux", 1)])
+def test_the_tokens_of_a_call_are_counted_exactly(kind: str, samples: int) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
     counter = ComputedCounter(layout_of(pipe.transformer))
     with regrow.apply(pipe, regrow.CATPruning(alpha=0.25, t0=2)) as run, run.observed(counter):
         transformer_pipelines.generate(pipe)
-    blocks = len(pipe.transformer.transformer_blocks)
-    (count,) = counter.counts().values()
+    ((level, count),) = counter.counts().items()
+    assert count.shape == (samples, 8, 8)
     # Two full calls, three of a quarter of the 64 tokens.
-    assert count.sum((1, 2)).tolist() == [blocks * (2 * 64 + 3 * 16)] * 2
-    assert counter.shares()[2].max() <= 1
+    assert count.sum((1, 2)).tolist() == [transformer_pipelines.LAYERS * (2 * 64 + 3 * 16)] * samples
+    assert counter.shares()[level].max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from regrow.measure.variants import variant
 from regrow.methods.cat import CATPruning
 from regrow.methods.catalogue import configured
 from regrow.methods.dato import DaTo
@@ -30,7 +31,7 @@ def method_config(
     """The configuration a user asked for.
 
     Args:
-        name: of the method.
+        name: of the method, or its short name with settings, such as ``cat:0.3+deepcache:2``.
         preset: name of a preset.
         schedule: a schedule file.
         ratio: one pruning ratio for all calls.
@@ -42,9 +43,11 @@ def method_config(
         ScheduleError: if the schedule file can't be used.
         OSError: if it can't be read.
     """
-    kind = configured(name)
     options = {"--preset": preset, "--schedule": schedule, "--ratio": ratio, "--interval": interval}
     given = [option for option, value in options.items() if value is not None]
+    if ":" in name:
+        return _with_settings(name, given, steps)
+    kind = configured(name)
     taken = _OPTIONS[kind]
     for option in given:
         if option not in taken:
@@ -67,6 +70,16 @@ def method_config(
         return kind(**changes) if preset is None else kind.preset(preset, **changes)
     except ValidationError as error:
         raise ValueError(explain(error)) from error
+
+
+def _with_settings(name: str, given: list[str], steps: int) -> Any:
+    """The configuration of a short name, which says everything itself."""
+    if given:
+        raise ValueError(f"{', '.join(given)}: not allowed with --method {name}, which has its settings")
+    config = variant(name, steps).config
+    if config is None:
+        raise ValueError(f"method: {name!r} is not allowed, it must be a method; steps are --steps")
+    return config
 
 
 _OPTIONS: dict[type[MethodConfig], tuple[str, ...]] = {

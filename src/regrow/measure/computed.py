@@ -59,7 +59,9 @@ class ComputedCounter:
 
     def _count_stream(self, seen: Observation, sample: Tensor, stream: Stream) -> None:
         """Blocks in which the tokens of a transformer were computed."""
-        grid = stream.grid(*sample.shape[-2:])
+        grid = seen.grid
+        if grid is None:
+            return
         shape = (len(sample), grid.height, grid.width)
         count = self._counts.setdefault(stream.patch, torch.zeros(shape, dtype=torch.long))
         if count.shape != shape:

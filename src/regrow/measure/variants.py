@@ -47,8 +47,8 @@ def variant(spec: str, steps: int) -> Variant:
     ``steps:25`` is the same sampler with 25 steps; ``sito:d`` and ``dato:b1`` are presets, ``sito:0.5``
     and ``tome:0.5`` ratios, ``cat:0.3`` the share computed, ``dato:FILE`` a schedule, ``deepcache:5`` and
     ``fora:3`` intervals, ``dato:5`` the same with ``ratio=0.5`` of the tokens pruned, and
-    ``deepcache:5+tome:0.5`` both at once. Further fields follow after colons: ``sito:d:base=V:patch=4``,
-    ``dato:b1:ratio=0.5:alignment=off``.
+    ``deepcache:5+tome:0.5`` or ``cat:0.3+deepcache:2`` both at once, in any order. Further fields follow
+    after colons: ``sito:d:base=V:patch=4``, ``dato:b1:ratio=0.5:alignment=off``.
 
     Args:
         spec: the name.
@@ -67,13 +67,15 @@ def variant(spec: str, steps: int) -> Variant:
     configs = [_config(part, steps) for part in parts]
     if len(configs) == 1:
         return Variant(spec, configs[0], steps)
-    caching = configs[0].schedule if isinstance(configs[0], DaTo) else configs[0]
-    if not isinstance(caching, (DeepCache, FORA, Schedule)) or not isinstance(configs[1], (SiTo, ToMeSD)):
+    tokens = [c for c in configs if isinstance(c, (SiTo, ToMeSD, CATPruning))]
+    caching = [c for c in configs if isinstance(c, (DeepCache, FORA, DaTo))]
+    if not tokens or not caching:
         raise ValueError(
-            f"methods: {spec!r} is not allowed; deepcache, fora or dato comes before the '+', sito or tome "
-            "after it"
+            f"methods: {spec!r} is not allowed; one side of the '+' must be deepcache, fora or dato, the "
+            "other sito, tome or cat"
         )
-    return Variant(spec, Combined(caching=caching, tokens=configs[1]), steps)
+    plan = caching[0].schedule if isinstance(caching[0], DaTo) else caching[0]
+    return Variant(spec, Combined(caching=plan, tokens=tokens[0]), steps)
 
 
 def _config(spec: str, steps: int) -> Any:

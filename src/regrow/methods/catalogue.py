@@ -44,7 +44,7 @@ class System:
 
 
 _UNETS = "U-Nets: SD 1, SD 2, SDXL"
-_ALL = f"{_UNETS}; transformers: DiT, PixArt, SD3, Flux"
+_ALL = f"{_UNETS}; transformers: DiT, PixArt, SD3, Flux, Wan"
 
 SYSTEMS = (
     System(
@@ -61,7 +61,7 @@ SYSTEMS = (
         "CAT Pruning",
         "compute the tokens that change, in clusters",
         Status.PARTLY,
-        "transformers: SD3, PixArt, DiT",
+        "transformers: SD3, PixArt, DiT, Flux",
         CATPruning,
     ),
     System("tokencache", "TokenCache", "a learned predictor of what to cache", Status.NOT_YET, "-"),

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import ceil
+from typing import Any
 
 from torch import Tensor, nn
 
 from regrow.schedule import LAYERS
-from regrow.tokens.grid import Grid
+from regrow.tokens.grid import Grid, grid_of_positions
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,55 @@ class Cut:
         return name if self.entry is None else f"{self.entry} to {name}"
 
 
+class Rows(Enum):
+    """Which tokens the rows of a module's output are."""
+
+    IMAGE = "image"
+    TEXT = "text"
+    JOINT = "joint"  # all of the text, then the image's
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module whose output has a row a token.
+
+    Args:
+        module: the module; it returns ``(B, n, C)`` or ``(B, n, heads, C)``.
+        rows: which tokens.
+    """
+
+    module: nn.Module
+    rows: Rows = Rows.IMAGE
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Attentions that turn queries and keys by the positions of their tokens.
+
+    They turn both by one table, so both must be of the same tokens. Where a call computes some tokens only,
+    the table is kept from them, and queries and keys are turned where they are made.
+
+    Args:
+        positions: gives cosines and sines ``(T + N, D)`` of T text tokens, then N image tokens.
+        attentions: by name, the attentions; they take the table as ``image_rotary_emb``, or None.
+        turned: by name, what gives queries and keys ``(B, n, heads, D)`` as the attention turns them.
+        processor: the attention processor that does nothing between these but turn.
+    """
+
+    positions: nn.Module
+    attentions: dict[str, nn.Module]
+    turned: dict[str, Place]
+    processor: type
+
+    def others(self) -> list[str]:
+        """The attentions with another processor, which may read what is not turned (IP-Adapter)."""
+        return [
+            name
+            for name, attention in self.attentions.items()
+            if type(getattr(attention, "processor", None)) is not self.processor
+        ]
+
+
 @dataclass(frozen=True)
 class Stream:
     """Where the image's tokens begin and end, and what is remembered of those that a call leaves out.
@@ -96,19 +146,24 @@ class Stream:
         embed: makes the tokens ``(B, N, C)`` from the latent.
         memory: by name, the modules that give the keys and values of the image's tokens.
         output: makes the output of the tokens ``(B, N, D)``.
-        patch: latent positions a token spans along one side.
+        patch: latent positions a token spans along one side; 1 where the pipeline packs the latent.
         noise: of the output's channels, how many are predicted noise; they come first.
+        rotary: of attentions that turn queries and keys by position.
     """
 
     embed: nn.Module
-    memory: dict[str, nn.Module]
+    memory: dict[str, Place]
     output: nn.Module
     patch: int
     noise: int
+    rotary: Rotary | None = None
 
-    def grid(self, height: int, width: int) -> Grid:
-        """The grid of tokens of a latent."""
-        return Grid(height // self.patch, width // self.patch)
+    def grid(self, sample: Tensor, inputs: Mapping[str, Any]) -> Grid | None:
+        """The grid of tokens of a latent ``(B, C, H, W)``, or one packed to tokens ``(B, N, C)``, whose
+        positions are an input of their own; None if they are not those of one picture."""
+        if sample.ndim == 3:
+            return grid_of_positions(inputs.get("img_ids"), sample.shape[1])
+        return Grid(sample.shape[-2] // self.patch, sample.shape[-1] // self.patch)
 
     def noise_of(self, tokens: Tensor) -> Tensor:
         """The predicted noise in an output ``(B, N, D)``, which has the channels of a position together."""

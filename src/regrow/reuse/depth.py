@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow.tokens.grid import Grid
+
 # What a slot is valid for: shape, type and device of the denoiser's input, and the shape of its text.
 Key = tuple[torch.Size, torch.dtype, torch.device, torch.Size | None]
 
@@ -26,6 +28,7 @@ class Slot:
         chosen: what the choice of tokens remembers.
         text: the text of the last call and its version, which writing to it changes.
         calls: how many calls the slot has seen.
+        grid: of the image's tokens, where a call can compute some of them only.
     """
 
     key: Key
@@ -37,6 +40,7 @@ class Slot:
     chosen: Any = None
     text: tuple[Tensor, int] | None = None
     calls: int = 0
+    grid: Grid | None = None
 
     def knows(self, text: Tensor | None) -> bool:
         """Whether the text is that of the last call, the very tensor; remembers it."""

@@ -86,6 +86,20 @@ def rows_of(x: Tensor, index: Tensor) -> Tensor:
     return rows.view(batch, -1, channels)
 
 
+def behind(tokens: Tensor, text: int) -> Tensor:
+    """Of sequences of text tokens and then the image's, all of the text and these of the image.
+
+    Args:
+        tokens: ``(B, n)`` indices of image tokens.
+        text: number of text tokens T.
+
+    Returns:
+        ``(B, T + n)`` indices in the sequences.
+    """
+    words = torch.arange(text, device=tokens.device).expand(len(tokens), -1)
+    return torch.cat([words, tokens + text], 1)
+
+
 def most_similar(x: Tensor, query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
     """For each query token, the candidate token of highest cosine similarity.
 
