@@ -10,6 +10,7 @@ from torch import nn
 
 from regrow.clock import ManualClock, SchedulerClock
 from regrow.hooks import Installed, is_hooked
+from regrow.layers import LayerKind
 from regrow.methods.parts import parts_of
 from regrow.models import denoiser_of, layout_of
 from regrow.run import Engine, Observer
@@ -131,7 +132,8 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             f"{engine.layout.top_level}"
         )
     leaves_out = engine.token_set is not None and any(step.ratio for step in engine.kinds)
-    if leaves_out:
+    attends = any(place.layer.kind is LayerKind.SELF_ATTENTION for place in engine.refreshing)
+    if leaves_out or attends or engine.observed:
         _check_projections(denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
     if asked and not prunes:
@@ -152,6 +154,6 @@ def _check_projections(denoiser: nn.Module) -> None:
     fused = [name for name, m in denoiser.named_modules() if getattr(m, "fused_projections", False)]
     if fused:
         raise ValueError(
-            f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept by "
-            "themselves; call unfuse_qkv_projections() first"
+            f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept or "
+            "seen by themselves; call unfuse_qkv_projections() first"
         )

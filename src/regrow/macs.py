@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.hooks import Installed
-from regrow.methods.parts import CallInfo, Parts, TokenRule, TokenSet
+from regrow.layers import Layer, LayerKind
+from regrow.methods.parts import Attention, CallInfo, Parts, TokenRefresh, TokenRule, TokenSet
 from regrow.models import layout_of
 from regrow.run import Engine
-from regrow.schedule import FULL, Schedule
+from regrow.schedule import FULL, LAYERS, Schedule
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
 
@@ -87,6 +88,47 @@ class _FirstTokens:
         return torch.arange(count, device=output.device).repeat(call.batch, 1), None
 
 
+class _FirstRefreshed:
+    """As a method's choice of tokens for layers, but the first ones; what observing costs is kept apart."""
+
+    aligns = False
+
+    def __init__(self, rule: TokenRefresh) -> None:
+        self._rule = rule
+        self.observing = 0
+
+    @property
+    def kinds(self) -> frozenset[LayerKind]:
+        return self._rule.kinds
+
+    @property
+    def observes(self) -> frozenset[LayerKind]:
+        return self._rule.observes
+
+    @property
+    def per_block(self) -> bool:
+        return self._rule.per_block
+
+    def count(self, layer: Layer, tokens: int, ratio: float) -> int:
+        """The method's."""
+        return self._rule.count(layer, tokens, ratio)
+
+    def begin(self) -> Any:
+        """The method's memory; of the last full call alone, so that one call is counted."""
+        self.observing = 0
+        return self._rule.begin()
+
+    def observe(self, memory: Any, layer: Layer, attention: Attention) -> None:
+        """The method's, counted."""
+        with FlopCounterMode(display=False) as counter:
+            self._rule.observe(memory, layer, attention)
+        self.observing += counter.get_total_flops()
+
+    def select(self, memory: Any, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
+        """The first ``count`` tokens."""
+        return torch.arange(count, device="meta").repeat(call.batch, 1)
+
+
 class CallCounter:
     """Counts calls of one denoiser with one method, each kind of call once.
 
@@ -94,13 +136,18 @@ class CallCounter:
         denoiser: the denoiser, on any device; only its configuration is used.
         rule: the method's token rule, or None.
         token_set: its choice of the tokens of a call, or None.
+        refresh: its choice of tokens for layers that hand on their last output, or None.
     """
 
     def __init__(
-        self, denoiser: nn.Module, rule: TokenRule | None, token_set: TokenSet | None = None
+        self,
+        denoiser: nn.Module,
+        rule: TokenRule | None,
+        token_set: TokenSet | None = None,
+        refresh: TokenRefresh | None = None,
     ) -> None:
         self._model = meta_copy(denoiser)
-        self._rule, self._token_set = rule, token_set
+        self._rule, self._token_set, self._refresh = rule, token_set, refresh
         self._known: dict[Any, Macs] = {}
 
     def count(self, depth: int, ratio: float, inputs: tuple[Any, Any], *, knows_text: bool = False) -> Macs:
@@ -108,7 +155,7 @@ class CallCounter:
 
         Args:
             depth: up-path layers computed, `FULL` for all.
-            ratio: pruning ratio.
+            ratio: pruning ratio; 1 if no layer computes a token that should have.
             inputs: positional and keyword arguments on the meta device.
             knows_text: whether what depends on the text alone was computed before.
         """
@@ -121,9 +168,16 @@ class CallCounter:
         # Full calls come first: others need what they leave.
         leaves_out = self._token_set is not None and ratio > 0
         before = 2 if leaves_out else 1 if depth < FULL or knows_text else 0
-        plan = Schedule(depth=(FULL,) * before + (depth,), ratio=(0.0,) * before + (ratio,))
         first = None if self._token_set is None else _FirstTokens()
-        engine = Engine(self._model, layout_of(self._model), Parts(plan, self._rule, first), None)
+        refresh = None if self._refresh is None or ratio == 1 else _FirstRefreshed(self._refresh)
+        # A full call observes if another follows that reads what it saw.
+        after = 0 if refresh is None else 1
+        plan = Schedule(
+            depth=(FULL,) * before + (depth,) + (LAYERS,) * after,
+            ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * after,
+        )
+        parts = Parts(plan, self._rule, first, refresh)
+        engine = Engine(self._model, layout_of(self._model), parts, None)
         selected: list[tuple[torch.Size, Grid, int]] = []
 
         def select(name: str, x: Tensor) -> Selection:
@@ -135,7 +189,7 @@ class CallCounter:
         engine.select = select
         hooks = Installed(engine)
         try:
-            with torch.no_grad(), engine.manual(before + 1) as clock:
+            with torch.no_grad(), engine.manual(len(plan)) as clock:
                 for _ in range(before):
                     self._model(*inputs[0], **inputs[1])
                     clock.step()
@@ -152,7 +206,12 @@ class CallCounter:
             chosen += self._choice(*first.asked)
         flops = counter.get_flop_counts()["Global"]
         attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
-        return Macs(counter.get_total_flops() // 2, chosen, attention // 2)
+        total = counter.get_total_flops()
+        if refresh is not None and depth >= FULL:
+            # What is observed are products of queries and keys as well.
+            total, attention = total - refresh.observing, attention - refresh.observing
+            chosen += refresh.observing // 2
+        return Macs(total // 2, chosen, attention // 2)
 
     def _selection(self, shape: torch.Size, grid: Grid, count: int) -> int:
         """MACs of one layer's selection, counted on zeros for one sample."""

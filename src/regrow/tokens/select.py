@@ -81,9 +81,19 @@ def flat_rows(index: Tensor, tokens: int) -> Tensor:
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
     """The rows ``index: (B, n)`` of ``x: (B, N, C)`` as ``(B, n, C)``."""
-    batch, tokens, channels = x.shape
-    rows = x.reshape(-1, channels).index_select(0, flat_rows(index, tokens))
-    return rows.view(batch, -1, channels)
+    return take_rows(x, flat_rows(index, x.shape[1]))
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows ``(B * n,)`` of ``x: (B, N, C)``, taken as a ``(B * N, C)`` matrix, as ``(B, n, C)``."""
+    batch, _, channels = x.shape
+    return x.reshape(-1, channels).index_select(0, rows).view(batch, -1, channels)
+
+
+def put_rows(x: Tensor, rows: Tensor, new: Tensor) -> None:
+    """Write ``new: (B, n, C)`` over the rows ``(B * n,)`` of ``x: (B, N, C)``, in place."""
+    channels = x.shape[-1]
+    x.view(-1, channels).index_copy_(0, rows, new.reshape(-1, channels))
 
 
 def most_similar(x: Tensor, query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
