@@ -132,6 +132,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             f"{engine.layout.top_level}"
         )
     leaves_out = engine.token_set is not None and any(step.ratio for step in engine.kinds)
+    _check_kinds(engine, denoiser)
     attends = any(place.layer.kind is LayerKind.SELF_ATTENTION for place in engine.refreshing)
     if leaves_out or attends or engine.observed:
         _check_projections(denoiser)
@@ -146,6 +147,18 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             "nothing",
             "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
             f"call goes less deep than {engine.layout.depths} layers, and no ratio is above 0",
+        )
+
+
+def _check_kinds(engine: Engine, denoiser: nn.Module) -> None:
+    """Warn of layers to compute tokens in that the model lacks."""
+    asked = frozenset() if engine.refresh is None else engine.refresh.kinds
+    lacking = asked - {place.layer.kind for place in engine.refreshing}
+    if lacking:
+        engine.warn_once(
+            "kinds",
+            f"{type(denoiser).__name__} has no {' and no '.join(sorted(kind.value for kind in lacking))} "
+            "that can compute some of its tokens by themselves",
         )
 
 

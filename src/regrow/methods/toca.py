@@ -190,12 +190,13 @@ class _Rule:
     def select(self, memory: Memory, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
         """The tokens of highest ``S = sum_j lambda_j s_j``."""
         c = self.config
-        reused = memory.reused.get(layer.name)
+        attended, reused = memory.attended.get(layer.block), memory.reused.get(layer.name)
         if reused is None:
-            reused = torch.zeros(call.batch, grid.tokens, device=call.generator.device)
+            device = call.generator.device if attended is None else attended.device
+            reused = torch.zeros(call.batch, grid.tokens, device=device)
         score = c.staleness * staleness(reused, c.interval)
-        if layer.block in memory.attended:
-            score = score + memory.attended[layer.block]
+        if attended is not None:
+            score = score + attended
         score = align(score, c.alignment, call.guided, conditional_first=call.conditional_first)
         if c.spread:
             score = score + c.spread * spread(score, replace(grid, patch=c.cell))
