@@ -324,8 +324,12 @@ QUERIES = (("to_q", "norm_q"), ("add_q_proj", "norm_added_q"))
 KEYS = (("to_k", "norm_k"), ("add_k_proj", "norm_added_k"))
 
 
-def _heads(attention: Any, caught: Mapping[str, Tensor | None], names: Any) -> Tensor | None:
-    """Queries or keys ``(B, heads, n, D)``, those of the image's tokens first."""
+def _heads(
+    attention: Any, caught: Mapping[str, Tensor | None], names: Sequence[tuple[str, str]]
+) -> Tensor | None:
+    """Queries or keys ``(B, heads, n, D)``, the image's tokens first; None if those are missing."""
+    if caught[names[0][0]] is None:
+        return None
     found = []
     for projection, norm in names:
         x = caught[projection]
@@ -333,7 +337,7 @@ def _heads(attention: Any, caught: Mapping[str, Tensor | None], names: Any) -> T
             x = x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
             scale = getattr(attention, norm, None)
             found.append(x if scale is None else scale(x))
-    return torch.cat(found, dim=2) if found else None
+    return torch.cat(found, dim=2)
 
 
 class TextHook(ModelHook):
