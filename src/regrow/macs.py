@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from regrow.clock import Position
 from regrow.hooks import Installed
 from regrow.layers import Layer, LayerKind
 from regrow.methods.parts import Attention, CallInfo, Parts, TokenRefresh, TokenRule, TokenSet
@@ -96,6 +97,7 @@ class _FirstRefreshed:
     def __init__(self, rule: TokenRefresh) -> None:
         self._rule = rule
         self.observing = 0
+        self.ratio = 0.0
 
     @property
     def kinds(self) -> frozenset[LayerKind]:
@@ -110,8 +112,8 @@ class _FirstRefreshed:
         return self._rule.per_block
 
     def count(self, layer: Layer, tokens: int, ratio: float) -> int:
-        """The method's."""
-        return self._rule.count(layer, tokens, ratio)
+        """The method's, at the ratio that is set."""
+        return self._rule.count(layer, tokens, self.ratio)
 
     def begin(self) -> Any:
         """The method's memory; of the last full call alone, so that one call is counted."""
@@ -127,6 +129,54 @@ class _FirstRefreshed:
     def select(self, memory: Any, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
         """The first ``count`` tokens."""
         return torch.arange(count, device="meta").repeat(call.batch, 1)
+
+
+class _Here:
+    """A clock that stands where it is set."""
+
+    index = 0
+
+    def read(self, timestep: Any) -> Position:
+        """The first of two calls, or the second."""
+        return Position(self.index, 2, 0, self.index == 0)
+
+    def detach(self) -> None:
+        """There is nothing to leave."""
+
+
+class _Refreshing:
+    """A denoiser without weights after its full call; later calls compute some tokens of layers.
+
+    The full call is made once: plans may have another ratio in every call.
+
+    Args:
+        denoiser: of its own, since hooks stay on it.
+        rule: the method's.
+        inputs: of the calls.
+        knows_text: whether the text is that of the full call.
+    """
+
+    def __init__(
+        self, denoiser: Any, rule: TokenRefresh, inputs: tuple[Any, Any], knows_text: bool
+    ) -> None:
+        self._denoiser, self._rule = denoiser, _FirstRefreshed(rule)
+        self._inputs, self._knows_text = inputs, knows_text
+        plan, clock = Schedule(depth=(FULL, LAYERS), ratio=(0.0, 0.0)), _Here()
+        parts = Parts(plan, refresh=self._rule)
+        Installed(Engine(denoiser, layout_of(denoiser), parts, clock))
+        with torch.no_grad():
+            denoiser(*inputs[0], **inputs[1])
+        clock.index = 1
+
+    def count(self, ratio: float) -> Macs:
+        """MACs of a call."""
+        self._rule.ratio = ratio
+        args, kwargs = self._inputs if self._knows_text else _with_another_text(self._inputs)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self._denoiser(*args, **kwargs)
+        flops = counter.get_flop_counts()["Global"]
+        attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
+        return Macs(counter.get_total_flops() // 2, 0, attention // 2)
 
 
 class CallCounter:
@@ -149,6 +199,7 @@ class CallCounter:
         self._model = meta_copy(denoiser)
         self._rule, self._token_set, self._refresh = rule, token_set, refresh
         self._known: dict[Any, Macs] = {}
+        self._refreshing: dict[Any, _Refreshing] = {}
 
     def count(self, depth: int, ratio: float, inputs: tuple[Any, Any], *, knows_text: bool = False) -> Macs:
         """MACs of a call.
@@ -165,11 +216,17 @@ class CallCounter:
         return self._known[key]
 
     def _count(self, depth: int, ratio: float, inputs: tuple[Any, Any], knows_text: bool) -> Macs:
+        if self._refresh is not None and depth == LAYERS and ratio < 1:
+            key = knows_text, _signature(inputs)
+            if key not in self._refreshing:
+                model = meta_copy(self._model)
+                self._refreshing[key] = _Refreshing(model, self._refresh, inputs, knows_text)
+            return self._refreshing[key].count(ratio)
         # Full calls come first: others need what they leave.
         leaves_out = self._token_set is not None and ratio > 0
         before = 2 if leaves_out else 1 if depth < FULL or knows_text else 0
         first = None if self._token_set is None else _FirstTokens()
-        refresh = None if self._refresh is None or ratio == 1 else _FirstRefreshed(self._refresh)
+        refresh = None if self._refresh is None or depth < FULL else _FirstRefreshed(self._refresh)
         # A full call observes if another follows that reads what it saw.
         after = 0 if refresh is None else 1
         plan = Schedule(
@@ -194,8 +251,8 @@ class CallCounter:
                     self._model(*inputs[0], **inputs[1])
                     clock.step()
                 selected.clear()
-                if not knows_text and "encoder_hidden_states" in inputs[1]:
-                    inputs = inputs[0], inputs[1] | {"encoder_hidden_states": _another(inputs[1])}
+                if not knows_text:
+                    inputs = _with_another_text(inputs)
                 with FlopCounterMode(display=False) as counter:
                     self._model(*inputs[0], **inputs[1])
         finally:
@@ -207,7 +264,7 @@ class CallCounter:
         flops = counter.get_flop_counts()["Global"]
         attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
         total = counter.get_total_flops()
-        if refresh is not None and depth >= FULL:
+        if refresh is not None:
             # What is observed are products of queries and keys as well.
             total, attention = total - refresh.observing, attention - refresh.observing
             chosen += refresh.observing // 2
@@ -233,10 +290,11 @@ class CallCounter:
         return shape[0] * (counter.get_total_flops() // 2)
 
 
-def _another(kwargs: Any) -> Any:
-    """A text of the same shape that is not known yet."""
-    text = kwargs["encoder_hidden_states"]
-    return text.clone() if isinstance(text, Tensor) else text
+def _with_another_text(inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The same arguments with a text of the same shape that is not known yet."""
+    args, kwargs = inputs
+    text = kwargs.get("encoder_hidden_states")
+    return args, kwargs | {"encoder_hidden_states": text.clone()} if isinstance(text, Tensor) else kwargs
 
 
 def _is_attention(operation: str) -> bool:
