@@ -212,3 +212,9 @@ class Pruning:
             return torch.stack([recover(row, *chosen) for row, chosen in zip(y, block.chosen, strict=True)])
 
         layer.forward = pruned
+
+
+def attention_map(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Weights ``(B, n, m)`` of queries ``(B, heads, n, D)`` on keys ``(B, heads, m, D)``, over heads."""
+    products = torch.einsum("bhnd,bhmd->bhnm", query, key) / query.shape[-1] ** 0.5
+    return (products if bias is None else products + bias).softmax(-1).mean(1)

@@ -20,6 +20,7 @@ from regrow.methods import (
     Features,
     Recovery,
     SiTo,
+    ToCa,
     TokenChoice,
     ToMeSD,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "SiTo",
+    "ToCa",
     "ToMeSD",
     "TokenChoice",
     "UnsupportedModelError",

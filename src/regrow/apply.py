@@ -10,6 +10,7 @@ from torch import nn
 
 from regrow.clock import ManualClock, SchedulerClock
 from regrow.hooks import Installed, is_hooked
+from regrow.layers import LayerKind
 from regrow.methods.parts import parts_of
 from regrow.models import denoiser_of, layout_of
 from regrow.run import Engine, Observer
@@ -137,7 +138,9 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             f"{engine.layout.top_level}"
         )
     leaves_out = engine.token_set is not None and any(step.ratio for step in engine.kinds)
-    if leaves_out:
+    _check_kinds(engine, denoiser)
+    attends = any(place.layer.kind is LayerKind.SELF_ATTENTION for place in engine.refreshing)
+    if leaves_out or attends or engine.observed:
         _check_attentions(engine, denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
     if asked and not prunes:
@@ -153,13 +156,25 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         )
 
 
+def _check_kinds(engine: Engine, denoiser: nn.Module) -> None:
+    """Warn of layers to compute tokens in that the model lacks."""
+    asked = frozenset() if engine.refresh is None else engine.refresh.kinds
+    lacking = asked - {place.layer.kind for place in engine.refreshing}
+    if lacking:
+        engine.warn_once(
+            "kinds",
+            f"{type(denoiser).__name__} has no {' and no '.join(sorted(kind.value for kind in lacking))} "
+            "that can compute some of its tokens by themselves",
+        )
+
+
 def _check_attentions(engine: Engine, denoiser: nn.Module) -> None:
     """Refuse attentions whose keys can't be kept, or whose queries can't be fewer than their keys."""
     fused = [name for name, m in denoiser.named_modules() if getattr(m, "fused_projections", False)]
     if fused:
         raise ValueError(
-            f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept by "
-            "themselves; call unfuse_qkv_projections() first"
+            f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept or "
+            "seen by themselves; call unfuse_qkv_projections() first"
         )
     stream = engine.layout.stream
     others = [] if stream is None or stream.rotary is None else stream.rotary.others()

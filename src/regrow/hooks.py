@@ -10,16 +10,18 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from regrow.methods.parts import Features, Recovery
-from regrow.models.table import Cut, Returns, Rotary, Rows, Skippable, TokenBlock
+from regrow.layers import Layer
+from regrow.methods.parts import Attention, Features, Recovery
+from regrow.models.table import Cut, Returns, Rotary, Rows, Skippable, TokenBlock, TokenLayer
 from regrow.reuse.depth import placeholders
 from regrow.run import OUTPUT, Call, Engine
-from regrow.tokens.recover import complete, keep, keep_merged, recover
-from regrow.tokens.select import behind, flat_rows, rows_of
+from regrow.tokens.recover import keep, keep_merged, recover
+from regrow.tokens.select import behind, flat_rows, put_rows, rows_of, take_rows
 
 
 def original(hook: ModelHook) -> Callable[..., Any]:
@@ -43,6 +45,13 @@ class SkipHook(ModelHook):
             if name == cut.entry:
                 call.entered[cut] = _taken(args, kwargs)
         turn = call.turns[name] = call.turns.get(name, -1) + 1
+        if name in call.refresh:
+            # Its own hook, which is inside, computes some of the tokens.
+            call.restored += 1
+            return original(self)(*args, **kwargs)
+        if name in call.whole:
+            out = call.slot.features[name] = original(self)(*args, **kwargs)
+            return out
         if call.cut is not None and name in call.cut.skip:
             if name not in call.cut.restore:
                 return self._stand_in(call, args, kwargs)
@@ -73,7 +82,7 @@ class SkipHook(ModelHook):
                 features[key] = added
             elif key in features and image is not None:
                 # The other tokens keep what was added to them before.
-                complete(features[key][1], call.rows[Rows.IMAGE], image)
+                put_rows(features[key][1], call.rows[Rows.IMAGE], image)
                 features[key] = [text, features[key][1]]
 
     def _restored(self, call: Call, cut: Cut) -> Any:
@@ -222,7 +231,7 @@ class MemoryHook(ModelHook):
                 "within a generation"
             )
         else:
-            complete(features[self.key], call.rows[self.rows], output)
+            put_rows(features[self.key], call.rows[self.rows], output)
             call.pruned += 1
         # The caller of the denoiser may write to its output.
         return features[self.key].clone() if self.key == OUTPUT else features[self.key]
@@ -284,6 +293,118 @@ class UnturnedHook(ModelHook):
         if call is not None and call.remembers:
             kwargs["image_rotary_emb"] = None
         return args, kwargs
+
+
+class RefreshHook(ModelHook):
+    """A layer that computes some of its tokens and hands them on among those of its last output."""
+
+    def __init__(self, engine: Engine, place: TokenLayer) -> None:
+        super().__init__()
+        self.engine, self.layer = engine, place.layer
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call, name = self.engine.call, self.layer.name
+        if call is None or name not in call.refresh:
+            return original(self)(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        rows = self.engine.refreshed(self.layer).rows
+        short = take_rows(x, rows)
+        if args:
+            out = original(self)(short, *args[1:], **kwargs)
+        else:
+            out = original(self)(**kwargs | {"hidden_states": short})
+        features, last = call.slot.features, call.slot.features[name]
+        # Blocks only read what layers return, so that the last output is nobody else's.
+        if isinstance(out, tuple):
+            put_rows(last[0], rows, out[0])
+            features[name] = last = (last[0], *out[1:])
+        else:
+            put_rows(last, rows, out)
+        call.pruned += 1
+        return last
+
+
+class LayerMemoryHook(ModelHook):
+    """Completes the keys or values of the tokens that a layer computes with its last ones of the others."""
+
+    def __init__(self, engine: Engine, key: str, layer: Layer) -> None:
+        super().__init__()
+        self.engine, self.key, self.layer = engine, key, layer
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        call = self.engine.call
+        if call is None:
+            return output
+        features = call.slot.features
+        if call.cut is None:
+            features[self.key] = output
+        elif self.layer.name in call.refresh:
+            put_rows(features[self.key], self.engine.refreshed(self.layer).rows, output)
+            return features[self.key]
+        return output
+
+
+class CatchHook(ModelHook):
+    """Keeps what a projection of an observed attention gives, until the attention is done."""
+
+    def __init__(self, engine: Engine, key: str) -> None:
+        super().__init__()
+        self.engine, self.key = engine, key
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        call = self.engine.call
+        if call is not None and call.cut is None:
+            call.caught[self.key] = output
+        return output
+
+
+class ObserveHook(ModelHook):
+    """Tells the choice of tokens what an attention multiplied in a full call."""
+
+    def __init__(self, engine: Engine, place: TokenLayer) -> None:
+        super().__init__()
+        self.engine, self.layer = engine, place.layer
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = original(self)(*args, **kwargs)
+        call, rule = self.engine.call, self.engine.refresh
+        if call is None or rule is None or call.cut is not None:
+            return out
+        caught = {name: call.caught.pop(f"{self.layer.name}.{name}", None) for name, _ in (*QUERIES, *KEYS)}
+        query, key = _heads(module, caught, QUERIES), _heads(module, caught, KEYS)
+        if query is None or key is None:
+            self.engine.warn_once(
+                "observe",
+                "tokens are chosen without what attentions attend to, because their projections were "
+                "replaced or fused after regrow.apply (LoRA, fuse_qkv_projections); apply regrow last",
+            )
+            return out
+        x = args[0] if args else kwargs["hidden_states"]
+        bias = kwargs.get("attention_mask")
+        bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
+        rule.observe(call.slot.observed, self.layer, Attention(query, key, x.shape[1], bias))
+        return out
+
+
+# Of the image's tokens and of the text's, by name: the projection, and the norm of its heads.
+QUERIES = (("to_q", "norm_q"), ("add_q_proj", "norm_added_q"))
+KEYS = (("to_k", "norm_k"), ("add_k_proj", "norm_added_k"))
+
+
+def _heads(
+    attention: Any, caught: Mapping[str, Tensor | None], names: Sequence[tuple[str, str]]
+) -> Tensor | None:
+    """Queries or keys ``(B, heads, n, D)``, the image's tokens first; None if those are missing."""
+    if caught[names[0][0]] is None:
+        return None
+    found = []
+    for projection, norm in names:
+        x = caught[projection]
+        if x is not None:
+            x = x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            scale = getattr(attention, norm, None)
+            found.append(x if scale is None else scale(x))
+    return torch.cat(found, dim=2)
 
 
 class TextHook(ModelHook):
@@ -360,6 +481,12 @@ class Installed:
                 # Registered after what turns keys, so that turned ones are kept.
                 self._hook(place.module, MemoryHook(engine, name, place.rows), "regrow-memory")
             self._hook(stream.output, MemoryHook(engine, OUTPUT), "regrow-memory")
+        for token_layer in engine.refreshing:
+            self._hook(token_layer.module, RefreshHook(engine, token_layer), "regrow-refresh")
+            for name, module in token_layer.memory.items():
+                self._hook(module, LayerMemoryHook(engine, name, token_layer.layer), "regrow-memory")
+        for token_layer in engine.observed:
+            self._hook_observed(engine, token_layer)
         # Registered last, so that what is skipped is neither selected from nor pruned.
         for name in sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values()))):
             skippable = engine.layout.skippable[name]
@@ -393,6 +520,14 @@ class Installed:
         if reads is not None:
             # Registered after the layer's own hook, so that it runs before it.
             self._hook(reads, SelectHook(engine, block), "regrow-select")
+
+    def _hook_observed(self, engine: Engine, place: TokenLayer) -> None:
+        for child, _ in (*QUERIES, *KEYS):
+            projection = getattr(place.module, child, None)
+            if projection is not None:
+                key = f"{place.layer.name}.{child}"
+                self._hook(projection, CatchHook(engine, key), "regrow-catch")
+        self._hook(place.module, ObserveHook(engine, place), "regrow-observe")
 
     def _hook(self, module: nn.Module, hook: ModelHook, name: str) -> None:
         had_registry, had_forward = hasattr(module, "_diffusers_hook"), "forward" in module.__dict__

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from regrow.clock import Position
 from regrow.hooks import Installed
-from regrow.methods.parts import CallInfo, Parts, TokenRule, TokenSet
+from regrow.layers import Layer, LayerKind
+from regrow.methods.parts import Attention, CallInfo, Parts, TokenRefresh, TokenRule, TokenSet
 from regrow.models import layout_of
 from regrow.run import Engine
-from regrow.schedule import FULL, Schedule
+from regrow.schedule import FULL, LAYERS, Schedule
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
 
@@ -87,6 +89,96 @@ class _FirstTokens:
         return torch.arange(count, device=output.device).repeat(call.batch, 1), None
 
 
+class _FirstRefreshed:
+    """As a method's choice of tokens for layers, but the first ones; what observing costs is kept apart."""
+
+    aligns = False
+
+    def __init__(self, rule: TokenRefresh) -> None:
+        self._rule = rule
+        self.observing = 0
+        self.ratio = 0.0
+
+    @property
+    def kinds(self) -> frozenset[LayerKind]:
+        return self._rule.kinds
+
+    @property
+    def observes(self) -> frozenset[LayerKind]:
+        return self._rule.observes
+
+    @property
+    def per_block(self) -> bool:
+        return self._rule.per_block
+
+    def count(self, layer: Layer, tokens: int, ratio: float) -> int:
+        """The method's, at the ratio that is set."""
+        return self._rule.count(layer, tokens, self.ratio)
+
+    def begin(self) -> Any:
+        """The method's memory; of the last full call alone, so that one call is counted."""
+        self.observing = 0
+        return self._rule.begin()
+
+    def observe(self, memory: Any, layer: Layer, attention: Attention) -> None:
+        """The method's, counted."""
+        with FlopCounterMode(display=False) as counter:
+            self._rule.observe(memory, layer, attention)
+        self.observing += counter.get_total_flops()
+
+    def select(self, memory: Any, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
+        """The first ``count`` tokens."""
+        return torch.arange(count, device="meta").repeat(call.batch, 1)
+
+
+class _Here:
+    """A clock that stands where it is set."""
+
+    index = 0
+
+    def read(self, timestep: Any) -> Position:
+        """The first of two calls, or the second."""
+        return Position(self.index, 2, 0, self.index == 0)
+
+    def detach(self) -> None:
+        """There is nothing to leave."""
+
+
+class _Refreshing:
+    """A denoiser without weights after its full call; later calls compute some tokens of layers.
+
+    The full call is made once: plans may have another ratio in every call.
+
+    Args:
+        denoiser: of its own, since hooks stay on it.
+        rule: the method's.
+        inputs: of the calls.
+        knows_text: whether the text is that of the full call.
+    """
+
+    def __init__(
+        self, denoiser: Any, rule: TokenRefresh, inputs: tuple[Any, Any], knows_text: bool
+    ) -> None:
+        self._denoiser, self._rule = denoiser, _FirstRefreshed(rule)
+        self._inputs, self._knows_text = inputs, knows_text
+        plan, clock = Schedule(depth=(FULL, LAYERS), ratio=(0.0, 0.0)), _Here()
+        parts = Parts(plan, refresh=self._rule)
+        Installed(Engine(denoiser, layout_of(denoiser), parts, clock))
+        with torch.no_grad():
+            denoiser(*inputs[0], **inputs[1])
+        clock.index = 1
+
+    def count(self, ratio: float) -> Macs:
+        """MACs of a call."""
+        self._rule.ratio = ratio
+        args, kwargs = self._inputs if self._knows_text else _with_another_text(self._inputs)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self._denoiser(*args, **kwargs)
+        flops = counter.get_flop_counts()["Global"]
+        attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
+        return Macs(counter.get_total_flops() // 2, 0, attention // 2)
+
+
 class CallCounter:
     """Counts calls of one denoiser with one method, each kind of call once.
 
@@ -94,21 +186,27 @@ class CallCounter:
         denoiser: the denoiser, on any device; only its configuration is used.
         rule: the method's token rule, or None.
         token_set: its choice of the tokens of a call, or None.
+        refresh: its choice of tokens for layers that hand on their last output, or None.
     """
 
     def __init__(
-        self, denoiser: nn.Module, rule: TokenRule | None, token_set: TokenSet | None = None
+        self,
+        denoiser: nn.Module,
+        rule: TokenRule | None,
+        token_set: TokenSet | None = None,
+        refresh: TokenRefresh | None = None,
     ) -> None:
         self._model = meta_copy(denoiser)
-        self._rule, self._token_set = rule, token_set
+        self._rule, self._token_set, self._refresh = rule, token_set, refresh
         self._known: dict[Any, Macs] = {}
+        self._refreshing: dict[Any, _Refreshing] = {}
 
     def count(self, depth: int, ratio: float, inputs: tuple[Any, Any], *, knows_text: bool = False) -> Macs:
         """MACs of a call.
 
         Args:
             depth: up-path layers computed, `FULL` for all.
-            ratio: pruning ratio.
+            ratio: pruning ratio; 1 if no layer computes a token that should have.
             inputs: positional and keyword arguments on the meta device.
             knows_text: whether what depends on the text alone was computed before.
         """
@@ -118,12 +216,25 @@ class CallCounter:
         return self._known[key]
 
     def _count(self, depth: int, ratio: float, inputs: tuple[Any, Any], knows_text: bool) -> Macs:
+        if self._refresh is not None and depth == LAYERS and ratio < 1:
+            key = knows_text, _signature(inputs)
+            if key not in self._refreshing:
+                model = meta_copy(self._model)
+                self._refreshing[key] = _Refreshing(model, self._refresh, inputs, knows_text)
+            return self._refreshing[key].count(ratio)
         # Full calls come first: others need what they leave.
         leaves_out = self._token_set is not None and ratio > 0
         before = 2 if leaves_out else 1 if depth < FULL or knows_text else 0
-        plan = Schedule(depth=(FULL,) * before + (depth,), ratio=(0.0,) * before + (ratio,))
         first = None if self._token_set is None else _FirstTokens()
-        engine = Engine(self._model, layout_of(self._model), Parts(plan, self._rule, first), None)
+        refresh = None if self._refresh is None or depth < FULL else _FirstRefreshed(self._refresh)
+        # A full call observes if another follows that reads what it saw.
+        after = 0 if refresh is None else 1
+        plan = Schedule(
+            depth=(FULL,) * before + (depth,) + (LAYERS,) * after,
+            ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * after,
+        )
+        parts = Parts(plan, self._rule, first, refresh)
+        engine = Engine(self._model, layout_of(self._model), parts, None)
         selected: list[tuple[torch.Size, Grid, int]] = []
 
         def select(name: str, x: Tensor) -> Selection:
@@ -135,13 +246,13 @@ class CallCounter:
         engine.select = select
         hooks = Installed(engine)
         try:
-            with torch.no_grad(), engine.manual(before + 1) as clock:
+            with torch.no_grad(), engine.manual(len(plan)) as clock:
                 for _ in range(before):
                     self._model(*inputs[0], **inputs[1])
                     clock.step()
                 selected.clear()
-                if not knows_text and "encoder_hidden_states" in inputs[1]:
-                    inputs = inputs[0], inputs[1] | {"encoder_hidden_states": _another(inputs[1])}
+                if not knows_text:
+                    inputs = _with_another_text(inputs)
                 with FlopCounterMode(display=False) as counter:
                     self._model(*inputs[0], **inputs[1])
         finally:
@@ -152,7 +263,12 @@ class CallCounter:
             chosen += self._choice(*first.asked)
         flops = counter.get_flop_counts()["Global"]
         attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
-        return Macs(counter.get_total_flops() // 2, chosen, attention // 2)
+        total = counter.get_total_flops()
+        if refresh is not None:
+            # What is observed are products of queries and keys as well.
+            total, attention = total - refresh.observing, attention - refresh.observing
+            chosen += refresh.observing // 2
+        return Macs(total // 2, chosen, attention // 2)
 
     def _selection(self, shape: torch.Size, grid: Grid, count: int) -> int:
         """MACs of one layer's selection, counted on zeros for one sample."""
@@ -174,10 +290,11 @@ class CallCounter:
         return shape[0] * (counter.get_total_flops() // 2)
 
 
-def _another(kwargs: Any) -> Any:
-    """A text of the same shape that is not known yet."""
-    text = kwargs["encoder_hidden_states"]
-    return text.clone() if isinstance(text, Tensor) else text
+def _with_another_text(inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The same arguments with a text of the same shape that is not known yet."""
+    args, kwargs = inputs
+    text = kwargs.get("encoder_hidden_states")
+    return args, kwargs | {"encoder_hidden_states": text.clone()} if isinstance(text, Tensor) else kwargs
 
 
 def _is_attention(operation: str) -> bool:

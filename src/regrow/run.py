@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
-from regrow.methods.parts import CallInfo, Parts, TokenRule, TokenSet
+from regrow.layers import Layer, LayerKind
+from regrow.methods.parts import CallInfo, Parts, TokenRefresh, TokenRule, TokenSet
 from regrow.models.errors import UnsupportedModelError
-from regrow.models.table import Cut, Layout, Rows, TokenBlock
+from regrow.models.table import Cut, Layout, Rows, TokenBlock, TokenLayer
 from regrow.reuse.depth import Slot
-from regrow.schedule import FULL, Step
+from regrow.schedule import FULL, LAYERS, Step
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection, flat_rows
 
@@ -39,7 +40,8 @@ class CallRecord:
     Args:
         position: where in the generation it stood.
         depth: up-path layers computed; `FULL` for a full call.
-        ratio: share of tokens pruned where the method prunes.
+        ratio: share of tokens pruned where the method prunes; 1 if layers in which tokens should have been
+            computed again handed on all they had.
         planned: what the schedule asked for; something else was done where nothing was cached yet.
         inputs: its positional and keyword arguments on the meta device, enough to count its MACs.
         knew_text: whether what depends on the text alone was not computed again.
@@ -62,12 +64,15 @@ class Observation:
         blocks: the transformer blocks that ran, by name, each with the selection of tokens that its
             pruned layers computed; None where they computed all.
         tokens: the tokens ``(B, K)`` that the whole call computed; None where it computed all.
+        refreshed: by the name of a layer, or of its block if they are its block's, the tokens ``(B, K)``
+            that were computed in a call in which layers hand on their last output.
         grid: of a transformer's image tokens, if a call of it can compute some of them only.
     """
 
     record: CallRecord
     blocks: Mapping[str, Selection | None]
     tokens: Tensor | None = None
+    refreshed: Mapping[str, Tensor] = field(default_factory=dict)
     grid: Grid | None = None
 
 
@@ -82,6 +87,19 @@ class Generation:
     generator: torch.Generator
     slots: dict[int, Slot] = field(default_factory=dict)
     records: list[CallRecord] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """The tokens that a layer computes where it hands on its last output.
+
+    Args:
+        tokens: ``(B, K)``.
+        rows: the same as rows of a ``(B * N, C)`` matrix.
+    """
+
+    tokens: Tensor
+    rows: Tensor
 
 
 @dataclass
@@ -106,7 +124,12 @@ class Call:
         remembers: whether keys, values and outputs of the tokens are kept.
         turns: how often modules that may be skipped were called before in this call.
         knows_text: whether the text is that of the last call.
-        pruned: how many blocks pruned.
+        pruned: how many blocks pruned, or layers computed some tokens.
+        refresh: by the name of a layer that hands on its last output, how many tokens it computes; those
+            that compute none are left out.
+        whole: layers of the text that are computed beside them.
+        refreshed: which tokens they are, by the name of a layer, or of its block if they are its block's.
+        caught: by name, what the projections of an observed attention gave.
     """
 
     slot: Slot
@@ -126,6 +149,10 @@ class Call:
     remembers: bool = False
     turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
+    refresh: Mapping[str, int] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+    refreshed: dict[str, Refreshed] = field(default_factory=dict)
+    caught: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -150,6 +177,9 @@ class Engine:
         self.rule: TokenRule | None = parts.tokens
         self.token_set: TokenSet | None = parts.token_set
         self.kinds = parts.plan.kinds()
+        refreshes = any(step.depth == LAYERS for step in self.kinds)
+        self.refresh: TokenRefresh | None = parts.refresh if refreshes else None
+        self.refreshing = self._refreshing()
         self._check_supported()
         self.select = self._select_by_rule
         self.blocks = self._pruned_blocks()
@@ -169,6 +199,12 @@ class Engine:
             UnsupportedModelError: saying what.
         """
         name = type(self.denoiser).__name__
+        if self.refresh is not None and not self.refreshing:
+            wanted = ", ".join(sorted(kind.value for kind in self.refresh.kinds))
+            raise UnsupportedModelError(
+                f"model: {name} has no layer that can compute some of its tokens by themselves (asked for: "
+                f"{wanted}); methods that only reuse, such as FORA and DeepCache, work on it"
+            )
         if not any(step.ratio for step in self.kinds):
             return
         if self.rule is not None and not self.layout.blocks:
@@ -186,6 +222,23 @@ class Engine:
         limit = self.rule.where.max_downsample
         deepest = self.layout.top_level if limit == "top" else limit
         return tuple(b for b in self.layout.blocks if b.downsample <= deepest)
+
+    def _refreshing(self) -> tuple[TokenLayer, ...]:
+        """The layers that compute some of their tokens where they hand on their last output."""
+        if self.refresh is None:
+            return ()
+        return tuple(t for t in self.layout.token_layers if t.layer.kind in self.refresh.kinds)
+
+    @property
+    def observed(self) -> tuple[TokenLayer, ...]:
+        """The attentions that are looked at in full calls: of each block the first one of a kind."""
+        if self.refresh is None:
+            return ()
+        found: dict[tuple[str, LayerKind], TokenLayer] = {}
+        for place in self.layout.token_layers:
+            if place.layer.kind in self.refresh.observes:
+                found.setdefault((place.layer.block, place.layer.kind), place)
+        return tuple(found.values())
 
     def _used_cuts(self) -> dict[int, Cut]:
         """The cuts of the depths that the plan uses on this model."""
@@ -294,6 +347,11 @@ class Engine:
             if self.call.tokens is not None:
                 self.call.rows[Rows.IMAGE] = flat_rows(self.call.tokens, slot.outputs[-1].shape[1])
         ratio = planned.ratio if counts or self.call.tokens is not None else 0.0
+        if self.refresh is not None and cut is None:
+            slot.observed = self.refresh.begin()
+        if self.refresh is not None and cut is self.layout.layers:
+            self._refresh(self.refresh, self.call, planned.ratio, kwargs)
+            ratio = planned.ratio if self.call.refresh else 1.0
         generation.records.append(
             CallRecord(position, depth, ratio, planned, slot.inputs, self.call.knows_text)
         )
@@ -311,7 +369,7 @@ class Engine:
         key = (sample.shape, sample.dtype, sample.device, None if text is None else text.shape)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
-            chooser = self.rule or self.token_set
+            chooser = self.rule or self.token_set or self.refresh
             wanted = chooser is not None and chooser.aligns
             inputs = (without_data(args), without_data(_countable(kwargs)))
             slot = Slot(key, inputs, wanted and _is_guided(sample))
@@ -371,6 +429,59 @@ class Engine:
         tokens, slot.chosen = self.token_set.select(slot.chosen, grid, count, info)
         return tokens
 
+    def _refresh(self, rule: TokenRefresh, call: Call, ratio: float, kwargs: Mapping[str, Any]) -> None:
+        """Decide how many tokens each layer of a call computes that hands on its last output."""
+        grid = call.slot.grid
+        assert grid is not None
+        able = [place for place in self.refreshing if self._can_refresh(place, call.slot, kwargs)]
+        counts = {t.layer.name: rule.count(t.layer, grid.tokens, ratio) for t in able}
+        call.refresh = {name: count for name, count in counts.items() if count > 0}
+        call.whole = frozenset().union(*(t.text for t in able if t.layer.name in call.refresh))
+
+    def _can_refresh(self, place: TokenLayer, slot: Slot, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a layer has what it needs to compute some of its tokens by themselves."""
+        layer = place.layer
+        if layer.name not in slot.features:
+            # The last full call left it out (skip-layer guidance).
+            return False
+        block = self.layout.skippable[layer.block].module
+        if layer.kind is LayerKind.FEED_FORWARD and getattr(block, "_chunk_size", None) is not None:
+            self.warn_once(
+                "chunks",
+                "feed-forwards hand on their last output whole, because they are computed in chunks; call "
+                "disable_forward_chunking() to have some of their tokens computed",
+            )
+            return False
+        if layer.kind is not LayerKind.SELF_ATTENTION:
+            return True
+        known = all(
+            name in slot.features and self.denoiser.get_submodule(name) is module
+            for name, module in place.memory.items()
+        )
+        if not known or kwargs.get("attention_mask") is not None:
+            self.warn_once(
+                "memory",
+                "self-attentions hand on their last output whole, because their projections were replaced "
+                "or fused after regrow.apply (LoRA, fuse_qkv_projections), so that keys can't be kept, or "
+                "their tokens are masked; apply regrow last",
+            )
+            return False
+        return True
+
+    def refreshed(self, layer: Layer) -> Refreshed:
+        """The tokens that a layer computes in the call in progress."""
+        call, rule = self.call, self.refresh
+        assert call is not None
+        assert rule is not None
+        grid = call.slot.grid
+        assert grid is not None
+        key = layer.block if rule.per_block else layer.name
+        if key not in call.refreshed:
+            count = call.refresh[layer.name]
+            tokens = rule.select(call.slot.observed, layer, grid, count, call.info)
+            call.refreshed[key] = Refreshed(tokens, flat_rows(tokens, grid.tokens))
+        return call.refreshed[key]
+
     def _counts(self, sample: Tensor, ratio: float, cut: Cut | None) -> dict[str, tuple[Grid, int]]:
         """For each block that prunes, its grid and how many tokens go."""
         blocks = self.pruned[cut]
@@ -417,6 +528,12 @@ class Engine:
                 f"none of the {len(call.counts)} layers that should prune tokens did, because something "
                 "replaced their forward methods after regrow.apply; apply regrow last",
             )
+        if call.refresh and not call.pruned:
+            self.warn_once(
+                "refresh",
+                f"none of the {len(call.refresh)} layers that should compute some of their tokens did, "
+                "because something replaced their forward methods after regrow.apply; apply regrow last",
+            )
         if call.remembers and OUTPUT in call.slot.features:
             assert self.layout.stream is not None
             call.slot.remember(self.layout.stream.noise_of(call.slot.features[OUTPUT]))
@@ -431,8 +548,9 @@ class Engine:
             return
         ran = (b.name for b in self.layout.blocks if _runs(b, call.cut))
         blocks = {name: call.selections.get(name) for name in ran}
+        refreshed = {name: chosen.tokens for name, chosen in call.refreshed.items()}
         for observer in self.observers:
-            observer(Observation(record, blocks, call.tokens, call.slot.grid))
+            observer(Observation(record, blocks, call.tokens, refreshed, call.slot.grid))
 
     def release(self) -> None:
         """Drop what is cached; the records of the last generation stay for the report."""

@@ -76,7 +76,12 @@ def test_profile_of_the_baselines(
         (("profile",), "--arch, --model: give exactly one"),
         (("profile", "--arch", "sd15", "--ratio", "0.5"), "need --method"),
         (("profile", "--arch", "sd15", "--method", "magic"), "method: 'magic' is not known; allowed: dato"),
-        (("profile", "--arch", "sd15", "--method", "toca"), "method: 'toca' is not built yet"),
+        (("profile", "--arch", "sd15", "--method", "l2c"), "method: 'l2c' is not built yet"),
+        (("profile", "--arch", "sd15", "--method", "toca"), "toca needs --interval, --preset or --ratio"),
+        (
+            ("profile", "--arch", "sd15", "--method", "toca", "--interval", "3"),
+            "UNet2DConditionModel has no layer that can compute some of its tokens by themselves",
+        ),
         (("profile", "--arch", "sd15", "--method", "cat"), "cat needs --preset or --ratio"),
         (
             ("profile", "--arch", "sd15", "--method", "sito:d", "--ratio", "0.5"),

@@ -10,8 +10,16 @@ import reference
 import torch
 from torch import Tensor
 
+from regrow.tokens import scores
 from regrow.tokens.grid import Grid
-from regrow.tokens.scores import diff_score, noise, random_score, sim_score
+from regrow.tokens.scores import (
+    attention_entropy,
+    attention_influence,
+    diff_score,
+    noise,
+    random_score,
+    sim_score,
+)
 
 SIZES = [(8, 8), (7, 5), (4, 9), (1, 6)]
 
@@ -91,3 +99,44 @@ def test_sim_score_does_not_overflow_in_float16(norm: float) -> None:
     score = sim_score(x)
     assert score.isfinite().all()
     torch.testing.assert_close(score, sim_score(x.float()), rtol=5e-3, atol=1.0)
+
+
+def attention(queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and a bias for each pair."""
+    g = torch.Generator().manual_seed(4)
+    shapes = (2, 3, queries, 4), (2, 3, keys, 4), (2, 1, queries, keys)
+    query, key, bias = (2 * torch.randn(shape, generator=g) for shape in shapes)
+    return query, key, bias
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("held", [1, 500, 1 << 24])
+def test_attention_scores_are_those_of_the_map_which_is_never_held_whole(
+    monkeypatch: pytest.MonkeyPatch, held: int, biased: bool
+) -> None:
+    monkeypatch.setattr(scores, "WEIGHTS", held)
+    query, key, bias = attention(20, 30)
+    given = bias if biased else None
+    expected = reference.attention_map(query, key, given)
+    torch.testing.assert_close(attention_influence(query, key, None, given), expected.sum(1))
+    entropy = -(expected * expected.log()).sum(-1)
+    torch.testing.assert_close(attention_entropy(query, key, given), entropy)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("queries", [1, 4, 7, 20, 99])
+def test_influence_of_some_queries_is_theirs_scaled_to_all(queries: int, biased: bool) -> None:
+    query, key, bias = attention(20, 30)
+    given = bias if biased else None
+    some = min(queries, 20)
+    rows = [20 * i // some for i in range(some)]
+    expected = reference.attention_map(query, key, given)[:, rows].sum(1) * 20 / some
+    torch.testing.assert_close(attention_influence(query, key, queries, given), expected)
+
+
+def test_masked_keys_have_no_part_in_the_entropy() -> None:
+    query, key, _ = attention(20, 30)
+    mask = torch.zeros(2, 1, 1, 30)
+    mask[..., 10:] = -10000
+    expected = attention_entropy(query, key[:, :, :10])
+    torch.testing.assert_close(attention_entropy(query, key, mask), expected)

@@ -15,6 +15,7 @@ from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
 from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
+from regrow.methods.toca import ToCa
 from regrow.methods.tome import ToMeSD
 from regrow.schedule import Schedule
 
@@ -63,6 +64,8 @@ def method_config(
             return kind(interval=interval or 0)
         if kind is DaTo:
             return _dato(preset, schedule, ratio, interval, steps)
+        if kind is ToCa and interval is not None:
+            return ToCa(interval=interval) if ratio is None else ToCa(interval=interval, ratio=ratio)
         if kind is CATPruning:
             changes = {} if ratio is None else {"alpha": 1 - ratio}
         else:
@@ -89,6 +92,7 @@ _OPTIONS: dict[type[MethodConfig], tuple[str, ...]] = {
     ToMeSD: ("--ratio",),
     DeepCache: ("--interval",),
     FORA: ("--interval",),
+    ToCa: ("--interval", "--preset", "--ratio"),
 }
 
 

@@ -97,7 +97,7 @@ def profile(
     inputs = arch.inputs(height, width)
     layout = layout_of(arch.denoiser)
     parts = None if config is None else parts_of(config)
-    chosen = (None, None) if parts is None else (parts.tokens, parts.token_set)
+    chosen = (None,) * 3 if parts is None else (parts.tokens, parts.token_set, parts.refresh)
     counter = CallCounter(arch.denoiser, *chosen)
 
     def macs_of(counted: Macs) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.apply import Run, apply
-from regrow.methods import FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToMeSD
+from regrow.methods import FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToCa, ToMeSD
 from regrow.schedule import Schedule
 
 
@@ -45,8 +45,8 @@ def variant(spec: str, steps: int) -> Variant:
     """A row by its name.
 
     ``steps:25`` is the same sampler with 25 steps; ``sito:d`` and ``dato:b1`` are presets, ``sito:0.5``
-    and ``tome:0.5`` ratios, ``cat:0.3`` the share computed, ``dato:FILE`` a schedule, ``deepcache:5`` and
-    ``fora:3`` intervals, ``dato:5`` the same with ``ratio=0.5`` of the tokens pruned, and
+    and ``tome:0.5`` ratios, ``cat:0.3`` the share computed, ``dato:FILE`` a schedule, ``deepcache:5``,
+    ``fora:3`` and ``toca:3`` intervals, ``dato:5`` the same with ``ratio=0.5`` of the tokens pruned, and
     ``deepcache:5+tome:0.5`` or ``cat:0.3+deepcache:2`` both at once, in any order. Further fields follow
     after colons: ``sito:d:base=V:patch=4``, ``dato:b1:ratio=0.5:alignment=off``.
 
@@ -127,6 +127,7 @@ _METHODS: dict[str, Callable[[str, str, int], Any]] = {
     "deepcache": lambda spec, value, steps: DeepCache(interval=_whole(spec, value)),
     "cat": lambda spec, value, steps: CATPruning(alpha=_share(spec, value)),
     "fora": lambda spec, value, steps: FORA(interval=_whole(spec, value)),
+    "toca": lambda spec, value, steps: ToCa(interval=_whole(spec, value)),
 }
 
 

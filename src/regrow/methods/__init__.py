@@ -7,6 +7,7 @@ from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
 from regrow.methods.parts import Alignment, Features, MethodConfig, Recovery
 from regrow.methods.sito import BaseChoice, SiTo
+from regrow.methods.toca import ToCa
 from regrow.methods.tome import ToMeSD
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MethodConfig",
     "Recovery",
     "SiTo",
+    "ToCa",
     "ToMeSD",
     "TokenChoice",
 ]

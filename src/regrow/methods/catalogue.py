@@ -11,6 +11,7 @@ from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
 from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
+from regrow.methods.toca import ToCa
 from regrow.methods.tome import ToMeSD
 
 
@@ -68,7 +69,14 @@ SYSTEMS = (
     System("tome", "ToMeSD", "merge similar tokens", Status.WORKS, _UNETS, ToMeSD),
     System("deepcache", "DeepCache", "reuse deep features every N calls", Status.WORKS, _ALL, DeepCache),
     System("fora", "FORA", "reuse attention and MLP outputs every N calls", Status.WORKS, _ALL, FORA),
-    System("toca", "ToCa", "token-wise feature caching", Status.NOT_YET, "-"),
+    System(
+        "toca",
+        "ToCa",
+        "reuse attention and MLP outputs every N calls, but for the tokens of highest score in the MLPs",
+        Status.WORKS,
+        "transformers: SD3, PixArt, DiT",
+        ToCa,
+    ),
     System("at-edm", "AT-EDM", "prune by attention graphs", Status.NOT_YET, "-"),
     System("l2c", "Learning-to-Cache", "a learned table of layers to reuse", Status.NOT_YET, "-"),
     System("steps", "Fewer steps", "the same sampler with fewer steps", Status.PARTLY, "any"),

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from typing_extensions import Self
 
+from regrow.layers import Layer, LayerKind
 from regrow.schedule import Plan
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
@@ -148,18 +149,83 @@ class TokenSet(Protocol):
 
 
 @dataclass(frozen=True)
+class Attention:
+    """What an attention multiplied in a full call.
+
+    Args:
+        query: ``(B, heads, n, D)``, those of the image's tokens first.
+        key: ``(B, heads, m, D)``; in a self-attention, those of the image's tokens first.
+        tokens: number N of the image's tokens.
+        bias: added to the products, or None; it broadcasts to ``(B, heads, n, m)``.
+    """
+
+    query: Tensor
+    key: Tensor
+    tokens: int
+    bias: Tensor | None
+
+
+class TokenRefresh(Protocol):
+    """Selects the tokens that a layer computes in a call in which layers hand on their last output.
+
+    Such calls are those of depth `LAYERS`; their ratio is the share of tokens that is not computed again.
+    In each layer of `kinds` the chosen tokens' rows are computed from the layer's present input and put
+    into its last output, which is handed on. The text's tokens are all computed where the image's are.
+    """
+
+    @property
+    def kinds(self) -> frozenset[LayerKind]:
+        """The layers in which tokens are computed; all others hand on their last output."""
+
+    @property
+    def observes(self) -> frozenset[LayerKind]:
+        """The attentions that `observe` is told of in full calls."""
+
+    @property
+    def per_block(self) -> bool:
+        """Whether the layers of a block compute the same tokens: `select` is asked once a block."""
+
+    @property
+    def aligns(self) -> bool:
+        """Whether `CallInfo.guided` is used."""
+
+    def count(self, layer: Layer, tokens: int, ratio: float) -> int:
+        """How many of so many tokens a layer computes in a call of that ratio."""
+
+    def begin(self) -> Any:
+        """What is remembered from one full call to the next, before the full call."""
+
+    def observe(self, memory: Any, layer: Layer, attention: Attention) -> None:
+        """Look at an attention of a full call; where a block has several of a kind, at its first one."""
+
+    def select(self, memory: Any, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
+        """The ``(B, count)`` tokens that a layer computes, ascending.
+
+        Args:
+            memory: of the last full call; it may be changed.
+            layer: the layer, or the first of its block that computes tokens.
+            grid: the grid of the image's tokens.
+            count: how many.
+            call: what is known before the call.
+        """
+
+
+@dataclass(frozen=True)
 class Parts:
     """A system, taken apart.
 
     Args:
         plan: what each call does, for any number of calls.
         tokens: how the tokens of a layer are selected where the plan's ratio is above 0.
-        token_set: how the tokens of a whole call are selected there. With neither, nothing is left out.
+        token_set: how the tokens of a whole call are selected there.
+        refresh: how the tokens are selected that layers compute where they hand on their last output. With
+            none of the three, nothing is left out.
     """
 
     plan: Plan
     tokens: TokenRule | None = None
     token_set: TokenSet | None = None
+    refresh: TokenRefresh | None = None
 
 
 class MethodConfig(BaseModel):
@@ -217,7 +283,7 @@ def check_ratio(ratio: float, patch: int) -> None:
         )
 
 
-def align(score: Tensor, alignment: Alignment, guided: bool) -> Tensor:
+def align(score: Tensor, alignment: Alignment, guided: bool, *, conditional_first: bool = False) -> Tensor:
     """CFG alignment of DaTo (step 3): both halves of a guided batch get the same scores.
 
     Equal scores give equal base tokens, so this is the same as copying the positions of one half over
@@ -227,10 +293,13 @@ def align(score: Tensor, alignment: Alignment, guided: bool) -> Tensor:
         score: ``(B, N)``; of a guided batch the unconditional half comes first, as in diffusers.
         alignment: whose scores count.
         guided: whether the batch has two halves; if not, nothing is aligned.
+        conditional_first: the conditional half comes first instead.
     """
     if not guided or alignment is Alignment.OFF:
         return score
     unconditional, conditional = score.chunk(2)
+    if conditional_first:
+        unconditional, conditional = conditional, unconditional
     both = {
         Alignment.CONDITIONAL: conditional,
         Alignment.UNCONDITIONAL: unconditional,

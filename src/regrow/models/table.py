@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from regrow.layers import Layer
 from regrow.schedule import LAYERS
 from regrow.tokens.grid import Grid, grid_of_positions
 
@@ -171,6 +172,24 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class TokenLayer:
+    """A layer in which some of the image's tokens can be computed by themselves.
+
+    Args:
+        layer: what it is and where.
+        module: takes the image's tokens ``(B, N, C)`` first, and returns them, alone or before the text's.
+        memory: by name, the modules that give the keys and values of the image's tokens; of a
+            self-attention only.
+        text: names of the layers that do the same for the text's tokens.
+    """
+
+    layer: Layer
+    module: nn.Module
+    memory: Mapping[str, nn.Module]
+    text: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Layout:
     """The table of a denoiser.
 
@@ -184,6 +203,7 @@ class Layout:
         conditional_first: of a guided batch, the pipelines put the conditional half first.
         text: by name, modules whose output depends on the text alone.
         stream: of a transformer in which a call can compute some of the tokens only.
+        token_layers: the layers in which some of the tokens can be computed by themselves, as they run.
     """
 
     blocks: tuple[TokenBlock, ...]
@@ -195,6 +215,7 @@ class Layout:
     conditional_first: bool = False
     text: Mapping[str, nn.Module] = field(default_factory=dict)
     stream: Stream | None = None
+    token_layers: tuple[TokenLayer, ...] = ()
 
     @property
     def depths(self) -> int:

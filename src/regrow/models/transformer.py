@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from regrow.layers import Layer, LayerKind
 from regrow.models.table import (
     Cut,
     Layout,
@@ -23,6 +24,7 @@ from regrow.models.table import (
     Rows,
     Skippable,
     Stream,
+    TokenLayer,
     own_layers,
 )
 
@@ -123,6 +125,8 @@ def transformer_layout(transformer: Any) -> Layout:
         conditional_first=family.conditional_first,
         text=_text(transformer, family, blocks),
         stream=_stream(transformer, family, blocks, output.module) if family.self_attentions else None,
+        # What turns queries and keys speaks of whole calls.
+        token_layers=_token_layers(family, blocks) if family.self_attentions and not family.rotary else (),
     )
 
 
@@ -182,6 +186,31 @@ def _rotary(transformer: Any, family: Family, attentions: dict[str, Skippable]) 
         turned=_places(attentions, image | text),
         processor=FluxAttnProcessor,
     )
+
+
+def _token_layers(family: Family, blocks: dict[str, Skippable]) -> tuple[TokenLayer, ...]:
+    """The layers in which some of the tokens can be computed by themselves."""
+    kinds = (
+        *((name, LayerKind.SELF_ATTENTION) for name in family.self_attentions),
+        *((name, LayerKind.CROSS_ATTENTION) for name in family.cross_attentions),
+        ("ff", LayerKind.FEED_FORWARD),
+    )
+    found = []
+    for index, (path, block) in enumerate(blocks.items()):
+        for child, kind in kinds:
+            for name, place in own_layers([(path, block.module)], (child,)).items():
+                attends = kind is LayerKind.SELF_ATTENTION
+                own = own_layers([(name, place.module)], ("to_k", "to_v")) if attends else {}
+                joined = (f"{child}_context",) if kind is LayerKind.FEED_FORWARD else ()
+                found.append(
+                    TokenLayer(
+                        Layer(name, kind, path, index, len(blocks)),
+                        place.module,
+                        {key: projection.module for key, projection in own.items()},
+                        tuple(own_layers([(path, block.module)], joined)),
+                    )
+                )
+    return tuple(found)
 
 
 def _family_name(transformer: Any) -> str:

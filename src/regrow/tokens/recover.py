@@ -34,14 +34,3 @@ def recover(y: Tensor, selection: Selection) -> Tensor:
     batch, _, channels = y.shape
     flat = y.reshape(-1, channels).index_select(0, selection.source_rows)
     return flat.view(batch, selection.tokens, channels)
-
-
-def complete(kept: Tensor, rows: Tensor, fresh: Tensor) -> None:
-    """Write new rows over old ones, in place.
-
-    Args:
-        kept: ``(B, N, ...)``, contiguous, of all tokens.
-        rows: which rows of ``kept`` as a matrix of ``B * N`` rows are new.
-        fresh: ``(B, n, ...)``, their values.
-    """
-    kept.view(kept.shape[0] * kept.shape[1], -1).index_copy_(0, rows, fresh.reshape(len(rows), -1))

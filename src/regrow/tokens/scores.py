@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from regrow.tokens.grid import Grid
+
+# Attention weights held at once: 64 MiB of them.
+WEIGHTS = 1 << 24
 
 
 def inverse_norm(x: Tensor) -> Tensor:
@@ -53,3 +57,59 @@ def random_score(batch: int, grid: Grid, generator: torch.Generator) -> Tensor:
 def noise(shape: Sequence[int], sigma: float, generator: torch.Generator) -> Tensor:
     """``sigma * N(0, 1)`` from a seeded generator, on its device."""
     return sigma * torch.randn(shape, generator=generator, device=generator.device)
+
+
+def attention_influence(
+    query: Tensor, key: Tensor, queries: int | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """How much the others attend to each token: the column sums of the attention map, mean over heads.
+
+    The map is formed a few queries at a time, so that it is never held whole.
+
+    Args:
+        query: ``(B, heads, n, D)``.
+        key: ``(B, heads, m, D)``.
+        queries: look at so many evenly spaced queries only, and scale to all; None looks at all.
+        bias: added to the products; it broadcasts to ``(B, heads, n, m)``.
+
+    Returns:
+        ``(B, m)`` in float32; the sum over tokens is n.
+    """
+    count = query.shape[2]
+    if queries is not None and queries < count:
+        place = torch.arange(queries, device=query.device) * count // queries
+        query = query.index_select(2, place)
+        if bias is not None and bias.shape[-2] == count:
+            bias = bias.index_select(-2, place)
+    total = torch.zeros(key.shape[0], key.shape[2], device=key.device)
+    for weights in _attention_weights(query, key, bias):
+        total += weights.mean(1).sum(1)
+    return total * (count / query.shape[2])
+
+
+def attention_entropy(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Entropy of each query's attention weights, the mean over heads taken first.
+
+    Args:
+        query: ``(B, heads, n, D)``.
+        key: ``(B, heads, m, D)``.
+        bias: added to the products; it broadcasts to ``(B, heads, n, m)``.
+
+    Returns:
+        ``(B, n)`` in float32.
+    """
+    parts = [w.mean(1) for w in _attention_weights(query, key, bias)]
+    return torch.cat([torch.special.entr(w).sum(-1) for w in parts], dim=1)
+
+
+def _attention_weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
+    """The attention map ``(B, heads, n, m)`` in float32, a block of queries at a time."""
+    batch, heads, count, channels = query.shape
+    rows = max(WEIGHTS // (batch * heads * key.shape[2]), 1)
+    target = key.transpose(2, 3)
+    for start in range(0, count, rows):
+        product = (query[:, :, start : start + rows] / math.sqrt(channels)) @ target
+        if bias is not None:
+            whole = bias.shape[-2] == 1
+            product = product + (bias if whole else bias[..., start : start + rows, :])
+        yield product.softmax(-1, dtype=torch.float32)

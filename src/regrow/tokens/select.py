@@ -81,9 +81,18 @@ def flat_rows(index: Tensor, tokens: int) -> Tensor:
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
     """The rows ``index: (B, n)`` of ``x: (B, N, C)`` as ``(B, n, C)``."""
-    batch, tokens, channels = x.shape
-    rows = x.reshape(-1, channels).index_select(0, flat_rows(index, tokens))
-    return rows.view(batch, -1, channels)
+    return take_rows(x, flat_rows(index, x.shape[1]))
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows ``(B * n,)`` of ``x: (B, N, C)``, taken as a ``(B * N, C)`` matrix, as ``(B, n, C)``."""
+    batch, _, channels = x.shape
+    return x.reshape(-1, channels).index_select(0, rows).view(batch, -1, channels)
+
+
+def put_rows(x: Tensor, rows: Tensor, new: Tensor) -> None:
+    """Write ``new: (B, n, ...)`` over the rows ``(B * n,)`` of ``x: (B, N, ...)``, in place."""
+    x.view(x.shape[0] * x.shape[1], -1).index_copy_(0, rows, new.reshape(len(rows), -1))
 
 
 def behind(tokens: Tensor, text: int) -> Tensor:
