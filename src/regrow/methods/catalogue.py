@@ -73,7 +73,7 @@ SYSTEMS = (
         "toca",
         "ToCa",
         "reuse attention and MLP outputs every N calls, but for the tokens of highest score in the MLPs",
-        Status.WORKS,
+        Status.PARTLY,
         "transformers: SD3, PixArt, DiT",
         ToCa,
     ),
