@@ -221,7 +221,7 @@ def attention_map(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def page_rank(query: Tensor, key: Tensor, iterations: int, bias: Tensor | None, *, rms: bool) -> Tensor:
-    """Power iteration on each head's whole map in float64, one sample and head after the other: ``(B, n)``."""
+    """Power iteration on each head's whole map in float64, sample after sample: ``(B, n)``."""
     batch, heads, tokens, channels = query.shape
     out = torch.zeros(batch, tokens, dtype=torch.float64)
     for b in range(batch):

@@ -310,7 +310,7 @@ class ObserveHook(ModelHook):
         if query is None or key is None:
             self.engine.warn_once(
                 "observe",
-                "tokens are chosen without what attentions attend to, because their projections were "
+                "attentions that tokens are chosen by can't be looked at, because their projections were "
                 "replaced or fused after regrow.apply (LoRA, fuse_qkv_projections); apply regrow last",
             )
             return out

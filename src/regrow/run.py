@@ -634,7 +634,7 @@ class Engine:
                 f"none of the {len(call.refresh)} layers that should compute some of their tokens did, "
                 "because something replaced their forward methods after regrow.apply; apply regrow last",
             )
-        if call.count and call.tokens is None:
+        if (call.count and call.tokens is None) or (call.counts and not call.pruned):
             # The attention to choose by was left out (skip-layer guidance) or could not be seen.
             self.generation.records[-1] = replace(self.generation.records[-1], ratio=0.0)
         if call.remembers and OUTPUT in call.slot.features:

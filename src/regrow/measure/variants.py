@@ -46,9 +46,9 @@ def variant(spec: str, steps: int) -> Variant:
 
     ``steps:25`` is the same sampler with 25 steps; ``sito:d``, ``dato:b1`` and ``atedm:reuse`` are presets,
     ``sito:0.5``, ``tome:0.5`` and ``atedm:0.5`` ratios, ``cat:0.3`` the share computed, ``dato:FILE`` a
-    schedule, ``deepcache:5``, ``fora:3`` and ``toca:3`` intervals, ``dato:5`` the same with ``ratio=0.5`` of
-    the tokens pruned, and ``deepcache:5+tome:0.5`` both at once. Further fields follow after colons: ``sito:d:base=V:patch=4``,
-    ``dato:b1:ratio=0.5:alignment=off``.
+    schedule, ``deepcache:5``, ``fora:3`` and ``toca:3`` intervals, ``dato:5`` the same with ``ratio=0.5``
+    of the tokens pruned, and ``deepcache:5+tome:0.5`` both at once. Further fields follow after colons:
+    ``sito:d:base=V:patch=4``, ``dato:b1:ratio=0.5:alignment=off``.
 
     Args:
         spec: the name.
