@@ -82,8 +82,8 @@ class Observation:
     record: CallRecord
     blocks: Mapping[str, Selection | None]
     tokens: Tensor | None = None
-    leading: int = 0
     refreshed: Mapping[str, Tensor] = field(default_factory=dict)
+    leading: int = 0
 
 
 Observer = Callable[[Observation], None]

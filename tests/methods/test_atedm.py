@@ -246,14 +246,14 @@ def slow_unet(model: Any, config: ATEDM, inputs: dict[str, Any], levels: set[int
         (pipelines.sdxl_unet, {1, 2}, 16, {}),
         (pipelines.sdxl_unet, {1, 2}, 24, {"after": "feed_forward", "alignment": "mean"}),
         (pipelines.sdxl_unet, {1}, 16, {"similarity": "features", "max_downsample": 2, "heads": "mean"}),
-        (pipelines.unet, {0, 1}, 24, {"alignment": "conditional", "ratio": 0.7, "iterations": 1}),
+        (pipelines.unet, {0, 1}, 20, {"alignment": "conditional", "ratio": 0.7, "iterations": 1}),
     ],
 )
 def test_a_unets_calls_are_those_of_the_definitions(
     make: Any, levels: set[int], width: int, fields: Any
 ) -> None:
     model, config = make(), copying(**fields)
-    inputs = guided_inputs(model, 2, pairs=2, width=width)
+    inputs = guided_inputs(model, 2, pairs=2 if width == 16 else 1, width=width)
     for one, got in zip(inputs, outputs(model, config, inputs), strict=True):
         assert_near(got, slow_unet(model, config, one, levels))
         with torch.no_grad():
@@ -323,7 +323,7 @@ def test_generations_share_nothing_and_removal_leaves_nothing(kind: str) -> None
 def test_the_report_counts_what_the_calls_compute() -> None:
     """On a U-Net and on a transformer, the attention maps that are looked at counted apart."""
     cases: list[tuple[Any, dict[str, Any], ATEDM]] = []
-    unet = pipelines.sdxl_unet()
+    unet = pipelines.unet(transformer_layers_per_block=2)
     cases.append((unet, guided_inputs(unet, 1)[0], copying()))
     transformer = transformer_pipelines.pixart().transformer
     inputs = {
@@ -351,26 +351,22 @@ def test_the_report_counts_what_the_calls_compute() -> None:
 
 
 def test_choosing_costs_the_maps_that_are_formed() -> None:
-    """DiT-XL/2: a map of 256 x 256 in each of 16 heads, 72 wide, and its product with the scores."""
+    """DiT-XL/2: a map of 256 x 256 in each of 16 heads, 72 wide, and three products with the scores."""
     result = profile(architecture("dit-xl-256"), reuse(iterations=3), 10)
-    assert result.selection_macs == 8 * 3 * 16 * 256 * 256 * (72 + 1)
+    assert result.selection_macs == 8 * 16 * 256 * 256 * (72 + 3)
 
 
 @pytest.mark.parametrize(
-    ("arch", "steps", "pruned"),
-    [
-        ("sd3-1024", 28, 93.48),
-        ("sd3-1024", 50, 143.42),
-        ("pixart-sigma-1024", 28, 62.08),
-        ("pixart-sigma-1024", 50, 92.44),
-    ],
+    ("arch", "published"),
+    [("sd3-1024", {28: 93.48, 50: 143.42}), ("pixart-sigma-1024", {28: 62.08, 50: 92.44})],
 )
-def test_macs_are_those_of_cat_prunings_comparison(arch: str, steps: int, pruned: float) -> None:
+def test_macs_are_those_of_cat_prunings_comparison(arch: str, published: dict[int, float]) -> None:
     """Both halves of guidance, attention not counted; the text projected in each of eight full calls."""
-    config = ATEDM.preset("reuse", early=8 / steps)
-    result = profile(architecture(arch), config, steps, attention=False, guided=True)
-    text = result.per_call[0] - result.per_call[1]
-    assert (result.macs + 7 * text) / 1e12 == pytest.approx(pruned, rel=5e-3)
+    config = ATEDM.preset("reuse", early=8 / 10)
+    calls = profile(architecture(arch), config, 10, attention=False, guided=True).per_call
+    assert calls[7] > calls[8] == calls[9]
+    for steps, macs in published.items():
+        assert (8 * calls[0] + (steps - 8) * calls[9]) / 1e12 == pytest.approx(macs, rel=3e-3)
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3"])

@@ -146,13 +146,15 @@ def test_masked_keys_have_no_part_in_the_entropy() -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("held", [1, 500, 1 << 24])
-@pytest.mark.parametrize("heads", Heads)
-@pytest.mark.parametrize("iterations", [0, 1, 7])
-def test_page_rank_is_the_power_iteration_on_the_map_which_is_never_held_whole(
-    monkeypatch: pytest.MonkeyPatch, iterations: int, heads: Heads, held: int, biased: bool
+@pytest.mark.parametrize(("weights", "held"), [(1, 1), (90, 400), (900, 1 << 26), (1 << 24, 1 << 26)])
+@pytest.mark.parametrize(
+    ("iterations", "heads"), [(0, Heads.MEAN), (1, Heads.MEAN), (7, Heads.ROOT_MEAN_SQUARE)]
+)
+def test_page_rank_is_the_power_iteration_on_whole_maps(
+    monkeypatch: pytest.MonkeyPatch, iterations: int, heads: Heads, weights: int, held: int, biased: bool
 ) -> None:
-    monkeypatch.setattr(scores, "WEIGHTS", held)
+    monkeypatch.setattr(scores, "WEIGHTS", weights)
+    monkeypatch.setattr(scores, "MAP", held)
     query, key, bias = attention(20, 20)
     given = bias if biased else None
     rms = heads is Heads.ROOT_MEAN_SQUARE

@@ -13,6 +13,8 @@ from regrow.tokens.grid import Grid
 
 # Attention weights held at once: 64 MiB of them.
 WEIGHTS = 1 << 24
+# A map kept from one iteration of PageRank to the next: 256 MiB, a head of up to 8,192 tokens.
+MAP = 1 << 26
 
 
 class Heads(str, Enum):
@@ -108,7 +110,8 @@ def attention_page_rank(
     """Weighted PageRank of the attention map A as a directed graph: ``s <- A^T s``, begun with ``1 / n``.
 
     A token matters if tokens that matter attend to it. Each head has its graph; their scores are put
-    together at the end. The map is formed a few queries at a time in every iteration, and never held whole.
+    together at the end. Maps are held for a few heads at a time; one too large for that is formed anew in
+    every iteration, a few queries at a time.
 
     Args:
         query: ``(B, heads, n, D)``.
@@ -122,15 +125,29 @@ def attention_page_rank(
     """
     batch, count, tokens = query.shape[:3]
     score = torch.full((batch, count, tokens), 1 / tokens, device=query.device)
+    together = max(WEIGHTS // tokens**2, 1)
+    for b in range(batch):
+        for first in range(0, count, together):
+            some = slice(b, b + 1), slice(first, first + together)
+            added = None if bias is None else bias.expand(batch, count, -1, -1)[some]
+            score[some] = _page_rank(query[some], key[some], added, score[some], iterations)
+    return score.mean(1) if heads is Heads.MEAN else score.square().mean(1).sqrt()
+
+
+def _page_rank(query: Tensor, key: Tensor, bias: Tensor | None, score: Tensor, iterations: int) -> Tensor:
+    """Iterations of PageRank from a score ``(B, heads, n)``."""
+    held = None
+    if score.shape[0] * score.shape[1] * score.shape[2] ** 2 <= MAP:
+        held = list(_attention_weights(query, key, bias))
     for _ in range(iterations):
         new, start = torch.zeros_like(score), 0
-        for weights in _attention_weights(query, key, bias):
+        for weights in _attention_weights(query, key, bias) if held is None else held:
             end = start + weights.shape[2]
             new += (score[:, :, None, start:end] @ weights).squeeze(2)
             start = end
         # Rows of the map sum to 1, so that this only keeps rounding from adding up.
         score = new / new.sum(-1, keepdim=True)
-    return score.mean(1) if heads is Heads.MEAN else score.square().mean(1).sqrt()
+    return score
 
 
 def most_attended(
