@@ -409,8 +409,7 @@ class Installed:
             self._hook(module, TextHook(engine, name), "regrow-text")
         if engine.token_set is not None and engine.layout.stream is not None:
             stream = engine.layout.stream
-            for module in engine.narrows:
-                self._hook(module, NarrowHook(engine), "regrow-narrow")
+            self._hook(engine.narrows_behind(stream), NarrowHook(engine), "regrow-narrow")
             for name, module in engine.memory.items():
                 self._hook(module, MemoryHook(engine, name), "regrow-memory")
             self._hook(stream.output, MemoryHook(engine, OUTPUT), "regrow-memory")

@@ -256,7 +256,9 @@ class _Selected:
 
 
 def _shapes(attention: Attention | None) -> _Shapes | None:
-    return attention and _Shapes(attention.query.shape, attention.key.shape, attention.tokens)
+    if attention is None:
+        return None
+    return _Shapes(attention.query.shape, attention.key.shape, attention.tokens)
 
 
 def _one_sample(shapes: _Shapes | None) -> Attention | None:

@@ -27,7 +27,7 @@ from regrow.methods.parts import (
     TokenSet,
 )
 from regrow.models.errors import UnsupportedModelError
-from regrow.models.table import Cut, Layout, TokenBlock, TokenLayer
+from regrow.models.table import Cut, Layout, Stream, TokenBlock, TokenLayer
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, LAYERS, Step
 from regrow.tokens.grid import Grid
@@ -295,13 +295,10 @@ class Engine:
         blocks = dict.fromkeys(place.layer.block for place in self.layout.token_layers)
         return [] if reads is None else list(blocks)[: reads + 1]
 
-    @property
-    def narrows(self) -> tuple[nn.Module, ...]:
-        """The module behind which some of the tokens are computed."""
-        if self.token_set is None or self.layout.stream is None:
-            return ()
+    def narrows_behind(self, stream: Stream) -> nn.Module:
+        """The module behind which calls compute some of the tokens only."""
         leading = self._leading()
-        return (self.layout.skippable[leading[-1]].module if leading else self.layout.stream.embed,)
+        return self.layout.skippable[leading[-1]].module if leading else stream.embed
 
     def _refreshing(self) -> tuple[TokenLayer, ...]:
         """The layers that compute some of their tokens where they hand on their last output."""
@@ -315,7 +312,7 @@ class Engine:
         first: dict[tuple[str, LayerKind], TokenLayer] = {}
         for place in self.layout.token_layers:
             first.setdefault((place.layer.block, place.layer.kind), place)
-        observes = frozenset() if self.refresh is None else self.refresh.observes
+        observes: frozenset[LayerKind] = frozenset() if self.refresh is None else self.refresh.observes
         found = [
             Watched(p.layer.name, p.module, lambda call: call.cut is None, partial(self._observe, p.layer))
             for p in first.values()
