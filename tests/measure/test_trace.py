@@ -491,15 +491,23 @@ def test_transformers_are_traced(kind: str) -> None:
     assert [difference.name for difference in found.differences] == ["predicted noise", block]
 
 
-def test_the_tokens_of_a_call_are_counted_exactly() -> None:
+@pytest.mark.parametrize(
+    ("config", "leading"),
+    [
+        (regrow.CATPruning(alpha=0.25, t0=2), 0),
+        (regrow.ATEDM.preset("reuse", ratio=0.75, early=0, block=1), 2),
+    ],
+)
+def test_the_tokens_of_a_call_are_counted_exactly(config: Any, leading: int) -> None:
     pipe = transformer_pipelines.sd3()
     counter = ComputedCounter(layout_of(pipe.transformer))
-    with regrow.apply(pipe, regrow.CATPruning(alpha=0.25, t0=2)) as run, run.observed(counter):
+    with regrow.apply(pipe, config) as run, run.observed(counter):
         transformer_pipelines.generate(pipe)
     blocks = len(pipe.transformer.transformer_blocks)
     (count,) = counter.counts().values()
-    # Two full calls, three of a quarter of the 64 tokens.
-    assert count.sum((1, 2)).tolist() == [blocks * (2 * 64 + 3 * 16)] * 2
+    # Two full calls, three of a quarter of the 64 tokens but in the leading blocks.
+    some = (blocks - leading) * 16 + leading * 64
+    assert count.sum((1, 2)).tolist() == [blocks * 2 * 64 + 3 * some] * 2
     assert counter.shares()[2].max() <= 1
 
 

@@ -435,3 +435,35 @@ def test_configurations_by_name_and_as_json() -> None:
     config = reuse(block=2, alignment="mean")
     assert ATEDM.model_validate_json(config.model_dump_json()) == config
     assert hash(ATEDM.preset("reuse")) == hash(ATEDM.preset("reuse"))
+
+
+@pytest.mark.parametrize(("layer", "third"), [(0, [0, 0, 0, 0]), (3, [0, 0, 0.6, 0.6])])
+def test_a_call_that_leaves_out_the_block_to_read_computes_all_tokens(
+    layer: int, third: list[float]
+) -> None:
+    """SD3's skip-layer guidance makes a third call, without a layer."""
+    pipe = transformer_pipelines.sd3()
+    with regrow.apply(pipe, reuse()) as run:
+        images = generate(
+            pipe,
+            guidance_scale=4.0,
+            skip_guidance_layers=[layer],
+            skip_layer_guidance_start=0.0,
+            skip_layer_guidance_stop=1.0,
+        )
+    assert images.isfinite().all()
+    ratios = [[c.ratio for c in run.report().calls if c.branch == branch] for branch in (0, 1)]
+    assert ratios == [[0, 0, 0.6, 0.6, 0.6], third]
+
+
+def test_tokens_are_chosen_in_half_precision_too() -> None:
+    model = pipelines.sdxl_unet()
+    inputs = guided_inputs(model, 1)
+    half = {
+        k: v.bfloat16() if k in ("sample", "encoder_hidden_states") else v for k, v in inputs[0].items()
+    }
+    half["added_cond_kwargs"] = {k: v.bfloat16() for k, v in half["added_cond_kwargs"].items()}
+    expected = outputs(model, copying(similarity=Similarity.FEATURES), inputs)[0]
+    got = outputs(model.bfloat16(), copying(similarity=Similarity.FEATURES), [half])[0]
+    assert got.dtype == torch.bfloat16
+    assert float((got.float() - expected).norm() / expected.norm()) < 0.2
