@@ -7,10 +7,10 @@ the attention's stage and take a copy of what a similar token got. On transforme
 values and predicted noise are those of the last call that computed them.
 
 On U-Nets this differs from the paper in three points. There a pruned token's hidden state ends with the
-block that prunes it, and is a copy of a kept token's at the end of the stage; here it goes on, and to it is
-added what each later layer gives a kept token. There every attention of a stage prunes anew; here the first
-one decides for the stage. In the first steps the paper exempts some attention blocks; here all of them prune
-a smaller share, or none. Importance is taken from self-attentions, not from cross-attentions.
+block that prunes it, and is a copy of a kept token's at the end of the stage; here it goes on, and to it
+is added what each later layer gives a kept token. There every attention of a stage prunes anew; here the
+first one decides for the stage. In the first steps the paper exempts some attention blocks; here all of
+them prune a smaller share, or none. Importance is taken from self-attentions, not from cross-attentions.
 """
 
 from __future__ import annotations
