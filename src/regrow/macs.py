@@ -137,6 +137,7 @@ class CallCounter:
         rule: the method's token rule, or None.
         token_set: its choice of the tokens of a call, or None.
         refresh: its choice of tokens for layers that hand on their last output, or None.
+        instead: what to say if they don't fit the denoiser.
     """
 
     def __init__(
@@ -145,9 +146,11 @@ class CallCounter:
         rule: TokenRule | None,
         token_set: TokenSet | None = None,
         refresh: TokenRefresh | None = None,
+        instead: str = "",
     ) -> None:
         self._model = meta_copy(denoiser)
         self._rule, self._token_set, self._refresh = rule, token_set, refresh
+        self._instead = instead
         self._known: dict[Any, Macs] = {}
 
     def count(self, depth: int, ratio: float, inputs: tuple[Any, Any], *, knows_text: bool = False) -> Macs:
@@ -176,7 +179,7 @@ class CallCounter:
             depth=(FULL,) * before + (depth,) + (LAYERS,) * after,
             ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * after,
         )
-        parts = Parts(plan, self._rule, first, refresh)
+        parts = Parts(plan, self._rule, first, refresh, self._instead)
         engine = Engine(self._model, layout_of(self._model), parts, None)
         selected: list[_Selected] = []
 
