@@ -632,7 +632,7 @@ class Engine:
                 "because something replaced their forward methods after regrow.apply; apply regrow last",
             )
         if (call.count and call.tokens is None) or (call.counts and not call.pruned):
-            # The attention to choose by was left out (skip-layer guidance) or could not be seen.
+            # Nothing was left out: an attention to choose by did not run (skip-layer guidance), for one.
             self.generation.records[-1] = replace(self.generation.records[-1], ratio=0.0)
         if call.remembers and OUTPUT in call.slot.features:
             assert self.layout.stream is not None
