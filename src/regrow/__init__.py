@@ -10,7 +10,9 @@ print(run.report())
 from regrow.apply import Run, apply
 from regrow.clock import ConcurrentGenerationError
 from regrow.methods import (
+    ATEDM,
     FORA,
+    After,
     Alignment,
     BaseChoice,
     CATPruning,
@@ -19,6 +21,8 @@ from regrow.methods import (
     DeepCache,
     Features,
     Recovery,
+    Restored,
+    Similarity,
     SiTo,
     ToCa,
     TokenChoice,
@@ -32,8 +36,10 @@ from regrow.schedule import FULL, Schedule, ScheduleError
 __version__ = "0.1.0"
 
 __all__ = [
+    "ATEDM",
     "FORA",
     "FULL",
+    "After",
     "Alignment",
     "BaseChoice",
     "CATPruning",
@@ -44,11 +50,13 @@ __all__ = [
     "Features",
     "Observation",
     "Recovery",
+    "Restored",
     "Run",
     "RunReport",
     "Schedule",
     "ScheduleError",
     "SiTo",
+    "Similarity",
     "ToCa",
     "ToMeSD",
     "TokenChoice",

@@ -140,7 +140,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     leaves_out = engine.token_set is not None and any(step.ratio for step in engine.kinds)
     _check_kinds(engine, denoiser)
     attends = any(place.layer.kind is LayerKind.SELF_ATTENTION for place in engine.refreshing)
-    if leaves_out or attends or engine.observed:
+    if leaves_out or attends or engine.watched:
         _check_attentions(engine, denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
     if asked and not prunes:

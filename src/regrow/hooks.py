@@ -19,7 +19,7 @@ from regrow.layers import Layer
 from regrow.methods.parts import Attention, Features, Recovery
 from regrow.models.table import Cut, Returns, Rotary, Rows, Skippable, TokenBlock, TokenLayer
 from regrow.reuse.depth import placeholders
-from regrow.run import OUTPUT, Call, Engine
+from regrow.run import OUTPUT, Call, Engine, Watched
 from regrow.tokens.recover import keep, keep_merged, recover
 from regrow.tokens.select import behind, flat_rows, put_rows, rows_of, take_rows
 
@@ -162,10 +162,7 @@ class SelectHook(ModelHook):
         self.engine, self.block = engine, block
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = self.engine.call
-        if call is not None and self.block.name in call.counts:
-            x = args[0] if args else kwargs["hidden_states"]
-            call.selections[self.block.name] = self.engine.select(self.block.name, x)
+        self.engine.select_from(self.block.name, args[0] if args else kwargs["hidden_states"])
         return args, kwargs
 
 
@@ -199,16 +196,21 @@ class KeepHook(ModelHook):
         return recover(original(self)(*args, **kwargs), selection)
 
 
-class EmbedHook(ModelHook):
-    """Hands on those of the image's tokens that the call computes."""
+class NarrowHook(ModelHook):
+    """Hands on those of the image's tokens that the call computes from here on."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         self.engine = engine
 
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
-        call = self.engine.call
-        return output if call is None or call.tokens is None else rows_of(output, call.tokens)
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        tokens = self.engine.narrow()
+        if tokens is None:
+            return output
+        if isinstance(output, tuple):
+            text, image = output
+            return text, rows_of(image, tokens)
+        return rows_of(output, tokens)
 
 
 class MemoryHook(ModelHook):
@@ -345,44 +347,44 @@ class LayerMemoryHook(ModelHook):
 
 
 class CatchHook(ModelHook):
-    """Keeps what a projection of an observed attention gives, until the attention is done."""
+    """Keeps what a projection of a watched attention gives, until the attention is done."""
 
-    def __init__(self, engine: Engine, key: str) -> None:
+    def __init__(self, engine: Engine, watched: Watched, child: str) -> None:
         super().__init__()
-        self.engine, self.key = engine, key
+        self.engine, self.watched, self.key = engine, watched, f"{watched.name}.{child}"
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         call = self.engine.call
-        if call is not None and call.cut is None:
+        if call is not None and self.watched.wanted(call):
             call.caught[self.key] = output
         return output
 
 
 class ObserveHook(ModelHook):
-    """Tells the choice of tokens what an attention multiplied in a full call."""
+    """Tells the choice of tokens what an attention multiplied."""
 
-    def __init__(self, engine: Engine, place: TokenLayer) -> None:
+    def __init__(self, engine: Engine, watched: Watched) -> None:
         super().__init__()
-        self.engine, self.layer = engine, place.layer
+        self.engine, self.watched = engine, watched
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = original(self)(*args, **kwargs)
-        call, rule = self.engine.call, self.engine.refresh
-        if call is None or rule is None or call.cut is not None:
+        call, watched = self.engine.call, self.watched
+        if call is None or not watched.wanted(call):
             return out
-        caught = {name: call.caught.pop(f"{self.layer.name}.{name}", None) for name, _ in (*QUERIES, *KEYS)}
+        caught = {name: call.caught.pop(f"{watched.name}.{name}", None) for name, _ in (*QUERIES, *KEYS)}
         query, key = _heads(module, caught, QUERIES), _heads(module, caught, KEYS)
         if query is None or key is None:
             self.engine.warn_once(
                 "observe",
-                "tokens are chosen without what attentions attend to, because their projections were "
+                "attentions that tokens are chosen by can't be looked at, because their projections were "
                 "replaced or fused after regrow.apply (LoRA, fuse_qkv_projections); apply regrow last",
             )
             return out
         x = args[0] if args else kwargs["hidden_states"]
         bias = kwargs.get("attention_mask")
         bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
-        rule.observe(call.slot.observed, self.layer, Attention(query, key, x.shape[1], bias))
+        watched.tell(call, x, Attention(query, key, x.shape[1], bias))
         return out
 
 
@@ -474,10 +476,10 @@ class Installed:
             self._hook(module, TextHook(engine, name), "regrow-text")
         if engine.token_set is not None and engine.layout.stream is not None:
             stream = engine.layout.stream
-            self._hook(stream.embed, EmbedHook(engine), "regrow-embed")
+            self._hook(engine.narrows_behind(stream), NarrowHook(engine), "regrow-narrow")
             if stream.rotary is not None:
                 self._hook_rotary(engine, stream.rotary)
-            for name, place in stream.memory.items():
+            for name, place in engine.memory.items():
                 # Registered after what turns keys, so that turned ones are kept.
                 self._hook(place.module, MemoryHook(engine, name, place.rows), "regrow-memory")
             self._hook(stream.output, MemoryHook(engine, OUTPUT), "regrow-memory")
@@ -485,8 +487,8 @@ class Installed:
             self._hook(token_layer.module, RefreshHook(engine, token_layer), "regrow-refresh")
             for name, module in token_layer.memory.items():
                 self._hook(module, LayerMemoryHook(engine, name, token_layer.layer), "regrow-memory")
-        for token_layer in engine.observed:
-            self._hook_observed(engine, token_layer)
+        for watched in engine.watched:
+            self._hook_watched(engine, watched)
         # Registered last, so that what is skipped is neither selected from nor pruned.
         for name in sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values()))):
             skippable = engine.layout.skippable[name]
@@ -516,18 +518,19 @@ class Installed:
             if layer is not None and wanted:
                 merge = where.recovery is Recovery.MEAN
                 self._hook(layer, KeepHook(engine, block, merge), "regrow-keep")
-        reads = block.block if where.features is Features.BLOCK_INPUT else block.self_attention
+        reads = {Features.BLOCK_INPUT: block.block, Features.NORM1: block.self_attention}.get(
+            where.features
+        )
         if reads is not None:
             # Registered after the layer's own hook, so that it runs before it.
             self._hook(reads, SelectHook(engine, block), "regrow-select")
 
-    def _hook_observed(self, engine: Engine, place: TokenLayer) -> None:
+    def _hook_watched(self, engine: Engine, watched: Watched) -> None:
         for child, _ in (*QUERIES, *KEYS):
-            projection = getattr(place.module, child, None)
+            projection = getattr(watched.module, child, None)
             if projection is not None:
-                key = f"{place.layer.name}.{child}"
-                self._hook(projection, CatchHook(engine, key), "regrow-catch")
-        self._hook(place.module, ObserveHook(engine, place), "regrow-observe")
+                self._hook(projection, CatchHook(engine, watched, child), "regrow-catch")
+        self._hook(watched.module, ObserveHook(engine, watched), "regrow-observe")
 
     def _hook(self, module: nn.Module, hook: ModelHook, name: str) -> None:
         had_registry, had_forward = hasattr(module, "_diffusers_hook"), "forward" in module.__dict__

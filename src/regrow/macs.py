@@ -79,14 +79,14 @@ class _FirstTokens:
     aligns = False
     full_calls = 0
 
-    def __init__(self) -> None:
-        self.asked: tuple[Grid, int, torch.Size] | None = None
+    def __init__(self, rule: TokenSet) -> None:
+        self.reads_block = rule.reads_block
+        self.asked: tuple[Grid, int, CallInfo] | None = None
 
     def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
         """The first ``count`` tokens."""
-        output = call.outputs[-1]
-        self.asked = grid, count, output.shape
-        return torch.arange(count, device=output.device).repeat(call.batch, 1), None
+        self.asked = grid, count, call
+        return torch.arange(count, device="meta").repeat(call.batch, 1), None
 
 
 class _FirstRefreshed:
@@ -187,6 +187,7 @@ class CallCounter:
         rule: the method's token rule, or None.
         token_set: its choice of the tokens of a call, or None.
         refresh: its choice of tokens for layers that hand on their last output, or None.
+        instead: what to say if they don't fit the denoiser.
     """
 
     def __init__(
@@ -195,9 +196,11 @@ class CallCounter:
         rule: TokenRule | None,
         token_set: TokenSet | None = None,
         refresh: TokenRefresh | None = None,
+        instead: str = "",
     ) -> None:
         self._model = meta_copy(denoiser)
         self._rule, self._token_set, self._refresh = rule, token_set, refresh
+        self._instead = instead
         self._known: dict[Any, Macs] = {}
         self._refreshing: dict[Any, _Refreshing] = {}
 
@@ -225,7 +228,7 @@ class CallCounter:
         # Full calls come first: others need what they leave.
         leaves_out = self._token_set is not None and ratio > 0
         before = 2 if leaves_out else 1 if depth < FULL or knows_text else 0
-        first = None if self._token_set is None else _FirstTokens()
+        first = None if self._token_set is None else _FirstTokens(self._token_set)
         refresh = None if self._refresh is None or depth < FULL else _FirstRefreshed(self._refresh)
         # A full call observes if another follows that reads what it saw.
         after = 0 if refresh is None else 1
@@ -233,14 +236,14 @@ class CallCounter:
             depth=(FULL,) * before + (depth,) + (LAYERS,) * after,
             ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * after,
         )
-        parts = Parts(plan, self._rule, first, refresh)
+        parts = Parts(plan, self._rule, first, refresh, self._instead)
         engine = Engine(self._model, layout_of(self._model), parts, None)
-        selected: list[tuple[torch.Size, Grid, int]] = []
+        selected: list[_Selected] = []
 
         def select(name: str, x: Tensor) -> Selection:
             assert engine.call is not None
             grid, count = engine.call.counts[name]
-            selected.append((x.shape, grid, count))
+            selected.append(_Selected(x.shape, grid, count, _shapes(engine.call.info.attention)))
             return free_selection(x, count)
 
         engine.select = select
@@ -258,7 +261,7 @@ class CallCounter:
         finally:
             hooks.remove()
         kinds = Counter(selected)
-        chosen = sum(n * self._selection(*kind) for kind, n in kinds.items())
+        chosen = sum(n * self._selection(kind) for kind, n in kinds.items())
         if first is not None and first.asked is not None:
             chosen += self._choice(*first.asked)
         flops = counter.get_flop_counts()["Global"]
@@ -270,24 +273,60 @@ class CallCounter:
             chosen += refresh.observing // 2
         return Macs(total // 2, chosen, attention // 2)
 
-    def _selection(self, shape: torch.Size, grid: Grid, count: int) -> int:
+    def _selection(self, kind: _Selected) -> int:
         """MACs of one layer's selection, counted on zeros for one sample."""
         assert self._rule is not None
-        call = CallInfo(1, False, (), torch.Generator().manual_seed(0))
-        prepared = self._rule.prepare([grid], call).get(grid)
+        attention = _one_sample(kind.attention)
+        call = CallInfo(1, False, (), torch.Generator().manual_seed(0), attention=attention)
+        prepared = self._rule.prepare([kind.grid], call).get(kind.grid)
+        x = torch.zeros(1, *kind.shape[1:], device="cpu" if attention is None else "meta")
         with FlopCounterMode(display=False) as counter:
-            self._rule.select(torch.zeros(1, *shape[1:]), grid, count, prepared, call)
-        return shape[0] * (counter.get_total_flops() // 2)
+            self._rule.select(x, kind.grid, kind.count, prepared, call)
+        return kind.shape[0] * (counter.get_total_flops() // 2)
 
-    def _choice(self, grid: Grid, count: int, shape: torch.Size) -> int:
+    def _choice(self, grid: Grid, count: int, asked: CallInfo) -> int:
         """MACs of choosing the tokens of a call, on zeros for one sample, once clusters are made."""
         assert self._token_set is not None
-        outputs = (torch.zeros(1, *shape[1:]), torch.zeros(1, *shape[1:]))
-        call = CallInfo(1, False, outputs, torch.Generator().manual_seed(0))
+        outputs = tuple(torch.zeros(1, *output.shape[1:]) for output in asked.outputs)
+        attention = _one_sample(_shapes(asked.attention))
+        call = CallInfo(1, False, outputs, torch.Generator().manual_seed(0), attention=attention)
         memory = self._token_set.select(None, grid, count, call)[1]
         with FlopCounterMode(display=False) as counter:
             self._token_set.select(memory, grid, count, call)
-        return shape[0] * (counter.get_total_flops() // 2)
+        return asked.batch * (counter.get_total_flops() // 2)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Of an attention's queries and keys, and its number of the image's tokens."""
+
+    query: torch.Size
+    key: torch.Size
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """A kind of selection: from features of a shape, on a grid, how many tokens, by which attention."""
+
+    shape: torch.Size
+    grid: Grid
+    count: int
+    attention: _Shapes | None
+
+
+def _shapes(attention: Attention | None) -> _Shapes | None:
+    if attention is None:
+        return None
+    return _Shapes(attention.query.shape, attention.key.shape, attention.tokens)
+
+
+def _one_sample(shapes: _Shapes | None) -> Attention | None:
+    """An attention of one sample, without data: whole maps would take long to compute."""
+    if shapes is None:
+        return None
+    query, key = (torch.empty(1, *shape[1:], device="meta") for shape in (shapes.query, shapes.key))
+    return Attention(query, key, shapes.tokens, None)
 
 
 def _with_another_text(inputs: tuple[Any, Any]) -> tuple[Any, Any]:

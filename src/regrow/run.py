@@ -7,7 +7,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,18 @@ from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
 from regrow.layers import Layer, LayerKind
-from regrow.methods.parts import CallInfo, Parts, TokenRefresh, TokenRule, TokenSet
+from regrow.methods.parts import (
+    After,
+    Attention,
+    CallInfo,
+    Features,
+    Parts,
+    TokenRefresh,
+    TokenRule,
+    TokenSet,
+)
 from regrow.models.errors import UnsupportedModelError
-from regrow.models.table import Cut, Layout, Rows, TokenBlock, TokenLayer
+from regrow.models.table import Cut, Layout, Place, Rows, Stream, TokenBlock, TokenLayer
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, LAYERS, Step
 from regrow.tokens.grid import Grid
@@ -67,6 +77,7 @@ class Observation:
         refreshed: by the name of a layer, or of its block if they are its block's, the tokens ``(B, K)``
             that were computed in a call in which layers hand on their last output.
         grid: of a transformer's image tokens, if a call of it can compute some of them only.
+        leading: blocks at the beginning of the call that computed all tokens before ``tokens`` were chosen.
     """
 
     record: CallRecord
@@ -74,6 +85,7 @@ class Observation:
     tokens: Tensor | None = None
     refreshed: Mapping[str, Tensor] = field(default_factory=dict)
     grid: Grid | None = None
+    leading: int = 0
 
 
 Observer = Callable[[Observation], None]
@@ -117,7 +129,9 @@ class Call:
         selections: the selection of the block that runs, by its name.
         restored: how many modules handed on what is cached.
         entered: what the first module of a cut was given in this call.
-        tokens: the tokens ``(B, K)`` that the whole call computes; None if it computes all.
+        count: how many tokens the whole call computes; 0 if it computes all.
+        chosen: which they are, once that is known.
+        tokens: the tokens ``(B, K)`` that are computed from here on; None if all are.
         rows: the same as rows of a matrix of all tokens, such as ``(B * N, C)``.
         rotary: cosines and sines ``(n, D)`` of the tokens that the call computes; ``(B * n, D)`` if it
             leaves some out.
@@ -143,6 +157,8 @@ class Call:
     restored: int = 0
     pruned: int = 0
     entered: dict[Cut, list[Any]] = field(default_factory=dict)
+    count: int = 0
+    chosen: Tensor | None = None
     tokens: Tensor | None = None
     rows: dict[Rows, Tensor] = field(default_factory=dict)
     rotary: dict[Rows, Sequence[Tensor]] = field(default_factory=dict)
@@ -153,6 +169,23 @@ class Call:
     whole: frozenset[str] = frozenset()
     refreshed: dict[str, Refreshed] = field(default_factory=dict)
     caught: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An attention that is looked at.
+
+    Args:
+        name: its path.
+        module: it.
+        wanted: whether a call looks at it.
+        tell: what is done with its input ``(B, N, C)`` and what it multiplied, when it has run.
+    """
+
+    name: str
+    module: nn.Module
+    wanted: Callable[[Call], bool]
+    tell: Callable[[Call, Tensor, Attention], None]
 
 
 class Engine:
@@ -182,7 +215,9 @@ class Engine:
         self.refreshing = self._refreshing()
         self._check_supported()
         self.select = self._select_by_rule
-        self.blocks = self._pruned_blocks()
+        self.served = self._served_blocks()
+        self.blocks = tuple(block for served in self.served.values() for block in served)
+        self.memory = self._remembering()
         self.cuts = self._used_cuts()
         self.pruned = {cut: self._computed(cut) for cut in (None, *self.cuts.values())}
         self.call: Call | None = None
@@ -208,20 +243,70 @@ class Engine:
         if not any(step.ratio for step in self.kinds):
             return
         if self.rule is not None and not self.layout.blocks:
+            instead = (
+                self.parts.instead or "methods that only reuse, such as FORA and DeepCache, work on it"
+            )
             raise UnsupportedModelError(
-                f"model: tokens can't be left out of the layers of {name} yet; methods that only reuse, "
-                "such as FORA and DeepCache, work on it"
+                f"model: tokens can't be left out of the layers of {name} yet; {instead}"
             )
         if self.token_set is not None and self.layout.stream is None:
-            raise UnsupportedModelError(f"model: a call of {name} can't compute some of its tokens only")
+            instead = f"; {self.parts.instead}" if self.parts.instead else ""
+            raise UnsupportedModelError(
+                f"model: a call of {name} can't compute some of its tokens only{instead}"
+            )
+        if self.token_set is not None and self.token_set.reads_block is not None:
+            if not self.layout.token_layers:
+                raise UnsupportedModelError(
+                    f"model: the attention of a block of {name} can't be looked at, so tokens can't be "
+                    "chosen by it; CAT Pruning works on it"
+                )
+            last = self.layout.token_layers[-1].layer.index
+            if self.token_set.reads_block >= last:
+                raise ValueError(
+                    f"block: {self.token_set.reads_block} is not allowed, it must be < {last}: some of the "
+                    f"{last + 1} blocks of {name} have to come behind it"
+                )
 
-    def _pruned_blocks(self) -> tuple[TokenBlock, ...]:
-        """The blocks in which the rule prunes."""
+    def _served_blocks(self) -> dict[str, tuple[TokenBlock, ...]]:
+        """By the name of each block from which tokens are selected, the blocks that leave them out."""
         if self.rule is None or not any(step.ratio for step in self.kinds):
-            return ()
-        limit = self.rule.where.max_downsample
+            return {}
+        where = self.rule.where
+        limit = where.max_downsample
         deepest = self.layout.top_level if limit == "top" else limit
-        return tuple(b for b in self.layout.blocks if b.downsample <= deepest)
+        blocks = [b for b in self.layout.blocks if b.downsample <= deepest]
+        if where.features is not Features.ATTENTION:
+            return {block.name: (block,) for block in blocks}
+        stages: dict[str, list[TokenBlock]] = {}
+        for block in blocks:
+            if block.stage in stages or block.self_attention is not None:
+                stages.setdefault(block.stage, []).append(block)
+        first = 0 if where.after is After.SELF_ATTENTION else 1
+        served = {stage[0].name: tuple(stage[first:]) for stage in stages.values() if stage[first:]}
+        if stages and not served:
+            raise ValueError(
+                f"after: {where.after.value} is not allowed on {type(self.denoiser).__name__}, in which "
+                f"no block comes right behind another; it must be {After.SELF_ATTENTION.value}"
+            )
+        return served
+
+    def _remembering(self) -> dict[str, Place]:
+        """The modules whose output for tokens that a call leaves out is remembered."""
+        if self.token_set is None or self.layout.stream is None:
+            return {}
+        own = tuple(f"{block}." for block in self._leading())
+        return {name: p for name, p in self.layout.stream.memory.items() if not name.startswith(own)}
+
+    def _leading(self) -> list[str]:
+        """The blocks that compute all tokens in every call, before some are chosen."""
+        reads = None if self.token_set is None else self.token_set.reads_block
+        blocks = dict.fromkeys(place.layer.block for place in self.layout.token_layers)
+        return [] if reads is None else list(blocks)[: reads + 1]
+
+    def narrows_behind(self, stream: Stream) -> nn.Module:
+        """The module behind which calls compute some of the tokens only."""
+        leading = self._leading()
+        return self.layout.skippable[leading[-1]].module if leading else stream.embed
 
     def _refreshing(self) -> tuple[TokenLayer, ...]:
         """The layers that compute some of their tokens where they hand on their last output."""
@@ -230,15 +315,66 @@ class Engine:
         return tuple(t for t in self.layout.token_layers if t.layer.kind in self.refresh.kinds)
 
     @property
-    def observed(self) -> tuple[TokenLayer, ...]:
-        """The attentions that are looked at in full calls: of each block the first one of a kind."""
-        if self.refresh is None:
-            return ()
-        found: dict[tuple[str, LayerKind], TokenLayer] = {}
+    def watched(self) -> tuple[Watched, ...]:
+        """The attentions that are looked at."""
+        first: dict[tuple[str, LayerKind], TokenLayer] = {}
         for place in self.layout.token_layers:
-            if place.layer.kind in self.refresh.observes:
-                found.setdefault((place.layer.block, place.layer.kind), place)
-        return tuple(found.values())
+            first.setdefault((place.layer.block, place.layer.kind), place)
+        observes: frozenset[LayerKind] = frozenset() if self.refresh is None else self.refresh.observes
+        found = [
+            Watched(p.layer.name, p.module, lambda call: call.cut is None, partial(self._observe, p.layer))
+            for p in first.values()
+            if p.layer.kind in observes
+        ]
+        for block in self._leading()[-1:]:
+            place = first[block, LayerKind.SELF_ATTENTION]
+            found.append(Watched(place.layer.name, place.module, lambda call: call.count > 0, self._choose))
+        if self.rule is not None and self.rule.where.features is Features.ATTENTION:
+            by_name = {block.name: block for block in self.layout.blocks}
+            for name in self.served:
+                module = by_name[name].self_attention
+                assert module is not None
+                wanted = partial(self._selects, name)
+                found.append(Watched(f"{name}.attn1", module, wanted, partial(self._select_after, name)))
+        return tuple(found)
+
+    def _observe(self, layer: Layer, call: Call, x: Tensor, attention: Attention) -> None:
+        assert self.refresh is not None
+        self.refresh.observe(call.slot.observed, layer, attention)
+
+    def _choose(self, call: Call, x: Tensor, attention: Attention | None) -> None:
+        """Choose the tokens that the call computes."""
+        assert self.token_set is not None
+        grid = call.slot.grid
+        assert grid is not None
+        info = replace(call.info, attention=attention)
+        call.chosen, call.slot.chosen = self.token_set.select(call.slot.chosen, grid, call.count, info)
+
+    def _selects(self, name: str, call: Call) -> bool:
+        return self.served[name][0].name in call.counts
+
+    def _select_after(self, name: str, call: Call, x: Tensor, attention: Attention) -> None:
+        call.info = replace(call.info, attention=attention)
+        self.select_from(name, x)
+
+    def select_from(self, name: str, x: Tensor) -> None:
+        """Select the tokens of the blocks that a block's features ``(B, N, C)`` decide for."""
+        call = self.call
+        if call is None or not self._selects(name, call):
+            return
+        served = self.served[name]
+        selection = self.select(served[0].name, x)
+        call.selections |= {block.name: selection for block in served}
+
+    def narrow(self) -> Tensor | None:
+        """From here on the call in progress computes the chosen tokens, which are returned; None: all."""
+        call = self.call
+        if call is None or call.chosen is None:
+            return None
+        assert call.slot.grid is not None
+        call.tokens = call.chosen
+        call.rows[Rows.IMAGE] = flat_rows(call.chosen, call.slot.grid.tokens)
+        return call.tokens
 
     def _used_cuts(self) -> dict[int, Cut]:
         """The cuts of the depths that the plan uses on this model."""
@@ -343,10 +479,8 @@ class Engine:
         whole = cut is None or cut.entry is not None
         self.call.remembers = self.token_set is not None and whole and self._can_remember(slot)
         if self.call.remembers:
-            self.call.tokens = self._tokens(slot, sample, planned.ratio, info, kwargs)
-            if self.call.tokens is not None:
-                self.call.rows[Rows.IMAGE] = flat_rows(self.call.tokens, slot.outputs[-1].shape[1])
-        ratio = planned.ratio if counts or self.call.tokens is not None else 0.0
+            self._leave_out(self.call, sample, planned.ratio, kwargs)
+        ratio = planned.ratio if counts or self.call.count else 0.0
         if self.refresh is not None and cut is None:
             slot.observed = self.refresh.begin()
         if self.refresh is not None and cut is self.layout.layers:
@@ -398,36 +532,32 @@ class Engine:
         slot.outputs.clear()
         return False
 
-    def _tokens(
-        self, slot: Slot, sample: Tensor, ratio: float, info: CallInfo, kwargs: Mapping[str, Any]
-    ) -> Tensor | None:
-        """The tokens that a call computes; None if it has to compute all."""
+    def _leave_out(self, call: Call, sample: Tensor, ratio: float, kwargs: Mapping[str, Any]) -> None:
+        """Decide how many tokens a call computes, and which, unless that waits for an attention."""
         if ratio == 0:
-            return None
-        stream = self.layout.stream
+            return
+        stream, slot = self.layout.stream, call.slot
         assert stream is not None
         assert self.token_set is not None
         if any(kwargs.get(name) is not None for name in RESIDUALS):
             self.warn_once("residuals", "a ControlNet adds to all tokens; its calls are computed in full")
-            return None
+            return
         if len(slot.outputs) < 2 or slot.calls <= self.token_set.full_calls:
-            return None
-        places = stream.memory.items()
-        if not all(self.denoiser.get_submodule(name) is place.module for name, place in places) or not any(
-            name in slot.features for name in stream.memory if name.endswith("to_v")
-        ):
+            return
+        if not all(
+            self.denoiser.get_submodule(name) is p.module for name, p in self.memory.items()
+        ) or not any(name in slot.features for name in self.memory if name.endswith("to_v")):
             self.warn_once(
                 "memory",
                 "all tokens are computed, because the attentions' projections were replaced or fused after "
                 "regrow.apply (LoRA, fuse_qkv_projections), so that keys can't be kept; apply regrow last",
             )
-            return None
-        grid = slot.grid
-        assert grid is not None
-        # As the released code rounds: 1228 of 4096 tokens for 0.3.
-        count = max(int((1 - ratio) * grid.tokens + 1e-6), 1)
-        tokens, slot.chosen = self.token_set.select(slot.chosen, grid, count, info)
-        return tokens
+            return
+        assert slot.grid is not None
+        # As CAT Pruning's released code rounds: 1228 of 4096 tokens for 0.3.
+        call.count = max(int((1 - ratio) * slot.grid.tokens + 1e-6), 1)
+        if self.token_set.reads_block is None:
+            self._choose(call, sample, None)
 
     def _refresh(self, rule: TokenRefresh, call: Call, ratio: float, kwargs: Mapping[str, Any]) -> None:
         """Decide how many tokens each layer of a call computes that hands on its last output."""
@@ -534,6 +664,9 @@ class Engine:
                 f"none of the {len(call.refresh)} layers that should compute some of their tokens did, "
                 "because something replaced their forward methods after regrow.apply; apply regrow last",
             )
+        if (call.count and call.tokens is None) or (call.counts and not call.pruned):
+            # Nothing was left out: an attention to choose by did not run (skip-layer guidance), for one.
+            self.generation.records[-1] = replace(self.generation.records[-1], ratio=0.0)
         if call.remembers and OUTPUT in call.slot.features:
             assert self.layout.stream is not None
             call.slot.remember(self.layout.stream.noise_of(call.slot.features[OUTPUT]))
@@ -550,7 +683,9 @@ class Engine:
         blocks = {name: call.selections.get(name) for name in ran}
         refreshed = {name: chosen.tokens for name, chosen in call.refreshed.items()}
         for observer in self.observers:
-            observer(Observation(record, blocks, call.tokens, refreshed, call.slot.grid))
+            observer(
+                Observation(record, blocks, call.tokens, refreshed, call.slot.grid, len(self._leading()))
+            )
 
     def release(self) -> None:
         """Drop what is cached; the records of the last generation stay for the report."""

@@ -82,6 +82,11 @@ def test_profile_of_the_baselines(
             ("profile", "--arch", "sd15", "--method", "toca", "--interval", "3"),
             "UNet2DConditionModel has no layer that can compute some of its tokens by themselves",
         ),
+        (("profile", "--arch", "sd15", "--method", "atedm"), "atedm needs --preset or --ratio"),
+        (
+            ("profile", "--arch", "dit-xl-256", "--method", "atedm", "--ratio", "0.5"),
+            "recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt and DiT",
+        ),
         (("profile", "--arch", "sd15", "--method", "cat"), "cat needs --preset or --ratio"),
         (
             ("profile", "--arch", "sd15", "--method", "sito:d", "--ratio", "0.5"),

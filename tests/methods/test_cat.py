@@ -33,7 +33,7 @@ class Everything(MethodConfig):
 
 
 class _All:
-    seed, aligns, full_calls = 0, False, 0
+    seed, aligns, full_calls, reads_block = 0, False, 0, None
 
     def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
         return torch.arange(grid.tokens).repeat(call.batch, 1), None

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from regrow.measure.variants import variant
+from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
 from regrow.methods.catalogue import configured
 from regrow.methods.dato import DaTo
@@ -89,6 +90,7 @@ _OPTIONS: dict[type[MethodConfig], tuple[str, ...]] = {
     DaTo: ("--preset", "--schedule", "--ratio", "--interval"),
     SiTo: ("--preset", "--ratio"),
     CATPruning: ("--preset", "--ratio"),
+    ATEDM: ("--preset", "--ratio"),
     ToMeSD: ("--ratio",),
     DeepCache: ("--interval",),
     FORA: ("--interval",),

@@ -72,7 +72,9 @@ class ComputedCounter:
             count += blocks
         else:
             kept = seen.tokens.cpu()
-            count.view(len(sample), -1).scatter_add_(1, kept, torch.full_like(kept, blocks))
+            count += seen.leading
+            rest = torch.full_like(kept, blocks - seen.leading)
+            count.view(len(sample), -1).scatter_add_(1, kept, rest)
 
     def counts(self) -> Mapping[int, Tensor]:
         """By level, as latent positions a token spans along one side: counts ``(B, h, w)``."""

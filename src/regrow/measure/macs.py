@@ -98,7 +98,7 @@ def profile(
     layout = layout_of(arch.denoiser)
     parts = None if config is None else parts_of(config)
     chosen = (None,) * 3 if parts is None else (parts.tokens, parts.token_set, parts.refresh)
-    counter = CallCounter(arch.denoiser, *chosen)
+    counter = CallCounter(arch.denoiser, *chosen, "" if parts is None else parts.instead)
 
     def macs_of(counted: Macs) -> int:
         return (counted.denoiser - (0 if attention else counted.attention)) * (2 if guided else 1)

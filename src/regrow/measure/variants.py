@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.apply import Run, apply
-from regrow.methods import FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToCa, ToMeSD
+from regrow.methods import ATEDM, FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToCa, ToMeSD
 from regrow.schedule import Schedule
 
 
@@ -44,11 +44,12 @@ class Variant:
 def variant(spec: str, steps: int) -> Variant:
     """A row by its name.
 
-    ``steps:25`` is the same sampler with 25 steps; ``sito:d`` and ``dato:b1`` are presets, ``sito:0.5``
-    and ``tome:0.5`` ratios, ``cat:0.3`` the share computed, ``dato:FILE`` a schedule, ``deepcache:5``,
-    ``fora:3`` and ``toca:3`` intervals, ``dato:5`` the same with ``ratio=0.5`` of the tokens pruned, and
-    ``deepcache:5+tome:0.5`` or ``cat:0.3+deepcache:2`` both at once, in any order. Further fields follow
-    after colons: ``sito:d:base=V:patch=4``, ``dato:b1:ratio=0.5:alignment=off``.
+    ``steps:25`` is the same sampler with 25 steps; ``sito:d``, ``dato:b1`` and ``atedm:reuse`` are presets,
+    ``sito:0.5``, ``tome:0.5`` and ``atedm:0.5`` ratios, ``cat:0.3`` the share computed, ``dato:FILE`` a
+    schedule, ``deepcache:5``, ``fora:3`` and ``toca:3`` intervals, ``dato:5`` the same with ``ratio=0.5``
+    of the tokens pruned, and ``deepcache:5+tome:0.5`` or ``cat:0.3+deepcache:2`` both at once, in any
+    order. Further fields follow after colons: ``sito:d:base=V:patch=4``,
+    ``dato:b1:ratio=0.5:alignment=off``.
 
     Args:
         spec: the name.
@@ -112,6 +113,10 @@ def _sito(spec: str, value: str, steps: int) -> SiTo:
     return SiTo.preset(value) if value in SiTo.presets() else SiTo(ratio=_share(spec, value))
 
 
+def _atedm(spec: str, value: str, steps: int) -> ATEDM:
+    return ATEDM.preset(value) if value in ATEDM.presets() else ATEDM(ratio=_share(spec, value))
+
+
 def _dato(spec: str, value: str, steps: int) -> DaTo:
     if value in DaTo.presets():
         return DaTo.preset(value)
@@ -122,6 +127,7 @@ def _dato(spec: str, value: str, steps: int) -> DaTo:
 
 _METHODS: dict[str, Callable[[str, str, int], Any]] = {
     "sito": _sito,
+    "atedm": _atedm,
     "dato": _dato,
     "tome": lambda spec, value, steps: ToMeSD(ratio=_share(spec, value)),
     "deepcache": lambda spec, value, steps: DeepCache(interval=_whole(spec, value)),

@@ -120,6 +120,10 @@ class _Rule:
     def full_calls(self) -> int:
         return self.config.t0
 
+    @property
+    def reads_block(self) -> None:
+        return None
+
     def select(
         self, memory: Memory | None, grid: Grid, count: int, call: CallInfo
     ) -> tuple[Tensor, Memory]:

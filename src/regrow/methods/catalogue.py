@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
@@ -77,7 +78,14 @@ SYSTEMS = (
         "transformers: SD3, PixArt, DiT",
         ToCa,
     ),
-    System("at-edm", "AT-EDM", "prune by attention graphs", Status.NOT_YET, "-"),
+    System(
+        "atedm",
+        "AT-EDM",
+        "prune the tokens that matter least in attention graphs",
+        Status.WORKS,
+        f"{_UNETS}; transformers: SD3, PixArt, DiT",
+        ATEDM,
+    ),
     System("l2c", "Learning-to-Cache", "a learned table of layers to reuse", Status.NOT_YET, "-"),
     System("steps", "Fewer steps", "the same sampler with fewer steps", Status.PARTLY, "any"),
 )

@@ -26,6 +26,18 @@ class Features(str, Enum):
     """The hidden states entering the transformer block, before norm1 (both released codes)."""
     NORM1 = "norm1"
     """The output of norm1, which the self-attention reads."""
+    ATTENTION = "attention"
+    """As norm1, with the queries and keys of the self-attention: it has run when its block's tokens are
+    selected, and what is selected holds for the blocks that follow in the same stage."""
+
+
+class After(str, Enum):
+    """Where in the block whose attention is read pruning begins."""
+
+    SELF_ATTENTION = "self_attention"
+    """Its own cross-attention and feed-forward leave tokens out, and all layers of the blocks behind it."""
+    FEED_FORWARD = "feed_forward"
+    """The blocks behind it alone."""
 
 
 class Recovery(str, Enum):
@@ -61,6 +73,7 @@ class Where:
             the finest level at which the model has attention (1 for SD 1.5 and 2, 2 for SDXL).
         features: what the selection looks at.
         recovery: where pruned tokens' values come from.
+        after: with `Features.ATTENTION`, where pruning begins.
     """
 
     self_attention: bool = True
@@ -69,11 +82,29 @@ class Where:
     max_downsample: Level = "top"
     features: Features = Features.BLOCK_INPUT
     recovery: Recovery = Recovery.COPY
+    after: After = After.SELF_ATTENTION
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What an attention multiplied.
+
+    Args:
+        query: ``(B, heads, n, D)``, those of the image's tokens first.
+        key: ``(B, heads, m, D)``; in a self-attention, those of the image's tokens first.
+        tokens: number N of the image's tokens.
+        bias: added to the products, or None; it broadcasts to ``(B, heads, n, m)``.
+    """
+
+    query: Tensor
+    key: Tensor
+    tokens: int
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
 class CallInfo:
-    """What a rule may look at before a call of the denoiser.
+    """What a rule may look at.
 
     Args:
         batch: samples in the batch, both halves of guidance counted.
@@ -82,6 +113,8 @@ class CallInfo:
             last, at most two.
         generator: the run's seeded generator, on the model's device.
         conditional_first: in a guided batch the conditional half comes first (DiT).
+        attention: the self-attention that has just run, for a `TokenRule` with `Features.ATTENTION` and a
+            `TokenSet` that reads a block.
     """
 
     batch: int
@@ -89,6 +122,7 @@ class CallInfo:
     outputs: Sequence[Tensor]
     generator: torch.Generator
     conditional_first: bool = False
+    attention: Attention | None = None
 
 
 class TokenRule(Protocol):
@@ -98,8 +132,8 @@ class TokenRule(Protocol):
     def where(self) -> Where: ...
 
     @property
-    def patch(self) -> int:
-        """Side of the patches the grids are cut into."""
+    def patch(self) -> int | None:
+        """Side of the patches the grids are cut into, of each of which a token stays; None: one for all."""
 
     @property
     def seed(self) -> int:
@@ -137,6 +171,11 @@ class TokenSet(Protocol):
     def full_calls(self) -> int:
         """Calls that compute all tokens at the beginning of a generation, wherever it begins."""
 
+    @property
+    def reads_block(self) -> int | None:
+        """Index of the block whose self-attention `select` is given: it and those before it compute all
+        tokens in every call. None if it is given none."""
+
     def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
         """The ``(B, count)`` tokens to compute, ascending, and what to remember until the next such call.
 
@@ -146,23 +185,6 @@ class TokenSet(Protocol):
             count: how many to compute.
             call: its outputs are those of the last two calls, as tokens ``(B, N, D)``.
         """
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What an attention multiplied in a full call.
-
-    Args:
-        query: ``(B, heads, n, D)``, those of the image's tokens first.
-        key: ``(B, heads, m, D)``; in a self-attention, those of the image's tokens first.
-        tokens: number N of the image's tokens.
-        bias: added to the products, or None; it broadcasts to ``(B, heads, n, m)``.
-    """
-
-    query: Tensor
-    key: Tensor
-    tokens: int
-    bias: Tensor | None
 
 
 class TokenRefresh(Protocol):
@@ -220,12 +242,14 @@ class Parts:
         token_set: how the tokens of a whole call are selected there.
         refresh: how the tokens are selected that layers compute where they hand on their last output. With
             none of the three, nothing is left out.
+        instead: what to say to somebody whose model the parts don't fit.
     """
 
     plan: Plan
     tokens: TokenRule | None = None
     token_set: TokenSet | None = None
     refresh: TokenRefresh | None = None
+    instead: str = ""
 
 
 class MethodConfig(BaseModel):

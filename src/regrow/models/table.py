@@ -21,6 +21,7 @@ class TokenBlock:
 
     Args:
         name: path of the block in the denoiser.
+        stage: path of what holds the blocks that follow each other with the same tokens.
         block: the block; its first input is ``(B, N, C)``.
         downsample: how many latent positions a token spans along one side.
         self_attention: takes and returns ``(B, N, C)``; None if the block has none.
@@ -29,15 +30,17 @@ class TokenBlock:
     """
 
     name: str
+    stage: str
     block: nn.Module
     downsample: int
     self_attention: nn.Module | None
     cross_attention: nn.Module | None
     feed_forward: nn.Module
 
-    def grid(self, height: int, width: int, patch: int) -> Grid:
-        """The block's grid of tokens for a latent of ``height x width``."""
-        return Grid(ceil(height / self.downsample), ceil(width / self.downsample), patch)
+    def grid(self, height: int, width: int, patch: int | None) -> Grid:
+        """The block's grid of tokens for a latent of ``height x width``; without a patch, it is all one."""
+        rows, columns = ceil(height / self.downsample), ceil(width / self.downsample)
+        return Grid(rows, columns, max(rows, columns) if patch is None else patch)
 
 
 class Returns(Enum):

@@ -43,6 +43,20 @@ class Selection:
             (source + sample * kept.shape[1]).flatten(),
         )
 
+    @classmethod
+    def matched(cls, kept: Tensor, pruned: Tensor, match: Tensor) -> Selection:
+        """Build a selection from tokens and, for each pruned one, the position of its source in ``kept``.
+
+        Args:
+            kept: ``(B, N - K)`` token indices.
+            pruned: ``(B, K)``, all the others.
+            match: ``(B, K)``.
+        """
+        tokens = kept.shape[1] + pruned.shape[1]
+        place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        source = torch.empty(len(kept), tokens, dtype=torch.long, device=kept.device)
+        return cls.of(kept, source.scatter_(1, kept, place).scatter_(1, pruned, match))
+
     @property
     def tokens(self) -> int:
         """Number of tokens N before pruning."""
@@ -187,8 +201,7 @@ def prune_similar(
         from_all_kept: a pruned token takes the value of the most similar of ALL kept tokens, as the
             released code does, instead of the most similar base token.
     """
-    batch, tokens = x.shape[:2]
-    rest = complement(base, tokens)
+    rest = complement(base, x.shape[1])
     if nearby:
         similarity, match = most_similar_nearby(x, rest, base, grid)
     else:
@@ -198,7 +211,4 @@ def prune_similar(
     pruned = rest.gather(1, gone)
     kept = torch.cat([base, rest.gather(1, stay)], dim=1)
     match = most_similar(x, pruned, kept)[1] if from_all_kept else match.gather(1, gone)
-    place = torch.arange(kept.shape[1], device=x.device).expand_as(kept)
-    source = torch.empty(batch, tokens, dtype=torch.long, device=x.device)
-    source.scatter_(1, kept, place).scatter_(1, pruned, match)
-    return Selection.of(kept, source)
+    return Selection.matched(kept, pruned, match)
