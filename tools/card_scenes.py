@@ -99,6 +99,8 @@ def card(
     """The model card."""
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     missed = missed_bars(check)
+    settings = json.loads((log / "run.json").read_text())
+    recipe, minutes = settings["recipe"], settings["minutes"]
     verdict = f"Missed: {', '.join(missed)}." if missed else "All bars are met."
     return f"""# emoji scenes
 
@@ -137,13 +139,18 @@ composed on the fly: every training picture is new (`tools/emoji_scenes.py`, a p
 
 ## How it was trained
 
-1. An `AutoencoderTiny` (128x128 to 32x32x4), on mean squared error.
-2. Its latents are normalised per channel; the factors are folded into its first and last convolutions,
-   and the decoder is trained on.
-3. U-Net and a two-layer CLIP text encoder, from those of the first emoji model (290 memorised pictures,
-   64x64): v-prediction, Stable Diffusion's noise levels, stratified timesteps, 10% of the captions dropped,
-   batch 16, bf16 autocast; Muon on inner matrices and convolutions, AdamW on the rest, the learning rate
-   falling over the second half, averaged weights (0.998).
+Begun with a first model, of 290 memorised pictures of 64x64 on white (`git archive 2e49882
+src/regrow/zoo/emoji` has it):
+
+1. An `AutoencoderTiny` (128x128 to 32x32x4) with that model's inner layers, on mean squared error of the
+   picture plus that of its latents to those the first model gives the picture at half its size. So the
+   first model's U-Net finds the latents that it knows.
+2. Its decoder alone.
+3. U-Net and a two-layer CLIP text encoder, beginning with the first model's: v-prediction, Stable
+   Diffusion's noise levels, stratified timesteps, {recipe["caption_dropout"]:.0%} of the captions
+   dropped, batch {recipe["batch"]}, bf16 autocast; Muon on inner matrices and convolutions, AdamW
+   on the rest, learning rate {recipe["lr"]:g}, falling after a fifth of the budget, averaged
+   weights ({recipe["ema"]:g}).
 
 {run_summary(log)}. Minutes are processor time per thread.
 
@@ -151,8 +158,10 @@ composed on the fly: every training picture is new (`tools/emoji_scenes.py`, a p
 
 ```
 npm pack @iconify-json/noto@1.2.9
-python tools/train_scenes.py --data iconify-json-noto-1.2.9.tgz --start FIRST_MODEL \\
-    --objects {len(names)} --out work/scenes --export work/scenes/model
+python tools/train_scenes.py --data iconify-json-noto-1.2.9.tgz --start src/regrow/zoo/emoji \\
+    --objects {len(names)} --lr {recipe["lr"]:g} --vae-minutes {minutes["vae"]:g} \\
+    --decoder-minutes {minutes["decoder"]:g} --minutes {minutes["denoiser"]:g} \\
+    --out work/scenes --export work/scenes/model
 python tools/check_scenes.py --data iconify-json-noto-1.2.9.tgz --model work/scenes/model --bf16 \\
     --json check.json
 ```

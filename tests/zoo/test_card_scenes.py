@@ -37,7 +37,9 @@ CHECK: dict[str, Any] = {
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    settings = {"threads": 2, "processor": "P", "torch": "2"}
+    recipe = {"caption_dropout": 0.1, "batch": 16, "lr": 1e-3, "ema": 0.998}
+    minutes = {"vae": 1, "decoder": 1, "denoiser": 2}
+    settings = {"threads": 2, "processor": "P", "torch": "2", "recipe": recipe, "minutes": minutes}
     (tmp_path / "run.json").write_text(json.dumps(settings))
     for stage in ("vae", "decoder", "denoiser"):
         lines = [{"step": 50 * i, "seconds": 60.0 * i, "loss": 1 / i} for i in (1, 2)]
@@ -47,7 +49,17 @@ def log(tmp_path: Path) -> Path:
 
 def test_the_card_has_every_figure_beside_its_bar(log: Path) -> None:
     text = card_scenes.card(CHECK, log, Path("here"), NAMES, {"U-Net": 12_600_000})
-    for figure in ("85.1%", "61.2%", "96.0%", "0.91", "31.2 dB", "38.0 dB", "12.60 M", "All bars are met."):
+    for figure in (
+        "85.1%",
+        "61.2%",
+        "96.0%",
+        "0.91",
+        "31.2 dB",
+        "38.0 dB",
+        "12.60 M",
+        "All bars are met.",
+        "--lr 0.001",
+    ):
         assert figure in text
 
 
