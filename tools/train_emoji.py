@@ -356,7 +356,10 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise levels with v-prediction."""
+    """Stable Diffusion's noise levels with v-prediction, scaled to end in pure noise (Lin et al., 2024).
+
+    Else the last level shows the mean colour, which sampling from pure noise then gets wrong.
+    """
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -366,6 +369,7 @@ def build_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
         timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
     )
 
 
