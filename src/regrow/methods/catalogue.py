@@ -82,7 +82,7 @@ SYSTEMS = (
         "atedm",
         "AT-EDM",
         "prune the tokens that matter least in attention graphs",
-        Status.WORKS,
+        Status.PARTLY,
         f"{_UNETS}; transformers: SD3, PixArt, DiT",
         ATEDM,
     ),
