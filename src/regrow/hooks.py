@@ -234,7 +234,6 @@ class MemoryHook(ModelHook):
             )
         else:
             put_rows(features[self.key], call.rows[self.rows], output)
-            call.pruned += 1
         # The caller of the denoiser may write to its output.
         return features[self.key].clone() if self.key == OUTPUT else features[self.key]
 
@@ -374,14 +373,15 @@ class ObserveHook(ModelHook):
             return out
         caught = {name: call.caught.pop(f"{watched.name}.{name}", None) for name, _ in (*QUERIES, *KEYS)}
         query, key = _heads(module, caught, QUERIES), _heads(module, caught, KEYS)
-        if query is None or key is None:
+        x = args[0] if args else kwargs["hidden_states"]
+        if query is None or key is None or {len(query), len(key)} != {len(x)}:
             self.engine.warn_once(
                 "observe",
                 "attentions that tokens are chosen by can't be looked at, because their projections were "
-                "replaced or fused after regrow.apply (LoRA, fuse_qkv_projections); apply regrow last",
+                "replaced or fused after regrow.apply (LoRA, fuse_qkv_projections; apply regrow last), or "
+                "their processors project a part of the batch only (perturbed-attention guidance)",
             )
             return out
-        x = args[0] if args else kwargs["hidden_states"]
         bias = kwargs.get("attention_mask")
         bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
         watched.tell(call, x, Attention(query, key, x.shape[1], bias))

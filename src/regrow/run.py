@@ -116,7 +116,10 @@ class Refreshed:
 
 @dataclass
 class Call:
-    """What the call in progress does; hooks only read it (and leave their layer's selection).
+    """What the call in progress does, decided before it begins.
+
+    Hooks leave in it what others read later in the call: selections, chosen tokens and their rows, features
+    on their way, and how often they acted.
 
     Args:
         slot: memory of the branch.
@@ -664,6 +667,12 @@ class Engine:
                 "refresh",
                 f"none of the {len(call.refresh)} layers that should compute some of their tokens did, "
                 "because something replaced their forward methods after regrow.apply; apply regrow last",
+            )
+        if call.chosen is not None and call.tokens is None:
+            self.warn_once(
+                "narrow",
+                "all tokens are computed, because something replaced the forward method of the module "
+                "behind which some should be left out after regrow.apply; apply regrow last",
             )
         if (call.count and call.tokens is None) or (call.counts and not call.pruned):
             # Nothing was left out: an attention to choose by did not run (skip-layer guidance), for one.

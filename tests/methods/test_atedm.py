@@ -12,6 +12,7 @@ import pytest
 import reference
 import torch
 import transformer_pipelines
+from diffusers import StableDiffusionPAGPipeline
 from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -467,3 +468,27 @@ def test_tokens_are_chosen_in_half_precision_too() -> None:
     got = outputs(model.bfloat16(), copying(similarity=Similarity.FEATURES), [half])[0]
     assert got.dtype == torch.bfloat16
     assert float((got.float() - expected).norm() / expected.norm()) < 0.2
+
+
+@pytest.mark.filterwarnings("ignore:.*forward methods:UserWarning")
+def test_perturbed_attention_guidance_is_said_and_its_block_computes_all_tokens() -> None:
+    """Its processor projects the perturbed third of the batch for itself."""
+    pipe = StableDiffusionPAGPipeline(**pipelines.sd().components, pag_applied_layers=["mid"])
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 2 * pipelines.SIZE, "width": 2 * pipelines.SIZE, "num_inference_steps": 3}
+    with (
+        regrow.apply(pipe, copying(early=0)),
+        pytest.warns(UserWarning, match="perturbed-attention guidance"),
+    ):
+        made = pipe("a penguin", pag_scale=3.0, output_type="latent", **size).images
+    assert made.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:something replaced the forward:UserWarning")
+def test_a_lost_embedding_hook_is_said() -> None:
+    pipe = transformer_pipelines.sd3()
+    embed = pipe.transformer.pos_embed
+    with regrow.apply(pipe, regrow.CATPruning(alpha=0.25, t0=2)):
+        embed.forward = type(embed).forward.__get__(embed)
+        with pytest.warns(UserWarning, match="behind which some should be left out"):
+            generate(pipe)

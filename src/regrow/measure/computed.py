@@ -17,8 +17,8 @@ class ComputedCounter:
     """Counts, as an observer of a run, the calls and blocks in which each token was computed.
 
     A transformer block computes a token where it runs and its pruned layers keep the token. A block that a
-    cached call leaves out computes none. Blocks of one level, which have one grid of tokens, are counted
-    together.
+    cached call leaves out computes none, and tokens that single layers compute again (ToCa) are not
+    counted. Blocks of one level, which have one grid of tokens, are counted together.
 
     Args:
         layout: the table of the denoiser.

@@ -1,4 +1,4 @@
-"""Any token method under any plan of cached calls, as DeepCache with ToMeSD or CAT Pruning."""
+"""SiTo and ToMeSD under any plan of cached calls, and CAT Pruning with block caching."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ class _Rule:
     def count(self, layer: Layer, tokens: int, ratio: float) -> int:
         """By the layer's kind and depth; of a ratio of 0, all."""
         weight, kind = self.config.layer_weight, self.config.share_of(layer.kind)
-        if ratio == 0:
+        if self.config.ratio == 0:
             return tokens if kind else 0
         depth = layer.index / max(layer.blocks - 1, 1)
         share = (1 - ratio) * (1 + weight - 2 * weight * depth) * kind
