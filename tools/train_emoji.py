@@ -49,6 +49,8 @@ class Recipe:
     text_width: int = 128
     tokens: int = 10
     seed: int = 0
+    constant: float = 0.5
+    pure_noise: bool = False
 
 
 class Muon(torch.optim.Optimizer):
@@ -106,8 +108,10 @@ class Stage:
         lr: float,
         ema: float,
         seed: int,
+        constant: float = 0.5,
     ) -> None:
         self.name = name
+        self.constant = constant
         self.parameters = parameters
         self.loss = loss
         self.lr = lr
@@ -125,7 +129,7 @@ class Stage:
 
     def advance(self, fraction: float) -> float:
         """One training step at this fraction of the budget; returns the loss."""
-        lr = self.lr * min(1.0, (self.step + 1) / 100) * decay(fraction)
+        lr = self.lr * min(1.0, (self.step + 1) / 100) * decay(fraction, self.constant)
         loss = self.loss(self.rng)
         loss.backward()
         nn.utils.clip_grad_norm_(self.rest, 1.0)
@@ -173,9 +177,9 @@ class Stage:
                 owners[id(p)].state[p][key] = kept
 
 
-def decay(fraction: float) -> float:
-    """Learning-rate factor: constant for a fifth of the budget, then falling to 2%."""
-    return 1.0 if fraction < 0.2 else max(0.02, (1 - fraction) / 0.8)
+def decay(fraction: float, constant: float = 0.5) -> float:
+    """Learning-rate factor: constant for that share of the budget, then falling to 2%."""
+    return 1.0 if fraction < constant else max(0.02, (1 - fraction) / (1 - constant))
 
 
 class Checkpoints:
@@ -355,10 +359,12 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise levels with v-prediction, scaled to end in pure noise (Lin et al., 2024).
+def build_scheduler(*, pure_noise: bool = False) -> DDIMScheduler:
+    """Stable Diffusion's noise levels with v-prediction.
 
-    Else the last level shows the mean colour, which sampling from pure noise then gets wrong.
+    Args:
+        pure_noise: scale them to end in pure noise (Lin et al., 2024). Else the last level shows the mean
+            colour, which sampling from pure noise then gets wrong.
     """
     return DDIMScheduler(
         beta_start=0.00085,
@@ -369,7 +375,7 @@ def build_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
         timestep_spacing="trailing",
-        rescale_betas_zero_snr=True,
+        rescale_betas_zero_snr=pure_noise,
     )
 
 
@@ -474,6 +480,8 @@ def export(
     text_encoder: CLIPTextModel,
     tokenizer: PreTrainedTokenizerFast,
     captions: list[str],
+    *,
+    pure_noise: bool = False,
 ) -> None:
     """Write an ordinary pipeline folder: U-Net and VAE in fp16, the text encoder in fp32."""
     pipe = StableDiffusionPipeline(
@@ -481,7 +489,7 @@ def export(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet.half(),
-        scheduler=build_scheduler(),
+        scheduler=build_scheduler(pure_noise=pure_noise),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

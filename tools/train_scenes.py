@@ -101,7 +101,9 @@ def vae_stage(
                 error = error + F.mse_loss(latents.float(), taught.float())
         return error
 
-    return Stage("vae", trainable("vae", vae), loss, recipe.vae_lr, recipe.ema, recipe.seed + 1)
+    return Stage(
+        "vae", trainable("vae", vae), loss, recipe.vae_lr, recipe.ema, recipe.seed + 1, recipe.constant
+    )
 
 
 def decoder_stage(vae: AutoencoderTiny, scenes: Scenes, recipe: Recipe) -> Stage:
@@ -116,7 +118,7 @@ def decoder_stage(vae: AutoencoderTiny, scenes: Scenes, recipe: Recipe) -> Stage
         return F.mse_loss(y.float(), x)
 
     names = trainable("decoder", vae.decoder)
-    return Stage("decoder", names, loss, recipe.vae_lr, recipe.ema, recipe.seed + 2)
+    return Stage("decoder", names, loss, recipe.vae_lr, recipe.ema, recipe.seed + 2, recipe.constant)
 
 
 def denoiser_stage(
@@ -128,7 +130,7 @@ def denoiser_stage(
     recipe: Recipe,
 ) -> Stage:
     """U-Net and text encoder together: v-prediction at stratified noise levels."""
-    kept = build_scheduler().alphas_cumprod
+    kept = build_scheduler(pure_noise=recipe.pure_noise).alphas_cumprod
     device, batch = scenes.sprites.device, recipe.batch
 
     def loss(rng: torch.Generator) -> Tensor:
@@ -150,7 +152,7 @@ def denoiser_stage(
         return F.mse_loss(velocity.float(), signal * noise - grain * clean)
 
     names = trainable("unet", unet) | trainable("text_encoder", text_encoder)
-    return Stage("denoiser", names, loss, recipe.lr, recipe.ema, recipe.seed + 3)
+    return Stage("denoiser", names, loss, recipe.lr, recipe.ema, recipe.seed + 3, recipe.constant)
 
 
 @torch.no_grad()
@@ -237,7 +239,7 @@ def run(
     stage = denoiser_stage(unet, text_encoder, vae, tokenizer, scenes, recipe)
     train(stage, out, minutes["denoiser"], recipe.batch, **loop)
     if export_to:
-        export(export_to, vae, unet, text_encoder, tokenizer, list(names))
+        export(export_to, vae, unet, text_encoder, tokenizer, list(names), pure_noise=recipe.pure_noise)
 
 
 @torch.no_grad()
@@ -276,7 +278,7 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     minutes = {"vae": args.vae_minutes, "decoder": args.decoder_minutes, "denoiser": args.minutes}
-    recipe = Recipe(seed=args.seed, lr=args.lr, tokens=TOKENS)
+    recipe = Recipe(seed=args.seed, lr=args.lr, tokens=TOKENS, constant=0.2, pure_noise=True)
     run(args.data, args.out, minutes, recipe, args.objects, args.start, args.export, args.device)
 
 

@@ -13,7 +13,7 @@ import torch
 from emoji_data import read_emoji
 from PIL import Image
 from safetensors.torch import load_file
-from train_emoji import Muon, Recipe, decay, orthogonalised, read_log, run
+from train_emoji import Muon, Recipe, build_scheduler, decay, orthogonalised, read_log, run
 
 TINY = Recipe(batch=2, channels=(32, 32, 32), text_width=32, tokens=6)
 # A fake clock ticks one second a step.
@@ -132,8 +132,18 @@ def test_muon_reduces_a_quadratic():
     assert loss < 0.02
 
 
-def test_learning_rate_falls_after_a_fifth():
-    assert [decay(f) for f in (0, 0.19, 0.6, 1)] == [1, 1, 0.5, 0.02]
+def test_learning_rate_falls_over_the_second_half():
+    assert [decay(f) for f in (0, 0.49, 0.75, 1)] == [1, 1, 0.5, 0.02]
+
+
+def test_learning_rate_may_fall_earlier():
+    assert [decay(f, 0.2) for f in (0, 0.19, 0.6, 1)] == [1, 1, 0.5, 0.02]
+
+
+@pytest.mark.parametrize("pure_noise", [False, True])
+def test_noise_levels_end_in_pure_noise_if_asked(pure_noise: bool) -> None:
+    last = build_scheduler(pure_noise=pure_noise).alphas_cumprod[-1]
+    assert (last == 0) == pure_noise
 
 
 def test_log_cut_short_by_a_kill_is_still_read(tmp_path):
