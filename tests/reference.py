@@ -212,3 +212,26 @@ class Pruning:
             return torch.stack([recover(row, *chosen) for row, chosen in zip(y, block.chosen, strict=True)])
 
         layer.forward = pruned
+
+
+def attention_map(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Weights ``(B, n, m)`` of queries ``(B, heads, n, D)`` on keys ``(B, heads, m, D)``, over heads."""
+    products = torch.einsum("bhnd,bhmd->bhnm", query, key) / query.shape[-1] ** 0.5
+    return (products if bias is None else products + bias).softmax(-1).mean(1)
+
+
+def page_rank(query: Tensor, key: Tensor, iterations: int, bias: Tensor | None, *, rms: bool) -> Tensor:
+    """Power iteration on each head's whole map in float64, sample after sample: ``(B, n)``."""
+    batch, heads, tokens, channels = query.shape
+    out = torch.zeros(batch, tokens, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            weights = (query[b, h].double() @ key[b, h].double().T) / channels**0.5
+            if bias is not None:
+                weights = weights + bias.expand(batch, heads, tokens, tokens)[b, h].double()
+            transposed = weights.softmax(-1).T
+            score = torch.ones(tokens, dtype=torch.float64) / tokens
+            for _ in range(iterations):
+                score = transposed @ score
+            out[b] += (score**2 if rms else score) / heads
+    return out.sqrt() if rms else out

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from regrow import FULL, Schedule, ScheduleError
+from regrow.schedule import After, Spaced, Step
 
 depths = st.one_of(st.just(FULL), st.integers(0, 4))
 ratios = st.floats(0, 0.99)
@@ -282,3 +283,15 @@ def test_bundled_plans_load_and_say_where_they_come_from(name: str) -> None:
 def test_steps_are_pairs_in_order() -> None:
     steps = list(Schedule(depth=(FULL, 1), ratio=(0.0, 0.5)).steps())
     assert [(s.depth, s.ratio, s.full) for s in steps] == [(FULL, 0.0, True), (1, 0.5, False)]
+
+
+def test_a_plan_after_full_calls_keeps_its_own_places() -> None:
+    plan = After(3, Spaced(2, 1, ratio=0.5))
+    resampled = plan.resample(6)
+    assert resampled.depth == (FULL, FULL, FULL, 1, FULL, 1)
+    assert resampled.ratio == (0.0, 0.0, 0.0, 0.5, 0.5, 0.5)
+    assert plan.resample(2).depth == (FULL, FULL)
+    assert plan.kinds() == {Step(FULL, 0.0), Step(FULL, 0.5), Step(1, 0.5)}
+    assert plan.with_ratio(0.25).resample(4).ratio == (0.0, 0.0, 0.0, 0.25)
+    with pytest.raises(ValueError, match="calls: 0"):
+        plan.resample(0)

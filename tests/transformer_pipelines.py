@@ -18,6 +18,8 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -180,6 +182,37 @@ def flux() -> FluxPipeline:
             text_encoder_2=text_encoder,
             tokenizer_2=tokenizer,
             transformer=seeded(transformer),
+        )
+    )
+
+
+def wan(**settings: Any) -> WanPipeline:
+    """Makes latents of videos, from texts that are encoded already."""
+
+    def transformer() -> WanTransformer3DModel:
+        model = WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=TEXT,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=LAYERS,
+            rope_max_seq_len=32,
+        )
+        return seeded(model)  # type: ignore[no-any-return]
+
+    two = "boundary_ratio" in settings
+    return pipelines.quiet(
+        WanPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=None,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            transformer=transformer(),
+            transformer_2=transformer() if two else None,
+            **settings,
         )
     )
 

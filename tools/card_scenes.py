@@ -184,10 +184,10 @@ src/regrow/zoo/emoji` has it):
    first model's U-Net finds the latents that it knows.
 2. Its decoder alone.
 3. U-Net and a two-layer CLIP text encoder, beginning with the first model's: v-prediction, Stable
-   Diffusion's noise levels, stratified timesteps, {recipe["caption_dropout"]:.0%} of the captions
-   dropped, batch {recipe["batch"]}, bf16 autocast; Muon on inner matrices and convolutions, AdamW
-   on the rest, learning rate {recipe["lr"]:g}, falling after a fifth of the budget, averaged
-   weights ({recipe["ema"]:g}).
+   Diffusion's noise levels scaled to end in pure noise, stratified timesteps,
+   {recipe["caption_dropout"]:.0%} of the captions dropped, batch {recipe["batch"]}, bf16 autocast; Muon on
+   inner matrices and convolutions, AdamW on the rest, learning rate {recipe["lr"]:g}, falling after a fifth
+   of the budget, averaged weights ({recipe["ema"]:g}).
 
 {run_summary(log)}. Minutes are processor time per thread.
 

@@ -159,7 +159,7 @@ def scene(seed: int, objects: int, count: int | None = None) -> Scene:
         count: number of objects in the scene, 1 to 3; by chance if None.
     """
     rng = random.Random(seed)
-    count = count or rng.choices((1, 2, 3), (0.55, 0.35, 0.1))[0]
+    count = count or rng.choices((1, 2, 3), (0.4, 0.5, 0.1))[0]
     placed = _place(rng, rng.sample(range(objects), count))
     colours = _colours(rng)
     phrases = [_phrase(rng, p) for p in placed]

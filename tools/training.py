@@ -23,6 +23,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from regrow.measure.machine import machine
 
 PAUSE_SECONDS = 20.0
+# Share of the budget at the full learning rate.
+CONSTANT = 0.2
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Stage:
 
 def decay(fraction: float) -> float:
     """Learning-rate factor: constant for a fifth of the budget, then falling to 2%."""
-    return 1.0 if fraction < 0.2 else max(0.02, (1 - fraction) / 0.8)
+    return 1.0 if fraction < CONSTANT else max(0.02, (1 - fraction) / (1 - CONSTANT))
 
 
 class Checkpoints:
@@ -331,7 +333,10 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise levels with v-prediction."""
+    """Stable Diffusion's noise levels, scaled to end in pure noise (Lin et al., 2024), with v-prediction.
+
+    Unscaled, the last level shows the mean colour, which sampling from pure noise then gets wrong.
+    """
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -341,6 +346,7 @@ def build_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
         timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
     )
 
 

@@ -10,7 +10,9 @@ print(run.report())
 from regrow.apply import Run, apply
 from regrow.clock import ConcurrentGenerationError
 from regrow.methods import (
+    ATEDM,
     FORA,
+    After,
     Alignment,
     BaseChoice,
     CATPruning,
@@ -19,7 +21,10 @@ from regrow.methods import (
     DeepCache,
     Features,
     Recovery,
+    Restored,
+    Similarity,
     SiTo,
+    ToCa,
     TokenChoice,
     ToMeSD,
 )
@@ -31,8 +36,10 @@ from regrow.schedule import FULL, Schedule, ScheduleError
 __version__ = "0.1.0"
 
 __all__ = [
+    "ATEDM",
     "FORA",
     "FULL",
+    "After",
     "Alignment",
     "BaseChoice",
     "CATPruning",
@@ -43,11 +50,14 @@ __all__ = [
     "Features",
     "Observation",
     "Recovery",
+    "Restored",
     "Run",
     "RunReport",
     "Schedule",
     "ScheduleError",
     "SiTo",
+    "Similarity",
+    "ToCa",
     "ToMeSD",
     "TokenChoice",
     "UnsupportedModelError",

@@ -10,6 +10,7 @@ from torch import nn
 
 from regrow.clock import ManualClock, SchedulerClock
 from regrow.hooks import Installed, is_hooked
+from regrow.layers import LayerKind
 from regrow.methods.parts import parts_of
 from regrow.models import denoiser_of, layout_of
 from regrow.run import Engine, Observer
@@ -111,6 +112,12 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
     engine = Engine(denoiser, layout_of(denoiser), parts, None)
     _check_useful(engine, denoiser)
+    if getattr(pipeline, "transformer_2", None) not in (None, denoiser):
+        engine.warn_once(
+            "second",
+            "the pipeline has a second denoiser, which is left as it is; for it call "
+            "regrow.apply(pipeline.transformer_2, config, scheduler=pipeline.scheduler)",
+        )
     source = (lambda: pipeline.scheduler) if pipeline is not None else (lambda: scheduler)
     if source() is not None and not hasattr(source(), "step"):
         raise TypeError(f"scheduler: {type(source()).__name__} has no step()")
@@ -131,8 +138,10 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             f"{engine.layout.top_level}"
         )
     leaves_out = engine.token_set is not None and any(step.ratio for step in engine.kinds)
-    if leaves_out:
-        _check_projections(denoiser)
+    _check_kinds(engine, denoiser)
+    attends = any(place.layer.kind is LayerKind.SELF_ATTENTION for place in engine.refreshing)
+    if leaves_out or attends or engine.watched:
+        _check_attentions(engine, denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
     if asked and not prunes:
         engine.warn_once(
@@ -147,11 +156,30 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         )
 
 
-def _check_projections(denoiser: nn.Module) -> None:
-    """Refuse attentions whose keys can't be kept."""
+def _check_kinds(engine: Engine, denoiser: nn.Module) -> None:
+    """Warn of layers to compute tokens in that the model lacks."""
+    asked = frozenset() if engine.refresh is None else engine.refresh.kinds
+    lacking = asked - {place.layer.kind for place in engine.refreshing}
+    if lacking:
+        engine.warn_once(
+            "kinds",
+            f"{type(denoiser).__name__} has no {' and no '.join(sorted(kind.value for kind in lacking))} "
+            "that can compute some of its tokens by themselves",
+        )
+
+
+def _check_attentions(engine: Engine, denoiser: nn.Module) -> None:
+    """Refuse attentions whose keys can't be kept, or whose queries can't be fewer than their keys."""
     fused = [name for name, m in denoiser.named_modules() if getattr(m, "fused_projections", False)]
     if fused:
         raise ValueError(
-            f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept by "
-            "themselves; call unfuse_qkv_projections() first"
+            f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept or "
+            "seen by themselves; call unfuse_qkv_projections() first"
+        )
+    stream = engine.layout.stream
+    others = [] if stream is None or stream.rotary is None else stream.rotary.others()
+    if others:
+        raise ValueError(
+            f"target: {len(others)} attentions have processors of their own (IP-Adapter), so a call can't "
+            "compute some of the tokens only; call unload_ip_adapter() first"
         )

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from regrow.methods.parts import Features, Recovery
-from regrow.models.table import Cut, Returns, Skippable, TokenBlock
+from regrow.layers import Layer
+from regrow.methods.parts import Attention, Features, Recovery
+from regrow.models.table import Cut, Returns, Rotary, Rows, Skippable, TokenBlock, TokenLayer
 from regrow.reuse.depth import placeholders
-from regrow.run import OUTPUT, Call, Engine
+from regrow.run import OUTPUT, Call, Engine, Watched
 from regrow.tokens.recover import keep, keep_merged, recover
-from regrow.tokens.select import rows_of
+from regrow.tokens.select import behind, flat_rows, put_rows, rows_of, take_rows
 
 
 def original(hook: ModelHook) -> Callable[..., Any]:
@@ -42,6 +45,13 @@ class SkipHook(ModelHook):
             if name == cut.entry:
                 call.entered[cut] = _taken(args, kwargs)
         turn = call.turns[name] = call.turns.get(name, -1) + 1
+        if name in call.refresh:
+            # Its own hook, which is inside, computes some of the tokens.
+            call.restored += 1
+            return original(self)(*args, **kwargs)
+        if name in call.whole:
+            out = call.slot.features[name] = original(self)(*args, **kwargs)
+            return out
         if call.cut is not None and name in call.cut.skip:
             if name not in call.cut.restore:
                 return self._stand_in(call, args, kwargs)
@@ -67,7 +77,13 @@ class SkipHook(ModelHook):
         elif cut in call.entered:
             before, after = call.entered.pop(cut), self._tensors(out)
             added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
-            features[cut.key(self.place.name)] = added
+            key, (text, image) = cut.key(self.place.name), added
+            if call.tokens is None:
+                features[key] = added
+            elif key in features and image is not None:
+                # The other tokens keep what was added to them before.
+                put_rows(features[key][1], call.rows[Rows.IMAGE], image)
+                features[key] = [text, features[key][1]]
 
     def _restored(self, call: Call, cut: Cut) -> Any:
         """What a module hands on instead of running."""
@@ -77,6 +93,8 @@ class SkipHook(ModelHook):
             return _copied(feature) if call.dense or cut.final else feature
         # Not to its own input: others may have added to the tokens on the way here (ControlNet).
         before = call.entered.pop(cut)
+        if call.tokens is not None:
+            feature = [feature[0], rows_of(feature[1], call.tokens)]
         return self._pack([x if d is None else x + d for x, d in zip(before, feature, strict=True)])
 
     def _stand_in(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -144,10 +162,7 @@ class SelectHook(ModelHook):
         self.engine, self.block = engine, block
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = self.engine.call
-        if call is not None and self.block.name in call.counts:
-            x = args[0] if args else kwargs["hidden_states"]
-            call.selections[self.block.name] = self.engine.select(self.block.name, x)
+        self.engine.select_from(self.block.name, args[0] if args else kwargs["hidden_states"])
         return args, kwargs
 
 
@@ -181,24 +196,29 @@ class KeepHook(ModelHook):
         return recover(original(self)(*args, **kwargs), selection)
 
 
-class EmbedHook(ModelHook):
-    """Hands on those of the image's tokens that the call computes."""
+class NarrowHook(ModelHook):
+    """Hands on those of the image's tokens that the call computes from here on."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         self.engine = engine
 
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
-        call = self.engine.call
-        return output if call is None or call.tokens is None else rows_of(output, call.tokens)
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        tokens = self.engine.narrow()
+        if tokens is None:
+            return output
+        if isinstance(output, tuple):
+            text, image = output
+            return text, rows_of(image, tokens)
+        return rows_of(output, tokens)
 
 
 class MemoryHook(ModelHook):
     """Completes what a module gives for some tokens with what it last gave for the others."""
 
-    def __init__(self, engine: Engine, key: str) -> None:
+    def __init__(self, engine: Engine, key: str, rows: Rows = Rows.IMAGE) -> None:
         super().__init__()
-        self.engine, self.key = engine, key
+        self.engine, self.key, self.rows = engine, key, rows
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         call = self.engine.call
@@ -207,17 +227,186 @@ class MemoryHook(ModelHook):
         features = call.slot.features
         if call.tokens is None:
             features[self.key] = output
-        elif call.rows is None or self.key not in features:
+        elif self.key not in features:
             raise RuntimeError(
                 f"{self.key} runs, but was left out of the last full call; layers to skip can't change "
                 "within a generation"
             )
         else:
-            channels = output.shape[-1]
-            features[self.key].view(-1, channels).index_copy_(0, call.rows, output.reshape(-1, channels))
-            call.pruned += 1
+            put_rows(features[self.key], call.rows[self.rows], output)
         # The caller of the denoiser may write to its output.
         return features[self.key].clone() if self.key == OUTPUT else features[self.key]
+
+
+class PositionHook(ModelHook):
+    """Takes from a table of rotary embeddings the rows of the tokens that the call computes."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def post_forward(self, module: nn.Module, output: Sequence[Tensor]) -> Sequence[Tensor]:
+        call = self.engine.call
+        if call is None or not call.remembers:
+            return output
+        assert call.slot.grid is not None
+        both, image = len(output[0]), call.slot.grid.tokens
+        text = both - image
+        call.rotary[Rows.TEXT] = [table[:text] for table in output]
+        if call.tokens is None:
+            call.rotary[Rows.IMAGE] = [table[text:] for table in output]
+            call.rotary[Rows.JOINT] = output
+        else:
+            tokens = behind(call.tokens, text)
+            call.rotary[Rows.JOINT] = [table[tokens.flatten()] for table in output]
+            call.rotary[Rows.IMAGE] = [table[tokens[:, text:].flatten()] for table in output]
+            call.rows[Rows.JOINT] = flat_rows(tokens, both)
+        return output
+
+
+class TurnHook(ModelHook):
+    """Turns queries or keys by the positions of their tokens, where they are made."""
+
+    def __init__(self, engine: Engine, rows: Rows) -> None:
+        super().__init__()
+        self.engine, self.rows = engine, rows
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        call = self.engine.call
+        if call is None or not call.remembers:
+            return output
+        table: Any = tuple(call.rotary[self.rows])
+        # Samples that compute other tokens have other positions: then all are one sequence.
+        sequences = output.reshape(-1, len(table[0]), *output.shape[2:])
+        turned: Any = apply_rotary_emb(sequences, table, sequence_dim=1)
+        return cast(Tensor, turned.view(output.shape))
+
+
+class UnturnedHook(ModelHook):
+    """An attention that is handed queries and keys which are turned already."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self.engine.call
+        if call is not None and call.remembers:
+            kwargs["image_rotary_emb"] = None
+        return args, kwargs
+
+
+class RefreshHook(ModelHook):
+    """A layer that computes some of its tokens and hands them on among those of its last output."""
+
+    def __init__(self, engine: Engine, place: TokenLayer) -> None:
+        super().__init__()
+        self.engine, self.layer = engine, place.layer
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call, name = self.engine.call, self.layer.name
+        if call is None or name not in call.refresh:
+            return original(self)(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        rows = self.engine.refreshed(self.layer).rows
+        short = take_rows(x, rows)
+        if args:
+            out = original(self)(short, *args[1:], **kwargs)
+        else:
+            out = original(self)(**kwargs | {"hidden_states": short})
+        features, last = call.slot.features, call.slot.features[name]
+        # Blocks only read what layers return, so that the last output is nobody else's.
+        if isinstance(out, tuple):
+            put_rows(last[0], rows, out[0])
+            features[name] = last = (last[0], *out[1:])
+        else:
+            put_rows(last, rows, out)
+        call.pruned += 1
+        return last
+
+
+class LayerMemoryHook(ModelHook):
+    """Completes the keys or values of the tokens that a layer computes with its last ones of the others."""
+
+    def __init__(self, engine: Engine, key: str, layer: Layer) -> None:
+        super().__init__()
+        self.engine, self.key, self.layer = engine, key, layer
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        call = self.engine.call
+        if call is None:
+            return output
+        features = call.slot.features
+        if call.cut is None:
+            features[self.key] = output
+        elif self.layer.name in call.refresh:
+            put_rows(features[self.key], self.engine.refreshed(self.layer).rows, output)
+            return features[self.key]
+        return output
+
+
+class CatchHook(ModelHook):
+    """Keeps what a projection of a watched attention gives, until the attention is done."""
+
+    def __init__(self, engine: Engine, watched: Watched, child: str) -> None:
+        super().__init__()
+        self.engine, self.watched, self.key = engine, watched, f"{watched.name}.{child}"
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        call = self.engine.call
+        if call is not None and self.watched.wanted(call):
+            call.caught[self.key] = output
+        return output
+
+
+class ObserveHook(ModelHook):
+    """Tells the choice of tokens what an attention multiplied."""
+
+    def __init__(self, engine: Engine, watched: Watched) -> None:
+        super().__init__()
+        self.engine, self.watched = engine, watched
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = original(self)(*args, **kwargs)
+        call, watched = self.engine.call, self.watched
+        if call is None or not watched.wanted(call):
+            return out
+        caught = {name: call.caught.pop(f"{watched.name}.{name}", None) for name, _ in (*QUERIES, *KEYS)}
+        query, key = _heads(module, caught, QUERIES), _heads(module, caught, KEYS)
+        x = args[0] if args else kwargs["hidden_states"]
+        if query is None or key is None or {len(query), len(key)} != {len(x)}:
+            self.engine.warn_once(
+                "observe",
+                "attentions that tokens are chosen by can't be looked at, because their projections were "
+                "replaced or fused after regrow.apply (LoRA, fuse_qkv_projections; apply regrow last), or "
+                "their processors project a part of the batch only (perturbed-attention guidance)",
+            )
+            return out
+        bias = kwargs.get("attention_mask")
+        bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
+        watched.tell(call, x, Attention(query, key, x.shape[1], bias))
+        return out
+
+
+# Of the image's tokens and of the text's, by name: the projection, and the norm of its heads.
+QUERIES = (("to_q", "norm_q"), ("add_q_proj", "norm_added_q"))
+KEYS = (("to_k", "norm_k"), ("add_k_proj", "norm_added_k"))
+
+
+def _heads(
+    attention: Any, caught: Mapping[str, Tensor | None], names: Sequence[tuple[str, str]]
+) -> Tensor | None:
+    """Queries or keys ``(B, heads, n, D)``, the image's tokens first; None if those are missing."""
+    if caught[names[0][0]] is None:
+        return None
+    found = []
+    for projection, norm in names:
+        x = caught[projection]
+        if x is not None:
+            x = x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            scale = getattr(attention, norm, None)
+            found.append(x if scale is None else scale(x))
+    return torch.cat(found, dim=2)
 
 
 class TextHook(ModelHook):
@@ -287,19 +476,35 @@ class Installed:
             self._hook(module, TextHook(engine, name), "regrow-text")
         if engine.token_set is not None and engine.layout.stream is not None:
             stream = engine.layout.stream
-            self._hook(stream.embed, EmbedHook(engine), "regrow-embed")
-            for name, module in stream.memory.items():
-                self._hook(module, MemoryHook(engine, name), "regrow-memory")
+            self._hook(engine.narrows_behind(stream), NarrowHook(engine), "regrow-narrow")
+            if stream.rotary is not None:
+                self._hook_rotary(engine, stream.rotary)
+            for name, place in engine.memory.items():
+                # Registered after what turns keys, so that turned ones are kept.
+                self._hook(place.module, MemoryHook(engine, name, place.rows), "regrow-memory")
             self._hook(stream.output, MemoryHook(engine, OUTPUT), "regrow-memory")
+        for token_layer in engine.refreshing:
+            self._hook(token_layer.module, RefreshHook(engine, token_layer), "regrow-refresh")
+            for name, module in token_layer.memory.items():
+                self._hook(module, LayerMemoryHook(engine, name, token_layer.layer), "regrow-memory")
+        for watched in engine.watched:
+            self._hook_watched(engine, watched)
         # Registered last, so that what is skipped is neither selected from nor pruned.
         for name in sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values()))):
-            place = engine.layout.skippable[name]
-            self._hook(place.module, SkipHook(engine, place), "regrow-skip")
+            skippable = engine.layout.skippable[name]
+            self._hook(skippable.module, SkipHook(engine, skippable), "regrow-skip")
         denoiser, root = engine.denoiser, RootHook(engine)
         before = denoiser.register_forward_pre_hook(root.before, with_kwargs=True)
         self._undo.append(before.remove)
         after = denoiser.register_forward_hook(root.after, with_kwargs=True, always_call=True)
         self._undo.append(after.remove)
+
+    def _hook_rotary(self, engine: Engine, rotary: Rotary) -> None:
+        self._hook(rotary.positions, PositionHook(engine), "regrow-positions")
+        for attention in rotary.attentions.values():
+            self._hook(attention, UnturnedHook(engine), "regrow-unturned")
+        for place in rotary.turned.values():
+            self._hook(place.module, TurnHook(engine, place.rows), "regrow-turn")
 
     def _hook_block(self, engine: Engine, block: TokenBlock) -> None:
         assert engine.rule is not None
@@ -313,10 +518,19 @@ class Installed:
             if layer is not None and wanted:
                 merge = where.recovery is Recovery.MEAN
                 self._hook(layer, KeepHook(engine, block, merge), "regrow-keep")
-        reads = block.block if where.features is Features.BLOCK_INPUT else block.self_attention
+        reads = {Features.BLOCK_INPUT: block.block, Features.NORM1: block.self_attention}.get(
+            where.features
+        )
         if reads is not None:
             # Registered after the layer's own hook, so that it runs before it.
             self._hook(reads, SelectHook(engine, block), "regrow-select")
+
+    def _hook_watched(self, engine: Engine, watched: Watched) -> None:
+        for child, _ in (*QUERIES, *KEYS):
+            projection = getattr(watched.module, child, None)
+            if projection is not None:
+                self._hook(projection, CatchHook(engine, watched, child), "regrow-catch")
+        self._hook(watched.module, ObserveHook(engine, watched), "regrow-observe")
 
     def _hook(self, module: nn.Module, hook: ModelHook, name: str) -> None:
         had_registry, had_forward = hasattr(module, "_diffusers_hook"), "forward" in module.__dict__

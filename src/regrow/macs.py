@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from regrow.clock import Position
 from regrow.hooks import Installed
-from regrow.methods.parts import CallInfo, Parts, TokenRule, TokenSet
+from regrow.layers import Layer, LayerKind
+from regrow.methods.parts import Attention, CallInfo, Parts, TokenRefresh, TokenRule, TokenSet
 from regrow.models import layout_of
 from regrow.run import Engine
-from regrow.schedule import FULL, Schedule
+from regrow.schedule import FULL, LAYERS, Schedule
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
 
@@ -77,14 +79,104 @@ class _FirstTokens:
     aligns = False
     full_calls = 0
 
-    def __init__(self) -> None:
-        self.asked: tuple[Grid, int, torch.Size] | None = None
+    def __init__(self, rule: TokenSet) -> None:
+        self.reads_block = rule.reads_block
+        self.asked: tuple[Grid, int, CallInfo] | None = None
 
     def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
         """The first ``count`` tokens."""
-        output = call.outputs[-1]
-        self.asked = grid, count, output.shape
-        return torch.arange(count, device=output.device).repeat(call.batch, 1), None
+        self.asked = grid, count, call
+        return torch.arange(count, device="meta").repeat(call.batch, 1), None
+
+
+class _FirstRefreshed:
+    """As a method's choice of tokens for layers, but the first ones; what observing costs is kept apart."""
+
+    aligns = False
+
+    def __init__(self, rule: TokenRefresh) -> None:
+        self._rule = rule
+        self.observing = 0
+        self.ratio = 0.0
+
+    @property
+    def kinds(self) -> frozenset[LayerKind]:
+        return self._rule.kinds
+
+    @property
+    def observes(self) -> frozenset[LayerKind]:
+        return self._rule.observes
+
+    @property
+    def per_block(self) -> bool:
+        return self._rule.per_block
+
+    def count(self, layer: Layer, tokens: int, ratio: float) -> int:
+        """The method's, at the ratio that is set."""
+        return self._rule.count(layer, tokens, self.ratio)
+
+    def begin(self) -> Any:
+        """The method's memory; of the last full call alone, so that one call is counted."""
+        self.observing = 0
+        return self._rule.begin()
+
+    def observe(self, memory: Any, layer: Layer, attention: Attention) -> None:
+        """The method's, counted."""
+        with FlopCounterMode(display=False) as counter:
+            self._rule.observe(memory, layer, attention)
+        self.observing += counter.get_total_flops()
+
+    def select(self, memory: Any, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
+        """The first ``count`` tokens."""
+        return torch.arange(count, device="meta").repeat(call.batch, 1)
+
+
+class _Here:
+    """A clock that stands where it is set."""
+
+    index = 0
+
+    def read(self, timestep: Any) -> Position:
+        """The first of two calls, or the second."""
+        return Position(self.index, 2, 0, self.index == 0)
+
+    def detach(self) -> None:
+        """There is nothing to leave."""
+
+
+class _Refreshing:
+    """A denoiser without weights after its full call; later calls compute some tokens of layers.
+
+    The full call is made once: plans may have another ratio in every call.
+
+    Args:
+        denoiser: of its own, since hooks stay on it.
+        rule: the method's.
+        inputs: of the calls.
+        knows_text: whether the text is that of the full call.
+    """
+
+    def __init__(
+        self, denoiser: Any, rule: TokenRefresh, inputs: tuple[Any, Any], knows_text: bool
+    ) -> None:
+        self._denoiser, self._rule = denoiser, _FirstRefreshed(rule)
+        self._inputs, self._knows_text = inputs, knows_text
+        plan, clock = Schedule(depth=(FULL, LAYERS), ratio=(0.0, 0.0)), _Here()
+        parts = Parts(plan, refresh=self._rule)
+        Installed(Engine(denoiser, layout_of(denoiser), parts, clock))
+        with torch.no_grad():
+            denoiser(*inputs[0], **inputs[1])
+        clock.index = 1
+
+    def count(self, ratio: float) -> Macs:
+        """MACs of a call."""
+        self._rule.ratio = ratio
+        args, kwargs = self._inputs if self._knows_text else _with_another_text(self._inputs)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self._denoiser(*args, **kwargs)
+        flops = counter.get_flop_counts()["Global"]
+        attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
+        return Macs(counter.get_total_flops() // 2, 0, attention // 2)
 
 
 class CallCounter:
@@ -94,21 +186,30 @@ class CallCounter:
         denoiser: the denoiser, on any device; only its configuration is used.
         rule: the method's token rule, or None.
         token_set: its choice of the tokens of a call, or None.
+        refresh: its choice of tokens for layers that hand on their last output, or None.
+        instead: what to say if they don't fit the denoiser.
     """
 
     def __init__(
-        self, denoiser: nn.Module, rule: TokenRule | None, token_set: TokenSet | None = None
+        self,
+        denoiser: nn.Module,
+        rule: TokenRule | None,
+        token_set: TokenSet | None = None,
+        refresh: TokenRefresh | None = None,
+        instead: str = "",
     ) -> None:
         self._model = meta_copy(denoiser)
-        self._rule, self._token_set = rule, token_set
+        self._rule, self._token_set, self._refresh = rule, token_set, refresh
+        self._instead = instead
         self._known: dict[Any, Macs] = {}
+        self._refreshing: dict[Any, _Refreshing] = {}
 
     def count(self, depth: int, ratio: float, inputs: tuple[Any, Any], *, knows_text: bool = False) -> Macs:
         """MACs of a call.
 
         Args:
             depth: up-path layers computed, `FULL` for all.
-            ratio: pruning ratio.
+            ratio: pruning ratio; 1 if no layer computes a token that should have.
             inputs: positional and keyword arguments on the meta device.
             knows_text: whether what depends on the text alone was computed before.
         """
@@ -118,66 +219,121 @@ class CallCounter:
         return self._known[key]
 
     def _count(self, depth: int, ratio: float, inputs: tuple[Any, Any], knows_text: bool) -> Macs:
+        if self._refresh is not None and depth == LAYERS and ratio < 1:
+            key = knows_text, _signature(inputs)
+            if key not in self._refreshing:
+                model = meta_copy(self._model)
+                self._refreshing[key] = _Refreshing(model, self._refresh, inputs, knows_text)
+            return self._refreshing[key].count(ratio)
         # Full calls come first: others need what they leave.
         leaves_out = self._token_set is not None and ratio > 0
         before = 2 if leaves_out else 1 if depth < FULL or knows_text else 0
-        plan = Schedule(depth=(FULL,) * before + (depth,), ratio=(0.0,) * before + (ratio,))
-        first = None if self._token_set is None else _FirstTokens()
-        engine = Engine(self._model, layout_of(self._model), Parts(plan, self._rule, first), None)
-        selected: list[tuple[torch.Size, Grid, int]] = []
+        first = None if self._token_set is None else _FirstTokens(self._token_set)
+        refresh = None if self._refresh is None or depth < FULL else _FirstRefreshed(self._refresh)
+        # A full call observes if another follows that reads what it saw.
+        after = 0 if refresh is None else 1
+        plan = Schedule(
+            depth=(FULL,) * before + (depth,) + (LAYERS,) * after,
+            ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * after,
+        )
+        parts = Parts(plan, self._rule, first, refresh, self._instead)
+        engine = Engine(self._model, layout_of(self._model), parts, None)
+        selected: list[_Selected] = []
 
         def select(name: str, x: Tensor) -> Selection:
             assert engine.call is not None
             grid, count = engine.call.counts[name]
-            selected.append((x.shape, grid, count))
+            selected.append(_Selected(x.shape, grid, count, _shapes(engine.call.info.attention)))
             return free_selection(x, count)
 
         engine.select = select
         hooks = Installed(engine)
         try:
-            with torch.no_grad(), engine.manual(before + 1) as clock:
+            with torch.no_grad(), engine.manual(len(plan)) as clock:
                 for _ in range(before):
                     self._model(*inputs[0], **inputs[1])
                     clock.step()
                 selected.clear()
-                if not knows_text and "encoder_hidden_states" in inputs[1]:
-                    inputs = inputs[0], inputs[1] | {"encoder_hidden_states": _another(inputs[1])}
+                if not knows_text:
+                    inputs = _with_another_text(inputs)
                 with FlopCounterMode(display=False) as counter:
                     self._model(*inputs[0], **inputs[1])
         finally:
             hooks.remove()
         kinds = Counter(selected)
-        chosen = sum(n * self._selection(*kind) for kind, n in kinds.items())
+        chosen = sum(n * self._selection(kind) for kind, n in kinds.items())
         if first is not None and first.asked is not None:
             chosen += self._choice(*first.asked)
         flops = counter.get_flop_counts()["Global"]
         attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
-        return Macs(counter.get_total_flops() // 2, chosen, attention // 2)
+        total = counter.get_total_flops()
+        if refresh is not None:
+            # What is observed are products of queries and keys as well.
+            total, attention = total - refresh.observing, attention - refresh.observing
+            chosen += refresh.observing // 2
+        return Macs(total // 2, chosen, attention // 2)
 
-    def _selection(self, shape: torch.Size, grid: Grid, count: int) -> int:
+    def _selection(self, kind: _Selected) -> int:
         """MACs of one layer's selection, counted on zeros for one sample."""
         assert self._rule is not None
-        call = CallInfo(1, False, (), torch.Generator().manual_seed(0))
-        prepared = self._rule.prepare([grid], call).get(grid)
+        attention = _one_sample(kind.attention)
+        call = CallInfo(1, False, (), torch.Generator().manual_seed(0), attention=attention)
+        prepared = self._rule.prepare([kind.grid], call).get(kind.grid)
+        x = torch.zeros(1, *kind.shape[1:], device="cpu" if attention is None else "meta")
         with FlopCounterMode(display=False) as counter:
-            self._rule.select(torch.zeros(1, *shape[1:]), grid, count, prepared, call)
-        return shape[0] * (counter.get_total_flops() // 2)
+            self._rule.select(x, kind.grid, kind.count, prepared, call)
+        return kind.shape[0] * (counter.get_total_flops() // 2)
 
-    def _choice(self, grid: Grid, count: int, shape: torch.Size) -> int:
+    def _choice(self, grid: Grid, count: int, asked: CallInfo) -> int:
         """MACs of choosing the tokens of a call, on zeros for one sample, once clusters are made."""
         assert self._token_set is not None
-        outputs = (torch.zeros(1, *shape[1:]), torch.zeros(1, *shape[1:]))
-        call = CallInfo(1, False, outputs, torch.Generator().manual_seed(0))
+        outputs = tuple(torch.zeros(1, *output.shape[1:]) for output in asked.outputs)
+        attention = _one_sample(_shapes(asked.attention))
+        call = CallInfo(1, False, outputs, torch.Generator().manual_seed(0), attention=attention)
         memory = self._token_set.select(None, grid, count, call)[1]
         with FlopCounterMode(display=False) as counter:
             self._token_set.select(memory, grid, count, call)
-        return shape[0] * (counter.get_total_flops() // 2)
+        return asked.batch * (counter.get_total_flops() // 2)
 
 
-def _another(kwargs: Any) -> Any:
-    """A text of the same shape that is not known yet."""
-    text = kwargs["encoder_hidden_states"]
-    return text.clone() if isinstance(text, Tensor) else text
+@dataclass(frozen=True)
+class _Shapes:
+    """Of an attention's queries and keys, and its number of the image's tokens."""
+
+    query: torch.Size
+    key: torch.Size
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """A kind of selection: from features of a shape, on a grid, how many tokens, by which attention."""
+
+    shape: torch.Size
+    grid: Grid
+    count: int
+    attention: _Shapes | None
+
+
+def _shapes(attention: Attention | None) -> _Shapes | None:
+    if attention is None:
+        return None
+    return _Shapes(attention.query.shape, attention.key.shape, attention.tokens)
+
+
+def _one_sample(shapes: _Shapes | None) -> Attention | None:
+    """An attention of one sample, without data: whole maps would take long to compute."""
+    if shapes is None:
+        return None
+    query, key = (torch.empty(1, *shape[1:], device="meta") for shape in (shapes.query, shapes.key))
+    return Attention(query, key, shapes.tokens, None)
+
+
+def _with_another_text(inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The same arguments with a text of the same shape that is not known yet."""
+    args, kwargs = inputs
+    text = kwargs.get("encoder_hidden_states")
+    return args, kwargs | {"encoder_hidden_states": text.clone()} if isinstance(text, Tensor) else kwargs
 
 
 def _is_attention(operation: str) -> bool:

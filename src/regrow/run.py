@@ -5,20 +5,31 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
-from regrow.methods.parts import CallInfo, Parts, TokenRule, TokenSet
+from regrow.layers import Layer, LayerKind
+from regrow.methods.parts import (
+    After,
+    Attention,
+    CallInfo,
+    Features,
+    Parts,
+    TokenRefresh,
+    TokenRule,
+    TokenSet,
+)
 from regrow.models.errors import UnsupportedModelError
-from regrow.models.table import Cut, Layout, TokenBlock
+from regrow.models.table import Cut, Layout, Place, Rows, Stream, TokenBlock, TokenLayer
 from regrow.reuse.depth import Slot
-from regrow.schedule import FULL, Step
+from regrow.schedule import FULL, LAYERS, Step
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection, flat_rows
 
@@ -39,7 +50,8 @@ class CallRecord:
     Args:
         position: where in the generation it stood.
         depth: up-path layers computed; `FULL` for a full call.
-        ratio: share of tokens pruned where the method prunes.
+        ratio: share of tokens pruned where the method prunes; 1 if layers in which tokens should have been
+            computed again handed on all they had.
         planned: what the schedule asked for; something else was done where nothing was cached yet.
         inputs: its positional and keyword arguments on the meta device, enough to count its MACs.
         knew_text: whether what depends on the text alone was not computed again.
@@ -62,11 +74,18 @@ class Observation:
         blocks: the transformer blocks that ran, by name, each with the selection of tokens that its
             pruned layers computed; None where they computed all.
         tokens: the tokens ``(B, K)`` that the whole call computed; None where it computed all.
+        refreshed: by the name of a layer, or of its block if they are its block's, the tokens ``(B, K)``
+            that were computed in a call in which layers hand on their last output.
+        grid: of a transformer's image tokens, if a call of it can compute some of them only.
+        leading: blocks at the beginning of the call that computed all tokens before ``tokens`` were chosen.
     """
 
     record: CallRecord
     blocks: Mapping[str, Selection | None]
     tokens: Tensor | None = None
+    refreshed: Mapping[str, Tensor] = field(default_factory=dict)
+    grid: Grid | None = None
+    leading: int = 0
 
 
 Observer = Callable[[Observation], None]
@@ -82,9 +101,25 @@ class Generation:
     records: list[CallRecord] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Refreshed:
+    """The tokens that a layer computes where it hands on its last output.
+
+    Args:
+        tokens: ``(B, K)``.
+        rows: the same as rows of a ``(B * N, C)`` matrix.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+
+
 @dataclass
 class Call:
-    """What the call in progress does; hooks only read it (and leave their layer's selection).
+    """What the call in progress does, decided before it begins.
+
+    Hooks leave in it what others read later in the call: selections, chosen tokens and their rows, features
+    on their way, and how often they acted.
 
     Args:
         slot: memory of the branch.
@@ -97,12 +132,21 @@ class Call:
         selections: the selection of the block that runs, by its name.
         restored: how many modules handed on what is cached.
         entered: what the first module of a cut was given in this call.
-        tokens: the tokens ``(B, K)`` that the whole call computes; None if it computes all.
-        rows: the same as rows of a ``(B * N, C)`` matrix.
+        count: how many tokens the whole call computes; 0 if it computes all.
+        chosen: which they are, once that is known.
+        tokens: the tokens ``(B, K)`` that are computed from here on; None if all are.
+        rows: the same as rows of a matrix of all tokens, such as ``(B * N, C)``.
+        rotary: cosines and sines ``(n, D)`` of the tokens that the call computes; ``(B * n, D)`` if it
+            leaves some out.
         remembers: whether keys, values and outputs of the tokens are kept.
         turns: how often modules that may be skipped were called before in this call.
         knows_text: whether the text is that of the last call.
-        pruned: how many blocks pruned.
+        pruned: how many blocks pruned, or layers computed some tokens.
+        refresh: by the name of a layer that hands on its last output, how many tokens it computes; those
+            that compute none are left out.
+        whole: layers of the text that are computed beside them.
+        refreshed: which tokens they are, by the name of a layer, or of its block if they are its block's.
+        caught: by name, what the projections of an observed attention gave.
     """
 
     slot: Slot
@@ -116,11 +160,35 @@ class Call:
     restored: int = 0
     pruned: int = 0
     entered: dict[Cut, list[Any]] = field(default_factory=dict)
+    count: int = 0
+    chosen: Tensor | None = None
     tokens: Tensor | None = None
-    rows: Tensor | None = None
+    rows: dict[Rows, Tensor] = field(default_factory=dict)
+    rotary: dict[Rows, Sequence[Tensor]] = field(default_factory=dict)
     remembers: bool = False
     turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
+    refresh: Mapping[str, int] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+    refreshed: dict[str, Refreshed] = field(default_factory=dict)
+    caught: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An attention that is looked at.
+
+    Args:
+        name: its path.
+        module: it.
+        wanted: whether a call looks at it.
+        tell: what is done with its input ``(B, N, C)`` and what it multiplied, when it has run.
+    """
+
+    name: str
+    module: nn.Module
+    wanted: Callable[[Call], bool]
+    tell: Callable[[Call, Tensor, Attention], None]
 
 
 class Engine:
@@ -145,9 +213,14 @@ class Engine:
         self.rule: TokenRule | None = parts.tokens
         self.token_set: TokenSet | None = parts.token_set
         self.kinds = parts.plan.kinds()
+        refreshes = any(step.depth == LAYERS for step in self.kinds)
+        self.refresh: TokenRefresh | None = parts.refresh if refreshes else None
+        self.refreshing = self._refreshing()
         self._check_supported()
         self.select = self._select_by_rule
-        self.blocks = self._pruned_blocks()
+        self.served = self._served_blocks()
+        self.blocks = tuple(block for served in self.served.values() for block in served)
+        self.memory = self._remembering()
         self.cuts = self._used_cuts()
         self.pruned = {cut: self._computed(cut) for cut in (None, *self.cuts.values())}
         self.call: Call | None = None
@@ -164,23 +237,147 @@ class Engine:
             UnsupportedModelError: saying what.
         """
         name = type(self.denoiser).__name__
+        if self.refresh is not None and not self.refreshing:
+            wanted = ", ".join(sorted(kind.value for kind in self.refresh.kinds))
+            raise UnsupportedModelError(
+                f"model: {name} has no layer that can compute some of its tokens by themselves (asked for: "
+                f"{wanted}); methods that only reuse, such as FORA and DeepCache, work on it"
+            )
         if not any(step.ratio for step in self.kinds):
             return
         if self.rule is not None and not self.layout.blocks:
+            instead = (
+                self.parts.instead or "methods that only reuse, such as FORA and DeepCache, work on it"
+            )
             raise UnsupportedModelError(
-                f"model: tokens can't be left out of the layers of {name} yet; methods that only reuse, "
-                "such as FORA and DeepCache, work on it"
+                f"model: tokens can't be left out of the layers of {name} yet; {instead}"
             )
         if self.token_set is not None and self.layout.stream is None:
-            raise UnsupportedModelError(f"model: a call of {name} can't compute some of its tokens only")
+            instead = f"; {self.parts.instead}" if self.parts.instead else ""
+            raise UnsupportedModelError(
+                f"model: a call of {name} can't compute some of its tokens only{instead}"
+            )
+        if self.token_set is not None and self.token_set.reads_block is not None:
+            if not self.layout.token_layers:
+                raise UnsupportedModelError(
+                    f"model: the attention of a block of {name} can't be looked at, so tokens can't be "
+                    "chosen by it; CAT Pruning works on it"
+                )
+            last = self.layout.token_layers[-1].layer.index
+            if self.token_set.reads_block >= last:
+                raise ValueError(
+                    f"block: {self.token_set.reads_block} is not allowed, it must be < {last}: some of the "
+                    f"{last + 1} blocks of {name} have to come behind it"
+                )
 
-    def _pruned_blocks(self) -> tuple[TokenBlock, ...]:
-        """The blocks in which the rule prunes."""
+    def _served_blocks(self) -> dict[str, tuple[TokenBlock, ...]]:
+        """By the name of each block from which tokens are selected, the blocks that leave them out."""
         if self.rule is None or not any(step.ratio for step in self.kinds):
-            return ()
-        limit = self.rule.where.max_downsample
+            return {}
+        where = self.rule.where
+        limit = where.max_downsample
         deepest = self.layout.top_level if limit == "top" else limit
-        return tuple(b for b in self.layout.blocks if b.downsample <= deepest)
+        blocks = [b for b in self.layout.blocks if b.downsample <= deepest]
+        if where.features is not Features.ATTENTION:
+            return {block.name: (block,) for block in blocks}
+        stages: dict[str, list[TokenBlock]] = {}
+        for block in blocks:
+            if block.stage in stages or block.self_attention is not None:
+                stages.setdefault(block.stage, []).append(block)
+        first = 0 if where.after is After.SELF_ATTENTION else 1
+        served = {stage[0].name: tuple(stage[first:]) for stage in stages.values() if stage[first:]}
+        if stages and not served:
+            raise ValueError(
+                f"after: {where.after.value} is not allowed on {type(self.denoiser).__name__}, in which "
+                f"no block comes right behind another; it must be {After.SELF_ATTENTION.value}"
+            )
+        return served
+
+    def _remembering(self) -> dict[str, Place]:
+        """The modules whose output for tokens that a call leaves out is remembered."""
+        if self.token_set is None or self.layout.stream is None:
+            return {}
+        own = tuple(f"{block}." for block in self._leading())
+        return {name: p for name, p in self.layout.stream.memory.items() if not name.startswith(own)}
+
+    def _leading(self) -> list[str]:
+        """The blocks that compute all tokens in every call, before some are chosen."""
+        reads = None if self.token_set is None else self.token_set.reads_block
+        blocks = dict.fromkeys(place.layer.block for place in self.layout.token_layers)
+        return [] if reads is None else list(blocks)[: reads + 1]
+
+    def narrows_behind(self, stream: Stream) -> nn.Module:
+        """The module behind which calls compute some of the tokens only."""
+        leading = self._leading()
+        return self.layout.skippable[leading[-1]].module if leading else stream.embed
+
+    def _refreshing(self) -> tuple[TokenLayer, ...]:
+        """The layers that compute some of their tokens where they hand on their last output."""
+        if self.refresh is None:
+            return ()
+        return tuple(t for t in self.layout.token_layers if t.layer.kind in self.refresh.kinds)
+
+    @property
+    def watched(self) -> tuple[Watched, ...]:
+        """The attentions that are looked at."""
+        first: dict[tuple[str, LayerKind], TokenLayer] = {}
+        for place in self.layout.token_layers:
+            first.setdefault((place.layer.block, place.layer.kind), place)
+        observes: frozenset[LayerKind] = frozenset() if self.refresh is None else self.refresh.observes
+        found = [
+            Watched(p.layer.name, p.module, lambda call: call.cut is None, partial(self._observe, p.layer))
+            for p in first.values()
+            if p.layer.kind in observes
+        ]
+        for block in self._leading()[-1:]:
+            place = first[block, LayerKind.SELF_ATTENTION]
+            found.append(Watched(place.layer.name, place.module, lambda call: call.count > 0, self._choose))
+        if self.rule is not None and self.rule.where.features is Features.ATTENTION:
+            by_name = {block.name: block for block in self.layout.blocks}
+            for name in self.served:
+                module = by_name[name].self_attention
+                assert module is not None
+                wanted = partial(self._selects, name)
+                found.append(Watched(f"{name}.attn1", module, wanted, partial(self._select_after, name)))
+        return tuple(found)
+
+    def _observe(self, layer: Layer, call: Call, x: Tensor, attention: Attention) -> None:
+        assert self.refresh is not None
+        self.refresh.observe(call.slot.observed, layer, attention)
+
+    def _choose(self, call: Call, x: Tensor, attention: Attention | None) -> None:
+        """Choose the tokens that the call computes."""
+        assert self.token_set is not None
+        grid = call.slot.grid
+        assert grid is not None
+        info = replace(call.info, attention=attention)
+        call.chosen, call.slot.chosen = self.token_set.select(call.slot.chosen, grid, call.count, info)
+
+    def _selects(self, name: str, call: Call) -> bool:
+        return self.served[name][0].name in call.counts
+
+    def _select_after(self, name: str, call: Call, x: Tensor, attention: Attention) -> None:
+        call.info = replace(call.info, attention=attention)
+        self.select_from(name, x)
+
+    def select_from(self, name: str, x: Tensor) -> None:
+        """Select the tokens of the blocks that a block's features ``(B, N, C)`` decide for."""
+        call = self.call
+        if call is None or not self._selects(name, call):
+            return
+        served = self.served[name]
+        selection = self.select(served[0].name, x)
+        call.selections |= {block.name: selection for block in served}
+
+    def narrow(self) -> Tensor | None:
+        """From here on the call in progress computes the chosen tokens, which are returned; None: all."""
+        call = self.call
+        if call is None or call.chosen is None:
+            return None
+        assert call.slot.grid is not None
+        call.tokens = call.chosen
+        call.rows[Rows.IMAGE] = flat_rows(call.chosen, call.slot.grid.tokens)
+        return call.tokens
 
     def _used_cuts(self) -> dict[int, Cut]:
         """The cuts of the depths that the plan uses on this model."""
@@ -250,7 +447,8 @@ class Engine:
         slot.calls += 1
         planned = generation.steps[position.index]
         cut = self.cuts.get(planned.depth)
-        if cut is not None and not any(cut.key(name) in slot.features for name in cut.restore):
+        begins = self.token_set is not None and slot.calls <= self.token_set.full_calls
+        if cut is not None and (begins or not any(cut.key(n) in slot.features for n in cut.restore)):
             cut = None
         depth = FULL if cut is None else planned.depth
         residuals = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
@@ -281,12 +479,16 @@ class Engine:
             # A module that this call skips must not hand on another text's output later.
             for name in self.layout.text:
                 slot.features.pop(name, None)
-        self.call.remembers = self.token_set is not None and cut is None
+        whole = cut is None or cut.entry is not None
+        self.call.remembers = self.token_set is not None and whole and self._can_remember(slot)
         if self.call.remembers:
-            self.call.tokens = self._tokens(slot, sample, planned.ratio, info, kwargs)
-            if self.call.tokens is not None:
-                self.call.rows = flat_rows(self.call.tokens, slot.outputs[-1].shape[1])
-        ratio = planned.ratio if counts or self.call.tokens is not None else 0.0
+            self._leave_out(self.call, sample, planned.ratio, kwargs)
+        ratio = planned.ratio if counts or self.call.count else 0.0
+        if self.refresh is not None and cut is None:
+            slot.observed = self.refresh.begin()
+        if self.refresh is not None and cut is self.layout.layers:
+            self._refresh(self.refresh, self.call, planned.ratio, kwargs)
+            ratio = planned.ratio if self.call.refresh else 1.0
         generation.records.append(
             CallRecord(position, depth, ratio, planned, slot.inputs, self.call.knows_text)
         )
@@ -304,41 +506,115 @@ class Engine:
         key = (sample.shape, sample.dtype, sample.device, None if text is None else text.shape)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
-            chooser = self.rule or self.token_set
+            chooser = self.rule or self.token_set or self.refresh
             wanted = chooser is not None and chooser.aligns
             inputs = (without_data(args), without_data(_countable(kwargs)))
             slot = Slot(key, inputs, wanted and _is_guided(sample))
+            if self.layout.stream is not None:
+                slot.grid = self.layout.stream.grid(sample, kwargs)
             generation.slots[branch] = slot
         return slot
 
-    def _tokens(
-        self, slot: Slot, sample: Tensor, ratio: float, info: CallInfo, kwargs: Mapping[str, Any]
-    ) -> Tensor | None:
-        """The tokens that a call computes; None if it has to compute all."""
-        if ratio == 0:
-            return None
+    def _can_remember(self, slot: Slot) -> bool:
+        """Whether what is kept of a call can be completed by a later one."""
         stream = self.layout.stream
+        if stream is None:
+            return False
+        if slot.grid is None:
+            self.warn_once(
+                "grid", "all tokens are computed, because they are not those of one picture (Kontext)"
+            )
+        elif stream.rotary is not None and stream.rotary.others():
+            self.warn_once(
+                "processor",
+                "all tokens are computed, because attention processors were replaced after regrow.apply "
+                "(IP-Adapter), so that queries can't be turned before the attention",
+            )
+        else:
+            return True
+        # What was kept gets old.
+        slot.outputs.clear()
+        return False
+
+    def _leave_out(self, call: Call, sample: Tensor, ratio: float, kwargs: Mapping[str, Any]) -> None:
+        """Decide how many tokens a call computes, and which, unless that waits for an attention."""
+        if ratio == 0:
+            return
+        stream, slot = self.layout.stream, call.slot
         assert stream is not None
         assert self.token_set is not None
         if any(kwargs.get(name) is not None for name in RESIDUALS):
             self.warn_once("residuals", "a ControlNet adds to all tokens; its calls are computed in full")
-            return None
+            return
         if len(slot.outputs) < 2 or slot.calls <= self.token_set.full_calls:
-            return None
-        if not all(self.denoiser.get_submodule(name) is m for name, m in stream.memory.items()) or not any(
-            name in slot.features for name in stream.memory
-        ):
+            return
+        if not all(
+            self.denoiser.get_submodule(name) is p.module for name, p in self.memory.items()
+        ) or not any(name in slot.features for name in self.memory if name.endswith("to_v")):
             self.warn_once(
                 "memory",
                 "all tokens are computed, because the attentions' projections were replaced or fused after "
                 "regrow.apply (LoRA, fuse_qkv_projections), so that keys can't be kept; apply regrow last",
             )
-            return None
-        grid = stream.grid(*sample.shape[-2:])
-        # As the released code rounds: 1228 of 4096 tokens for 0.3.
-        count = max(int((1 - ratio) * grid.tokens + 1e-6), 1)
-        tokens, slot.chosen = self.token_set.select(slot.chosen, grid, count, info)
-        return tokens
+            return
+        assert slot.grid is not None
+        # As CAT Pruning's released code rounds: 1228 of 4096 tokens for 0.3.
+        call.count = max(int((1 - ratio) * slot.grid.tokens + 1e-6), 1)
+        if self.token_set.reads_block is None:
+            self._choose(call, sample, None)
+
+    def _refresh(self, rule: TokenRefresh, call: Call, ratio: float, kwargs: Mapping[str, Any]) -> None:
+        """Decide how many tokens each layer of a call computes that hands on its last output."""
+        grid = call.slot.grid
+        assert grid is not None
+        able = [place for place in self.refreshing if self._can_refresh(place, call.slot, kwargs)]
+        counts = {t.layer.name: rule.count(t.layer, grid.tokens, ratio) for t in able}
+        call.refresh = {name: count for name, count in counts.items() if count > 0}
+        call.whole = frozenset().union(*(t.text for t in able if t.layer.name in call.refresh))
+
+    def _can_refresh(self, place: TokenLayer, slot: Slot, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a layer has what it needs to compute some of its tokens by themselves."""
+        layer = place.layer
+        if layer.name not in slot.features:
+            # The last full call left it out (skip-layer guidance).
+            return False
+        block = self.layout.skippable[layer.block].module
+        if layer.kind is LayerKind.FEED_FORWARD and getattr(block, "_chunk_size", None) is not None:
+            self.warn_once(
+                "chunks",
+                "feed-forwards hand on their last output whole, because they are computed in chunks; call "
+                "disable_forward_chunking() to have some of their tokens computed",
+            )
+            return False
+        if layer.kind is not LayerKind.SELF_ATTENTION:
+            return True
+        known = all(
+            name in slot.features and self.denoiser.get_submodule(name) is module
+            for name, module in place.memory.items()
+        )
+        if not known or kwargs.get("attention_mask") is not None:
+            self.warn_once(
+                "memory",
+                "self-attentions hand on their last output whole, because their projections were replaced "
+                "or fused after regrow.apply (LoRA, fuse_qkv_projections), so that keys can't be kept, or "
+                "their tokens are masked; apply regrow last",
+            )
+            return False
+        return True
+
+    def refreshed(self, layer: Layer) -> Refreshed:
+        """The tokens that a layer computes in the call in progress."""
+        call, rule = self.call, self.refresh
+        assert call is not None
+        assert rule is not None
+        grid = call.slot.grid
+        assert grid is not None
+        key = layer.block if rule.per_block else layer.name
+        if key not in call.refreshed:
+            count = call.refresh[layer.name]
+            tokens = rule.select(call.slot.observed, layer, grid, count, call.info)
+            call.refreshed[key] = Refreshed(tokens, flat_rows(tokens, grid.tokens))
+        return call.refreshed[key]
 
     def _counts(self, sample: Tensor, ratio: float, cut: Cut | None) -> dict[str, tuple[Grid, int]]:
         """For each block that prunes, its grid and how many tokens go."""
@@ -386,6 +662,21 @@ class Engine:
                 f"none of the {len(call.counts)} layers that should prune tokens did, because something "
                 "replaced their forward methods after regrow.apply; apply regrow last",
             )
+        if call.refresh and not call.pruned:
+            self.warn_once(
+                "refresh",
+                f"none of the {len(call.refresh)} layers that should compute some of their tokens did, "
+                "because something replaced their forward methods after regrow.apply; apply regrow last",
+            )
+        if call.chosen is not None and call.tokens is None:
+            self.warn_once(
+                "narrow",
+                "all tokens are computed, because something replaced the forward method of the module "
+                "behind which some should be left out after regrow.apply; apply regrow last",
+            )
+        if (call.count and call.tokens is None) or (call.counts and not call.pruned):
+            # Nothing was left out: an attention to choose by did not run (skip-layer guidance), for one.
+            self.generation.records[-1] = replace(self.generation.records[-1], ratio=0.0)
         if call.remembers and OUTPUT in call.slot.features:
             assert self.layout.stream is not None
             call.slot.remember(self.layout.stream.noise_of(call.slot.features[OUTPUT]))
@@ -400,8 +691,11 @@ class Engine:
             return
         ran = (b.name for b in self.layout.blocks if _runs(b, call.cut))
         blocks = {name: call.selections.get(name) for name in ran}
+        refreshed = {name: chosen.tokens for name, chosen in call.refreshed.items()}
         for observer in self.observers:
-            observer(Observation(record, blocks, call.tokens))
+            observer(
+                Observation(record, blocks, call.tokens, refreshed, call.slot.grid, len(self._leading()))
+            )
 
     def release(self) -> None:
         """Drop what is cached; the records of the last generation stay for the report."""

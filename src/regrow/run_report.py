@@ -97,7 +97,8 @@ def report_of(engine: Engine) -> RunReport:
     """
     if engine.generation is None:
         raise RuntimeError("there is nothing to report: no generation has begun since regrow.apply")
-    counter, depths = CallCounter(engine.denoiser, engine.rule, engine.token_set), engine.layout.depths
+    counter = CallCounter(engine.denoiser, engine.rule, engine.token_set, engine.refresh)
+    depths = engine.layout.depths
     rows = []
     for record in engine.generation.records:
         counted = counter.count(record.depth, record.ratio, record.inputs, knows_text=record.knew_text)

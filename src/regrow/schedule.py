@@ -274,6 +274,43 @@ class Spaced:
         return replace(self, ratio=ratio)
 
 
+@dataclass(frozen=True)
+class After:
+    """A plan whose first calls are full and prune nothing.
+
+    Args:
+        full: number of these calls.
+        plan: what the others do, each as it would be without them.
+    """
+
+    full: int
+    plan: Plan
+
+    def kinds(self) -> frozenset[Step]:
+        """Full calls and those of the plan."""
+        return self.plan.kinds() | {Step(FULL, 0.0)}
+
+    def resample(self, calls: int) -> Schedule:
+        """The schedule of a generation.
+
+        Raises:
+            ValueError: if ``calls < 1``.
+        """
+        rest = self.plan.resample(calls)
+        full = min(self.full, calls)
+        return rest.model_copy(
+            update={
+                "depth": (FULL,) * full + rest.depth[full:],
+                "ratio": (0.0,) * full + rest.ratio[full:],
+                "name": f"{rest.name} from {full}".strip(),
+            }
+        )
+
+    def with_ratio(self, ratio: float) -> After:
+        """The same calls, pruned after the first ones."""
+        return replace(self, plan=self.plan.with_ratio(ratio))
+
+
 def _shares(weights: Sequence[int], total: int) -> list[int]:
     """Whole numbers in proportion to ``weights`` that sum to ``total`` (largest remainders)."""
     exact = [w * total / sum(weights) for w in weights]

@@ -53,6 +53,7 @@ def test_profile_takes_a_schedule_file_and_an_interval(
     [
         (("--method", "deepcache", "--interval", "5"), 2, 2.0),
         (("--method", "tome", "--ratio", "0.5"), 10, 1.0),
+        (("--method", "deepcache:5+tome:0.5"), 2, 2.0),
     ],
 )
 def test_profile_of_the_baselines(
@@ -75,8 +76,24 @@ def test_profile_of_the_baselines(
         (("profile",), "--arch, --model: give exactly one"),
         (("profile", "--arch", "sd15", "--ratio", "0.5"), "need --method"),
         (("profile", "--arch", "sd15", "--method", "magic"), "method: 'magic' is not known; allowed: dato"),
-        (("profile", "--arch", "sd15", "--method", "toca"), "method: 'toca' is not built yet"),
+        (("profile", "--arch", "sd15", "--method", "l2c"), "method: 'l2c' is not built yet"),
+        (("profile", "--arch", "sd15", "--method", "toca"), "toca needs --interval, --preset or --ratio"),
+        (
+            ("profile", "--arch", "sd15", "--method", "toca", "--interval", "3"),
+            "UNet2DConditionModel has no layer that can compute some of its tokens by themselves",
+        ),
+        (("profile", "--arch", "sd15", "--method", "atedm"), "atedm needs --preset or --ratio"),
+        (
+            ("profile", "--arch", "dit-xl-256", "--method", "atedm", "--ratio", "0.5"),
+            "recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt and DiT",
+        ),
         (("profile", "--arch", "sd15", "--method", "cat"), "cat needs --preset or --ratio"),
+        (
+            ("profile", "--arch", "sd15", "--method", "sito:d", "--ratio", "0.5"),
+            "--ratio: not allowed with --method sito:d",
+        ),
+        (("profile", "--arch", "sd15", "--method", "steps:5"), "method: 'steps:5' is not allowed"),
+        (("profile", "--arch", "sd3-1024", "--method", "cat:0.3+fora:2"), "not allowed with cat"),
         (
             ("profile", "--arch", "sd15", "--method", "cat", "--preset", "paper"),
             "a call of UNet2DConditionModel can't compute some of its tokens only",

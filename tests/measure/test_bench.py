@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import regrow
-from regrow import FULL, Alignment, BaseChoice, Combined, DaTo, DeepCache, SiTo, ToMeSD, cli
+from regrow import FULL, Alignment, BaseChoice, CATPruning, Combined, DaTo, DeepCache, SiTo, ToMeSD, cli
 from regrow.cli.ablations import ABLATIONS, ablated
 from regrow.cli.bench import draw_bars, print_rows
 from regrow.macs import CallCounter, plain_macs
@@ -41,6 +41,14 @@ PROMPTS = ["a penguin", "a pizza"]
             Variant(
                 "deepcache:5+tome:0.5",
                 Combined(caching=DeepCache(interval=5), tokens=ToMeSD(ratio=0.5)),
+                50,
+            ),
+        ),
+        (
+            "cat:0.3+deepcache:2:branch=3",
+            Variant(
+                "cat:0.3+deepcache:2:branch=3",
+                Combined(caching=DeepCache(interval=2, branch=3), tokens=CATPruning(alpha=0.3)),
                 50,
             ),
         ),
@@ -73,7 +81,9 @@ def test_a_schedule_file_is_a_variant(tmp_path: Path) -> None:
         ("deepcache:five", "whole number"),
         ("tome:much", "a ratio"),
         ("tome:0.9", "ratio: 0.9 is not allowed"),
-        ("tome:0.5+deepcache:5", "comes before"),
+        ("tome:0.5+sito:a", "one side of the '\\+' must be"),
+        ("deepcache:5+fora:2", "the other sito, tome or cat"),
+        ("cat:0.3+fora:2", "not allowed with cat"),
         ("deepcache:5+tome:0.5+sito:a", "at most one"),
         ("deepcache:5+steps:3", "'steps:3' is not known"),
     ],

@@ -32,7 +32,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public architectures, but for their sizes."""
     unets, transformers = random_weights.CONFIGS, random_weights.TRANSFORMERS
     monkeypatch.setattr(random_weights, "CONFIGS", {n: unets[n] | CHANGES[n] for n in unets})
-    smaller = {n: (k, text, config | CHANGES[n]) for n, (k, text, config) in transformers.items()}
+    smaller = {
+        n: (k, text, config | CHANGES[n]) for n, (k, text, config) in transformers.items() if n in NAMES
+    }
     monkeypatch.setattr(random_weights, "TRANSFORMERS", smaller)
 
 

@@ -491,16 +491,28 @@ def test_transformers_are_traced(kind: str) -> None:
     assert [difference.name for difference in found.differences] == ["predicted noise", block]
 
 
-def test_the_tokens_of_a_call_are_counted_exactly() -> None:
-    pipe = transformer_pipelines.sd3()
+@pytest.mark.parametrize(
+    ("kind", "samples", "config", "leading"),
+    [
+        ("sd3", 2, regrow.CATPruning(alpha=0.25, t0=2), 0),
+        ("flux", 1, regrow.CATPruning(alpha=0.25, t0=2), 0),
+        ("sd3", 2, regrow.ATEDM.preset("reuse", ratio=0.75, early=0, block=1), 2),
+    ],
+)
+def test_the_tokens_of_a_call_are_counted_exactly(
+    kind: str, samples: int, config: Any, leading: int
+) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
     counter = ComputedCounter(layout_of(pipe.transformer))
-    with regrow.apply(pipe, regrow.CATPruning(alpha=0.25, t0=2)) as run, run.observed(counter):
+    with regrow.apply(pipe, config) as run, run.observed(counter):
         transformer_pipelines.generate(pipe)
-    blocks = len(pipe.transformer.transformer_blocks)
-    (count,) = counter.counts().values()
-    # Two full calls, three of a quarter of the 64 tokens.
-    assert count.sum((1, 2)).tolist() == [blocks * (2 * 64 + 3 * 16)] * 2
-    assert counter.shares()[2].max() <= 1
+    ((level, count),) = counter.counts().items()
+    assert count.shape == (samples, 8, 8)
+    blocks = transformer_pipelines.LAYERS
+    # Two full calls, three of a quarter of the 64 tokens but in the leading blocks.
+    some = (blocks - leading) * 16 + leading * 64
+    assert count.sum((1, 2)).tolist() == [blocks * 2 * 64 + 3 * some] * samples
+    assert counter.shares()[level].max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts
 from regrow.schedule import Schedule
 from regrow.tokens.grid import Grid
 
-KINDS = ("sd3", "pixart", "dit")
+KINDS = ("sd3", "pixart", "dit", "flux")
 GRID = Grid(8, 8)
 
 
@@ -33,7 +33,7 @@ class Everything(MethodConfig):
 
 
 class _All:
-    seed, aligns, full_calls = 0, False, 0
+    seed, aligns, full_calls, reads_block = 0, False, 0, None
 
     def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
         return torch.arange(grid.tokens).repeat(call.batch, 1), None
@@ -69,29 +69,48 @@ def test_alpha_1_is_the_plain_pipeline_bit_for_bit(pipe: Any) -> None:
 
 
 @contextmanager
-def slow(transformer: Any, tokens: list[Tensor | None]) -> Iterator[None]:
-    """Computes all tokens in every call, then puts back old keys, values and outputs of those left out."""
+def slow(
+    transformer: Any,
+    tokens: list[Tensor | None],
+    skips: Callable[[int, int], bool] = lambda call, block: False,
+) -> Iterator[None]:
+    """Computes all tokens in every call, then puts back old keys, values and outputs of those left out.
+
+    Where ``skips(call, block)``, what a block computes is not kept.
+    """
     call = [-1]
     kept: dict[int, Tensor] = {}
+    singles = list(getattr(transformer, "single_transformer_blocks", []))
+    joint = {id(m) for block in singles for m in (block.attn.to_k, block.attn.to_v)}
+    image = 0
 
-    def begin(*_: Any) -> None:
+    def begin(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal image
         call[0] += 1
+        image = (args[0] if args else kwargs["hidden_states"]).shape[1]
 
     def after(module: Any, args: Any, out: Tensor) -> Tensor:
         chosen = tokens[call[0]]
+        if id(module) in owner and skips(call[0], owner[id(module)]):
+            return out
         if chosen is not None:
             old = kept[id(module)].clone()
+            # Flux's single blocks put the text before the image; it is always new.
+            text = out.shape[1] - image if id(module) in joint else 0
+            old[:, :text] = out[:, :text]
             for b in range(len(out)):
-                old[b, chosen[b]] = out[b, chosen[b]]
+                old[b, chosen[b] + text] = out[b, chosen[b] + text]
             out = old
         kept[id(module)] = out
         return out
 
-    hooks = [transformer.register_forward_pre_hook(begin)]
+    hooks = [transformer.register_forward_pre_hook(begin, with_kwargs=True)]
     modules = [getattr(transformer, "proj_out_2", None) or transformer.proj_out]
-    for block in transformer.transformer_blocks:
+    owner = {}
+    for i, block in enumerate([*transformer.transformer_blocks, *singles]):
         attention = getattr(block, "attn1", None) or block.attn
         modules += [attention.to_k, attention.to_v]
+        owner |= dict.fromkeys(map(id, modules[-2:]), i)
     hooks += [module.register_forward_hook(after) for module in modules]
     try:
         yield
@@ -264,12 +283,14 @@ def test_generations_share_nothing_and_removal_leaves_nothing(pipe: Any) -> None
     assert torch.equal(generate(pipe), plain)
 
 
-def test_t0_counts_from_where_a_generation_begins() -> None:
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_t0_counts_from_where_a_generation_begins(kind: str) -> None:
     """Image-to-image begins late in the sampler's steps."""
-    from diffusers import StableDiffusion3Img2ImgPipeline
+    from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
     from PIL import Image
 
-    pipe = StableDiffusion3Img2ImgPipeline(**transformer_pipelines.sd3().components)
+    make: Any = {"sd3": StableDiffusion3Img2ImgPipeline, "flux": FluxImg2ImgPipeline}[kind]
+    pipe = make.from_pipe(transformer_pipelines.KINDS[kind]())
     pipe.set_progress_bar_config(disable=True)
     with regrow.apply(pipe, CATPruning(alpha=0.4, t0=3)) as run:
         pipe(
@@ -279,6 +300,7 @@ def test_t0_counts_from_where_a_generation_begins() -> None:
             num_inference_steps=12,
             height=32,
             width=32,
+            max_sequence_length=16,
             output_type="latent",
         )
     assert [c.ratio > 0 for c in run.report().calls] == [False] * 3 + [True] * 3
@@ -321,16 +343,108 @@ def test_clusters_are_of_relative_noise_unless_told_otherwise() -> None:
 def test_models_without_such_calls_are_refused() -> None:
     import pipelines
 
-    for other in (pipelines.sd(), transformer_pipelines.flux()):
-        with pytest.raises(regrow.UnsupportedModelError, match="can't compute some of its tokens only"):
-            regrow.apply(other, CATPruning())
+    with pytest.raises(regrow.UnsupportedModelError, match="can't compute some of its tokens only"):
+        regrow.apply(pipelines.sd(), CATPruning())
 
 
-def test_fused_projections_are_refused() -> None:
-    pipe = transformer_pipelines.sd3()
-    pipe.transformer.transformer_blocks[0].attn.fuse_projections()
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_fused_projections_are_refused_and_noticed_later(kind: str) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run:
+        pipe.transformer.fuse_qkv_projections()
+        with pytest.warns(UserWarning, match="projections were replaced or fused"):
+            generate(pipe)
+    assert {c.ratio for c in run.report().calls} == {0}
     with pytest.raises(ValueError, match="unfuse_qkv_projections"):
         regrow.apply(pipe, CATPruning())
+
+
+def test_an_image_adapter_of_flux_is_refused_and_noticed_later() -> None:
+    """Its processor reads queries that are not turned by position."""
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    pipe = transformer_pipelines.flux()
+    transformer = pipe.transformer
+
+    def adapt() -> None:
+        block = transformer.transformer_blocks[1]
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 32, num_tokens=(4,)))
+
+    plain = generate(pipe)
+    stock = transformer.attn_processors
+    options: dict[str, Any] = {"joint_attention_kwargs": {"ip_hidden_states": [torch.ones(1, 4, 32)]}}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapt()
+    processor = transformer.transformer_blocks[1].attn.processor
+    with pytest.raises(ValueError, match="1 attentions have processors"):
+        regrow.apply(pipe, CATPruning())
+    adapted = generate(pipe, **options)
+    assert not torch.equal(adapted, plain)
+    transformer.set_attn_processor(stock)
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run:
+        transformer.transformer_blocks[1].attn.set_processor(processor)
+        with pytest.warns(UserWarning, match="processors were replaced"):
+            assert torch.equal(generate(pipe, **options), adapted)
+    assert {c.ratio for c in run.report().calls} == {0}
+
+
+def test_tokens_of_two_pictures_are_all_computed() -> None:
+    """As Kontext hands them on: the picture to edit behind the one that is made."""
+    pipe = transformer_pipelines.flux()
+    kwargs = first_inputs(pipe)
+    twice = kwargs | {name: torch.cat([kwargs[name]] * 2, dim) for name, dim in SEQUENCES.items()}
+    with torch.no_grad():
+        expected = pipe.transformer(**twice)[0]
+        with regrow.apply(pipe.transformer, CATPruning(alpha=0.4, t0=2)) as run, run.generation(4) as clock:
+            with pytest.warns(UserWarning, match="not those of one picture"):
+                pipe.transformer(**twice)
+            for _ in range(3):
+                clock.step()
+                assert torch.equal(pipe.transformer(**twice)[0], expected)
+    assert {c.ratio for c in run.report().calls} == {0}
+
+
+SEQUENCES = {"hidden_states": 1, "img_ids": 0}
+
+
+def first_inputs(pipe: Any) -> dict[str, Any]:
+    """The arguments of the first call of a generation."""
+    calls: list[Any] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    generate(pipe)
+    hook.remove()
+    return dict(calls[0])
+
+
+def test_the_two_calls_of_flux_choose_for_themselves() -> None:
+    """Guidance in two calls: each has a memory of its own."""
+    pipe = transformer_pipelines.flux()
+    kwargs = first_inputs(pipe)
+    other = kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"].flip(1) + 1}
+    config = CATPruning(alpha=0.4, t0=2, choice=TokenChoice.NOISE)
+
+    def outputs(*each: dict[str, Any]) -> list[list[Tensor]]:
+        found: list[list[Tensor]] = [[] for _ in each]
+        with (
+            torch.no_grad(),
+            regrow.apply(pipe.transformer, config) as run,
+            run.generation(4) as clock,
+        ):
+            for step in range(4):
+                for branch, words in enumerate(each):
+                    latents = kwargs["hidden_states"] * (1 + step)
+                    found[branch].append(pipe.transformer(**words | {"hidden_states": latents})[0])
+                clock.step()
+        assert [c.ratio > 0 for c in run.report().calls] == [step > 1 for step in range(4) for _ in each]
+        return found
+
+    both = outputs(kwargs, other)
+    for alone, words in zip(both, (kwargs, other), strict=True):
+        for found, expected in zip(alone, outputs(words)[0], strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from regrow.tokens.grid import (
     Grid,
     best_of_patch,
+    grid_of_positions,
     patch_of_token,
     surrounding_patches,
     tokens_of_patch,
@@ -82,3 +83,16 @@ def test_sizes_below_one_are_refused_by_name_and_value(field: str, value: int) -
     sizes = {"height": 4, "width": 4, "patch": 2, field: value}
     with pytest.raises(ValueError, match=f"{field}: {value} .*>= 1"):
         Grid(**sizes)
+
+
+def test_a_grid_is_known_by_the_places_of_its_tokens() -> None:
+    places = torch.zeros(3, 5, 3)
+    places[..., 1], places[..., 2] = torch.arange(3)[:, None], torch.arange(5)
+    rows = places.view(15, 3)
+    assert grid_of_positions(rows, 15) == Grid(3, 5)
+    assert grid_of_positions(rows[None].bfloat16(), 15) == Grid(3, 5)
+    assert grid_of_positions(rows.to("meta"), 15) == Grid(1, 15)
+    two_pictures = torch.cat([rows, rows])
+    assert grid_of_positions(two_pictures, 30) is None
+    assert grid_of_positions(rows.flip(0), 15) is None
+    assert grid_of_positions(None, 15) is None

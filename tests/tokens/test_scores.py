@@ -10,8 +10,19 @@ import reference
 import torch
 from torch import Tensor
 
+from regrow.tokens import scores
 from regrow.tokens.grid import Grid
-from regrow.tokens.scores import diff_score, noise, random_score, sim_score
+from regrow.tokens.scores import (
+    Heads,
+    attention_entropy,
+    attention_influence,
+    attention_page_rank,
+    diff_score,
+    most_attended,
+    noise,
+    random_score,
+    sim_score,
+)
 
 SIZES = [(8, 8), (7, 5), (4, 9), (1, 6)]
 
@@ -91,3 +102,105 @@ def test_sim_score_does_not_overflow_in_float16(norm: float) -> None:
     score = sim_score(x)
     assert score.isfinite().all()
     torch.testing.assert_close(score, sim_score(x.float()), rtol=5e-3, atol=1.0)
+
+
+def attention(queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and a bias for each pair."""
+    g = torch.Generator().manual_seed(4)
+    shapes = (2, 3, queries, 4), (2, 3, keys, 4), (2, 1, queries, keys)
+    query, key, bias = (2 * torch.randn(shape, generator=g) for shape in shapes)
+    return query, key, bias
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("held", [1, 500, 1 << 24])
+def test_attention_scores_are_those_of_the_map_which_is_never_held_whole(
+    monkeypatch: pytest.MonkeyPatch, held: int, biased: bool
+) -> None:
+    monkeypatch.setattr(scores, "WEIGHTS", held)
+    query, key, bias = attention(20, 30)
+    given = bias if biased else None
+    expected = reference.attention_map(query, key, given)
+    torch.testing.assert_close(attention_influence(query, key, None, given), expected.sum(1))
+    entropy = -(expected * expected.log()).sum(-1)
+    torch.testing.assert_close(attention_entropy(query, key, given), entropy)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("queries", [1, 4, 7, 20, 99])
+def test_influence_of_some_queries_is_theirs_scaled_to_all(queries: int, biased: bool) -> None:
+    query, key, bias = attention(20, 30)
+    given = bias if biased else None
+    some = min(queries, 20)
+    rows = [20 * i // some for i in range(some)]
+    expected = reference.attention_map(query, key, given)[:, rows].sum(1) * 20 / some
+    torch.testing.assert_close(attention_influence(query, key, queries, given), expected)
+
+
+def test_masked_keys_have_no_part_in_the_entropy() -> None:
+    query, key, _ = attention(20, 30)
+    mask = torch.zeros(2, 1, 1, 30)
+    mask[..., 10:] = -10000
+    expected = attention_entropy(query, key[:, :, :10])
+    torch.testing.assert_close(attention_entropy(query, key, mask), expected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("weights", "held"), [(1, 1), (90, 400), (900, 1 << 26), (1 << 24, 1 << 26)])
+@pytest.mark.parametrize(
+    ("iterations", "heads"), [(0, Heads.MEAN), (1, Heads.MEAN), (7, Heads.ROOT_MEAN_SQUARE)]
+)
+def test_page_rank_is_the_power_iteration_on_whole_maps(
+    monkeypatch: pytest.MonkeyPatch, iterations: int, heads: Heads, weights: int, held: int, biased: bool
+) -> None:
+    monkeypatch.setattr(scores, "WEIGHTS", weights)
+    monkeypatch.setattr(scores, "MAP", held)
+    query, key, bias = attention(20, 20)
+    given = bias if biased else None
+    rms = heads is Heads.ROOT_MEAN_SQUARE
+    expected = reference.page_rank(query, key, iterations, given, rms=rms)
+    score = attention_page_rank(query, key, iterations, heads=heads, bias=given)
+    torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_page_rank_comes_to_rest_where_the_graph_leaves_it_unchanged() -> None:
+    """On the leading left eigenvector of each head's map, as an eigensolver finds it."""
+    query, key, _ = attention(20, 20)
+    score = attention_page_rank(query[:, :1], key[:, :1], 300)
+    weights = reference.attention_map(query[:, :1].double(), key[:, :1].double())
+    for own, map_ in zip(score, weights, strict=True):
+        values, vectors = torch.linalg.eig(map_.T)
+        first = vectors[:, values.real.argmax()].real
+        torch.testing.assert_close(own.double(), first / first.sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_page_rank_of_one_iteration_is_the_influence() -> None:
+    query, key, bias = attention(20, 20)
+    score = attention_page_rank(query, key, 1, heads=Heads.MEAN, bias=bias)
+    torch.testing.assert_close(score, attention_influence(query, key, None, bias) / 20)
+
+
+def test_page_rank_of_half_precision_is_of_float32_scores() -> None:
+    query, key, _ = attention(20, 20)
+    score = attention_page_rank(query.bfloat16(), key.bfloat16(), 3)
+    assert score.dtype == torch.float32
+    torch.testing.assert_close(score, attention_page_rank(query, key, 3), rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize("biased", ["no", "keys", "pairs"])
+@pytest.mark.parametrize("held", [1, 1 << 24])
+def test_the_most_attended_candidate_is_the_largest_weight_of_the_map(
+    monkeypatch: pytest.MonkeyPatch, held: int, biased: str
+) -> None:
+    monkeypatch.setattr(scores, "WEIGHTS", held)
+    query, key, bias = attention(20, 30)
+    given = {"no": None, "keys": bias[:1, :, :1], "pairs": bias}[biased]
+    g = torch.Generator().manual_seed(5)
+    asking = torch.stack([torch.randperm(20, generator=g)[:7] for _ in range(2)])
+    candidate = torch.stack([torch.randperm(30, generator=g)[:11] for _ in range(2)])
+    weights = reference.attention_map(query, key, given)
+    found = most_attended(query, key, asking, candidate, given)
+    for b in range(2):
+        for i, token in enumerate(asking[b].tolist()):
+            best = max(range(11), key=lambda c: float(weights[b, token, candidate[b, c]]))
+            assert found[b, i] == best

@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 
 import torch
-from training import Muon, decay, orthogonalised, read_log
+from training import Muon, build_scheduler, decay, orthogonalised, read_log
 
 
 class Killed(BaseException):
@@ -52,3 +52,7 @@ def test_log_cut_short_by_a_kill_is_still_read(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_log(log) == [{"step": 1}, {"step": 2}]
+
+
+def test_noise_levels_end_in_pure_noise() -> None:
+    assert build_scheduler().alphas_cumprod[-1] == 0

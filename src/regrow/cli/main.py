@@ -30,7 +30,10 @@ BENCHED = "steps:50,steps:25,sito:d,dato:b1,dato:fast,deepcache:5,tome:0.5"
 
 TRACED = "steps:50,steps:25,sito:d,dato:b1,deepcache:5"
 
-Method = Annotated[Optional[str], typer.Option(help="Method; see [b]regrow methods[/b].")]
+Method = Annotated[
+    Optional[str],
+    typer.Option(help="Method; see [b]regrow methods[/b]. Or with settings: cat:0.3+deepcache:2."),
+]
 Preset = Annotated[Optional[str], typer.Option(help="Preset of the method.")]
 ScheduleFile = Annotated[Optional[Path], typer.Option(help="Schedule file, YAML or JSON.")]
 Ratio = Annotated[Optional[float], typer.Option(help="One pruning ratio for all calls.")]

@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from regrow.measure.variants import variant
+from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
 from regrow.methods.catalogue import configured
 from regrow.methods.dato import DaTo
@@ -14,6 +16,7 @@ from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
 from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
+from regrow.methods.toca import ToCa
 from regrow.methods.tome import ToMeSD
 from regrow.schedule import Schedule
 
@@ -30,7 +33,7 @@ def method_config(
     """The configuration a user asked for.
 
     Args:
-        name: of the method.
+        name: of the method, or its short name with settings, such as ``cat:0.3+deepcache:2``.
         preset: name of a preset.
         schedule: a schedule file.
         ratio: one pruning ratio for all calls.
@@ -42,9 +45,11 @@ def method_config(
         ScheduleError: if the schedule file can't be used.
         OSError: if it can't be read.
     """
-    kind = configured(name)
     options = {"--preset": preset, "--schedule": schedule, "--ratio": ratio, "--interval": interval}
     given = [option for option, value in options.items() if value is not None]
+    if ":" in name:
+        return _with_settings(name, given, steps)
+    kind = configured(name)
     taken = _OPTIONS[kind]
     for option in given:
         if option not in taken:
@@ -60,6 +65,8 @@ def method_config(
             return kind(interval=interval or 0)
         if kind is DaTo:
             return _dato(preset, schedule, ratio, interval, steps)
+        if kind is ToCa and interval is not None:
+            return ToCa(interval=interval) if ratio is None else ToCa(interval=interval, ratio=ratio)
         if kind is CATPruning:
             changes = {} if ratio is None else {"alpha": 1 - ratio}
         else:
@@ -69,13 +76,25 @@ def method_config(
         raise ValueError(explain(error)) from error
 
 
+def _with_settings(name: str, given: list[str], steps: int) -> Any:
+    """The configuration of a short name, which says everything itself."""
+    if given:
+        raise ValueError(f"{', '.join(given)}: not allowed with --method {name}, which has its settings")
+    config = variant(name, steps).config
+    if config is None:
+        raise ValueError(f"method: {name!r} is not allowed, it must be a method; steps are --steps")
+    return config
+
+
 _OPTIONS: dict[type[MethodConfig], tuple[str, ...]] = {
     DaTo: ("--preset", "--schedule", "--ratio", "--interval"),
     SiTo: ("--preset", "--ratio"),
     CATPruning: ("--preset", "--ratio"),
+    ATEDM: ("--preset", "--ratio"),
     ToMeSD: ("--ratio",),
     DeepCache: ("--interval",),
     FORA: ("--interval",),
+    ToCa: ("--interval", "--preset", "--ratio"),
 }
 
 

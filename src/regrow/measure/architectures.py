@@ -80,6 +80,12 @@ TRANSFORMERS: Mapping[str, tuple[str, int, Mapping[str, Any]]] = {
         },
     ),
     "flux-1024": ("FluxTransformer2DModel", 512, {"guidance_embeds": True}),
+    "wan-1.3b-480": (
+        "WanTransformer3DModel",
+        512,
+        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    ),
+    "wan-14b-480": ("WanTransformer3DModel", 512, {}),
 }
 """Transformers of the public models: class, text tokens, settings that are not its class's defaults."""
 
@@ -116,10 +122,11 @@ class Architecture:
             ValueError: if a side is no positive multiple of ``scale``.
         """
         config = self.denoiser.config
-        own = getattr(config, "sample_size", FLUX_SIDE) * self.scale
+        size = getattr(config, "sample_size", None)
+        own = (size, size) if size else _SIZES[type(self.denoiser).__name__]
         sides = []
-        for name, side in (("height", height), ("width", width)):
-            side = own if side is None else side
+        for name, side, latent in (("height", height, own[0]), ("width", width, own[1])):
+            side = latent * self.scale if side is None else side
             if side < self.scale or side % self.scale:
                 raise ValueError(f"{name}: {side} is not allowed, it must be a multiple of {self.scale}")
             sides.append(side // self.scale)
@@ -186,14 +193,25 @@ def _flux_inputs(config: Any, batch: int, height: int, width: int, text: int) ->
     }
 
 
-# Flux's configuration does not say its own size: 1024 pixels.
-FLUX_SIDE = 128
+def _wan_inputs(config: Any, batch: int, height: int, width: int, text: int) -> Inputs:
+    return (), {
+        "hidden_states": torch.empty(batch, config.in_channels, WAN_FRAMES, height, width),
+        "timestep": torch.empty(batch, dtype=torch.long),
+        "encoder_hidden_states": torch.empty(batch, text, config.text_dim),
+    }
+
+
+# Latent sizes that the configurations do not say: 1024 x 1024 and 480 x 832 pixels.
+_SIZES = {"FluxTransformer2DModel": (128, 128), "WanTransformer3DModel": (60, 104)}
+# 81 frames, of which the autoencoder makes one of the first and one of every four others.
+WAN_FRAMES = 21
 _INPUTS = {
     "UNet2DConditionModel": _unet_inputs,
     "DiTTransformer2DModel": _dit_inputs,
     "PixArtTransformer2DModel": _pixart_inputs,
     "SD3Transformer2DModel": _sd3_inputs,
     "FluxTransformer2DModel": _flux_inputs,
+    "WanTransformer3DModel": _wan_inputs,
 }
 
 
@@ -233,7 +251,8 @@ def _of_path(name: str, path: str) -> Architecture:
         )
     config: Any = getattr(diffusers, kind).load_config(path, subfolder=part)
     vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
-    levels = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+    names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+    levels = next(vae[name] for name in names if vae.get(name))
     return Architecture(
         name, _without_weights(kind, config), 2 ** (len(levels) - 1), _text_tokens(path, index, kind)
     )

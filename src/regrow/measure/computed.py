@@ -17,8 +17,8 @@ class ComputedCounter:
     """Counts, as an observer of a run, the calls and blocks in which each token was computed.
 
     A transformer block computes a token where it runs and its pruned layers keep the token. A block that a
-    cached call leaves out computes none. Blocks of one level, which have one grid of tokens, are counted
-    together.
+    cached call leaves out computes none, and tokens that single layers compute again (ToCa) are not
+    counted. Blocks of one level, which have one grid of tokens, are counted together.
 
     Args:
         layout: the table of the denoiser.
@@ -59,7 +59,9 @@ class ComputedCounter:
 
     def _count_stream(self, seen: Observation, sample: Tensor, stream: Stream) -> None:
         """Blocks in which the tokens of a transformer were computed."""
-        grid = stream.grid(*sample.shape[-2:])
+        grid = seen.grid
+        if grid is None:
+            return
         shape = (len(sample), grid.height, grid.width)
         count = self._counts.setdefault(stream.patch, torch.zeros(shape, dtype=torch.long))
         if count.shape != shape:
@@ -70,7 +72,9 @@ class ComputedCounter:
             count += blocks
         else:
             kept = seen.tokens.cpu()
-            count.view(len(sample), -1).scatter_add_(1, kept, torch.full_like(kept, blocks))
+            count += seen.leading
+            rest = torch.full_like(kept, blocks - seen.leading)
+            count.view(len(sample), -1).scatter_add_(1, kept, rest)
 
     def counts(self) -> Mapping[int, Tensor]:
         """By level, as latent positions a token spans along one side: counts ``(B, h, w)``."""

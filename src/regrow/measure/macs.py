@@ -97,8 +97,8 @@ def profile(
     inputs = arch.inputs(height, width)
     layout = layout_of(arch.denoiser)
     parts = None if config is None else parts_of(config)
-    chosen = (None, None) if parts is None else (parts.tokens, parts.token_set)
-    counter = CallCounter(arch.denoiser, *chosen)
+    chosen = (None,) * 3 if parts is None else (parts.tokens, parts.token_set, parts.refresh)
+    counter = CallCounter(arch.denoiser, *chosen, "" if parts is None else parts.instead)
 
     def macs_of(counted: Macs) -> int:
         return (counted.denoiser - (0 if attention else counted.attention)) * (2 if guided else 1)

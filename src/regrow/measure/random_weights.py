@@ -16,8 +16,6 @@ from torch import Tensor
 
 from regrow.measure.architectures import CONFIGS, TRANSFORMERS
 
-NAMES = (*CONFIGS, *TRANSFORMERS)
-
 
 def random_pipeline(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """A pipeline of a public architecture with random weights, without text encoders.
@@ -194,6 +192,9 @@ _PIPELINES: Mapping[str, Callable[[Any], Any]] = {
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
 }
+
+NAMES = (*CONFIGS, *(name for name, (kind, _, _) in TRANSFORMERS.items() if kind in _PIPELINES))
+"""The architectures of pictures; those of videos are not among them."""
 
 
 @contextmanager

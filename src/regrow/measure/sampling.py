@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ def make(
         missing, given = ("height", "width") if height is None else ("width", "height")
         raise ValueError(f"{missing}: must be given together with {given}")
     takes = inspect.signature(pipeline.__call__).parameters
-    if height is not None and "height" not in takes:
+    if height is not None and not _takes(takes, "height"):
         raise ValueError(f"height: {type(pipeline).__name__} has one size, it must not be given")
 
     def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def make(
         "guidance_scale": guidance,
         "height": height,
         "width": width,
-        "callback_on_step_end": after if on_step and "callback_on_step_end" in takes else None,
+        "callback_on_step_end": after if on_step and _takes(takes, "callback_on_step_end") else None,
     }
     wait(pipeline)
     begin = time.perf_counter()
@@ -83,6 +83,11 @@ def make(
     ).images
     wait(pipeline)
     return Pictures(images, time.perf_counter() - begin)
+
+
+def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    """Whether a function takes an argument, by its name or among others."""
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def wait(pipeline: Any) -> None:

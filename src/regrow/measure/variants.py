@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.apply import Run, apply
-from regrow.methods import FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToMeSD
+from regrow.methods import ATEDM, FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToCa, ToMeSD
 from regrow.schedule import Schedule
 
 
@@ -44,10 +44,11 @@ class Variant:
 def variant(spec: str, steps: int) -> Variant:
     """A row by its name.
 
-    ``steps:25`` is the same sampler with 25 steps; ``sito:d`` and ``dato:b1`` are presets, ``sito:0.5``
-    and ``tome:0.5`` ratios, ``cat:0.3`` the share computed, ``dato:FILE`` a schedule, ``deepcache:5`` and
-    ``fora:3`` intervals, ``dato:5`` the same with ``ratio=0.5`` of the tokens pruned, and
-    ``deepcache:5+tome:0.5`` both at once. Further fields follow after colons: ``sito:d:base=V:patch=4``,
+    ``steps:25`` is the same sampler with 25 steps; ``sito:d``, ``dato:b1`` and ``atedm:reuse`` are presets,
+    ``sito:0.5``, ``tome:0.5`` and ``atedm:0.5`` ratios, ``cat:0.3`` the share computed, ``dato:FILE`` a
+    schedule, ``deepcache:5``, ``fora:3`` and ``toca:3`` intervals, ``dato:5`` the same with ``ratio=0.5``
+    of the tokens pruned, and ``deepcache:5+tome:0.5`` or ``cat:0.3+deepcache:2`` both at once, in any
+    order. Further fields follow after colons: ``sito:d:base=V:patch=4``,
     ``dato:b1:ratio=0.5:alignment=off``.
 
     Args:
@@ -67,13 +68,15 @@ def variant(spec: str, steps: int) -> Variant:
     configs = [_config(part, steps) for part in parts]
     if len(configs) == 1:
         return Variant(spec, configs[0], steps)
-    caching = configs[0].schedule if isinstance(configs[0], DaTo) else configs[0]
-    if not isinstance(caching, (DeepCache, FORA, Schedule)) or not isinstance(configs[1], (SiTo, ToMeSD)):
+    tokens = [c for c in configs if isinstance(c, (SiTo, ToMeSD, CATPruning))]
+    caching = [c for c in configs if isinstance(c, (DeepCache, FORA, DaTo))]
+    if not tokens or not caching:
         raise ValueError(
-            f"methods: {spec!r} is not allowed; deepcache, fora or dato comes before the '+', sito or tome "
-            "after it"
+            f"methods: {spec!r} is not allowed; one side of the '+' must be deepcache, fora or dato, the "
+            "other sito, tome or cat"
         )
-    return Variant(spec, Combined(caching=caching, tokens=configs[1]), steps)
+    plan = caching[0].schedule if isinstance(caching[0], DaTo) else caching[0]
+    return Variant(spec, Combined(caching=plan, tokens=tokens[0]), steps)
 
 
 def _config(spec: str, steps: int) -> Any:
@@ -110,6 +113,10 @@ def _sito(spec: str, value: str, steps: int) -> SiTo:
     return SiTo.preset(value) if value in SiTo.presets() else SiTo(ratio=_share(spec, value))
 
 
+def _atedm(spec: str, value: str, steps: int) -> ATEDM:
+    return ATEDM.preset(value) if value in ATEDM.presets() else ATEDM(ratio=_share(spec, value))
+
+
 def _dato(spec: str, value: str, steps: int) -> DaTo:
     if value in DaTo.presets():
         return DaTo.preset(value)
@@ -120,11 +127,13 @@ def _dato(spec: str, value: str, steps: int) -> DaTo:
 
 _METHODS: dict[str, Callable[[str, str, int], Any]] = {
     "sito": _sito,
+    "atedm": _atedm,
     "dato": _dato,
     "tome": lambda spec, value, steps: ToMeSD(ratio=_share(spec, value)),
     "deepcache": lambda spec, value, steps: DeepCache(interval=_whole(spec, value)),
     "cat": lambda spec, value, steps: CATPruning(alpha=_share(spec, value)),
     "fora": lambda spec, value, steps: FORA(interval=_whole(spec, value)),
+    "toca": lambda spec, value, steps: ToCa(interval=_whole(spec, value)),
 }
 
 

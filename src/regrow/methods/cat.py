@@ -4,6 +4,10 @@ After ``t0`` full calls each call computes a share of the image's tokens only, t
 others' keys and values, and their predicted noise, are those of the last call that computed them. Chosen
 are tokens whose predicted noise moved most since the reference call, in the clusters where it moved most,
 and those that were not computed for longest.
+
+On Stable Diffusion 3, PixArt, DiT and Flux. Flux turns queries and keys by the positions of their tokens;
+it needs its stock attention processors (no IP-Adapter), and calls with the tokens of several pictures
+(Kontext) are computed in full, with a warning. With DeepCache's caching of blocks: `Combined`.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
-from regrow.schedule import FULL, Schedule, Step
+from regrow.schedule import After, Plan, Schedule
 from regrow.tokens.cluster import (
     k_means,
     neighbours,
@@ -116,6 +120,10 @@ class _Rule:
     def full_calls(self) -> int:
         return self.config.t0
 
+    @property
+    def reads_block(self) -> None:
+        return None
+
     def select(
         self, memory: Memory | None, grid: Grid, count: int, call: CallInfo
     ) -> tuple[Tensor, Memory]:
@@ -193,29 +201,11 @@ def one_half(noise: Tensor, alignment: Alignment, call: CallInfo) -> Tensor:
     return conditional if alignment is Alignment.CONDITIONAL else unconditional
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Full calls, then calls of some tokens."""
-
-    t0: int
-    ratio: float
-
-    def kinds(self) -> frozenset[Step]:
-        """Full calls and those that leave tokens out."""
-        return frozenset({Step(FULL, 0.0), Step(FULL, self.ratio)})
-
-    def resample(self, calls: int) -> Schedule:
-        """The schedule of a generation."""
-        if calls < 1:
-            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
-        ratio = tuple(0.0 if i < self.t0 else self.ratio for i in range(calls))
-        return Schedule(depth=(FULL,) * calls, ratio=ratio, name=f"from {self.t0}")
-
-    def with_ratio(self, ratio: float) -> _Plan:
-        """The same calls with another share left out."""
-        return _Plan(self.t0, ratio)
-
-
 @parts_of.register
 def _(config: CATPruning) -> Parts:
-    return Parts(_Plan(config.t0, 1 - config.alpha), token_set=_Rule(config))
+    return Parts(plan_of(config, Schedule.constant()), token_set=_Rule(config))
+
+
+def plan_of(config: CATPruning, rest: Plan) -> After:
+    """The full calls at the beginning, then those of a plan, which leave tokens out."""
+    return After(config.t0, rest.with_ratio(1 - config.alpha))

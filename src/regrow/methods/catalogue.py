@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
 from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
+from regrow.methods.toca import ToCa
 from regrow.methods.tome import ToMeSD
 
 
@@ -44,7 +46,7 @@ class System:
 
 
 _UNETS = "U-Nets: SD 1, SD 2, SDXL"
-_ALL = f"{_UNETS}; transformers: DiT, PixArt, SD3, Flux"
+_ALL = f"{_UNETS}; transformers: DiT, PixArt, SD3, Flux, Wan"
 
 SYSTEMS = (
     System(
@@ -60,16 +62,30 @@ SYSTEMS = (
         "cat",
         "CAT Pruning",
         "compute the tokens that change, in clusters",
-        Status.PARTLY,
-        "transformers: SD3, PixArt, DiT",
+        Status.WORKS,
+        "transformers: SD3, PixArt, DiT, Flux",
         CATPruning,
     ),
     System("tokencache", "TokenCache", "a learned predictor of what to cache", Status.NOT_YET, "-"),
     System("tome", "ToMeSD", "merge similar tokens", Status.WORKS, _UNETS, ToMeSD),
     System("deepcache", "DeepCache", "reuse deep features every N calls", Status.WORKS, _ALL, DeepCache),
     System("fora", "FORA", "reuse attention and MLP outputs every N calls", Status.WORKS, _ALL, FORA),
-    System("toca", "ToCa", "token-wise feature caching", Status.NOT_YET, "-"),
-    System("at-edm", "AT-EDM", "prune by attention graphs", Status.NOT_YET, "-"),
+    System(
+        "toca",
+        "ToCa",
+        "reuse attention and MLP outputs every N calls, but for the tokens of highest score in the MLPs",
+        Status.WORKS,
+        "transformers: SD3, PixArt, DiT",
+        ToCa,
+    ),
+    System(
+        "atedm",
+        "AT-EDM",
+        "prune the tokens that matter least in attention graphs",
+        Status.PARTLY,
+        f"{_UNETS}; transformers: SD3, PixArt, DiT",
+        ATEDM,
+    ),
     System("l2c", "Learning-to-Cache", "a learned table of layers to reuse", Status.NOT_YET, "-"),
     System("steps", "Fewer steps", "the same sampler with fewer steps", Status.PARTLY, "any"),
 )

@@ -1,25 +1,31 @@
-"""Any token method under any plan of cached calls, as DeepCache with ToMeSD."""
+"""SiTo and ToMeSD under any plan of cached calls, and CAT Pruning with block caching."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from regrow.methods.cat import CATPruning, plan_of
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
 from regrow.methods.parts import MethodConfig, Parts, parts_of
 from regrow.methods.sito import SiTo
 from regrow.methods.tome import ToMeSD
-from regrow.schedule import Schedule
+from regrow.schedule import LAYERS, Plan, Schedule
 
 
 class Combined(MethodConfig):
     """Two methods at once: tokens are pruned in the layers that the plan leaves to compute.
 
+    With CAT Pruning the first ``t0`` calls are full. After them every call computes the chosen tokens only:
+    one at full depth through all blocks, a cached one through the blocks that DeepCache leaves, to which it
+    adds what the blocks between last added to each of these tokens, whichever call that was.
+
     Args:
         caching: which calls are full and how deep the others go: a method, or a schedule, whose
-            ratios do not count.
+            ratios do not count. With CAT Pruning not `FORA`, and no schedule with ``"layers"``.
         tokens: how tokens are pruned in all calls.
 
     Raises:
@@ -29,10 +35,26 @@ class Combined(MethodConfig):
     method: Literal["combined"] = "combined"
     version: Literal[1] = 1
     caching: Annotated[DeepCache | FORA, Field(discriminator="method")] | Schedule
-    tokens: Annotated[SiTo | ToMeSD, Field(discriminator="method")]
+    tokens: Annotated[SiTo | ToMeSD | CATPruning, Field(discriminator="method")]
+
+    @model_validator(mode="after")
+    def _whole_blocks(self) -> Combined:
+        if isinstance(self.tokens, CATPruning) and any(s.depth == LAYERS for s in self.plan.kinds()):
+            raise ValueError(
+                "caching: calls in which every layer hands on its last output (fora, depth 'layers') are "
+                "not allowed with cat, it must be deepcache or a schedule of other depths"
+            )
+        return self
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of `caching`."""
+        return self.caching if isinstance(self.caching, Schedule) else parts_of(self.caching).plan
 
 
 @parts_of.register
 def _(config: Combined) -> Parts:
-    plan = config.caching if isinstance(config.caching, Schedule) else parts_of(config.caching).plan
-    return Parts(plan.with_ratio(config.tokens.ratio), parts_of(config.tokens).tokens)
+    tokens = parts_of(config.tokens)
+    if isinstance(config.tokens, CATPruning):
+        return replace(tokens, plan=plan_of(config.tokens, config.plan))
+    return replace(tokens, plan=config.plan.with_ratio(config.tokens.ratio))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from typing_extensions import Self
 
+from regrow.layers import Layer, LayerKind
 from regrow.schedule import Plan
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
@@ -25,6 +26,18 @@ class Features(str, Enum):
     """The hidden states entering the transformer block, before norm1 (both released codes)."""
     NORM1 = "norm1"
     """The output of norm1, which the self-attention reads."""
+    ATTENTION = "attention"
+    """As norm1, with the queries and keys of the self-attention: it has run when its block's tokens are
+    selected, and what is selected holds for the blocks that follow in the same stage."""
+
+
+class After(str, Enum):
+    """Where in the block whose attention is read pruning begins."""
+
+    SELF_ATTENTION = "self_attention"
+    """Its own cross-attention and feed-forward leave tokens out, and all layers of the blocks behind it."""
+    FEED_FORWARD = "feed_forward"
+    """The blocks behind it alone."""
 
 
 class Recovery(str, Enum):
@@ -60,6 +73,7 @@ class Where:
             the finest level at which the model has attention (1 for SD 1.5 and 2, 2 for SDXL).
         features: what the selection looks at.
         recovery: where pruned tokens' values come from.
+        after: with `Features.ATTENTION`, where pruning begins.
     """
 
     self_attention: bool = True
@@ -68,11 +82,29 @@ class Where:
     max_downsample: Level = "top"
     features: Features = Features.BLOCK_INPUT
     recovery: Recovery = Recovery.COPY
+    after: After = After.SELF_ATTENTION
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What an attention multiplied.
+
+    Args:
+        query: ``(B, heads, n, D)``, those of the image's tokens first.
+        key: ``(B, heads, m, D)``; in a self-attention, those of the image's tokens first.
+        tokens: number N of the image's tokens.
+        bias: added to the products, or None; it broadcasts to ``(B, heads, n, m)``.
+    """
+
+    query: Tensor
+    key: Tensor
+    tokens: int
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
 class CallInfo:
-    """What a rule may look at before a call of the denoiser.
+    """What a rule may look at.
 
     Args:
         batch: samples in the batch, both halves of guidance counted.
@@ -81,6 +113,8 @@ class CallInfo:
             last, at most two.
         generator: the run's seeded generator, on the model's device.
         conditional_first: in a guided batch the conditional half comes first (DiT).
+        attention: the self-attention that has just run, for a `TokenRule` with `Features.ATTENTION` and a
+            `TokenSet` that reads a block.
     """
 
     batch: int
@@ -88,6 +122,7 @@ class CallInfo:
     outputs: Sequence[Tensor]
     generator: torch.Generator
     conditional_first: bool = False
+    attention: Attention | None = None
 
 
 class TokenRule(Protocol):
@@ -97,8 +132,8 @@ class TokenRule(Protocol):
     def where(self) -> Where: ...
 
     @property
-    def patch(self) -> int:
-        """Side of the patches the grids are cut into."""
+    def patch(self) -> int | None:
+        """Side of the patches the grids are cut into, of each of which a token stays; None: one for all."""
 
     @property
     def seed(self) -> int:
@@ -136,6 +171,11 @@ class TokenSet(Protocol):
     def full_calls(self) -> int:
         """Calls that compute all tokens at the beginning of a generation, wherever it begins."""
 
+    @property
+    def reads_block(self) -> int | None:
+        """Index of the block whose self-attention `select` is given: it and those before it compute all
+        tokens in every call. None if it is given none."""
+
     def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
         """The ``(B, count)`` tokens to compute, ascending, and what to remember until the next such call.
 
@@ -147,6 +187,51 @@ class TokenSet(Protocol):
         """
 
 
+class TokenRefresh(Protocol):
+    """Selects the tokens that a layer computes in a call in which layers hand on their last output.
+
+    Such calls are those of depth `LAYERS`; their ratio is the share of tokens that is not computed again.
+    In each layer of `kinds` the chosen tokens' rows are computed from the layer's present input and put
+    into its last output, which is handed on. The text's tokens are all computed where the image's are.
+    """
+
+    @property
+    def kinds(self) -> frozenset[LayerKind]:
+        """The layers in which tokens are computed; all others hand on their last output."""
+
+    @property
+    def observes(self) -> frozenset[LayerKind]:
+        """The attentions that `observe` is told of in full calls."""
+
+    @property
+    def per_block(self) -> bool:
+        """Whether the layers of a block compute the same tokens: `select` is asked once a block."""
+
+    @property
+    def aligns(self) -> bool:
+        """Whether `CallInfo.guided` is used."""
+
+    def count(self, layer: Layer, tokens: int, ratio: float) -> int:
+        """How many of so many tokens a layer computes in a call of that ratio."""
+
+    def begin(self) -> Any:
+        """What is remembered from one full call to the next, before the full call."""
+
+    def observe(self, memory: Any, layer: Layer, attention: Attention) -> None:
+        """Look at an attention of a full call; where a block has several of a kind, at its first one."""
+
+    def select(self, memory: Any, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
+        """The ``(B, count)`` tokens that a layer computes, ascending.
+
+        Args:
+            memory: of the last full call; it may be changed.
+            layer: the layer, or the first of its block that computes tokens.
+            grid: the grid of the image's tokens.
+            count: how many.
+            call: what is known before the call.
+        """
+
+
 @dataclass(frozen=True)
 class Parts:
     """A system, taken apart.
@@ -154,12 +239,17 @@ class Parts:
     Args:
         plan: what each call does, for any number of calls.
         tokens: how the tokens of a layer are selected where the plan's ratio is above 0.
-        token_set: how the tokens of a whole call are selected there. With neither, nothing is left out.
+        token_set: how the tokens of a whole call are selected there.
+        refresh: how the tokens are selected that layers compute where they hand on their last output. With
+            none of the three, nothing is left out.
+        instead: what to say to somebody whose model the parts don't fit.
     """
 
     plan: Plan
     tokens: TokenRule | None = None
     token_set: TokenSet | None = None
+    refresh: TokenRefresh | None = None
+    instead: str = ""
 
 
 class MethodConfig(BaseModel):
@@ -217,7 +307,7 @@ def check_ratio(ratio: float, patch: int) -> None:
         )
 
 
-def align(score: Tensor, alignment: Alignment, guided: bool) -> Tensor:
+def align(score: Tensor, alignment: Alignment, guided: bool, *, conditional_first: bool = False) -> Tensor:
     """CFG alignment of DaTo (step 3): both halves of a guided batch get the same scores.
 
     Equal scores give equal base tokens, so this is the same as copying the positions of one half over
@@ -227,10 +317,13 @@ def align(score: Tensor, alignment: Alignment, guided: bool) -> Tensor:
         score: ``(B, N)``; of a guided batch the unconditional half comes first, as in diffusers.
         alignment: whose scores count.
         guided: whether the batch has two halves; if not, nothing is aligned.
+        conditional_first: the conditional half comes first instead.
     """
     if not guided or alignment is Alignment.OFF:
         return score
     unconditional, conditional = score.chunk(2)
+    if conditional_first:
+        unconditional, conditional = conditional, unconditional
     both = {
         Alignment.CONDITIONAL: conditional,
         Alignment.UNCONDITIONAL: unconditional,

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import ceil
+from typing import Any
 
 from torch import Tensor, nn
 
+from regrow.layers import Layer
 from regrow.schedule import LAYERS
-from regrow.tokens.grid import Grid
+from regrow.tokens.grid import Grid, grid_of_positions
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class TokenBlock:
 
     Args:
         name: path of the block in the denoiser.
+        stage: path of what holds the blocks that follow each other with the same tokens.
         block: the block; its first input is ``(B, N, C)``.
         downsample: how many latent positions a token spans along one side.
         self_attention: takes and returns ``(B, N, C)``; None if the block has none.
@@ -27,15 +30,17 @@ class TokenBlock:
     """
 
     name: str
+    stage: str
     block: nn.Module
     downsample: int
     self_attention: nn.Module | None
     cross_attention: nn.Module | None
     feed_forward: nn.Module
 
-    def grid(self, height: int, width: int, patch: int) -> Grid:
-        """The block's grid of tokens for a latent of ``height x width``."""
-        return Grid(ceil(height / self.downsample), ceil(width / self.downsample), patch)
+    def grid(self, height: int, width: int, patch: int | None) -> Grid:
+        """The block's grid of tokens for a latent of ``height x width``; without a patch, it is all one."""
+        rows, columns = ceil(height / self.downsample), ceil(width / self.downsample)
+        return Grid(rows, columns, max(rows, columns) if patch is None else patch)
 
 
 class Returns(Enum):
@@ -88,6 +93,55 @@ class Cut:
         return name if self.entry is None else f"{self.entry} to {name}"
 
 
+class Rows(Enum):
+    """Which tokens the rows of a module's output are."""
+
+    IMAGE = "image"
+    TEXT = "text"
+    JOINT = "joint"  # all of the text, then the image's
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module whose output has a row a token.
+
+    Args:
+        module: the module; it returns ``(B, n, C)`` or ``(B, n, heads, C)``.
+        rows: which tokens.
+    """
+
+    module: nn.Module
+    rows: Rows = Rows.IMAGE
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Attentions that turn queries and keys by the positions of their tokens.
+
+    They turn both by one table, so both must be of the same tokens. Where a call computes some tokens only,
+    the table is kept from them, and queries and keys are turned where they are made.
+
+    Args:
+        positions: gives cosines and sines ``(T + N, D)`` of T text tokens, then N image tokens.
+        attentions: by name, the attentions; they take the table as ``image_rotary_emb``, or None.
+        turned: by name, what gives queries and keys ``(B, n, heads, D)`` as the attention turns them.
+        processor: the attention processor that does nothing between these but turn.
+    """
+
+    positions: nn.Module
+    attentions: dict[str, nn.Module]
+    turned: dict[str, Place]
+    processor: type
+
+    def others(self) -> list[str]:
+        """The attentions with another processor, which may read what is not turned (IP-Adapter)."""
+        return [
+            name
+            for name, attention in self.attentions.items()
+            if type(getattr(attention, "processor", None)) is not self.processor
+        ]
+
+
 @dataclass(frozen=True)
 class Stream:
     """Where the image's tokens begin and end, and what is remembered of those that a call leaves out.
@@ -96,23 +150,46 @@ class Stream:
         embed: makes the tokens ``(B, N, C)`` from the latent.
         memory: by name, the modules that give the keys and values of the image's tokens.
         output: makes the output of the tokens ``(B, N, D)``.
-        patch: latent positions a token spans along one side.
+        patch: latent positions a token spans along one side; 1 where the pipeline packs the latent.
         noise: of the output's channels, how many are predicted noise; they come first.
+        rotary: of attentions that turn queries and keys by position.
     """
 
     embed: nn.Module
-    memory: dict[str, nn.Module]
+    memory: dict[str, Place]
     output: nn.Module
     patch: int
     noise: int
+    rotary: Rotary | None = None
 
-    def grid(self, height: int, width: int) -> Grid:
-        """The grid of tokens of a latent."""
-        return Grid(height // self.patch, width // self.patch)
+    def grid(self, sample: Tensor, inputs: Mapping[str, Any]) -> Grid | None:
+        """The grid of tokens of a latent ``(B, C, H, W)``, or one packed to tokens ``(B, N, C)``, whose
+        positions are an input of their own; None if they are not those of one picture."""
+        if sample.ndim == 3:
+            return grid_of_positions(inputs.get("img_ids"), sample.shape[1])
+        return Grid(sample.shape[-2] // self.patch, sample.shape[-1] // self.patch)
 
     def noise_of(self, tokens: Tensor) -> Tensor:
         """The predicted noise in an output ``(B, N, D)``, which has the channels of a position together."""
         return tokens.unflatten(2, (self.patch**2, -1))[..., : self.noise].flatten(2)
+
+
+@dataclass(frozen=True)
+class TokenLayer:
+    """A layer in which some of the image's tokens can be computed by themselves.
+
+    Args:
+        layer: what it is and where.
+        module: takes the image's tokens ``(B, N, C)`` first, and returns them, alone or before the text's.
+        memory: by name, the modules that give the keys and values of the image's tokens; of a
+            self-attention only.
+        text: names of the layers that do the same for the text's tokens.
+    """
+
+    layer: Layer
+    module: nn.Module
+    memory: Mapping[str, nn.Module]
+    text: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +206,7 @@ class Layout:
         conditional_first: of a guided batch, the pipelines put the conditional half first.
         text: by name, modules whose output depends on the text alone.
         stream: of a transformer in which a call can compute some of the tokens only.
+        token_layers: the layers in which some of the tokens can be computed by themselves, as they run.
     """
 
     blocks: tuple[TokenBlock, ...]
@@ -140,6 +218,7 @@ class Layout:
     conditional_first: bool = False
     text: Mapping[str, nn.Module] = field(default_factory=dict)
     stream: Stream | None = None
+    token_layers: tuple[TokenLayer, ...] = ()
 
     @property
     def depths(self) -> int:

@@ -1,4 +1,4 @@
-"""Diffusion transformers: DiT, PixArt-alpha and -Sigma, Stable Diffusion 3 and 3.5, Flux.
+"""Diffusion transformers: DiT, PixArt-alpha and -Sigma, Stable Diffusion 3 and 3.5, Flux, Wan.
 
 A family is a row of a table. Depth counts blocks: a call of depth ``d`` runs the first ``ceil(d / 2)`` and
 the last ``floor(d / 2)`` of them, and adds what those between added in the last full call (block caching;
@@ -7,13 +7,26 @@ U-Nets have skip connections for it, a transformer has its residual stream).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
-from regrow.models.table import Cut, Layout, Returns, Skippable, Stream, own_layers
+from regrow.layers import Layer, LayerKind
+from regrow.models.table import (
+    Cut,
+    Layout,
+    Place,
+    Returns,
+    Rotary,
+    Rows,
+    Skippable,
+    Stream,
+    TokenLayer,
+    own_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,8 @@ class Family:
         conditional_first: of a guided batch, the pipeline puts the conditional half first.
         text: paths of the modules that project the text.
         cross_attentions: names of the blocks' attentions whose keys and values are of the text alone.
+        embed: path of the module that makes the image's tokens.
+        rotary: path of the module that gives the rotary embeddings, where a call computes some tokens only.
     """
 
     stacks: tuple[tuple[str, tuple[str, ...], Returns], ...]
@@ -39,6 +54,8 @@ class Family:
     text: tuple[str, ...] = ()
     cross_attentions: tuple[str, ...] = ()
     timestep_scale: float = 1.0
+    embed: str = "pos_embed"
+    rotary: str = ""
 
 
 _BASIC = ("transformer_blocks", ("attn1", "attn2", "ff"), Returns.TOKENS)
@@ -62,7 +79,19 @@ FAMILIES = {
         (_JOINT,), "proj_out", self_attentions=("attn", "attn2"), text=("context_embedder",)
     ),
     "FluxTransformer2DModel": Family(
-        (_JOINT, _SINGLE), "proj_out", timestep_scale=1000.0, text=("context_embedder",)
+        (_JOINT, _SINGLE),
+        "proj_out",
+        self_attentions=("attn",),
+        timestep_scale=1000.0,
+        text=("context_embedder",),
+        embed="x_embedder",
+        rotary="pos_embed",
+    ),
+    "WanTransformer3DModel": Family(
+        (("blocks", ("attn1", "attn2", "ffn"), Returns.TOKENS),),
+        "proj_out",
+        text=("condition_embedder.text_embedder",),
+        cross_attentions=("attn2",),
     ),
 }
 """The families by class name, so that none is imported before somebody uses it."""
@@ -96,12 +125,14 @@ def transformer_layout(transformer: Any) -> Layout:
         conditional_first=family.conditional_first,
         text=_text(transformer, family, blocks),
         stream=_stream(transformer, family, blocks, output.module) if family.self_attentions else None,
+        # What turns queries and keys speaks of whole calls.
+        token_layers=_token_layers(family, blocks) if family.self_attentions and not family.rotary else (),
     )
 
 
 def _text(transformer: Any, family: Family, blocks: dict[str, Skippable]) -> dict[str, nn.Module]:
     """The modules whose output depends on the text alone."""
-    own = {name: getattr(transformer, name) for name in family.text}
+    own = {name: attrgetter(name)(transformer) for name in family.text}
     found = {name: module for name, module in own.items() if module is not None}
     return found | _keys_and_values(blocks, family.cross_attentions)
 
@@ -116,13 +147,70 @@ def _keys_and_values(blocks: dict[str, Skippable], attentions: Sequence[str]) ->
 def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable], output: nn.Module) -> Stream:
     """The tokens' way through the blocks."""
     config = transformer.config
+    attentions = own_layers(
+        [(name, place.module) for name, place in blocks.items()], family.self_attentions
+    )
+    # Turned keys are remembered, so that only those that are new are turned.
+    kept = ("norm_k", "to_v") if family.rotary else ("to_k", "to_v")
     return Stream(
-        embed=transformer.pos_embed,
-        memory=_keys_and_values(blocks, family.self_attentions),
+        embed=getattr(transformer, family.embed),
+        memory=_places(attentions, dict.fromkeys(kept, Rows.IMAGE)),
         output=output,
         patch=config.patch_size,
         noise=config.in_channels,
+        rotary=_rotary(transformer, family, attentions) if family.rotary else None,
     )
+
+
+def _places(attentions: dict[str, Skippable], names: Mapping[str, Rows]) -> dict[str, Place]:
+    """Modules of attentions with the rows of their outputs; single blocks have the text in front."""
+    return {
+        f"{path}.{name}": Place(
+            getattr(attention.module, name), Rows.JOINT if path.startswith(_SINGLE[0]) else rows
+        )
+        for path, attention in attentions.items()
+        for name, rows in names.items()
+        if getattr(attention.module, name, None) is not None
+    }
+
+
+def _rotary(transformer: Any, family: Family, attentions: dict[str, Skippable]) -> Rotary:
+    """Flux's attentions: they turn queries and keys after their norms."""
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    image = dict.fromkeys(("norm_q", "norm_k"), Rows.IMAGE)
+    text = dict.fromkeys(("norm_added_q", "norm_added_k"), Rows.TEXT)
+    return Rotary(
+        positions=getattr(transformer, family.rotary),
+        attentions={name: place.module for name, place in attentions.items()},
+        turned=_places(attentions, image | text),
+        processor=FluxAttnProcessor,
+    )
+
+
+def _token_layers(family: Family, blocks: dict[str, Skippable]) -> tuple[TokenLayer, ...]:
+    """The layers in which some of the tokens can be computed by themselves."""
+    kinds = (
+        *((name, LayerKind.SELF_ATTENTION) for name in family.self_attentions),
+        *((name, LayerKind.CROSS_ATTENTION) for name in family.cross_attentions),
+        ("ff", LayerKind.FEED_FORWARD),
+    )
+    found = []
+    for index, (path, block) in enumerate(blocks.items()):
+        for child, kind in kinds:
+            for name, place in own_layers([(path, block.module)], (child,)).items():
+                attends = kind is LayerKind.SELF_ATTENTION
+                own = own_layers([(name, place.module)], ("to_k", "to_v")) if attends else {}
+                joined = (f"{child}_context",) if kind is LayerKind.FEED_FORWARD else ()
+                found.append(
+                    TokenLayer(
+                        Layer(name, kind, path, index, len(blocks)),
+                        place.module,
+                        {key: projection.module for key, projection in own.items()},
+                        tuple(own_layers([(path, block.module)], joined)),
+                    )
+                )
+    return tuple(found)
 
 
 def _family_name(transformer: Any) -> str:

@@ -113,6 +113,7 @@ def _token_blocks(unet: Any) -> tuple[TokenBlock, ...]:
                 found.append(
                     TokenBlock(
                         name=f"{path}.attentions.{i}.transformer_blocks.{j}",
+                        stage=f"{path}.attentions.{i}",
                         block=inner,
                         downsample=downsample,
                         # With `only_cross_attention` attn1 attends to the text as well.

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow.tokens.grid import Grid
+
 # What a slot is valid for: shape, type and device of the denoiser's input, and the shape of its text.
 Key = tuple[torch.Size, torch.dtype, torch.device, torch.Size | None]
 
@@ -24,8 +26,11 @@ class Slot:
         inputs: the denoiser's arguments on the meta device, of the call that opened the slot.
         guided: whether the batch is an unconditional and a conditional half.
         chosen: what the choice of tokens remembers.
+        observed: what the choice of tokens for layers that hand on their last output remembers of the last
+            full call.
         text: the text of the last call and its version, which writing to it changes.
         calls: how many calls the slot has seen.
+        grid: of the image's tokens, where a call can compute some of them only.
     """
 
     key: Key
@@ -35,8 +40,10 @@ class Slot:
     shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     chosen: Any = None
+    observed: Any = None
     text: tuple[Tensor, int] | None = None
     calls: int = 0
+    grid: Grid | None = None
 
     def knows(self, text: Tensor | None) -> bool:
         """Whether the text is that of the last call, the very tensor; remembers it."""

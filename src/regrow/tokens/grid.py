@@ -63,6 +63,29 @@ class Grid:
         return min(wanted, self.tokens - (self.patches if base is None else base))
 
 
+def grid_of_positions(positions: Tensor | None, tokens: int) -> Grid | None:
+    """The grid of tokens that are given with their places.
+
+    Args:
+        positions: ``(N, 3)`` or ``(1, N, 3)``; rows and columns are the last two.
+        tokens: number of tokens N.
+
+    Returns:
+        None if the tokens are no grid, row by row (several pictures in one sequence). Without data (on
+        the meta device) one row of N tokens.
+    """
+    if positions is None:
+        return None
+    if positions.is_meta:
+        return Grid(1, tokens)
+    places = positions.reshape(-1, positions.shape[-1])[:, -2:].cpu().long()
+    height, width = (places.amax(0) + 1).tolist()
+    if height * width != tokens:
+        return None
+    in_order = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    return Grid(height, width) if torch.equal(places, in_order.view(-1, 2)) else None
+
+
 def best_of_patch(score: Tensor, grid: Grid) -> Tensor:
     """The token with the highest score in each patch.
 

@@ -43,6 +43,20 @@ class Selection:
             (source + sample * kept.shape[1]).flatten(),
         )
 
+    @classmethod
+    def matched(cls, kept: Tensor, pruned: Tensor, match: Tensor) -> Selection:
+        """Build a selection from tokens and, for each pruned one, the position of its source in ``kept``.
+
+        Args:
+            kept: ``(B, N - K)`` token indices.
+            pruned: ``(B, K)``, all the others.
+            match: ``(B, K)``.
+        """
+        tokens = kept.shape[1] + pruned.shape[1]
+        place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        source = torch.empty(len(kept), tokens, dtype=torch.long, device=kept.device)
+        return cls.of(kept, source.scatter_(1, kept, place).scatter_(1, pruned, match))
+
     @property
     def tokens(self) -> int:
         """Number of tokens N before pruning."""
@@ -81,9 +95,32 @@ def flat_rows(index: Tensor, tokens: int) -> Tensor:
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
     """The rows ``index: (B, n)`` of ``x: (B, N, C)`` as ``(B, n, C)``."""
-    batch, tokens, channels = x.shape
-    rows = x.reshape(-1, channels).index_select(0, flat_rows(index, tokens))
-    return rows.view(batch, -1, channels)
+    return take_rows(x, flat_rows(index, x.shape[1]))
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows ``(B * n,)`` of ``x: (B, N, C)``, taken as a ``(B * N, C)`` matrix, as ``(B, n, C)``."""
+    batch, _, channels = x.shape
+    return x.reshape(-1, channels).index_select(0, rows).view(batch, -1, channels)
+
+
+def put_rows(x: Tensor, rows: Tensor, new: Tensor) -> None:
+    """Write ``new: (B, n, ...)`` over the rows ``(B * n,)`` of ``x: (B, N, ...)``, in place."""
+    x.view(x.shape[0] * x.shape[1], -1).index_copy_(0, rows, new.reshape(len(rows), -1))
+
+
+def behind(tokens: Tensor, text: int) -> Tensor:
+    """Of sequences of text tokens and then the image's, all of the text and these of the image.
+
+    Args:
+        tokens: ``(B, n)`` indices of image tokens.
+        text: number of text tokens T.
+
+    Returns:
+        ``(B, T + n)`` indices in the sequences.
+    """
+    words = torch.arange(text, device=tokens.device).expand(len(tokens), -1)
+    return torch.cat([words, tokens + text], 1)
 
 
 def most_similar(x: Tensor, query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,8 +201,7 @@ def prune_similar(
         from_all_kept: a pruned token takes the value of the most similar of ALL kept tokens, as the
             released code does, instead of the most similar base token.
     """
-    batch, tokens = x.shape[:2]
-    rest = complement(base, tokens)
+    rest = complement(base, x.shape[1])
     if nearby:
         similarity, match = most_similar_nearby(x, rest, base, grid)
     else:
@@ -175,7 +211,4 @@ def prune_similar(
     pruned = rest.gather(1, gone)
     kept = torch.cat([base, rest.gather(1, stay)], dim=1)
     match = most_similar(x, pruned, kept)[1] if from_all_kept else match.gather(1, gone)
-    place = torch.arange(kept.shape[1], device=x.device).expand_as(kept)
-    source = torch.empty(batch, tokens, dtype=torch.long, device=x.device)
-    source.scatter_(1, kept, place).scatter_(1, pruned, match)
-    return Selection.of(kept, source)
+    return Selection.matched(kept, pruned, match)

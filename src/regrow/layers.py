@@ -1,0 +1,36 @@
+"""The layers of transformer blocks: what methods and the models' tables both call them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class LayerKind(str, Enum):
+    """What a layer does with tokens."""
+
+    SELF_ATTENTION = "self_attention"
+    """The attention among the image's tokens, with those of the text where a block joins them."""
+    CROSS_ATTENTION = "cross_attention"
+    """The attention of the image's tokens to the text."""
+    FEED_FORWARD = "feed_forward"
+    """The token-wise network."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer and its place.
+
+    Args:
+        name: path of the layer in the denoiser.
+        kind: what it does.
+        block: path of its block.
+        index: of the block, in the order they run, from 0.
+        blocks: how many blocks there are.
+    """
+
+    name: str
+    kind: LayerKind
+    block: str
+    index: int
+    blocks: int

@@ -1,0 +1,255 @@
+"""ToCa: token-wise feature caching for diffusion transformers (arXiv 2410.05317).
+
+Every N-th call is full. In the others the attentions hand on their last output whole (as in FORA), and
+each feed-forward computes the tokens of highest score again, among the last outputs of the others. The
+score of a token is the paper's ``S = sum_j lambda_j s_j``: how much others attend to it (s1), how much of
+the text it attends to (s2), how often it was reused since it was computed (s3), and a bonus for the best of
+its neighbourhood (s4). Numbers called the released code's are those of github.com/Shenyi-Z/ToCa for DiT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn.functional import normalize
+from typing_extensions import Self
+
+from regrow.layers import Layer, LayerKind
+from regrow.methods.parts import Alignment, Attention, CallInfo, MethodConfig, Parts, align, parts_of
+from regrow.schedule import FULL, LAYERS, Schedule, Spaced, Step
+from regrow.tokens.grid import Grid, best_of_patch
+from regrow.tokens.scores import attention_entropy, attention_influence
+
+
+class ToCa(MethodConfig):
+    """ToCa's configuration.
+
+    Args:
+        interval: N, one call in so many is full (the released code: 3).
+        ratio: R, share of the tokens that is cached, not computed again, in the calls that are not full;
+            the mean over blocks and calls. The released code computes 0.07 times 2.5 of the tokens of a
+            feed-forward. 0 computes all of them, whatever the schedules say; 1 none, which is FORA.
+        self_attention: self-attentions compute so many times the share ``1 - R``. The released code has 0.
+        cross_attention: the same of attentions to the text. The released code for PixArt has 0.375 of what
+            it computes in feed-forwards; 0 is ours.
+        feed_forward: the same of feed-forwards.
+        layer_weight: the share computed goes from ``1 + w`` times its mean in the first block to ``1 - w``
+            times in the last (the released code: 0.8; 0.6 on PixArt).
+        step_weight: it goes from ``1 - w`` times its mean in the first call to ``1 + w`` times in the last
+            (the released code: 0.4).
+        influence: weight of s1 (the released code: 1; 0 on PixArt).
+        control: weight of s2, where the model attends to the text in layers of their own (the code: 1).
+        staleness: weight of s3 (the code: 0.25).
+        spread: weight of s4 (the code: 0.6; 0.4 on PixArt).
+        cell: side k of the neighbourhoods of s4, in tokens (the code: 2; 4 on PixArt).
+        queries: s1 is taken from so many evenly spaced queries of the attention map, in full calls; None
+            takes all, as the paper does. 64 is ours: little is computed beside the fused attention.
+        alignment: whose scores both halves of a guided batch take. The mean is the released code's for
+            PixArt; for DiT it has each half choose for itself (``OFF``).
+
+    Raises:
+        pydantic.ValidationError: naming the field, the value and what is allowed.
+    """
+
+    method: Literal["toca"] = "toca"
+    version: Literal[1] = 1
+    interval: int = Field(3, ge=1)
+    ratio: float = Field(0.825, ge=0, le=1)
+    self_attention: float = Field(0.0, ge=0)
+    cross_attention: float = Field(0.0, ge=0)
+    feed_forward: float = Field(1.0, ge=0)
+    layer_weight: float = Field(0.8, ge=-1, le=1)
+    step_weight: float = Field(0.4, gt=-1, lt=1)
+    influence: float = Field(1.0, ge=0)
+    control: float = Field(1.0, ge=0)
+    staleness: float = Field(0.25, ge=0)
+    spread: float = Field(0.6, ge=0)
+    cell: int = Field(2, ge=1)
+    queries: int | None = Field(64, ge=1)
+    alignment: Alignment = Alignment.MEAN
+
+    @model_validator(mode="after")
+    def _computes_somewhere(self) -> Self:
+        if not any(self.share_of(kind) for kind in LayerKind):
+            raise ValueError(
+                "feed_forward: 0 is not allowed where self_attention and cross_attention are 0 as well, "
+                "one of them must be > 0; use FORA to reuse all layers"
+            )
+        return self
+
+    def share_of(self, kind: LayerKind) -> float:
+        """What the share computed in layers of a kind is times that of the method."""
+        shares = {
+            LayerKind.SELF_ATTENTION: self.self_attention,
+            LayerKind.CROSS_ATTENTION: self.cross_attention,
+            LayerKind.FEED_FORWARD: self.feed_forward,
+        }
+        return shares[kind]
+
+
+ToCa.PRESETS = {"paper": ToCa}
+
+
+@dataclass
+class Memory:
+    """What is remembered of the last full call and since.
+
+    Args:
+        attended: by block, ``lambda_1 s1 + lambda_2 s2``: ``(B, N)``.
+        reused: by layer, how often each token was reused since it was computed: ``(B, N)``.
+    """
+
+    attended: dict[str, Tensor] = field(default_factory=dict)
+    reused: dict[str, Tensor] = field(default_factory=dict)
+
+
+def influence(attention: Attention, queries: int | None) -> Tensor:
+    """s1, influence on other tokens: the column sums of the self-attention map, of norm 1: ``(B, N)``."""
+    sums = attention_influence(attention.query, attention.key, queries, attention.bias)
+    return normalize(sums[:, : attention.tokens], dim=1)
+
+
+def control(attention: Attention) -> Tensor:
+    """s2, influence of the text: 1 + the entropy of the cross-attention weights, of norm 1: ``(B, N)``.
+
+    The 1 and the norm are the released code's.
+    """
+    return normalize(1 + attention_entropy(attention.query, attention.key, attention.bias), dim=1)
+
+
+def staleness(reused: Tensor, interval: int) -> Tensor:
+    """s3, cache frequency: how often a token was reused since it was computed, over N: ``(B, N)``."""
+    return reused / interval
+
+
+def spread(score: Tensor, grid: Grid) -> Tensor:
+    """s4, uniform spatial distribution: the score of the best token of each k x k cell, else 0: ``(B, N)``.
+
+    That the bonus is in proportion to the score is the released code's.
+
+    Args:
+        score: ``(B, N)``.
+        grid: of the tokens, with k as its patch.
+    """
+    best = best_of_patch(score, grid)
+    return torch.zeros_like(score).scatter_(1, best, score.gather(1, best))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """ToCa's choice of tokens."""
+
+    config: ToCa
+
+    @property
+    def kinds(self) -> frozenset[LayerKind]:
+        return frozenset(kind for kind in LayerKind if self.config.share_of(kind))
+
+    @property
+    def observes(self) -> frozenset[LayerKind]:
+        weights = {
+            LayerKind.SELF_ATTENTION: self.config.influence,
+            LayerKind.CROSS_ATTENTION: self.config.control,
+        }
+        return frozenset(kind for kind, weight in weights.items() if weight)
+
+    @property
+    def per_block(self) -> bool:
+        return False
+
+    @property
+    def aligns(self) -> bool:
+        return self.config.alignment is not Alignment.OFF
+
+    def count(self, layer: Layer, tokens: int, ratio: float) -> int:
+        """By the layer's kind and depth; of a ratio of 0, all."""
+        weight, kind = self.config.layer_weight, self.config.share_of(layer.kind)
+        if self.config.ratio == 0:
+            return tokens if kind else 0
+        depth = layer.index / max(layer.blocks - 1, 1)
+        share = (1 - ratio) * (1 + weight - 2 * weight * depth) * kind
+        # The small term keeps 0.3 * 10 == 2.9999... from losing a token.
+        return min(int(share * tokens + 1e-6), tokens)
+
+    def begin(self) -> Memory:
+        return Memory()
+
+    def observe(self, memory: Memory, layer: Layer, attention: Attention) -> None:
+        c = self.config
+        if layer.kind is LayerKind.SELF_ATTENTION:
+            score = c.influence * influence(attention, c.queries)
+        else:
+            score = c.control * control(attention)
+        before = memory.attended.get(layer.block)
+        memory.attended[layer.block] = score if before is None else before + score
+
+    def select(self, memory: Memory, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
+        """The tokens of highest ``S = sum_j lambda_j s_j``."""
+        c = self.config
+        attended, reused = memory.attended.get(layer.block), memory.reused.get(layer.name)
+        if reused is None:
+            device = call.generator.device if attended is None else attended.device
+            reused = torch.zeros(call.batch, grid.tokens, device=device)
+        score = c.staleness * staleness(reused, c.interval)
+        if attended is not None:
+            score = score + attended
+        score = align(score, c.alignment, call.guided, conditional_first=call.conditional_first)
+        if c.spread:
+            score = score + c.spread * spread(score, replace(grid, patch=c.cell))
+        chosen = score.topk(count, dim=1).indices
+        memory.reused[layer.name] = (reused + 1).scatter_(1, chosen, 0)
+        return chosen.sort(1).values
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Full calls, and between them calls in which the share computed grows from call to call.
+
+    Args:
+        interval: one call in so many is full.
+        ratio: share of tokens that the others do not compute, the mean.
+        weight: of the growth.
+    """
+
+    interval: int
+    ratio: float
+    weight: float
+
+    def kinds(self) -> frozenset[Step]:
+        """Full calls and the others, all with the mean ratio."""
+        full = {Step(FULL, 0.0)}
+        return frozenset(full if self.interval == 1 else full | {Step(LAYERS, self.ratio)})
+
+    def resample(self, calls: int) -> Schedule:
+        """The schedule of a generation.
+
+        Raises:
+            ValueError: if ``calls < 1``.
+        """
+        spaced = Spaced(self.interval, LAYERS).resample(calls)
+        ratio = tuple(
+            0.0 if depth == FULL else self._ratio(i, calls) for i, depth in enumerate(spaced.depth)
+        )
+        return spaced.model_copy(update={"ratio": ratio})
+
+    def _ratio(self, index: int, calls: int) -> float:
+        """Of a call; the factor is the released code's, which counts its steps down."""
+        if self.ratio == 0:
+            return 0.0
+        growth = 1 + self.weight - 2 * self.weight * (calls - 1 - index) / calls
+        return max(1 - (1 - self.ratio) * growth, 0.0)
+
+    def with_ratio(self, ratio: float) -> _Plan:
+        """The same calls with another share left out."""
+        return replace(self, ratio=ratio)
+
+
+@parts_of.register
+def _(config: ToCa) -> Parts:
+    if config.ratio == 1:
+        return Parts(Spaced(config.interval, LAYERS))
+    return Parts(_Plan(config.interval, config.ratio, config.step_weight), refresh=_Rule(config))

@@ -1,0 +1,209 @@
+"""CAT Pruning with block caching: cached calls compute some tokens, through some blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import pytest
+import torch
+import transformer_pipelines
+from pydantic import ValidationError
+from test_cat import KINDS, _All, slow
+from torch import Tensor
+from transformer_pipelines import FORMS, LAYERS, generate
+
+import regrow
+from regrow import FORA, FULL, CATPruning, Combined, DeepCache, Schedule, TokenChoice
+from regrow.measure import architecture, profile
+from regrow.measure.variants import variant
+from regrow.methods.parts import MethodConfig, Parts, parts_of
+
+
+class Everything(MethodConfig):
+    """DeepCache on the way of some tokens, with all of them."""
+
+    method: Literal["everything"] = "everything"
+    interval: int = 2
+    branch: int = 2
+
+
+@parts_of.register
+def _(config: Everything) -> Parts:
+    caching = DeepCache(interval=config.interval, branch=config.branch)
+    return Parts(parts_of(caching).plan.with_ratio(0.5), token_set=_All())
+
+
+@pytest.fixture(params=KINDS)
+def pipe(request: pytest.FixtureRequest) -> Any:
+    return transformer_pipelines.KINDS[request.param]()
+
+
+def allowed(pipe: Any, form: str) -> dict[str, Any]:
+    if form == "wide" and type(pipe).__name__ == "DiTPipeline":
+        pytest.skip("DiT knows one square size")
+    return dict(FORMS[form])
+
+
+def test_all_tokens_on_the_way_of_some_are_block_caching_bit_for_bit(pipe: Any) -> None:
+    with regrow.apply(pipe, DeepCache(interval=2, branch=3)):
+        expected = generate(pipe, count=2)
+    with regrow.apply(pipe, Everything(branch=3)) as run:
+        assert torch.equal(generate(pipe, count=2), expected)
+    calls = [(c.depth, c.ratio) for c in run.report().calls]
+    # The choice of tokens needs two outputs.
+    assert calls == [("full", 0), ("4", 0), ("full", 0.5), ("4", 0.5), ("full", 0.5)]
+
+
+def test_alpha_1_and_interval_1_are_the_plain_pipeline_bit_for_bit(pipe: Any) -> None:
+    plain = generate(pipe)
+    config = Combined(caching=DeepCache(interval=1), tokens=CATPruning(alpha=1, t0=2))
+    with pytest.warns(UserWarning, match="prunes nothing"), regrow.apply(pipe, config):
+        assert torch.equal(generate(pipe), plain)
+
+
+@contextmanager
+def slow_blocks(
+    transformer: Any, tokens: list[Tensor | None], shallow: list[bool], first: int, last: int
+) -> Iterator[None]:
+    """Computes every block; in shallow calls those between hand on, and the last adds what was kept."""
+    stack = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
+    call, entered, kept = [-1], [], []
+
+    def begin(*_: Any) -> None:
+        call[0] += 1
+
+    def after(index: int, args: Any, kwargs: Any, out: Any) -> Any:
+        joint = isinstance(out, tuple)
+        given = [kwargs["encoder_hidden_states"], kwargs["hidden_states"]] if joint else [args[0]]
+        made = list(out) if joint else [out]
+        if index == first:
+            entered[:] = given
+        if not shallow[call[0]]:
+            if index == last - 1:
+                added = [None if y is None else y - x for x, y in zip(entered, made, strict=True)]
+                chosen = tokens[call[0]]
+                if chosen is not None:
+                    fresh, added[-1] = added[-1], kept[-1].clone()
+                    for b in range(len(fresh)):
+                        added[-1][b, chosen[b]] = fresh[b, chosen[b]]
+                kept[:] = added
+            return None
+        new = given
+        if index == last - 1:
+            new = [x if d is None else x + d for x, d in zip(entered, kept, strict=True)]
+        return tuple(new) if joint else new[0]
+
+    hooks = [transformer.register_forward_pre_hook(begin)]
+    for i in range(first, last):
+        hook = stack[i].register_forward_hook(
+            lambda m, args, kwargs, out, i=i: after(i, args, kwargs, out), with_kwargs=True
+        )
+        hooks.append(hook)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize(("form", "branch"), [("guided", 0), ("batch", 3), ("wide", 3)])
+def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(pipe: Any, form: str, branch: int) -> None:
+    options = allowed(pipe, form) | {"num_inference_steps": 7}
+    chosen: list[Tensor | None] = []
+
+    def note(module: Any, args: Any, out: Any) -> None:
+        tokens = run._engine.call.tokens
+        chosen.append(None if tokens is None else tokens.clone())
+
+    tokens = CATPruning(alpha=0.4, t0=2, choice=TokenChoice.NOISE)
+    with regrow.apply(pipe, Combined(caching=DeepCache(interval=3, branch=branch), tokens=tokens)) as run:
+        hook = pipe.transformer.pos_embed.register_forward_hook(note)
+        ours = generate(pipe, **options)
+        hook.remove()
+    calls = run.report().calls
+    shallow = [False, False, True, False, True, True, False]
+    assert [c.depth for c in calls] == [str(branch + 1) if s else "full" for s in shallow]
+    assert [t is None for t in chosen] == [True, True] + [False] * 5
+    first, last = (branch + 2) // 2, LAYERS - (branch + 1) // 2
+
+    def skips(call: int, block: int) -> bool:
+        return shallow[call] and first <= block < last
+
+    with slow(pipe.transformer, chosen, skips), slow_blocks(pipe.transformer, chosen, shallow, first, last):
+        expected = generate(pipe, **options)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert calls[2].macs < calls[3].macs < calls[0].macs
+
+
+def test_generations_share_nothing_and_removal_leaves_nothing(pipe: Any) -> None:
+    plain = generate(pipe)
+    run = regrow.apply(pipe, Combined(caching=DeepCache(interval=2), tokens=CATPruning(alpha=0.4, t0=2)))
+    first = generate(pipe)
+    generate(pipe, count=2, seed=3)
+    assert torch.equal(generate(pipe), first)
+    run.remove()
+    assert torch.equal(generate(pipe), plain)
+
+
+def test_the_first_calls_are_full_wherever_a_generation_begins() -> None:
+    """Image-to-image begins late in the sampler's steps, where the plan is at cached calls."""
+    from diffusers import StableDiffusion3Img2ImgPipeline
+    from PIL import Image
+
+    pipe: Any = StableDiffusion3Img2ImgPipeline.from_pipe(transformer_pipelines.sd3())
+    pipe.set_progress_bar_config(disable=True)
+    config = Combined(caching=DeepCache(interval=2), tokens=CATPruning(alpha=0.4, t0=3))
+    with regrow.apply(pipe, config) as run:
+        pipe(
+            ["a penguin"],
+            image=Image.new("RGB", (32, 32)),
+            strength=0.5,
+            num_inference_steps=12,
+            height=32,
+            width=32,
+            max_sequence_length=16,
+            output_type="latent",
+        )
+    calls = [(c.depth, c.ratio > 0) for c in run.report().calls]
+    assert calls == [("full", False)] * 3 + [("1", True), ("full", True), ("1", True)]
+
+
+def test_depth_0_hands_on_all_tokens_between_calls_of_some() -> None:
+    pipe = transformer_pipelines.sd3()
+    outputs: list[Tensor] = []
+    hook = pipe.transformer.register_forward_hook(lambda m, i, out: outputs.append(out[0].clone()))
+    plan = Schedule(depth=(FULL, FULL, FULL, 0, FULL), ratio=(0.0,) * 5)
+    with regrow.apply(pipe, Combined(caching=plan, tokens=CATPruning(alpha=0.4, t0=2))) as run:
+        generate(pipe)
+    hook.remove()
+    assert torch.equal(outputs[2], outputs[3])
+    assert not torch.equal(outputs[3], outputs[4])
+    assert [c.ratio > 0 for c in run.report().calls] == [False, False, True, False, True]
+
+
+def test_macs_are_those_of_the_blocks_that_run() -> None:
+    """DiT's 28 blocks: a cached call of depth 14 computes half of them."""
+    arch = architecture("dit-xl-256")
+    lean = profile(arch, variant("cat:0.3", 28).config, 28)
+    both = profile(arch, variant("cat:0.3+deepcache:2:branch=13", 28).config, 28)
+    assert both.per_call[:8] == lean.per_call[:8]
+    assert both.per_call[8::2] == lean.per_call[8::2]
+    cached = both.per_call[9]
+    assert set(both.per_call[9::2]) == {cached}
+    assert 0.5 * lean.per_call[9] < cached < 0.51 * lean.per_call[9]
+    assert {(k.depth, k.ratio, k.count) for k in both.kinds} == {
+        ("full", 0.0, 8),
+        ("full", 0.7, 10),
+        ("14", 0.7, 10),
+    }
+
+
+def test_layers_that_hand_on_their_output_are_refused() -> None:
+    layers = Schedule(depth=("full", "layers"), ratio=(0.0, 0.0))
+    for caching in (FORA(interval=2), layers):
+        with pytest.raises(ValidationError, match="not allowed with cat"):
+            Combined(caching=caching, tokens=CATPruning())
+    config = Combined(caching=DeepCache(interval=2), tokens=CATPruning())
+    assert Combined.model_validate_json(config.model_dump_json()) == config

@@ -1,0 +1,543 @@
+"""ToCa: its choice of tokens, and its calls against full ones with old rows put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import pytest
+import reference
+import torch
+import transformer_pipelines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformer_pipelines import FORMS, generate
+
+import regrow
+from regrow import FORA, ToCa
+from regrow.layers import Layer, LayerKind
+from regrow.measure import architecture, profile
+from regrow.measure.variants import variant
+from regrow.methods.parts import Alignment, Attention, CallInfo, MethodConfig, Parts, parts_of
+from regrow.models import layout_of
+from regrow.schedule import FULL, LAYERS, Schedule
+from regrow.tokens.grid import Grid
+
+KINDS = ("sd3", "pixart", "dit")
+FLAT = {"layer_weight": 0.0, "step_weight": 0.0}
+EVERYWHERE = FLAT | {"self_attention": 1.0, "cross_attention": 1.0}
+MLP = Layer("blocks.1.ff", LayerKind.FEED_FORWARD, "blocks.1", 1, 4)
+ATTENTION = Layer("blocks.1.attn1", LayerKind.SELF_ATTENTION, "blocks.1", 1, 4)
+CROSS = Layer("blocks.1.attn2", LayerKind.CROSS_ATTENTION, "blocks.1", 1, 4)
+
+pytestmark = pytest.mark.filterwarnings("ignore:DiTTransformer2DModel has no", "ignore:SD3T.* has no")
+
+
+Chosen = Mapping[str, Tensor] | None
+
+
+def chosen_by(pipe: Any, config: Any, **options: Any) -> tuple[Tensor, list[Chosen], Any]:
+    """A generation, the tokens that the layers of each call computed (None: all), and its report."""
+    seen: list[Chosen] = []
+
+    def note(observation: regrow.Observation) -> None:
+        cached = observation.record.depth == LAYERS
+        seen.append(dict(observation.refreshed) if cached else None)
+
+    with regrow.apply(pipe, config) as run, run.observed(note):
+        out = generate(pipe, **options)
+    return out, seen, run.report()
+
+
+def put_back(old: Tensor, new: Tensor, tokens: Tensor) -> Tensor:
+    """The old rows, but for those of the tokens."""
+    mixed, batch = old.clone(), torch.arange(len(new))[:, None]
+    mixed[batch, tokens] = new[batch, tokens]
+    return mixed
+
+
+@contextmanager
+def slow(transformer: Any, calls: list[Chosen]) -> Iterator[None]:
+    """Computes every layer for all tokens in every call, then puts back what it should not have known."""
+    now = [-1]
+    kept: dict[str, Any] = {}
+
+    def begin(*_: Any) -> None:
+        now[0] += 1
+
+    def layer(name: str, out: Any) -> Any:
+        chosen = calls[now[0]]
+        if chosen is not None:
+            if name not in chosen:
+                return kept[name]
+            if isinstance(out, tuple):
+                out = (put_back(kept[name][0], out[0], chosen[name]), *out[1:])
+            else:
+                out = put_back(kept[name], out, chosen[name])
+        kept[name] = out
+        return out
+
+    def text(name: str, out: Any) -> Any:
+        chosen = calls[now[0]]
+        if chosen is not None and name.replace("_context", "") not in chosen:
+            return kept[name]
+        kept[name] = out
+        return out
+
+    def projection(name: str, out: Any) -> Any:
+        chosen = calls[now[0]]
+        attention = name.rpartition(".")[0]
+        if chosen is not None and attention in chosen:
+            out = put_back(kept[name], out, chosen[attention])
+        if chosen is None or attention in chosen:
+            kept[name] = out
+        return out
+
+    hooks = [transformer.register_forward_pre_hook(begin)]
+    for i, block in enumerate(transformer.transformer_blocks):
+        acts = {"attn": layer, "attn1": layer, "attn2": layer, "ff": layer, "ff_context": text}
+        joins = "attn" if hasattr(block, "attn") else "attn1"
+        acts |= {f"{joins}.to_k": projection, f"{joins}.to_v": projection}
+        for child, act in acts.items():
+            path = f"transformer_blocks.{i}.{child}"
+            if getattr(block, child.split(".")[0], None) is not None:
+                module = transformer.get_submodule(path)
+                hooks.append(module.register_forward_hook(lambda m, a, out, p=path, f=act: f(p, out)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+CASES = [
+    ("sd3", "guided", EVERYWHERE),
+    ("sd3", "wide", EVERYWHERE),
+    ("sd3", "batch", {}),
+    ("pixart", "guided", EVERYWHERE),
+    ("pixart", "unguided", EVERYWHERE),
+    ("pixart", "wide", {}),
+    ("dit", "guided", EVERYWHERE),
+    ("dit", "batch", EVERYWHERE),
+    ("dit", "unguided", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "form", "fields"), CASES, ids=[f"{k}-{f}-{len(c)}" for k, f, c in CASES])
+def test_a_call_is_a_full_one_with_old_rows_put_back(kind: str, form: str, fields: Any) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
+    ours, chosen, report = chosen_by(pipe, ToCa(ratio=0.6, **fields), **FORMS[form])
+    assert [c is None for c in chosen] == [True, False, False, True, False]
+    assert chosen[1]
+    with slow(pipe.transformer, chosen):
+        expected = generate(pipe, **FORMS[form])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    macs = [c.macs for c in report.calls]
+    assert macs[1] < 0.85 * macs[3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("sd3", "guided"), ("sd3", "wide"), ("pixart", "guided"), ("pixart", "batch"), ("dit", "guided")],
+)
+def test_all_tokens_everywhere_are_bit_for_bit_the_plain_pipeline(kind: str, form: str) -> None:
+    """Calls take the way of those that compute some: every row is gathered, computed and put back."""
+    pipe = transformer_pipelines.KINDS[kind]()
+    plain = generate(pipe, **FORMS[form])
+    ours, chosen, _ = chosen_by(pipe, ToCa(ratio=0, **EVERYWHERE), **FORMS[form])
+    assert torch.equal(ours, plain)
+    assert chosen[1] is not None
+    assert set(chosen[1]) == {t.layer.name for t in layout_of(pipe.transformer).token_layers}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens_are_bit_for_bit_fora(kind: str) -> None:
+    """Of 0.5% of 64 tokens none is left; the calls are those that compute some all the same."""
+    pipe = transformer_pipelines.KINDS[kind]()
+    with regrow.apply(pipe, FORA(interval=3)) as run:
+        expected = generate(pipe, guidance_scale=4.0)
+    fora = run.report()
+    with regrow.apply(pipe, ToCa(ratio=0.995)) as run:
+        assert torch.equal(generate(pipe, guidance_scale=4.0), expected)
+    assert [c.macs for c in run.report().calls] == [c.macs for c in fora.calls]
+    assert parts_of(ToCa(ratio=1)) == parts_of(FORA(interval=3))
+
+
+@pytest.mark.filterwarnings("ignore:the method prunes nothing")
+def test_interval_1_is_the_plain_pipeline_bit_for_bit() -> None:
+    pipe = transformer_pipelines.pixart()
+    plain = generate(pipe)
+    with regrow.apply(pipe, ToCa(interval=1)) as run:
+        assert torch.equal(generate(pipe), plain)
+    assert run.report().selection_macs == 0
+
+
+class PerBlock(MethodConfig):
+    """A method that computes the same tokens in all layers of a block."""
+
+    method: Literal["per_block"] = "per_block"
+
+
+class _PerBlock:
+    """Two of every three blocks compute every third token, another third in each block."""
+
+    kinds = frozenset(LayerKind)
+    observes: frozenset[LayerKind] = frozenset()
+    per_block, aligns = True, False
+
+    def count(self, layer: Layer, tokens: int, ratio: float) -> int:
+        return int(tokens * (1 - ratio)) if layer.index % 3 else 0
+
+    def begin(self) -> list[str]:
+        return []
+
+    def select(self, memory: list[str], layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
+        memory.append(layer.block)
+        start = layer.index % 3
+        return torch.arange(start, grid.tokens, 3)[:count].repeat(call.batch, 1)
+
+
+@parts_of.register
+def _(config: PerBlock) -> Parts:
+    plan = Schedule(depth=(FULL, LAYERS, LAYERS), ratio=(0.0, 0.7, 0.8))
+    return Parts(plan, refresh=_PerBlock())
+
+
+@pytest.mark.parametrize("kind", ["sd3", "dit"])
+def test_a_rule_may_choose_for_whole_blocks(kind: str) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
+    options = {"guidance_scale": 4.0}
+    ours, chosen, _ = chosen_by(pipe, PerBlock(), **options)
+    names = [t.layer for t in layout_of(pipe.transformer).token_layers]
+    assert {k for c in chosen if c for k in c} == {n.block for n in names if n.index % 3}
+    by_layer = [None if c is None else {n.name: c[n.block] for n in names if n.block in c} for c in chosen]
+    with slow(pipe.transformer, by_layer):
+        expected = generate(pipe, **options)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def map_of(attention: Attention) -> Tensor:
+    """The attention map ``(B, n, m)``."""
+    return reference.attention_map(attention.query, attention.key, attention.bias)
+
+
+class SlowChoice:
+    """ToCa's scores by their definitions, a token after the other."""
+
+    def __init__(self, config: ToCa, grid: Grid) -> None:
+        self.config, self.grid = config, grid
+        self.s1: Tensor | None = None
+        self.s2: Tensor | None = None
+        self.reused: dict[str, Tensor] = {}
+
+    def choose(self, layer: str, count: int, batch: int, halves: bool) -> list[set[int]]:
+        c, n = self.config, self.grid.tokens
+        reused = self.reused.setdefault(layer, torch.zeros(batch, n))
+        score = torch.zeros(batch, n)
+        for part in (self.s1, self.s2):
+            if part is not None:
+                score += part / part.pow(2).sum(1, keepdim=True).sqrt()
+        score += c.staleness * reused / c.interval
+        if halves:
+            score = ((score[: batch // 2] + score[batch // 2 :]) / 2).repeat(2, 1)
+        bonus = torch.zeros_like(score)
+        for b in range(batch):
+            cells: dict[tuple[int, int], list[int]] = {}
+            for t in range(n):
+                row, column = divmod(t, self.grid.width)
+                cells.setdefault((row // c.cell, column // c.cell), []).append(t)
+            for members in cells.values():
+                best = max(members, key=lambda t: float(score[b, t]))
+                bonus[b, best] = score[b, best]
+        score = score + c.spread * bonus
+        chosen = [set(sorted(range(n), key=lambda t: -float(score[b, t]))[:count]) for b in range(batch)]
+        reused += 1
+        for b in range(batch):
+            reused[b, list(chosen[b])] = 0
+        return chosen
+
+
+def random_attention(batch: int, n: int, m: int, seed: int) -> Attention:
+    g = torch.Generator().manual_seed(seed)
+    shape = (batch, 2, n, 4), (batch, 2, m, 4)
+    query, key = (2 * torch.randn(s, generator=g) for s in shape)
+    return Attention(query, key, n, None)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    share=st.floats(0.01, 1),
+    cell=st.integers(1, 3),
+    guided=st.booleans(),
+    cross=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_tokens_are_those_of_the_highest_scores(
+    height: int, width: int, share: float, cell: int, guided: bool, cross: bool, seed: int
+) -> None:
+    grid, batch = Grid(height, width), 2
+    config = ToCa(cell=cell, queries=None, influence=1, staleness=0.4)
+    rule: Any = parts_of(config).refresh
+    memory, expected = rule.begin(), SlowChoice(config, grid)
+    own = random_attention(batch, grid.tokens, grid.tokens, seed)
+    rule.observe(memory, ATTENTION, own)
+    expected.s1 = map_of(own).sum(1)
+    if cross:
+        text = random_attention(batch, grid.tokens, 5, seed + 1)
+        rule.observe(memory, CROSS, text)
+        weights = map_of(text)
+        expected.s2 = 1 - (weights * weights.log()).sum(-1)
+    call = CallInfo(batch, guided, (), torch.Generator())
+    count = max(int(share * grid.tokens), 1)
+    for _ in range(4):
+        tokens = rule.select(memory, MLP, grid, count, call)
+        assert tokens.shape == (batch, count)
+        assert (tokens[:, 1:] > tokens[:, :-1]).all()
+        assert [set(t.tolist()) for t in tokens] == expected.choose("ff", count, batch, guided)
+
+
+def test_tokens_of_a_generation_are_those_of_the_highest_scores() -> None:
+    """Queries, keys and masks as they are in a real model, with text of two lengths."""
+    pipe = transformer_pipelines.pixart()
+    config = ToCa(ratio=0.7, queries=None, **FLAT)
+    block = pipe.transformer.transformer_blocks[4]
+    grabbed: dict[str, Tensor] = {}
+    full: list[SlowChoice] = []
+
+    def end_of_attention(module: Any, args: Any, kwargs: Any, out: Any) -> None:
+        q, k = (grabbed.pop(n).unflatten(-1, (4, 8)).transpose(1, 2) for n in ("to_q", "to_k"))
+        bias = kwargs["attention_mask"]
+        weights = map_of(Attention(q, k, 64, None if bias is None else bias[:, None]))
+        if module is block.attn1:
+            full.append(SlowChoice(config, Grid(8, 8)))
+            full[-1].s1 = weights.sum(1)
+        else:
+            full[-1].s2 = 1 - (weights * (weights + 1e-30).log()).sum(-1)
+
+    hooks = []
+    seen: list[Chosen] = []
+    for attention in (block.attn1, block.attn2):
+        for name in ("to_q", "to_k"):
+            # A module whose text is known is not run again: what its caller gets is looked at.
+            projection = getattr(attention, name)
+            hooks.append(
+                projection.register_forward_hook(lambda m, a, out, n=name: grabbed.__setitem__(n, out))
+            )
+
+    def note(observation: regrow.Observation) -> None:
+        seen.append(observation.refreshed if observation.record.depth == LAYERS else None)
+        grabbed.clear()
+
+    with regrow.apply(pipe, config) as run, run.observed(note):
+        for attention in (block.attn1, block.attn2):
+            hooks.append(
+                attention.register_forward_hook(_only_full(run, end_of_attention), with_kwargs=True)
+            )
+        generate(pipe, guidance_scale=4.0)
+    for hook in hooks:
+        hook.remove()
+    assert len(full) == 2
+    for expected, calls in zip(full, (seen[1:3], seen[4:]), strict=True):
+        for call in calls:
+            tokens = call["transformer_blocks.4.ff"]
+            assert tokens.shape == (2, 19)
+            assert [set(t.tolist()) for t in tokens] == expected.choose("ff", 19, 2, True)
+
+
+def _only_full(run: Any, hook: Any) -> Any:
+    """A hook that sees nothing of calls that hand on what attentions last returned."""
+    return lambda *a: hook(*a) if run._engine.call.cut is None else None
+
+
+@pytest.mark.parametrize("staleness", [0.25, 0.0])
+def test_nobody_waits_for_ever_unless_told_so(staleness: float) -> None:
+    config, grid = ToCa(interval=99, staleness=staleness), Grid(6, 6)
+    rule: Any = parts_of(config).refresh
+    memory = rule.begin()
+    rule.observe(memory, ATTENTION, random_attention(1, 36, 36, 0))
+    call = CallInfo(1, False, (), torch.Generator())
+    last = torch.full((36,), -1)
+    for turn in range(400):
+        last[rule.select(memory, MLP, grid, 4, call)[0]] = turn
+    assert (last > 250).all() == (staleness > 0)
+
+
+@pytest.mark.parametrize("alignment", Alignment)
+def test_alignment_gives_both_halves_the_same_tokens(alignment: Alignment) -> None:
+    grid, own = Grid(8, 8), random_attention(4, 64, 64, 1)
+
+    def tokens(first: bool, attention: Attention = own, guided: bool = True) -> Tensor:
+        rule: Any = parts_of(ToCa(alignment=alignment, queries=None)).refresh
+        memory = rule.begin()
+        rule.observe(memory, ATTENTION, attention)
+        info = CallInfo(len(attention.query), guided, (), torch.Generator(), conditional_first=first)
+        return rule.select(memory, MLP, grid, 20, info)
+
+    chosen = tokens(False)
+    assert torch.equal(chosen[:2], chosen[2:]) == (alignment is not Alignment.OFF)
+    sides = {Alignment.UNCONDITIONAL: slice(0, 2), Alignment.CONDITIONAL: slice(2, 4)}
+    if alignment in sides:
+        for first in (False, True):
+            side = sides[alignment] if not first else slice(*((2, 4), (0, 2))[sides[alignment].start // 2])
+            half = Attention(own.query[side], own.key[side], 64, None)
+            assert torch.equal(tokens(first)[:2], tokens(first, half, guided=False))
+
+
+def test_shares_are_by_block_call_and_kind() -> None:
+    config = ToCa(interval=2, ratio=0.8, cross_attention=0.5, layer_weight=0.8, step_weight=0.4)
+    steps = list(parts_of(config).plan.resample(50).steps())
+    cached = [1 - s.ratio for s in steps if s.depth == LAYERS]
+    assert len(cached) == 25
+    assert sum(cached) / 25 == pytest.approx(0.2, rel=0.02)
+    assert cached == sorted(cached)
+    assert cached[0] == pytest.approx(0.2 * (0.6 + 0.8 * 2 / 50))
+    assert cached[-1] == pytest.approx(0.2 * 1.4)
+    assert all(s.ratio == 0 for s in steps if s.full)
+    rule: Any = parts_of(config).refresh
+    counts = [
+        rule.count(Layer("", LayerKind.FEED_FORWARD, "", i, 28), 1024, cached_ratio)
+        for cached_ratio in [0.8]
+        for i in range(28)
+    ]
+    assert counts[0] == int(1024 * 0.2 * 1.8)
+    assert counts[-1] == int(1024 * 0.2 * 0.2)
+    assert sum(counts) / (28 * 1024) == pytest.approx(0.2, rel=0.01)
+    assert rule.count(Layer("", LayerKind.CROSS_ATTENTION, "", 0, 28), 1024, 0.8) == int(1024 * 0.18)
+    assert rule.count(Layer("", LayerKind.SELF_ATTENTION, "", 0, 28), 1024, 0.8) == 0
+    assert rule.count(Layer("", LayerKind.FEED_FORWARD, "", 0, 1), 10, 0.0) == 10
+
+
+def test_macs_are_those_of_fora_and_of_the_tokens_computed() -> None:
+    """DiT-XL/2 at 256 x 256: 256 tokens, 1,152 wide, MLPs four times as wide."""
+    arch, config = architecture("dit-xl-256"), ToCa()
+    ours, fora = profile(arch, config, 6), profile(arch, FORA(interval=3), 6)
+    rule: Any = parts_of(config).refresh
+    steps = list(parts_of(config).plan.resample(6).steps())
+    for step, mine, cached in zip(steps, ours.per_call, fora.per_call, strict=True):
+        layers = [Layer("", LayerKind.FEED_FORWARD, "", i, 28) for i in range(28)]
+        tokens = 0 if step.full else sum(rule.count(layer, 256, step.ratio) for layer in layers)
+        assert mine == cached + tokens * 8 * 1152**2
+    assert 0 < ours.selection_macs < 0.01 * ours.macs
+    exact = profile(arch, ToCa(queries=None), 1)
+    # Products of queries and keys, the map itself, of one call.
+    assert exact.selection_macs == 28 * 256 * 256 * 1152
+    assert exact.macs == ours.per_call[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_report_counts_what_the_calls_compute(kind: str) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
+    given: list[Any] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, *a: given.append(a), with_kwargs=True)
+    generate(pipe)
+    hook.remove()
+    args, kwargs = given[0]
+    model = pipe.transformer.to("meta")
+    args = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
+    kwargs = {k: v.to("meta") if isinstance(v, Tensor) and v.ndim else v for k, v in kwargs.items()}
+    counted = []
+    config = ToCa(interval=2, ratio=0.6, **EVERYWHERE)
+    with regrow.apply(model, config) as run, run.generation(3) as clock, torch.no_grad():
+        for _ in range(3):
+            with FlopCounterMode(display=False) as counter:
+                model(*args, **kwargs)
+            counted.append(counter.get_total_flops() // 2)
+            clock.step()
+        report = run.report()
+    assert [c.macs + c.selection_macs for c in report.calls] == counted
+    assert report.calls[1].macs < 0.9 * report.calls[2].macs
+    assert [c.selection_macs > 0 for c in report.calls] == [True, False, True]
+
+
+def test_a_method_and_its_fields_by_their_short_name() -> None:
+    assert variant("toca:3", 50).config == ToCa(interval=3)
+    assert variant("toca:4:ratio=0.9:alignment=off", 50).config == ToCa(
+        interval=4, ratio=0.9, alignment=Alignment.OFF
+    )
+
+
+def test_chunked_feed_forwards_are_said_to_be_reused() -> None:
+    pipe = transformer_pipelines.sd3()
+    pipe.transformer.enable_forward_chunking(1, 1)
+    with regrow.apply(pipe, FORA(interval=3)):
+        expected = generate(pipe)
+    with regrow.apply(pipe, ToCa()), pytest.warns(UserWarning, match="disable_forward_chunking"):
+        assert torch.equal(generate(pipe), expected)
+
+
+class Adapted(torch.nn.Module):
+    """As peft does it: the old layer, with its hook, inside a new one that adds to it."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.1 * self.base(2 * x)
+
+
+@pytest.mark.filterwarnings("ignore:.*is lost with the removal")
+def test_projections_replaced_after_apply_are_said() -> None:
+    pipe = transformer_pipelines.sd3()
+    attention = pipe.transformer.transformer_blocks[1].attn
+    with regrow.apply(pipe, ToCa(ratio=0.6, **EVERYWHERE)):
+        attention.to_k = Adapted(attention.to_k)
+        with pytest.warns(UserWarning, match="projections were replaced or fused"):
+            assert generate(pipe).isfinite().all()
+
+
+def test_fused_projections_are_refused() -> None:
+    pipe = transformer_pipelines.sd3()
+    pipe.transformer.transformer_blocks[0].attn.fuse_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        regrow.apply(pipe, ToCa())
+    regrow.apply(pipe, ToCa(influence=0, control=0)).remove()
+
+
+def test_models_without_such_layers_are_refused() -> None:
+    import pipelines
+
+    with pytest.raises(regrow.UnsupportedModelError, match="UNet2DConditionModel has no layer"):
+        regrow.apply(pipelines.sd(), ToCa())
+    with pytest.raises(regrow.UnsupportedModelError, match="asked for: cross_attention"):
+        regrow.apply(transformer_pipelines.dit(), ToCa(feed_forward=0, cross_attention=1))
+
+
+@pytest.mark.filterwarnings("default")
+def test_layers_that_a_model_lacks_are_said() -> None:
+    with pytest.warns(UserWarning, match="DiTTransformer2DModel has no cross_attention"):
+        regrow.apply(transformer_pipelines.dit(), ToCa(cross_attention=1)).remove()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"interval": 0}, "interval"),
+        ({"ratio": -0.1}, "ratio"),
+        ({"ratio": 1.1}, "ratio"),
+        ({"self_attention": -1}, "self_attention"),
+        ({"feed_forward": 0}, "feed_forward: 0 is not allowed"),
+        ({"layer_weight": 1.1}, "layer_weight"),
+        ({"step_weight": 1}, "step_weight"),
+        ({"cell": 0}, "cell"),
+        ({"queries": 0}, "queries"),
+        ({"spread": float("nan")}, "spread"),
+        ({"alignment": "both"}, "alignment"),
+        ({"fresh": 0.1}, "fresh"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        ToCa(**fields)
+
+
+def test_configurations_go_to_json_and_back() -> None:
+    config = ToCa(interval=4, ratio=0.5, queries=None)
+    assert ToCa.model_validate_json(config.model_dump_json()) == config
+    assert hash(ToCa()) == hash(ToCa.preset("paper"))
