@@ -21,11 +21,11 @@ from regrow.methods import DaTo, SiTo
 
 PROMPTS = (
     "large penguin on blue",
-    "small tiger left and cactus right",
+    "small cat left and cactus right",
     "owl on orange to yellow",
-    "red apple and banana on white",
+    "strawberry and doughnut on white",
     "octopus on green",
-    "cat and hamburger on pink",
+    "penguin and pizza on pink",
 )
 
 
