@@ -47,7 +47,7 @@ def method_config(
     """
     options = {"--preset": preset, "--schedule": schedule, "--ratio": ratio, "--interval": interval}
     given = [option for option, value in options.items() if value is not None]
-    if ":" in name:
+    if ":" in name or name.endswith(".json"):
         return _with_settings(name, given, steps)
     kind = configured(name)
     taken = _OPTIONS[kind]

@@ -88,3 +88,8 @@ def check_objectives(objectives: Sequence[Objective]) -> None:
 def minimised(kind: Objective, value: float) -> float:
     """A value so that less is better."""
     return -value if kind.higher_is_better else value
+
+
+def label(kind: Objective) -> str:
+    """The name that `objective` reads."""
+    return f"{'quality' if isinstance(kind, Quality) else 'cost'}:{kind.value}"

@@ -70,12 +70,16 @@ class Nsga2:
             from pymoo.operators.repair.rounding import RoundingRepair
         except ImportError as error:
             raise ImportError("the search needs pymoo: pip install 'regrow[search]'") from error
-        self._problem: Any = Problem(
-            n_var=len(sizes), n_obj=objectives, xl=0, xu=np.array(sizes) - 1, vtype=int
-        )
+        # Operators divide by a variable's range.
+        self._open = [i for i, size in enumerate(sizes) if size > 1]
+        most = np.array([sizes[i] - 1 for i in self._open])
+        self._sizes, self._population = sizes, operators.population
+        self._rng = np.random.default_rng(seed)
+        self._seen: set[Genes] = set()
+        self._problem: Any = Problem(n_var=len(most), n_obj=objectives, xl=0, xu=most, vtype=int)
         self._algorithm: Any = NSGA2(
             pop_size=operators.population,
-            sampling=np.array(first, dtype=int),
+            sampling=np.array(first, dtype=int)[:, self._open],
             crossover=SBX(
                 prob=operators.crossover, eta=operators.crossover_eta, vtype=float, repair=RoundingRepair()
             ),
@@ -86,16 +90,25 @@ class Nsga2:
         )
         self._algorithm.setup(self._problem, termination=NoTermination(), seed=seed, verbose=False)
         self._asked: Any = None
+        self._used_up = False
 
     def ask(self) -> list[Genes]:
-        """The next generation."""
-        self._asked = self._algorithm.ask()
-        if self._asked is None:
-            return []
-        return [tuple(int(gene) for gene in row) for row in self._asked.get("X")]
+        """The next generation; by chance once the operators find nothing new, in a small space."""
+        if not self._used_up:
+            self._asked = self._algorithm.ask()
+            self._used_up = self._asked is None or not len(self._asked)
+        if self._used_up:
+            return drawn(self._sizes, self._population, self._rng, self._seen)
+        whole = np.zeros((len(self._asked), len(self._sizes)), dtype=int)
+        whole[:, self._open] = self._asked.get("X")
+        asked = [tuple(row) for row in whole.tolist()]
+        self._seen.update(asked)
+        return asked
 
     def tell(self, values: Sequence[Sequence[float]]) -> None:
         """The objectives of what was asked last."""
+        if self._used_up:
+            return
         from pymoo.core.evaluator import Evaluator
         from pymoo.problems.static import StaticProblem
 

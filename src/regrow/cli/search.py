@@ -1,0 +1,336 @@
+"""``regrow search`` and ``regrow calibrate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from regrow import zoo
+from regrow.apply import apply
+from regrow.cli.engine import Engine, Where
+from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.cli.options import explain
+from regrow.measure.machine import machine
+from regrow.measure.macs import PlanCounter
+from regrow.measure.sampling import make
+from regrow.measure.variants import variant
+from regrow.search.evaluation import Candidate, Evaluator, Facts
+from regrow.search.log import Log
+from regrow.search.objectives import Cost, Objective, Quality, label
+from regrow.search.page import page
+from regrow.search.plots import check_matplotlib, draw
+from regrow.search.result import Found, calls_of, figures, found, to_dict, write_front, write_json
+from regrow.search.search import Budget, Known, Search
+from regrow.search.search import Progress as Step
+from regrow.search.settings import SearchSettings
+
+SHOWN_PLANS, SHOWN_PROMPTS = 6, 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to search; fields are the options of the command.
+
+    Args:
+        settings: what decides the result.
+        budget: when it ends.
+        where: what evaluates.
+        device: it computes on; None for the best there is.
+        out: folder of the search; gone on with.
+        beside: short names of methods to stand beside the front.
+        weight: w_ps of the paper's choice of one plan; None for none.
+        plots: draw pictures and a page as well.
+    """
+
+    settings: SearchSettings
+    budget: Budget
+    where: Where
+    device: str | None
+    out: Path
+    beside: tuple[str, ...]
+    weight: float | None
+    plots: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search came to.
+
+    Args:
+        plans: of the front, dearest first.
+        result: everything as plain data.
+        stopped: it was stopped from the keyboard.
+    """
+
+    plans: list[Found]
+    result: dict[str, Any]
+    stopped: bool
+
+
+def parse_budget(text: str) -> Budget:
+    """``30`` generations, or ``30m`` minutes.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    number, minutes = text.removesuffix("m"), text.endswith("m")
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(
+            f"budget: {text!r} is not allowed, it must be a number of generations such as 30, or minutes "
+            "such as 30m"
+        )
+    return Budget(seconds=60.0 * int(number)) if minutes else Budget(generations=int(number))
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """``50``, or ``12..50``.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    parts = text.split("..")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"steps: {text!r} is not allowed, it must be a number such as 50, or 12..50")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_choices(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """``depth=0,1,full`` as the choices of a variable.
+
+    Raises:
+        ValueError: if one is not of that form.
+    """
+    named = {"full": 1_000_000, "none": None}
+    out = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if not equals or not values:
+            raise ValueError(f"choices: {text!r} is not allowed, it must be of the form ratio=0,0.5")
+        out[name] = tuple(named[v] if v in named else _number(v) for v in values.split(","))
+    return out
+
+
+def _number(text: str) -> float | int:
+    try:
+        return int(text) if text.lstrip("-").isdecimal() else float(text)
+    except ValueError as error:
+        raise ValueError(f"choices: {text!r} is not allowed, it must be a number, full or none") from error
+
+
+def settings_of(**fields: Any) -> SearchSettings:
+    """Settings from the options.
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+    """
+    try:
+        return SearchSettings(**fields)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from error
+
+
+def run_search(request: Request) -> Outcome:
+    """Search, and write what was found: front, ``search.json``, plots and a page."""
+    s = request.settings
+    least, most = s.steps
+    console = Console(stderr=True)
+    device = check_device(request.device) if request.device else best_device()
+    request.where.check(device)
+    if request.plots:
+        # Missing before the search, not after it.
+        check_matplotlib()
+    beside = [variant(spec.strip(), most) for spec in request.beside]
+    s.claim(request.out)
+    opened = partial(load_pipeline, s.model, device, getattr(torch, s.dtype))
+    evaluator = partial(
+        Evaluator, opened, s.setting, most, s.objectives, request.out / "baseline", s.clip, s.rounds
+    )
+    log = Log(request.out / "evaluations.jsonl")
+    with console.status(f"loading {s.model}"):
+        here = evaluator()
+        facts = here.facts()
+    local: Callable[[], Any] = (lambda: here) if request.where.engine is Engine.LOCAL else evaluator
+    stopped = False
+    try:
+        with request.where.open(local, device) as workers, _Shown(console, s.objectives) as shown:
+            search = Search(
+                s.space(facts.calls),
+                s.objectives,
+                _macs(here, facts, most),
+                workers,
+                log,
+                s.economy,
+                s.algorithm,
+                s.operators,
+                s.search_seed,
+                shown.update,
+            )
+            compared: dict[str, Known] = {}
+            try:
+                candidates = [
+                    Candidate(v.steps, v.config and v.config.at(calls_of(v.steps, facts, most)))
+                    for v in beside
+                ]
+                compared = dict(zip((v.name for v in beside), search.compare_with(candidates), strict=True))
+                search.run(request.budget)
+            except KeyboardInterrupt:
+                stopped = True
+    finally:
+        log.close()
+    plans = found(search, facts, s.setting, most, request.weight)
+    if not plans:
+        raise ValueError("budget: the search was stopped before any plan was measured on all prompts")
+    files = write_front(plans, request.out / "front")
+    result = {
+        "what": "search",
+        **json.loads(s.model_dump_json(exclude={"economy", "objectives", "prompts"})),
+        "prompts": len(s.prompts),
+        "calls": facts.calls,
+        "scheduler": facts.scheduler,
+        "denoiser": facts.denoiser,
+        "machine": machine(device),
+        **to_dict(search, plans, files, compared),
+    }
+    write_json(request.out / "search.json", result)
+    if request.plots:
+        with console.status("drawing"):
+            plots = draw(result, request.out)
+        pictures = {} if stopped else _pictures(here, plans, console)
+        text = page(result, plots, pictures, s.prompts[:SHOWN_PROMPTS])
+        (request.out / "search.html").write_text(text, encoding="utf-8")
+    return Outcome(plans, result, stopped)
+
+
+def _macs(evaluator: Evaluator, facts: Facts, most: int) -> Callable[[Candidate], float]:
+    """MACs of a plan as a share of the unaccelerated run, over all branches of guidance."""
+    from regrow.models import denoiser_of
+
+    denoiser = denoiser_of(evaluator.pipeline)
+    counters = [PlanCounter(denoiser, inputs) for inputs in facts.inputs]
+    full = sum(counter.full().denoiser for counter in counters) * facts.calls
+
+    def share(candidate: Candidate) -> float:
+        calls = calls_of(candidate.steps, facts, most)
+        plans = (counter.calls(candidate.config, calls) for counter in counters)
+        return sum(macs.denoiser for plan in plans for _, macs in plan) / full
+
+    return share
+
+
+def _pictures(
+    evaluator: Evaluator, plans: Sequence[Found], console: Console
+) -> Mapping[str, Sequence[Image.Image]]:
+    """Pictures of some plans, evenly over the front, beside the unaccelerated ones."""
+    s = evaluator.setting
+    count = min(SHOWN_PLANS, len(plans))
+    places = sorted({round(i * (len(plans) - 1) / max(count - 1, 1)) for i in range(count)})
+    rows: list[tuple[str, Candidate]] = [("unaccelerated", Candidate(evaluator.steps, None))]
+    rows += [(plans[i].name, plans[i].known.candidate) for i in places]
+    out = {}
+    for name, candidate in rows:
+
+        def run(candidate: Candidate = candidate) -> list[Image.Image]:
+            return make(
+                evaluator.pipeline,
+                s.prompts[:SHOWN_PROMPTS],
+                steps=candidate.steps,
+                guidance=s.guidance,
+                seed=s.seed,
+                height=s.height,
+                width=s.width,
+            ).images
+
+        with console.status(f"pictures of {name}"):
+            if candidate.config is None:
+                out[name] = run()
+            else:
+                with apply(evaluator.pipeline, candidate.config):
+                    out[name] = run()
+    return out
+
+
+class _Shown:
+    """The progress of a search: share of the budget, and the front's ends."""
+
+    def __init__(self, console: Console, objectives: Sequence[Objective]) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[front]}"),
+        )
+        self._bar = Progress(*columns, console=console)
+        self._task = self._bar.add_task("comparing", total=1.0, front="")
+        self._objectives = objectives
+
+    def __enter__(self) -> _Shown:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: Step) -> None:
+        """Show how far a search is."""
+        words = f"generation {step.generation}, {step.done}/{step.total}, {step.evaluated} plans"
+        best = ""
+        if step.front:
+            kinds = (_first(self._objectives, Quality), _first(self._objectives, Cost))
+            ends = (step.front[0], step.front[-1])
+            best = " .. ".join(" at ".join(f"{known.value(k):.3g}" for k in kinds) for known in ends)
+        self._bar.update(self._task, description=words, completed=step.share, front=best)
+
+
+def _first(objectives: Sequence[Objective], kind: type) -> Objective:
+    return next(o for o in objectives if isinstance(o, kind))
+
+
+def print_search(outcome: Outcome, request: Request) -> None:
+    """The table of the front and of what stands beside it."""
+    objectives = request.settings.objectives
+    result = outcome.result
+    table = Table(
+        caption=f"{result['evaluated']} plans, {result['pictures']} pictures, {result['seconds']:.0f} s; "
+        f"shares are of {request.settings.steps[1]} unaccelerated steps"
+    )
+    table.add_column("plan", no_wrap=True)
+    for name in (*map(label, objectives), "steps", "picked for"):
+        table.add_column(name, justify="right")
+    for plan in outcome.plans:
+        row = figures(plan.known, objectives)
+        table.add_row(
+            plan.name, *map(_shown, row.values()), str(plan.known.candidate.steps), ", ".join(plan.picked)
+        )
+    for row in result["beside"]:
+        table.add_row(row["name"], *map(_shown, row["values"].values()), "", "", style="dim")
+    console = Console()
+    console.print(table)
+    volume = result["hypervolume"]
+    if result["beside"]:
+        console.print(
+            f"hypervolume: front {volume['front']:.4g}, what it is compared with {volume['beside']:.4g}"
+        )
+    if outcome.stopped:
+        console.print(f"stopped; go on with: regrow search --resume {request.out}", soft_wrap=True)
+    console.print(f"{request.out / 'front'}, {request.out / 'search.json'}", soft_wrap=True)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def guidance_of(model: str, guidance: float | None) -> float | None:
+    """The guidance that was asked for, or that suits a bundled model."""
+    return zoo.GUIDANCE.get(model) if guidance is None else guidance
