@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,13 @@ from regrow.cli.engine import Engine, Where
 from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.cli.options import explain
 from regrow.measure.machine import machine
+from regrow.measure.bench import bench
 from regrow.measure.macs import PlanCounter
+from regrow.measure.prompts import read_prompts
 from regrow.measure.sampling import make
-from regrow.measure.variants import variant
+from regrow.measure.variants import Variant, variant
+from regrow.models import denoiser_of
+from regrow.schedule import FULL
 from regrow.search.evaluation import Candidate, Evaluator, Facts
 from regrow.search.log import Log
 from regrow.search.objectives import Cost, Objective, Quality, label
@@ -33,7 +38,7 @@ from regrow.search.plots import check_matplotlib, draw
 from regrow.search.result import Found, calls_of, figures, found, to_dict, write_front, write_json
 from regrow.search.search import Budget, Known, Search
 from regrow.search.search import Progress as Step
-from regrow.search.settings import SearchSettings
+from regrow.search.settings import SearchSettings, doubled
 
 SHOWN_PLANS, SHOWN_PROMPTS = 6, 4
 
@@ -105,13 +110,44 @@ def parse_steps(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
+def parse_economy(
+    rungs: str | None, patience: float | None, prompts: int, objectives: Sequence[str]
+) -> dict[str, Any]:
+    """Numbers of prompts such as ``2,4,8,16``, by default doubling up to all.
+
+    Raises:
+        ValueError: if they are no numbers.
+    """
+    if rungs is None:
+        together = f"quality:{Quality.FD.value}" in objectives
+        return {"prompts": (prompts,) if together else doubled(prompts), "patience": patience}
+    parts = rungs.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"rungs: {rungs!r} is not allowed, it must be numbers of prompts such as 2,4,8,16")
+    return {"prompts": tuple(int(part) for part in parts), "patience": patience}
+
+
+def prompts_of(model: str, text: str) -> tuple[str, ...]:
+    """The prompts of a file, or so many of the model's own.
+
+    Raises:
+        ValueError: if the model has none, or the file is empty.
+        OSError: if it can't be read.
+    """
+    if not text.isdecimal():
+        return tuple(read_prompts(Path(text)))
+    if model not in zoo.MODELS:
+        raise ValueError(f"prompts: {model} has no prompts of its own; give a file")
+    return tuple(islice(cycle(zoo.captions(model)), int(text)))
+
+
 def parse_choices(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     """``depth=0,1,full`` as the choices of a variable.
 
     Raises:
         ValueError: if one is not of that form.
     """
-    named = {"full": 1_000_000, "none": None}
+    named = {"full": FULL, "none": None}
     out = {}
     for text in texts:
         name, equals, values = text.partition("=")
@@ -143,7 +179,7 @@ def settings_of(**fields: Any) -> SearchSettings:
 def run_search(request: Request) -> Outcome:
     """Search, and write what was found: front, ``search.json``, plots and a page."""
     s = request.settings
-    least, most = s.steps
+    most = s.steps[1]
     console = Console(stderr=True)
     device = check_device(request.device) if request.device else best_device()
     request.where.check(device)
@@ -214,8 +250,6 @@ def run_search(request: Request) -> Outcome:
 
 def _macs(evaluator: Evaluator, facts: Facts, most: int) -> Callable[[Candidate], float]:
     """MACs of a plan as a share of the unaccelerated run, over all branches of guidance."""
-    from regrow.models import denoiser_of
-
     denoiser = denoiser_of(evaluator.pipeline)
     counters = [PlanCounter(denoiser, inputs) for inputs in facts.inputs]
     full = sum(counter.full().denoiser for counter in counters) * facts.calls
@@ -334,3 +368,97 @@ def _shown(value: float | None) -> str:
 def guidance_of(model: str, guidance: float | None) -> float | None:
     """The guidance that was asked for, or that suits a bundled model."""
     return zoo.GUIDANCE.get(model) if guidance is None else guidance
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a calibrated plan must meet: one of the two.
+
+    Args:
+        speedup: in MACs, or in latency where that is what was searched for.
+        max_deviation: mean absolute error of the last latents.
+
+    Raises:
+        ValueError: if none, or both, are given, or one is not allowed.
+    """
+
+    speedup: float | None = None
+    max_deviation: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.speedup is None) == (self.max_deviation is None):
+            raise ValueError("--speedup, --max-deviation: one of them must be given, and only one")
+        if self.speedup is not None and self.speedup <= 1:
+            raise ValueError(f"--speedup: {self.speedup} is not allowed, it must be > 1")
+        if self.max_deviation is not None and self.max_deviation <= 0:
+            raise ValueError(f"--max-deviation: {self.max_deviation} is not allowed, it must be > 0")
+
+    def choose(self, plans: Sequence[Found], cost: Cost) -> tuple[Found, bool]:
+        """The best plan that meets it, or the nearest to it, and whether it does.
+
+        Args:
+            plans: of a front, at least one.
+            cost: the share that the speed-up is of.
+        """
+        by_cost = sorted(plans, key=lambda p: p.known.value(cost))
+        by_quality = sorted(plans, key=lambda p: p.known.value(Quality.DEVIATION))
+        if self.speedup is not None:
+            most = 1 / self.speedup
+            good = [p for p in by_quality if p.known.value(cost) <= most]
+            return (good[0], True) if good else (by_cost[0], False)
+        limit = self.max_deviation or 0.0
+        good = [p for p in by_cost if p.known.value(Quality.DEVIATION) <= limit]
+        return (good[0], True) if good else (by_quality[0], False)
+
+
+def run_calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
+    """Search, choose the plan that meets the wish, measure its speed, and write its schedule.
+
+    Returns:
+        whether the wish is met.
+    """
+    cost = _first(request.settings.objectives, Cost)
+    assert isinstance(cost, Cost)
+    outcome = run_search(request)
+    plan, met = wish.choose(outcome.plans, cost)
+    source = request.out / outcome.result["front"][outcome.plans.index(plan)]["file"]
+    file = (request.out / "calibrated").with_suffix(source.suffix)
+    file.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    s = request.settings
+    device = request.device or best_device()
+    console = Console(stderr=True)
+    with console.status("measuring its speed"):
+        pipeline = load_pipeline(s.model, device, getattr(torch, s.dtype))
+        candidate = plan.known.candidate
+        rows = bench(
+            pipeline,
+            [
+                Variant("unaccelerated", None, s.steps[1]),
+                Variant("plan", candidate.config, candidate.steps),
+            ],
+            s.prompts[:SHOWN_PROMPTS],
+            guidance=s.guidance,
+            height=s.height,
+            width=s.width,
+        )
+    result = {
+        "met": met,
+        "file": str(file),
+        "steps": candidate.steps,
+        "values": figures(plan.known, s.objectives),
+        "measured_speedup": round(rows[1].speedup, 3),
+        "machine": machine(device),
+    }
+    write_json(request.out / "calibrated-result.json", result)
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return met
+    values = ", ".join(f"{name} {value:.4g}" for name, value in result["values"].items())
+    said = Console()
+    said.print(
+        f"{'this plan meets the wish' if met else 'the wish is not met; the nearest plan found'}: "
+        f"{candidate.steps} steps, {values}; measured {rows[1].speedup:.2f}x faster",
+        soft_wrap=True,
+    )
+    said.print(str(file), soft_wrap=True)
+    return met
