@@ -36,7 +36,9 @@ Method = Annotated[
     typer.Option(help="Method; see [b]regrow methods[/b]. Or with settings: cat:0.3+deepcache:2."),
 ]
 Preset = Annotated[Optional[str], typer.Option(help="Preset of the method.")]
-ScheduleFile = Annotated[Optional[Path], typer.Option(help="Schedule file, YAML or JSON.")]
+ScheduleFile = Annotated[
+    Optional[Path], typer.Option(help="Schedule file, YAML or JSON, or hub:owner/name/file.")
+]
 Ratio = Annotated[Optional[float], typer.Option(help="One pruning ratio for all calls.")]
 Interval = Annotated[Optional[int], typer.Option(help="A full call every N, depth 1 between.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -585,6 +587,23 @@ def calibrate(
     )
     if not command.run_calibrate(request, wish, as_json):
         raise typer.Exit(1)
+
+
+@app.command()
+def share(
+    file: Annotated[Path, typer.Argument(help="A schedule file.")],
+    repository: Annotated[str, typer.Argument(help="Of models on the Hugging Face hub: owner/name.")],
+    name: Annotated[Optional[str], typer.Option(help="Its name there; that of the file.")] = None,
+) -> None:
+    """Put a schedule on the Hugging Face hub, with the token of [b]hf auth login[/b].
+
+    Example: [b]regrow share search/front/plan-03.yaml me/plans[/b], then --schedule hub:me/plans/plan-03.yaml
+    """
+    from regrow import hub
+    from regrow.schedule import Schedule
+
+    address = hub.push(Schedule.load(file), repository, name or file.name)
+    print(f"{address}\n--schedule {hub.PREFIX}{repository}/{name or file.name}")
 
 
 def main() -> None:
