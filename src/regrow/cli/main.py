@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regrow.cli.ablations import ABLATIONS, ablated
+from regrow.cli.engine import Engine, Where
 from regrow.measure.extractors import Network
 from regrow.methods.catalogue import SYSTEMS
 from regrow.search.search import Algorithm
@@ -41,6 +42,12 @@ ScheduleFile = Annotated[
 ]
 Ratio = Annotated[Optional[float], typer.Option(help="One pruning ratio for all calls.")]
 Interval = Annotated[Optional[int], typer.Option(help="A full call every N, depth 1 between.")]
+EngineChoice = Annotated[Engine, typer.Option(help="What does the work: this process, or a Ray cluster.")]
+WorkerCount = Annotated[Optional[int], typer.Option(help="Workers on the cluster; as many as fit.", min=1)]
+Address = Annotated[
+    Optional[str],
+    typer.Option(help="Address of the cluster, or auto; one is started on this machine if none."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -309,6 +316,9 @@ def evaluate(
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
     dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
     batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 16,
+    engine: EngineChoice = Engine.LOCAL,
+    workers: WorkerCount = None,
+    address: Address = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and results; gone on with.")] = Path(
         "eval"
     ),
@@ -344,6 +354,7 @@ def evaluate(
             device=device,
             dtype=dtype,
             batch=batch,
+            where=Where(engine, workers, address),
             out=out,
         ),
         as_json,
