@@ -22,9 +22,10 @@ from regrow.apply import apply
 from regrow.cli.engine import Engine, Where
 from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.cli.options import explain
-from regrow.measure.machine import machine
 from regrow.measure.bench import bench
+from regrow.measure.machine import machine
 from regrow.measure.macs import PlanCounter
+from regrow.measure.plotting import check_matplotlib
 from regrow.measure.prompts import read_prompts
 from regrow.measure.sampling import make
 from regrow.measure.variants import Variant, variant
@@ -33,8 +34,8 @@ from regrow.schedule import FULL
 from regrow.search.evaluation import Candidate, Evaluator, Facts
 from regrow.search.log import Log
 from regrow.search.objectives import Cost, Objective, Quality, label
-from regrow.search.page import page
-from regrow.search.plots import check_matplotlib, draw
+from regrow.search.page import check_jinja2, page
+from regrow.search.plots import draw
 from regrow.search.result import Found, calls_of, figures, found, to_dict, write_front, write_json
 from regrow.search.search import Budget, Known, Search
 from regrow.search.search import Progress as Step
@@ -186,6 +187,7 @@ def run_search(request: Request) -> Outcome:
     if request.plots:
         # Missing before the search, not after it.
         check_matplotlib()
+        check_jinja2()
     beside = [variant(spec.strip(), most) for spec in request.beside]
     s.claim(request.out)
     opened = partial(load_pipeline, s.model, device, getattr(torch, s.dtype))

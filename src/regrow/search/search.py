@@ -9,7 +9,6 @@ from enum import Enum
 from math import inf
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from regrow.workers import Workers
 
 from regrow.search.evaluation import QUARTERS, Candidate, Job, Outcome, outcome_from, record_of
 from regrow.search.log import Log
@@ -24,6 +23,7 @@ from regrow.search.proposals import (
     front,
 )
 from regrow.space import Space
+from regrow.workers import Workers
 
 
 class Algorithm(str, Enum):
