@@ -426,8 +426,8 @@ def search(
     objective: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="quality:deviation, psnr, features, fd, clip or imagereward; cost:macs, latency or memory. "
-            "Give it again for more."
+            help="quality:deviation, psnr, features, fd, clip or imagereward; cost:macs, latency or "
+            "memory. Give it again for more."
         ),
     ] = None,
     budget: Annotated[
@@ -608,7 +608,8 @@ def share(
 ) -> None:
     """Put a schedule on the Hugging Face hub, with the token of [b]hf auth login[/b].
 
-    Example: [b]regrow share search/front/plan-03.yaml me/plans[/b], then --schedule hub:me/plans/plan-03.yaml
+    Example: [b]regrow share search/front/plan-03.yaml me/plans[/b], and then
+    --schedule hub:me/plans/plan-03.yaml
     """
     from regrow import hub
     from regrow.schedule import Schedule
