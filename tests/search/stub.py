@@ -19,12 +19,12 @@ from regrow.search.search import Algorithm, Budget, Economy, Known, Search
 from regrow.space import Space, Variable
 from regrow.workers import LocalWorkers
 
-CALLS = 8
+CALLS = 24
 OBJECTIVES = (Quality.DEVIATION, Cost.MACS)
 
 
 def space() -> Space:
-    """DaTo's plans of eight calls."""
+    """DaTo's plans of 24 calls."""
     return DaTo.space(CALLS).extended(
         Variable("steps", (CALLS,)), lambda config, steps: Candidate(steps, config)
     )
@@ -40,8 +40,10 @@ def macs(candidate: Candidate) -> float:
 def deviation(candidate: Candidate, prompt: int) -> float:
     """What is not computed, more where it comes late; pictures differ by a tenth."""
     steps = [*candidate.config.schedule.steps()]
-    lost = sum((i + 1) * ({FULL: 0.0, 1: 1.0, 0: 2.0}[s.depth] + s.ratio) for i, s in enumerate(steps))
-    return lost / 100 * (1 + 0.1 * ((prompt * 7) % 5 - 2))
+    weights = [((i + 1) / CALLS) ** 3 for i in range(CALLS)]
+    losses = [{FULL: 0.0, 1: 1.0, 0: 2.0}[step.depth] + step.ratio for step in steps]
+    lost = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / CALLS
+    return lost * (1 + 0.1 * ((prompt * 7) % 5 - 2))
 
 
 class Stub:

@@ -55,13 +55,13 @@ def test_only_the_promising_are_measured_on_more(tmp_path: Path) -> None:
     few.run(Budget(generations=6))
     search(tmp_path / "all", plain, prompts=(8,), patience=None).run(Budget(generations=6))
     pictures = [sum(job.stop - job.start for job in s.jobs) for s in (stub, plain)]
-    assert pictures[0] < 0.7 * pictures[1]
+    assert pictures[0] < 0.9 * pictures[1]
     assert {k.prompts for k in few.known.values()} > {2, 8}
     assert few.spent[-1][0] == pictures[0]
 
 
 def test_hopeless_plans_are_given_up_and_stay_off_the_front(tmp_path: Path) -> None:
-    found = search(tmp_path, Stub(), patience=1.2)
+    found = search(tmp_path, Stub(), patience=1.1)
     plans = found.run(Budget(generations=6))
     given_up = [k for k in found.known.values() if k.given_up]
     assert given_up
@@ -126,8 +126,8 @@ def test_another_seed_proposes_other_plans(tmp_path: Path) -> None:
 def test_nsga_finds_more_than_chance_with_as_many_plans(tmp_path: Path) -> None:
     volumes = {}
     for algorithm in (Algorithm.NSGA2, Algorithm.RANDOM):
-        found = search(tmp_path / algorithm.value, Stub(), algorithm=algorithm, prompts=(2,), patience=None)
-        plans = found.run(Budget(generations=15))
+        options = {"algorithm": algorithm, "prompts": (2,), "patience": None, "population": 20}
+        plans = search(tmp_path / algorithm.value, Stub(), **options).run(Budget(generations=20))
         volumes[algorithm] = hypervolume([p.values(OBJECTIVES) for p in plans], (1.0, 1.0))
     assert volumes[Algorithm.NSGA2] > 1.05 * volumes[Algorithm.RANDOM]
 

@@ -127,7 +127,7 @@ def config_from(data: Mapping[str, Any]) -> MethodConfig:
     Raises:
         ValueError: if it is of no method, or a field is not allowed.
     """
-    kinds = (*(s.config for s in SYSTEMS if s.config is not None), Combined)
+    kinds: tuple[type[MethodConfig], ...] = (*(s.config for s in SYSTEMS if s.config is not None), Combined)
     for kind in kinds:
         if data.get("method") == kind.model_fields["method"].default:
             return kind.model_validate(data)

@@ -94,16 +94,16 @@ class Nsga2:
 
     def ask(self) -> list[Genes]:
         """The next generation; by chance once the operators find nothing new, in a small space."""
+        asked: list[Genes] = []
         if not self._used_up:
             self._asked = self._algorithm.ask()
-            self._used_up = self._asked is None or not len(self._asked)
-        if self._used_up:
-            return drawn(self._sizes, self._population, self._rng, self._seen)
-        whole = np.zeros((len(self._asked), len(self._sizes)), dtype=int)
-        whole[:, self._open] = self._asked.get("X")
-        asked = [tuple(row) for row in whole.tolist()]
+            rows = [] if self._asked is None else self._asked.get("X")
+            whole = np.zeros((len(rows), len(self._sizes)), dtype=int)
+            whole[:, self._open] = np.reshape(rows, (len(rows), len(self._open)))
+            asked = [tuple(row) for row in whole.tolist()]
+        self._used_up = self._seen.issuperset(asked)
         self._seen.update(asked)
-        return asked
+        return drawn(self._sizes, self._population, self._rng, self._seen) if self._used_up else asked
 
     def tell(self, values: Sequence[Sequence[float]]) -> None:
         """The objectives of what was asked last."""
