@@ -136,15 +136,15 @@ def test_a_worker_that_dies_costs_its_job_only(tmp_path: Path) -> None:
         running = workers.run([Job(2), Job(3, after=tmp_path / "never")])
         index, result = next(running)
         assert (index, result.square) == (0, 4)
-        running.close()  # type: ignore[attr-defined]
+        running.close()
 
 
 @pytest.mark.usefixtures("_cluster")
 def test_a_job_that_always_kills_its_worker_is_named(tmp_path: Path) -> None:
     with RayWorkers(partial(Worker, tmp_path), count=1, attempts=2) as workers:
-        results = []
+        running = workers.run([Job(2, Fate.DIE), Job(3)])
         with pytest.raises(WorkerDiedError, match=r"job 0, Job\(number=2, .*: 2 workers died at it"):
-            results.extend(index for index, _ in workers.run([Job(2, Fate.DIE), Job(3)]))
+            list(running)
     assert len(built(tmp_path)) == 2
 
 
