@@ -41,7 +41,6 @@ from regrow.schedule import Schedule
 from regrow.search.evaluation import Candidate, Evaluator, Facts, Job
 from regrow.search.objectives import Cost, Quality
 from regrow.search.proposals import hypervolume
-from regrow.search.result import calls_of
 
 STRENGTH = 0.6
 OBJECTIVES = (Quality.DEVIATION, Cost.MACS)
@@ -112,7 +111,7 @@ def macs_share(counter: PlanCounter, facts: Facts, place: Place) -> Callable[[Ca
 
     def share(candidate: Candidate) -> float:
         steps = candidate.steps
-        calls = int(steps * STRENGTH) if place.from_image else calls_of(steps, facts, place.steps)
+        calls = int(steps * STRENGTH) if place.from_image else facts.calls_at(steps)
         return sum(macs.denoiser for _, macs in counter.calls(candidate.config, calls)) / full
 
     return share

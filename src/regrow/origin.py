@@ -20,6 +20,8 @@ class Origin(BaseModel):
         steps: steps of the sampler.
         calls: calls of the denoiser at each branch of guidance; PLMS makes one more than steps.
         guidance: guidance scale; None for the pipeline's own.
+        height: in pixels; None for the model's own.
+        width: likewise.
         prompts: how many the plan was measured on.
         seed: of the first of them; the others follow.
         quality: what was minimised or maximised, by name.
@@ -36,6 +38,8 @@ class Origin(BaseModel):
     steps: int = Field(ge=1)
     calls: int = Field(ge=1)
     guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
     prompts: int = Field(ge=1)
     seed: int = 0
     quality: Mapping[str, float] = {}

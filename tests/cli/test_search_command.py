@@ -77,8 +77,12 @@ def test_search_leaves_schedules_a_result_and_a_page(
     log = (out / "evaluations.jsonl").read_text()
     assert run(monkeypatch, *asked, "--budget", "2", "--no-plots") == 0
     assert (out / "evaluations.jsonl").read_text() == log
+    assert run(monkeypatch, "search", "--resume", str(out), "--method", "sito") == 2
+    assert "--method: not allowed with --resume" in capsys.readouterr().err
+    assert run(monkeypatch, "search", "--resume", str(out), "--no-plots", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["evaluated"] == result["evaluated"]
     assert run(monkeypatch, "search", "--resume", str(out), "--budget", "3", "--no-plots", "--json") == 0
-    more = json.loads(capsys.readouterr().out.splitlines()[-1])
+    more = json.loads(capsys.readouterr().out)
     assert len(more["history"]) == 3
     assert more["history"][:2] == [
         row | {"hypervolume": more["history"][i]["hypervolume"]} for i, row in enumerate(result["history"])
@@ -142,6 +146,12 @@ def test_calibration_says_whether_the_wish_is_met(
         (("--workers", "2"), "--engine ray"),
         (("--objective", "quality:clip", "--objective", "cost:macs"), "clip: a CLIP model must be given"),
         (("--beside", "nothing:1"), "nothing"),
+        (("--choices", "ratio=2"), "ratio"),
+        (("--objective", "quality:psnr", "--objective", "cost:macs", "--patience", "3"), "patience: 3.0"),
+        (
+            ("--objective", "quality:fd", "--objective", "cost:macs", "--rungs", "1,2"),
+            "prompts: (1, 2) is not allowed with quality:fd",
+        ),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_made(
@@ -157,6 +167,14 @@ def test_bad_options_are_refused_before_anything_is_made(
     assert run(monkeypatch, *words(model, prompts, out), *changes) == 2
     assert said in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_model_that_is_not_there_leaves_no_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, prompts: Path
+) -> None:
+    asked = words(model / "nowhere", prompts, tmp_path / "out")
+    assert run(monkeypatch, *asked) != 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_resuming_nothing_is_refused(

@@ -1,10 +1,19 @@
 """Plans measured on a real pipeline."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pipelines
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 
 import regrow
 from regrow.hooks import is_hooked
@@ -140,6 +149,59 @@ def test_macs_of_plans_are_those_of_their_reports(tmp_path: Path) -> None:
         calls = [macs.denoiser for _, macs in counter.calls(config, 6)]
         assert calls == [row.macs for row in run.report().calls]
         assert [counter.full().denoiser] * 6 == [row.full_macs for row in run.report().calls]
+
+
+class FromImage:
+    """An image-to-image pipeline with its pictures, as one of text."""
+
+    def __init__(self) -> None:
+        self._pipeline = pipelines.sd(kind=StableDiffusionImg2ImgPipeline)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def __call__(self, prompt: list[str], **options: Any) -> Any:
+        images = [pipelines.picture()] * len(prompt)
+        return self._pipeline(prompt, image=images, strength=0.5, **options)
+
+
+def test_image_to_image_begins_in_the_middle(tmp_path: Path) -> None:
+    setting = Setting(model="small", prompts=PROMPTS, guidance=5.0)
+    one = Evaluator(FromImage, setting, 8, (Quality.DEVIATION, Cost.MACS), tmp_path)
+    assert one.facts().calls == 4
+    assert one(Job(Candidate(8, None), 0, 2)).quality["deviation"] == (0.0, 0.0)
+    for candidate in (Candidate(8, DeepCache(interval=2)), Candidate(4, None)):
+        found = one(Job(candidate, 0, 2))
+        assert found.quality["deviation"][0] > 0
+        assert len(found.curve) == 4
+
+
+@pytest.mark.parametrize(
+    ("sampler", "changes", "expected"),
+    [
+        (DDIMScheduler, {}, {6: 6, 3: 3, 10: 10}),
+        (PNDMScheduler, {"skip_prk_steps": True}, {6: 7, 3: 4, 10: 11}),
+        (HeunDiscreteScheduler, {}, {6: 11, 3: 5, 10: 19}),
+    ],
+)
+def test_calls_of_another_number_of_steps(
+    tmp_path: Path, sampler: type, changes: dict[str, Any], expected: dict[int, int]
+) -> None:
+    opened = partial(pipelines.sd, sampler=pipelines.scheduler(sampler, **changes))
+    setting = Setting(model="small", prompts=PROMPTS, guidance=5.0)
+    facts = [
+        Evaluator(opened, setting, n, (Quality.DEVIATION, Cost.MACS), tmp_path).facts() for n in expected
+    ]
+    assert [f.calls for f in facts] == [*expected.values()]
+    assert {n: facts[0].calls_at(n) for n in expected} == expected
+
+
+def test_runs_of_another_sampler_are_not_taken_for_the_own(tmp_path: Path) -> None:
+    evaluator(tmp_path)(Job(CACHED, 0, 2))
+    opened = partial(pipelines.sd, sampler=pipelines.scheduler(EulerDiscreteScheduler))
+    setting = Setting(model="small", prompts=PROMPTS, guidance=5.0)
+    other = Evaluator(opened, setting, 6, (Quality.DEVIATION, Cost.MACS), tmp_path)
+    assert other(Job(Candidate(6, None), 0, 2)).quality["deviation"] == (0.0, 0.0)
 
 
 def test_equal_plans_have_one_key_and_others_another() -> None:

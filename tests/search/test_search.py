@@ -1,5 +1,6 @@
 """The search as a whole, on a formula."""
 
+import math
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from search.stub import CALLS, OBJECTIVES, Stub, deviation, front_of, macs, sear
 
 from regrow.methods import DaTo
 from regrow.schedule import FULL, Schedule
-from regrow.search.evaluation import Candidate
-from regrow.search.objectives import Quality
+from regrow.search.evaluation import Candidate, Job, Outcome
+from regrow.search.objectives import Cost, Quality
 from regrow.search.proposals import hypervolume
-from regrow.search.search import Algorithm, Budget, Economy
+from regrow.search.search import Algorithm, Budget, Economy, Known, check_economy
+from regrow.workers import RayWorkers
 
 
 class Stopped(BaseException):
@@ -135,12 +137,10 @@ def test_nsga_finds_more_than_chance_with_as_many_plans(tmp_path: Path) -> None:
 def test_stages_search_the_depths_first_and_the_ratios_after(tmp_path: Path) -> None:
     found = search(tmp_path, Stub(), algorithm=Algorithm.STAGED)
     found.run(Budget(generations=6))
-    first = [k for k in found.known.values() if k.generation is not None and k.generation < 2]
-    steps = [step for k in first for step in k.candidate.config.schedule.steps()]
-    ratios = {step.ratio for step in steps if step.depth}
-    assert ratios == {0.5}
+    first = [k for k in found.known.values() if k.generation is not None and k.generation < 3]
+    assert all(_ratios(k) == {0.5} for k in first)
     depths = {k.candidate.config.schedule.depth for k in first if k.prompts == 8}
-    second = [k for k in found.known.values() if k.generation in (2, 3)]
+    second = [k for k in found.known.values() if k.generation in (3, 4, 5)]
     assert second
     assert {k.candidate.config.schedule.depth for k in second} <= depths
 
@@ -154,6 +154,90 @@ def test_what_is_compared_with_is_measured_on_all_prompts_and_not_on_the_front(t
     plans = found.run(Budget(generations=3))
     assert best.candidate.key not in {p.candidate.key for p in plans}
     assert found.spent[-1][0] == sum(k.prompts or 2 for k in found.known.values() if k is not best)
+
+
+def test_what_is_compared_with_changes_nothing(tmp_path: Path) -> None:
+    expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=4)))
+    beside = search(tmp_path / "two", Stub())
+    cheap = DaTo(schedule=Schedule.every(3, CALLS, depth=1, ratio=0.7))
+    beside.compare_with([Candidate(CALLS, cheap)])
+    assert front_of(beside.run(Budget(generations=4))) == expected
+
+
+def test_plan_that_was_given_up_is_measured_to_be_compared_with(tmp_path: Path) -> None:
+    found = search(tmp_path, Stub(), patience=1.1)
+    found.run(Budget(generations=6))
+    given_up = next(k.candidate for k in found.known.values() if k.given_up)
+    (measured,) = search(tmp_path, Stub(), patience=1.1).compare_with([given_up])
+    assert measured.prompts == 8
+    assert not measured.given_up
+
+
+def test_what_an_interrupted_round_measured_counts(tmp_path: Path) -> None:
+    found = search(tmp_path, Stub((5, stop)), prompts=(8,), patience=None)
+    with pytest.raises(Stopped):
+        found.run(Budget(generations=6))
+    assert sum(k.prompts == 8 for k in found.known.values()) == 5
+    assert found.front()
+
+
+def test_figures_that_are_no_numbers_are_given_up(tmp_path: Path) -> None:
+    class Overflowing(Stub):
+        def __call__(self, job: Job) -> Outcome:
+            out = super().__call__(job)
+            bad = len(self.jobs) % 3 == 0
+            return (
+                Outcome({"deviation": (math.nan,) * (job.stop - job.start)}, {}, (math.nan,) * 4)
+                if bad
+                else out
+            )
+
+    found = search(tmp_path, Overflowing())
+    plans = found.run(Budget(generations=4))
+    assert plans
+    assert all(math.isfinite(p.value(Quality.DEVIATION)) for p in plans)
+    assert any(k.given_up for k in found.known.values())
+
+
+def test_space_of_one_plan_is_searched_once(tmp_path: Path) -> None:
+    stub = Stub()
+    found = search(tmp_path, stub)
+    found.space = found.space.with_choices("depth", (FULL,)).with_choices("ratio", (0.5,))
+    assert len(found.run(Budget(generations=6))) == 1
+    assert len({job.candidate.key for job in stub.jobs}) == 1
+
+
+@pytest.mark.parametrize(("budget", "stages"), [(1, (1, 0)), (6, (3, 3)), (7, (4, 3))])
+def test_stages_divide_the_budget(tmp_path: Path, budget: int, stages: tuple[int, int]) -> None:
+    found = search(tmp_path, Stub(), algorithm=Algorithm.STAGED)
+    found.run(Budget(generations=budget))
+    assert len(found.history) == budget
+    first = {k.generation for k in found.known.values() if _ratios(k) == {0.5}}
+    assert max(first) + 1 == stages[0]
+
+
+def _ratios(known: Known) -> set[float]:
+    return {step.ratio for step in known.candidate.config.schedule.steps() if step.depth}
+
+
+def test_workers_of_a_cluster_find_the_same_front(tmp_path: Path) -> None:
+    expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=2)))
+    found = search(tmp_path / "two", Stub())
+    with RayWorkers(Stub, 2) as workers:
+        found._workers = workers
+        assert front_of(found.run(Budget(generations=2))) == expected
+
+
+def test_giving_up_needs_objectives_that_are_known_early() -> None:
+    economy = Economy(prompts=(2, 8), patience=2)
+    check_economy(economy, (Cost.MACS, Quality.DEVIATION))
+    for objectives in (
+        (Quality.PSNR, Cost.MACS),
+        (Quality.DEVIATION, Cost.LATENCY),
+        (*OBJECTIVES, Quality.PSNR),
+    ):
+        with pytest.raises(ValueError, match=r"patience: 2\.0"):
+            check_economy(economy, objectives)
 
 
 def test_figure_of_all_pictures_together_takes_one_number_of_prompts(tmp_path: Path) -> None:

@@ -417,6 +417,7 @@ def trace(
 
 @app.command()
 def search(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
     method: Annotated[
         str, typer.Option(help="See [b]regrow methods[/b]; or two, as deepcache+tome.")
@@ -447,8 +448,11 @@ def search(
         typer.Option(help="Numbers of prompts of successive halving, as 2,4,8,16; by default doubling."),
     ] = None,
     patience: Annotated[
-        float, typer.Option(help="A plan so many times worse than a cheaper one is given up; 0: never.")
-    ] = 2.0,
+        Optional[float],
+        typer.Option(
+            help="A plan so many times worse than a cheaper one is given up; 2 if it can be; 0: never."
+        ),
+    ] = None,
     choices: Annotated[
         Optional[list[str]],
         typer.Option(help="Other choices of a variable, as ratio=0,0.5 or depth=0,1,full."),
@@ -487,16 +491,19 @@ def search(
     from regrow.cli import search as command
     from regrow.search.settings import SearchSettings
 
+    asked = command.Asked(budget, tuple(beside.split(",")) if beside else (), w_ps)
     if resume is not None:
-        settings, out = SearchSettings.of(resume), resume
+        out, settings = resume, SearchSettings.of(resume)
+        asked = command.resumed(context, command.Asked.of(resume), asked)
     else:
+        names = tuple(objective or ("quality:deviation", "cost:macs"))
         texts = command.prompts_of(model, prompts)
         settings = command.settings_of(
             model=model,
             method=method,
             steps=command.parse_steps(steps),
             prompts=texts,
-            objectives=tuple(objective or ("quality:deviation", "cost:macs")),
+            objectives=names,
             algorithm=algorithm,
             operators={
                 "population": population,
@@ -506,7 +513,8 @@ def search(
                 "mutation_eta": mutation_eta,
                 "uniform": uniform,
             },
-            economy=command.parse_economy(rungs, patience or None, len(texts), objective or ()),
+            economy=command.parse_economy(rungs, patience, len(texts), names),
+            budget=budget if algorithm is Algorithm.STAGED else None,
             choices=command.parse_choices(choices or ()),
             search_seed=search_seed,
             seed=seed,
@@ -520,12 +528,10 @@ def search(
         )
     request = command.Request(
         settings=settings,
-        budget=command.parse_budget(budget),
+        asked=asked,
         where=Where(engine, workers, address),
         device=device,
         out=out,
-        beside=tuple(beside.split(",")) if beside else (),
-        weight=w_ps,
         plots=plots,
     )
     outcome = command.run_search(request)
@@ -578,7 +584,7 @@ def calibrate(
         steps=command.parse_steps(steps),
         prompts=texts,
         objectives=objectives,
-        economy=command.parse_economy(None, 2.0, len(texts), objectives),
+        economy=command.parse_economy(None, None, len(texts), objectives),
         seed=seed,
         guidance=command.guidance_of(model, guidance),
         height=height,
@@ -588,12 +594,10 @@ def calibrate(
     )
     request = command.Request(
         settings=settings,
-        budget=command.parse_budget(budget),
+        asked=command.Asked(budget),
         where=Where(),
         device=device,
         out=out,
-        beside=(),
-        weight=None,
         plots=False,
     )
     if not command.run_calibrate(request, wish, as_json):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from PIL import Image
 from pydantic import ValidationError
 from rich.console import Console
@@ -34,14 +35,16 @@ from regrow.schedule import FULL
 from regrow.search.evaluation import Candidate, Evaluator, Facts
 from regrow.search.log import Log
 from regrow.search.objectives import Cost, Objective, Quality, label
+from regrow.search.objectives import objective as known
 from regrow.search.page import check_jinja2, page
 from regrow.search.plots import draw
-from regrow.search.result import Found, calls_of, figures, found, to_dict, write_front, write_json
-from regrow.search.search import Budget, Known, Search
+from regrow.search.result import Found, figures, found, to_dict, write_front, write_json
+from regrow.search.search import Budget, Known, Search, may_give_up
 from regrow.search.search import Progress as Step
 from regrow.search.settings import SearchSettings, doubled
 
 SHOWN_PLANS, SHOWN_PROMPTS = 6, 4
+PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -50,22 +53,18 @@ class Request:
 
     Args:
         settings: what decides the result.
-        budget: when it ends.
+        asked: when it ends, and what it stands beside.
         where: what evaluates.
         device: it computes on; None for the best there is.
         out: folder of the search; gone on with.
-        beside: short names of methods to stand beside the front.
-        weight: w_ps of the paper's choice of one plan; None for none.
         plots: draw pictures and a page as well.
     """
 
     settings: SearchSettings
-    budget: Budget
+    asked: Asked
     where: Where
     device: str | None
     out: Path
-    beside: tuple[str, ...]
-    weight: float | None
     plots: bool
 
 
@@ -82,6 +81,68 @@ class Outcome:
     plans: list[Found]
     result: dict[str, Any]
     stopped: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of a search besides its settings, kept so that `--resume` needs no more.
+
+    Args:
+        budget: as `parse_budget` takes it.
+        beside: short names of methods.
+        weight: w_ps.
+    """
+
+    budget: str = "30"
+    beside: tuple[str, ...] = ()
+    weight: float | None = None
+
+    def save(self, folder: Path) -> None:
+        """Keep it in the folder of a search."""
+        write_json(folder / "asked.json", asdict(self))
+
+    @classmethod
+    def of(cls, folder: Path) -> Asked:
+        """What was asked last."""
+        fields = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
+        return cls(fields["budget"], tuple(fields["beside"]), fields["weight"])
+
+
+# What may be said again of a search that goes on.
+_AGAIN = (
+    "resume",
+    "budget",
+    "beside",
+    "w_ps",
+    "device",
+    "engine",
+    "workers",
+    "address",
+    "plots",
+    "as_json",
+)
+
+
+def resumed(context: typer.Context, before: Asked, now: Asked) -> Asked:
+    """What is asked of a search that goes on: what was asked last, but for what is said again.
+
+    Raises:
+        ValueError: if an option is given that the search has from its folder.
+    """
+    given = {name for name in context.params if _is_given(context, name)}
+    for name in sorted(given - {*_AGAIN}):
+        option = name.replace("_", "-")
+        raise ValueError(f"--{option}: not allowed with --resume, the search in that folder has its own")
+    return Asked(
+        now.budget if "budget" in given else before.budget,
+        now.beside if "beside" in given else before.beside,
+        now.weight if "w_ps" in given else before.weight,
+    )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def parse_budget(text: str) -> Budget:
@@ -114,11 +175,20 @@ def parse_steps(text: str) -> tuple[int, int]:
 def parse_economy(
     rungs: str | None, patience: float | None, prompts: int, objectives: Sequence[str]
 ) -> dict[str, Any]:
-    """Numbers of prompts such as ``2,4,8,16``, by default doubling up to all.
+    """Numbers of prompts such as ``2,4,8,16``, by default doubling up to all, and patience.
+
+    Args:
+        rungs: the numbers.
+        patience: 0 for none; by default 2 where plans can be given up.
+        prompts: all.
+        objectives: by name.
 
     Raises:
         ValueError: if they are no numbers.
     """
+    if patience is None:
+        patience = PATIENCE if may_give_up([known(text) for text in objectives]) else 0
+    patience = patience or None
     if rungs is None:
         together = f"quality:{Quality.FD.value}" in objectives
         return {"prompts": (prompts,) if together else doubled(prompts), "patience": patience}
@@ -180,7 +250,7 @@ def settings_of(**fields: Any) -> SearchSettings:
 def run_search(request: Request) -> Outcome:
     """Search, and write what was found: front, ``search.json``, plots and a page."""
     s = request.settings
-    most = s.steps[1]
+    most, budget = s.steps[1], parse_budget(request.asked.budget)
     console = Console(stderr=True)
     device = check_device(request.device) if request.device else best_device()
     request.where.check(device)
@@ -188,24 +258,27 @@ def run_search(request: Request) -> Outcome:
         # Missing before the search, not after it.
         check_matplotlib()
         check_jinja2()
-    beside = [variant(spec.strip(), most) for spec in request.beside]
-    s.claim(request.out)
-    opened = partial(load_pipeline, s.model, device, getattr(torch, s.dtype))
-    evaluator = partial(
-        Evaluator, opened, s.setting, most, s.objectives, request.out / "baseline", s.clip, s.rounds
-    )
-    log = Log(request.out / "evaluations.jsonl")
+    beside = [variant(spec.strip(), most) for spec in request.asked.beside]
+    s.check(request.out)
+    # Workers have working directories of their own.
+    model = str(Path(s.model).resolve()) if Path(s.model).exists() else s.model
+    opened = partial(load_pipeline, model, device, getattr(torch, s.dtype))
+    baseline = request.out.resolve() / "baseline"
+    evaluator = partial(Evaluator, opened, s.setting, most, s.objectives, baseline, s.clip, s.rounds)
     with console.status(f"loading {s.model}"):
         here = evaluator()
         facts = here.facts()
+    s.claim(request.out, facts.claim())
+    request.asked.save(request.out)
+    log = Log(request.out / "evaluations.jsonl")
     local: Callable[[], Any] = (lambda: here) if request.where.engine is Engine.LOCAL else evaluator
     stopped = False
     try:
         with request.where.open(local, device) as workers, _Shown(console, s.objectives) as shown:
             search = Search(
-                s.space(facts.calls),
+                s.space(facts.calls_at),
                 s.objectives,
-                _macs(here, facts, most),
+                _macs(here, facts),
                 workers,
                 log,
                 s.economy,
@@ -217,16 +290,15 @@ def run_search(request: Request) -> Outcome:
             compared: dict[str, Known] = {}
             try:
                 candidates = [
-                    Candidate(v.steps, v.config and v.config.at(calls_of(v.steps, facts, most)))
-                    for v in beside
+                    Candidate(v.steps, v.config and v.config.at(facts.calls_at(v.steps))) for v in beside
                 ]
                 compared = dict(zip((v.name for v in beside), search.compare_with(candidates), strict=True))
-                search.run(request.budget)
+                search.run(budget)
             except KeyboardInterrupt:
                 stopped = True
     finally:
         log.close()
-    plans = found(search, facts, s.setting, most, request.weight)
+    plans = found(search, facts, s.setting, request.asked.weight)
     if not plans:
         raise ValueError("budget: the search was stopped before any plan was measured on all prompts")
     files = write_front(plans, request.out / "front")
@@ -250,14 +322,14 @@ def run_search(request: Request) -> Outcome:
     return Outcome(plans, result, stopped)
 
 
-def _macs(evaluator: Evaluator, facts: Facts, most: int) -> Callable[[Candidate], float]:
+def _macs(evaluator: Evaluator, facts: Facts) -> Callable[[Candidate], float]:
     """MACs of a plan as a share of the unaccelerated run, over all branches of guidance."""
     denoiser = denoiser_of(evaluator.pipeline)
     counters = [PlanCounter(denoiser, inputs) for inputs in facts.inputs]
     full = sum(counter.full().denoiser for counter in counters) * facts.calls
 
     def share(candidate: Candidate) -> float:
-        calls = calls_of(candidate.steps, facts, most)
+        calls = facts.calls_at(candidate.steps)
         plans = (counter.calls(candidate.config, calls) for counter in counters)
         return sum(macs.denoiser for plan in plans for _, macs in plan) / full
 
@@ -307,7 +379,8 @@ class _Shown:
             TimeRemainingColumn(),
             TextColumn("{task.fields[front]}"),
         )
-        self._bar = Progress(*columns, console=console)
+        # Times of generations of plans are minutes.
+        self._bar = Progress(*columns, console=console, speed_estimate_period=600)
         self._task = self._bar.add_task("comparing", total=1.0, front="")
         self._objectives = objectives
 
@@ -422,6 +495,8 @@ def run_calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
     cost = _first(request.settings.objectives, Cost)
     assert isinstance(cost, Cost)
     outcome = run_search(request)
+    if outcome.stopped:
+        raise ValueError(f"budget: stopped before its end; the front so far is in {request.out / 'front'}")
     plan, met = wish.choose(outcome.plans, cost)
     source = request.out / outcome.result["front"][outcome.plans.index(plan)]["file"]
     file = (request.out / "calibrated").with_suffix(source.suffix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import statistics
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -64,13 +66,14 @@ class Job:
     """What to evaluate.
 
     Args:
-        candidate: the plan; None makes the unaccelerated run only.
+        candidate: the plan.
         start: first prompt.
         stop: behind the last prompt.
-        limits: mean absolute error at the end of each quarter of the run above which it is given up.
+        limits: mean absolute error at the end of each quarter of the run above which it is given up; they
+            count where all its prompts fit into one batch.
     """
 
-    candidate: Candidate | None
+    candidate: Candidate
     start: int
     stop: int
     limits: tuple[float, ...] | None = None
@@ -100,14 +103,32 @@ class Facts:
     Args:
         denoiser: `denoiser_key`.
         scheduler: class of the sampler.
-        calls: steps that its list of timesteps has; PLMS has one more than it was asked for.
+        settings: of the sampler, as text.
+        device: kind of device that it runs on.
+        steps: it was asked for.
+        calls: it made at each branch of guidance; PLMS makes one more than steps, Heun's method twice as
+            many but one.
+        each: calls that one more step makes.
         inputs: arguments of the calls of a step, on the meta device.
     """
 
     denoiser: str
     scheduler: str
+    settings: str
+    device: str
+    steps: int
     calls: int
+    each: int
     inputs: tuple[tuple[Any, Any], ...]
+
+    def calls_at(self, steps: int) -> int:
+        """Calls of a run of so many steps."""
+        return max(1, self.calls + self.each * (steps - self.steps))
+
+    def claim(self) -> dict[str, Any]:
+        """What figures depend on besides the settings of a search."""
+        names = ("denoiser", "scheduler", "settings", "device", "calls")
+        return {name: getattr(self, name) for name in names}
 
 
 class _HopelessError(Exception):
@@ -143,6 +164,7 @@ class Evaluator:
         self.setting, self.steps, self.objectives = setting, steps, tuple(objectives)
         self.pipeline = open_pipeline()
         self._folder, self._rounds = folder, rounds
+        self._writer = f".{uuid4().hex}"
         self._pictures = any(isinstance(o, Quality) and o.needs_pictures for o in objectives)
         device = str(self.pipeline.device)
         seen = {Quality.FEATURES, Quality.FD} & set(objectives)
@@ -157,12 +179,11 @@ class Evaluator:
             for start in range(job.start, job.stop, self.setting.shard)
         ]
         bases = [self._baseline(*chunk) for chunk in chunks]
-        if job.candidate is None:
-            return Outcome()
+        limits = job.limits if len(chunks) == 1 else None
         begin = time.perf_counter()
         runs = []
         for chunk, base in zip(chunks, bases, strict=True):
-            run = self._run(job.candidate, *chunk, base, job.limits)
+            run = self._run(job.candidate, *chunk, base, limits)
             if run.final is None:
                 return Outcome(curve=run.curve, seconds=time.perf_counter() - begin)
             runs.append(run)
@@ -190,9 +211,16 @@ class Evaluator:
                 self._make(0, 1, self.steps)
         finally:
             hook.remove()
-        denoiser = denoiser_of(self.pipeline)
+        scheduler = self.pipeline.scheduler
         return Facts(
-            denoiser_key(denoiser), type(self.pipeline.scheduler).__name__, len(steps), tuple(inputs)
+            denoiser_key(denoiser_of(self.pipeline)),
+            type(scheduler).__name__,
+            json.dumps(dict(scheduler.config), sort_keys=True, default=str),
+            self.pipeline.device.type,
+            self.steps,
+            len(steps),
+            _calls_each(scheduler, self.steps),
+            tuple(inputs),
         )
 
     def _make(self, start: int, stop: int, steps: int) -> list[Any]:
@@ -224,8 +252,10 @@ class Evaluator:
 
         s = self.setting
         prompts = (s.model, s.prompts[start:stop], s.seed + start, s.guidance, s.height, s.width, s.dtype)
-        key = json.dumps([*prompts, self.steps, self._pictures])
-        return kept(self._folder / f"{start:06d}-{stop:06d}.safetensors", key, run)
+        scheduler = json.dumps(dict(self.pipeline.scheduler.config), sort_keys=True, default=str)
+        made_by = (type(self.pipeline.scheduler).__name__, scheduler, self.pipeline.device.type)
+        key = json.dumps([*prompts, self.steps, self._pictures, *made_by])
+        return kept(self._folder / f"{start:06d}-{stop:06d}.safetensors", key, run, self._writer)
 
     def _run(
         self,
@@ -239,22 +269,23 @@ class Evaluator:
         x, after = base["x"], base["after"].tolist()
         scheduler = self.pipeline.scheduler
         curve: list[float] = []
-        final: list[Tensor] = []
-        index = 0
+        errors: list[Tensor] = []
+        times: list[float] = []
 
         def moment(now: Moment) -> None:
-            nonlocal index
-            index += 1
-            total = len(scheduler.timesteps)
+            if not times:
+                # Image-to-image begins in the middle.
+                whole = [float(t) for t in scheduler.timesteps]
+                times.extend(whole[whole.index(now.timestep) :])
+            index, total = len(errors) + 1, len(times)
+            place = (
+                index - 1 if total == len(after) else nearest([*times, 0.0][index : index + 1], after)[0]
+            )
+            errors.append((now.x - x[place]).abs().flatten(1).mean(1))
             if index < math.ceil((len(curve) + 1) * total / QUARTERS):
                 return
-            leads_to = 0.0 if index == total else float(scheduler.timesteps[index])
-            place = index - 1 if total == len(after) else nearest([leads_to], after)[0]
-            error = (now.x - x[place]).abs().flatten(1).mean(1)
-            curve.append(float(error.mean()))
-            if index == total:
-                final.append(error)
-            elif limits is not None and curve[-1] > limits[len(curve) - 1]:
+            curve.append(float(errors[-1].mean()))
+            if index < total and limits is not None and curve[-1] > limits[len(curve) - 1]:
                 raise _HopelessError
 
         applied = nullcontext() if candidate.config is None else apply(self.pipeline, candidate.config)
@@ -265,7 +296,7 @@ class Evaluator:
             return _Run(tuple(curve), None, None)
         # A run of fewer steps than quarters skips some of them.
         whole = (*curve, *(curve[-1],) * (QUARTERS - len(curve)))
-        return _Run(whole, final[0], _pixels(images) if self._pictures else None)
+        return _Run(whole, errors[-1], _pixels(images) if self._pictures else None)
 
     def _quality(
         self, runs: Sequence[_Run], bases: Sequence[Mapping[str, Tensor]], job: Job
@@ -316,7 +347,10 @@ class Evaluator:
         if Cost.MEMORY in self.objectives:
             memory = Memory(self.pipeline.device)
             run()
-            out[Cost.MEMORY.value] = memory.peak_mib() or 0.0
+            peak = memory.peak_mib()
+            if peak is None:
+                raise ValueError("objective: cost:memory is not allowed here, the system does not tell it")
+            out[Cost.MEMORY.value] = peak
         return out
 
     def _seconds(self, start: int, stop: int, steps: int) -> float:
@@ -332,6 +366,20 @@ class _Run:
     curve: tuple[float, ...]
     final: Tensor | None
     pictures: Tensor | None
+
+
+def _calls_each(scheduler: Any, steps: int) -> int:
+    """Calls that one more step makes: two by Heun's method."""
+    both = []
+    for count in (steps, steps + 1):
+        copied = copy.deepcopy(scheduler)
+        try:
+            copied.set_timesteps(count)
+        except (ValueError, TypeError):
+            # One that must be told more than a number: all of those make one call a step.
+            return 1
+        both.append(len(copied.timesteps))
+    return both[1] - both[0]
 
 
 def outcome_from(record: Mapping[str, Any]) -> Outcome:

@@ -76,7 +76,7 @@ class Nsga2:
         self._sizes, self._population = sizes, operators.population
         self._rng = np.random.default_rng(seed)
         self._seen: set[Genes] = set()
-        self._problem: Any = Problem(n_var=len(most), n_obj=objectives, xl=0, xu=most, vtype=int)
+        self._problem: Any = Problem(n_var=max(len(most), 1), n_obj=objectives, xl=0, xu=most, vtype=int)
         self._algorithm: Any = NSGA2(
             pop_size=operators.population,
             sampling=np.array(first, dtype=int)[:, self._open],
@@ -90,7 +90,8 @@ class Nsga2:
         )
         self._algorithm.setup(self._problem, termination=NoTermination(), seed=seed, verbose=False)
         self._asked: Any = None
-        self._used_up = False
+        # pymoo asks for at least one variable.
+        self._used_up = not self._open
 
     def ask(self) -> list[Genes]:
         """The next generation; by chance once the operators find nothing new, in a small space."""
@@ -101,6 +102,7 @@ class Nsga2:
             whole = np.zeros((len(rows), len(self._sizes)), dtype=int)
             whole[:, self._open] = np.reshape(rows, (len(rows), len(self._open)))
             asked = [tuple(row) for row in whole.tolist()]
+        # A generation of nothing new: what is left is too little for operators.
         self._used_up = self._seen.issuperset(asked)
         self._seen.update(asked)
         return drawn(self._sizes, self._population, self._rng, self._seen) if self._used_up else asked

@@ -43,14 +43,13 @@ class Found:
     picked: tuple[str, ...]
 
 
-def found(search: Search, facts: Facts, setting: Setting, steps: int, weight: float | None) -> list[Found]:
+def found(search: Search, facts: Facts, setting: Setting, weight: float | None) -> list[Found]:
     """The plans of the front, named, dearest first, with their origin.
 
     Args:
         search: that has run.
         facts: of its pipeline.
         setting: of its pictures.
-        steps: of the unaccelerated run.
         weight: w_ps of DaTo's choice of one plan, on the objectives as they are; None for none.
     """
     plans = search.front()
@@ -62,7 +61,7 @@ def found(search: Search, facts: Facts, setting: Setting, steps: int, weight: fl
         Found(
             f"plan-{i:02d}",
             known,
-            _schedule(known, facts, search.objectives, setting, steps),
+            _schedule(known, facts, search.objectives, setting),
             tuple(chosen.get(i, ())),
         )
         for i, known in enumerate(plans)
@@ -79,11 +78,6 @@ def _picked(values: Sequence[Sequence[float]], weight: float | None) -> dict[str
     return out if weight is None else out | {"w_ps": pick(values, weight)}
 
 
-def calls_of(steps: int, facts: Facts, of: int) -> int:
-    """Calls of a run of so many steps, at each branch of guidance, from those of an unaccelerated one."""
-    return steps + facts.calls - of
-
-
 def schedule_of(candidate: Candidate, calls: int) -> Schedule:
     """What a plan does at each call."""
     if candidate.config is None:
@@ -91,10 +85,8 @@ def schedule_of(candidate: Candidate, calls: int) -> Schedule:
     return parts_of(candidate.config).plan.resample(calls)
 
 
-def _schedule(
-    known: Known, facts: Facts, objectives: Sequence[Objective], setting: Setting, steps: int
-) -> Schedule:
-    calls = calls_of(known.candidate.steps, facts, steps)
+def _schedule(known: Known, facts: Facts, objectives: Sequence[Objective], setting: Setting) -> Schedule:
+    calls = facts.calls_at(known.candidate.steps)
     figures: dict[type, dict[str, float]] = {Quality: {}, Cost: {}}
     for kind in objectives:
         figures[type(kind)][kind.value] = round(known.value(kind), 6)
@@ -105,6 +97,8 @@ def _schedule(
         steps=known.candidate.steps,
         calls=calls,
         guidance=setting.guidance,
+        height=setting.height,
+        width=setting.width,
         prompts=known.prompts,
         seed=setting.seed,
         quality=figures[Quality],
@@ -157,8 +151,9 @@ def to_dict(
 ) -> dict[str, Any]:
     """What was found as plain data."""
     objectives = search.objectives
-    around = [known.values(objectives) for known in beside.values()]
-    rows = [row for values in (*search.history, around) for row in values]
+    best = [plan.known.values(objectives) for plan in plans]
+    around = [known.values(objectives) for known in beside.values() if not known.given_up]
+    rows = [row for values in (*search.history, best, around) for row in values]
     reference = [max(column) for column in zip(*rows, strict=True)]
     proposed = [known for known in search.known.values() if known.generation is not None]
     return {
@@ -183,7 +178,7 @@ def to_dict(
         "beside": [{"name": name, "values": figures(known, objectives)} for name, known in beside.items()],
         "hypervolume": {
             "reference": reference,
-            "front": hypervolume([plan.known.values(objectives) for plan in plans], reference),
+            "front": hypervolume(best, reference),
             "beside": hypervolume(around, reference),
         },
         "history": [

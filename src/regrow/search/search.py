@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from math import inf
+from math import inf, isfinite
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -46,13 +47,13 @@ class Economy(BaseModel):
             first; those that nothing known dominates on more and more, up to the last (successive
             halving by fronts). One number measures every plan on all.
         patience: a plan is given up in the middle of a generation when, at the end of a quarter of the run,
-            its deviation is so many times that of a plan that costs no more. None lets all finish.
+            its deviation is so many times the last one of a plan that costs no more. None lets all finish.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompts: tuple[int, ...] = Field(min_length=1)
-    patience: float | None = Field(2.0, gt=1)
+    patience: float | None = Field(None, gt=1)
 
     @model_validator(mode="after")
     def _ascending(self) -> Economy:
@@ -110,6 +111,19 @@ class Budget:
 
     generations: int | None = None
     seconds: float | None = None
+
+    def part(self, share: float) -> Budget:
+        """A share of it, at least one generation."""
+        return Budget(
+            None if self.generations is None else max(1, round(self.generations * share)),
+            None if self.seconds is None else self.seconds * share,
+        )
+
+    def spent(self, generations: float, seconds: float) -> float | None:
+        """The share that is spent; None if there is no end to it."""
+        shares = [generations / self.generations] if self.generations is not None else []
+        shares += [seconds / self.seconds] if self.seconds is not None else []
+        return max(shares, default=None)
 
 
 @dataclass(frozen=True)
@@ -169,12 +183,7 @@ class Search:
         seed: int = 0,
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        together = [o for o in objectives if isinstance(o, Quality) and not o.by_picture]
-        if together and len(economy.prompts) > 1:
-            raise ValueError(
-                f"prompts: {economy.prompts} is not allowed with quality:{together[0].value}, which is one "
-                "figure of all pictures: it must be one number"
-            )
+        check_economy(economy, objectives)
         self.space, self.objectives, self.economy = space, tuple(objectives), economy
         self.algorithm, self.operators, self.seed = algorithm, operators, seed
         self.known: dict[str, Known] = {}
@@ -189,12 +198,12 @@ class Search:
         self._generated = 0
         self._genes: dict[str, Genes] = {}
         self._shown: Sequence[Known] = ()
-        self._share: float | None = 0.0
+        self._budget, self._begin = Budget(), time.monotonic()
 
     def compare_with(self, candidates: Iterable[Candidate]) -> list[Known]:
         """Measure plans on all prompts, to stand beside the front; they are not part of it."""
         found = [self._of(candidate, None) for candidate in candidates]
-        while rows := [known for known in found if known.prompts < self.economy.prompts[-1]]:
+        while rows := [k for k in found if k.prompts < self.economy.prompts[-1] and not k.given_up]:
             self._measure(rows)
         return found
 
@@ -204,20 +213,18 @@ class Search:
         Returns:
             the front, dearest first.
         """
-        if self.algorithm is not Algorithm.STAGED or len(self.space.names) == 1:
+        self._budget = budget
+        names = [
+            n
+            for n in self.space.names
+            if any(v.name == n and len(v.choices) > 1 for v in self.space.variables)
+        ]
+        if self.algorithm is not Algorithm.STAGED or len(names) < 2:
             self._stage(_whole(self.space), budget)
             return self.front()
-        names = self.space.names
-        for number, name in enumerate(names):
+        for number, name in enumerate(names, 1):
             stage = _part(self.space, name, [self._genes[k.candidate.key] for k in self.front()])
-            share = (number + 1) / len(names)
-            self._stage(
-                stage,
-                Budget(
-                    None if budget.generations is None else round(budget.generations * share),
-                    None if budget.seconds is None else budget.seconds * share,
-                ),
-            )
+            self._stage(stage, budget.part(number / len(names)))
         return self.front()
 
     def front(self) -> list[Known]:
@@ -230,7 +237,7 @@ class Search:
         proposals = self._proposals(stage)
         while not self._over(budget):
             generation = len(self.history)
-            begin = time.monotonic()
+            self._begin = time.monotonic()
             asked = proposals.ask()
             if not asked:
                 return
@@ -246,7 +253,7 @@ class Search:
                 self._measure(rows)
             worst = self._worst()
             proposals.tell([self._told(k, worst) for k in known])
-            self._end(generation, time.monotonic() - begin)
+            self._end(generation, time.monotonic() - self._begin)
 
     def _proposals(self, stage: _Stage) -> Proposals:
         seed = self.seed + len(self.history)
@@ -279,33 +286,25 @@ class Search:
         outcomes: dict[int, Outcome] = {}
         missing = []
         for i, job in enumerate(jobs):
-            record = self._logged.get((_key(job), job.start, job.stop))
-            if record is None:
+            record = self._logged.get((job.candidate.key, job.start, job.stop))
+            # What was given up is measured now if it must not be.
+            if record is None or (not record["quality"] and job.limits is None):
                 missing.append(i)
             else:
                 outcomes[i] = outcome_from(record)
         self._tell(0, len(missing))
-        for done, (place, outcome) in enumerate(self._workers.run([jobs[i] for i in missing]), 1):
-            i = missing[place]
-            outcomes[i] = outcome
-            job = jobs[i]
-            assert job.candidate is not None
-            record = {
-                "key": _key(job),
-                "start": job.start,
-                "stop": job.stop,
-                "steps": job.candidate.steps,
-                "config": job.candidate.settings(),
-                **record_of(outcome),
-            }
-            self._log.append(record)
-            self._tell(done, len(missing))
-        # In the order of the plans, whichever came first.
-        for i, known in enumerate(rows):
-            _add(known, jobs[i], outcomes[i])
-            if known.generation is not None:
-                self._generated += jobs[i].stop - jobs[i].start
-        self._shown = self.front()
+        try:
+            for done, (place, outcome) in enumerate(self._workers.run([jobs[i] for i in missing]), 1):
+                outcomes[missing[place]] = outcome
+                self._log.append(_record(jobs[missing[place]], outcome))
+                self._tell(done, len(missing))
+        finally:
+            # In the order of the plans, whichever came first; what was interrupted has some of them.
+            for i in sorted(outcomes):
+                _add(rows[i], jobs[i], outcomes[i])
+                if rows[i].generation is not None:
+                    self._generated += jobs[i].stop - jobs[i].start
+            self._shown = self.front()
 
     def _job(self, known: Known) -> Job:
         stop = next(n for n in self.economy.prompts if n > known.prompts)
@@ -313,25 +312,20 @@ class Search:
         return Job(known.candidate, known.prompts, stop, limits)
 
     def _limits(self, known: Known) -> tuple[float, ...] | None:
-        """Deviations above which a plan is given up: those of plans that cost no more, times patience."""
+        """Deviations above which a plan is given up: the last of a plan that costs no more, by patience."""
         patience = self.economy.patience
-        early = Quality.DEVIATION in self.objectives and Cost.MACS in self.objectives
-        if patience is None or not early or len(self.objectives) != 2:
-            return None
-        curves = [k.curve for k in self.known.values() if k.macs <= known.macs and len(k.curve) == QUARTERS]
-        return (
-            tuple(patience * min(curve[q] for curve in curves) for q in range(QUARTERS)) if curves else None
-        )
+        ends = [k.curve[-1] for k in self._proposed() if k.macs <= known.macs and k.prompts]
+        return (patience * min(ends),) * QUARTERS if patience is not None and ends else None
 
     def _worst(self) -> tuple[float, ...]:
         """The worst figure of each objective so far."""
         rows = [k.values(self.objectives) for k in self._proposed()]
-        return tuple(max((v for v in column if v < inf), default=0.0) for column in zip(*rows, strict=True))
+        return tuple(max((v for v in column if v < inf), default=1.0) for column in zip(*rows, strict=True))
 
     def _told(self, known: Known, worst: Sequence[float]) -> tuple[float, ...]:
         """What the proposals are told: of a plan that was given up, worse than the worst."""
         values = known.values(self.objectives)
-        far = known.curve[-1] if known.given_up else 0.0
+        far = known.curve[-1] if known.given_up and isfinite(known.curve[-1]) else 1.0
         return tuple(
             v if v < inf else bound + abs(bound) * far for v, bound in zip(values, worst, strict=True)
         )
@@ -346,19 +340,15 @@ class Search:
         self.history.append([k.values(self.objectives) for k in self.front()])
 
     def _over(self, budget: Budget) -> bool:
-        done, seconds = len(self.history), self.spent[-1][1] if self.spent else 0.0
-        shares = [
-            spent / limit
-            for spent, limit in ((done, budget.generations), (seconds, budget.seconds))
-            if limit is not None
-        ]
-        self._share = max(shares, default=None)
-        return self._share is not None and self._share >= 1
+        share = budget.spent(len(self.history), self.spent[-1][1] if self.spent else 0.0)
+        return share is not None and share >= 1
 
     def _tell(self, done: int, total: int) -> None:
-        self._on_progress(
-            Progress(len(self.history), done, total, len(self.known), self._share, self._shown)
-        )
+        seconds = self.spent[-1][1] if self.spent else 0.0
+        # Most of a generation is its first round.
+        within = 0.9 * done / total if total else 0.0
+        share = self._budget.spent(len(self.history) + within, seconds + time.monotonic() - self._begin)
+        self._on_progress(Progress(len(self.history), done, total, len(self.known), share, self._shown))
 
 
 @dataclass(frozen=True)
@@ -403,14 +393,43 @@ def _part(space: Space, name: str, found: Sequence[Genes]) -> _Stage:
     return _Stage((len(bases), *(space.sizes[i] for i in places)), uniform, expand)
 
 
-def _key(job: Job) -> str:
-    return "" if job.candidate is None else job.candidate.key
+def check_economy(economy: Economy, objectives: Sequence[Objective]) -> None:
+    """Refuse savings that the objectives don't allow.
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+    """
+    together = [o for o in objectives if isinstance(o, Quality) and not o.by_picture]
+    if together and len(economy.prompts) > 1:
+        raise ValueError(
+            f"prompts: {economy.prompts} is not allowed with quality:{together[0].value}, which is one "
+            "figure of all pictures: it must be one number"
+        )
+    if economy.patience is not None and not may_give_up(objectives):
+        raise ValueError(
+            f"patience: {economy.patience} is not allowed with other objectives than quality:deviation and "
+            "cost:macs, which are known in the middle of a generation"
+        )
+
+
+def may_give_up(objectives: Sequence[Objective]) -> bool:
+    """Whether a plan can be told to be hopeless in the middle of a generation."""
+    return set(objectives) == {Quality.DEVIATION, Cost.MACS}
+
+
+def _record(job: Job, outcome: Outcome) -> dict[str, Any]:
+    """An evaluation as the log keeps it."""
+    what = {"key": job.candidate.key, "start": job.start, "stop": job.stop}
+    plan = {"steps": job.candidate.steps, "config": job.candidate.settings()}
+    return {**what, **plan, **record_of(outcome)}
 
 
 def _add(known: Known, job: Job, outcome: Outcome) -> None:
     """Put an outcome to what is known."""
-    if not outcome.quality:
-        known.given_up, known.curve = True, outcome.curve
+    figures = [value for values in outcome.quality.values() for value in values]
+    if not figures or not all(isfinite(value) for value in figures):
+        known.given_up, known.curve, known.prompts = True, outcome.curve, 0
+        known.quality.clear()
         return
     if not job.start:
         known.curve, known.cost = outcome.curve, dict(outcome.cost)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from regrow.search.evaluation import Candidate
 from regrow.search.objectives import Cost, Objective, Quality, check_objectives, label, objective
 from regrow.search.proposals import Operators
 from regrow.search.result import write_json
-from regrow.search.search import Algorithm, Economy
+from regrow.search.search import Algorithm, Economy, check_economy
 from regrow.space import Space, Variable
 
 Named = Annotated[
@@ -34,6 +35,7 @@ class SearchSettings(BaseModel):
         prompts: one a picture; picture i has seed ``seed + i``.
         objectives: at least one of quality and one of cost; the plots show the first of each.
         algorithm: how plans are proposed.
+        budget: of a search in stages, which divide it among themselves; None for the others.
         operators: settings of NSGA-II.
         economy: how evaluations are saved.
         choices: other choices for a method's variables, by name.
@@ -59,6 +61,7 @@ class SearchSettings(BaseModel):
     prompts: tuple[str, ...] = Field(min_length=1)
     objectives: tuple[Named, ...] = (Quality.DEVIATION, Cost.MACS)
     algorithm: Algorithm = Algorithm.NSGA2
+    budget: str | None = None
     operators: Operators = Operators()
     economy: Economy
     choices: dict[str, tuple[Any, ...]] = {}
@@ -85,7 +88,13 @@ class SearchSettings(BaseModel):
             )
         if (self.clip is None) == (Quality.CLIP in self.objectives):
             raise ValueError("clip: a CLIP model must be given with quality:clip, and only with it")
-        self.space(most)
+        check_economy(self.economy, self.objectives)
+        space = self.space(lambda steps: steps)
+        middle = [(size - 1) // 2 for size in space.sizes]
+        for i, variable in enumerate(space.variables):
+            # A method's own choices are allowed.
+            for gene in range(len(variable.choices)) if variable.name in self.choices else ():
+                space.config([*middle[:i], gene, *middle[i + 1 :]])
         return self
 
     @property
@@ -102,43 +111,54 @@ class SearchSettings(BaseModel):
             shard=self.batch,
         )
 
-    def space(self, calls: int) -> Space:
+    def space(self, calls_at: Callable[[int], int]) -> Space:
         """The plans, which decode to a `Candidate`; where steps are open, they are one more variable.
 
         Args:
-            calls: of the denoiser in the unaccelerated run, at each branch of guidance.
+            calls_at: calls of the denoiser in a run of so many steps, at each branch of guidance.
 
         Raises:
             ValueError: if the method has no plans, or a choice is none of its own.
         """
         least, most = self.steps
-        space = space_of(self.method, calls)
+        space = space_of(self.method, calls_at(most))
         for name, choices in self.choices.items():
             space = space.with_choices(name, choices)
 
         def decode(config: Any, steps: int) -> Candidate:
-            return Candidate(steps, config.at(steps + calls - most))
+            return Candidate(steps, config.at(calls_at(steps)))
 
         return space.extended(Variable("steps", tuple(range(least, most + 1))), decode)
 
-    def claim(self, folder: Path) -> None:
-        """Write the settings, or check that they are those of the search that is there.
+    def check(self, folder: Path, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Look whether the search in a folder, if there is one, is this one.
+
+        Args:
+            folder: of the search.
+            facts: what else its figures depend on, if that is known.
+
+        Returns:
+            all of it as plain data.
 
         Raises:
             ValueError: naming the field in which they differ.
         """
         file = folder / "settings.json"
-        now = json.loads(self.model_dump_json())
-        if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            for name, value in now.items():
-                if before.get(name) != value:
-                    raise ValueError(
-                        f"{name}: the search in {folder} has another one; use another folder, or --resume "
-                        "to go on with that one"
-                    )
+        now = {**json.loads(self.model_dump_json()), **({"facts": dict(facts)} if facts else {})}
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{name}: the search in {folder} has another one; use another folder, or --resume to "
+                    "go on with that one"
+                )
+        return now
+
+    def claim(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Write the settings into the folder of a search, as `check` allows."""
+        now = self.check(folder, facts)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, now)
+        write_json(folder / "settings.json", now)
 
     @classmethod
     def of(cls, folder: Path) -> SearchSettings:
@@ -150,7 +170,9 @@ class SearchSettings(BaseModel):
         file = folder / "settings.json"
         if not file.exists():
             raise FileNotFoundError(f"--resume: {folder} holds no search")
-        return cls.model_validate_json(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields.pop("facts", None)
+        return cls.model_validate(fields)
 
 
 def doubled(prompts: int) -> tuple[int, ...]:
