@@ -38,7 +38,7 @@ def macs(candidate: Candidate) -> float:
 
 
 def deviation(candidate: Candidate, prompt: int) -> float:
-    """What is not computed, more where it comes late; on each picture plans fare otherwise by up to a tenth."""
+    """What is not computed, more where it comes late; on each picture otherwise by up to a tenth."""
     steps = [*candidate.config.schedule.steps()]
     weights = [((i + 1) / CALLS) ** 3 for i in range(CALLS)]
     losses = [{FULL: 0.0, 1: 1.0, 0: 2.0}[step.depth] + step.ratio for step in steps]

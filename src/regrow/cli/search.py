@@ -518,11 +518,12 @@ def run_calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
             height=s.height,
             width=s.width,
         )
+    values = figures(plan.known, s.objectives)
     result = {
         "met": met,
         "file": str(file),
         "steps": candidate.steps,
-        "values": figures(plan.known, s.objectives),
+        "values": values,
         "measured_speedup": round(rows[1].speedup, 3),
         "machine": machine(device),
     }
@@ -530,11 +531,11 @@ def run_calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
     if as_json:
         print(json.dumps(result, indent=1))
         return met
-    values = ", ".join(f"{name} {value:.4g}" for name, value in result["values"].items())
+    said_values = ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
     said = Console()
     said.print(
         f"{'this plan meets the wish' if met else 'the wish is not met; the nearest plan found'}: "
-        f"{candidate.steps} steps, {values}; measured {rows[1].speedup:.2f}x faster",
+        f"{candidate.steps} steps, {said_values}; measured {rows[1].speedup:.2f}x faster",
         soft_wrap=True,
     )
     said.print(str(file), soft_wrap=True)
