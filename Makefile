@@ -7,7 +7,7 @@ BIN := .venv/bin
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[measure,plot,peers,train,test,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[measure,plot,peers,cluster,train,test,dev,search]"
 	touch $@
 
 demo: .venv/installed

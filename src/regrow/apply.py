@@ -15,6 +15,7 @@ from regrow.methods.parts import parts_of
 from regrow.models import denoiser_of, layout_of
 from regrow.run import Engine, Observer
 from regrow.run_report import RunReport, report_of
+from regrow.schedule import Plan, Schedule
 
 
 class Run:
@@ -112,6 +113,8 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
     engine = Engine(denoiser, layout_of(denoiser), parts, None)
     _check_useful(engine, denoiser)
+    for difference in _elsewhere(parts.plan, denoiser, getattr(pipeline, "scheduler", scheduler)):
+        engine.warn_once(f"origin {difference}", f"the schedule may not suit: {difference}")
     if getattr(pipeline, "transformer_2", None) not in (None, denoiser):
         engine.warn_once(
             "second",
@@ -125,6 +128,12 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
     if source() is not None:
         engine.clock = SchedulerClock(source, engine.release, engine.layout.timestep_scale)
     return Run(config, engine, installed)
+
+
+def _elsewhere(plan: Plan, denoiser: nn.Module, scheduler: Any) -> Iterator[str]:
+    """How what a schedule was found on differs from what it is applied to."""
+    if isinstance(plan, Schedule) and plan.found is not None:
+        yield from plan.found.unlike(denoiser, scheduler)
 
 
 def _check_useful(engine: Engine, denoiser: nn.Module) -> None:

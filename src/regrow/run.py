@@ -438,10 +438,14 @@ class Engine:
         if position.first or self.generation is None:
             chooser = self.rule or self.token_set
             seed = 0 if chooser is None else chooser.seed
-            self.generation = Generation(
-                list(self.parts.plan.resample(position.total).steps()),
-                _generator(sample.device, seed),
-            )
+            plan = self.parts.plan.resample(position.total)
+            if plan.found is not None and plan.found.calls != position.total:
+                self.warn_once(
+                    "origin calls",
+                    f"the schedule was found for {plan.found.calls} calls; this generation has "
+                    f"{position.total}, to which it is resampled",
+                )
+            self.generation = Generation(list(plan.steps()), _generator(sample.device, seed))
         generation = self.generation
         slot = self._slot(generation, position.branch, sample, args, kwargs)
         slot.calls += 1

@@ -19,6 +19,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from regrow.origin import Origin
+
 # Deeper than any model: a call at this depth computes everything.
 FULL = 1_000_000
 # A call of all blocks in which every attention and feed-forward hands on its last output.
@@ -81,6 +83,7 @@ class Schedule(BaseModel):
         ratio: a pruning ratio for each call, 0 <= ratio < 1; as many as depths.
         name: a name for tables.
         note: where the schedule comes from.
+        found: what it was searched on, if it was; applied elsewhere, it is warned of.
 
     Raises:
         pydantic.ValidationError: with the field and the value, if one is not allowed.
@@ -94,6 +97,7 @@ class Schedule(BaseModel):
     note: str = ""
     depth: tuple[Depth, ...] = Field(min_length=1)
     ratio: tuple[Ratio, ...] = Field(min_length=1)
+    found: Origin | None = None
 
     @model_validator(mode="after")
     def _same_length(self) -> Schedule:
@@ -134,8 +138,9 @@ class Schedule(BaseModel):
         return max(self.ratio)
 
     def with_ratio(self, ratio: float) -> Schedule:
-        """The same depths with one ratio for all calls."""
-        return Schedule.model_validate(self.model_dump() | {"ratio": (ratio,) * len(self)})
+        """The same depths with one ratio for all calls; no longer the plan that was found."""
+        changes = {"ratio": (ratio,) * len(self), "found": None}
+        return Schedule.model_validate(self.model_dump() | changes)
 
     def resample(self, calls: int) -> Schedule:
         """The same plan for another number of calls.
@@ -210,7 +215,7 @@ class Schedule(BaseModel):
 
     def dump(self, *, as_json: bool = False) -> str:
         """The schedule as YAML (or JSON) text that `parse` reads back."""
-        fields = self.model_dump(exclude_defaults=False)
+        fields = self.model_dump(exclude={"found"} if self.found is None else None)
         names = {depth: name for name, depth in _NAMED.items()}
         fields["depth"] = [names.get(d, d) for d in self.depth]
         fields["ratio"] = list(self.ratio)

@@ -320,6 +320,7 @@ def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
         (("--scores", "nowhere.json"), "nowhere.json"),
         (("--features", "inception"), "pip install torch-fidelity"),
         (("--export", "tests"), "export: tests holds something else"),
+        (("--workers", "2"), "--workers, --address: they go with --engine ray"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_made(

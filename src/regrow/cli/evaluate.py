@@ -6,7 +6,8 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,9 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from regrow import zoo
+from regrow.cli.engine import Where
 from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.measure.clip import ClipScore
-from regrow.measure.evaluate import Pictures, Quality, Setting, compare
+from regrow.measure.evaluate import Pictures, Quality, Setting, ShardMaker, compare
 from regrow.measure.exchange import Scores, check_export, export, read_scores
 from regrow.measure.extractors import Extractor, Labels, Network, extractor
 from regrow.measure.keep import write_whole
@@ -53,6 +55,7 @@ class Request:
     device: str | None
     dtype: str
     batch: int
+    where: Where
     out: Path
 
 
@@ -63,6 +66,7 @@ def run_eval(request: Request, as_json: bool) -> None:
         raise ValueError("--save-reference: it needs --reference with a folder of pictures")
     scores = read_scores(request.scores, variants)
     device = check_device(request.device) if request.device else best_device()
+    request.where.check(device)
     console = Console(stderr=True)
     # What is missing is missing before the pictures are made, not after it.
     seer = extractor(request.features, device)
@@ -196,16 +200,23 @@ def _make(
     request: Request, pictures: Pictures, variants: list[Variant], device: str, console: Console
 ) -> None:
     """Make what is missing; the model is loaded only if something is."""
-    missing = {one.name: len(pictures.missing(one)) for one in variants}
-    if not any(missing.values()):
+    missing = sum(len(pictures.missing(one)) for one in variants)
+    if not missing:
         return
-    with console.status(f"loading {request.model}"):
-        pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype))
-    with _bar(console) as progress:
-        task = progress.add_task("batches", total=sum(missing.values()))
-        for one in variants:
-            progress.update(task, description=one.name)
-            pictures.make(pipeline, one, on_shard=lambda: progress.advance(task))
+    setting = pictures.setting
+    if Path(setting.model).exists():
+        # Processes of a cluster are in other folders.
+        setting = replace(setting, model=str(Path(setting.model).resolve()))
+    with request.where.open(partial(_maker, setting, device), device) as workers, _bar(console) as progress:
+        task = progress.add_task(f"loading {request.model}", total=missing)
+        pictures.make_all(
+            workers, variants, lambda one: progress.update(task, description=one.name, advance=1)
+        )
+
+
+def _maker(setting: Setting, device: str) -> ShardMaker:
+    """What makes pictures, wherever it is called."""
+    return ShardMaker(setting, load_pipeline(setting.model, device, getattr(torch, setting.dtype)))
 
 
 def print_rows(

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from regrow.cli.ablations import ABLATIONS, ablated
+from regrow.cli.engine import Engine, Where
 from regrow.measure.extractors import Network
 from regrow.methods.catalogue import SYSTEMS
+from regrow.search.search import Algorithm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,9 +37,17 @@ Method = Annotated[
     typer.Option(help="Method; see [b]regrow methods[/b]. Or with settings: cat:0.3+deepcache:2."),
 ]
 Preset = Annotated[Optional[str], typer.Option(help="Preset of the method.")]
-ScheduleFile = Annotated[Optional[Path], typer.Option(help="Schedule file, YAML or JSON.")]
+ScheduleFile = Annotated[
+    Optional[Path], typer.Option(help="Schedule file, YAML or JSON, or hub:owner/name/file.")
+]
 Ratio = Annotated[Optional[float], typer.Option(help="One pruning ratio for all calls.")]
 Interval = Annotated[Optional[int], typer.Option(help="A full call every N, depth 1 between.")]
+EngineChoice = Annotated[Engine, typer.Option(help="What does the work: this process, or a Ray cluster.")]
+WorkerCount = Annotated[Optional[int], typer.Option(help="Workers on the cluster; as many as fit.", min=1)]
+Address = Annotated[
+    Optional[str],
+    typer.Option(help="Address of the cluster, or auto; one is started on this machine if none."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -306,6 +316,9 @@ def evaluate(
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
     dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
     batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 16,
+    engine: EngineChoice = Engine.LOCAL,
+    workers: WorkerCount = None,
+    address: Address = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and results; gone on with.")] = Path(
         "eval"
     ),
@@ -341,6 +354,7 @@ def evaluate(
             device=device,
             dtype=dtype,
             batch=batch,
+            where=Where(engine, workers, address),
             out=out,
         ),
         as_json,
@@ -399,6 +413,213 @@ def trace(
         ),
         as_json,
     )
+
+
+@app.command()
+def search(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
+    method: Annotated[
+        str, typer.Option(help="See [b]regrow methods[/b]; or two, as deepcache+tome.")
+    ] = "dato",
+    steps: Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")] = "50",
+    prompts: Annotated[str, typer.Option(help="A file of prompts, or a number of the model's own.")] = "16",
+    objective: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="quality:deviation, psnr, features, fd, clip or imagereward; cost:macs, latency or "
+            "memory. Give it again for more."
+        ),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="Generations of plans such as 30, or minutes such as 30m.")
+    ] = "30",
+    algorithm: Annotated[Algorithm, typer.Option(help="How plans are proposed.")] = Algorithm.NSGA2,
+    population: Annotated[int, typer.Option(help="Plans in a generation.", min=2)] = 20,
+    crossover: Annotated[float, typer.Option(help="Probability of crossover.", min=0, max=1)] = 0.7,
+    crossover_eta: Annotated[float, typer.Option(help="Its distribution index.")] = 7.0,
+    mutation: Annotated[float, typer.Option(help="Probability of mutation.", min=0, max=1)] = 0.4,
+    mutation_eta: Annotated[float, typer.Option(help="Its distribution index.")] = 15.0,
+    uniform: Annotated[
+        float, typer.Option(help="Share of the first generation that is the same at every step.")
+    ] = 0.5,
+    rungs: Annotated[
+        Optional[str],
+        typer.Option(help="Numbers of prompts of successive halving, as 2,4,8,16; by default doubling."),
+    ] = None,
+    patience: Annotated[
+        Optional[float],
+        typer.Option(
+            help="A plan so many times worse than a cheaper one is given up; 2 if it can be; 0: never."
+        ),
+    ] = None,
+    choices: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Other choices of a variable, as ratio=0,0.5 or depth=0,1,full."),
+    ] = None,
+    w_ps: Annotated[
+        Optional[float], typer.Option("--w-ps", help="Pick the plan of least quality + w_ps cost as well.")
+    ] = None,
+    beside: Annotated[
+        Optional[str], typer.Option(help="Methods to stand beside the front, as deepcache:5,dato:b1.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
+    search_seed: Annotated[int, typer.Option(help="Seed of the search.", min=0)] = 0,
+    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
+    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
+    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
+    batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 16,
+    clip: Annotated[Optional[str], typer.Option(help="CLIP model of quality:clip.")] = None,
+    rounds: Annotated[int, typer.Option(help="Runs in turns for cost:latency.", min=1)] = 3,
+    engine: EngineChoice = Engine.LOCAL,
+    workers: WorkerCount = None,
+    address: Address = None,
+    resume: Annotated[
+        Optional[Path], typer.Option(help="Go on with the search in this folder, with its settings.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the search; gone on with.")] = Path("search"),
+    plots: Annotated[bool, typer.Option(help="Draw plots and a page as well.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Find the plans of a method that cost least for each quality. Killed, it goes on where it was.
+
+    Example: [b]regrow search --model emoji --method dato --budget 30m --beside deepcache:5,dato:b1[/b]
+    or [b]regrow search --resume search --budget 60m[/b]
+    """
+    from regrow.cli import search as command
+    from regrow.search.settings import SearchSettings
+
+    asked = command.Asked(budget, tuple(beside.split(",")) if beside else (), w_ps)
+    if resume is not None:
+        out, settings = resume, SearchSettings.of(resume)
+        asked = command.resumed(context, command.Asked.of(resume), asked)
+    else:
+        names = tuple(objective or ("quality:deviation", "cost:macs"))
+        texts = command.prompts_of(model, prompts)
+        settings = command.settings_of(
+            model=model,
+            method=method,
+            steps=command.parse_steps(steps),
+            prompts=texts,
+            objectives=names,
+            algorithm=algorithm,
+            operators={
+                "population": population,
+                "crossover": crossover,
+                "crossover_eta": crossover_eta,
+                "mutation": mutation,
+                "mutation_eta": mutation_eta,
+                "uniform": uniform,
+            },
+            economy=command.parse_economy(rungs, patience, len(texts), names),
+            budget=budget if algorithm is Algorithm.STAGED else None,
+            choices=command.parse_choices(choices or ()),
+            search_seed=search_seed,
+            seed=seed,
+            guidance=command.guidance_of(model, guidance),
+            height=height,
+            width=width,
+            dtype=dtype,
+            batch=batch,
+            clip=clip,
+            rounds=rounds,
+        )
+    request = command.Request(
+        settings=settings,
+        asked=asked,
+        where=Where(engine, workers, address),
+        device=device,
+        out=out,
+        plots=plots,
+    )
+    outcome = command.run_search(request)
+    if as_json:
+        print(json.dumps(outcome.result))
+    else:
+        command.print_search(outcome, request)
+
+
+@app.command()
+def calibrate(
+    speedup: Annotated[
+        Optional[float], typer.Option(help="Fewer MACs by this factor; or, with --latency, less time.")
+    ] = None,
+    max_deviation: Annotated[
+        Optional[float], typer.Option(help="Mean absolute error of the last latents, at most.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
+    method: Annotated[
+        str, typer.Option(help="See [b]regrow methods[/b]; or two, as deepcache+tome.")
+    ] = "dato",
+    steps: Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")] = "50",
+    prompts: Annotated[str, typer.Option(help="A file of prompts, or a number of the model's own.")] = "8",
+    budget: Annotated[
+        str, typer.Option(help="Minutes such as 15m, or generations of plans such as 30.")
+    ] = "15m",
+    latency: Annotated[bool, typer.Option(help="Search for time on this machine instead of MACs.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
+    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
+    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
+    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
+    batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 16,
+    out: Annotated[Path, typer.Option(help="Folder of the search; gone on with.")] = Path("calibration"),
+    as_json: AsJson = False,
+) -> None:
+    """A quarter of an hour for one schedule that meets a wish. Exit code 1 if none was found that does.
+
+    Example: [b]regrow calibrate --model emoji --speedup 3[/b]
+    """
+    from regrow.cli import search as command
+
+    wish = command.Wish(speedup, max_deviation)
+    texts = command.prompts_of(model, prompts)
+    objectives = ("quality:deviation", "cost:latency" if latency else "cost:macs")
+    settings = command.settings_of(
+        model=model,
+        method=method,
+        steps=command.parse_steps(steps),
+        prompts=texts,
+        objectives=objectives,
+        economy=command.parse_economy(None, None, len(texts), objectives),
+        seed=seed,
+        guidance=command.guidance_of(model, guidance),
+        height=height,
+        width=width,
+        dtype=dtype,
+        batch=batch,
+    )
+    request = command.Request(
+        settings=settings,
+        asked=command.Asked(budget),
+        where=Where(),
+        device=device,
+        out=out,
+        plots=False,
+    )
+    if not command.run_calibrate(request, wish, as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def share(
+    file: Annotated[Path, typer.Argument(help="A schedule file.")],
+    repository: Annotated[str, typer.Argument(help="Of models on the Hugging Face hub: owner/name.")],
+    name: Annotated[Optional[str], typer.Option(help="Its name there; that of the file.")] = None,
+) -> None:
+    """Put a schedule on the Hugging Face hub, with the token of [b]hf auth login[/b].
+
+    Example: [b]regrow share search/front/plan-03.yaml me/plans[/b], and then
+    --schedule hub:me/plans/plan-03.yaml
+    """
+    from regrow import hub
+    from regrow.schedule import Schedule
+
+    address = hub.push(Schedule.load(file), repository, name or file.name)
+    print(f"{address}\n--schedule {hub.PREFIX}{repository}/{name or file.name}")
 
 
 def main() -> None:

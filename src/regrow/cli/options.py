@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from regrow import hub
 from regrow.measure.variants import variant
 from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
@@ -47,7 +48,7 @@ def method_config(
     """
     options = {"--preset": preset, "--schedule": schedule, "--ratio": ratio, "--interval": interval}
     given = [option for option, value in options.items() if value is not None]
-    if ":" in name:
+    if ":" in name or name.endswith(".json"):
         return _with_settings(name, given, steps)
     kind = configured(name)
     taken = _OPTIONS[kind]
@@ -106,7 +107,7 @@ def _dato(
     if config is not None:
         plan = config.schedule
     elif schedule is not None:
-        plan = Schedule.load(schedule)
+        plan = hub.load(schedule)
     elif interval is not None:
         plan = Schedule.every(interval, steps)
     else:

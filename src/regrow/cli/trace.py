@@ -15,8 +15,9 @@ from rich.table import Table
 
 from regrow import zoo
 from regrow.cli.generate import best_device, check_device, load_pipeline
-from regrow.cli.trace_plots import check_matplotlib, draw
+from regrow.cli.trace_plots import draw
 from regrow.measure.machine import machine
+from regrow.measure.plotting import check_matplotlib
 from regrow.measure.trace import Trace, trace
 from regrow.measure.variants import variant
 

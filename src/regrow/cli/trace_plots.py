@@ -8,25 +8,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from regrow.measure.plotting import COLOURS, LINES, save
 from regrow.measure.trace import PERCENTILES, Difference, Trace, Traced
 
-# Okabe and Ito's colours, told apart by colour-blind readers; line styles tell more lines apart.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-LINES = ("-", "--", ":", "-.")
 PICTURES = 4
-
-
-def check_matplotlib() -> None:
-    """Refuse early what could not be drawn.
-
-    Raises:
-        ImportError: if matplotlib is not installed (extra ``plot``).
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'regrow[plot]', or --no-plots") from error
-    matplotlib.use("agg")
 
 
 def draw(trace: Trace, prompts: tuple[str, ...], folder: Path) -> list[Path]:
@@ -80,7 +65,7 @@ def draw_deviation(trace: Trace, file: Path) -> None:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     columns = min(len(labels), 2 * len(panels))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    _save(figure, file)
+    save(figure, file)
 
 
 def draw_differences(differences: tuple[Difference, ...], file: Path) -> None:
@@ -107,7 +92,7 @@ def draw_differences(differences: tuple[Difference, ...], file: Path) -> None:
         axis.set_visible(False)
     figure.supylabel("change of a token since the step before", fontsize=10)
     figure.legend(handles=[outer, inner, line], loc="outside lower center", ncols=3, frameon=False)
-    _save(figure, file)
+    save(figure, file)
 
 
 def draw_computed(trace: Trace, mapped: list[Traced], prompts: tuple[str, ...], file: Path) -> None:
@@ -136,7 +121,7 @@ def draw_computed(trace: Trace, mapped: list[Traced], prompts: tuple[str, ...], 
         axis.set_yticks([])
     bar = figure.colorbar(shown, ax=axes, shrink=0.8 if rows > 1 else 1.0)
     bar.set_label("share of calls\nand layers", fontsize=8)
-    _save(figure, file)
+    save(figure, file)
 
 
 def _broken(name: str, after: str, width: int) -> str:
@@ -148,10 +133,3 @@ def _broken(name: str, after: str, width: int) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)
-
-
-def _save(figure: Any, file: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure.savefig(file, dpi=130)
-    plt.close(figure)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from regrow.measure.clip import ClipScore
@@ -29,6 +29,7 @@ from regrow.measure.quality import (
 from regrow.measure.reference import Reference
 from regrow.measure.sampling import make
 from regrow.measure.variants import Variant
+from regrow.workers import LocalWorkers, Workers
 
 # Goes up with every change of how a picture is measured, so that no older figure is taken for a new one.
 _MEASURE = 1
@@ -63,6 +64,50 @@ class Setting:
         """The number of each shard and its prompts."""
         for number, start in enumerate(range(0, len(self.prompts), self.shard)):
             yield number, self.prompts[start : start + self.shard]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A batch of pictures to be made.
+
+    Args:
+        variant: by which method.
+        number: of the shard.
+        prompts: of its pictures.
+    """
+
+    variant: Variant
+    number: int
+    prompts: tuple[str, ...]
+
+
+class ShardMaker:
+    """Makes shards.
+
+    Args:
+        setting: of all shards.
+        pipeline: of the setting's model.
+    """
+
+    def __init__(self, setting: Setting, pipeline: Any) -> None:
+        self.setting, self.pipeline = setting, pipeline
+
+    def __call__(self, shard: Shard) -> bytes:
+        """The content of the shard's file: its pictures, uint8 ``(B, 3, H, W)``, and seconds, ``(1,)``."""
+        s = self.setting
+        # Anew for each shard: what a method keeps must not pass from one to the next.
+        with shard.variant.applied(self.pipeline):
+            made = make(
+                self.pipeline,
+                shard.prompts,
+                steps=shard.variant.steps,
+                guidance=s.guidance,
+                seed=s.seed + shard.number * s.shard,
+                height=s.height,
+                width=s.width,
+            )
+        pictures = torch.stack([to_tensor(image) for image in made.images])
+        return save({"pictures": pictures, "seconds": torch.tensor([made.seconds])})
 
 
 class Pictures:
@@ -103,30 +148,34 @@ class Pictures:
         return [(n, prompts) for n, prompts in self.setting.shards() if not self._file(one, n).exists()]
 
     def make(self, pipeline: Any, one: Variant, on_shard: Callable[[], None] = lambda: None) -> None:
-        """Make what is missing of a variant.
+        """Make what is missing of a variant in this process.
 
         Args:
             pipeline: the pipeline of the setting's model.
             one: the variant.
             on_shard: called after every shard.
         """
-        s = self.setting
-        for number, prompts in self.missing(one):
-            # Anew for each shard: what a method keeps must not pass from one to the next.
-            with one.applied(pipeline):
-                made = make(
-                    pipeline,
-                    prompts,
-                    steps=one.steps,
-                    guidance=s.guidance,
-                    seed=s.seed + number * s.shard,
-                    height=s.height,
-                    width=s.width,
-                )
-            pictures = torch.stack([to_tensor(image) for image in made.images])
-            tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}
-            write_whole(self._file(one, number), partial(save_file, tensors))
-            on_shard()
+        with LocalWorkers(lambda: ShardMaker(self.setting, pipeline)) as workers:
+            self.make_all(workers, [one], lambda _: on_shard())
+
+    def make_all(
+        self,
+        workers: Workers[Shard, bytes],
+        variants: Sequence[Variant],
+        on_shard: Callable[[Variant], None],
+    ) -> None:
+        """Make what is missing.
+
+        Args:
+            workers: of `ShardMaker` with this setting. The files are written here, where this folder is.
+            variants: what to make pictures of.
+            on_shard: called after every shard with its variant.
+        """
+        jobs = [Shard(one, number, prompts) for one in variants for number, prompts in self.missing(one)]
+        for index, content in workers.run(jobs):
+            job = jobs[index]
+            write_whole(self._file(job.variant, job.number), partial(Path.write_bytes, data=content))
+            on_shard(job.variant)
 
     def of(self, one: Variant) -> Iterator[Tensor]:
         """The pictures of a variant in order, a shard at a time: ``(B, 3, H, W)`` in [0, 1]."""

@@ -15,20 +15,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is whole or not there."""
-    unfinished = file.with_name(f"{file.name}.partial")
+def write_whole(file: Path, write: Callable[[Path], Any], writer: str = "") -> None:
+    """Write a file so that it is whole or not there.
+
+    Args:
+        file: the file.
+        write: writes it, whatever it is called meanwhile.
+        writer: whose, where several may write the same file at once.
+    """
+    unfinished = file.with_name(f"{file.name}{writer}.partial")
     write(unfinished)
     os.replace(unfinished, file)
 
 
-def kept(file: Path, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def kept(
+    file: Path, key: str, compute: Callable[[], dict[str, Tensor]], writer: str = ""
+) -> dict[str, Tensor]:
     """The tensors of a file if it was written under this key; else they are computed and written.
 
     Args:
         file: a ``.safetensors``.
         key: all that the tensors depend on.
         compute: makes them.
+        writer: whose, where several may write the same file at once.
     """
     if file.exists():
         with safe_open(file, "pt") as opened:
@@ -36,7 +45,7 @@ def kept(file: Path, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, partial(save_file, tensors, metadata={"key": key}))
+    write_whole(file, partial(save_file, tensors, metadata={"key": key}), writer)
     return tensors
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from regrow.macs import CallCounter, Macs
 from regrow.measure.architectures import Architecture
-from regrow.methods.parts import parts_of
+from regrow.methods.parts import Parts, parts_of
 from regrow.models import layout_of
 from regrow.run_report import depth_name
-from regrow.schedule import FULL
+from regrow.schedule import FULL, Schedule
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,51 @@ class Profile:
         return asdict(self)
 
 
+class PlanCounter:
+    """Counts the calls of generations by any method, each kind of call once.
+
+    Args:
+        denoiser: on any device; only its configuration is used.
+        inputs: arguments of a call, on the meta device.
+    """
+
+    def __init__(self, denoiser: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        self.layout = layout_of(denoiser)
+        self._denoiser, self._inputs = denoiser, inputs
+        self._counters: dict[Any, CallCounter] = {}
+
+    def full(self) -> Macs:
+        """A call without a method."""
+        return self._counter(Parts(Schedule.constant())).count(FULL, 0.0, self._inputs)
+
+    def calls(self, config: Any, calls: int) -> list[tuple[tuple[int, float], Macs]]:
+        """Depth, ratio and MACs of every call of a generation.
+
+        Args:
+            config: the method's configuration; None for the unaccelerated denoiser.
+            calls: of the denoiser, >= 1.
+        """
+        if config is None:
+            return [((FULL, 0.0), self.full())] * calls
+        parts = parts_of(config)
+        counter = self._counter(parts)
+        prunes = any(part is not None for part in (parts.tokens, parts.token_set, parts.refresh))
+        out = []
+        for i, step in enumerate(parts.plan.resample(calls).steps()):
+            depth = step.depth if self.layout.cut(step.depth) else FULL
+            ratio = step.ratio if depth and prunes else 0.0
+            known = bool(self.layout.text) and i > 0
+            out.append(((depth, ratio), counter.count(depth, ratio, self._inputs, knows_text=known)))
+        return out
+
+    def _counter(self, parts: Parts) -> CallCounter:
+        """Methods that choose tokens alike share one."""
+        chosen = (parts.tokens, parts.token_set, parts.refresh)
+        if chosen not in self._counters:
+            self._counters[chosen] = CallCounter(self._denoiser, *chosen, parts.instead)
+        return self._counters[chosen]
+
+
 def profile(
     arch: Architecture,
     config: Any,
@@ -94,25 +139,15 @@ def profile(
     """
     if steps < 1:
         raise ValueError(f"steps: {steps} is not allowed, it must be >= 1")
-    inputs = arch.inputs(height, width)
-    layout = layout_of(arch.denoiser)
-    parts = None if config is None else parts_of(config)
-    chosen = (None,) * 3 if parts is None else (parts.tokens, parts.token_set, parts.refresh)
-    counter = CallCounter(arch.denoiser, *chosen, "" if parts is None else parts.instead)
+    counter = PlanCounter(arch.denoiser, arch.inputs(height, width))
 
     def macs_of(counted: Macs) -> int:
         return (counted.denoiser - (0 if attention else counted.attention)) * (2 if guided else 1)
 
-    full = macs_of(counter.count(FULL, 0.0, inputs))
-    plan = [(FULL, 0.0)] * steps
-    if parts is not None:
-        plan = [(s.depth, s.ratio) for s in parts.plan.resample(steps).steps()]
-        prunes = any(part is not None for part in chosen)
-        plan = [(d if layout.cut(d) else FULL, r if d and prunes else 0.0) for d, r in plan]
-    known = config is not None and bool(layout.text)
-    counted = [counter.count(d, r, inputs, knows_text=known and i > 0) for i, (d, r) in enumerate(plan)]
+    full = macs_of(counter.full())
+    plan, counted = zip(*counter.calls(config, steps), strict=True)
     kinds = [
-        Kind(depth_name(d, layout.depths), r, n, macs_of(m), m.selection)
+        Kind(depth_name(d, counter.layout.depths), r, n, macs_of(m), m.selection)
         for ((d, r), m), n in Counter(zip(plan, counted, strict=True)).items()
     ]
     macs = sum(macs_of(m) for m in counted)

@@ -36,6 +36,7 @@ def make(
     seed: int = 0,
     height: int | None = None,
     width: int | None = None,
+    latents: bool = False,
     on_step: Callable[[], None] | None = None,
 ) -> Pictures:
     """One batch of pictures, prompt number i from seed ``seed + i``.
@@ -48,6 +49,7 @@ def make(
         seed: of the first picture.
         height: in pixels.
         width: in pixels.
+        latents: leave them undecoded; the images are a tensor then.
         on_step: called without arguments after each step.
 
     Raises:
@@ -71,15 +73,16 @@ def make(
         "guidance_scale": guidance,
         "height": height,
         "width": width,
+        "output_type": "latent" if latents else None,
         "callback_on_step_end": after if on_step and _takes(takes, "callback_on_step_end") else None,
     }
     wait(pipeline)
     begin = time.perf_counter()
     images = pipeline(
-        **prompt_arguments(pipeline, prompts),
         num_inference_steps=steps,
         generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
-        **{name: value for name, value in options.items() if value is not None},
+        **{name: value for name, value in options.items() if value is not None}
+        | prompt_arguments(pipeline, prompts),
     ).images
     wait(pipeline)
     return Pictures(images, time.perf_counter() - begin)

@@ -350,8 +350,8 @@ def deviation(own: Sequence[Sequence[Moment]], reference: Sequence[Sequence[Mome
     """
     timestep, reference_timestep = ([m.timestep for m in batches[0]] for batches in (own, reference))
     after, reference_after = ([*steps[1:], 0.0] for steps in (timestep, reference_timestep))
-    x_against = _nearest(after, reference_after)
-    x0_against = _nearest(timestep, reference_timestep)
+    x_against = nearest(after, reference_after)
+    x0_against = nearest(timestep, reference_timestep)
     known = all(m.x0 is not None for batches in (own, reference) for batch in batches for m in batch)
     x = _mae(_x(own), _x(reference), x_against)
     x0 = _mae(_x0(own), _x0(reference), x0_against) if known else None
@@ -377,7 +377,7 @@ def _mae(
     return tuple(torch.cat(pictures, dim=1).mean(1).tolist())
 
 
-def _nearest(own: Sequence[float], reference: Sequence[float]) -> tuple[int, ...]:
+def nearest(own: Sequence[float], reference: Sequence[float]) -> tuple[int, ...]:
     """For each timestep the place of the last one nearest to it; of equally many, the same place."""
     if len(own) == len(reference):
         return tuple(range(len(own)))

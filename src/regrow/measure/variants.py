@@ -11,6 +11,7 @@ from typing import Any
 
 from regrow.apply import Run, apply
 from regrow.methods import ATEDM, FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToCa, ToMeSD
+from regrow.methods.catalogue import config_from
 from regrow.schedule import Schedule
 
 
@@ -51,6 +52,8 @@ def variant(spec: str, steps: int) -> Variant:
     order. Further fields follow after colons: ``sito:d:base=V:patch=4``,
     ``dato:b1:ratio=0.5:alignment=off``.
 
+    ``FILE.json`` is the configuration in a file, such as a search writes.
+
     Args:
         spec: the name.
         steps: sampler steps of everything but ``steps:N``.
@@ -81,6 +84,8 @@ def variant(spec: str, steps: int) -> Variant:
 
 def _config(spec: str, steps: int) -> Any:
     """The configuration of one method in a run of so many steps."""
+    if spec.endswith(".json"):
+        return config_from(json.loads(Path(spec).read_text(encoding="utf-8")))
     kind, _, rest = spec.partition(":")
     if kind not in _METHODS:
         known = ", ".join(("steps", *_METHODS))

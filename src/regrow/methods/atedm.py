@@ -38,6 +38,7 @@ from regrow.methods.parts import (
     parts_of,
 )
 from regrow.schedule import FULL, Schedule, Step
+from regrow.space import Space, Variable, free
 from regrow.tokens.grid import Grid
 from regrow.tokens.scores import Heads, attention_page_rank, most_attended
 from regrow.tokens.select import Selection, most_similar
@@ -121,6 +122,17 @@ class ATEDM(MethodConfig):
                     f"must be {default}; it is of recovery={recovery.value} alone"
                 )
         return self
+
+    @classmethod
+    def space(cls, calls: int) -> Space:
+        """Ratios, and the share of the run in which nothing is pruned."""
+        return free(
+            (
+                Variable("ratio", (0.1, 0.2, 0.3, 0.4, 0.5, 0.63, 0.7, 0.8)),
+                Variable("early", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)),
+            ),
+            cls,
+        )
 
 
 _ONLY = {

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
 from regrow.schedule import After, Plan, Schedule
+from regrow.space import Space, Variable, free
 from regrow.tokens.cluster import (
     k_means,
     neighbours,
@@ -78,6 +79,19 @@ class CATPruning(MethodConfig):
     absolute_noise: bool = False
     alignment: Alignment = Alignment.CONDITIONAL
     seed: int = 0
+
+    @classmethod
+    def space(cls, calls: int) -> Space:
+        """Share computed, first full calls, and what clusters and staleness have of the tokens."""
+        return free(
+            (
+                Variable("alpha", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
+                Variable("t0", (2, 4, 6, 8, 10, 12)),
+                Variable("cluster_share", (0.0, 0.25, 0.5, 0.75, 1.0)),
+                Variable("balance", (0.0, 0.25, 0.5, 0.75, 1.0)),
+            ),
+            cls,
+        )
 
 
 CATPruning.PRESETS = {"paper": CATPruning}

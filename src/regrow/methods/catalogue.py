@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
+from regrow.methods.combined import Combined
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
@@ -14,6 +17,7 @@ from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
 from regrow.methods.toca import ToCa
 from regrow.methods.tome import ToMeSD
+from regrow.space import Space, product
 
 
 class Status(str, Enum):
@@ -90,6 +94,45 @@ SYSTEMS = (
     System("steps", "Fewer steps", "the same sampler with fewer steps", Status.PARTLY, "any"),
 )
 """All systems, the main ones first. The command line takes its names from here."""
+
+
+def space_of(name: str, calls: int) -> Space:
+    """What a search of a method may choose.
+
+    Args:
+        name: of a system, or of two with a plus between, such as ``deepcache+tome``: `Combined`.
+        calls: calls of the denoiser in a generation.
+
+    Raises:
+        ValueError: if a method is not known or not built yet, or these two don't combine.
+    """
+    kinds = [configured(part) for part in name.split("+")]
+    if len(kinds) == 1:
+        return kinds[0].space(calls)
+    tokens = [k for k in kinds if k in (SiTo, ToMeSD, CATPruning)]
+    caching = [k for k in kinds if k in (DeepCache, FORA)]
+    if len(kinds) > 2 or not tokens or not caching:
+        raise ValueError(
+            f"method: {name!r} is not allowed; one side of the '+' must be deepcache or fora, the other "
+            "sito, tome or cat"
+        )
+    return product(
+        caching[0].space(calls), tokens[0].space(calls), lambda c, t: Combined(caching=c, tokens=t)
+    )
+
+
+def config_from(data: Mapping[str, Any]) -> MethodConfig:
+    """The configuration that `MethodConfig.model_dump` gave.
+
+    Raises:
+        ValueError: if it is of no method, or a field is not allowed.
+    """
+    kinds: tuple[type[MethodConfig], ...] = (*(s.config for s in SYSTEMS if s.config is not None), Combined)
+    for kind in kinds:
+        if data.get("method") == kind.model_fields["method"].default:
+            return kind.model_validate(data)
+    known = ", ".join(kind.model_fields["method"].default for kind in kinds)
+    raise ValueError(f"method: {data.get('method')!r} is not known; allowed: {known}")
 
 
 def configured(name: str) -> type[MethodConfig]:

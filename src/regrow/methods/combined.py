@@ -51,6 +51,12 @@ class Combined(MethodConfig):
         """The plan of `caching`."""
         return self.caching if isinstance(self.caching, Schedule) else parts_of(self.caching).plan
 
+    def at(self, calls: int) -> Combined:
+        """The same with a schedule of so many calls; a caching method is itself."""
+        if not isinstance(self.caching, Schedule):
+            return self
+        return self.model_copy(update={"caching": self.caching.resample(calls)})
+
 
 @parts_of.register
 def _(config: Combined) -> Parts:

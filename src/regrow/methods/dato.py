@@ -27,7 +27,8 @@ from regrow.methods.parts import (
     check_ratio,
     parts_of,
 )
-from regrow.schedule import Schedule
+from regrow.schedule import FULL, Schedule
+from regrow.space import Space, Variable
 from regrow.tokens.grid import Grid, best_of_patch
 from regrow.tokens.scores import diff_score, noise, random_score
 from regrow.tokens.select import Selection, prune_similar
@@ -99,6 +100,36 @@ class DaTo(MethodConfig):
         check_ratio(self.schedule.max_ratio, self.patch)
         return self
 
+    @classmethod
+    def space(cls, calls: int) -> Space:
+        """The paper's choices: for each call a depth of 0, 1 or full, and a ratio of .3 to .7.
+
+        The first call is full. A call of depth 0 computes nothing, and so its ratio is 0. Plans that are
+        the same at every step: every N-th call full, N up to 10, the others of one depth, one ratio.
+        """
+        depths, ratios = (0, 1, FULL), (0.3, 0.4, 0.5, 0.6, 0.7)
+        plans = [(n, d) for n in range(1, min(calls, 10) + 1) for d in ((FULL,) if n == 1 else (0, 1))]
+        uniform = (
+            (*(FULL if i % n == 0 else d for i in range(1, calls)), *(r,) * calls)
+            for n, d in plans
+            for r in ratios
+        )
+
+        def decode(values: tuple[Any, ...]) -> DaTo:
+            depth, ratio = (FULL, *values[: calls - 1]), values[calls - 1 :]
+            pruned = tuple(r if d else 0.0 for d, r in zip(depth, ratio, strict=True))
+            return cls(schedule=Schedule(depth=depth, ratio=pruned))
+
+        variables = (
+            *(Variable("depth", depths),) * (calls - 1),
+            *(Variable("ratio", ratios),) * calls,
+        )
+        return Space(variables, decode, tuple(uniform))
+
+    def at(self, calls: int) -> DaTo:
+        """The same with the schedule of so many calls."""
+        return self.model_copy(update={"schedule": self.schedule.resample(calls)})
+
 
 @dataclass(frozen=True)
 class _Rule:
@@ -156,4 +187,5 @@ class _Rule:
 
 @parts_of.register
 def _(config: DaTo) -> Parts:
-    return Parts(config.schedule, _Rule(config))
+    # Tokens are chosen alike under every schedule.
+    return Parts(config.schedule, _Rule(config.model_copy(update={"schedule": Schedule.constant()})))

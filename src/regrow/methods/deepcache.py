@@ -14,6 +14,7 @@ from pydantic import Field
 
 from regrow.methods.parts import MethodConfig, Parts, parts_of
 from regrow.schedule import Spaced
+from regrow.space import Space, Variable, free
 
 
 class DeepCache(MethodConfig):
@@ -37,6 +38,18 @@ class DeepCache(MethodConfig):
     branch: int = Field(0, ge=0)
     center: float | None = Field(None, gt=0, lt=1)
     power: float = Field(1.4, ge=1)
+
+    @classmethod
+    def space(cls, calls: int) -> Space:
+        """Intervals, branches, and where full calls are closest together."""
+        return free(
+            (
+                Variable("interval", tuple(range(2, 11))),
+                Variable("branch", (0, 1, 2)),
+                Variable("center", (None, 0.1, 0.2, 0.3, 0.4, 0.5)),
+            ),
+            cls,
+        )
 
 
 def full_calls(config: DeepCache, calls: int) -> set[int]:

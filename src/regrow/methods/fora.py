@@ -12,6 +12,7 @@ from pydantic import Field
 
 from regrow.methods.parts import MethodConfig, Parts, parts_of
 from regrow.schedule import LAYERS, Spaced
+from regrow.space import Space, Variable, free
 
 
 class FORA(MethodConfig):
@@ -27,6 +28,11 @@ class FORA(MethodConfig):
     method: Literal["fora"] = "fora"
     version: Literal[1] = 1
     interval: int = Field(3, ge=1)
+
+    @classmethod
+    def space(cls, calls: int) -> Space:
+        """Intervals."""
+        return free((Variable("interval", tuple(range(2, 11))),), cls)
 
 
 @parts_of.register

@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from regrow.layers import Layer, LayerKind
 from regrow.schedule import Plan
+from regrow.space import Space
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
 
@@ -280,6 +281,22 @@ class MethodConfig(BaseModel):
     def presets(cls) -> tuple[str, ...]:
         """Names of the presets."""
         return tuple(cls.PRESETS)
+
+    @classmethod
+    def space(cls, calls: int) -> Space:
+        """What a search may choose.
+
+        Args:
+            calls: calls of the denoiser in a generation, for methods that plan each of them.
+
+        Raises:
+            ValueError: if the method leaves nothing open.
+        """
+        raise ValueError(f"method: {cls.__name__} has no plans to search")
+
+    def at(self, calls: int) -> Self:
+        """The same with what it plans for single calls written out for so many; itself if it plans none."""
+        return self
 
 
 @singledispatch

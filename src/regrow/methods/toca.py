@@ -21,6 +21,7 @@ from typing_extensions import Self
 from regrow.layers import Layer, LayerKind
 from regrow.methods.parts import Alignment, Attention, CallInfo, MethodConfig, Parts, align, parts_of
 from regrow.schedule import FULL, LAYERS, Schedule, Spaced, Step
+from regrow.space import Space, Variable, free
 from regrow.tokens.grid import Grid, best_of_patch
 from regrow.tokens.scores import attention_entropy, attention_influence
 
@@ -89,6 +90,17 @@ class ToCa(MethodConfig):
             LayerKind.FEED_FORWARD: self.feed_forward,
         }
         return shares[kind]
+
+    @classmethod
+    def space(cls, calls: int) -> Space:
+        """Intervals, and the share of tokens that is not computed again."""
+        return free(
+            (
+                Variable("interval", tuple(range(2, 11))),
+                Variable("ratio", (0.5, 0.6, 0.7, 0.825, 0.9, 1.0)),
+            ),
+            cls,
+        )
 
 
 ToCa.PRESETS = {"paper": ToCa}

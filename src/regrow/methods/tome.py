@@ -26,6 +26,7 @@ from regrow.methods.parts import (
     parts_of,
 )
 from regrow.schedule import Schedule
+from regrow.space import Space, Variable, free
 from regrow.tokens.grid import Grid, best_of_patch, tokens_of_patch
 from regrow.tokens.scores import random_score
 from regrow.tokens.select import Selection, prune_similar
@@ -71,6 +72,11 @@ class ToMeSD(MethodConfig):
                 "switch one on"
             )
         return self
+
+    @classmethod
+    def space(cls, calls: int) -> Space:
+        """A ratio of .1 to .7, for all calls."""
+        return free((Variable("ratio", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)),), cls)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""What a search costs besides its evaluations: 2,000 plans whose quality is a formula, MACs counted.
+
+python benchmarks/search_bookkeeping.py --json benchmarks/results/search-bookkeeping.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from regrow.measure.architectures import architecture
+from regrow.measure.machine import machine
+from regrow.measure.macs import PlanCounter
+from regrow.methods import DaTo
+from regrow.schedule import FULL
+from regrow.search.evaluation import Candidate, Job, Outcome
+from regrow.search.log import Log
+from regrow.search.objectives import Cost, Quality
+from regrow.search.proposals import Operators
+from regrow.search.search import Budget, Economy, Search
+from regrow.space import Variable
+from regrow.workers import LocalWorkers
+
+CALLS = 50
+
+
+def formula(job: Job) -> Outcome:
+    """What is not computed, more where it comes late."""
+    assert job.candidate is not None
+    steps = [*job.candidate.config.schedule.steps()]
+    lost = sum((i + 1) * ((s.depth != FULL) + (s.depth == 0) + s.ratio) for i, s in enumerate(steps))
+    value = lost / CALLS**2
+    return Outcome({"deviation": (value,) * (job.stop - job.start)}, {}, (value,) * 4)
+
+
+def main() -> None:
+    """Time one search."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--generations", type=int, default=100, help="of 20 plans")
+    parser.add_argument("--arch", default="emoji", help="whose MACs are counted")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    arch = architecture(args.arch)
+    counter = PlanCounter(arch.denoiser, arch.inputs())
+    full = counter.full().denoiser * CALLS
+
+    def share(candidate: Candidate) -> float:
+        return sum(macs.denoiser for _, macs in counter.calls(candidate.config, CALLS)) / full
+
+    space = DaTo.space(CALLS).extended(
+        Variable("steps", (CALLS,)), lambda config, steps: Candidate(steps, config)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        search = Search(
+            space,
+            (Quality.DEVIATION, Cost.MACS),
+            share,
+            LocalWorkers(lambda: formula),
+            Log(Path(folder) / "evaluations.jsonl"),
+            Economy(prompts=(2, 4, 8, 16)),
+            operators=Operators(),
+        )
+        front = search.run(Budget(generations=args.generations))
+        seconds = time.perf_counter() - begin
+    result = {
+        "what": "bookkeeping of a search, quality by a formula",
+        "arch": args.arch,
+        "proposed": args.generations * 20,
+        "plans": len(search.known),
+        "front": len(front),
+        "seconds": round(seconds, 2),
+        "machine": machine("cpu"),
+    }
+    print(f"{result['plans']} plans, {seconds:.1f} s")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Do plans that were searched on one sampler and number of steps hold on others?
+
+    python benchmarks/transfer.py --plans search/front/plan-02.yaml search/front/plan-07.yaml \\
+        --there "Euler, 50 steps=search-euler" --json benchmarks/results/transfer.json
+
+Each setting changes one thing: the sampler, the number of steps, or text-to-image into image-to-image.
+There the plans, resampled to its calls, stand beside DeepCache, fewer steps, and the front of a search made
+there, where its folder is given. Figures are the deviation from the setting's own unaccelerated run and
+MACs as a share of it; the hypervolume is up to the worst of all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from regrow import zoo
+from regrow.measure.evaluate import Setting
+from regrow.measure.machine import machine
+from regrow.measure.macs import PlanCounter
+from regrow.measure.variants import variant
+from regrow.methods import DaTo
+from regrow.schedule import Schedule
+from regrow.search.evaluation import Candidate, Evaluator, Facts, Job
+from regrow.search.objectives import Cost, Quality
+from regrow.search.proposals import hypervolume
+
+STRENGTH = 0.6
+OBJECTIVES = (Quality.DEVIATION, Cost.MACS)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A setting to try plans in.
+
+    Args:
+        name: for the table.
+        scheduler: class of the sampler.
+        steps: of the sampler.
+        from_image: image-to-image, from pictures of the model's own by other seeds.
+    """
+
+    name: str
+    scheduler: type
+    steps: int
+    from_image: bool = False
+
+
+PLACES = (
+    Place("DDIM, 50 steps", DDIMScheduler, 50),
+    Place("DDIM, 20 steps", DDIMScheduler, 20),
+    Place("DDIM, 100 steps", DDIMScheduler, 100),
+    Place("Euler, 50 steps", EulerDiscreteScheduler, 50),
+    Place("DPM-Solver++, 50 steps", DPMSolverMultistepScheduler, 50),
+    Place("DPM-Solver++, 20 steps", DPMSolverMultistepScheduler, 20),
+    Place("PLMS, 50 steps", PNDMScheduler, 50),
+    Place("image-to-image, DDIM, 50 steps", DDIMScheduler, 50, from_image=True),
+)
+
+
+class FromImage:
+    """An image-to-image pipeline with the pictures it begins with.
+
+    Args:
+        pipeline: of text to image.
+        count: pictures, of as many prompts as it is called with at most.
+        prompts: what they show.
+    """
+
+    def __init__(self, pipeline: Any, prompts: tuple[str, ...]) -> None:
+        self._images = pipeline(list(prompts), num_inference_steps=20, guidance_scale=3.0).images
+        self._prompts = prompts
+        self._pipeline = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def __call__(self, prompt: list[str], **options: Any) -> Any:
+        images = [self._images[self._prompts.index(text)] for text in prompt]
+        return self._pipeline(prompt, image=images, strength=STRENGTH, **options)
+
+
+def opened(place: Place, prompts: tuple[str, ...]) -> Any:
+    """The bundled model in a setting."""
+    pipeline = zoo.load("emoji")
+    pipeline.scheduler = place.scheduler.from_config(pipeline.scheduler.config)
+    return FromImage(pipeline, prompts) if place.from_image else pipeline
+
+
+def macs_share(counter: PlanCounter, facts: Facts, place: Place) -> Callable[[Candidate], float]:
+    """MACs of a plan as a share of the setting's unaccelerated run."""
+    full = counter.full().denoiser * facts.calls
+
+    def share(candidate: Candidate) -> float:
+        steps = candidate.steps
+        calls = int(steps * STRENGTH) if place.from_image else facts.calls_at(steps)
+        return sum(macs.denoiser for _, macs in counter.calls(candidate.config, calls)) / full
+
+    return share
+
+
+def rows_of(place: Place, plans: Mapping[str, Candidate], prompts: tuple[str, ...], on_plan: Any) -> Any:
+    """Deviation and MACs of plans in a setting."""
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(model="emoji", prompts=prompts, guidance=zoo.GUIDANCE["emoji"])
+        evaluator = Evaluator(
+            partial(opened, place, prompts), setting, place.steps, OBJECTIVES, Path(folder)
+        )
+        facts = evaluator.facts()
+        counter = PlanCounter(evaluator.pipeline.unet, facts.inputs[0])
+        share = macs_share(counter, facts, place)
+        rows = []
+        for name, candidate in plans.items():
+            values = evaluator(Job(candidate, 0, len(prompts))).quality["deviation"]
+            point = {"deviation": sum(values) / len(values), "macs": share(candidate)}
+            rows.append({"plan": name, "group": name.partition(" ")[0], **point})
+            on_plan()
+        return rows
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plans", type=Path, nargs="+", required=True, help="schedule files")
+    parser.add_argument("--there", nargs="*", default=[], help="SETTING=FOLDER of a search made there")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    there = dict(text.rsplit("=", 1) for text in args.there)
+    unknown = there.keys() - {place.name for place in PLACES}
+    if unknown:
+        parser.error(f"--there: {', '.join(unknown)} is no setting; they are {[p.name for p in PLACES]}")
+    prompts = zoo.captions("emoji")[: args.prompts]
+    found = {f"searched {f.stem}": DaTo(schedule=Schedule.load(f)) for f in args.plans}
+    result = []
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("settings", total=len(PLACES))
+        for place in PLACES:
+            s = place.steps
+            plans = {name: Candidate(s, config) for name, config in found.items()}
+            plans |= {
+                f"deepcache {n}": Candidate(s, variant(f"deepcache:{n}", s).config) for n in (2, 3, 5, 8)
+            }
+            plans |= {f"steps {s // n}": Candidate(s // n, None) for n in (2, 3, 5)}
+            if place.name in there:
+                for file in sorted((Path(there[place.name]) / "front").glob("*.yaml")):
+                    plans[f"there {file.stem}"] = Candidate(s, DaTo(schedule=Schedule.load(file)))
+            progress.update(task, description=place.name)
+            part = 1 / len(plans)
+            rows = rows_of(place, plans, tuple(prompts), lambda part=part: progress.advance(task, part))
+            groups: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                groups.setdefault(row["group"], []).append((row["deviation"], row["macs"]))
+            worst = [max(column) for column in zip(*(p for ps in groups.values() for p in ps), strict=True)]
+            volumes = {
+                name: hypervolume(points, worst) / (worst[0] * worst[1]) for name, points in groups.items()
+            }
+            result.append({"setting": place.name, "rows": rows, "hypervolume": volumes})
+    table = Table(caption="share of the hypervolume up to the worst figures; more is better")
+    table.add_column("setting")
+    names = ("searched", "there", "deepcache", "steps")
+    for name in names:
+        table.add_column(name, justify="right")
+    for one in result:
+        volumes = one["hypervolume"]
+        table.add_row(one["setting"], *(f"{volumes[n]:.3f}" if n in volumes else "-" for n in names))
+    Console().print(table)
+    if args.json:
+        whole = {"what": "plans in other settings", "prompts": args.prompts, "machine": machine("cpu")}
+        text = json.dumps(whole | {"settings": result}, indent=1)
+        args.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,542 @@
+"""``regrow search`` and ``regrow calibrate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from PIL import Image
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from regrow import zoo
+from regrow.apply import apply
+from regrow.cli.engine import Engine, Where
+from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.cli.options import explain
+from regrow.measure.bench import bench
+from regrow.measure.machine import machine
+from regrow.measure.macs import PlanCounter
+from regrow.measure.plotting import check_matplotlib
+from regrow.measure.prompts import read_prompts
+from regrow.measure.sampling import make
+from regrow.measure.variants import Variant, variant
+from regrow.models import denoiser_of
+from regrow.schedule import FULL
+from regrow.search.evaluation import Candidate, Evaluator, Facts
+from regrow.search.log import Log
+from regrow.search.objectives import Cost, Objective, Quality, label
+from regrow.search.objectives import objective as known
+from regrow.search.page import check_jinja2, page
+from regrow.search.plots import draw
+from regrow.search.result import Found, figures, found, to_dict, write_front, write_json
+from regrow.search.search import Budget, Known, Search, may_give_up
+from regrow.search.search import Progress as Step
+from regrow.search.settings import SearchSettings, doubled
+
+SHOWN_PLANS, SHOWN_PROMPTS = 6, 4
+PATIENCE = 2.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to search; fields are the options of the command.
+
+    Args:
+        settings: what decides the result.
+        asked: when it ends, and what it stands beside.
+        where: what evaluates.
+        device: it computes on; None for the best there is.
+        out: folder of the search; gone on with.
+        plots: draw pictures and a page as well.
+    """
+
+    settings: SearchSettings
+    asked: Asked
+    where: Where
+    device: str | None
+    out: Path
+    plots: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search came to.
+
+    Args:
+        plans: of the front, dearest first.
+        result: everything as plain data.
+        stopped: it was stopped from the keyboard.
+    """
+
+    plans: list[Found]
+    result: dict[str, Any]
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of a search besides its settings, kept so that `--resume` needs no more.
+
+    Args:
+        budget: as `parse_budget` takes it.
+        beside: short names of methods.
+        weight: w_ps.
+    """
+
+    budget: str = "30"
+    beside: tuple[str, ...] = ()
+    weight: float | None = None
+
+    def save(self, folder: Path) -> None:
+        """Keep it in the folder of a search."""
+        write_json(folder / "asked.json", asdict(self))
+
+    @classmethod
+    def of(cls, folder: Path) -> Asked:
+        """What was asked last."""
+        fields = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
+        return cls(fields["budget"], tuple(fields["beside"]), fields["weight"])
+
+
+# What may be said again of a search that goes on.
+_AGAIN = (
+    "resume",
+    "budget",
+    "beside",
+    "w_ps",
+    "device",
+    "engine",
+    "workers",
+    "address",
+    "plots",
+    "as_json",
+)
+
+
+def resumed(context: typer.Context, before: Asked, now: Asked) -> Asked:
+    """What is asked of a search that goes on: what was asked last, but for what is said again.
+
+    Raises:
+        ValueError: if an option is given that the search has from its folder.
+    """
+    given = {name for name in context.params if _is_given(context, name)}
+    for name in sorted(given - {*_AGAIN}):
+        option = name.replace("_", "-")
+        raise ValueError(f"--{option}: not allowed with --resume, the search in that folder has its own")
+    return Asked(
+        now.budget if "budget" in given else before.budget,
+        now.beside if "beside" in given else before.beside,
+        now.weight if "w_ps" in given else before.weight,
+    )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def parse_budget(text: str) -> Budget:
+    """``30`` generations, or ``30m`` minutes.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    number, minutes = text.removesuffix("m"), text.endswith("m")
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(
+            f"budget: {text!r} is not allowed, it must be a number of generations such as 30, or minutes "
+            "such as 30m"
+        )
+    return Budget(seconds=60.0 * int(number)) if minutes else Budget(generations=int(number))
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """``50``, or ``12..50``.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    parts = text.split("..")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"steps: {text!r} is not allowed, it must be a number such as 50, or 12..50")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_economy(
+    rungs: str | None, patience: float | None, prompts: int, objectives: Sequence[str]
+) -> dict[str, Any]:
+    """Numbers of prompts such as ``2,4,8,16``, by default doubling up to all, and patience.
+
+    Args:
+        rungs: the numbers.
+        patience: 0 for none; by default 2 where plans can be given up.
+        prompts: all.
+        objectives: by name.
+
+    Raises:
+        ValueError: if they are no numbers.
+    """
+    if patience is None:
+        patience = PATIENCE if may_give_up([known(text) for text in objectives]) else 0
+    patience = patience or None
+    if rungs is None:
+        together = f"quality:{Quality.FD.value}" in objectives
+        return {"prompts": (prompts,) if together else doubled(prompts), "patience": patience}
+    parts = rungs.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"rungs: {rungs!r} is not allowed, it must be numbers of prompts such as 2,4,8,16")
+    return {"prompts": tuple(int(part) for part in parts), "patience": patience}
+
+
+def prompts_of(model: str, text: str) -> tuple[str, ...]:
+    """The prompts of a file, or so many of the model's own.
+
+    Raises:
+        ValueError: if the model has none, or the file is empty.
+        OSError: if it can't be read.
+    """
+    if not text.isdecimal():
+        return tuple(read_prompts(Path(text)))
+    if model not in zoo.MODELS:
+        raise ValueError(f"prompts: {model} has no prompts of its own; give a file")
+    return tuple(islice(cycle(zoo.captions(model)), int(text)))
+
+
+def parse_choices(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """``depth=0,1,full`` as the choices of a variable.
+
+    Raises:
+        ValueError: if one is not of that form.
+    """
+    named = {"full": FULL, "none": None}
+    out = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if not equals or not values:
+            raise ValueError(f"choices: {text!r} is not allowed, it must be of the form ratio=0,0.5")
+        out[name] = tuple(named[v] if v in named else _number(v) for v in values.split(","))
+    return out
+
+
+def _number(text: str) -> float | int:
+    try:
+        return int(text) if text.lstrip("-").isdecimal() else float(text)
+    except ValueError as error:
+        raise ValueError(f"choices: {text!r} is not allowed, it must be a number, full or none") from error
+
+
+def settings_of(**fields: Any) -> SearchSettings:
+    """Settings from the options.
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+    """
+    try:
+        return SearchSettings(**fields)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from error
+
+
+def run_search(request: Request) -> Outcome:
+    """Search, and write what was found: front, ``search.json``, plots and a page."""
+    s = request.settings
+    most, budget = s.steps[1], parse_budget(request.asked.budget)
+    console = Console(stderr=True)
+    device = check_device(request.device) if request.device else best_device()
+    request.where.check(device)
+    if request.plots:
+        # Missing before the search, not after it.
+        check_matplotlib()
+        check_jinja2()
+    beside = [variant(spec.strip(), most) for spec in request.asked.beside]
+    s.check(request.out)
+    # Workers have working directories of their own.
+    model = str(Path(s.model).resolve()) if Path(s.model).exists() else s.model
+    opened = partial(load_pipeline, model, device, getattr(torch, s.dtype))
+    baseline = request.out.resolve() / "baseline"
+    evaluator = partial(Evaluator, opened, s.setting, most, s.objectives, baseline, s.clip, s.rounds)
+    with console.status(f"loading {s.model}"):
+        here = evaluator()
+        facts = here.facts()
+    s.claim(request.out, facts.claim())
+    request.asked.save(request.out)
+    log = Log(request.out / "evaluations.jsonl")
+    local: Callable[[], Any] = (lambda: here) if request.where.engine is Engine.LOCAL else evaluator
+    stopped = False
+    try:
+        with request.where.open(local, device) as workers, _Shown(console, s.objectives) as shown:
+            search = Search(
+                s.space(facts.calls_at),
+                s.objectives,
+                _macs(here, facts),
+                workers,
+                log,
+                s.economy,
+                s.algorithm,
+                s.operators,
+                s.search_seed,
+                shown.update,
+            )
+            compared: dict[str, Known] = {}
+            try:
+                candidates = [
+                    Candidate(v.steps, v.config and v.config.at(facts.calls_at(v.steps))) for v in beside
+                ]
+                compared = dict(zip((v.name for v in beside), search.compare_with(candidates), strict=True))
+                search.run(budget)
+            except KeyboardInterrupt:
+                stopped = True
+    finally:
+        log.close()
+    plans = found(search, facts, s.setting, request.asked.weight)
+    if not plans:
+        raise ValueError("budget: the search was stopped before any plan was measured on all prompts")
+    files = write_front(plans, request.out / "front")
+    result = {
+        "what": "search",
+        **json.loads(s.model_dump_json(exclude={"economy", "objectives", "prompts"})),
+        "prompts": len(s.prompts),
+        "calls": facts.calls,
+        "scheduler": facts.scheduler,
+        "denoiser": facts.denoiser,
+        "machine": machine(device),
+        **to_dict(search, plans, files, compared),
+    }
+    write_json(request.out / "search.json", result)
+    if request.plots:
+        with console.status("drawing"):
+            plots = draw(result, request.out)
+        pictures = {} if stopped else _pictures(here, plans, console)
+        text = page(result, plots, pictures, s.prompts[:SHOWN_PROMPTS])
+        (request.out / "search.html").write_text(text, encoding="utf-8")
+    return Outcome(plans, result, stopped)
+
+
+def _macs(evaluator: Evaluator, facts: Facts) -> Callable[[Candidate], float]:
+    """MACs of a plan as a share of the unaccelerated run, over all branches of guidance."""
+    denoiser = denoiser_of(evaluator.pipeline)
+    counters = [PlanCounter(denoiser, inputs) for inputs in facts.inputs]
+    full = sum(counter.full().denoiser for counter in counters) * facts.calls
+
+    def share(candidate: Candidate) -> float:
+        calls = facts.calls_at(candidate.steps)
+        plans = (counter.calls(candidate.config, calls) for counter in counters)
+        return sum(macs.denoiser for plan in plans for _, macs in plan) / full
+
+    return share
+
+
+def _pictures(
+    evaluator: Evaluator, plans: Sequence[Found], console: Console
+) -> Mapping[str, Sequence[Image.Image]]:
+    """Pictures of some plans, evenly over the front, beside the unaccelerated ones."""
+    s = evaluator.setting
+    count = min(SHOWN_PLANS, len(plans))
+    places = sorted({round(i * (len(plans) - 1) / max(count - 1, 1)) for i in range(count)})
+    rows: list[tuple[str, Candidate]] = [("unaccelerated", Candidate(evaluator.steps, None))]
+    rows += [(plans[i].name, plans[i].known.candidate) for i in places]
+    out = {}
+    for name, candidate in rows:
+
+        def run(candidate: Candidate = candidate) -> list[Image.Image]:
+            return make(
+                evaluator.pipeline,
+                s.prompts[:SHOWN_PROMPTS],
+                steps=candidate.steps,
+                guidance=s.guidance,
+                seed=s.seed,
+                height=s.height,
+                width=s.width,
+            ).images
+
+        with console.status(f"pictures of {name}"):
+            if candidate.config is None:
+                out[name] = run()
+            else:
+                with apply(evaluator.pipeline, candidate.config):
+                    out[name] = run()
+    return out
+
+
+class _Shown:
+    """The progress of a search: share of the budget, and the front's ends."""
+
+    def __init__(self, console: Console, objectives: Sequence[Objective]) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[front]}"),
+        )
+        # Times of generations of plans are minutes.
+        self._bar = Progress(*columns, console=console, speed_estimate_period=600)
+        self._task = self._bar.add_task("comparing", total=1.0, front="")
+        self._objectives = objectives
+
+    def __enter__(self) -> _Shown:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: Step) -> None:
+        """Show how far a search is."""
+        words = f"generation {step.generation}, {step.done}/{step.total}, {step.evaluated} plans"
+        best = ""
+        if step.front:
+            kinds = (_first(self._objectives, Quality), _first(self._objectives, Cost))
+            ends = (step.front[0], step.front[-1])
+            best = " .. ".join(" at ".join(f"{known.value(k):.3g}" for k in kinds) for known in ends)
+        self._bar.update(self._task, description=words, completed=step.share, front=best)
+
+
+def _first(objectives: Sequence[Objective], kind: type) -> Objective:
+    return next(o for o in objectives if isinstance(o, kind))
+
+
+def print_search(outcome: Outcome, request: Request) -> None:
+    """The table of the front and of what stands beside it."""
+    objectives = request.settings.objectives
+    result = outcome.result
+    table = Table(
+        caption=f"{result['evaluated']} plans, {result['pictures']} pictures, {result['seconds']:.0f} s; "
+        f"shares are of {request.settings.steps[1]} unaccelerated steps"
+    )
+    table.add_column("plan", no_wrap=True)
+    for name in (*map(label, objectives), "steps", "picked for"):
+        table.add_column(name, justify="right")
+    for plan in outcome.plans:
+        row = figures(plan.known, objectives)
+        table.add_row(
+            plan.name, *map(_shown, row.values()), str(plan.known.candidate.steps), ", ".join(plan.picked)
+        )
+    for row in result["beside"]:
+        table.add_row(row["name"], *map(_shown, row["values"].values()), "", "", style="dim")
+    console = Console()
+    console.print(table)
+    volume = result["hypervolume"]
+    if result["beside"]:
+        console.print(
+            f"hypervolume: front {volume['front']:.4g}, what it is compared with {volume['beside']:.4g}"
+        )
+    if outcome.stopped:
+        console.print(f"stopped; go on with: regrow search --resume {request.out}", soft_wrap=True)
+    console.print(f"{request.out / 'front'}, {request.out / 'search.json'}", soft_wrap=True)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def guidance_of(model: str, guidance: float | None) -> float | None:
+    """The guidance that was asked for, or that suits a bundled model."""
+    return zoo.GUIDANCE.get(model) if guidance is None else guidance
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a calibrated plan must meet: one of the two.
+
+    Args:
+        speedup: in MACs, or in latency where that is what was searched for.
+        max_deviation: mean absolute error of the last latents.
+
+    Raises:
+        ValueError: if none, or both, are given, or one is not allowed.
+    """
+
+    speedup: float | None = None
+    max_deviation: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.speedup is None) == (self.max_deviation is None):
+            raise ValueError("--speedup, --max-deviation: one of them must be given, and only one")
+        if self.speedup is not None and self.speedup <= 1:
+            raise ValueError(f"--speedup: {self.speedup} is not allowed, it must be > 1")
+        if self.max_deviation is not None and self.max_deviation <= 0:
+            raise ValueError(f"--max-deviation: {self.max_deviation} is not allowed, it must be > 0")
+
+    def choose(self, plans: Sequence[Found], cost: Cost) -> tuple[Found, bool]:
+        """The best plan that meets it, or the nearest to it, and whether it does.
+
+        Args:
+            plans: of a front, at least one.
+            cost: the share that the speed-up is of.
+        """
+        by_cost = sorted(plans, key=lambda p: p.known.value(cost))
+        by_quality = sorted(plans, key=lambda p: p.known.value(Quality.DEVIATION))
+        if self.speedup is not None:
+            most = 1 / self.speedup
+            good = [p for p in by_quality if p.known.value(cost) <= most]
+            return (good[0], True) if good else (by_cost[0], False)
+        limit = self.max_deviation or 0.0
+        good = [p for p in by_cost if p.known.value(Quality.DEVIATION) <= limit]
+        return (good[0], True) if good else (by_quality[0], False)
+
+
+def run_calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
+    """Search, choose the plan that meets the wish, measure its speed, and write its schedule.
+
+    Returns:
+        whether the wish is met.
+    """
+    cost = _first(request.settings.objectives, Cost)
+    assert isinstance(cost, Cost)
+    outcome = run_search(request)
+    if outcome.stopped:
+        raise ValueError(f"budget: stopped before its end; the front so far is in {request.out / 'front'}")
+    plan, met = wish.choose(outcome.plans, cost)
+    source = request.out / outcome.result["front"][outcome.plans.index(plan)]["file"]
+    file = (request.out / "calibrated").with_suffix(source.suffix)
+    file.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    s = request.settings
+    device = request.device or best_device()
+    console = Console(stderr=True)
+    with console.status("measuring its speed"):
+        pipeline = load_pipeline(s.model, device, getattr(torch, s.dtype))
+        candidate = plan.known.candidate
+        rows = bench(
+            pipeline,
+            [
+                Variant("unaccelerated", None, s.steps[1]),
+                Variant("plan", candidate.config, candidate.steps),
+            ],
+            s.prompts[:SHOWN_PROMPTS],
+            guidance=s.guidance,
+            height=s.height,
+            width=s.width,
+        )
+    values = figures(plan.known, s.objectives)
+    result = {
+        "met": met,
+        "file": str(file),
+        "steps": candidate.steps,
+        "values": values,
+        "measured_speedup": round(rows[1].speedup, 3),
+        "machine": machine(device),
+    }
+    write_json(request.out / "calibrated-result.json", result)
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return met
+    said_values = ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
+    said = Console()
+    said.print(
+        f"{'this plan meets the wish' if met else 'the wish is not met; the nearest plan found'}: "
+        f"{candidate.steps} steps, {said_values}; measured {rows[1].speedup:.2f}x faster",
+        soft_wrap=True,
+    )
+    said.print(str(file), soft_wrap=True)
+    return met

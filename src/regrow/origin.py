@@ -1,0 +1,70 @@
+"""Where a schedule was found: what it was searched on, and what it gave there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Origin(BaseModel):
+    """What a plan was searched on.
+
+    Args:
+        model: name, folder or hub id.
+        denoiser: `denoiser_key` of its denoiser.
+        scheduler: class of the sampler.
+        steps: steps of the sampler.
+        calls: calls of the denoiser at each branch of guidance; PLMS makes one more than steps.
+        guidance: guidance scale; None for the pipeline's own.
+        height: in pixels; None for the model's own.
+        width: likewise.
+        prompts: how many the plan was measured on.
+        seed: of the first of them; the others follow.
+        quality: what was minimised or maximised, by name.
+        cost: likewise; shares are of the unaccelerated run.
+        regrow: version that found it.
+        date: of that day, ISO 8601.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    denoiser: str
+    scheduler: str
+    steps: int = Field(ge=1)
+    calls: int = Field(ge=1)
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    prompts: int = Field(ge=1)
+    seed: int = 0
+    quality: Mapping[str, float] = {}
+    cost: Mapping[str, float] = {}
+    regrow: str = ""
+    date: str = ""
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+    def unlike(self, denoiser: Any, scheduler: Any) -> Iterator[str]:
+        """What differs where the plan is applied now, a sentence each.
+
+        Args:
+            denoiser: that it is applied to.
+            scheduler: of the sampler; None if not known.
+        """
+        if denoiser_key(denoiser) != self.denoiser:
+            yield f"it was found on another denoiser, that of {self.model} ({self.denoiser.split(':')[0]})"
+        if scheduler is not None and type(scheduler).__name__ != self.scheduler:
+            yield f"it was found with {self.scheduler}, not {type(scheduler).__name__}"
+
+
+def denoiser_key(denoiser: Any) -> str:
+    """Class and settings of a denoiser in a few characters; weights don't count."""
+    settings = {k: v for k, v in dict(denoiser.config).items() if not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return f"{type(denoiser).__name__}:{digest}"

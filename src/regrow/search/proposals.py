@@ -1,0 +1,205 @@
+"""Which plans to try next: NSGA-II, or chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+Genes = tuple[int, ...]
+
+
+class Proposals(Protocol):
+    """Proposes plans, and is told how good they are."""
+
+    def ask(self) -> list[Genes]:
+        """The next generation; empty if nothing new is left."""
+
+    def tell(self, values: Sequence[Sequence[float]]) -> None:
+        """The objectives of what was asked last, less is better, in the same order."""
+
+
+class Operators(BaseModel):
+    """Settings of NSGA-II; defaults are those of DaTo's paper.
+
+    Args:
+        population: plans in a generation.
+        crossover: probability of simulated binary crossover.
+        crossover_eta: its distribution index.
+        mutation: probability of polynomial mutation.
+        mutation_eta: its distribution index.
+        uniform: share of the first generation that is the same at every step (half is ours; the paper mixes
+            them in without saying how many).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    population: int = Field(20, ge=2)
+    crossover: float = Field(0.7, ge=0, le=1)
+    crossover_eta: float = Field(7.0, gt=0)
+    mutation: float = Field(0.4, ge=0, le=1)
+    mutation_eta: float = Field(15.0, gt=0)
+    uniform: float = Field(0.5, ge=0, le=1)
+
+
+class Nsga2:
+    """NSGA-II of pymoo over whole numbers, seeded.
+
+    The same seed and the same objectives give the same plans, so a search is resumed by telling it again
+    what is known.
+
+    Args:
+        sizes: number of choices of each variable.
+        first: the first generation.
+        objectives: how many.
+        operators: settings.
+        seed: of all chance.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], first: Sequence[Genes], objectives: int, operators: Operators, seed: int
+    ) -> None:
+        try:
+            from pymoo.algorithms.moo.nsga2 import NSGA2
+            from pymoo.core.problem import Problem
+            from pymoo.core.termination import NoTermination
+            from pymoo.operators.crossover.sbx import SBX
+            from pymoo.operators.mutation.pm import PM
+            from pymoo.operators.repair.rounding import RoundingRepair
+        except ImportError as error:
+            raise ImportError("the search needs pymoo: pip install 'regrow[search]'") from error
+        # Operators divide by a variable's range.
+        self._open = [i for i, size in enumerate(sizes) if size > 1]
+        most = np.array([sizes[i] - 1 for i in self._open])
+        self._sizes, self._population = sizes, operators.population
+        self._rng = np.random.default_rng(seed)
+        self._seen: set[Genes] = set()
+        self._problem: Any = Problem(n_var=max(len(most), 1), n_obj=objectives, xl=0, xu=most, vtype=int)
+        self._algorithm: Any = NSGA2(
+            pop_size=operators.population,
+            sampling=np.array(first, dtype=int)[:, self._open],
+            crossover=SBX(
+                prob=operators.crossover, eta=operators.crossover_eta, vtype=float, repair=RoundingRepair()
+            ),
+            mutation=PM(
+                prob=operators.mutation, eta=operators.mutation_eta, vtype=float, repair=RoundingRepair()
+            ),
+            eliminate_duplicates=True,
+        )
+        self._algorithm.setup(self._problem, termination=NoTermination(), seed=seed, verbose=False)
+        self._asked: Any = None
+        # pymoo asks for at least one variable.
+        self._used_up = not self._open
+
+    def ask(self) -> list[Genes]:
+        """The next generation; by chance once the operators find nothing new, in a small space."""
+        asked: list[Genes] = []
+        if not self._used_up:
+            self._asked = self._algorithm.ask()
+            rows = [] if self._asked is None else self._asked.get("X")
+            whole = np.zeros((len(rows), len(self._sizes)), dtype=int)
+            whole[:, self._open] = np.reshape(rows, (len(rows), len(self._open)))
+            asked = [tuple(row) for row in whole.tolist()]
+        # A generation of nothing new: what is left is too little for operators.
+        self._used_up = self._seen.issuperset(asked)
+        self._seen.update(asked)
+        return drawn(self._sizes, self._population, self._rng, self._seen) if self._used_up else asked
+
+    def tell(self, values: Sequence[Sequence[float]]) -> None:
+        """The objectives of what was asked last."""
+        if self._used_up:
+            return
+        from pymoo.core.evaluator import Evaluator
+        from pymoo.problems.static import StaticProblem
+
+        Evaluator().eval(StaticProblem(self._problem, F=np.array(values, dtype=float)), self._asked)
+        self._algorithm.tell(infills=self._asked)
+
+
+class Chance:
+    """Plans by chance, none twice: what a search has to beat.
+
+    Args:
+        sizes: number of choices of each variable.
+        population: plans in a generation.
+        seed: of all chance.
+    """
+
+    def __init__(self, sizes: Sequence[int], population: int, seed: int) -> None:
+        self._sizes, self._population = sizes, population
+        self._rng = np.random.default_rng(seed)
+        self._seen: set[Genes] = set()
+
+    def ask(self) -> list[Genes]:
+        """The next generation."""
+        return drawn(self._sizes, self._population, self._rng, self._seen)
+
+    def tell(self, values: Sequence[Sequence[float]]) -> None:
+        """Nothing is learned."""
+
+
+def drawn(sizes: Sequence[int], count: int, rng: np.random.Generator, seen: set[Genes]) -> list[Genes]:
+    """Up to so many plans by chance that were not seen; fewer if a small space is used up."""
+    out: list[Genes] = []
+    for _ in range(100 * count):
+        if len(out) == count:
+            break
+        genes = tuple(int(g) for g in rng.integers(0, np.array(sizes)))
+        if genes not in seen:
+            seen.add(genes)
+            out.append(genes)
+    return out
+
+
+def first_generation(
+    sizes: Sequence[int], uniform: Sequence[Genes], operators: Operators, seed: int
+) -> list[Genes]:
+    """A mix of plans that are the same at every step and plans by chance.
+
+    Args:
+        sizes: number of choices of each variable.
+        uniform: plans that are the same at every step, of which some are chosen by chance.
+        operators: how many of them there are, and of which kind.
+        seed: of all chance.
+    """
+    rng = np.random.default_rng(seed)
+    count = min(round(operators.uniform * operators.population), len(uniform))
+    chosen = [tuple(uniform[i]) for i in rng.permutation(len(uniform))[:count]]
+    seen = set(chosen)
+    return [*chosen, *drawn(sizes, operators.population - len(chosen), rng, seen)]
+
+
+def front(values: Sequence[Sequence[float]]) -> list[int]:
+    """Indices of what nothing dominates, of equal ones the first; by the last objective, dearest first."""
+    rows = np.array(values, dtype=float)
+    kept: list[int] = []
+    # What dominates a row comes before it here; if anything does, a kept row does.
+    for i in sorted(range(len(rows)), key=lambda i: (*rows[i], i)):
+        if not kept or not (rows[kept] <= rows[i]).all(1).any():
+            kept.append(i)
+    return sorted(kept, key=lambda i: tuple(-v for v in reversed(values[i])))
+
+
+def pick(values: Sequence[Sequence[float]], weight: float) -> int:
+    """DaTo's choice of one plan of a front: least ``quality + w_ps cost``.
+
+    Args:
+        values: first and last objective of each plan, less is better.
+        weight: w_ps; the scale is that of the objectives.
+    """
+    return min(range(len(values)), key=lambda i: values[i][0] + weight * values[i][-1])
+
+
+def hypervolume(values: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """The volume that a front dominates, up to a reference point.
+
+    Args:
+        values: objectives of plans, less is better.
+        reference: worst values that count.
+    """
+    from pymoo.indicators.hv import HV
+
+    inside = [v for v in values if all(a < b for a, b in zip(v, reference, strict=True))]
+    return float(HV(ref_point=np.array(reference, float))(np.array(inside, float))) if inside else 0.0

@@ -1,0 +1,126 @@
+"""What a method leaves open: the choices a plan is made of, and how they become a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One choice of a plan.
+
+    Args:
+        name: of its kind, such as ``"depth"``; the same for all calls.
+        choices: what may be chosen, in an order in which neighbours are alike.
+    """
+
+    name: str
+    choices: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Space:
+    """All plans of a method.
+
+    Args:
+        variables: the choices.
+        decode: from a value of each variable to the method's configuration.
+        uniform: plans that are the same at every step, as values; a search may begin with some of them.
+    """
+
+    variables: tuple[Variable, ...]
+    decode: Callable[[tuple[Any, ...]], Any]
+    uniform: tuple[tuple[Any, ...], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kinds of variables, in their order."""
+        return tuple(dict.fromkeys(v.name for v in self.variables))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many choices each variable has."""
+        return tuple(len(v.choices) for v in self.variables)
+
+    def config(self, genes: Sequence[int]) -> Any:
+        """The configuration of a plan, given as the index of each variable's choice."""
+        return self.decode(tuple(v.choices[g] for v, g in zip(self.variables, genes, strict=True)))
+
+    def genes(self, values: Sequence[Any]) -> tuple[int, ...]:
+        """The indices of values.
+
+        Raises:
+            ValueError: if one is not among its variable's choices.
+        """
+        return tuple(v.choices.index(value) for v, value in zip(self.variables, values, strict=True))
+
+    def with_choices(self, name: str, choices: Iterable[Any]) -> Space:
+        """The same with other choices for the variables of a kind.
+
+        Raises:
+            ValueError: if there is no such kind, or no choice.
+        """
+        if name not in self.names:
+            raise ValueError(f"choices: {name!r} is not known, it must be one of {', '.join(self.names)}")
+        allowed = tuple(dict.fromkeys(choices))
+        if not allowed:
+            raise ValueError(f"choices: {name} must have at least one choice")
+        variables = tuple(replace(v, choices=allowed) if v.name == name else v for v in self.variables)
+        return replace(self, variables=variables, uniform=_among(self.uniform, variables))
+
+    def extended(self, variable: Variable, decode: Callable[[Any, Any], Any]) -> Space:
+        """The plans with one more choice each, which comes last.
+
+        Args:
+            variable: the choice; uniform plans are made with each of its values.
+            decode: from the configuration and the chosen value to what is decoded then.
+        """
+        inner = self.decode
+        return Space(
+            (*self.variables, variable),
+            lambda values: decode(inner(values[:-1]), values[-1]),
+            tuple((*plan, value) for plan in self.uniform for value in variable.choices),
+        )
+
+
+def product(one: Space, other: Space, decode: Callable[[Any, Any], Any]) -> Space:
+    """The plans of two methods together.
+
+    Args:
+        one: variables that come first.
+        other: variables that come after them.
+        decode: from both configurations to that of the combination.
+    """
+    count = len(one.variables)
+    return Space(
+        (*one.variables, *other.variables),
+        lambda values: decode(one.decode(values[:count]), other.decode(values[count:])),
+        tuple((*a, *b) for a in one.uniform for b in other.uniform),
+    )
+
+
+def free(variables: Sequence[Variable], decode: Callable[..., Any]) -> Space:
+    """The plans of a method without steps of its own: every one is uniform.
+
+    Args:
+        variables: each named as the field of the configuration that it sets.
+        decode: makes the configuration of these fields, given by name.
+    """
+    plans: list[tuple[Any, ...]] = [()]
+    for variable in variables:
+        plans = [(*plan, value) for plan in plans for value in variable.choices]
+    names = [v.name for v in variables]
+    return Space(
+        tuple(variables), lambda values: decode(**dict(zip(names, values, strict=True))), tuple(plans)
+    )
+
+
+def _among(
+    plans: tuple[tuple[Any, ...], ...], variables: tuple[Variable, ...]
+) -> tuple[tuple[Any, ...], ...]:
+    """The plans that can be made of these choices."""
+    return tuple(
+        plan for plan in plans if all(v in var.choices for v, var in zip(plan, variables, strict=True))
+    )

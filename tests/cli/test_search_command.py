@@ -1,0 +1,200 @@
+"""``regrow search`` and ``regrow calibrate``, as a user types them, on a small pipeline in a folder."""
+
+import json
+from pathlib import Path
+
+import pipelines
+import pytest
+
+from regrow.cli import main
+from regrow.cli.search import Wish, parse_budget, parse_choices, parse_steps
+from regrow.schedule import FULL, Schedule
+from regrow.search.search import Budget
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command and return its exit code."""
+    monkeypatch.setattr("sys.argv", ["regrow", *words])
+    try:
+        main()
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion pipeline."""
+    folder = tmp_path_factory.mktemp("model")
+    pipelines.sd().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("a penguin\na pizza\n")
+    return file
+
+
+def words(model: Path, prompts: Path, out: Path) -> tuple[str, ...]:
+    """A short search."""
+    common = ("--model", str(model), "--prompts", str(prompts), "--guidance", "5")
+    size = ("--height", "64", "--width", "64", "--steps", "6", "--population", "4")
+    return ("search", *common, *size, "--device", "cpu", "--out", str(out))
+
+
+def test_search_leaves_schedules_a_result_and_a_page(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: Path,
+    prompts: Path,
+) -> None:
+    out = tmp_path / "search"
+    asked = words(model, prompts, out)
+    assert run(monkeypatch, *asked, "--budget", "2", "--beside", "deepcache:2,steps:3") == 0
+    printed = capsys.readouterr().out
+    result = json.loads((out / "search.json").read_text())
+    assert [row["name"] for row in result["beside"]] == ["deepcache:2", "steps:3"]
+    assert result["hypervolume"]["front"] > 0
+    files = sorted((out / "front").iterdir())
+    assert [f"front/{f.name}" for f in files] == [row["file"] for row in result["front"]]
+    for file, row in zip(files, result["front"], strict=True):
+        schedule = Schedule.load(file)
+        assert schedule.found is not None
+        assert schedule.found.calls == len(schedule) == 6
+        assert schedule.found.cost["macs"] == pytest.approx(row["values"]["cost:macs"], rel=1e-5)
+        assert row["name"] in printed
+    assert {f.name for f in out.glob("*.png")} == {
+        "front.png",
+        "evolution.png",
+        "hypervolume.png",
+        "plans.png",
+    }
+    assert (out / "search.html").read_text().count("data:image/png") > 4
+    # The same command evaluates nothing again; a larger budget goes on.
+    log = (out / "evaluations.jsonl").read_text()
+    assert run(monkeypatch, *asked, "--budget", "2", "--no-plots") == 0
+    assert (out / "evaluations.jsonl").read_text() == log
+    assert run(monkeypatch, "search", "--resume", str(out), "--method", "sito") == 2
+    assert "--method: not allowed with --resume" in capsys.readouterr().err
+    assert run(monkeypatch, "search", "--resume", str(out), "--no-plots", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["evaluated"] == result["evaluated"]
+    assert run(monkeypatch, "search", "--resume", str(out), "--budget", "3", "--no-plots", "--json") == 0
+    more = json.loads(capsys.readouterr().out)
+    assert len(more["history"]) == 3
+    assert more["history"][:2] == [
+        row | {"hypervolume": more["history"][i]["hypervolume"]} for i, row in enumerate(result["history"])
+    ]
+    # A plan of the front is used as any schedule.
+    picture = tmp_path / "one.png"
+    common = ("--model", str(model), "--height", "64", "--width", "64", "--guidance", "5", "--steps", "6")
+    plan = ("--method", "dato", "--schedule", str(files[0]), "--prompt", "a penguin", "--out", str(picture))
+    assert run(monkeypatch, "generate", *common, *plan) == 0
+    assert picture.exists()
+
+
+def test_folder_of_another_search_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: Path,
+    prompts: Path,
+) -> None:
+    asked = words(model, prompts, tmp_path)
+    assert run(monkeypatch, *asked, "--method", "sito", "--budget", "1", "--no-plots") == 0
+    # Other methods than DaTo leave their configurations.
+    (config, *_) = sorted((tmp_path / "front").iterdir())
+    assert json.loads(config.read_text())["method"] == "sito"
+    assert run(monkeypatch, "profile", "--arch", "sd15", "--method", str(config), "--steps", "6") == 0
+    assert run(monkeypatch, *asked, "--method", "tome", "--budget", "1", "--no-plots") == 2
+    assert "method: the search in" in capsys.readouterr().err
+
+
+def test_calibration_says_whether_the_wish_is_met(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: Path,
+    prompts: Path,
+) -> None:
+    common = ("--model", str(model), "--prompts", str(prompts), "--guidance", "5", "--steps", "6")
+    size = ("--height", "64", "--width", "64", "--device", "cpu", "--budget", "1", "--json")
+    asked = ("calibrate", *common, *size, "--out", str(tmp_path))
+    assert run(monkeypatch, *asked, "--speedup", "1.5") == 0
+    met = json.loads(capsys.readouterr().out)
+    assert met["met"]
+    assert met["values"]["cost:macs"] <= 1 / 1.5
+    assert Schedule.load(met["file"]).found is not None
+    assert met["measured_speedup"] > 0
+    assert run(monkeypatch, *asked, "--max-deviation", "1e-9") == 1
+    assert not json.loads(capsys.readouterr().out)["met"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (("--budget", "soon"), "budget: 'soon'"),
+        (("--steps", "9..3"), "steps: 9..3"),
+        (("--objective", "quality:nice"), "objective: 'quality:nice'"),
+        (("--objective", "quality:psnr"), "at least one of cost"),
+        (("--choices", "width=3"), "choices: 'width'"),
+        (("--choices", "ratio"), "choices: 'ratio'"),
+        (("--rungs", "1,3"), "it must be that of the prompts, 2"),
+        (("--method", "tokencache"), "'tokencache'"),
+        (("--workers", "2"), "--engine ray"),
+        (("--objective", "quality:clip", "--objective", "cost:macs"), "clip: a CLIP model must be given"),
+        (("--beside", "nothing:1"), "nothing"),
+        (("--choices", "ratio=2"), "ratio"),
+        (("--objective", "quality:psnr", "--objective", "cost:macs", "--patience", "3"), "patience: 3.0"),
+        (
+            ("--objective", "quality:fd", "--objective", "cost:macs", "--rungs", "1,2"),
+            "prompts: (1, 2) is not allowed with quality:fd",
+        ),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: Path,
+    prompts: Path,
+    changes: tuple[str, ...],
+    said: str,
+) -> None:
+    out = tmp_path / "none"
+    assert run(monkeypatch, *words(model, prompts, out), *changes) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_model_that_is_not_there_leaves_no_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, prompts: Path
+) -> None:
+    asked = words(model / "nowhere", prompts, tmp_path / "out")
+    assert run(monkeypatch, *asked) != 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, "search", "--resume", str(tmp_path)) == 2
+    assert "holds no search" in capsys.readouterr().err
+
+
+def test_options_are_read() -> None:
+    assert parse_budget("30") == Budget(generations=30)
+    assert parse_budget("30m") == Budget(seconds=1800)
+    assert (parse_steps("50"), parse_steps("12..50")) == ((50, 50), (12, 50))
+    found = parse_choices(["depth=0,1,full", "ratio=0,0.5", "center=none,0.3"])
+    assert found == {"depth": (0, 1, FULL), "ratio": (0, 0.5), "center": (None, 0.3)}
+
+
+@pytest.mark.parametrize(
+    ("speedup", "deviation"), [(None, None), (2.0, 0.1), (1.0, None), (None, 0.0), (0.5, None)]
+)
+def test_wishes_are_checked(speedup: float | None, deviation: float | None) -> None:
+    with pytest.raises(ValueError, match=r"--speedup|--max-deviation"):
+        Wish(speedup, deviation)

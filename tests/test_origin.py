@@ -1,0 +1,86 @@
+"""Schedules say where they were found, and warn elsewhere."""
+
+import warnings
+from pathlib import Path
+
+import pipelines
+import pytest
+from diffusers import EulerDiscreteScheduler
+
+import regrow
+from regrow.origin import Origin, denoiser_key
+from regrow.schedule import FULL, Schedule, ScheduleError
+
+
+def found(**changes: object) -> Schedule:
+    """A schedule found on the small pipeline, for four calls."""
+    fields = {
+        "model": "small",
+        "denoiser": denoiser_key(pipelines.unet()),
+        "scheduler": "DDIMScheduler",
+        "steps": 4,
+        "calls": 4,
+        "guidance": 5.0,
+        "prompts": 8,
+        "quality": {"deviation": 0.01},
+        "cost": {"macs": 0.5},
+    }
+    return Schedule(depth=(FULL, 1, FULL, 1), ratio=(0.5,) * 4, found=Origin(**(fields | changes)))
+
+
+def said(schedule: Schedule, pipe: object, steps: int = 4) -> list[str]:
+    """The warnings of a generation."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with regrow.apply(pipe, regrow.DaTo(schedule=schedule)):
+            pipelines.generate(pipe, num_inference_steps=steps)
+    return [str(w.message) for w in caught if "found" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", ["plan.yaml", "plan.json"])
+def test_origin_survives_the_file(tmp_path: Path, name: str) -> None:
+    schedule = found()
+    schedule.save(tmp_path / name)
+    again = Schedule.load(tmp_path / name)
+    assert again == schedule
+    assert hash(again) == hash(schedule)
+
+
+def test_schedules_that_were_not_found_do_not_speak_of_it() -> None:
+    assert "found" not in Schedule.constant().dump()
+
+
+def test_origin_is_checked_like_all_else() -> None:
+    text = found().dump(as_json=True).replace('"calls": 4', '"calls": 0')
+    with pytest.raises(ScheduleError, match=r"found\.calls"):
+        Schedule.parse(text)
+
+
+def test_at_home_nothing_is_said() -> None:
+    assert said(found(), pipelines.sd()) == []
+
+
+def test_another_denoiser_is_warned_of() -> None:
+    (message,) = said(found(denoiser="UNet2DConditionModel:0", model="big"), pipelines.sd())
+    assert "another denoiser, that of big" in message
+
+
+def test_another_scheduler_is_warned_of() -> None:
+    pipe = pipelines.sd(sampler=pipelines.scheduler(EulerDiscreteScheduler))
+    (message,) = said(found(), pipe)
+    assert "DDIMScheduler, not EulerDiscreteScheduler" in message
+
+
+def test_another_number_of_calls_is_warned_of_once() -> None:
+    pipe = pipelines.sd()
+    (message,) = said(found(), pipe, steps=6)
+    assert "found for 4 calls; this generation has 6" in message
+
+
+def test_other_ratios_are_another_plan() -> None:
+    assert found().with_ratio(0.3).found is None
+
+
+def test_weights_do_not_count_and_settings_do() -> None:
+    assert denoiser_key(pipelines.unet(0)) == denoiser_key(pipelines.unet(1))
+    assert denoiser_key(pipelines.unet()) != denoiser_key(pipelines.sd1_unet())
