@@ -1,6 +1,8 @@
 """Write the card of a model of emoji scenes, its loss curve and a sheet of its pictures, into its folder.
 
 python tools/card_scenes.py --model work/scenes/model --log work/scenes --check check.json
+
+`--log` takes the folders of several rounds of training, each begun with the last, in their order.
 """
 
 from __future__ import annotations
@@ -29,16 +31,26 @@ CAPTIONS, SEEDS = 64, 4
 SIDE, COLUMNS = 88, 4
 
 
-def loss_curves(log: Path, target: Path) -> None:
-    """One panel a stage: loss against minutes of training."""
+def stages_of(log: Path) -> list[str]:
+    """The stages that a round had."""
+    return [stage for stage in STAGES if (log / f"{stage}.log.jsonl").exists()]
+
+
+def loss_curves(logs: list[Path], target: Path) -> None:
+    """One panel a stage: loss against minutes of training, of all rounds one after the other."""
     figure, axes = plt.subplots(1, len(STAGES), figsize=(10, 3), layout="constrained")
     for axis, stage in zip(axes, STAGES, strict=True):
-        records = read_log(log / f"{stage}.log.jsonl")
-        minutes = [r["seconds"] / 60 for r in records]
-        axis.semilogy(minutes, [r["loss"] for r in records], linewidth=1.2)
+        before = 0.0
+        for number, log in enumerate(logs, 1):
+            records = read_log(log / f"{stage}.log.jsonl")
+            minutes = [before + r["seconds"] / 60 for r in records]
+            axis.semilogy(minutes, [r["loss"] for r in records], linewidth=1.2, label=f"round {number}")
+            before = minutes[-1] if minutes else before
         axis.set(title=stage, xlabel="minutes")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("mean squared error")
+    if len(logs) > 1:
+        axes[-1].legend()
     figure.savefig(target, dpi=90)
     plt.close(figure)
 
@@ -124,7 +136,7 @@ def run_summary(log: Path) -> str:
     """The run behind the loss curve in one sentence."""
     settings = json.loads((log / "run.json").read_text())
     parts = []
-    for stage in STAGES:
+    for stage in stages_of(log):
         records = read_log(log / f"{stage}.log.jsonl")
         minutes, steps = records[-1]["seconds"] / 60, int(records[-1]["step"])
         parts.append(f"{stage} {minutes:.0f} minutes, {steps:,} steps")
@@ -134,12 +146,39 @@ def run_summary(log: Path) -> str:
     )
 
 
-def card(check: dict[str, Any], log: Path, names: list[str], parameters: dict[str, int]) -> str:
+def command(log: Path, start: str, out: str) -> str:
+    """The command of a round."""
+    settings = json.loads((log / "run.json").read_text())
+    stages, options = (
+        stages_of(log),
+        {"vae": "--vae-minutes", "decoder": "--decoder-minutes", "denoiser": "--minutes"},
+    )
+    minutes = " ".join(f"{options[stage]} {settings['minutes'][stage]:g}" for stage in stages)
+    return (
+        f"python tools/train_scenes.py --data iconify-json-noto-1.2.9.tgz --start {start} \\\n"
+        f"    --objects {objects_of(settings)} --lr {settings['recipe']['lr']:g} {minutes} \\\n"
+        f"    --out {out} --export {out}/model"
+    )
+
+
+def objects_of(settings: dict[str, Any]) -> int:
+    """How many objects a round was trained on; older ones call them pictures."""
+    return int(settings.get("objects", settings.get("pictures", 0)))
+
+
+def card(check: dict[str, Any], logs: list[Path], names: list[str], parameters: dict[str, int]) -> str:
     """The model card."""
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     missed = missed_bars(check)
-    settings = json.loads((log / "run.json").read_text())
-    recipe, minutes = settings["recipe"], settings["minutes"]
+    settings = [json.loads((log / "run.json").read_text()) for log in logs]
+    recipe = settings[-1]["recipe"]
+    rounds = "\n".join(
+        f"- Round {i}, {objects_of(s)} objects: {run_summary(log)}."
+        for i, (log, s) in enumerate(zip(logs, settings, strict=True), 1)
+    )
+    outs = [f"work/round{i}" for i in range(1, len(logs) + 1)]
+    starts = ["src/regrow/zoo/emoji", *(f"{out}/model" for out in outs)]
+    commands = "\n".join(command(*row) for row in zip(logs, starts, outs, strict=False))
     verdict = f"Missed: {', '.join(missed)}." if missed else "All bars are met."
     return f"""# emoji
 
@@ -183,23 +222,23 @@ src/regrow/zoo/emoji` has it):
    picture plus that of its latents to those the first model gives the picture at half its size. So the
    first model's U-Net finds the latents that it knows.
 2. Its decoder alone.
-3. U-Net and a two-layer CLIP text encoder, beginning with the first model's: v-prediction, Stable
+3. U-Net and a two-layer CLIP text encoder, beginning with those of the first model, or of the round
+   before: v-prediction, Stable
    Diffusion's noise levels scaled to end in pure noise, stratified timesteps,
    {recipe["caption_dropout"]:.0%} of the captions dropped, batch {recipe["batch"]}, bf16 autocast; Muon on
    inner matrices and convolutions, AdamW on the rest, learning rate {recipe["lr"]:g}, falling after a fifth
    of the budget, averaged weights ({recipe["ema"]:g}).
 
-{run_summary(log)}. Minutes are processor time per thread.
+{rounds}
+
+Minutes are processor time per thread.
 
 ![loss of the three stages](loss.png)
 
 ```
 npm pack @iconify-json/noto@1.2.9
-python tools/train_scenes.py --data iconify-json-noto-1.2.9.tgz --start src/regrow/zoo/emoji \\
-    --objects {len(names)} --lr {recipe["lr"]:g} --vae-minutes {minutes["vae"]:g} \\
-    --decoder-minutes {minutes["decoder"]:g} --minutes {minutes["denoiser"]:g} \\
-    --out work/scenes --export work/scenes/model
-python tools/check_scenes.py --data iconify-json-noto-1.2.9.tgz --model work/scenes/model --bf16 \\
+{commands}
+python tools/check_scenes.py --data iconify-json-noto-1.2.9.tgz --model {outs[-1]}/model --bf16 \\
     --json check.json
 ```
 """
@@ -211,7 +250,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True, help="pipeline folder")
-    parser.add_argument("--log", type=Path, required=True, help="work folder of train_scenes.py")
+    parser.add_argument(
+        "--log", type=Path, nargs="+", required=True, help="work folders of train_scenes.py"
+    )
     parser.add_argument("--check", type=Path, required=True, help="JSON of check_scenes.py")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)

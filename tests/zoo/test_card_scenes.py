@@ -39,7 +39,14 @@ CHECK: dict[str, Any] = {
 def log(tmp_path: Path) -> Path:
     recipe = {"caption_dropout": 0.1, "batch": 16, "lr": 1e-3, "ema": 0.998}
     minutes = {"vae": 1, "decoder": 1, "denoiser": 2}
-    settings = {"threads": 2, "processor": "P", "torch": "2", "recipe": recipe, "minutes": minutes}
+    settings = {
+        "threads": 2,
+        "processor": "P",
+        "torch": "2",
+        "recipe": recipe,
+        "minutes": minutes,
+        "objects": 6,
+    }
     (tmp_path / "run.json").write_text(json.dumps(settings))
     for stage in ("vae", "decoder", "denoiser"):
         lines = [{"step": 50 * i, "seconds": 60.0 * i, "loss": 1 / i} for i in (1, 2)]
@@ -48,7 +55,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_the_card_has_every_figure_beside_its_bar(log: Path) -> None:
-    text = card_scenes.card(CHECK, log, NAMES, {"U-Net": 12_600_000})
+    text = card_scenes.card(CHECK, [log], NAMES, {"U-Net": 12_600_000})
     for figure in (
         "85.1%",
         "61.2%",
@@ -61,6 +68,24 @@ def test_the_card_has_every_figure_beside_its_bar(log: Path) -> None:
         "--lr 0.001",
     ):
         assert figure in text
+
+
+def test_the_card_tells_of_every_round(log: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    second.mkdir()
+    settings = json.loads((log / "run.json").read_text())
+    (second / "run.json").write_text(json.dumps(settings | {"objects": 9}))
+    (second / "denoiser.log.jsonl").write_text(
+        json.dumps({"step": 70, "seconds": 600.0, "loss": 0.1}) + "\n"
+    )
+    text = card_scenes.card(CHECK, [log, second], NAMES, {})
+    assert "- Round 1, 6 objects: vae 2 minutes, 100 steps; decoder" in text
+    assert "- Round 2, 9 objects: denoiser 10 minutes, 70 steps;" in text
+    assert "--start src/regrow/zoo/emoji" in text
+    assert (
+        "--start work/round1/model \\\n    --objects 9 --lr 0.001 --minutes 2 \\\n    --out work/round2"
+        in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +107,7 @@ def test_the_card_says_which_bar_is_missed(
     for key in path:
         inner = inner[key]
     inner[last] = value
-    assert f"Missed: {named}." in card_scenes.card(check, log, NAMES, {})
+    assert f"Missed: {named}." in card_scenes.card(check, [log], NAMES, {})
 
 
 def test_the_sheet_shows_every_caption_with_all_seeds() -> None:
