@@ -4,7 +4,9 @@
     regrow search --method dato --algorithm random --budget 40 --out random
     python benchmarks/search_table.py nsga2 --chance random --json benchmarks/results/search.json
 
-Hypervolumes are up to one reference point, the worst figures of all that is compared.
+Hypervolumes are up to one reference point, the worst figures of all that is compared. `--curves` draws how
+fast searches got there, such as one that measures every plan on all prompts (`--rungs 16 --patience 0`), a
+staged one, and a random one.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regrow.search.objectives import minimised, objective
+from regrow.search.plots import compare
 from regrow.search.proposals import hypervolume
 
 Point = tuple[float, ...]
@@ -44,14 +47,14 @@ def compared(found: Mapping[str, Any], chance: Mapping[str, Any] | None) -> list
 
     Args:
         found: ``search.json`` of the search.
-        chance: that of a random search with as many evaluations.
+        chance: that of a random search.
     """
     names = found["objectives"]
     groups: dict[str, list[Point]] = {"the search's front": points(found["front"], names)}
     for row, point in zip(found["beside"], points(found["beside"], names), strict=True):
         groups.setdefault(group(row["name"]), []).append(point)
     if chance is not None:
-        groups["chance, as many plans"] = points(chance["front"], names)
+        groups[f"chance, {chance['evaluated']} plans"] = points(chance["front"], names)
     reference = [max(column) for column in zip(*(p for ps in groups.values() for p in ps), strict=True)]
     front = groups["the search's front"]
     return [
@@ -65,6 +68,11 @@ def compared(found: Mapping[str, Any], chance: Mapping[str, Any] | None) -> list
     ]
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """What a search found."""
+    return json.loads((folder / "search.json").read_text(encoding="utf-8"))
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -72,10 +80,14 @@ def main() -> None:
     )
     parser.add_argument("search", type=Path, help="folder of the search")
     parser.add_argument("--chance", type=Path, help="folder of a random search")
+    parser.add_argument("--curves", type=Path, nargs="*", default=[], help="folders of other searches")
+    parser.add_argument("--plot", type=Path, help="folder for the plot of their hypervolumes")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    found = json.loads((args.search / "search.json").read_text(encoding="utf-8"))
-    chance = json.loads((args.chance / "search.json").read_text(encoding="utf-8")) if args.chance else None
+    if bool(args.curves) != bool(args.plot):
+        parser.error("--curves, --plot: they go together")
+    found = read(args.search)
+    chance = read(args.chance) if args.chance else None
     rows = compared(found, chance)
     table = Table(caption="dominated: plans that the front beats in both")
     for name in ("plans of", "number", "hypervolume", "dominated"):
@@ -83,6 +95,9 @@ def main() -> None:
     for row in rows:
         table.add_row(row["name"], str(row["plans"]), f"{row['hypervolume']:.4f}", str(row["dominated"]))
     Console().print(table)
+    if args.plot:
+        args.plot.mkdir(parents=True, exist_ok=True)
+        print(compare({f.name: read(f) for f in (args.search, *args.curves)}, args.plot))
     if args.json:
         kept = ("model", "method", "steps", "prompts", "algorithm", "economy", "evaluated", "pictures")
         settings = {name: found[name] for name in (*kept, "seconds", "machine")}

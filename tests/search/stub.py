@@ -64,7 +64,7 @@ class Stub:
         assert job.candidate is not None
         values = [deviation(job.candidate, i) for i in range(job.start, job.stop)]
         end = sum(values) / len(values)
-        curve = tuple(end * q / 4 for q in (1, 2, 3, 4))
+        curve = tuple(end * (q / 4) ** 0.1 for q in (1, 2, 3, 4))
         for q, limit in enumerate(job.limits or ()):
             if q < 3 and curve[q] > limit:
                 return Outcome(curve=curve[: q + 1], seconds=0.1)
