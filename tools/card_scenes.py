@@ -1,6 +1,8 @@
 """Write the card of a model of emoji scenes, its loss curve and a sheet of its pictures, into its folder.
 
 python tools/card_scenes.py --model work/scenes/model --log work/scenes --check check.json
+
+`--log` takes the folders of several rounds of training, each begun with the last, in their order.
 """
 
 from __future__ import annotations
@@ -10,20 +12,50 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
-from card_emoji import loss_curves, percent, run_summary, shortened
+from card_emoji import percent, shortened
 from check_emoji import draw
 from check_scenes import DRAWN
 from emoji_scenes import scene
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from train_emoji import keep_freed_memory
+from train_emoji import keep_freed_memory, read_log
 
 from regrow import zoo
 from regrow.measure.images import to_picture
 
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+STAGES = ("vae", "decoder", "denoiser")
 CAPTIONS, SEEDS = 64, 4
 SIDE, COLUMNS = 88, 4
+NUMBERS = ("one object", "two objects")
+
+
+def stages_of(log: Path) -> list[str]:
+    """The stages that a round had."""
+    return [stage for stage in STAGES if (log / f"{stage}.log.jsonl").exists()]
+
+
+def loss_curves(logs: list[Path], target: Path) -> None:
+    """One panel a stage: loss against minutes of training, of all rounds one after the other."""
+    figure, axes = plt.subplots(1, len(STAGES), figsize=(10, 3), layout="constrained")
+    for axis, stage in zip(axes, STAGES, strict=True):
+        before = 0.0
+        for number, log in enumerate(logs, 1):
+            records = read_log(log / f"{stage}.log.jsonl")
+            minutes = [before + r["seconds"] / 60 for r in records]
+            axis.semilogy(minutes, [r["loss"] for r in records], linewidth=1.2, label=f"round {number}")
+            before = minutes[-1] if minutes else before
+        axis.set(title=stage, xlabel="minutes")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("mean squared error")
+    if len(logs) > 1:
+        axes[-1].legend()
+    figure.savefig(target, dpi=90)
+    plt.close(figure)
 
 
 def contact_sheet(drawn: list[Tensor], captions: list[str]) -> Image.Image:
@@ -50,28 +82,33 @@ def bars(check: dict[str, Any]) -> str:
     """What was measured as a table, with the bars."""
     right, reuse = check["right_picture"], check["trajectory"]["reuse"]
     one, two = right["generated, one object"], right["generated, two objects"]
-    own_one, own_two = right["composed, one object"], right["composed, two objects"]
+    true = [
+        [percent(right[f"{kind}, {n}"]["objects"]) for kind in ("composed", "decoded")] for n in NUMBERS
+    ]
+    colours = [percent(right[f"{kind}, {NUMBERS[0]}"]["colour"]) for kind in ("composed", "decoded")]
     rows = [
-        ("named object found, one object", percent(one["objects"]), ">= 85%", percent(own_one["objects"])),
-        ("both objects found, two objects", percent(two["objects"]), ">= 60%", percent(own_two["objects"])),
-        ("named plain background found", percent(one["colour"]), ">= 95%", percent(own_one["colour"])),
-        ("distance of two pictures of a caption", f"{check['variety']['ratio']:.2f}", ">= .80", "1"),
+        ("named object found, one object", percent(one["objects"]), ">= 85%", *true[0]),
+        ("both objects found, two objects", percent(two["objects"]), ">= 60%", *true[1]),
+        ("named plain background found", percent(one["colour"]), ">= 95%", *colours),
+        ("border nearest the named plain background", percent(one["border"]), "", "", ""),
+        ("distance of two pictures of a caption", f"{check['variety']['ratio']:.2f}", ">= .80", "1", ""),
     ]
     for steps, value in check["trajectory"]["steps"].items():
         bar = "<= 32 dB" if steps == "10" else ""
-        rows.append((f"{steps} steps against its own 50", f"{value:.1f} dB", bar, ""))
-    rows += [(f"output reused {k} against its own 50", f"{v:.1f} dB", "", "") for k, v in reuse.items()]
-    lines = ["| figure | this model | bar | true scenes |", "|---|---|---|---|"]
+        rows.append((f"{steps} steps against its own 50", f"{value:.1f} dB", bar, "", ""))
+    rows += [(f"output reused {k} against its own 50", f"{v:.1f} dB", "", "", "") for k, v in reuse.items()]
+    lines = ["| figure | this model | bar | true scenes | decoded ones |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     machine = check["machine"]
     lines += [
         "",
         f"{one['pictures']} and {two['pictures']} captions, {check['steps']} DDIM steps, guidance "
         f"{check['guidance']:g}, {check['precision']}. Linear classifiers on EfficientNet-Lite0 features, "
-        f'fitted to {right["scenes_to_fit"]:,} composed scenes; "true scenes" is what they find in '
-        "composed scenes they have not seen. Distance: mean feature distance of two seeds, as a share of "
-        f"that of two composed scenes ({check['variety']['captions']} captions). Fewer steps and reuse: "
-        f"median PSNR of {check['trajectory']['captions']} captions, guidance on.",
+        f"fitted to {right['scenes_to_fit']:,} composed scenes, half of them as the autoencoder shows "
+        'them; "true scenes" is what they find in composed scenes they have not seen, "decoded ones" the '
+        "same in those that went through the autoencoder. Distance: mean feature distance of two seeds, "
+        f"as a share of that of two composed scenes ({check['variety']['captions']} captions). Fewer steps "
+        f"and reuse: median PSNR of {check['trajectory']['captions']} captions, guidance on.",
         f"Measured {machine['date']} on {machine['processor']}, {machine['threads']} threads; "
         + ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
         + ".",
@@ -93,14 +130,55 @@ def missed_bars(check: dict[str, Any]) -> list[str]:
     return [name for name, good in held.items() if not good]
 
 
+def run_summary(log: Path) -> str:
+    """The run behind the loss curve in one sentence."""
+    settings = json.loads((log / "run.json").read_text())
+    parts = []
+    for stage in stages_of(log):
+        records = read_log(log / f"{stage}.log.jsonl")
+        minutes, steps = records[-1]["seconds"] / 60, int(records[-1]["step"])
+        parts.append(f"{stage} {minutes:.0f} minutes, {steps:,} steps")
+    return (
+        f"{'; '.join(parts)}; {settings['threads']} threads of {settings['processor']}, "
+        f"torch {settings['torch']}"
+    )
+
+
+def command(log: Path, start: str, out: str) -> str:
+    """The command of a round."""
+    settings = json.loads((log / "run.json").read_text())
+    stages, options = (
+        stages_of(log),
+        {"vae": "--vae-minutes", "decoder": "--decoder-minutes", "denoiser": "--minutes"},
+    )
+    minutes = " ".join(f"{options[stage]} {settings['minutes'][stage]:g}" for stage in stages)
+    return (
+        f"python tools/train_scenes.py --data iconify-json-noto-1.2.9.tgz --start {start} \\\n"
+        f"    --objects {objects_of(settings)} --lr {settings['recipe']['lr']:g} {minutes} \\\n"
+        f"    --out {out} --export {out}/model"
+    )
+
+
+def objects_of(settings: dict[str, Any]) -> int:
+    """How many objects a round was trained on; older ones call them pictures."""
+    return int(settings.get("objects", settings.get("pictures", 0)))
+
+
 def card(
-    check: dict[str, Any], log: Path, folder: Path, names: list[str], parameters: dict[str, int]
+    check: dict[str, Any], logs: list[Path], folder: Path, names: list[str], parameters: dict[str, int]
 ) -> str:
     """The model card."""
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     missed = missed_bars(check)
-    settings = json.loads((log / "run.json").read_text())
-    recipe, minutes = settings["recipe"], settings["minutes"]
+    settings = [json.loads((log / "run.json").read_text()) for log in logs]
+    recipe = settings[-1]["recipe"]
+    rounds = "\n".join(
+        f"- Round {i}, {objects_of(s)} objects: {run_summary(log)}."
+        for i, (log, s) in enumerate(zip(logs, settings, strict=True), 1)
+    )
+    outs = [f"work/round{i}" for i in range(1, len(logs) + 1)]
+    starts = ["src/regrow/zoo/emoji", *(f"{out}/model" for out in outs)]
+    commands = "\n".join(command(*row) for row in zip(logs, starts, outs, strict=False))
     verdict = f"Missed: {', '.join(missed)}." if missed else "All bars are met."
     return f"""# emoji scenes
 
@@ -139,30 +217,29 @@ composed on the fly: every training picture is new (`tools/emoji_scenes.py`, a p
 
 ## How it was trained
 
-Begun with a first model, of 290 memorised pictures of 64x64 on white (`git archive 2e49882
-src/regrow/zoo/emoji` has it):
+Begun with the bundled model of single emoji on white:
 
 1. An `AutoencoderTiny` (128x128 to 32x32x4) with that model's inner layers, on mean squared error of the
    picture plus that of its latents to those the first model gives the picture at half its size. So the
    first model's U-Net finds the latents that it knows.
 2. Its decoder alone.
-3. U-Net and a two-layer CLIP text encoder, beginning with the first model's: v-prediction, Stable
+3. U-Net and a two-layer CLIP text encoder, beginning with those of the first model, or of the round
+   before: v-prediction, Stable
    Diffusion's noise levels scaled to end in pure noise, stratified timesteps,
    {recipe["caption_dropout"]:.0%} of the captions dropped, batch {recipe["batch"]}, bf16 autocast; Muon on
    inner matrices and convolutions, AdamW on the rest, learning rate {recipe["lr"]:g}, falling after a fifth
    of the budget, averaged weights ({recipe["ema"]:g}).
 
-{run_summary(log)}. Minutes are processor time per thread.
+{rounds}
+
+Minutes are processor time per thread.
 
 ![loss of the three stages](loss.png)
 
 ```
 npm pack @iconify-json/noto@1.2.9
-python tools/train_scenes.py --data iconify-json-noto-1.2.9.tgz --start src/regrow/zoo/emoji \\
-    --objects {len(names)} --lr {recipe["lr"]:g} --vae-minutes {minutes["vae"]:g} \\
-    --decoder-minutes {minutes["decoder"]:g} --minutes {minutes["denoiser"]:g} \\
-    --out work/scenes --export work/scenes/model
-python tools/check_scenes.py --data iconify-json-noto-1.2.9.tgz --model work/scenes/model --bf16 \\
+{commands}
+python tools/check_scenes.py --data iconify-json-noto-1.2.9.tgz --model {outs[-1]}/model --bf16 \\
     --json check.json
 ```
 """
@@ -174,7 +251,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True, help="pipeline folder")
-    parser.add_argument("--log", type=Path, required=True, help="work folder of train_scenes.py")
+    parser.add_argument(
+        "--log", type=Path, nargs="+", required=True, help="work folders of train_scenes.py"
+    )
     parser.add_argument("--check", type=Path, required=True, help="JSON of check_scenes.py")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
