@@ -1,6 +1,7 @@
 """The search as a whole, on a formula."""
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -220,7 +221,9 @@ def _ratios(known: Known) -> set[float]:
     return {step.ratio for step in known.candidate.config.schedule.steps() if step.depth}
 
 
-def test_workers_of_a_cluster_find_the_same_front(tmp_path: Path) -> None:
+def test_workers_of_a_cluster_find_the_same_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its processes import the stub from the folder of the tests.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=2)))
     found = search(tmp_path / "two", Stub())
     with RayWorkers(Stub, 2) as workers:
