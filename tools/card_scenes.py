@@ -32,6 +32,7 @@ STAGES = ("vae", "decoder", "denoiser")
 CAPTIONS, SEEDS = 64, 4
 SIDE, COLUMNS = 88, 4
 NUMBERS = ("one object", "two objects")
+UNSCALED = ", noise levels not yet scaled"
 
 
 def stages_of(log: Path) -> list[str]:
@@ -173,7 +174,7 @@ def card(
     settings = [json.loads((log / "run.json").read_text()) for log in logs]
     recipe = settings[-1]["recipe"]
     rounds = "\n".join(
-        f"- Round {i}, {objects_of(s)} objects: {run_summary(log)}."
+        f"- Round {i}, {objects_of(s)} objects{'' if s['recipe'].get('pure_noise') else UNSCALED}: {run_summary(log)}."
         for i, (log, s) in enumerate(zip(logs, settings, strict=True), 1)
     )
     outs = [f"work/round{i}" for i in range(1, len(logs) + 1)]

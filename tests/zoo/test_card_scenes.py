@@ -93,12 +93,13 @@ def test_the_card_tells_of_every_round(log: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     second.mkdir()
     settings = json.loads((log / "run.json").read_text())
-    (second / "run.json").write_text(json.dumps(settings | {"objects": 9}))
+    scaled = settings["recipe"] | {"pure_noise": True}
+    (second / "run.json").write_text(json.dumps(settings | {"objects": 9, "recipe": scaled}))
     (second / "denoiser.log.jsonl").write_text(
         json.dumps({"step": 70, "seconds": 600.0, "loss": 0.1}) + "\n"
     )
     text = card_scenes.card(CHECK, [log, second], Path("here"), NAMES, {})
-    assert "- Round 1, 6 objects: vae 2 minutes, 100 steps; decoder" in text
+    assert "- Round 1, 6 objects, noise levels not yet scaled: vae 2 minutes, 100 steps; decoder" in text
     assert "- Round 2, 9 objects: denoiser 10 minutes, 70 steps;" in text
     assert "--start src/regrow/zoo/emoji" in text
     assert (
