@@ -174,7 +174,8 @@ def card(
     settings = [json.loads((log / "run.json").read_text()) for log in logs]
     recipe = settings[-1]["recipe"]
     rounds = "\n".join(
-        f"- Round {i}, {objects_of(s)} objects{'' if s['recipe'].get('pure_noise') else UNSCALED}: {run_summary(log)}."
+        f"- Round {i}, {objects_of(s)} objects{'' if s['recipe'].get('pure_noise') else UNSCALED}: "
+        f"{run_summary(log)}."
         for i, (log, s) in enumerate(zip(logs, settings, strict=True), 1)
     )
     outs = [f"work/round{i}" for i in range(1, len(logs) + 1)]
