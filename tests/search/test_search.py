@@ -161,8 +161,14 @@ def test_what_is_compared_with_changes_nothing(tmp_path: Path) -> None:
     expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=4)))
     beside = search(tmp_path / "two", Stub())
     cheap = DaTo(schedule=Schedule.every(3, CALLS, depth=1, ratio=0.7))
-    beside.compare_with([Candidate(CALLS, cheap)])
+    one = search(tmp_path / "one", Stub())
+    one.run(Budget(generations=4))
+    # Also one that the search proposes itself.
+    candidates = [Candidate(CALLS, cheap), next(iter(one.known.values())).candidate]
+    beside.compare_with(candidates)
     assert front_of(beside.run(Budget(generations=4))) == expected
+    assert beside.history == one.history
+    assert [k.prompts for k in beside.known.values()] == [k.prompts for k in one.known.values()]
 
 
 def test_plan_that_was_given_up_is_measured_to_be_compared_with(tmp_path: Path) -> None:
