@@ -1,6 +1,7 @@
 """The search as a whole, on a formula."""
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -160,8 +161,14 @@ def test_what_is_compared_with_changes_nothing(tmp_path: Path) -> None:
     expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=4)))
     beside = search(tmp_path / "two", Stub())
     cheap = DaTo(schedule=Schedule.every(3, CALLS, depth=1, ratio=0.7))
-    beside.compare_with([Candidate(CALLS, cheap)])
+    one = search(tmp_path / "one", Stub())
+    one.run(Budget(generations=4))
+    # Also one that the search proposes itself.
+    candidates = [Candidate(CALLS, cheap), next(iter(one.known.values())).candidate]
+    beside.compare_with(candidates)
     assert front_of(beside.run(Budget(generations=4))) == expected
+    assert beside.history == one.history
+    assert [k.prompts for k in beside.known.values()] == [k.prompts for k in one.known.values()]
 
 
 def test_plan_that_was_given_up_is_measured_to_be_compared_with(tmp_path: Path) -> None:
@@ -220,7 +227,9 @@ def _ratios(known: Known) -> set[float]:
     return {step.ratio for step in known.candidate.config.schedule.steps() if step.depth}
 
 
-def test_workers_of_a_cluster_find_the_same_front(tmp_path: Path) -> None:
+def test_workers_of_a_cluster_find_the_same_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its processes import the stub from the folder of the tests.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=2)))
     found = search(tmp_path / "two", Stub())
     with RayWorkers(Stub, 2) as workers:

@@ -11,7 +11,8 @@ import card_scenes
 import compose_scenes
 import pytest
 import torch
-from emoji_scenes import OBJECTS, Sprites, compose, scene
+from check_scenes import border_right
+from emoji_scenes import OBJECTS, Caption, Phrase, Sprites, compose, scene
 from PIL import Image
 
 from regrow.measure.images import to_tensor
@@ -26,7 +27,9 @@ CHECK: dict[str, Any] = {
     "right_picture": {
         "scenes_to_fit": 8000,
         "composed, one object": {"objects": 1.0, "colour": 0.99},
-        "generated, one object": {"objects": 0.851, "colour": 0.96, "pictures": 500},
+        "generated, one object": {"objects": 0.851, "colour": 0.96, "pictures": 500, "border": 0.987},
+        "decoded, one object": {"objects": 0.983, "colour": 0.974},
+        "decoded, two objects": {"objects": 0.895, "colour": 0.97},
         "composed, two objects": {"objects": 0.9, "colour": 0.99},
         "generated, two objects": {"objects": 0.612, "colour": 0.97, "pictures": 300},
     },
@@ -37,7 +40,7 @@ CHECK: dict[str, Any] = {
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    recipe = {"caption_dropout": 0.1, "batch": 16, "lr": 1e-3, "ema": 0.998}
+    recipe = {"caption_dropout": 0.1, "batch": 16, "lr": 1e-3, "ema": 0.998, "pure_noise": False}
     minutes = {"vae": 1, "decoder": 1, "denoiser": 2}
     settings = {
         "threads": 2,
@@ -60,6 +63,9 @@ def test_the_card_has_every_figure_beside_its_bar(log: Path) -> None:
         "85.1%",
         "61.2%",
         "96.0%",
+        "98.7%",
+        "98.3%",
+        "97.4%",
         "0.91",
         "31.2 dB",
         "38.0 dB",
@@ -70,18 +76,32 @@ def test_the_card_has_every_figure_beside_its_bar(log: Path) -> None:
         assert figure in text
 
 
+def test_border_is_nearest_the_named_plain_colour() -> None:
+    captions = [
+        Caption((Phrase(0, None, None),), ground)
+        for ground in (("red",), ("green",), ("blue",), ("red", "blue"), ())
+    ]
+    pictures = torch.zeros(5, 3, 16, 16)
+    pictures[0, 0], pictures[1, 0] = 0.85, 0.85
+    pictures[2, 2] = 0.8
+    # What stands in the middle does not count.
+    pictures[0, :, 5:11, 5:11] = 1
+    assert border_right(pictures, captions) == pytest.approx(2 / 3)
+
+
 def test_the_card_tells_of_every_round(log: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     second.mkdir()
     settings = json.loads((log / "run.json").read_text())
+    del settings["recipe"]["pure_noise"]
     (second / "run.json").write_text(json.dumps(settings | {"objects": 9}))
     (second / "denoiser.log.jsonl").write_text(
         json.dumps({"step": 70, "seconds": 600.0, "loss": 0.1}) + "\n"
     )
     text = card_scenes.card(CHECK, [log, second], NAMES, {})
-    assert "- Round 1, 6 objects: vae 2 minutes, 100 steps; decoder" in text
+    assert "- Round 1, 6 objects, noise levels not yet scaled: vae 2 minutes, 100 steps; decoder" in text
     assert "- Round 2, 9 objects: denoiser 10 minutes, 70 steps;" in text
-    assert "--start src/regrow/zoo/emoji" in text
+    assert "--start work/first" in text
     assert (
         "--start work/round1/model \\\n    --objects 9 --lr 0.001 --minutes 2 \\\n    --out work/round2"
         in text

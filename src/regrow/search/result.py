@@ -155,7 +155,7 @@ def to_dict(
     around = [known.values(objectives) for known in beside.values() if not known.given_up]
     rows = [row for values in (*search.history, best, around) for row in values]
     reference = [max(column) for column in zip(*rows, strict=True)]
-    proposed = [known for known in search.known.values() if known.generation is not None]
+    proposed = search.known.values()
     return {
         "objectives": [label(kind) for kind in objectives],
         "economy": search.economy.model_dump(mode="json"),

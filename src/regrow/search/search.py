@@ -202,7 +202,8 @@ class Search:
 
     def compare_with(self, candidates: Iterable[Candidate]) -> list[Known]:
         """Measure plans on all prompts, to stand beside the front; they are not part of it."""
-        found = [self._of(candidate, None) for candidate in candidates]
+        # Of their own: a search must propose the same plans whatever it stands beside.
+        found = [Known(candidate, self._macs(candidate), None) for candidate in candidates]
         while rows := [k for k in found if k.prompts < self.economy.prompts[-1] and not k.given_up]:
             self._measure(rows)
         return found
@@ -229,7 +230,7 @@ class Search:
 
     def front(self) -> list[Known]:
         """The plans that nothing dominates, of those measured on all prompts; dearest first."""
-        full = [k for k in self._proposed() if k.prompts == self.economy.prompts[-1]]
+        full = [k for k in self.known.values() if k.prompts == self.economy.prompts[-1]]
         return [full[i] for i in front([k.values(self.objectives) for k in full])]
 
     def _stage(self, stage: _Stage, budget: Budget) -> None:
@@ -262,21 +263,15 @@ class Search:
         first = first_generation(stage.sizes, stage.uniform, self.operators, seed)
         return Nsga2(stage.sizes, first, len(self.objectives), self.operators, seed)
 
-    def _of(self, candidate: Candidate, generation: int | None) -> Known:
+    def _of(self, candidate: Candidate, generation: int) -> Known:
         """What is known of a plan, if only its MACs."""
         if candidate.key not in self.known:
             self.known[candidate.key] = Known(candidate, self._macs(candidate), generation)
-        known = self.known[candidate.key]
-        if known.generation is None:
-            known.generation = generation
-        return known
-
-    def _proposed(self) -> list[Known]:
-        return [k for k in self.known.values() if k.generation is not None]
+        return self.known[candidate.key]
 
     def _promising(self) -> list[Known]:
         """Plans that nothing dominates by what is known, measured on some of the prompts only."""
-        rows = [k for k in self._proposed() if k.prompts]
+        rows = [k for k in self.known.values() if k.prompts]
         best = [rows[i] for i in front([k.values(self.objectives) for k in rows])]
         return [k for k in best if k.prompts < self.economy.prompts[-1]]
 
@@ -296,7 +291,9 @@ class Search:
         try:
             for done, (place, outcome) in enumerate(self._workers.run([jobs[i] for i in missing]), 1):
                 outcomes[missing[place]] = outcome
-                self._log.append(_record(jobs[missing[place]], outcome))
+                record = _record(jobs[missing[place]], outcome)
+                self._log.append(record)
+                self._logged[record["key"], record["start"], record["stop"]] = record
                 self._tell(done, len(missing))
         finally:
             # In the order of the plans, whichever came first; what was interrupted has some of them.
@@ -314,12 +311,12 @@ class Search:
     def _limits(self, known: Known) -> tuple[float, ...] | None:
         """Deviations above which a plan is given up: the last of a plan that costs no more, by patience."""
         patience = self.economy.patience
-        ends = [k.curve[-1] for k in self._proposed() if k.macs <= known.macs and k.prompts]
+        ends = [k.curve[-1] for k in self.known.values() if k.macs <= known.macs and k.prompts]
         return (patience * min(ends),) * QUARTERS if patience is not None and ends else None
 
     def _worst(self) -> tuple[float, ...]:
         """The worst figure of each objective so far."""
-        rows = [k.values(self.objectives) for k in self._proposed()]
+        rows = [k.values(self.objectives) for k in self.known.values()]
         return tuple(max((v for v in column if v < inf), default=1.0) for column in zip(*rows, strict=True))
 
     def _told(self, known: Known, worst: Sequence[float]) -> tuple[float, ...]:
