@@ -446,6 +446,7 @@ class Engine:
                     f"{position.total}, to which it is resampled",
                 )
             self.generation = Generation(list(plan.steps()), _generator(sample.device, seed))
+            self._warn_of_whole_calls(self.generation.steps[position.index :])
         generation = self.generation
         slot = self._slot(generation, position.branch, sample, args, kwargs)
         slot.calls += 1
@@ -483,8 +484,8 @@ class Engine:
             # A module that this call skips must not hand on another text's output later.
             for name in self.layout.text:
                 slot.features.pop(name, None)
-        whole = cut is None or cut.entry is not None
-        self.call.remembers = self.token_set is not None and whole and self._can_remember(slot)
+        streams = self.token_set is not None and _streams(cut)
+        self.call.remembers = streams and self._can_remember(slot)
         if self.call.remembers:
             self._leave_out(self.call, sample, planned.ratio, kwargs)
         ratio = planned.ratio if counts or self.call.count else 0.0
@@ -496,6 +497,18 @@ class Engine:
         generation.records.append(
             CallRecord(position, depth, ratio, planned, slot.inputs, self.call.knows_text)
         )
+
+    def _warn_of_whole_calls(self, steps: Sequence[Step]) -> None:
+        """Say if no call of a generation can leave tokens out, though the method would."""
+        if self.token_set is None or not any(step.ratio for step in self.kinds):
+            return
+        begin = self.token_set.full_calls
+        if not any(step.ratio and _streams(self.cuts.get(step.depth)) for step in steps[begin:]):
+            self.warn_once(
+                "whole",
+                f"no call of this generation leaves tokens out: of {len(steps)} calls the first {begin} "
+                "are computed in full, and those behind them, if any, compute no tokens at all",
+            )
 
     def _slot(
         self,
@@ -723,6 +736,11 @@ def _runs(block: TokenBlock, cut: Cut | None) -> bool:
     """Whether a block runs, with its layers, in a call with that cut."""
     own = f"{block.name}."
     return cut is None or not any(own.startswith(f"{n}.") or n.startswith(own) for n in cut.skip)
+
+
+def _streams(cut: Cut | None) -> bool:
+    """Whether tokens go through blocks in a call with that cut."""
+    return cut is None or cut.entry is not None
 
 
 def _is_inside(thread: int | None, module: nn.Module) -> bool:
