@@ -224,6 +224,9 @@ class MemoryHook(ModelHook):
         call = self.engine.call
         if call is None or not call.remembers:
             return output
+        if len(output) != call.info.batch:
+            self.engine.forget_tokens()
+            return output
         features = call.slot.features
         if call.tokens is None:
             features[self.key] = output

@@ -553,6 +553,17 @@ class Engine:
         slot.outputs.clear()
         return False
 
+    def forget_tokens(self) -> None:
+        """Keep no keys, values and outputs of the call in progress, since they are of a part of its batch."""
+        assert self.call is not None
+        self.call.remembers = False
+        self.call.slot.outputs.clear()
+        self.warn_once(
+            "part",
+            "all tokens are computed, because attention processors project a part of the batch only "
+            "(perturbed-attention guidance)",
+        )
+
     def _leave_out(self, call: Call, sample: Tensor, ratio: float, kwargs: Mapping[str, Any]) -> None:
         """Decide how many tokens a call computes, and which, unless that waits for an attention."""
         if ratio == 0:
