@@ -554,7 +554,7 @@ class Engine:
         return False
 
     def forget_tokens(self) -> None:
-        """Keep no keys, values and outputs of the call in progress, since they are of a part of its batch."""
+        """Keep no keys, values and outputs of the call in progress: they are of a part of its batch."""
         assert self.call is not None
         self.call.remembers = False
         self.call.slot.outputs.clear()
