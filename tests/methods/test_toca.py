@@ -579,6 +579,24 @@ def test_macs_are_those_of_fora_and_of_the_tokens_computed() -> None:
     assert exact.macs == ours.per_call[0]
 
 
+@pytest.mark.parametrize("attends", [False, True])
+def test_macs_of_flux_are_those_of_the_tokens_computed_and_of_all_of_the_text(attends: bool) -> None:
+    """32 wide, 64 tokens and 16 of the text; 2 double blocks and 7 single ones."""
+    pipe, config = transformer_pipelines.flux(), ToCa(ratio=0.5, self_attention=float(attends), **FLAT)
+    calls = []
+    for method in (FORA(interval=3), config):
+        with regrow.apply(pipe, method) as run:
+            generate(pipe)
+        calls.append([c.macs for c in run.report().calls])
+    fora, ours = calls
+    assert [a == b for a, b in zip(fora, ours, strict=True)] == [True, False, False, True, False]
+    image, text, square = 32, 16, 32**2
+    feed_forward = 2 * (image + text) * 8 * square + 7 * (image + text) * 9 * square
+    projections = 2 * (image + text) * 4 * square + 7 * (image + text) * 3 * square
+    products = 9 * 2 * (image + text) * (64 + 16) * 32
+    assert ours[1] - fora[1] == feed_forward + (projections + products if attends else 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_report_counts_what_the_calls_compute(kind: str) -> None:
     pipe = transformer_pipelines.KINDS[kind]()

@@ -4,7 +4,7 @@ How much a token matters is its weighted PageRank in the graph that a self-atten
 important tokens are left out, fewer of them in the first steps. On U-Nets they are left out of the rest of
 the attention's stage and take a copy of what a similar token got. On transformers the CAT Pruning paper
 (arXiv 2502.00433) ran it with a cache instead: calls compute the important tokens, and the others' keys,
-values and predicted noise are those of the last call that computed them. On Flux the graph is that of queries
+values and predicted noise are those of the last call that computed them. On Flux the graph is of queries
 and keys turned by position, as its attention multiplies them; it needs its stock attention processors (no
 IP-Adapter), and calls with the tokens of several pictures (Kontext) are computed in full, with a warning.
 

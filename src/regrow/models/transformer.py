@@ -44,7 +44,7 @@ class Family:
         text: paths of the modules that project the text.
         cross_attentions: names of the blocks' attentions whose keys and values are of the text alone.
         embed: path of the module that makes the image's tokens.
-        rotary: path of the module that gives the rotary embeddings, where a call computes some tokens only.
+        rotary: path of the module that gives the rotary embeddings, where some tokens only can be computed.
     """
 
     stacks: tuple[tuple[str, tuple[str, ...], Returns], ...]
