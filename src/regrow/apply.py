@@ -10,7 +10,6 @@ from torch import nn
 
 from regrow.clock import ManualClock, SchedulerClock
 from regrow.hooks import Installed, is_hooked
-from regrow.layers import LayerKind
 from regrow.methods.parts import parts_of
 from regrow.models import denoiser_of, layout_of
 from regrow.run import Engine, Observer
@@ -148,8 +147,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         )
     leaves_out = engine.token_set is not None and any(step.ratio for step in engine.kinds)
     _check_kinds(engine, denoiser)
-    attends = any(place.layer.kind is LayerKind.SELF_ATTENTION for place in engine.refreshing)
-    if leaves_out or attends or engine.watched:
+    if leaves_out or engine.attending or engine.watched:
         _check_attentions(engine, denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
     if asked and not prunes:

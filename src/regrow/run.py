@@ -27,11 +27,11 @@ from regrow.methods.parts import (
     TokenSet,
 )
 from regrow.models.errors import UnsupportedModelError
-from regrow.models.table import Cut, Layout, Place, Rows, Stream, TokenBlock, TokenLayer
+from regrow.models.table import Cut, Layout, Rotary, Rows, Stream, TokenBlock, TokenLayer
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, LAYERS, Step
 from regrow.tokens.grid import Grid
-from regrow.tokens.select import Selection, flat_rows
+from regrow.tokens.select import Selection, Subset, behind
 
 # What the output of the tokens is kept under.
 OUTPUT = "output of tokens"
@@ -101,19 +101,6 @@ class Generation:
     records: list[CallRecord] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Refreshed:
-    """The tokens that a layer computes where it hands on its last output.
-
-    Args:
-        tokens: ``(B, K)``.
-        rows: the same as rows of a ``(B * N, C)`` matrix.
-    """
-
-    tokens: Tensor
-    rows: Tensor
-
-
 @dataclass
 class Call:
     """What the call in progress does, decided before it begins.
@@ -134,16 +121,18 @@ class Call:
         entered: what the first module of a cut was given in this call.
         count: how many tokens the whole call computes; 0 if it computes all.
         chosen: which they are, once that is known.
-        tokens: the tokens ``(B, K)`` that are computed from here on; None if all are.
-        rows: the same as rows of a matrix of all tokens, such as ``(B * N, C)``.
-        rotary: cosines and sines ``(n, D)`` of the tokens that the call computes; ``(B * n, D)`` if it
-            leaves some out.
+        tokens: the tokens that are computed from here on; None if all are.
+        tells_apart: whether the image's tokens, and their queries and keys, can be told apart: some of them
+            can be computed, and attentions be looked at.
+        positions: cosines and sines ``(T + N, D)`` of all tokens, by which queries and keys are turned.
+        rotary: those of some tokens, as far as they were asked for.
         remembers: whether keys, values and outputs of the tokens are kept.
         turns: how often modules that may be skipped were called before in this call.
         knows_text: whether the text is that of the last call.
         pruned: how many blocks pruned, or layers computed some tokens.
         refresh: by the name of a layer that hands on its last output, how many tokens it computes; those
             that compute none are left out.
+        runs: the modules that these layers are made of.
         whole: layers of the text that are computed beside them.
         refreshed: which tokens they are, by the name of a layer, or of its block if they are its block's.
         caught: by name, what the projections of an observed attention gave.
@@ -162,15 +151,17 @@ class Call:
     entered: dict[Cut, list[Any]] = field(default_factory=dict)
     count: int = 0
     chosen: Tensor | None = None
-    tokens: Tensor | None = None
-    rows: dict[Rows, Tensor] = field(default_factory=dict)
-    rotary: dict[Rows, Sequence[Tensor]] = field(default_factory=dict)
+    tokens: Subset | None = None
+    tells_apart: bool = False
+    positions: Sequence[Tensor] = ()
+    rotary: dict[tuple[Subset | None, Rows], tuple[Tensor, ...]] = field(default_factory=dict)
     remembers: bool = False
     turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
     refresh: Mapping[str, int] = field(default_factory=dict)
+    runs: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
-    refreshed: dict[str, Refreshed] = field(default_factory=dict)
+    refreshed: dict[str, Subset] = field(default_factory=dict)
     caught: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -216,11 +207,13 @@ class Engine:
         refreshes = any(step.depth == LAYERS for step in self.kinds)
         self.refresh: TokenRefresh | None = parts.refresh if refreshes else None
         self.refreshing = self._refreshing()
+        self.attending = self._attending()
         self._check_supported()
         self.select = self._select_by_rule
         self.served = self._served_blocks()
         self.blocks = tuple(block for served in self.served.values() for block in served)
         self.memory = self._remembering()
+        self.rotary = self._rotary()
         self.cuts = self._used_cuts()
         self.pruned = {cut: self._computed(cut) for cut in (None, *self.cuts.values())}
         self.call: Call | None = None
@@ -258,11 +251,6 @@ class Engine:
                 f"model: a call of {name} can't compute some of its tokens only{instead}"
             )
         if self.token_set is not None and self.token_set.reads_block is not None:
-            if not self.layout.token_layers:
-                raise UnsupportedModelError(
-                    f"model: the attention of a block of {name} can't be looked at, so tokens can't be "
-                    "chosen by it; CAT Pruning works on it"
-                )
             last = self.layout.token_layers[-1].layer.index
             if self.token_set.reads_block >= last:
                 raise ValueError(
@@ -293,12 +281,12 @@ class Engine:
             )
         return served
 
-    def _remembering(self) -> dict[str, Place]:
+    def _remembering(self) -> dict[str, nn.Module]:
         """The modules whose output for tokens that a call leaves out is remembered."""
         if self.token_set is None or self.layout.stream is None:
             return {}
         own = tuple(f"{block}." for block in self._leading())
-        return {name: p for name, p in self.layout.stream.memory.items() if not name.startswith(own)}
+        return {name: m for name, m in self.layout.stream.memory.items() if not name.startswith(own)}
 
     def _leading(self) -> list[str]:
         """The blocks that compute all tokens in every call, before some are chosen."""
@@ -317,15 +305,27 @@ class Engine:
             return ()
         return tuple(t for t in self.layout.token_layers if t.layer.kind in self.refresh.kinds)
 
+    def _attending(self) -> dict[str, Layer]:
+        """By name, the self-attentions that compute some of their tokens, with the layer whose they are."""
+        if self.refresh is None or LayerKind.SELF_ATTENTION not in self.refresh.kinds:
+            return {}
+        attentions = {t.attention.layer.name: t for t in self.refreshing}
+        return {name: t.layer for name, t in attentions.items() if t.attention.memory}
+
+    def _rotary(self) -> Rotary | None:
+        """The attentions in which queries and keys are turned where they are made, if that is needed."""
+        needed = self.token_set is not None or self.attending or self.watched
+        return self.layout.stream.rotary if needed and self.layout.stream is not None else None
+
     @property
     def watched(self) -> tuple[Watched, ...]:
         """The attentions that are looked at."""
         first: dict[tuple[str, LayerKind], TokenLayer] = {}
-        for place in self.layout.token_layers:
+        for place in (t.attention for t in self.layout.token_layers):
             first.setdefault((place.layer.block, place.layer.kind), place)
         observes: frozenset[LayerKind] = frozenset() if self.refresh is None else self.refresh.observes
         found = [
-            Watched(p.layer.name, p.module, lambda call: call.cut is None, partial(self._observe, p.layer))
+            Watched(p.layer.name, p.module, _is_seen_whole, partial(self._observe, p.layer))
             for p in first.values()
             if p.layer.kind in observes
         ]
@@ -375,9 +375,25 @@ class Engine:
         if call is None or call.chosen is None:
             return None
         assert call.slot.grid is not None
-        call.tokens = call.chosen
-        call.rows[Rows.IMAGE] = flat_rows(call.chosen, call.slot.grid.tokens)
-        return call.tokens
+        call.tokens = Subset(call.chosen, call.slot.grid.tokens)
+        return call.chosen
+
+    def positions(self, attention: str, rows: Rows) -> tuple[Tensor, ...]:
+        """Cosines and sines of the tokens whose queries and keys an attention makes in the present call.
+
+        Returns:
+            Each ``(n, D)``; ``(B * n, D)`` where it makes those of some of the image's tokens only.
+        """
+        call = self.call
+        assert call is not None
+        assert call.slot.grid is not None
+        layer = self.attending.get(attention)
+        refreshes = layer is not None and layer.name in call.refresh
+        tokens = self.refreshed(layer) if layer is not None and refreshes else call.tokens
+        if (tokens, rows) not in call.rotary:
+            text = len(call.positions[0]) - call.slot.grid.tokens
+            call.rotary[tokens, rows] = tuple(_rows_of(t, rows, text, tokens) for t in call.positions)
+        return call.rotary[tokens, rows]
 
     def _used_cuts(self) -> dict[int, Cut]:
         """The cuts of the depths that the plan uses on this model."""
@@ -484,15 +500,16 @@ class Engine:
             # A module that this call skips must not hand on another text's output later.
             for name in self.layout.text:
                 slot.features.pop(name, None)
-        streams = self.token_set is not None and _streams(cut)
-        self.call.remembers = streams and self._can_remember(slot)
+        self.call.tells_apart = self._tells_apart(slot)
+        self.call.remembers = self.token_set is not None and _streams(cut) and self.call.tells_apart
         if self.call.remembers:
             self._leave_out(self.call, sample, planned.ratio, kwargs)
         ratio = planned.ratio if counts or self.call.count else 0.0
         if self.refresh is not None and cut is None:
             slot.observed = self.refresh.begin()
         if self.refresh is not None and cut is self.layout.layers:
-            self._refresh(self.refresh, self.call, planned.ratio, kwargs)
+            if self.call.tells_apart:
+                self._refresh(self.refresh, self.call, planned.ratio, kwargs)
             ratio = planned.ratio if self.call.refresh else 1.0
         generation.records.append(
             CallRecord(position, depth, ratio, planned, slot.inputs, self.call.knows_text)
@@ -532,20 +549,20 @@ class Engine:
             generation.slots[branch] = slot
         return slot
 
-    def _can_remember(self, slot: Slot) -> bool:
-        """Whether what is kept of a call can be completed by a later one."""
-        stream = self.layout.stream
-        if stream is None:
+    def _tells_apart(self, slot: Slot) -> bool:
+        """Whether some of the image's tokens can be computed, and attentions be looked at."""
+        if self.layout.stream is None or (self.token_set is None and self.refresh is None):
             return False
+        instead = (
+            "all tokens are computed" if self.refresh is None else "layers hand on their last output whole"
+        )
         if slot.grid is None:
-            self.warn_once(
-                "grid", "all tokens are computed, because they are not those of one picture (Kontext)"
-            )
-        elif stream.rotary is not None and stream.rotary.others():
+            self.warn_once("grid", f"{instead}, because the tokens are not those of one picture (Kontext)")
+        elif self.rotary is not None and self.rotary.others():
             self.warn_once(
                 "processor",
-                "all tokens are computed, because attention processors were replaced after regrow.apply "
-                "(IP-Adapter), so that queries can't be turned before the attention",
+                f"{instead}, because attention processors were replaced after regrow.apply (IP-Adapter), "
+                "so that queries can't be turned before the attention",
             )
         else:
             return True
@@ -577,7 +594,7 @@ class Engine:
         if len(slot.outputs) < 2 or slot.calls <= self.token_set.full_calls:
             return
         if not all(
-            self.denoiser.get_submodule(name) is p.module for name, p in self.memory.items()
+            self.denoiser.get_submodule(name) is module for name, module in self.memory.items()
         ) or not any(name in slot.features for name in self.memory if name.endswith("to_v")):
             self.warn_once(
                 "memory",
@@ -598,7 +615,9 @@ class Engine:
         able = [place for place in self.refreshing if self._can_refresh(place, call.slot, kwargs)]
         counts = {t.layer.name: rule.count(t.layer, grid.tokens, ratio) for t in able}
         call.refresh = {name: count for name, count in counts.items() if count > 0}
-        call.whole = frozenset().union(*(t.text for t in able if t.layer.name in call.refresh))
+        refreshing = [t for t in able if t.layer.name in call.refresh]
+        call.runs = frozenset().union(*(t.parts for t in refreshing))
+        call.whole = frozenset().union(*(t.text for t in refreshing))
 
     def _can_refresh(self, place: TokenLayer, slot: Slot, kwargs: Mapping[str, Any]) -> bool:
         """Whether a layer has what it needs to compute some of its tokens by themselves."""
@@ -614,23 +633,24 @@ class Engine:
                 "disable_forward_chunking() to have some of their tokens computed",
             )
             return False
-        if layer.kind is not LayerKind.SELF_ATTENTION:
-            return True
+        attention = place.attention
+        if attention.layer.name not in self.attending:
+            return place.beside is None or attention.layer.name in slot.features
         known = all(
             name in slot.features and self.denoiser.get_submodule(name) is module
-            for name, module in place.memory.items()
+            for name, module in attention.memory.items()
         )
         if not known or kwargs.get("attention_mask") is not None:
             self.warn_once(
                 "memory",
-                "self-attentions hand on their last output whole, because their projections were replaced "
-                "or fused after regrow.apply (LoRA, fuse_qkv_projections), so that keys can't be kept, or "
-                "their tokens are masked; apply regrow last",
+                "self-attentions, and what is computed with them, hand on their last output whole, because "
+                "their projections were replaced or fused after regrow.apply (LoRA, fuse_qkv_projections), "
+                "so that keys can't be kept, or their tokens are masked; apply regrow last",
             )
             return False
         return True
 
-    def refreshed(self, layer: Layer) -> Refreshed:
+    def refreshed(self, layer: Layer) -> Subset:
         """The tokens that a layer computes in the call in progress."""
         call, rule = self.call, self.refresh
         assert call is not None
@@ -641,7 +661,7 @@ class Engine:
         if key not in call.refreshed:
             count = call.refresh[layer.name]
             tokens = rule.select(call.slot.observed, layer, grid, count, call.info)
-            call.refreshed[key] = Refreshed(tokens, flat_rows(tokens, grid.tokens))
+            call.refreshed[key] = Subset(tokens, grid.tokens)
         return call.refreshed[key]
 
     def _counts(self, sample: Tensor, ratio: float, cut: Cut | None) -> dict[str, tuple[Grid, int]]:
@@ -720,10 +740,9 @@ class Engine:
         ran = (b.name for b in self.layout.blocks if _runs(b, call.cut))
         blocks = {name: call.selections.get(name) for name in ran}
         refreshed = {name: chosen.tokens for name, chosen in call.refreshed.items()}
+        tokens = None if call.tokens is None else call.tokens.tokens
         for observer in self.observers:
-            observer(
-                Observation(record, blocks, call.tokens, refreshed, call.slot.grid, len(self._leading()))
-            )
+            observer(Observation(record, blocks, tokens, refreshed, call.slot.grid, len(self._leading())))
 
     def release(self) -> None:
         """Drop what is cached; the records of the last generation stay for the report."""
@@ -741,6 +760,21 @@ class Engine:
         finally:
             self.release()
             self.clock = before
+
+
+def _is_seen_whole(call: Call) -> bool:
+    """Whether a call computes all tokens, which can be told apart."""
+    return call.cut is None and call.tells_apart
+
+
+def _rows_of(table: Tensor, rows: Rows, text: int, tokens: Subset | None) -> Tensor:
+    """The rows of a table ``(T + N, D)`` of T text tokens and then the image's, or some of those."""
+    if rows is Rows.TEXT:
+        return table[:text]
+    if tokens is None:
+        return table if rows is Rows.JOINT else table[text:]
+    index = behind(tokens.tokens, text)
+    return table[(index if rows is Rows.JOINT else index[:, text:]).flatten()]
 
 
 def _runs(block: TokenBlock, cut: Cut | None) -> bool:

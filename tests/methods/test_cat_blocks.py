@@ -115,7 +115,7 @@ def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(pipe: Any, form: 
 
     def note(module: Any, args: Any, out: Any) -> None:
         tokens = run._engine.call.tokens
-        chosen.append(None if tokens is None else tokens.clone())
+        chosen.append(None if tokens is None else tokens.tokens)
 
     tokens = CATPruning(alpha=0.4, t0=2, choice=TokenChoice.NOISE)
     with regrow.apply(pipe, Combined(caching=DeepCache(interval=3, branch=branch), tokens=tokens)) as run:
