@@ -15,11 +15,15 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
+from regrow.engine.call import OUTPUT, Call, Watched
+from regrow.engine.engine import Engine
+from regrow.engine.lean import Lean
+from regrow.engine.pruning import Pruning
+from regrow.engine.refreshing import Refreshing
 from regrow.layers import Layer
 from regrow.methods.parts import Attention, Features, Recovery
 from regrow.models.table import Cut, Returns, Rotary, Skippable, TokenBlock, TokenLayer, Turned
 from regrow.reuse.depth import placeholders
-from regrow.run import OUTPUT, Call, Engine, Watched
 from regrow.tokens.recover import keep, keep_merged, recover
 from regrow.tokens.select import put_rows, rows_of, take_rows
 
@@ -159,12 +163,13 @@ def _copied(value: Any) -> Any:
 class SelectHook(ModelHook):
     """Selects the tokens of a transformer block from the input of the module it is on."""
 
-    def __init__(self, engine: Engine, block: TokenBlock) -> None:
+    def __init__(self, engine: Engine, pruning: Pruning, block: TokenBlock) -> None:
         super().__init__()
-        self.engine, self.block = engine, block
+        self.engine, self.pruning, self.block = engine, pruning, block
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.engine.select_from(self.block.name, args[0] if args else kwargs["hidden_states"])
+        x = args[0] if args else kwargs["hidden_states"]
+        self.pruning.select_from(self.engine.call, self.block.name, x)
         return args, kwargs
 
 
@@ -201,12 +206,12 @@ class KeepHook(ModelHook):
 class NarrowHook(ModelHook):
     """Hands on those of the image's tokens that the call computes from here on."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, lean: Lean) -> None:
         super().__init__()
-        self.engine = engine
+        self.engine, self.lean = engine, lean
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        tokens = self.engine.narrow()
+        tokens = self.lean.narrow(self.engine.call)
         if tokens is None:
             return output
         if isinstance(output, tuple):
@@ -218,16 +223,16 @@ class NarrowHook(ModelHook):
 class MemoryHook(ModelHook):
     """Completes what a module gives for some tokens with what it last gave for the others."""
 
-    def __init__(self, engine: Engine, key: str) -> None:
+    def __init__(self, engine: Engine, lean: Lean, key: str) -> None:
         super().__init__()
-        self.engine, self.key = engine, key
+        self.engine, self.lean, self.key = engine, lean, key
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         call = self.engine.call
         if call is None or not call.remembers:
             return output
         if len(output) != call.info.batch:
-            self.engine.forget_tokens()
+            self.lean.forget(call)
             return output
         features = call.slot.features
         if call.tokens is None:
@@ -293,31 +298,31 @@ class UnturnedHook(ModelHook):
 class TakeHook(ModelHook):
     """Hands a layer those of its tokens that it computes."""
 
-    def __init__(self, engine: Engine, layer: Layer) -> None:
+    def __init__(self, engine: Engine, refreshing: Refreshing, layer: Layer) -> None:
         super().__init__()
-        self.engine, self.layer = engine, layer
+        self.engine, self.refreshing, self.layer = engine, refreshing, layer
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self.engine.call
         if call is None or self.layer.name not in call.refresh:
             return args, kwargs
         x = args[0] if args else kwargs["hidden_states"]
-        short = take_rows(x, self.engine.refreshed(self.layer).rows(x.shape[1]))
+        short = take_rows(x, self.refreshing.tokens(call, self.layer).rows(x.shape[1]))
         return ((short, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": short})
 
 
 class PutHook(ModelHook):
     """Hands on the tokens that a layer computed among those of its last output."""
 
-    def __init__(self, engine: Engine, layer: Layer) -> None:
+    def __init__(self, engine: Engine, refreshing: Refreshing, layer: Layer) -> None:
         super().__init__()
-        self.engine, self.layer = engine, layer
+        self.engine, self.refreshing, self.layer = engine, refreshing, layer
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         call, name = self.engine.call, self.layer.name
         if call is None or name not in call.refresh:
             return output
-        tokens, features = self.engine.refreshed(self.layer), call.slot.features
+        tokens, features = self.refreshing.tokens(call, self.layer), call.slot.features
         # Blocks only read what layers return, so that the last output is nobody else's.
         last = features[name]
         if isinstance(output, tuple):
@@ -332,15 +337,15 @@ class PutHook(ModelHook):
 class BesideHook(ModelHook):
     """An attention that hands on its last output for the tokens that the layer beside it computes."""
 
-    def __init__(self, engine: Engine, key: str, layer: Layer) -> None:
+    def __init__(self, engine: Engine, refreshing: Refreshing, key: str, layer: Layer) -> None:
         super().__init__()
-        self.engine, self.key, self.layer = engine, key, layer
+        self.engine, self.refreshing, self.key, self.layer = engine, refreshing, key, layer
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self.engine.call
         if call is not None and self.layer.name in call.refresh:
             last = call.slot.features[self.key]
-            return take_rows(last, self.engine.refreshed(self.layer).rows(last.shape[1]))
+            return take_rows(last, self.refreshing.tokens(call, self.layer).rows(last.shape[1]))
         out = original(self)(*args, **kwargs)
         if call is not None and call.cut is None:
             call.slot.features[self.key] = out
@@ -350,9 +355,9 @@ class BesideHook(ModelHook):
 class LayerMemoryHook(ModelHook):
     """Completes the keys or values of the tokens that a layer computes with its last ones of the others."""
 
-    def __init__(self, engine: Engine, key: str, layer: Layer) -> None:
+    def __init__(self, engine: Engine, refreshing: Refreshing, key: str, layer: Layer) -> None:
         super().__init__()
-        self.engine, self.key, self.layer = engine, key, layer
+        self.engine, self.refreshing, self.key, self.layer = engine, refreshing, key, layer
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         call = self.engine.call
@@ -363,7 +368,7 @@ class LayerMemoryHook(ModelHook):
             features[self.key] = output
         elif self.layer.name in call.refresh:
             old = features[self.key]
-            put_rows(old, self.engine.refreshed(self.layer).rows(old.shape[1]), output)
+            put_rows(old, self.refreshing.tokens(call, self.layer).rows(old.shape[1]), output)
             return old
         return output
 
@@ -505,21 +510,23 @@ class Installed:
             self._undo.pop()()
 
     def _install(self, engine: Engine) -> None:
-        for block in engine.blocks:
-            self._hook_block(engine, block)
+        if engine.pruning is not None:
+            for block in engine.pruning.blocks:
+                self._hook_block(engine, engine.pruning, block)
         for name, module in engine.layout.text.items():
             self._hook(module, TextHook(engine, name), "regrow-text")
         if engine.rotary is not None:
             # Registered before what keeps and catches keys, so that those are turned.
             self._hook_rotary(engine, engine.rotary)
-        if engine.token_set is not None and engine.layout.stream is not None:
-            stream = engine.layout.stream
-            self._hook(engine.narrows_behind(stream), NarrowHook(engine), "regrow-narrow")
-            for name, module in engine.memory.items():
-                self._hook(module, MemoryHook(engine, name), "regrow-memory")
-            self._hook(stream.output, MemoryHook(engine, OUTPUT), "regrow-memory")
-        for token_layer in engine.refreshing:
-            self._hook_refreshing(engine, token_layer)
+        if engine.lean is not None and engine.layout.stream is not None:
+            lean = engine.lean
+            self._hook(lean.behind, NarrowHook(engine, lean), "regrow-narrow")
+            for name, module in lean.memory.items():
+                self._hook(module, MemoryHook(engine, lean, name), "regrow-memory")
+            self._hook(engine.layout.stream.output, MemoryHook(engine, lean, OUTPUT), "regrow-memory")
+        if engine.refreshing is not None:
+            for place in engine.refreshing.places:
+                self._hook_refreshing(engine, engine.refreshing, place)
         for watched in engine.watched:
             self._hook_watched(engine, watched)
         # Registered last, so that what is skipped is neither selected from nor pruned.
@@ -539,21 +546,22 @@ class Installed:
         for turned in rotary.turned:
             self._hook(turned.module, TurnHook(engine, turned), "regrow-turn")
 
-    def _hook_refreshing(self, engine: Engine, place: TokenLayer) -> None:
+    def _hook_refreshing(self, engine: Engine, refreshing: Refreshing, place: TokenLayer) -> None:
         layer, attention = place.layer, place.attention
-        self._hook(place.first or place.module, TakeHook(engine, layer), "regrow-take")
-        if attention.layer.name in engine.attending:
+        self._hook(place.first or place.module, TakeHook(engine, refreshing, layer), "regrow-take")
+        if attention.layer.name in refreshing.attending:
             for name, module in attention.memory.items():
-                self._hook(module, LayerMemoryHook(engine, name, layer), "regrow-memory")
+                self._hook(module, LayerMemoryHook(engine, refreshing, name, layer), "regrow-memory")
         if place.beside is not None:
             name = place.beside.layer.name
-            hook = TakeHook(engine, layer) if name in engine.attending else BesideHook(engine, name, layer)
-            self._hook(place.beside.module, hook, "regrow-beside")
-        self._hook(place.module, PutHook(engine, layer), "regrow-put")
+            beside: ModelHook = BesideHook(engine, refreshing, name, layer)
+            if name in refreshing.attending:
+                beside = TakeHook(engine, refreshing, layer)
+            self._hook(place.beside.module, beside, "regrow-beside")
+        self._hook(place.module, PutHook(engine, refreshing, layer), "regrow-put")
 
-    def _hook_block(self, engine: Engine, block: TokenBlock) -> None:
-        assert engine.rule is not None
-        where = engine.rule.where
+    def _hook_block(self, engine: Engine, pruning: Pruning, block: TokenBlock) -> None:
+        where = pruning.rule.where
         layers = {
             block.self_attention: where.self_attention,
             block.cross_attention: where.cross_attention,
@@ -568,7 +576,7 @@ class Installed:
         )
         if reads is not None:
             # Registered after the layer's own hook, so that it runs before it.
-            self._hook(reads, SelectHook(engine, block), "regrow-select")
+            self._hook(reads, SelectHook(engine, pruning, block), "regrow-select")
 
     def _hook_watched(self, engine: Engine, watched: Watched) -> None:
         for projection, norm in (*QUERIES, *KEYS):

@@ -22,11 +22,11 @@ from whole_unet import assert_near, guided_inputs, outputs
 
 import regrow
 from regrow import ATEDM, After, Restored, Similarity
+from regrow.engine.inputs import without_data
 from regrow.macs import meta_copy
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
 from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
-from regrow.run import without_data
 from regrow.schedule import Schedule
 from regrow.tokens.grid import Grid
 from regrow.tokens.scores import Heads

@@ -275,10 +275,10 @@ def test_of_fluxs_single_blocks_only_what_is_read_is_kept() -> None:
 
 
 def test_an_ip_adapters_part_is_left_out_of_the_count() -> None:
-    from regrow.run import _countable
+    from regrow.engine.inputs import countable
 
     given = {"joint_attention_kwargs": {"ip_adapter_image_embeds": 1, "scale": 0.5}, "timestep": 3}
-    assert _countable(given) == {"joint_attention_kwargs": {"scale": 0.5}, "timestep": 3}
+    assert countable(given) == {"joint_attention_kwargs": {"scale": 0.5}, "timestep": 3}
     assert given["joint_attention_kwargs"]["ip_adapter_image_embeds"] == 1
 
 

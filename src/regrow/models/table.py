@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.layers import Layer
+from regrow.layers import Layer, LayerKind
 from regrow.schedule import LAYERS
 from regrow.tokens.grid import Grid, grid_of_positions
 
@@ -246,6 +246,13 @@ class Layout:
         if depth == LAYERS:
             return self.layers
         return self.cuts[depth] if depth < self.depths else None
+
+    def first_layers(self) -> dict[tuple[str, LayerKind], TokenLayer]:
+        """By block and kind, the first layer with tokens of its own, or the attention beside it."""
+        first: dict[tuple[str, LayerKind], TokenLayer] = {}
+        for place in (t.attention for t in self.token_layers):
+            first.setdefault((place.layer.block, place.layer.kind), place)
+        return first
 
     @property
     def top_level(self) -> int:
