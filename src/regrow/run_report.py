@@ -98,7 +98,7 @@ def report_of(engine: Engine) -> RunReport:
     if engine.generation is None:
         raise RuntimeError("there is nothing to report: no generation has begun since regrow.apply")
     parts = engine.parts
-    counter = CallCounter(engine.denoiser, parts.tokens, parts.token_set, parts.refresh)
+    counter = CallCounter(engine.denoiser, parts.tokens, parts.token_set, engine.refresh)
     depths = engine.layout.depths
     rows = []
     for record in engine.generation.records:

@@ -17,6 +17,9 @@ from regrow.schedule import Step
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection, Subset
 
+# What the output of the tokens is kept under.
+OUTPUT = "output of tokens"
+
 
 @dataclass(frozen=True)
 class CallRecord:

@@ -19,7 +19,7 @@ from regrow.engine.inputs import countable, has_residuals, is_guided, without_da
 from regrow.engine.lean import Lean, streams
 from regrow.engine.pruning import Pruning, runs
 from regrow.engine.refreshing import Refreshing
-from regrow.methods.parts import CallInfo, Parts
+from regrow.methods.parts import CallInfo, Parts, TokenRefresh
 from regrow.models.table import Cut, Layout, Rotary, Rows
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, LAYERS, Step
@@ -84,6 +84,11 @@ class Engine:
         if rule is None or not any(step.depth == LAYERS for step in self.kinds):
             return None
         return Refreshing(rule, self.denoiser, self.layout, self.warn_once)
+
+    @property
+    def refresh(self) -> TokenRefresh | None:
+        """How tokens are selected for layers that hand on their last output, if the plan has such calls."""
+        return None if self.refreshing is None else self.refreshing.rule
 
     def _rotary(self) -> Rotary | None:
         """The attentions in which queries and keys are turned where they are made, if that is needed."""
@@ -246,7 +251,7 @@ class Engine:
         key = (sample.shape, sample.dtype, sample.device, None if text is None else text.shape)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
-            chooser = self.parts.tokens or self.parts.token_set or self.parts.refresh
+            chooser = self.parts.tokens or self.parts.token_set or self.refresh
             wanted = chooser is not None and chooser.aligns
             inputs = (without_data(args), without_data(countable(kwargs)))
             slot = Slot(key, inputs, wanted and is_guided(sample))
