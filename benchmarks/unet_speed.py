@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from regrow.engine.call import Call
+from regrow.engine.engine import Engine
 from regrow.hooks import Installed
 from regrow.macs import CallCounter, free_selection
 from regrow.measure.architectures import CONFIGS, architecture
@@ -35,7 +37,6 @@ from regrow.methods.dato import DaTo
 from regrow.methods.parts import Parts, TokenRule, parts_of
 from regrow.methods.sito import SiTo
 from regrow.models import layout_of
-from regrow.run import Engine
 from regrow.schedule import FULL, Schedule
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,16 +82,15 @@ class Ours:
         if free:
             known: dict[int, Any] = {}
 
-            def select(name: str, x: torch.Tensor) -> Any:
-                assert self.engine.call is not None
-                count = self.engine.call.counts[name][1]
+            def select(call: Call, name: str, x: torch.Tensor) -> Any:
+                count = call.counts[name][1]
                 if x.shape[1] not in known:
                     known[x.shape[1]] = free_selection(x, count)
                 return known[x.shape[1]]
 
-            self.engine.select = select
-            if self.engine.rule is not None:
-                self.engine.rule = _WithoutBase(self.engine.rule)
+            if self.engine.pruning is not None:
+                self.engine.pruning.select = select
+                self.engine.pruning.rule = _WithoutBase(self.engine.pruning.rule)
         self.stack = ExitStack()
         self.clock = self.stack.enter_context(self.engine.manual(len(kinds)))
         if depth != FULL:

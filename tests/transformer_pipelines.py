@@ -8,6 +8,7 @@ import pipelines
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -18,6 +19,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -186,23 +188,23 @@ def flux() -> FluxPipeline:
     )
 
 
+def wan_transformer(channels: int = 4) -> WanTransformer3DModel:
+    model = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=channels,
+        out_channels=4,
+        text_dim=TEXT,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=LAYERS,
+        rope_max_seq_len=32,
+    )
+    return seeded(model)  # type: ignore[no-any-return]
+
+
 def wan(**settings: Any) -> WanPipeline:
     """Makes latents of videos, from texts that are encoded already."""
-
-    def transformer() -> WanTransformer3DModel:
-        model = WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=TEXT,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=LAYERS,
-            rope_max_seq_len=32,
-        )
-        return seeded(model)  # type: ignore[no-any-return]
-
     two = "boundary_ratio" in settings
     return pipelines.quiet(
         WanPipeline(
@@ -210,9 +212,31 @@ def wan(**settings: Any) -> WanPipeline:
             text_encoder=None,
             vae=None,
             scheduler=FlowMatchEulerDiscreteScheduler(),
-            transformer=transformer(),
-            transformer_2=transformer() if two else None,
+            transformer=wan_transformer(),
+            transformer_2=wan_transformer() if two else None,
             **settings,
+        )
+    )
+
+
+def wan_from_picture(*, expand_timesteps: bool) -> WanImageToVideoPipeline:
+    """Makes latents of videos from a picture, which stands beside them or is their first frame."""
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return pipelines.quiet(
+        WanImageToVideoPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=seeded(vae),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            transformer=wan_transformer(4 if expand_timesteps else 12),
+            expand_timesteps=expand_timesteps,
         )
     )
 

@@ -9,6 +9,7 @@ print(run.report())
 
 from regrow.apply import Run, apply
 from regrow.clock import ConcurrentGenerationError
+from regrow.engine.call import Observation
 from regrow.methods import (
     ATEDM,
     FORA,
@@ -29,7 +30,6 @@ from regrow.methods import (
     ToMeSD,
 )
 from regrow.models import UnsupportedModelError
-from regrow.run import Observation
 from regrow.run_report import RunReport
 from regrow.schedule import FULL, Schedule, ScheduleError
 

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from regrow.clock import ManualClock, SchedulerClock
+from regrow.engine.call import Observer
+from regrow.engine.engine import Engine
 from regrow.hooks import Installed, is_hooked
-from regrow.layers import LayerKind
 from regrow.methods.parts import parts_of
 from regrow.models import denoiser_of, layout_of
-from regrow.run import Engine, Observer
 from regrow.run_report import RunReport, report_of
 from regrow.schedule import Plan, Schedule
 
@@ -138,17 +138,17 @@ def _elsewhere(plan: Plan, denoiser: nn.Module, scheduler: Any) -> Iterator[str]
 
 def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     """Refuse what could only do nothing, warn of what is asked to do nothing."""
-    asked = engine.rule is not None and any(step.ratio for step in engine.kinds)
-    if asked and not engine.blocks:
-        assert engine.rule is not None
+    pruning = engine.pruning
+    asked = pruning is not None and engine.leaves_out
+    if asked and pruning is not None and not pruning.blocks:
         raise ValueError(
-            f"max_downsample: {engine.rule.where.max_downsample} leaves no layer of "
+            f"max_downsample: {pruning.rule.where.max_downsample} leaves no layer of "
             f"{type(denoiser).__name__} to prune; its finest attention is at "
             f"{engine.layout.top_level}"
         )
-    leaves_out = engine.token_set is not None and any(step.ratio for step in engine.kinds)
+    leaves_out = engine.lean is not None and engine.leaves_out
     _check_kinds(engine, denoiser)
-    attends = any(place.layer.kind is LayerKind.SELF_ATTENTION for place in engine.refreshing)
+    attends = engine.refreshing is not None and engine.refreshing.attending
     if leaves_out or attends or engine.watched:
         _check_attentions(engine, denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
@@ -167,8 +167,9 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
 
 def _check_kinds(engine: Engine, denoiser: nn.Module) -> None:
     """Warn of layers to compute tokens in that the model lacks."""
-    asked = frozenset() if engine.refresh is None else engine.refresh.kinds
-    lacking = asked - {place.layer.kind for place in engine.refreshing}
+    if engine.refreshing is None:
+        return
+    lacking = engine.refreshing.rule.kinds - {place.layer.kind for place in engine.refreshing.places}
     if lacking:
         engine.warn_once(
             "kinds",

@@ -232,8 +232,11 @@ class SchedulerClock:
         return self._matches(timestep, self._values[self._index])
 
     def _matches(self, timestep: Any, value: float) -> bool:
-        """Whether a timestep has a value; a scaled one may have been rounded."""
-        given = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        """Whether a timestep has a value; a scaled one may have been rounded.
+
+        Of timesteps of each token it is the largest: those of a given first frame are 0.
+        """
+        given = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
         if self._scale == 1:
             return given == value
         return abs(given * self._scale - value) <= ROUNDING * self._scale

@@ -15,13 +15,17 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
+from regrow.engine.call import OUTPUT, Call, Watched
+from regrow.engine.engine import Engine
+from regrow.engine.lean import Lean
+from regrow.engine.pruning import Pruning
+from regrow.engine.refreshing import Refreshing
 from regrow.layers import Layer
 from regrow.methods.parts import Attention, Features, Recovery
-from regrow.models.table import Cut, Returns, Rotary, Rows, Skippable, TokenBlock, TokenLayer
+from regrow.models.table import Cut, Returns, Rotary, Skippable, TokenBlock, TokenLayer, Turned
 from regrow.reuse.depth import placeholders
-from regrow.run import OUTPUT, Call, Engine, Watched
 from regrow.tokens.recover import keep, keep_merged, recover
-from regrow.tokens.select import behind, flat_rows, put_rows, rows_of, take_rows
+from regrow.tokens.select import put_rows, rows_of, take_rows
 
 
 def original(hook: ModelHook) -> Callable[..., Any]:
@@ -45,8 +49,8 @@ class SkipHook(ModelHook):
             if name == cut.entry:
                 call.entered[cut] = _taken(args, kwargs)
         turn = call.turns[name] = call.turns.get(name, -1) + 1
-        if name in call.refresh:
-            # Its own hook, which is inside, computes some of the tokens.
+        if name in call.runs:
+            # Its own hook, which is inside, sees to it that some of the tokens are computed.
             call.restored += 1
             return original(self)(*args, **kwargs)
         if name in call.whole:
@@ -82,8 +86,9 @@ class SkipHook(ModelHook):
                 features[key] = added
             elif key in features and image is not None:
                 # The other tokens keep what was added to them before.
-                put_rows(features[key][1], call.rows[Rows.IMAGE], image)
-                features[key] = [text, features[key][1]]
+                old = features[key][1]
+                put_rows(old, call.tokens.rows(old.shape[1]), image)
+                features[key] = [text, old]
 
     def _restored(self, call: Call, cut: Cut) -> Any:
         """What a module hands on instead of running."""
@@ -94,7 +99,8 @@ class SkipHook(ModelHook):
         # Not to its own input: others may have added to the tokens on the way here (ControlNet).
         before = call.entered.pop(cut)
         if call.tokens is not None:
-            feature = [feature[0], rows_of(feature[1], call.tokens)]
+            image = feature[1]
+            feature = [feature[0], take_rows(image, call.tokens.rows(image.shape[1]))]
         return self._pack([x if d is None else x + d for x, d in zip(before, feature, strict=True)])
 
     def _stand_in(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -157,12 +163,13 @@ def _copied(value: Any) -> Any:
 class SelectHook(ModelHook):
     """Selects the tokens of a transformer block from the input of the module it is on."""
 
-    def __init__(self, engine: Engine, block: TokenBlock) -> None:
+    def __init__(self, engine: Engine, pruning: Pruning, block: TokenBlock) -> None:
         super().__init__()
-        self.engine, self.block = engine, block
+        self.engine, self.pruning, self.block = engine, pruning, block
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.engine.select_from(self.block.name, args[0] if args else kwargs["hidden_states"])
+        x = args[0] if args else kwargs["hidden_states"]
+        self.pruning.select_from(self.engine.call, self.block.name, x)
         return args, kwargs
 
 
@@ -199,12 +206,12 @@ class KeepHook(ModelHook):
 class NarrowHook(ModelHook):
     """Hands on those of the image's tokens that the call computes from here on."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, lean: Lean) -> None:
         super().__init__()
-        self.engine = engine
+        self.engine, self.lean = engine, lean
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        tokens = self.engine.narrow()
+        tokens = self.lean.narrow(self.engine.call)
         if tokens is None:
             return output
         if isinstance(output, tuple):
@@ -216,13 +223,16 @@ class NarrowHook(ModelHook):
 class MemoryHook(ModelHook):
     """Completes what a module gives for some tokens with what it last gave for the others."""
 
-    def __init__(self, engine: Engine, key: str, rows: Rows = Rows.IMAGE) -> None:
+    def __init__(self, engine: Engine, lean: Lean, key: str) -> None:
         super().__init__()
-        self.engine, self.key, self.rows = engine, key, rows
+        self.engine, self.lean, self.key = engine, lean, key
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         call = self.engine.call
         if call is None or not call.remembers:
+            return output
+        if len(output) != call.info.batch:
+            self.lean.forget(call)
             return output
         features = call.slot.features
         if call.tokens is None:
@@ -233,13 +243,14 @@ class MemoryHook(ModelHook):
                 "within a generation"
             )
         else:
-            put_rows(features[self.key], call.rows[self.rows], output)
+            old = features[self.key]
+            put_rows(old, call.tokens.rows(old.shape[1]), output)
         # The caller of the denoiser may write to its output.
         return features[self.key].clone() if self.key == OUTPUT else features[self.key]
 
 
 class PositionHook(ModelHook):
-    """Takes from a table of rotary embeddings the rows of the tokens that the call computes."""
+    """Keeps the table of rotary embeddings of all tokens."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
@@ -247,35 +258,23 @@ class PositionHook(ModelHook):
 
     def post_forward(self, module: nn.Module, output: Sequence[Tensor]) -> Sequence[Tensor]:
         call = self.engine.call
-        if call is None or not call.remembers:
-            return output
-        assert call.slot.grid is not None
-        both, image = len(output[0]), call.slot.grid.tokens
-        text = both - image
-        call.rotary[Rows.TEXT] = [table[:text] for table in output]
-        if call.tokens is None:
-            call.rotary[Rows.IMAGE] = [table[text:] for table in output]
-            call.rotary[Rows.JOINT] = output
-        else:
-            tokens = behind(call.tokens, text)
-            call.rotary[Rows.JOINT] = [table[tokens.flatten()] for table in output]
-            call.rotary[Rows.IMAGE] = [table[tokens[:, text:].flatten()] for table in output]
-            call.rows[Rows.JOINT] = flat_rows(tokens, both)
+        if call is not None:
+            call.positions = output
         return output
 
 
 class TurnHook(ModelHook):
     """Turns queries or keys by the positions of their tokens, where they are made."""
 
-    def __init__(self, engine: Engine, rows: Rows) -> None:
+    def __init__(self, engine: Engine, turned: Turned) -> None:
         super().__init__()
-        self.engine, self.rows = engine, rows
+        self.engine, self.attention, self.rows = engine, turned.attention, turned.rows
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         call = self.engine.call
-        if call is None or not call.remembers:
+        if call is None or not call.tells_apart:
             return output
-        table: Any = tuple(call.rotary[self.rows])
+        table: Any = self.engine.positions(self.attention, self.rows)
         # Samples that compute other tokens have other positions: then all are one sequence.
         sequences = output.reshape(-1, len(table[0]), *output.shape[2:])
         turned: Any = apply_rotary_emb(sequences, table, sequence_dim=1)
@@ -291,46 +290,74 @@ class UnturnedHook(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self.engine.call
-        if call is not None and call.remembers:
+        if call is not None and call.tells_apart:
             kwargs["image_rotary_emb"] = None
         return args, kwargs
 
 
-class RefreshHook(ModelHook):
-    """A layer that computes some of its tokens and hands them on among those of its last output."""
+class TakeHook(ModelHook):
+    """Hands a layer those of its tokens that it computes."""
 
-    def __init__(self, engine: Engine, place: TokenLayer) -> None:
+    def __init__(self, engine: Engine, refreshing: Refreshing, layer: Layer) -> None:
         super().__init__()
-        self.engine, self.layer = engine, place.layer
+        self.engine, self.refreshing, self.layer = engine, refreshing, layer
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self.engine.call
+        if call is None or self.layer.name not in call.refresh:
+            return args, kwargs
+        x = args[0] if args else kwargs["hidden_states"]
+        short = take_rows(x, self.refreshing.tokens(call, self.layer).rows(x.shape[1]))
+        return ((short, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": short})
+
+
+class PutHook(ModelHook):
+    """Hands on the tokens that a layer computed among those of its last output."""
+
+    def __init__(self, engine: Engine, refreshing: Refreshing, layer: Layer) -> None:
+        super().__init__()
+        self.engine, self.refreshing, self.layer = engine, refreshing, layer
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
         call, name = self.engine.call, self.layer.name
         if call is None or name not in call.refresh:
-            return original(self)(*args, **kwargs)
-        x = args[0] if args else kwargs["hidden_states"]
-        rows = self.engine.refreshed(self.layer).rows
-        short = take_rows(x, rows)
-        if args:
-            out = original(self)(short, *args[1:], **kwargs)
-        else:
-            out = original(self)(**kwargs | {"hidden_states": short})
-        features, last = call.slot.features, call.slot.features[name]
+            return output
+        tokens, features = self.refreshing.tokens(call, self.layer), call.slot.features
         # Blocks only read what layers return, so that the last output is nobody else's.
-        if isinstance(out, tuple):
-            put_rows(last[0], rows, out[0])
-            features[name] = last = (last[0], *out[1:])
+        last = features[name]
+        if isinstance(output, tuple):
+            put_rows(last[0], tokens.rows(last[0].shape[1]), output[0])
+            features[name] = last = (last[0], *output[1:])
         else:
-            put_rows(last, rows, out)
+            put_rows(last, tokens.rows(last.shape[1]), output)
         call.pruned += 1
         return last
+
+
+class BesideHook(ModelHook):
+    """An attention that hands on its last output for the tokens that the layer beside it computes."""
+
+    def __init__(self, engine: Engine, refreshing: Refreshing, key: str, layer: Layer) -> None:
+        super().__init__()
+        self.engine, self.refreshing, self.key, self.layer = engine, refreshing, key, layer
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self.engine.call
+        if call is not None and self.layer.name in call.refresh:
+            last = call.slot.features[self.key]
+            return take_rows(last, self.refreshing.tokens(call, self.layer).rows(last.shape[1]))
+        out = original(self)(*args, **kwargs)
+        if call is not None and call.cut is None:
+            call.slot.features[self.key] = out
+        return out
 
 
 class LayerMemoryHook(ModelHook):
     """Completes the keys or values of the tokens that a layer computes with its last ones of the others."""
 
-    def __init__(self, engine: Engine, key: str, layer: Layer) -> None:
+    def __init__(self, engine: Engine, refreshing: Refreshing, key: str, layer: Layer) -> None:
         super().__init__()
-        self.engine, self.key, self.layer = engine, key, layer
+        self.engine, self.refreshing, self.key, self.layer = engine, refreshing, key, layer
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         call = self.engine.call
@@ -340,17 +367,18 @@ class LayerMemoryHook(ModelHook):
         if call.cut is None:
             features[self.key] = output
         elif self.layer.name in call.refresh:
-            put_rows(features[self.key], self.engine.refreshed(self.layer).rows, output)
-            return features[self.key]
+            old = features[self.key]
+            put_rows(old, self.refreshing.tokens(call, self.layer).rows(old.shape[1]), output)
+            return old
         return output
 
 
 class CatchHook(ModelHook):
-    """Keeps what a projection of a watched attention gives, until the attention is done."""
+    """Keeps what a projection of a watched attention, or its norm, gives until the attention is done."""
 
-    def __init__(self, engine: Engine, watched: Watched, child: str) -> None:
+    def __init__(self, engine: Engine, watched: Watched, projection: str) -> None:
         super().__init__()
-        self.engine, self.watched, self.key = engine, watched, f"{watched.name}.{child}"
+        self.engine, self.watched, self.key = engine, watched, f"{watched.name}.{projection}"
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         call = self.engine.call
@@ -372,8 +400,10 @@ class ObserveHook(ModelHook):
         if call is None or not watched.wanted(call):
             return out
         caught = {name: call.caught.pop(f"{watched.name}.{name}", None) for name, _ in (*QUERIES, *KEYS)}
-        query, key = _heads(module, caught, QUERIES), _heads(module, caught, KEYS)
         x = args[0] if args else kwargs["hidden_states"]
+        tokens = x.shape[1] if call.slot.grid is None else call.slot.grid.tokens
+        text = x.shape[1] - tokens
+        query, key = (_heads(module, caught, names, text) for names in (QUERIES, KEYS))
         if query is None or key is None or {len(query), len(key)} != {len(x)}:
             self.engine.warn_once(
                 "observe",
@@ -384,7 +414,7 @@ class ObserveHook(ModelHook):
             return out
         bias = kwargs.get("attention_mask")
         bias = bias[:, None] if bias is not None and bias.ndim == 3 else bias
-        watched.tell(call, x, Attention(query, key, x.shape[1], bias))
+        watched.tell(call, x, Attention(query, key, tokens, bias))
         return out
 
 
@@ -394,19 +424,29 @@ KEYS = (("to_k", "norm_k"), ("add_k_proj", "norm_added_k"))
 
 
 def _heads(
-    attention: Any, caught: Mapping[str, Tensor | None], names: Sequence[tuple[str, str]]
+    attention: Any, caught: Mapping[str, Tensor | None], names: Sequence[tuple[str, str]], text: int
 ) -> Tensor | None:
-    """Queries or keys ``(B, heads, n, D)``, the image's tokens first; None if those are missing."""
-    if caught[names[0][0]] is None:
-        return None
+    """Queries or keys ``(B, heads, n, D)``, the image's tokens first; None if those are missing.
+
+    Args:
+        attention: whose.
+        caught: by the name of a projection, what it gave, or the norm behind it ``(B, n, heads, D)``.
+        names: of these.
+        text: number of text tokens that come first in what the image's projection gave.
+    """
     found = []
     for projection, norm in names:
         x = caught[projection]
         if x is not None:
-            x = x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
             scale = getattr(attention, norm, None)
-            found.append(x if scale is None else scale(x))
-    return torch.cat(found, dim=2)
+            if x.ndim == 3:
+                x = x.unflatten(-1, (attention.heads, -1))
+                x = x if scale is None else scale(x)
+            found.append(x.transpose(1, 2))
+    if caught[names[0][0]] is None:
+        return None
+    both = torch.cat(found, dim=2)
+    return both.roll(-text, 2) if text else both
 
 
 class TextHook(ModelHook):
@@ -470,23 +510,23 @@ class Installed:
             self._undo.pop()()
 
     def _install(self, engine: Engine) -> None:
-        for block in engine.blocks:
-            self._hook_block(engine, block)
+        if engine.pruning is not None:
+            for block in engine.pruning.blocks:
+                self._hook_block(engine, engine.pruning, block)
         for name, module in engine.layout.text.items():
             self._hook(module, TextHook(engine, name), "regrow-text")
-        if engine.token_set is not None and engine.layout.stream is not None:
-            stream = engine.layout.stream
-            self._hook(engine.narrows_behind(stream), NarrowHook(engine), "regrow-narrow")
-            if stream.rotary is not None:
-                self._hook_rotary(engine, stream.rotary)
-            for name, place in engine.memory.items():
-                # Registered after what turns keys, so that turned ones are kept.
-                self._hook(place.module, MemoryHook(engine, name, place.rows), "regrow-memory")
-            self._hook(stream.output, MemoryHook(engine, OUTPUT), "regrow-memory")
-        for token_layer in engine.refreshing:
-            self._hook(token_layer.module, RefreshHook(engine, token_layer), "regrow-refresh")
-            for name, module in token_layer.memory.items():
-                self._hook(module, LayerMemoryHook(engine, name, token_layer.layer), "regrow-memory")
+        if engine.rotary is not None:
+            # Registered before what keeps and catches keys, so that those are turned.
+            self._hook_rotary(engine, engine.rotary)
+        if engine.lean is not None and engine.layout.stream is not None:
+            lean = engine.lean
+            self._hook(lean.behind, NarrowHook(engine, lean), "regrow-narrow")
+            for name, module in lean.memory.items():
+                self._hook(module, MemoryHook(engine, lean, name), "regrow-memory")
+            self._hook(engine.layout.stream.output, MemoryHook(engine, lean, OUTPUT), "regrow-memory")
+        if engine.refreshing is not None:
+            for place in engine.refreshing.places:
+                self._hook_refreshing(engine, engine.refreshing, place)
         for watched in engine.watched:
             self._hook_watched(engine, watched)
         # Registered last, so that what is skipped is neither selected from nor pruned.
@@ -503,12 +543,25 @@ class Installed:
         self._hook(rotary.positions, PositionHook(engine), "regrow-positions")
         for attention in rotary.attentions.values():
             self._hook(attention, UnturnedHook(engine), "regrow-unturned")
-        for place in rotary.turned.values():
-            self._hook(place.module, TurnHook(engine, place.rows), "regrow-turn")
+        for turned in rotary.turned:
+            self._hook(turned.module, TurnHook(engine, turned), "regrow-turn")
 
-    def _hook_block(self, engine: Engine, block: TokenBlock) -> None:
-        assert engine.rule is not None
-        where = engine.rule.where
+    def _hook_refreshing(self, engine: Engine, refreshing: Refreshing, place: TokenLayer) -> None:
+        layer, attention = place.layer, place.attention
+        self._hook(place.first or place.module, TakeHook(engine, refreshing, layer), "regrow-take")
+        if attention.layer.name in refreshing.attending:
+            for name, module in attention.memory.items():
+                self._hook(module, LayerMemoryHook(engine, refreshing, name, layer), "regrow-memory")
+        if place.beside is not None:
+            name = place.beside.layer.name
+            beside: ModelHook = BesideHook(engine, refreshing, name, layer)
+            if name in refreshing.attending:
+                beside = TakeHook(engine, refreshing, layer)
+            self._hook(place.beside.module, beside, "regrow-beside")
+        self._hook(place.module, PutHook(engine, refreshing, layer), "regrow-put")
+
+    def _hook_block(self, engine: Engine, pruning: Pruning, block: TokenBlock) -> None:
+        where = pruning.rule.where
         layers = {
             block.self_attention: where.self_attention,
             block.cross_attention: where.cross_attention,
@@ -523,13 +576,14 @@ class Installed:
         )
         if reads is not None:
             # Registered after the layer's own hook, so that it runs before it.
-            self._hook(reads, SelectHook(engine, block), "regrow-select")
+            self._hook(reads, SelectHook(engine, pruning, block), "regrow-select")
 
     def _hook_watched(self, engine: Engine, watched: Watched) -> None:
-        for child, _ in (*QUERIES, *KEYS):
-            projection = getattr(watched.module, child, None)
-            if projection is not None:
-                self._hook(projection, CatchHook(engine, watched, child), "regrow-catch")
+        for projection, norm in (*QUERIES, *KEYS):
+            # Norms give what is turned by position.
+            part = getattr(watched.module, projection if engine.rotary is None else norm, None)
+            if part is not None:
+                self._hook(part, CatchHook(engine, watched, projection), "regrow-catch")
         self._hook(watched.module, ObserveHook(engine, watched), "regrow-observe")
 
     def _hook(self, module: nn.Module, hook: ModelHook, name: str) -> None:

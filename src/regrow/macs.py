@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.clock import Position
+from regrow.engine.call import Call
+from regrow.engine.engine import Engine
 from regrow.hooks import Installed
 from regrow.layers import Layer, LayerKind
 from regrow.methods.parts import Attention, CallInfo, Parts, TokenRefresh, TokenRule, TokenSet
 from regrow.models import layout_of
-from regrow.run import Engine
 from regrow.schedule import FULL, LAYERS, Schedule
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
@@ -240,13 +241,13 @@ class CallCounter:
         engine = Engine(self._model, layout_of(self._model), parts, None)
         selected: list[_Selected] = []
 
-        def select(name: str, x: Tensor) -> Selection:
-            assert engine.call is not None
-            grid, count = engine.call.counts[name]
-            selected.append(_Selected(x.shape, grid, count, _shapes(engine.call.info.attention)))
+        def select(call: Call, name: str, x: Tensor) -> Selection:
+            grid, count = call.counts[name]
+            selected.append(_Selected(x.shape, grid, count, _shapes(call.info.attention)))
             return free_selection(x, count)
 
-        engine.select = select
+        if engine.pruning is not None:
+            engine.pruning.select = select
         hooks = Installed(engine)
         try:
             with torch.no_grad(), engine.manual(len(plan)) as clock:

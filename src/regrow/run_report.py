@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from regrow.engine.engine import Engine
 from regrow.macs import CallCounter
-from regrow.run import Engine
 from regrow.schedule import FULL, LAYERS
 
 
@@ -97,7 +97,8 @@ def report_of(engine: Engine) -> RunReport:
     """
     if engine.generation is None:
         raise RuntimeError("there is nothing to report: no generation has begun since regrow.apply")
-    counter = CallCounter(engine.denoiser, engine.rule, engine.token_set, engine.refresh)
+    parts = engine.parts
+    counter = CallCounter(engine.denoiser, parts.tokens, parts.token_set, engine.refresh)
     depths = engine.layout.depths
     rows = []
     for record in engine.generation.records:

@@ -85,7 +85,7 @@ def test_profile_of_the_baselines(
         (("profile", "--arch", "sd15", "--method", "atedm"), "atedm needs --preset or --ratio"),
         (
             ("profile", "--arch", "dit-xl-256", "--method", "atedm", "--ratio", "0.5"),
-            "recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt and DiT",
+            "recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt, DiT and Flux",
         ),
         (("profile", "--arch", "sd15", "--method", "cat"), "cat needs --preset or --ratio"),
         (

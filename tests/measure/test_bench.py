@@ -17,11 +17,11 @@ import regrow
 from regrow import FULL, Alignment, BaseChoice, CATPruning, Combined, DaTo, DeepCache, SiTo, ToMeSD, cli
 from regrow.cli.ablations import ABLATIONS, ablated
 from regrow.cli.bench import draw_bars, print_rows
+from regrow.engine.inputs import without_data
 from regrow.macs import CallCounter, plain_macs
 from regrow.measure.bench import Memory, bench
 from regrow.measure.sampling import make
 from regrow.measure.variants import Variant, variant
-from regrow.run import without_data
 
 PROMPTS = ["a penguin", "a pizza"]
 

@@ -13,6 +13,7 @@ import reference
 import torch
 import transformer_pipelines
 from diffusers import StableDiffusionPAGPipeline
+from diffusers.models.transformers import transformer_flux
 from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,11 +22,11 @@ from whole_unet import assert_near, guided_inputs, outputs
 
 import regrow
 from regrow import ATEDM, After, Restored, Similarity
+from regrow.engine.inputs import without_data
 from regrow.macs import meta_copy
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
 from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
-from regrow.run import without_data
 from regrow.schedule import Schedule
 from regrow.tokens.grid import Grid
 from regrow.tokens.scores import Heads
@@ -70,11 +71,19 @@ def slow_transformer(transformer: Any, config: ATEDM, tokens: int) -> Iterator[l
     caught: dict[str, Tensor] = {}
     kept: dict[int, Tensor] = {}
     chosen: list[list[set[int]]] = []
-    read = transformer.transformer_blocks[config.block]
-    attention = getattr(read, "attn1", None) or read.attn
+    blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
+    attentions = [getattr(block, "attn1", None) or block.attn for block in blocks]
+    attention = attentions[config.block]
+    # Flux turns queries and keys behind their norms, the text's tokens before those of the image.
+    turned: list[list[Tensor]] = []
 
     def begin(*_: Any) -> None:
         now[0] += 1
+        turned.clear()
+
+    def multiply(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        turned.append([x.transpose(1, 2) for x in (query, key)])
+        return dispatch(query, key, *args, **kwargs)
 
     def catch(name: str, out: Tensor) -> None:
         caught[name] = out.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
@@ -85,6 +94,8 @@ def slow_transformer(transformer: Any, config: ATEDM, tokens: int) -> Iterator[l
         # The image's tokens come before those of the text.
         query = torch.cat([caught[n] for n in ("to_q", "add_q_proj") if n in caught], dim=2)
         key = torch.cat([caught[n] for n in ("to_k", "add_k_proj") if n in caught], dim=2)
+        if turned:
+            query, key = (x.roll(tokens, 2) for x in turned[config.block])
         first = type(transformer).__name__ == "DiTTransformer2DModel"
         score = aligned(ranks(query, key, config)[:, :tokens], config, conditional_first=first)
         count = int((1 - config.ratio) * tokens + 1e-6)
@@ -92,9 +103,11 @@ def slow_transformer(transformer: Any, config: ATEDM, tokens: int) -> Iterator[l
 
     def after(module: Any, args: Any, out: Tensor) -> Tensor:
         if now[0] >= 2:
-            old = kept[id(module)].clone()
+            old, text = kept[id(module)].clone(), out.shape[1] - tokens
+            old[:, :text] = out[:, :text]
             for b, own in enumerate(chosen[-1]):
-                old[b, sorted(own)] = out[b, sorted(own)]
+                rows = [text + token for token in sorted(own)]
+                old[b, rows] = out[b, rows]
             out = old
         kept[id(module)] = out
         return out
@@ -105,13 +118,15 @@ def slow_transformer(transformer: Any, config: ATEDM, tokens: int) -> Iterator[l
         if module is not None:
             hooks.append(module.register_forward_hook(lambda m, a, out, n=name: catch(n, out)))
     modules = [getattr(transformer, "proj_out_2", None) or transformer.proj_out]
-    for block in transformer.transformer_blocks[config.block + 1 :]:
-        own = getattr(block, "attn1", None) or block.attn
+    for own in attentions[config.block + 1 :]:
         modules += [own.to_k, own.to_v]
     hooks += [module.register_forward_hook(after) for module in modules]
+    dispatch = transformer_flux.dispatch_attention_fn
+    transformer_flux.dispatch_attention_fn = multiply
     try:
         yield chosen
     finally:
+        transformer_flux.dispatch_attention_fn = dispatch
         for hook in hooks:
             hook.remove()
 
@@ -123,6 +138,9 @@ CASES = [
     ("pixart", "unguided", {"block": 2}),
     ("dit", "guided", {"alignment": "conditional", "block": 1}),
     ("dit", "batch", {}),
+    ("flux", "guided", {}),
+    ("flux", "wide", {"block": 1, "heads": "mean"}),
+    ("flux", "batch", {"block": 3}),
 ]
 
 
@@ -166,7 +184,7 @@ def _(config: Everything) -> Parts:
     return Parts(Schedule.constant(0.5), token_set=_All())
 
 
-@pytest.mark.parametrize(("kind", "form"), [("sd3", "batch"), ("pixart", "wide")])
+@pytest.mark.parametrize(("kind", "form"), [("sd3", "batch"), ("pixart", "wide"), ("flux", "wide")])
 def test_all_tokens_on_the_way_of_some_are_bit_for_bit_the_plain_pipeline(kind: str, form: str) -> None:
     pipe = transformer_pipelines.KINDS[kind]()
     plain = generate(pipe, **FORMS[form])
@@ -296,7 +314,7 @@ def make(kind: str) -> tuple[Any, Any, ATEDM]:
     return other, lambda **options: generate(other, **options), reuse()
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
 def test_generations_share_nothing_and_removal_leaves_nothing(kind: str) -> None:
     pipe, picture, config = make(kind)
     denoiser = pipe.unet if kind == "sdxl" else pipe.transformer
@@ -310,6 +328,7 @@ def test_generations_share_nothing_and_removal_leaves_nothing(kind: str) -> None
         return {}
 
     plain = picture()
+    had_registry = denoiser if hasattr(denoiser, "_diffusers_hook") else None
     run = regrow.apply(pipe, config)
     first = picture()
     assert not torch.equal(first, plain)
@@ -318,7 +337,9 @@ def test_generations_share_nothing_and_removal_leaves_nothing(kind: str) -> None
     assert torch.equal(picture(), first)
     run.remove()
     assert torch.equal(picture(), plain)
-    assert not any("forward" in m.__dict__ or hasattr(m, "_diffusers_hook") for m in denoiser.modules())
+    assert not any("forward" in m.__dict__ for m in denoiser.modules())
+    # Flux's pipeline gives its denoiser a registry of hooks itself.
+    assert {m for m in denoiser.modules() if hasattr(m, "_diffusers_hook")} <= {had_registry}
 
 
 def test_the_report_counts_what_the_calls_compute() -> None:
@@ -370,7 +391,7 @@ def test_macs_are_those_of_cat_prunings_comparison(arch: str, published: dict[in
         assert (8 * calls[0] + (steps - 8) * calls[9]) / 1e12 == pytest.approx(macs, rel=3e-3)
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
 def test_an_attention_that_cant_be_seen_is_said_and_nothing_is_left_out(kind: str) -> None:
     pipe, picture, config = make(kind)
     plain = picture()

@@ -131,7 +131,7 @@ def test_a_call_of_some_tokens_is_a_full_one_with_old_rows_put_back(
 
     def note(module: Any, args: Any, out: Any) -> None:
         tokens = run._engine.call.tokens
-        chosen.append(None if tokens is None else tokens.clone())
+        chosen.append(None if tokens is None else tokens.tokens)
 
     with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2, clusters=5, choice=choice)) as run:
         hook = pipe.transformer.pos_embed.register_forward_hook(note)
@@ -324,6 +324,25 @@ def test_a_projection_replaced_after_apply_is_said_and_all_tokens_are_computed()
         with pytest.warns(UserWarning, match="projections were replaced or fused"):
             generate(pipe)
     assert {c.ratio for c in run.report().calls} == {0}
+
+
+def test_keys_of_a_part_of_the_batch_are_not_kept() -> None:
+    """Perturbed-attention guidance projects no keys for the perturbed part."""
+    from diffusers import StableDiffusion3PAGPipeline
+
+    parts = transformer_pipelines.sd3().components
+    parts = {
+        name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")
+    }
+    pipe = StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"])
+    pipe.set_progress_bar_config(disable=True)
+    plain = generate(pipe, max_sequence_length=16, pag_scale=3.0)
+    with (
+        regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run,
+        pytest.warns(UserWarning, match="a part of the batch only"),
+    ):
+        assert torch.equal(generate(pipe, max_sequence_length=16, pag_scale=3.0), plain)
+    assert not any(call.ratio for call in run.report().calls)
 
 
 def test_clusters_are_of_relative_noise_unless_told_otherwise() -> None:

@@ -12,7 +12,7 @@ import transformer_pipelines
 from pydantic import ValidationError
 from test_cat import KINDS, _All, slow
 from torch import Tensor
-from transformer_pipelines import FORMS, LAYERS, generate
+from transformer_pipelines import FORMS, LAYERS, STEPS, generate
 
 import regrow
 from regrow import FORA, FULL, CATPruning, Combined, DeepCache, Schedule, TokenChoice
@@ -115,7 +115,7 @@ def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(pipe: Any, form: 
 
     def note(module: Any, args: Any, out: Any) -> None:
         tokens = run._engine.call.tokens
-        chosen.append(None if tokens is None else tokens.clone())
+        chosen.append(None if tokens is None else tokens.tokens)
 
     tokens = CATPruning(alpha=0.4, t0=2, choice=TokenChoice.NOISE)
     with regrow.apply(pipe, Combined(caching=DeepCache(interval=3, branch=branch), tokens=tokens)) as run:
@@ -181,6 +181,27 @@ def test_depth_0_hands_on_all_tokens_between_calls_of_some() -> None:
     assert torch.equal(outputs[2], outputs[3])
     assert not torch.equal(outputs[3], outputs[4])
     assert [c.ratio > 0 for c in run.report().calls] == [False, False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CATPruning(t0=STEPS),
+        Combined(
+            caching=Schedule(depth=(FULL, *(0,) * (STEPS - 1)), ratio=(0.0,) * STEPS),
+            tokens=CATPruning(t0=2),
+        ),
+    ],
+    ids=["all-full", "all-reused"],
+)
+def test_a_generation_that_leaves_no_token_out_says_so(config: Any) -> None:
+    pipe = transformer_pipelines.sd3()
+    with (
+        regrow.apply(pipe, config) as run,
+        pytest.warns(UserWarning, match="no call of this generation leaves tokens out"),
+    ):
+        generate(pipe)
+    assert not any(c.ratio for c in run.report().calls)
 
 
 def test_macs_are_those_of_the_blocks_that_run() -> None:

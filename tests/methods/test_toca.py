@@ -27,14 +27,18 @@ from regrow.models import layout_of
 from regrow.schedule import FULL, LAYERS, Schedule
 from regrow.tokens.grid import Grid
 
-KINDS = ("sd3", "pixart", "dit")
+KINDS = ("sd3", "pixart", "dit", "flux")
 FLAT = {"layer_weight": 0.0, "step_weight": 0.0}
 EVERYWHERE = FLAT | {"self_attention": 1.0, "cross_attention": 1.0}
 MLP = Layer("blocks.1.ff", LayerKind.FEED_FORWARD, "blocks.1", 1, 4)
 ATTENTION = Layer("blocks.1.attn1", LayerKind.SELF_ATTENTION, "blocks.1", 1, 4)
 CROSS = Layer("blocks.1.attn2", LayerKind.CROSS_ATTENTION, "blocks.1", 1, 4)
 
-pytestmark = pytest.mark.filterwarnings("ignore:DiTTransformer2DModel has no", "ignore:SD3T.* has no")
+TWO_CALLS = {"true_cfg_scale": 3.0, "negative_prompt": ["a pizza"]}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:DiTTransformer2DModel has no", "ignore:SD3T.* has no", "ignore:Flux.* has no"
+)
 
 
 Chosen = Mapping[str, Tensor] | None
@@ -53,21 +57,27 @@ def chosen_by(pipe: Any, config: Any, **options: Any) -> tuple[Tensor, list[Chos
     return out, seen, run.report()
 
 
-def put_back(old: Tensor, new: Tensor, tokens: Tensor) -> Tensor:
-    """The old rows, but for those of the tokens."""
+def put_back(old: Tensor, new: Tensor, tokens: Tensor, text: int = 0) -> Tensor:
+    """The old rows, but for those of the tokens, and of the text before them."""
     mixed, batch = old.clone(), torch.arange(len(new))[:, None]
-    mixed[batch, tokens] = new[batch, tokens]
+    mixed[:, :text] = new[:, :text]
+    mixed[batch, text + tokens] = new[batch, text + tokens]
     return mixed
 
 
 @contextmanager
-def slow(transformer: Any, calls: list[Chosen]) -> Iterator[None]:
+def slow(transformer: Any, calls: list[Chosen], branches: int = 1) -> Iterator[None]:
     """Computes every layer for all tokens in every call, then puts back what it should not have known."""
     now = [-1]
     kept: dict[str, Any] = {}
+    memories: list[dict[str, Any]] = [{} for _ in range(branches)]
+    image = 0
 
-    def begin(*_: Any) -> None:
+    def begin(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal image, kept
         now[0] += 1
+        kept = memories[now[0] % branches]
+        image = (args[0] if args else kwargs["hidden_states"]).shape[1]
 
     def layer(name: str, out: Any) -> Any:
         chosen = calls[now[0]]
@@ -97,16 +107,35 @@ def slow(transformer: Any, calls: list[Chosen]) -> Iterator[None]:
             kept[name] = out
         return out
 
-    hooks = [transformer.register_forward_pre_hook(begin)]
+    def single(name: str, out: Tensor) -> Tensor:
+        """Of Flux's single blocks, whose text comes first; the attention joins in if others compute any."""
+        chosen = calls[now[0]]
+        if chosen is not None:
+            tokens = chosen.get(".".join((*name.split(".")[:2], "proj_out")))
+            attends = any(key.endswith(".attn") for key in chosen)
+            if tokens is None or ("attn" in name and not attends):
+                return kept[name]
+            out = put_back(kept[name], out, tokens, out.shape[1] - image)
+        kept[name] = out
+        return out
+
+    hooks = [transformer.register_forward_pre_hook(begin, with_kwargs=True)]
+    places: dict[str, Any] = {}
     for i, block in enumerate(transformer.transformer_blocks):
         acts = {"attn": layer, "attn1": layer, "attn2": layer, "ff": layer, "ff_context": text}
         joins = "attn" if hasattr(block, "attn") else "attn1"
         acts |= {f"{joins}.to_k": projection, f"{joins}.to_v": projection}
-        for child, act in acts.items():
-            path = f"transformer_blocks.{i}.{child}"
-            if getattr(block, child.split(".")[0], None) is not None:
-                module = transformer.get_submodule(path)
-                hooks.append(module.register_forward_hook(lambda m, a, out, p=path, f=act: f(p, out)))
+        places |= {
+            f"transformer_blocks.{i}.{child}": act
+            for child, act in acts.items()
+            if getattr(block, child.split(".")[0], None) is not None
+        }
+    for i, _ in enumerate(getattr(transformer, "single_transformer_blocks", [])):
+        parts = ("attn", "attn.to_k", "attn.to_v", "act_mlp")
+        places |= {f"single_transformer_blocks.{i}.{part}": single for part in parts}
+    for path, act in places.items():
+        module = transformer.get_submodule(path)
+        hooks.append(module.register_forward_hook(lambda m, a, out, p=path, f=act: f(p, out)))
     try:
         yield
     finally:
@@ -124,6 +153,9 @@ CASES = [
     ("dit", "guided", EVERYWHERE),
     ("dit", "batch", EVERYWHERE),
     ("dit", "unguided", {}),
+    ("flux", "guided", EVERYWHERE),
+    ("flux", "batch", EVERYWHERE),
+    ("flux", "wide", {}),
 ]
 
 
@@ -140,9 +172,30 @@ def test_a_call_is_a_full_one_with_old_rows_put_back(kind: str, form: str, field
     assert macs[1] < 0.85 * macs[3]
 
 
+def test_the_two_calls_of_flux_choose_for_themselves() -> None:
+    pipe = transformer_pipelines.flux()
+    ours, chosen, _ = chosen_by(pipe, ToCa(ratio=0.6, **EVERYWHERE), **TWO_CALLS)
+    assert [c is None for c in chosen] == [True, True, *[False] * 4, True, True, False, False]
+    first, second = chosen[2:4]
+    assert first is not None
+    assert second is not None
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+    with slow(pipe.transformer, chosen, branches=2):
+        expected = generate(pipe, **TWO_CALLS)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "form"),
-    [("sd3", "guided"), ("sd3", "wide"), ("pixart", "guided"), ("pixart", "batch"), ("dit", "guided")],
+    [
+        ("sd3", "guided"),
+        ("sd3", "wide"),
+        ("pixart", "guided"),
+        ("pixart", "batch"),
+        ("dit", "guided"),
+        ("flux", "wide"),
+        ("flux", "batch"),
+    ],
 )
 def test_all_tokens_everywhere_are_bit_for_bit_the_plain_pipeline(kind: str, form: str) -> None:
     """Calls take the way of those that compute some: every row is gathered, computed and put back."""
@@ -350,6 +403,102 @@ def test_tokens_of_a_generation_are_those_of_the_highest_scores() -> None:
             assert [set(t.tolist()) for t in tokens] == expected.choose("ff", 19, 2, True)
 
 
+def test_attentions_of_flux_are_seen_as_they_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turned by position, in double and in single blocks, which have the text in another place."""
+    from diffusers.models.transformers import transformer_flux
+
+    pipe = transformer_pipelines.flux()
+    dispatch = transformer_flux.dispatch_attention_fn
+    maps: list[Tensor] = []
+
+    def multiply(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        maps.append(reference.attention_map(query.transpose(1, 2), key.transpose(1, 2), None))
+        return dispatch(query, key, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer_flux, "dispatch_attention_fn", multiply)
+        generate(pipe, width=24, num_inference_steps=1)
+    seen: dict[str, Tensor] = {}
+
+    def note(observation: regrow.Observation) -> None:
+        if observation.record.position.index == 0:
+            slot = run._engine.generation.slots[0]
+            seen.update(slot.observed.attended)
+
+    with regrow.apply(pipe, ToCa(queries=None)) as run, run.observed(note):
+        generate(pipe, width=24, num_inference_steps=1)
+    assert len(seen) == len(maps) == transformer_pipelines.LAYERS
+    for found, whole in zip(seen.values(), maps, strict=True):
+        image = whole.sum(1)[:, -96:]
+        torch.testing.assert_close(found, image / image.norm(dim=1, keepdim=True))
+
+
+def test_of_a_single_block_what_is_read_is_kept() -> None:
+    """Its attention's output, or instead the keys and values by which that is computed anew."""
+    pipe = transformer_pipelines.flux()
+    kept: set[str] = set()
+
+    def look(_: Any, step: int, *__: Any) -> dict[str, Any]:
+        kept.update(*(slot.features for slot in run._engine.generation.slots.values()))
+        return {}
+
+    for config, parts in ((ToCa(), {"attn"}), (ToCa(self_attention=1), {"attn.norm_k", "attn.to_v"})):
+        kept.clear()
+        with regrow.apply(pipe, config) as run:
+            generate(pipe, callback_on_step_end=look)
+        assert {name.split(".", 2)[2] for name in kept if name.startswith("single")} == {"proj_out"} | parts
+
+
+def test_an_image_adapter_of_flux_is_refused_unless_nothing_is_to_be_seen() -> None:
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    pipe = transformer_pipelines.flux()
+    torch.manual_seed(0)
+    adapted = FluxIPAdapterAttnProcessor(32, 32, num_tokens=(4,))
+    options: dict[str, Any] = {"joint_attention_kwargs": {"ip_hidden_states": [torch.ones(1, 4, 32)]}}
+    attention = pipe.transformer.transformer_blocks[1].attn
+    stock = attention.processor
+    attention.set_processor(adapted)
+    for refused in (ToCa(), ToCa(influence=0, self_attention=1)):
+        with pytest.raises(ValueError, match="1 attentions have processors"):
+            regrow.apply(pipe, refused)
+    with regrow.apply(pipe, FORA(interval=3)):
+        reused = generate(pipe, **options)
+    with regrow.apply(pipe, ToCa(influence=0, ratio=0.5)):
+        assert not torch.equal(generate(pipe, **options), reused)
+    attention.set_processor(stock)
+    with regrow.apply(pipe, ToCa()):
+        attention.set_processor(adapted)
+        with pytest.warns(UserWarning, match="layers hand on .* processors were replaced"):
+            assert torch.equal(generate(pipe, **options), reused)
+
+
+def test_tokens_of_two_pictures_are_handed_on_whole() -> None:
+    """As Kontext hands them on: the picture to edit behind the one that is made."""
+    pipe = transformer_pipelines.flux()
+    calls: list[Any] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    generate(pipe)
+    hook.remove()
+    sequences = {"hidden_states": 1, "img_ids": 0}
+    twice = [c | {name: torch.cat([c[name]] * 2, dim) for name, dim in sequences.items()} for c in calls]
+
+    def outputs(config: Any) -> list[Tensor]:
+        with torch.no_grad(), regrow.apply(pipe.transformer, config) as run, run.generation(5) as clock:
+            found = []
+            for words in twice:
+                found.append(pipe.transformer(**words)[0])
+                clock.step()
+        return found
+
+    expected = outputs(FORA(interval=3))
+    with pytest.warns(UserWarning, match="layers hand on .* not those of one picture"):
+        found = outputs(ToCa())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def _only_full(run: Any, hook: Any) -> Any:
     """A hook that sees nothing of calls that hand on what attentions last returned."""
     return lambda *a: hook(*a) if run._engine.call.cut is None else None
@@ -430,6 +579,24 @@ def test_macs_are_those_of_fora_and_of_the_tokens_computed() -> None:
     assert exact.macs == ours.per_call[0]
 
 
+@pytest.mark.parametrize("attends", [False, True])
+def test_macs_of_flux_are_those_of_the_tokens_computed_and_of_all_of_the_text(attends: bool) -> None:
+    """32 wide, 64 tokens and 16 of the text; 2 double blocks and 7 single ones."""
+    pipe, config = transformer_pipelines.flux(), ToCa(ratio=0.5, self_attention=float(attends), **FLAT)
+    calls = []
+    for method in (FORA(interval=3), config):
+        with regrow.apply(pipe, method) as run:
+            generate(pipe)
+        calls.append([c.macs for c in run.report().calls])
+    fora, ours = calls
+    assert [a == b for a, b in zip(fora, ours, strict=True)] == [True, False, False, True, False]
+    image, text, square = 32, 16, 32**2
+    feed_forward = 2 * (image + text) * 8 * square + 7 * (image + text) * 9 * square
+    projections = 2 * (image + text) * 4 * square + 7 * (image + text) * 3 * square
+    products = 9 * 2 * (image + text) * (64 + 16) * 32
+    assert ours[1] - fora[1] == feed_forward + (projections + products if attends else 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_report_counts_what_the_calls_compute(kind: str) -> None:
     pipe = transformer_pipelines.KINDS[kind]()
@@ -483,11 +650,19 @@ class Adapted(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*is lost with the removal")
-def test_projections_replaced_after_apply_are_said() -> None:
-    pipe = transformer_pipelines.sd3()
-    attention = pipe.transformer.transformer_blocks[1].attn
+@pytest.mark.parametrize(
+    ("kind", "name", "projection"),
+    [
+        ("sd3", "transformer_blocks.1.attn", "to_k"),
+        ("flux", "transformer_blocks.1.attn", "to_v"),
+        ("flux", "single_transformer_blocks.1.attn", "to_v"),
+    ],
+)
+def test_projections_replaced_after_apply_are_said(kind: str, name: str, projection: str) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
+    attention = pipe.transformer.get_submodule(name)
     with regrow.apply(pipe, ToCa(ratio=0.6, **EVERYWHERE)):
-        attention.to_k = Adapted(attention.to_k)
+        setattr(attention, projection, Adapted(getattr(attention, projection)))
         with pytest.warns(UserWarning, match="projections were replaced or fused"):
             assert generate(pipe).isfinite().all()
 

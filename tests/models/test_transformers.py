@@ -176,14 +176,8 @@ REUSING = {
 }
 
 
-def skip_if_refused(kind: str, config: Any) -> None:
-    if kind == "flux" and isinstance(config, ToCa):
-        pytest.skip("Flux's layers can't compute some of their tokens by themselves")
-
-
 @pytest.mark.parametrize("config", REUSING.values(), ids=REUSING)
 def test_generations_share_nothing_and_removal_leaves_nothing(kind: str, pipe: Any, config: Any) -> None:
-    skip_if_refused(kind, config)
     plain = generate(pipe)
 
     def fresh(**options: Any) -> Tensor:
@@ -281,10 +275,10 @@ def test_of_fluxs_single_blocks_only_what_is_read_is_kept() -> None:
 
 
 def test_an_ip_adapters_part_is_left_out_of_the_count() -> None:
-    from regrow.run import _countable
+    from regrow.engine.inputs import countable
 
     given = {"joint_attention_kwargs": {"ip_adapter_image_embeds": 1, "scale": 0.5}, "timestep": 3}
-    assert _countable(given) == {"joint_attention_kwargs": {"scale": 0.5}, "timestep": 3}
+    assert countable(given) == {"joint_attention_kwargs": {"scale": 0.5}, "timestep": 3}
     assert given["joint_attention_kwargs"]["ip_adapter_image_embeds"] == 1
 
 
@@ -404,19 +398,12 @@ def test_a_text_that_was_written_to_is_a_new_one(pipe: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("config", REUSING.values(), ids=REUSING)
-def test_in_inference_mode_the_pictures_are_the_same(kind: str, pipe: Any, config: Any) -> None:
-    skip_if_refused(kind, config)
+def test_in_inference_mode_the_pictures_are_the_same(pipe: Any, config: Any) -> None:
     with regrow.apply(pipe, config):
         expected = generate(pipe)
         with torch.inference_mode():
             ours = generate(pipe)
     torch.testing.assert_close(ours.clone(), expected)
-
-
-def test_flux_is_refused_by_toca() -> None:
-    pipe = transformer_pipelines.flux()
-    with pytest.raises(regrow.UnsupportedModelError, match="FluxTransformer2DModel has no layer"):
-        regrow.apply(pipe, ToCa())
 
 
 def test_methods_that_prune_are_refused_by_name(pipe: Any) -> None:

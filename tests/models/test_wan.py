@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -176,6 +177,21 @@ def test_timesteps_of_each_token_are_recognised() -> None:
         generate(pipe)
     depths = [c.depth for c in run.report().calls if c.branch == 0]
     assert depths == ["full", "layers", "full", "layers", "full"]
+
+
+@pytest.mark.parametrize("expand_timesteps", [False, True], ids=["beside", "first-frame"])
+def test_a_picture_goes_on(expand_timesteps: bool) -> None:
+    """Where it is the first frame, its tokens have the timestep 0."""
+    pipe = transformer_pipelines.wan_from_picture(expand_timesteps=expand_timesteps)
+    picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(7))
+    plain = generate(pipe, image=picture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with regrow.apply(pipe, DeepCache(interval=2)) as run:
+            assert not torch.equal(generate(pipe, image=picture), plain)
+    depths = [c.depth for c in run.report().calls if c.branch == 0]
+    assert depths == ["full", "1", "full", "1", "full"]
+    assert torch.equal(generate(pipe, image=picture), plain)
 
 
 def test_calls_of_some_tokens_are_refused(pipe: Any) -> None:

@@ -32,6 +32,14 @@ BENCHED = "steps:50,steps:25,sito:d,dato:b1,dato:fast,deepcache:5,tome:0.5"
 
 TRACED = "steps:50,steps:25,sito:d,dato:b1,deepcache:5"
 
+
+def _known_dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
+    return dtype
+
+
+Model = Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")]
 Method = Annotated[
     Optional[str],
     typer.Option(help="Method; see [b]regrow methods[/b]. Or with settings: cat:0.3+deepcache:2."),
@@ -42,6 +50,16 @@ ScheduleFile = Annotated[
 ]
 Ratio = Annotated[Optional[float], typer.Option(help="One pruning ratio for all calls.")]
 Interval = Annotated[Optional[int], typer.Option(help="A full call every N, depth 1 between.")]
+Searched = Annotated[str, typer.Option(help="See [b]regrow methods[/b]; or two, as deepcache+tome.")]
+Steps = Annotated[int, typer.Option(help="Sampler steps.", min=1)]
+StepRange = Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")]
+Guidance = Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")]
+Height = Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")]
+Width = Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")]
+Dtype = Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".", callback=_known_dtype)]
+Batch = Annotated[int, typer.Option(help="Pictures in one batch.", min=1)]
 EngineChoice = Annotated[Engine, typer.Option(help="What does the work: this process, or a Ray cluster.")]
 WorkerCount = Annotated[Optional[int], typer.Option(help="Workers on the cluster; as many as fit.", min=1)]
 Address = Annotated[
@@ -54,8 +72,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture and the table.")] = Path("demo-out"),
-    steps: Annotated[int, typer.Option(help="Sampler steps.", min=1)] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
+    steps: Steps = 50,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Six prompts, unaccelerated beside SiTo d, DaTo b1 and DaTo fast, with the bundled model.
@@ -72,20 +90,20 @@ def demo(
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Option(help="Prompt; give it again for more pictures.")],
-    model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
+    model: Model = "emoji",
     method: Method = None,
     preset: Preset = None,
     schedule: ScheduleFile = None,
     ratio: Ratio = None,
     interval: Interval = None,
-    steps: Annotated[int, typer.Option(help="Sampler steps.", min=1)] = 50,
-    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
-    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
-    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
+    steps: Steps = 50,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
     out: Annotated[Path, typer.Option(help="Picture file; more prompts get numbers.")] = Path("out.png"),
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
-    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
+    device: Device = None,
+    dtype: Dtype = "float32",
     compare: Annotated[bool, typer.Option(help="Also unaccelerated, side by side.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -96,8 +114,6 @@ def generate(
     from regrow.cli.generate import Request, run_generate
     from regrow.cli.options import method_config, method_label
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
     config, label = None, "unaccelerated"
     if method is None and schedule is not None:
         method = "dato"
@@ -147,8 +163,8 @@ def methods(as_json: AsJson = False) -> None:
 def profile(
     arch: Annotated[Optional[str], typer.Option(help="sd15, sdxl, emoji, sd3-1024 and others.")] = None,
     model: Annotated[Optional[str], typer.Option(help="Folder or hub id instead; no weights read.")] = None,
-    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
-    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
+    height: Height = None,
+    width: Width = None,
     method: Method = None,
     preset: Preset = None,
     schedule: ScheduleFile = None,
@@ -226,15 +242,15 @@ def bench(
     arch: Annotated[
         Optional[str], typer.Option(help="sd15, sdxl, sd3-1024 and others, random weights.")
     ] = None,
-    images: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 1,
+    images: Batch = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)] = 50,
+    steps: Steps = 50,
     prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt; the model's own if none.")] = None,
-    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
-    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
-    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
-    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the transformer blocks.")] = False,
     out: Annotated[Optional[Path], typer.Option(help="JSON file for the result.")] = None,
     plot: Annotated[Optional[Path], typer.Option(help="Bar chart of the speed-ups, PNG or SVG.")] = None,
@@ -249,8 +265,6 @@ def bench(
     from regrow.cli.bench import Request, run_bench
     from regrow.measure.variants import variant
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
     if model is not None and arch is not None:
         raise ValueError("--arch, --model: only one of them is allowed")
     run_bench(
@@ -278,7 +292,7 @@ def bench(
 def evaluate(
     methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline.")] = BENCHED,
     ablation: Annotated[Optional[str], typer.Option(help="Instead: " + ", ".join(ABLATIONS) + ".")] = None,
-    model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
+    model: Model = "emoji",
     prompts: Annotated[
         str,
         typer.Option(
@@ -308,14 +322,14 @@ def evaluate(
     export: Annotated[
         Optional[Path], typer.Option(help="Write the pictures here as PNG, for other tools.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
-    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
-    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
-    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
-    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
-    batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 16,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    batch: Batch = 16,
     engine: EngineChoice = Engine.LOCAL,
     workers: WorkerCount = None,
     address: Address = None,
@@ -331,8 +345,6 @@ def evaluate(
     """
     from regrow.cli.evaluate import Request, run_eval
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
     run_eval(
         Request(
             methods=tuple(methods.split(",")) if ablation is None else ablated(ablation),
@@ -364,7 +376,7 @@ def evaluate(
 @app.command()
 def trace(
     methods: Annotated[str, typer.Option(help="Comma-separated; the first is unaccelerated.")] = TRACED,
-    model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
+    model: Model = "emoji",
     prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt; give it again for more.")] = None,
     prompts: Annotated[
         Optional[int], typer.Option(help="Instead: so many of the model's own.", min=1)
@@ -373,14 +385,14 @@ def trace(
         Optional[list[str]],
         typer.Option(help="Module whose output's change is shown, instead of the pruned blocks' inputs."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
-    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
-    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
-    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
-    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
-    batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 4,
+    steps: Steps = 50,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    batch: Batch = 4,
     out: Annotated[Path, typer.Option(help="Folder for trace.json and the plots.")] = Path("trace"),
     plots: Annotated[bool, typer.Option(help="Draw PNGs as well.")] = True,
     as_json: AsJson = False,
@@ -391,8 +403,6 @@ def trace(
     """
     from regrow.cli.trace import Request, run_trace
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
     run_trace(
         Request(
             methods=tuple(methods.split(",")),
@@ -418,11 +428,9 @@ def trace(
 @app.command()
 def search(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
-    method: Annotated[
-        str, typer.Option(help="See [b]regrow methods[/b]; or two, as deepcache+tome.")
-    ] = "dato",
-    steps: Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")] = "50",
+    model: Model = "emoji",
+    method: Searched = "dato",
+    steps: StepRange = "50",
     prompts: Annotated[str, typer.Option(help="A file of prompts, or a number of the model's own.")] = "16",
     objective: Annotated[
         Optional[list[str]],
@@ -463,14 +471,14 @@ def search(
     beside: Annotated[
         Optional[str], typer.Option(help="Methods to stand beside the front, as deepcache:5,dato:b1.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
+    seed: Seed = 0,
     search_seed: Annotated[int, typer.Option(help="Seed of the search.", min=0)] = 0,
-    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
-    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
-    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
-    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
-    batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 16,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    batch: Batch = 16,
     clip: Annotated[Optional[str], typer.Option(help="CLIP model of quality:clip.")] = None,
     rounds: Annotated[int, typer.Option(help="Runs in turns for cost:latency.", min=1)] = 3,
     engine: EngineChoice = Engine.LOCAL,
@@ -549,23 +557,21 @@ def calibrate(
     max_deviation: Annotated[
         Optional[float], typer.Option(help="Mean absolute error of the last latents, at most.")
     ] = None,
-    model: Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")] = "emoji",
-    method: Annotated[
-        str, typer.Option(help="See [b]regrow methods[/b]; or two, as deepcache+tome.")
-    ] = "dato",
-    steps: Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")] = "50",
+    model: Model = "emoji",
+    method: Searched = "dato",
+    steps: StepRange = "50",
     prompts: Annotated[str, typer.Option(help="A file of prompts, or a number of the model's own.")] = "8",
     budget: Annotated[
         str, typer.Option(help="Minutes such as 15m, or generations of plans such as 30.")
     ] = "15m",
     latency: Annotated[bool, typer.Option(help="Search for time on this machine instead of MACs.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")] = 0,
-    guidance: Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")] = None,
-    height: Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")] = None,
-    width: Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")] = None,
-    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
-    batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1)] = 16,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    batch: Batch = 16,
     out: Annotated[Path, typer.Option(help="Folder of the search; gone on with.")] = Path("calibration"),
     as_json: AsJson = False,
 ) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from regrow.engine.inputs import without_data
 from regrow.macs import plain_macs
 from regrow.measure.sampling import make, wait
 from regrow.measure.variants import Variant
 from regrow.models import module_of
-from regrow.run import without_data
 
 # A round this much slower than the median of its variant was disturbed by something else.
 DISTURBED = 1.25

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from regrow.engine.call import Observation
 from regrow.models import Layout
 from regrow.models.table import Stream
-from regrow.run import Observation
 from regrow.schedule import LAYERS
 
 

@@ -4,7 +4,9 @@ How much a token matters is its weighted PageRank in the graph that a self-atten
 important tokens are left out, fewer of them in the first steps. On U-Nets they are left out of the rest of
 the attention's stage and take a copy of what a similar token got. On transformers the CAT Pruning paper
 (arXiv 2502.00433) ran it with a cache instead: calls compute the important tokens, and the others' keys,
-values and predicted noise are those of the last call that computed them.
+values and predicted noise are those of the last call that computed them. On Flux the graph is of queries
+and keys turned by position, as its attention multiplies them; it needs its stock attention processors (no
+IP-Adapter), and calls with the tokens of several pictures (Kontext) are computed in full, with a warning.
 
 On U-Nets this differs from the paper in three points. There a pruned token's hidden state ends with the
 block that prunes it, and is a copy of a kept token's at the end of the stage; here it goes on, and to it
@@ -85,9 +87,9 @@ class ATEDM(MethodConfig):
             along one side (8, every one of SD's and SDXL's levels, is ours).
         similarity: with ``copy``, which kept token a pruned one copies. The paper takes it from the
             attention map; that it is the largest weight is our reading.
-        block: with ``reuse``, index of the block whose self-attention is read. It and those before it
-            compute all tokens in every call. The published MACs of CAT Pruning's comparison are those of
-            one such block, so the first.
+        block: with ``reuse``, index of the block whose self-attention is read; Flux's single blocks come
+            behind its double ones. It and those before it compute all tokens in every call. The published
+            MACs of CAT Pruning's comparison are those of one such block, so the first.
         alignment: whose scores both halves of a guided batch take (off is ours: each sample has its own).
 
     Raises:
@@ -152,7 +154,7 @@ ATEDM.PRESETS = {
 def importance(config: ATEDM, call: CallInfo) -> tuple[Attention, Tensor]:
     """The attention that has just run, and how much each of the image's tokens matters in it ``(B, N)``.
 
-    Where the text's tokens are in the attention (SD3), they are in its graph.
+    Where the text's tokens are in the attention (SD3, Flux), they are in its graph.
     """
     attention = call.attention
     assert attention is not None
@@ -288,5 +290,5 @@ def _(config: ATEDM) -> Parts:
     return Parts(
         plan,
         **rule,
-        instead="recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt and DiT",
+        instead="recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt, DiT and Flux",
     )

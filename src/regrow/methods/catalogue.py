@@ -79,7 +79,7 @@ SYSTEMS = (
         "ToCa",
         "reuse attention and MLP outputs every N calls, but for the tokens of highest score in the MLPs",
         Status.WORKS,
-        "transformers: SD3, PixArt, DiT",
+        "transformers: SD3, PixArt, DiT, Flux",
         ToCa,
     ),
     System(
@@ -87,7 +87,7 @@ SYSTEMS = (
         "AT-EDM",
         "prune the tokens that matter least in attention graphs",
         Status.PARTLY,
-        f"{_UNETS}; transformers: SD3, PixArt, DiT",
+        f"{_UNETS}; transformers: SD3, PixArt, DiT, Flux",
         ATEDM,
     ),
     System("l2c", "Learning-to-Cache", "a learned table of layers to reuse", Status.NOT_YET, "-"),

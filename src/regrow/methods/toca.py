@@ -5,6 +5,14 @@ each feed-forward computes the tokens of highest score again, among the last out
 score of a token is the paper's ``S = sum_j lambda_j s_j``: how much others attend to it (s1), how much of
 the text it attends to (s2), how often it was reused since it was computed (s3), and a bonus for the best of
 its neighbourhood (s4). Numbers called the released code's are those of github.com/Shenyi-Z/ToCa for DiT.
+
+A single block of Flux makes one output of a token's attention and feed-forward, by one projection. It is
+one layer here, a feed-forward, which computes that output of its tokens again. The attention in it is the
+last one, as in the released code, or computed anew for the same tokens if ``self_attention`` is above 0.
+Two points differ from the released code: where some of the image's tokens are computed, all of the text's
+are as well, while it chooses among these too; and s1 is of norm 1 over the image's tokens in every block.
+Flux needs its stock attention processors (no IP-Adapter) unless ``influence`` and ``self_attention`` are 0;
+calls with the tokens of several pictures (Kontext) hand on whole outputs, as FORA, with a warning.
 """
 
 from __future__ import annotations
@@ -33,19 +41,21 @@ class ToCa(MethodConfig):
         interval: N, one call in so many is full (the released code: 3).
         ratio: R, share of the tokens that is cached, not computed again, in the calls that are not full;
             the mean over blocks and calls. The released code computes 0.07 times 2.5 of the tokens of a
-            feed-forward. 0 computes all of them, whatever the schedules say; 1 none, which is FORA.
+            feed-forward; on Flux 0.1, times 0.4 in double blocks and 1.6 in single ones. 0 computes all of
+            them, whatever the schedules say; 1 none, which is FORA.
         self_attention: self-attentions compute so many times the share ``1 - R``. The released code has 0.
+            In a single block of Flux it says only whether: the tokens are those of ``feed_forward``.
         cross_attention: the same of attentions to the text. The released code for PixArt has 0.375 of what
             it computes in feed-forwards; 0 is ours.
         feed_forward: the same of feed-forwards.
         layer_weight: the share computed goes from ``1 + w`` times its mean in the first block to ``1 - w``
-            times in the last (the released code: 0.8; 0.6 on PixArt).
+            times in the last (the released code: 0.8; 0.6 on PixArt, 0.5 on Flux).
         step_weight: it goes from ``1 - w`` times its mean in the first call to ``1 + w`` times in the last
-            (the released code: 0.4).
+            (the released code: 0.4; 0 on Flux).
         influence: weight of s1 (the released code: 1; 0 on PixArt).
         control: weight of s2, where the model attends to the text in layers of their own (the code: 1).
         staleness: weight of s3 (the code: 0.25).
-        spread: weight of s4 (the code: 0.6; 0.4 on PixArt).
+        spread: weight of s4 (the code: 0.6; 0.4 on PixArt, 0 on Flux).
         cell: side k of the neighbourhoods of s4, in tokens (the code: 2; 4 on PixArt).
         queries: s1 is taken from so many evenly spaced queries of the attention map, in full calls; None
             takes all, as the paper does. 64 is ours: little is computed beside the fused attention.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.layers import Layer
+from regrow.layers import Layer, LayerKind
 from regrow.schedule import LAYERS
 from regrow.tokens.grid import Grid, grid_of_positions
 
@@ -102,35 +102,37 @@ class Rows(Enum):
 
 
 @dataclass(frozen=True)
-class Place:
-    """A module whose output has a row a token.
+class Turned:
+    """A module that gives queries or keys as an attention turns them.
 
     Args:
-        module: the module; it returns ``(B, n, C)`` or ``(B, n, heads, C)``.
-        rows: which tokens.
+        module: the module; it returns ``(B, n, heads, D)``.
+        attention: path of its attention.
+        rows: the queries or keys of which tokens.
     """
 
     module: nn.Module
-    rows: Rows = Rows.IMAGE
+    attention: str
+    rows: Rows
 
 
 @dataclass(frozen=True)
 class Rotary:
     """Attentions that turn queries and keys by the positions of their tokens.
 
-    They turn both by one table, so both must be of the same tokens. Where a call computes some tokens only,
-    the table is kept from them, and queries and keys are turned where they are made.
+    They turn both by one table, so both must be of the same tokens. Where some tokens only are computed, or
+    queries and keys are looked at, the table is kept from them, and both are turned where they are made.
 
     Args:
         positions: gives cosines and sines ``(T + N, D)`` of T text tokens, then N image tokens.
         attentions: by name, the attentions; they take the table as ``image_rotary_emb``, or None.
-        turned: by name, what gives queries and keys ``(B, n, heads, D)`` as the attention turns them.
+        turned: what gives queries and keys as the attention turns them.
         processor: the attention processor that does nothing between these but turn.
     """
 
     positions: nn.Module
     attentions: dict[str, nn.Module]
-    turned: dict[str, Place]
+    turned: tuple[Turned, ...]
     processor: type
 
     def others(self) -> list[str]:
@@ -148,7 +150,8 @@ class Stream:
 
     Args:
         embed: makes the tokens ``(B, N, C)`` from the latent.
-        memory: by name, the modules that give the keys and values of the image's tokens.
+        memory: by name, the modules that give the keys and values of the image's tokens, alone or behind
+            those of the text: ``(B, n, C)`` or ``(B, n, heads, D)``.
         output: makes the output of the tokens ``(B, N, D)``.
         patch: latent positions a token spans along one side; 1 where the pipeline packs the latent.
         noise: of the output's channels, how many are predicted noise; they come first.
@@ -156,7 +159,7 @@ class Stream:
     """
 
     embed: nn.Module
-    memory: dict[str, Place]
+    memory: dict[str, nn.Module]
     output: nn.Module
     patch: int
     noise: int
@@ -180,16 +183,30 @@ class TokenLayer:
 
     Args:
         layer: what it is and where.
-        module: takes the image's tokens ``(B, N, C)`` first, and returns them, alone or before the text's.
+        module: returns the image's tokens ``(B, N, C)``: alone, before the text's in a tuple, or behind
+            them in one sequence.
         memory: by name, the modules that give the keys and values of the image's tokens; of a
             self-attention only.
         text: names of the layers that do the same for the text's tokens.
+        first: takes the tokens, as ``module`` returns them, as its first argument; None if ``module`` does.
+        parts: names of the modules that the layer is made of.
+        beside: of a block with one last projection for both, the self-attention whose output
+            ``module`` reads beside what the layer's other parts make. It has no tokens of its own: they are
+            those of the layer.
     """
 
     layer: Layer
     module: nn.Module
     memory: Mapping[str, nn.Module]
     text: tuple[str, ...] = ()
+    first: nn.Module | None = None
+    parts: frozenset[str] = frozenset()
+    beside: TokenLayer | None = None
+
+    @property
+    def attention(self) -> TokenLayer:
+        """The attention beside it, or else the layer itself."""
+        return self.beside or self
 
 
 @dataclass(frozen=True)
@@ -229,6 +246,13 @@ class Layout:
         if depth == LAYERS:
             return self.layers
         return self.cuts[depth] if depth < self.depths else None
+
+    def first_layers(self) -> dict[tuple[str, LayerKind], TokenLayer]:
+        """By block and kind, the first layer with tokens of its own, or the attention beside it."""
+        first: dict[tuple[str, LayerKind], TokenLayer] = {}
+        for place in (t.attention for t in self.token_layers):
+            first.setdefault((place.layer.block, place.layer.kind), place)
+        return first
 
     @property
     def top_level(self) -> int:

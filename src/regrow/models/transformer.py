@@ -7,8 +7,8 @@ U-Nets have skip connections for it, a transformer has its residual stream).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -18,13 +18,13 @@ from regrow.layers import Layer, LayerKind
 from regrow.models.table import (
     Cut,
     Layout,
-    Place,
     Returns,
     Rotary,
     Rows,
     Skippable,
     Stream,
     TokenLayer,
+    Turned,
     own_layers,
 )
 
@@ -44,7 +44,7 @@ class Family:
         text: paths of the modules that project the text.
         cross_attentions: names of the blocks' attentions whose keys and values are of the text alone.
         embed: path of the module that makes the image's tokens.
-        rotary: path of the module that gives the rotary embeddings, where a call computes some tokens only.
+        rotary: path of the module that gives the rotary embeddings, where some tokens only can be computed.
     """
 
     stacks: tuple[tuple[str, tuple[str, ...], Returns], ...]
@@ -125,8 +125,7 @@ def transformer_layout(transformer: Any) -> Layout:
         conditional_first=family.conditional_first,
         text=_text(transformer, family, blocks),
         stream=_stream(transformer, family, blocks, output.module) if family.self_attentions else None,
-        # What turns queries and keys speaks of whole calls.
-        token_layers=_token_layers(family, blocks) if family.self_attentions and not family.rotary else (),
+        token_layers=_token_layers(family, blocks) if family.self_attentions else (),
     )
 
 
@@ -150,11 +149,9 @@ def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable], outp
     attentions = own_layers(
         [(name, place.module) for name, place in blocks.items()], family.self_attentions
     )
-    # Turned keys are remembered, so that only those that are new are turned.
-    kept = ("norm_k", "to_v") if family.rotary else ("to_k", "to_v")
     return Stream(
         embed=getattr(transformer, family.embed),
-        memory=_places(attentions, dict.fromkeys(kept, Rows.IMAGE)),
+        memory=_memory(family, attentions),
         output=output,
         patch=config.patch_size,
         noise=config.in_channels,
@@ -162,28 +159,30 @@ def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable], outp
     )
 
 
-def _places(attentions: dict[str, Skippable], names: Mapping[str, Rows]) -> dict[str, Place]:
-    """Modules of attentions with the rows of their outputs; single blocks have the text in front."""
-    return {
-        f"{path}.{name}": Place(
-            getattr(attention.module, name), Rows.JOINT if path.startswith(_SINGLE[0]) else rows
-        )
-        for path, attention in attentions.items()
-        for name, rows in names.items()
-        if getattr(attention.module, name, None) is not None
-    }
+def _memory(family: Family, attentions: dict[str, Skippable]) -> dict[str, nn.Module]:
+    """What gives the keys and values of the image's tokens."""
+    # Turned keys are remembered, so that only those that are new are turned.
+    kept = ("norm_k", "to_v") if family.rotary else ("to_k", "to_v")
+    places = own_layers([(name, place.module) for name, place in attentions.items()], kept)
+    return {name: place.module for name, place in places.items()}
 
 
 def _rotary(transformer: Any, family: Family, attentions: dict[str, Skippable]) -> Rotary:
     """Flux's attentions: they turn queries and keys after their norms."""
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-    image = dict.fromkeys(("norm_q", "norm_k"), Rows.IMAGE)
-    text = dict.fromkeys(("norm_added_q", "norm_added_k"), Rows.TEXT)
+    rows = dict.fromkeys(("norm_q", "norm_k"), Rows.IMAGE)
+    rows |= dict.fromkeys(("norm_added_q", "norm_added_k"), Rows.TEXT)
     return Rotary(
         positions=getattr(transformer, family.rotary),
         attentions={name: place.module for name, place in attentions.items()},
-        turned=_places(attentions, image | text),
+        turned=tuple(
+            # Single blocks have the text in front.
+            Turned(getattr(place.module, norm), name, Rows.JOINT if name.startswith(_SINGLE[0]) else which)
+            for name, place in attentions.items()
+            for norm, which in rows.items()
+            if getattr(place.module, norm, None) is not None
+        ),
         processor=FluxAttnProcessor,
     )
 
@@ -197,20 +196,35 @@ def _token_layers(family: Family, blocks: dict[str, Skippable]) -> tuple[TokenLa
     )
     found = []
     for index, (path, block) in enumerate(blocks.items()):
+        own = []
         for child, kind in kinds:
             for name, place in own_layers([(path, block.module)], (child,)).items():
                 attends = kind is LayerKind.SELF_ATTENTION
-                own = own_layers([(name, place.module)], ("to_k", "to_v")) if attends else {}
                 joined = (f"{child}_context",) if kind is LayerKind.FEED_FORWARD else ()
-                found.append(
+                own.append(
                     TokenLayer(
                         Layer(name, kind, path, index, len(blocks)),
                         place.module,
-                        {key: projection.module for key, projection in own.items()},
+                        _memory(family, {name: place}) if attends else {},
                         tuple(own_layers([(path, block.module)], joined)),
+                        parts=frozenset({name}),
                     )
                 )
+        found += [_single(own[0], block.module)] if path.startswith(_SINGLE[0]) else own
     return tuple(found)
+
+
+def _single(attention: TokenLayer, block: nn.Module) -> TokenLayer:
+    """The one layer of a single block, whose attention and feed-forward have one last projection."""
+    path = attention.layer.block
+    return TokenLayer(
+        replace(attention.layer, name=f"{path}.proj_out", kind=LayerKind.FEED_FORWARD),
+        block.get_submodule("proj_out"),
+        {},
+        first=block.get_submodule("proj_mlp"),
+        parts=frozenset(own_layers([(path, block)], _SINGLE[1])),
+        beside=attention,
+    )
 
 
 def _family_name(transformer: Any) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from regrow.apply import apply
+from regrow.engine.inputs import without_data
 from regrow.measure.bench import Memory
 from regrow.measure.clip import ClipScore
 from regrow.measure.evaluate import Setting
@@ -30,7 +31,6 @@ from regrow.measure.sampling import make
 from regrow.measure.trace import Moment, nearest, watched_steps
 from regrow.models import denoiser_of, module_of
 from regrow.origin import denoiser_key
-from regrow.run import without_data
 from regrow.search.objectives import Cost, Objective, Quality
 
 QUARTERS = 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -121,6 +121,33 @@ def behind(tokens: Tensor, text: int) -> Tensor:
     """
     words = torch.arange(text, device=tokens.device).expand(len(tokens), -1)
     return torch.cat([words, tokens + text], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some of an image's tokens, the same number in each sample.
+
+    Args:
+        tokens: ``(B, n)`` indices, ascending.
+        image: number N of the image's tokens.
+    """
+
+    tokens: Tensor
+    image: int
+    _rows: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def rows(self, length: int) -> Tensor:
+        """These tokens and all of the text before them, as rows of a ``(B * length, C)`` matrix.
+
+        Args:
+            length: of a sequence of T text tokens and the image's: T + N, or N without text.
+
+        Returns:
+            ``(B * (T + n),)``.
+        """
+        if length not in self._rows:
+            self._rows[length] = flat_rows(behind(self.tokens, length - self.image), length)
+        return self._rows[length]
 
 
 def most_similar(x: Tensor, query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:

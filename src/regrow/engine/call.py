@@ -1,0 +1,160 @@
+"""What is known of a call of the denoiser: while it is in progress, and what is told of it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.clock import Position
+from regrow.methods.parts import Attention, CallInfo
+from regrow.models.table import Cut, Rows
+from regrow.reuse.depth import Slot
+from regrow.schedule import Step
+from regrow.tokens.grid import Grid
+from regrow.tokens.select import Selection, Subset
+
+# What the output of the tokens is kept under.
+OUTPUT = "output of tokens"
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """What a call of the denoiser did.
+
+    Args:
+        position: where in the generation it stood.
+        depth: up-path layers computed; `FULL` for a full call.
+        ratio: share of tokens pruned where the method prunes; 1 if layers in which tokens should have been
+            computed again handed on all they had.
+        planned: what the schedule asked for; something else was done where nothing was cached yet.
+        inputs: its positional and keyword arguments on the meta device, enough to count its MACs.
+        knew_text: whether what depends on the text alone was not computed again.
+    """
+
+    position: Position
+    depth: int
+    ratio: float
+    planned: Step
+    inputs: tuple[Any, Any]
+    knew_text: bool = False
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an observer is told after a call of the denoiser.
+
+    Args:
+        record: what the call did.
+        blocks: the transformer blocks that ran, by name, each with the selection of tokens that its
+            pruned layers computed; None where they computed all.
+        tokens: the tokens ``(B, K)`` that the whole call computed; None where it computed all.
+        refreshed: by the name of a layer, or of its block if they are its block's, the tokens ``(B, K)``
+            that were computed in a call in which layers hand on their last output.
+        grid: of a transformer's image tokens, if a call of it can compute some of them only.
+        leading: blocks at the beginning of the call that computed all tokens before ``tokens`` were chosen.
+    """
+
+    record: CallRecord
+    blocks: Mapping[str, Selection | None]
+    tokens: Tensor | None = None
+    refreshed: Mapping[str, Tensor] = field(default_factory=dict)
+    grid: Grid | None = None
+    leading: int = 0
+
+
+Observer = Callable[[Observation], None]
+
+
+@dataclass
+class Generation:
+    """The state of one generation. It is dropped when the next one begins."""
+
+    steps: list[Step]
+    generator: torch.Generator
+    slots: dict[int, Slot] = field(default_factory=dict)
+    records: list[CallRecord] = field(default_factory=list)
+
+
+@dataclass
+class Call:
+    """What the call in progress does, decided before it begins.
+
+    Hooks leave in it what others read later in the call: selections, chosen tokens and their rows, features
+    on their way, and how often they acted.
+
+    Args:
+        slot: memory of the branch.
+        cut: what is skipped; None in a full call.
+        store: the cuts whose features this call keeps.
+        dense: skipped modules hand on zeros of the true shape.
+        info: what the token rule may look at.
+        counts: for each block that prunes, its grid and the number of tokens pruned.
+        prepared: what the rule made ready for each grid.
+        selections: the selection of the block that runs, by its name.
+        restored: how many modules handed on what is cached.
+        entered: what the first module of a cut was given in this call.
+        count: how many tokens the whole call computes; 0 if it computes all.
+        chosen: which they are, once that is known.
+        tokens: the tokens that are computed from here on; None if all are.
+        tells_apart: whether the image's tokens, and their queries and keys, can be told apart: some of them
+            can be computed, and attentions be looked at.
+        positions: cosines and sines ``(T + N, D)`` of all tokens, by which queries and keys are turned.
+        rotary: those of some tokens, as far as they were asked for.
+        remembers: whether keys, values and outputs of the tokens are kept.
+        turns: how often modules that may be skipped were called before in this call.
+        knows_text: whether the text is that of the last call.
+        pruned: how many blocks pruned, or layers computed some tokens.
+        refresh: by the name of a layer that hands on its last output, how many tokens it computes; those
+            that compute none are left out.
+        runs: the modules that these layers are made of.
+        whole: layers of the text that are computed beside them.
+        refreshed: which tokens they are, by the name of a layer, or of its block if they are its block's.
+        caught: by name, what the projections of an observed attention gave.
+    """
+
+    slot: Slot
+    cut: Cut | None
+    store: tuple[Cut, ...]
+    dense: bool
+    info: CallInfo
+    counts: dict[str, tuple[Grid, int]]
+    prepared: Mapping[Grid, Tensor]
+    selections: dict[str, Selection] = field(default_factory=dict)
+    restored: int = 0
+    pruned: int = 0
+    entered: dict[Cut, list[Any]] = field(default_factory=dict)
+    count: int = 0
+    chosen: Tensor | None = None
+    tokens: Subset | None = None
+    tells_apart: bool = False
+    positions: Sequence[Tensor] = ()
+    rotary: dict[tuple[Subset | None, Rows], tuple[Tensor, ...]] = field(default_factory=dict)
+    remembers: bool = False
+    turns: dict[str, int] = field(default_factory=dict)
+    knows_text: bool = False
+    refresh: Mapping[str, int] = field(default_factory=dict)
+    runs: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
+    refreshed: dict[str, Subset] = field(default_factory=dict)
+    caught: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An attention that is looked at.
+
+    Args:
+        name: its path.
+        module: it.
+        wanted: whether a call looks at it.
+        tell: what is done with its input ``(B, N, C)`` and what it multiplied, when it has run.
+    """
+
+    name: str
+    module: nn.Module
+    wanted: Callable[[Call], bool]
+    tell: Callable[[Call, Tensor, Attention], None]

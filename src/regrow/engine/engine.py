@@ -1,0 +1,374 @@
+"""A method at work on a denoiser: what every call does is decided here, once, before it begins."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
+from regrow.engine.call import Call, CallRecord, Generation, Observation, Observer, Watched
+from regrow.engine.inputs import countable, has_residuals, is_guided, without_data
+from regrow.engine.lean import Lean, streams
+from regrow.engine.pruning import Pruning, runs
+from regrow.engine.refreshing import Refreshing
+from regrow.methods.parts import CallInfo, Parts, TokenRefresh
+from regrow.models.table import Cut, Layout, Rotary, Rows
+from regrow.reuse.depth import Slot
+from regrow.schedule import FULL, LAYERS, Step
+from regrow.tokens.grid import Grid
+from regrow.tokens.select import Subset, behind
+
+
+class Engine:
+    """Decides at the root of the denoiser what the hooks in its leaves do.
+
+    Args:
+        denoiser: the module.
+        layout: its table.
+        parts: the method.
+        clock: where calls stand; None until a generation is opened by hand.
+
+    Raises:
+        UnsupportedModelError: if the method needs what the model has not, saying what.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        layout: Layout,
+        parts: Parts,
+        clock: Clock | None,
+    ) -> None:
+        self.denoiser, self.layout, self.parts = denoiser, layout, parts
+        self.clock = clock
+        self.kinds = parts.plan.kinds()
+        self.cuts = self._used_cuts()
+        self._warned: set[str] = set()
+        self.pruning, self.lean, self.refreshing = self._pruning(), self._lean(), self._refreshing()
+        self.rotary = self._rotary()
+        self.call: Call | None = None
+        self.generation: Generation | None = None
+        self.observers: list[Observer] = []
+        self._busy: int | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some call of the plan has a ratio above 0."""
+        return any(step.ratio for step in self.kinds)
+
+    def _pruning(self) -> Pruning | None:
+        parts = self.parts
+        if parts.tokens is None:
+            return None
+        cuts, asked = self.cuts.values(), self.leaves_out
+        return Pruning(parts.tokens, self.denoiser, self.layout, cuts, asked, parts.instead, self.warn_once)
+
+    def _lean(self) -> Lean | None:
+        parts = self.parts
+        if parts.token_set is None:
+            return None
+        asked = self.leaves_out
+        return Lean(parts.token_set, self.denoiser, self.layout, asked, parts.instead, self.warn_once)
+
+    def _refreshing(self) -> Refreshing | None:
+        rule = self.parts.refresh
+        if rule is None or not any(step.depth == LAYERS for step in self.kinds):
+            return None
+        return Refreshing(rule, self.denoiser, self.layout, self.warn_once)
+
+    @property
+    def refresh(self) -> TokenRefresh | None:
+        """How tokens are selected for layers that hand on their last output, if the plan has such calls."""
+        return None if self.refreshing is None else self.refreshing.rule
+
+    def _rotary(self) -> Rotary | None:
+        """The attentions in which queries and keys are turned where they are made, if that is needed."""
+        attends = self.refreshing is not None and self.refreshing.attending
+        needed = self.lean is not None or attends or self.watched
+        return self.layout.stream.rotary if needed and self.layout.stream is not None else None
+
+    @property
+    def watched(self) -> tuple[Watched, ...]:
+        """The attentions that are looked at."""
+        deciders = (self.refreshing, self.lean, self.pruning)
+        return tuple(w for decider in deciders if decider is not None for w in decider.watched)
+
+    def positions(self, attention: str, rows: Rows) -> tuple[Tensor, ...]:
+        """Cosines and sines of the tokens whose queries and keys an attention makes in the present call.
+
+        Returns:
+            Each ``(n, D)``; ``(B * n, D)`` where it makes those of some of the image's tokens only.
+        """
+        call = self.call
+        assert call is not None
+        assert call.slot.grid is not None
+        tokens = call.tokens
+        if self.refreshing is not None:
+            layer = self.refreshing.attending.get(attention)
+            if layer is not None and layer.name in call.refresh:
+                tokens = self.refreshing.tokens(call, layer)
+        if (tokens, rows) not in call.rotary:
+            text = len(call.positions[0]) - call.slot.grid.tokens
+            call.rotary[tokens, rows] = tuple(_rows_of(t, rows, text, tokens) for t in call.positions)
+        return call.rotary[tokens, rows]
+
+    def _used_cuts(self) -> dict[int, Cut]:
+        """The cuts of the depths that the plan uses on this model."""
+        depths = sorted({step.depth for step in self.kinds})
+        return {d: cut for d in depths if (cut := self.layout.cut(d)) is not None}
+
+    def prunes(self, step: Step) -> bool:
+        """Whether layers leave tokens out in a call of the plan."""
+        if self.pruning is None:
+            return False
+        return step.ratio > 0 and bool(self.pruning.in_call(self.cuts.get(step.depth)))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a denoiser can't be copied while a method is applied to it; call run.remove() first"
+        )
+
+    def warn_once(self, about: str, message: str) -> None:
+        """Warn, the first time for this run."""
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(message, stacklevel=2)
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Decide what the call that begins now does."""
+        me = threading.get_ident()
+        with self._lock:
+            if self._busy not in (None, me) and _is_inside(self._busy, self.denoiser):
+                raise ConcurrentGenerationError(
+                    "the denoiser is in use by another thread; an accelerated denoiser serves one "
+                    "generation at a time. Give each thread a pipeline with a denoiser of its own."
+                )
+            self._busy = me
+        self.call = None
+        if torch.is_grad_enabled():
+            self.warn_once("grad", "regrow steps aside while gradients are recorded; use torch.no_grad()")
+            return
+        sample = args[0] if args else kwargs.get(self.layout.sample)
+        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+        if sample is None or timestep is None:
+            return  # The denoiser says itself what it misses.
+        if self.clock is None:
+            self.warn_once(
+                "clock",
+                "the denoiser is used without a pipeline and outside run.generation(num_steps); its "
+                "calls are computed in full",
+            )
+            return
+        position = self.clock.read(timestep)
+        if position is not None:
+            self._decide(position, sample, args, kwargs)
+
+    def _decide(
+        self, position: Position, sample: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        if position.first or self.generation is None:
+            chooser = self.parts.tokens or self.parts.token_set
+            seed = 0 if chooser is None else chooser.seed
+            plan = self.parts.plan.resample(position.total)
+            if plan.found is not None and plan.found.calls != position.total:
+                self.warn_once(
+                    "origin calls",
+                    f"the schedule was found for {plan.found.calls} calls; this generation has "
+                    f"{position.total}, to which it is resampled",
+                )
+            self.generation = Generation(list(plan.steps()), _generator(sample.device, seed))
+            if self.lean is not None:
+                self.lean.warn_of_whole_calls(self.generation.steps[position.index :], self.cuts)
+        generation = self.generation
+        slot = self._slot(generation, position.branch, sample, args, kwargs)
+        slot.calls += 1
+        planned = generation.steps[position.index]
+        cut = self.cuts.get(planned.depth)
+        begins = self.lean is not None and self.lean.begins(slot)
+        if cut is not None and (begins or not any(cut.key(n) in slot.features for n in cut.restore)):
+            cut = None
+        depth = FULL if cut is None else planned.depth
+        info = CallInfo(
+            sample.shape[0],
+            slot.guided,
+            tuple(slot.outputs),
+            generation.generator,
+            self.layout.conditional_first,
+        )
+        counts: dict[str, tuple[Grid, int]] = {}
+        prepared: Mapping[Grid, Tensor] = {}
+        if self.pruning is not None:
+            counts = self.pruning.counts(sample, planned.ratio, cut)
+            prepared = {} if sample.is_meta else self.pruning.prepared(counts, info)
+        self.call = Call(
+            slot=slot,
+            cut=cut,
+            store=tuple(c for c in self.cuts.values() if cut is None or (c.final and not cut.final)),
+            dense=has_residuals(kwargs) or _freeu(self.denoiser),
+            info=info,
+            counts=counts,
+            prepared=prepared,
+        )
+        self.call.knows_text = bool(self.layout.text) and slot.knows(kwargs.get("encoder_hidden_states"))
+        if not self.call.knows_text:
+            # A module that this call skips must not hand on another text's output later.
+            for name in self.layout.text:
+                slot.features.pop(name, None)
+        self.call.tells_apart = self._tells_apart(slot)
+        if self.lean is not None and self.call.tells_apart and streams(cut):
+            self.call.remembers = True
+            self.lean.leave_out(self.call, planned.ratio, kwargs)
+        ratio = planned.ratio if counts or self.call.count else 0.0
+        if self.refreshing is not None and cut is None:
+            slot.observed = self.refreshing.rule.begin()
+        if self.refreshing is not None and cut is self.layout.layers:
+            if self.call.tells_apart:
+                self.refreshing.decide(self.call, planned.ratio, kwargs)
+            ratio = planned.ratio if self.call.refresh else 1.0
+        generation.records.append(
+            CallRecord(position, depth, ratio, planned, slot.inputs, self.call.knows_text)
+        )
+
+    def _slot(
+        self,
+        generation: Generation,
+        branch: int,
+        sample: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Slot:
+        """The memory of a branch; a new one if the batch is another."""
+        text = kwargs.get("encoder_hidden_states")
+        key = (sample.shape, sample.dtype, sample.device, None if text is None else text.shape)
+        slot = generation.slots.get(branch)
+        if slot is None or slot.key != key:
+            chooser = self.parts.tokens or self.parts.token_set or self.refresh
+            wanted = chooser is not None and chooser.aligns
+            inputs = (without_data(args), without_data(countable(kwargs)))
+            slot = Slot(key, inputs, wanted and is_guided(sample))
+            if self.layout.stream is not None:
+                slot.grid = self.layout.stream.grid(sample, kwargs)
+            generation.slots[branch] = slot
+        return slot
+
+    def _tells_apart(self, slot: Slot) -> bool:
+        """Whether some of the image's tokens can be computed, and attentions be looked at."""
+        if self.layout.stream is None or (self.lean is None and self.refreshing is None):
+            return False
+        instead = "layers hand on their last output whole" if self.refreshing else "all tokens are computed"
+        if slot.grid is None:
+            self.warn_once("grid", f"{instead}, because the tokens are not those of one picture (Kontext)")
+        elif self.rotary is not None and self.rotary.others():
+            self.warn_once(
+                "processor",
+                f"{instead}, because attention processors were replaced after regrow.apply (IP-Adapter), "
+                "so that queries can't be turned before the attention",
+            )
+        else:
+            return True
+        # What was kept gets old.
+        slot.outputs.clear()
+        return False
+
+    def end(self, output: Any) -> None:
+        """The call is over; ``output`` is None if it raised."""
+        if self._busy != threading.get_ident():
+            return
+        call, self.call, self._busy = self.call, None, None
+        if call is None or output is None or self.generation is None:
+            return
+        if call.cut is not None and not call.restored:
+            self.warn_once(
+                "hooks",
+                "a cached call was computed in full, because something replaced the forward methods of "
+                "the denoiser's blocks after regrow.apply; apply regrow last",
+            )
+        if call.counts and not call.pruned:
+            self.warn_once(
+                "prune",
+                f"none of the {len(call.counts)} layers that should prune tokens did, because something "
+                "replaced their forward methods after regrow.apply; apply regrow last",
+            )
+        if call.refresh and not call.pruned:
+            self.warn_once(
+                "refresh",
+                f"none of the {len(call.refresh)} layers that should compute some of their tokens did, "
+                "because something replaced their forward methods after regrow.apply; apply regrow last",
+            )
+        if (call.count and call.tokens is None) or (call.counts and not call.pruned):
+            # Nothing was left out: an attention to choose by did not run (skip-layer guidance), for one.
+            self.generation.records[-1] = replace(self.generation.records[-1], ratio=0.0)
+        if self.lean is not None:
+            self.lean.end(call)
+        reads = self.pruning is not None and self.pruning.rule.reads_outputs
+        if reads and (call.cut is None or not call.cut.final):
+            call.slot.remember(output[0])
+        self._tell(call, self.generation.records[-1])
+
+    def _tell(self, call: Call, record: CallRecord) -> None:
+        """Tell the observers what a call computed."""
+        if not self.observers:
+            return
+        ran = (b.name for b in self.layout.blocks if runs(b, call.cut))
+        blocks = {name: call.selections.get(name) for name in ran}
+        refreshed = {name: chosen.tokens for name, chosen in call.refreshed.items()}
+        tokens = None if call.tokens is None else call.tokens.tokens
+        leading = 0 if self.lean is None else len(self.lean.leading)
+        for observer in self.observers:
+            observer(Observation(record, blocks, tokens, refreshed, call.slot.grid, leading))
+
+    def release(self) -> None:
+        """Drop what is cached; the records of the last generation stay for the report."""
+        self.call = None
+        if self.generation is not None:
+            self.generation.slots.clear()
+
+    @contextmanager
+    def manual(self, num_steps: int) -> Iterator[ManualClock]:
+        """A generation stepped by hand."""
+        clock, before = ManualClock(num_steps, self.release), self.clock
+        self.clock = clock
+        try:
+            yield clock
+        finally:
+            self.release()
+            self.clock = before
+
+
+def _rows_of(table: Tensor, rows: Rows, text: int, tokens: Subset | None) -> Tensor:
+    """The rows of a table ``(T + N, D)`` of T text tokens and then the image's, or some of those."""
+    if rows is Rows.TEXT:
+        return table[:text]
+    if tokens is None:
+        return table if rows is Rows.JOINT else table[text:]
+    index = behind(tokens.tokens, text)
+    return table[(index if rows is Rows.JOINT else index[:, text:]).flatten()]
+
+
+def _is_inside(thread: int | None, module: nn.Module) -> bool:
+    """Whether a thread is in a call of a module. One that was interrupted there told nobody."""
+    frame = sys._current_frames().get(thread or 0)
+    while frame is not None:
+        if frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    where = "cpu" if device.type == "meta" else device
+    return torch.Generator(where).manual_seed(seed)
+
+
+def _freeu(denoiser: nn.Module) -> bool:
+    """Whether FreeU is on: it transforms what up blocks are given."""
+    return any(getattr(b, "b1", None) is not None for b in getattr(denoiser, "up_blocks", ()))

@@ -1,0 +1,45 @@
+"""What a call of the denoiser is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def without_data(value: Any) -> Any:
+    """The same structure with tensors on the meta device, as a model without weights takes them."""
+    if isinstance(value, Tensor):
+        # Models without weights are float32.
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        return torch.empty_like(value, device="meta", dtype=dtype)
+    if isinstance(value, Mapping):
+        return {k: without_data(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_data(v) for v in value)
+    return value
+
+
+def countable(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with which a model without adapters can be run; an IP-Adapter's part is not counted."""
+    out = dict(kwargs)
+    if out.get("joint_attention_kwargs"):
+        kept = out["joint_attention_kwargs"].items()
+        out["joint_attention_kwargs"] = {k: v for k, v in kept if not k.startswith("ip_")}
+    return out
+
+
+def is_guided(sample: Tensor) -> bool:
+    """Whether a batch is two halves for guidance: the same input twice. Looked at once a generation."""
+    if sample.shape[0] % 2 or sample.is_meta:
+        return False
+    first, second = sample.chunk(2)
+    return bool(torch.equal(first, second))
+
+
+def has_residuals(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a ControlNet or an adapter adds to what a U-Net's blocks hand on."""
+    added = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
+    return added or kwargs.get("mid_block_additional_residual") is not None
