@@ -113,7 +113,8 @@ def bars(check: dict[str, Any]) -> str:
     lines += [
         "",
         f"{one['pictures']} and {two['pictures']} captions, {check['steps']} DDIM steps, guidance "
-        f"{check['guidance']:g}, {check['precision']}. Linear classifiers on EfficientNet-Lite0 features, "
+        f"{check['guidance']:g}, {check['precision']}. Linear classifiers on EfficientNet-Lite0 features "
+        "(objects on pooled ones, backgrounds on the spatial ones of sFD), "
         f"fitted to {right['scenes_to_fit']:,} composed scenes, half of them as the autoencoder shows "
         'them; "true scenes" is what they find in composed scenes they have not seen, "decoded ones" the '
         "same in those that went through the autoencoder. Distance: mean feature distance of two seeds, "
@@ -200,7 +201,7 @@ An ordinary `StableDiffusionPipeline` folder: {sizes} parameters. Latents are 32
 from regrow import zoo
 
 pipe = zoo.load("emoji")
-pipe("small penguin left and pizza on blue", num_inference_steps=50, guidance_scale=3.0).images[0]
+pipe("small penguin left and pizza on blue", num_inference_steps=50, guidance_scale=5.0).images[0]
 ```
 
 ![{CAPTIONS} captions, {SEEDS} seeds each](contact.jpg)
@@ -265,7 +266,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--check", type=Path, required=True, help="JSON of check_scenes.py")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 

@@ -14,6 +14,7 @@ scenes of it are. *Tells methods apart*: fewer steps, and reused outputs, agains
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,28 @@ def draw(
     return torch.cat(out)
 
 
-def features_of(pictures: Tensor, extractor: EfficientNetFeatures) -> Tensor:
-    """Unit-length features of pictures in [0, 1]."""
-    parts = [extractor(part) for part in pictures.split(64)]
-    return F.normalize(torch.cat(parts), dim=-1)
+@dataclass(frozen=True)
+class Seen:
+    """What EfficientNet-Lite0 makes of N pictures.
+
+    Args:
+        pooled: features ``(N, 1280)`` of unit length, in which objects show.
+        spatial: features ``(N, 1960)`` of 14 x 14 places, in which a background's colour shows.
+    """
+
+    pooled: Tensor
+    spatial: Tensor
+
+    @classmethod
+    def of(cls, pictures: Tensor, extractor: EfficientNetFeatures) -> Seen:
+        """What it makes of pictures in [0, 1]."""
+        parts = [extractor.measured(part)[:2] for part in pictures.split(64)]
+        return cls.joined([cls(F.normalize(pooled, dim=-1), spatial) for pooled, spatial in parts])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        """All pictures of some."""
+        return cls(torch.cat([p.pooled for p in parts]), torch.cat([p.spatial for p in parts]))
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -82,32 +101,53 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Probe:
-    """Linear classifiers of objects and plain backgrounds on features."""
+    """Linear classifiers of objects, on pooled features, and of plain backgrounds, on spatial ones.
+
+    Args:
+        objects: gives a score for each object.
+        colours: gives a score for each colour.
+        centre: mean of the spatial features, which are standardised first.
+        spread: their standard deviation.
+    """
 
     objects: nn.Linear
     colours: nn.Linear
+    centre: Tensor
+    spread: Tensor
 
     @classmethod
-    def fit(cls, features: Tensor, scenes: list[Scene], objects: int) -> Probe:
+    def fit(cls, seen: Seen, scenes: list[Scene], objects: int) -> Probe:
         """Fit by gradient descent on all scenes at once; colours on plain backgrounds only."""
         here = torch.stack([_present(s.caption, objects) for s in scenes])
         plain = torch.tensor([len(s.colours) == 1 for s in scenes])
-        shade = torch.tensor([COLOUR_NAMES.index(s.colours[0]) for s in scenes])
-        probe = cls(nn.Linear(features.shape[1], objects), nn.Linear(features.shape[1], len(COLOURS)))
-        parameters = [*probe.objects.parameters(), *probe.colours.parameters()]
-        optimizer = torch.optim.AdamW(parameters, 1e-2, weight_decay=1e-2)
+        shade = torch.tensor([COLOUR_NAMES.index(s.colours[0]) for s in scenes])[plain]
+        pooled, spatial = seen.pooled, seen.spatial[plain]
+        probe = cls(
+            nn.Linear(pooled.shape[1], objects),
+            nn.Linear(spatial.shape[1], len(COLOURS)),
+            spatial.mean(0),
+            spatial.std(0) + 1e-6,
+        )
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": probe.objects.parameters(), "lr": 1e-2},
+                {"params": probe.colours.parameters(), "lr": 1e-3},
+            ],
+            weight_decay=1e-2,
+        )
+        standard = (spatial - probe.centre) / probe.spread
         for _ in track(range(400), "fitting the classifiers"):
-            found = F.binary_cross_entropy_with_logits(probe.objects(features), here, reduction="sum")
-            colour = F.cross_entropy(probe.colours(features[plain]), shade[plain], reduction="sum")
+            found = F.binary_cross_entropy_with_logits(probe.objects(pooled), here, reduction="sum")
             optimizer.zero_grad()
-            ((found + colour) / len(scenes)).backward()
+            (found / len(scenes) + F.cross_entropy(probe.colours(standard), shade)).backward()
             optimizer.step()
         return probe
 
     @torch.no_grad()
-    def right(self, features: Tensor, captions: list[Caption]) -> dict[str, float]:
+    def right(self, seen: Seen, captions: list[Caption]) -> dict[str, float]:
         """Shares: all named objects are the likeliest ones; the named plain colour is the likeliest."""
-        score, colour = self.objects(features), self.colours(features).argmax(1).tolist()
+        score = self.objects(seen.pooled)
+        colour = self.colours((seen.spatial - self.centre) / self.spread).argmax(1).tolist()
         found = [
             set(score[i].topk(len(c.phrases)).indices.tolist()) == {p.index for p in c.phrases}
             for i, c in enumerate(captions)
@@ -148,7 +188,7 @@ class Bench:
         """The scenes of consecutive seeds."""
         return [scene(first + i, len(self.names), objects) for i in range(count)]
 
-    def composed(self, scenes: list[Scene], title: str, *, decoded: bool = False) -> Tensor:
+    def composed(self, scenes: list[Scene], title: str, *, decoded: bool = False) -> Seen:
         """Features of true scenes.
 
         Args:
@@ -160,8 +200,8 @@ class Bench:
         out = []
         for part in track(parts, title):
             pictures = compose(part, self.sprites)
-            out.append(features_of(self.decoded(pictures) if decoded else pictures, self.extractor))
-        return torch.cat(out)
+            out.append(Seen.of(self.decoded(pictures) if decoded else pictures, self.extractor))
+        return Seen.joined(out)
 
     @torch.no_grad()
     def decoded(self, pictures: Tensor) -> Tensor:
@@ -184,16 +224,16 @@ def right_picture(bench: Bench) -> dict[str, Any]:
     fit = [*bench.scenes(FIT, half, 1), *bench.scenes(FIT + half, half, 2)]
     plain, seen = fit[::2], fit[1::2]
     features = [bench.composed(plain, "composed scenes"), bench.composed(seen, "decoded", decoded=True)]
-    probe = Probe.fit(torch.cat(features), [*plain, *seen], objects)
+    probe = Probe.fit(Seen.joined(features), [*plain, *seen], objects)
     out: dict[str, Any] = {"scenes_to_fit": len(fit)}
     for name, count, number in (("one object", 1, args.singles), ("two objects", 2, args.pairs)):
         true = bench.scenes(HELD_OUT, 500, count)
         for kind, decoded in (("composed", False), ("decoded", True)):
-            features = bench.composed(true, f"{kind}, {name}", decoded=decoded)
-            out[f"{kind}, {name}"] = probe.right(features, [s.caption for s in true])
+            shown = bench.composed(true, f"{kind}, {name}", decoded=decoded)
+            out[f"{kind}, {name}"] = probe.right(shown, [s.caption for s in true])
         captions = [s.caption for s in bench.scenes(DRAWN, number, count)]
         pictures = bench.drawn(captions, args.steps, args.seed, name)
-        found = probe.right(features_of(pictures, bench.extractor), captions)
+        found = probe.right(Seen.of(pictures, bench.extractor), captions)
         out[f"generated, {name}"] = found | {"border": border_right(pictures, captions)}
     return out
 
@@ -218,11 +258,11 @@ def variety(bench: Bench) -> dict[str, Any]:
     args = bench.args
     captions = [s.caption for s in bench.scenes(DRAWN + 10**6, args.variety, None)]
     drawn = [
-        features_of(bench.drawn(captions, args.steps, seed, f"seed {seed}"), bench.extractor)
+        Seen.of(bench.drawn(captions, args.steps, seed, f"seed {seed}"), bench.extractor).pooled
         for seed in (args.seed + 10**4, args.seed + 2 * 10**4)
     ]
     true = [
-        bench.composed([another(seed + i, c) for i, c in enumerate(captions)], "composed anew")
+        bench.composed([another(seed + i, c) for i, c in enumerate(captions)], "composed anew").pooled
         for seed in (FIT, HELD_OUT)
     ]
     generated = feature_distance(*drawn).mean().item()
@@ -289,7 +329,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trajectory", type=int, default=32)
     parser.add_argument("--only", nargs="+", choices=("right", "variety", "trajectory"))
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--bf16", action="store_true", help="autocast: faster, nearly the same")
     parser.add_argument("--seed", type=int, default=0)

@@ -109,7 +109,7 @@ def generate(
 ) -> None:
     """Make pictures with any Stable Diffusion or SDXL model, accelerated by a method.
 
-    Example: [b]regrow generate --prompt "red apple" --method dato --preset b1 --compare[/b]
+    Example: [b]regrow generate --prompt "large owl on blue" --method dato --preset b1 --compare[/b]
     """
     from regrow.cli.generate import Request, run_generate
     from regrow.cli.options import method_config, method_label
@@ -399,7 +399,7 @@ def trace(
 ) -> None:
     """Look inside generations: deviation at each step, change of features, how often tokens are computed.
 
-    Example: [b]regrow trace --methods steps:50,sito:d,dato:b1 --prompt "red apple" --out trace[/b]
+    Example: [b]regrow trace --methods steps:50,sito:d,dato:b1 --prompt "large owl on blue" --out trace[/b]
     """
     from regrow.cli.trace import Request, run_trace
 

@@ -162,7 +162,7 @@ def _example(result: Result) -> Mapping[str, Any] | None:
 
 
 def _prompt(prompts: Sequence[str]) -> str:
-    return prompts[0] if prompts else "red apple"
+    return prompts[0] if prompts else "large owl on blue"
 
 
 def _command(result: Result, plan: Mapping[str, Any], prompts: Sequence[str]) -> str:
