@@ -190,6 +190,6 @@ def _check_attentions(engine: Engine, denoiser: nn.Module) -> None:
     others = [] if stream is None or stream.rotary is None else stream.rotary.others()
     if others:
         raise ValueError(
-            f"target: {len(others)} attentions have processors of their own (IP-Adapter), so a call can't "
-            "compute some of the tokens only; call unload_ip_adapter() first"
+            f"target: {len(others)} attentions have processors of their own (IP-Adapter), so they can't "
+            "compute some of their tokens or be looked at; call unload_ip_adapter() first"
         )

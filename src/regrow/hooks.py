@@ -49,7 +49,7 @@ class SkipHook(ModelHook):
             if name == cut.entry:
                 call.entered[cut] = _taken(args, kwargs)
         turn = call.turns[name] = call.turns.get(name, -1) + 1
-        if name in call.runs:
+        if name in call.parts:
             # Its own hook, which is inside, sees to it that some of the tokens are computed.
             call.restored += 1
             return original(self)(*args, **kwargs)
@@ -365,7 +365,10 @@ class LayerMemoryHook(ModelHook):
             return output
         features = call.slot.features
         if call.cut is None:
-            features[self.key] = output
+            # Of a part of the batch (perturbed-attention guidance) it is of no use.
+            features.pop(self.key, None)
+            if len(output) == call.info.batch:
+                features[self.key] = output
         elif self.layer.name in call.refresh:
             old = features[self.key]
             put_rows(old, self.refreshing.tokens(call, self.layer).rows(old.shape[1]), output)

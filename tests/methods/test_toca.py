@@ -13,7 +13,7 @@ import transformer_pipelines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_pipelines import FORMS, generate
 
@@ -716,3 +716,54 @@ def test_configurations_go_to_json_and_back() -> None:
     config = ToCa(interval=4, ratio=0.5, queries=None)
     assert ToCa.model_validate_json(config.model_dump_json()) == config
     assert hash(ToCa()) == hash(ToCa.preset("paper"))
+
+
+class Added(nn.Module):
+    """As peft puts a LoRA around a layer."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        return out + 0.1 * x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("config", [FORA(interval=2), ToCa(interval=2, ratio=0.5)], ids=["fora", "toca"])
+@pytest.mark.parametrize("part", ["proj_mlp", "proj_out"])
+def test_nothing_is_reused_where_a_layer_was_replaced_after_apply(config: Any, part: str) -> None:
+    pipe = transformer_pipelines.flux()
+    block = pipe.transformer.single_transformer_blocks[0]
+    base = getattr(block, part)
+    setattr(block, part, Added(base))
+    plain = generate(pipe)
+    setattr(block, part, base)
+    with regrow.apply(pipe, config) as run:
+        reused = generate(pipe)
+        setattr(block, part, Added(base))
+        with pytest.warns(UserWarning, match=f"0.{part} for one, so nothing is reused"):
+            assert torch.equal(generate(pipe), plain)
+        assert {call.depth for call in run.report().calls} == {"full"}
+        setattr(block, part, base)
+        assert torch.equal(generate(pipe), reused)
+
+
+def test_self_attentions_of_a_part_of_the_batch_hand_on_their_last_output() -> None:
+    """Perturbed-attention guidance projects no keys for the perturbed part."""
+    from diffusers import StableDiffusion3PAGPipeline
+
+    parts = transformer_pipelines.sd3().components
+    parts = {
+        name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")
+    }
+    pipe = StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"])
+    pipe.set_progress_bar_config(disable=True)
+    config = ToCa(interval=2, ratio=0.5, self_attention=1.0, influence=0.0)
+    with (
+        regrow.apply(pipe, config) as run,
+        pytest.warns(UserWarning, match="a part of the batch only"),
+    ):
+        made = generate(pipe, max_sequence_length=16, pag_scale=3.0)
+    assert torch.isfinite(made).all()
+    assert {call.depth for call in run.report().calls} == {"full", "layers"}

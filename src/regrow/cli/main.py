@@ -52,6 +52,7 @@ Ratio = Annotated[Optional[float], typer.Option(help="One pruning ratio for all 
 Interval = Annotated[Optional[int], typer.Option(help="A full call every N, depth 1 between.")]
 Searched = Annotated[str, typer.Option(help="See [b]regrow methods[/b]; or two, as deepcache+tome.")]
 Steps = Annotated[int, typer.Option(help="Sampler steps.", min=1)]
+MethodSteps = Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)]
 StepRange = Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")]
 Guidance = Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")]
@@ -244,7 +245,7 @@ def bench(
     ] = None,
     images: Batch = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
-    steps: Steps = 50,
+    steps: MethodSteps = 50,
     prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt; the model's own if none.")] = None,
     guidance: Guidance = None,
     height: Height = None,
@@ -322,7 +323,7 @@ def evaluate(
     export: Annotated[
         Optional[Path], typer.Option(help="Write the pictures here as PNG, for other tools.")
     ] = None,
-    steps: Steps = 50,
+    steps: MethodSteps = 50,
     seed: Seed = 0,
     guidance: Guidance = None,
     height: Height = None,
@@ -385,7 +386,7 @@ def trace(
         Optional[list[str]],
         typer.Option(help="Module whose output's change is shown, instead of the pruned blocks' inputs."),
     ] = None,
-    steps: Steps = 50,
+    steps: MethodSteps = 50,
     seed: Seed = 0,
     guidance: Guidance = None,
     height: Height = None,

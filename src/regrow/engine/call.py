@@ -71,9 +71,18 @@ Observer = Callable[[Observation], None]
 
 @dataclass
 class Generation:
-    """The state of one generation. It is dropped when the next one begins."""
+    """The state of one generation. It is dropped when the next one begins.
+
+    Args:
+        steps: what each call does, by the plan.
+        cuts: what is skipped at each depth; none if modules that they name were replaced.
+        generator: of the choice of tokens.
+        slots: the memory of each branch of guidance.
+        records: what the calls did.
+    """
 
     steps: list[Step]
+    cuts: Mapping[int, Cut]
     generator: torch.Generator
     slots: dict[int, Slot] = field(default_factory=dict)
     records: list[CallRecord] = field(default_factory=list)
@@ -103,17 +112,18 @@ class Call:
         tells_apart: whether the image's tokens, and their queries and keys, can be told apart: some of them
             can be computed, and attentions be looked at.
         positions: cosines and sines ``(T + N, D)`` of all tokens, by which queries and keys are turned.
-        rotary: those of some tokens, as far as they were asked for.
+        turned: the tokens whose positions were asked for last; None for all.
+        rotary: their cosines and sines.
         remembers: whether keys, values and outputs of the tokens are kept.
         turns: how often modules that may be skipped were called before in this call.
         knows_text: whether the text is that of the last call.
         pruned: how many blocks pruned, or layers computed some tokens.
         refresh: by the name of a layer that hands on its last output, how many tokens it computes; those
             that compute none are left out.
-        runs: the modules that these layers are made of.
+        parts: the modules that these layers are made of.
         whole: layers of the text that are computed beside them.
         refreshed: which tokens they are, by the name of a layer, or of its block if they are its block's.
-        caught: by name, what the projections of an observed attention gave.
+        caught: by name, what the projections of an observed attention gave, or the norms behind them.
     """
 
     slot: Slot
@@ -132,12 +142,13 @@ class Call:
     tokens: Subset | None = None
     tells_apart: bool = False
     positions: Sequence[Tensor] = ()
-    rotary: dict[tuple[Subset | None, Rows], tuple[Tensor, ...]] = field(default_factory=dict)
+    turned: Subset | None = None
+    rotary: dict[Rows, tuple[Tensor, ...]] = field(default_factory=dict)
     remembers: bool = False
     turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
     refresh: Mapping[str, int] = field(default_factory=dict)
-    runs: frozenset[str] = frozenset()
+    parts: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
     refreshed: dict[str, Subset] = field(default_factory=dict)
     caught: dict[str, Tensor] = field(default_factory=dict)

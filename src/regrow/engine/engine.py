@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
 from regrow.engine.call import Call, CallRecord, Generation, Observation, Observer, Watched
-from regrow.engine.inputs import countable, has_residuals, is_guided, without_data
+from regrow.engine.inputs import adds_to_layers, countable, is_guided, without_data
 from regrow.engine.lean import Lean, streams
 from regrow.engine.pruning import Pruning, runs
 from regrow.engine.refreshing import Refreshing
@@ -38,6 +38,7 @@ class Engine:
 
     Raises:
         UnsupportedModelError: if the method needs what the model has not, saying what.
+        ValueError: if it chooses tokens behind a block, and the model has none there.
     """
 
     def __init__(
@@ -116,10 +117,12 @@ class Engine:
             layer = self.refreshing.attending.get(attention)
             if layer is not None and layer.name in call.refresh:
                 tokens = self.refreshing.tokens(call, layer)
-        if (tokens, rows) not in call.rotary:
+        if call.turned is not tokens:
+            call.turned, call.rotary = tokens, {}
+        if rows not in call.rotary:
             text = len(call.positions[0]) - call.slot.grid.tokens
-            call.rotary[tokens, rows] = tuple(_rows_of(t, rows, text, tokens) for t in call.positions)
-        return call.rotary[tokens, rows]
+            call.rotary[rows] = tuple(_rows_of(t, rows, text, tokens) for t in call.positions)
+        return call.rotary[rows]
 
     def _used_cuts(self) -> dict[int, Cut]:
         """The cuts of the depths that the plan uses on this model."""
@@ -185,14 +188,15 @@ class Engine:
                     f"the schedule was found for {plan.found.calls} calls; this generation has "
                     f"{position.total}, to which it is resampled",
                 )
-            self.generation = Generation(list(plan.steps()), _generator(sample.device, seed))
+            cuts = {} if self._is_replaced() else self.cuts
+            self.generation = Generation(list(plan.steps()), cuts, _generator(sample.device, seed))
             if self.lean is not None:
                 self.lean.warn_of_whole_calls(self.generation.steps[position.index :], self.cuts)
         generation = self.generation
         slot = self._slot(generation, position.branch, sample, args, kwargs)
         slot.calls += 1
         planned = generation.steps[position.index]
-        cut = self.cuts.get(planned.depth)
+        cut = generation.cuts.get(planned.depth)
         begins = self.lean is not None and self.lean.begins(slot)
         if cut is not None and (begins or not any(cut.key(n) in slot.features for n in cut.restore)):
             cut = None
@@ -212,8 +216,8 @@ class Engine:
         self.call = Call(
             slot=slot,
             cut=cut,
-            store=tuple(c for c in self.cuts.values() if cut is None or (c.final and not cut.final)),
-            dense=has_residuals(kwargs) or _freeu(self.denoiser),
+            store=tuple(c for c in generation.cuts.values() if cut is None or (c.final and not cut.final)),
+            dense=adds_to_layers(kwargs) or _freeu(self.denoiser),
             info=info,
             counts=counts,
             prepared=prepared,
@@ -237,6 +241,19 @@ class Engine:
         generation.records.append(
             CallRecord(position, depth, ratio, planned, slot.inputs, self.call.knows_text)
         )
+
+    def _is_replaced(self) -> bool:
+        """Whether modules that the plan skips are others than at first: hooks are on the old ones."""
+        names = frozenset[str]().union(*(cut.skip for cut in self.cuts.values()))
+        skippable = self.layout.skippable
+        replaced = [n for n in names if self.denoiser.get_submodule(n) is not skippable[n].module]
+        if replaced:
+            self.warn_once(
+                "replaced",
+                f"{len(replaced)} modules that cached calls skip were replaced after regrow.apply (LoRA), "
+                f"{min(replaced)} for one, so nothing is reused; apply regrow last",
+            )
+        return bool(replaced)
 
     def _slot(
         self,

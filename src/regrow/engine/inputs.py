@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Arguments by which a ControlNet adds to the tokens of all blocks of a transformer.
+RESIDUALS = (
+    "block_controlnet_hidden_states",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+)
+
 
 def without_data(value: Any) -> Any:
     """The same structure with tensors on the meta device, as a model without weights takes them."""
@@ -39,7 +46,12 @@ def is_guided(sample: Tensor) -> bool:
     return bool(torch.equal(first, second))
 
 
-def has_residuals(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a ControlNet or an adapter adds to what a U-Net's blocks hand on."""
+def adds_to_layers(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a ControlNet or an adapter adds to what the blocks of a U-Net hand on."""
     added = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
     return added or kwargs.get("mid_block_additional_residual") is not None
+
+
+def adds_to_tokens(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a ControlNet adds to the tokens of a transformer's blocks."""
+    return any(kwargs.get(name) is not None for name in RESIDUALS)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.engine.call import OUTPUT, Call, Watched
+from regrow.engine.inputs import adds_to_tokens
 from regrow.layers import LayerKind
 from regrow.methods.parts import Attention, TokenSet
 from regrow.models.errors import UnsupportedModelError
@@ -16,13 +17,6 @@ from regrow.models.table import Cut, Layout
 from regrow.reuse.depth import Slot
 from regrow.schedule import Step
 from regrow.tokens.select import Subset
-
-# Arguments by which a ControlNet adds to the tokens of all blocks.
-RESIDUALS = (
-    "block_controlnet_hidden_states",
-    "controlnet_block_samples",
-    "controlnet_single_block_samples",
-)
 
 
 class Lean:
@@ -113,7 +107,7 @@ class Lean:
             self._warn_once(
                 "whole",
                 f"no call of this generation leaves tokens out: of {len(steps)} calls the first {first} "
-                "are computed in full, and those behind them, if any, compute no tokens at all",
+                "are computed in full, and none of those behind them, if any, leaves out some",
             )
 
     def leave_out(self, call: Call, ratio: float, kwargs: Mapping[str, Any]) -> None:
@@ -121,7 +115,7 @@ class Lean:
         if ratio == 0:
             return
         slot = call.slot
-        if any(kwargs.get(name) is not None for name in RESIDUALS):
+        if adds_to_tokens(kwargs):
             self._warn_once("residuals", "a ControlNet adds to all tokens; its calls are computed in full")
             return
         if len(slot.outputs) < 2 or self.begins(slot):
@@ -160,6 +154,8 @@ class Lean:
         """Keep no keys, values and outputs of a call: they are of a part of its batch."""
         call.remembers = False
         call.slot.outputs.clear()
+        for name in (*self.memory, OUTPUT):
+            call.slot.features.pop(name, None)
         self._warn_once(
             "part",
             "all tokens are computed, because attention processors project a part of the batch only "

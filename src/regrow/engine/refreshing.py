@@ -76,7 +76,7 @@ class Refreshing:
         counts = {t.layer.name: self.rule.count(t.layer, grid.tokens, ratio) for t in able}
         call.refresh = {name: count for name, count in counts.items() if count > 0}
         refreshing = [t for t in able if t.layer.name in call.refresh]
-        call.runs = frozenset().union(*(t.parts for t in refreshing))
+        call.parts = frozenset().union(*(t.parts for t in refreshing))
         call.whole = frozenset().union(*(t.text for t in refreshing))
 
     def _is_able(self, place: TokenLayer, slot: Slot, kwargs: Mapping[str, Any]) -> bool:
@@ -105,7 +105,8 @@ class Refreshing:
                 "memory",
                 "self-attentions, and what is computed with them, hand on their last output whole, because "
                 "their projections were replaced or fused after regrow.apply (LoRA, fuse_qkv_projections), "
-                "so that keys can't be kept, or their tokens are masked; apply regrow last",
+                "so that keys can't be kept, or their processors project a part of the batch only "
+                "(perturbed-attention guidance), or their tokens are masked; apply regrow last",
             )
             return False
         return True
