@@ -18,6 +18,7 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -111,6 +112,12 @@ class PixArtSmall(PixArtAlphaPipeline):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, clean_caption=False, use_resolution_binning=False, **kwargs)
+
+
+def sd3_perturbed() -> StableDiffusion3PAGPipeline:
+    """With perturbed-attention guidance, which projects no keys for the perturbed part of the batch."""
+    parts = {n: p for n, p in sd3().components.items() if n not in ("image_encoder", "feature_extractor")}
+    return pipelines.quiet(StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"]))
 
 
 def pixart() -> PixArtAlphaPipeline:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     except SystemExit as exit_:
         return int(exit_.code or 0)
     return 0
+
+
+def test_the_package_runs_as_a_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["regrow", "methods", "--json"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("regrow", run_name="__main__")
+    assert "dato" in capsys.readouterr().out
 
 
 def test_profile_as_json_has_the_documented_keys(

@@ -327,15 +327,7 @@ def test_a_projection_replaced_after_apply_is_said_and_all_tokens_are_computed()
 
 
 def test_keys_of_a_part_of_the_batch_are_not_kept() -> None:
-    """Perturbed-attention guidance projects no keys for the perturbed part."""
-    from diffusers import StableDiffusion3PAGPipeline
-
-    parts = transformer_pipelines.sd3().components
-    parts = {
-        name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")
-    }
-    pipe = StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"])
-    pipe.set_progress_bar_config(disable=True)
+    pipe = transformer_pipelines.sd3_perturbed()
     plain = generate(pipe, max_sequence_length=16, pag_scale=3.0)
     with (
         regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run,

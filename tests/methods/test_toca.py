@@ -750,15 +750,7 @@ def test_nothing_is_reused_where_a_layer_was_replaced_after_apply(config: Any, p
 
 
 def test_self_attentions_of_a_part_of_the_batch_hand_on_their_last_output() -> None:
-    """Perturbed-attention guidance projects no keys for the perturbed part."""
-    from diffusers import StableDiffusion3PAGPipeline
-
-    parts = transformer_pipelines.sd3().components
-    parts = {
-        name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")
-    }
-    pipe = StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"])
-    pipe.set_progress_bar_config(disable=True)
+    pipe = transformer_pipelines.sd3_perturbed()
     config = ToCa(interval=2, ratio=0.5, self_attention=1.0, influence=0.0)
     with (
         regrow.apply(pipe, config) as run,
