@@ -85,7 +85,9 @@ class FromImage:
     """
 
     def __init__(self, pipeline: Any, prompts: tuple[str, ...]) -> None:
-        self._images = pipeline(list(prompts), num_inference_steps=20, guidance_scale=3.0).images
+        self._images = pipeline(
+            list(prompts), num_inference_steps=20, guidance_scale=zoo.GUIDANCE["emoji"]
+        ).images
         self._prompts = prompts
         self._pipeline = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
         self._pipeline.set_progress_bar_config(disable=True)
