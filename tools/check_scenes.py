@@ -329,7 +329,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trajectory", type=int, default=32)
     parser.add_argument("--only", nargs="+", choices=("right", "variety", "trajectory"))
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=zoo.GUIDANCE["emoji"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--bf16", action="store_true", help="autocast: faster, nearly the same")
     parser.add_argument("--seed", type=int, default=0)

@@ -58,7 +58,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_the_card_has_every_figure_beside_its_bar(log: Path) -> None:
-    text = card_scenes.card(CHECK, [log], NAMES, {"U-Net": 12_600_000})
+    text = card_scenes.card(CHECK, card_scenes.trained([log]), NAMES, {"U-Net": 12_600_000})
     for figure in (
         "85.1%",
         "61.2%",
@@ -98,7 +98,7 @@ def test_the_card_tells_of_every_round(log: Path, tmp_path: Path) -> None:
     (second / "denoiser.log.jsonl").write_text(
         json.dumps({"step": 70, "seconds": 600.0, "loss": 0.1}) + "\n"
     )
-    text = card_scenes.card(CHECK, [log, second], NAMES, {})
+    text = card_scenes.card(CHECK, card_scenes.trained([log, second]), NAMES, {})
     assert "- Round 1, 6 objects, noise levels not yet scaled: vae 2 minutes, 100 steps; decoder" in text
     assert "- Round 2, 9 objects: denoiser 10 minutes, 70 steps;" in text
     assert "--start work/first" in text
@@ -114,20 +114,25 @@ def test_the_card_tells_of_every_round(log: Path, tmp_path: Path) -> None:
         (("right_picture", "generated, one object", "objects"), 0.84, "one object"),
         (("right_picture", "generated, one object", "colour"), 0.94, "background"),
         (("right_picture", "generated, two objects", "objects"), 0.59, "two objects"),
+        (("right_picture", "generated, two objects", "colour"), 0.94, "background"),
         (("variety", "ratio"), 0.79, "variety"),
         (("trajectory", "steps", "10"), 32.1, "10 steps"),
     ],
 )
-def test_the_card_says_which_bar_is_missed(
-    log: Path, where: tuple[str, ...], value: float, named: str
-) -> None:
+def test_the_card_says_which_bar_is_missed(where: tuple[str, ...], value: float, named: str) -> None:
     check = copy.deepcopy(CHECK)
     *path, last = where
     inner = check
     for key in path:
         inner = inner[key]
     inner[last] = value
-    assert f"Missed: {named}." in card_scenes.card(check, [log], NAMES, {})
+    assert f"Missed: {named}." in card_scenes.card(check, "", NAMES, {})
+
+
+def test_without_logs_what_a_card_tells_of_training_stays(log: Path) -> None:
+    training = card_scenes.trained([log])
+    assert card_scenes.told(card_scenes.card(CHECK, training, NAMES, {})) == training
+    assert "learning rate 0.001" in training
 
 
 def test_the_sheet_shows_every_caption_with_all_seeds() -> None:

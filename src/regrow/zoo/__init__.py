@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 MODELS = ("emoji",)
-GUIDANCE = {"emoji": 5.0}
+GUIDANCE = {"emoji": 3.0}
 """Guidance scale that suits a bundled model."""
 
 
