@@ -51,7 +51,8 @@ def compared(found: Mapping[str, Any], chance: Mapping[str, Any] | None) -> list
     """
     names = found["objectives"]
     groups: dict[str, list[Point]] = {"the search's front": points(found["front"], names)}
-    for row, point in zip(found["beside"], points(found["beside"], names), strict=True):
+    beside = [row for row in found["beside"] if None not in row["values"].values()]
+    for row, point in zip(beside, points(beside, names), strict=True):
         groups.setdefault(group(row["name"]), []).append(point)
     if chance is not None:
         groups[f"chance, {chance['evaluated']} plans"] = points(chance["front"], names)

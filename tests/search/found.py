@@ -29,6 +29,7 @@ def result(generations: int = 4, population: int = 6, calls: int = 12, seed: int
                     "generation": generation,
                     "prompts": 0 if up else 4,
                     "given_up": up,
+                    "error": None,
                     "values": {"quality:deviation": None if up else far, "cost:macs": cost},
                     "curve": [far / 4] if up else [far / 4, far / 2, far / 1.5, far],
                 }

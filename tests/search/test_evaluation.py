@@ -102,6 +102,23 @@ def test_hopeless_plan_is_given_up_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert one(Job(CACHED, 0, 2)).curve == curve
 
 
+def test_what_a_plan_raises_is_its_outcome_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    one = evaluator(tmp_path)
+    whole = one(Job(CACHED, 0, 2))
+
+    def fail(module: Any, args: Any, output: Any) -> None:
+        if is_hooked(module):
+            raise torch.OutOfMemoryError("no memory for it")
+
+    hook = one.pipeline.unet.register_forward_hook(fail)
+    failed = one(Job(CACHED, 0, 2))
+    assert failed.error == "OutOfMemoryError: no memory for it"
+    assert failed.quality == {}
+    assert not is_hooked(one.pipeline.unet)
+    hook.remove()
+    assert one(Job(CACHED, 0, 2)).quality == whole.quality
+
+
 def test_figures_of_pictures(tmp_path: Path) -> None:
     one = evaluator(tmp_path, Quality.PSNR, Quality.FEATURES, Quality.DEVIATION, Cost.MACS)
     found = one(Job(CACHED, 0, 2)).quality

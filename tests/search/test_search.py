@@ -15,7 +15,7 @@ from regrow.schedule import FULL, Schedule
 from regrow.search.evaluation import Candidate, Job, Outcome
 from regrow.search.objectives import Cost, Quality
 from regrow.search.proposals import hypervolume
-from regrow.search.search import Algorithm, Budget, Economy, Known, check_economy
+from regrow.search.search import Algorithm, AllFailedError, Budget, Economy, Known, check_economy
 from regrow.workers import RayWorkers
 
 
@@ -204,6 +204,38 @@ def test_figures_that_are_no_numbers_are_given_up(tmp_path: Path) -> None:
     assert plans
     assert all(math.isfinite(p.value(Quality.DEVIATION)) for p in plans)
     assert any(k.given_up for k in found.known.values())
+
+
+def test_plans_that_fail_are_given_up_and_not_tried_again(tmp_path: Path) -> None:
+    class Failing(Stub):
+        def __call__(self, job: Job) -> Outcome:
+            out = super().__call__(job)
+            return Outcome(error="no memory") if int(job.candidate.key, 16) % 3 == 0 else out
+
+    whole = search(tmp_path, Failing())
+    expected = front_of(whole.run(Budget(generations=4)))
+    failed = [k for k in whole.known.values() if k.error is not None]
+    assert failed
+    assert all(k.given_up and k.error == "no memory" for k in failed)
+    assert not {k.candidate.key for k in failed} & {key for key, *_ in expected}
+    rest = Failing()
+    again = search(tmp_path, rest)
+    assert front_of(again.run(Budget(generations=4))) == expected
+    assert not rest.jobs
+    (beside,) = again.compare_with([failed[0].candidate])
+    assert beside.error == "no memory"
+
+
+def test_search_of_nothing_that_can_be_run_says_why(tmp_path: Path) -> None:
+    class Failing(Stub):
+        def __call__(self, job: Job) -> Outcome:
+            super().__call__(job)
+            return Outcome(error="ValueError: not for this model")
+
+    stub = Failing()
+    with pytest.raises(AllFailedError, match=r"all 8 plans failed; the last one: ValueError: not for this"):
+        search(tmp_path, stub).run(Budget(generations=4))
+    assert len(stub.jobs) == 8
 
 
 def test_space_of_one_plan_is_searched_once(tmp_path: Path) -> None:

@@ -426,6 +426,11 @@ def print_search(outcome: Outcome, request: Request) -> None:
         table.add_row(row["name"], *map(_shown, row["values"].values()), "", "", style="dim")
     console = Console()
     console.print(table)
+    for row in (*result["beside"], *result["plans"]):
+        if row["error"] is not None:
+            console.print(
+                f"{row.get('name', row.get('key'))} could not be run: {row['error']}", markup=False
+            )
     volume = result["hypervolume"]
     if result["beside"]:
         console.print(

@@ -84,16 +84,19 @@ class Outcome:
     """What an evaluation gave.
 
     Args:
-        quality: by `Quality`, a figure for each picture, or one for all together; empty if given up.
+        quality: by `Quality`, a figure for each picture, or one for all together; empty if given up or
+            failed.
         cost: by `Cost`, what was measured; MACs are not.
         curve: mean absolute error of the latents at the ends of the quarters that were reached.
         seconds: it took, the unaccelerated runs not counted.
+        error: why the plan could not be run.
     """
 
     quality: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     curve: tuple[float, ...] = ()
     seconds: float = 0.0
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class Evaluator:
         self._reward = _image_reward(device) if Quality.IMAGE_REWARD in objectives else None
 
     def __call__(self, job: Job) -> Outcome:
-        """Evaluate a plan on some of the prompts."""
+        """Evaluate a plan on some of the prompts. What a run by the plan raises is in the outcome."""
         chunks = [
             (start, min(start + self.setting.shard, job.stop))
             for start in range(job.start, job.stop, self.setting.shard)
@@ -183,7 +186,12 @@ class Evaluator:
         begin = time.perf_counter()
         runs = []
         for chunk, base in zip(chunks, bases, strict=True):
-            run = self._run(job.candidate, *chunk, base, limits)
+            try:
+                run = self._run(job.candidate, *chunk, base, limits)
+            except Exception as error:
+                # Such as too little memory: raised here, a search could never go on behind this plan.
+                said = f"{type(error).__name__}: {error}"
+                return Outcome(seconds=time.perf_counter() - begin, error=said)
             if run.final is None:
                 return Outcome(curve=run.curve, seconds=time.perf_counter() - begin)
             runs.append(run)
@@ -385,7 +393,7 @@ def _calls_each(scheduler: Any, steps: int) -> int:
 def outcome_from(record: Mapping[str, Any]) -> Outcome:
     """What `record_of` gave."""
     quality = {name: tuple(values) for name, values in record["quality"].items()}
-    return Outcome(quality, record["cost"], tuple(record["curve"]), record["seconds"])
+    return Outcome(quality, record["cost"], tuple(record["curve"]), record["seconds"], record["error"])
 
 
 def record_of(outcome: Outcome) -> dict[str, Any]:

@@ -99,7 +99,8 @@ def _settings(result: Result) -> dict[str, str]:
     """What was searched, in words."""
     least, most = result["steps"]
     steps = f"{most}" if least == most else f"{least} to {most}"
-    given_up = sum(plan["given_up"] for plan in result["plans"])
+    failed = [plan["error"] for plan in result["plans"] if plan["error"] is not None]
+    given_up = sum(plan["given_up"] for plan in result["plans"]) - len(failed)
     patience = result["economy"]["patience"]
     reference = ", ".join(f"{value:.3g}" for value in result["hypervolume"]["reference"])
     out = {
@@ -120,6 +121,8 @@ def _settings(result: Result) -> dict[str, str]:
     if given_up:
         than = f"{patience:g} times further off than one that costs no more"
         out["given up early"] = f"{_many(given_up, 'plan')}, {than}"
+    if failed:
+        out["could not be run"] = f"{_many(len(failed), 'plan')}, the last one: {failed[-1]}"
     if result["beside"]:
         out["hypervolume"] += f"; of what it is compared with, {result['hypervolume']['beside']:.3g}"
     return out | {"machine": _machine(result["machine"])}

@@ -175,7 +175,10 @@ def to_dict(
             }
             for plan in plans
         ],
-        "beside": [{"name": name, "values": figures(known, objectives)} for name, known in beside.items()],
+        "beside": [
+            {"name": name, "values": figures(known, objectives), "error": known.error}
+            for name, known in beside.items()
+        ],
         "hypervolume": {
             "reference": reference,
             "front": hypervolume(best, reference),
@@ -201,6 +204,7 @@ def to_dict(
                 "generation": known.generation,
                 "prompts": known.prompts,
                 "given_up": known.given_up,
+                "error": known.error,
                 "values": figures(known, objectives),
                 "curve": list(known.curve),
             }

@@ -39,6 +39,10 @@ class Algorithm(str, Enum):
     """By chance."""
 
 
+class AllFailedError(ValueError):
+    """No plan could be run."""
+
+
 class Economy(BaseModel):
     """How evaluations are saved.
 
@@ -73,7 +77,8 @@ class Known:
         quality: by name, a figure for each of these, or one for all together.
         cost: what was measured, by name.
         curve: deviation at the quarters, on the first prompts.
-        given_up: it was hopeless.
+        given_up: it was hopeless, or failed.
+        error: why it failed.
         generation: in which it was first proposed; None for those it is compared with.
     """
 
@@ -85,6 +90,7 @@ class Known:
     cost: dict[str, float] = field(default_factory=dict)
     curve: tuple[float, ...] = ()
     given_up: bool = False
+    error: str | None = None
 
     def value(self, kind: Objective) -> float:
         """The figure of an objective, the mean over pictures; not known, or given up: the worst."""
@@ -209,10 +215,13 @@ class Search:
         return found
 
     def run(self, budget: Budget) -> list[Known]:
-        """Search until the budget is spent.
+        """Search until the budget is spent. A plan that can't be run is given up.
 
         Returns:
             the front, dearest first.
+
+        Raises:
+            AllFailedError: if none of the first plans can be run.
         """
         self._budget = budget
         names = [
@@ -250,11 +259,18 @@ class Search:
                 known.append(self._of(candidate, generation))
             new = {k.candidate.key: k for k in known if not k.prompts and not k.given_up}
             self._measure([*new.values()])
+            self._check_some_work()
             while rows := self._promising():
                 self._measure(rows)
             worst = self._worst()
             proposals.tell([self._told(k, worst) for k in known])
             self._end(generation, time.monotonic() - self._begin)
+
+    def _check_some_work(self) -> None:
+        """Refuse to go on if there is no plan that could be run."""
+        errors = [k.error for k in self.known.values()]
+        if None not in errors:
+            raise AllFailedError(f"all {len(errors)} plans failed; the last one: {errors[-1]}")
 
     def _proposals(self, stage: _Stage) -> Proposals:
         seed = self.seed + len(self.history)
@@ -283,7 +299,8 @@ class Search:
         for i, job in enumerate(jobs):
             record = self._logged.get((job.candidate.key, job.start, job.stop))
             # What was given up is measured now if it must not be.
-            if record is None or (not record["quality"] and job.limits is None):
+            hopeless = record is not None and not record["quality"] and record["error"] is None
+            if record is None or (hopeless and job.limits is None):
                 missing.append(i)
             else:
                 outcomes[i] = outcome_from(record)
@@ -322,7 +339,7 @@ class Search:
     def _told(self, known: Known, worst: Sequence[float]) -> tuple[float, ...]:
         """What the proposals are told: of a plan that was given up, worse than the worst."""
         values = known.values(self.objectives)
-        far = known.curve[-1] if known.given_up and isfinite(known.curve[-1]) else 1.0
+        far = known.curve[-1] if known.curve and isfinite(known.curve[-1]) else 1.0
         return tuple(
             v if v < inf else bound + abs(bound) * far for v, bound in zip(values, worst, strict=True)
         )
@@ -426,6 +443,7 @@ def _add(known: Known, job: Job, outcome: Outcome) -> None:
     figures = [value for values in outcome.quality.values() for value in values]
     if not figures or not all(isfinite(value) for value in figures):
         known.given_up, known.curve, known.prompts = True, outcome.curve, 0
+        known.error = outcome.error
         known.quality.clear()
         return
     if not job.start:
