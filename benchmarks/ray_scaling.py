@@ -1,9 +1,9 @@
 """How evaluations scale with the workers of a simulated Ray cluster of many nodes.
 
 An evaluation is a sleep, so that the cores of this machine don't count: what is measured is how long
-workers wait for jobs, and their results for the caller. The ideal time is ``seconds * evaluations /
-workers``; efficiency is its share of the measured time. Every node is a process of Ray's own on this
-machine with logical CPUs. The workers are all up before the clock starts.
+workers wait for jobs, and their results for the caller. Each worker is there for so many evaluations; the
+ideal time is what these take, and efficiency is its share of the measured time. Every node is a process of
+Ray's own on this machine with logical CPUs. The workers are all up before the clock starts.
 
     python benchmarks/ray_scaling.py --json benchmarks/results/ray-scaling.json
 """
@@ -79,8 +79,9 @@ def cluster(nodes: int, cpus: int) -> Iterator[None]:
         found.shutdown()
 
 
-def measure(count: int, evaluations: int, seconds: float) -> Row:
-    """Time the evaluations by so many workers."""
+def measure(count: int, each: int, seconds: float) -> Row:
+    """Time so many evaluations a worker."""
+    evaluations = each * count
     with RayWorkers(partial(Sleeper, seconds), count) as workers:
         up: set[str] = set()
         while len(up) < count:
@@ -89,7 +90,7 @@ def measure(count: int, evaluations: int, seconds: float) -> Row:
         found = dict(workers.run(range(evaluations)))
         taken = time.perf_counter() - begin
     assert sorted(found) == list(range(evaluations)), "every evaluation is done once"
-    ideal = seconds * evaluations / count
+    ideal = seconds * each
     return Row(count, len({node for _, node in found.values()}), taken, ideal, ideal / taken)
 
 
@@ -98,15 +99,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--cpus", type=int, default=4, help="logical CPUs of a node")
-    parser.add_argument("--evaluations", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of an evaluation")
+    parser.add_argument("--each", type=int, default=8, help="evaluations for each worker")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of an evaluation")
     parser.add_argument("--json", type=Path, default=None, help="file for the result")
     args = parser.parse_args()
 
     rows = []
     with cluster(args.nodes, args.cpus), Progress(console=Console(stderr=True)) as progress:
         for count in progress.track(args.workers, description="workers"):
-            rows.append(measure(count, args.evaluations, args.seconds))
+            rows.append(measure(count, args.each, args.seconds))
 
     table = Table("workers", "nodes", "s", "ideal s", "efficiency", "target")
     for r in rows:
@@ -118,7 +119,7 @@ def main() -> None:
             "what": "evaluations that sleep, on a simulated cluster of Ray nodes on one machine",
             "nodes": args.nodes,
             "cpus": args.cpus,
-            "evaluations": args.evaluations,
+            "evaluations_a_worker": args.each,
             "seconds": args.seconds,
             "target": TARGET,
             "machine": machine(packages=(*PACKAGES, "ray")),
