@@ -17,7 +17,7 @@ from regrow.search.objectives import Cost, Quality
 from regrow.search.proposals import Operators
 from regrow.search.search import Algorithm, Budget, Economy, Known, Search
 from regrow.space import Space, Variable
-from regrow.workers import LocalWorkers
+from regrow.workers import LocalWorkers, RayWorkers
 
 CALLS = 24
 OBJECTIVES = (Quality.DEVIATION, Cost.MACS)
@@ -101,7 +101,14 @@ def front_of(plans: list[Known]) -> list[tuple[Any, ...]]:
 
 
 if __name__ == "__main__":
-    # A process that kills itself at an evaluation, as kill -9 does.
-    number = int(sys.argv[2])
-    killed = Stub((number, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    search(Path(sys.argv[1]), killed).run(Budget(generations=6))
+    # A process that kills itself at an evaluation, as kill -9 does; its own, or that of workers on Ray.
+    folder, number, engine = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = search(folder, Stub((number, kill)))
+    if engine == "ray":
+        killed._workers = RayWorkers(Stub, 2)
+        killed._on_progress = lambda progress: progress.done == number and kill()
+    killed.run(Budget(generations=6))

@@ -96,7 +96,7 @@ def test_search_killed_by_the_system_goes_on_as_if_it_had_not_been(tmp_path: Pat
     expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=6)))
     here = Path(__file__).with_name("stub.py")
     for number in (5, 9):
-        words = [sys.executable, str(here), str(tmp_path / "two"), str(number)]
+        words = [sys.executable, str(here), str(tmp_path / "two"), str(number), "local"]
         assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
     rest = Stub()
     assert front_of(search(tmp_path / "two", rest).run(Budget(generations=6))) == expected
@@ -267,6 +267,19 @@ def test_workers_of_a_cluster_find_the_same_front(tmp_path: Path, monkeypatch: p
     with RayWorkers(Stub, 2) as workers:
         found._workers = workers
         assert front_of(found.run(Budget(generations=2))) == expected
+
+
+def test_search_on_workers_killed_by_the_system_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=6)))
+    words = [sys.executable, str(Path(__file__).with_name("stub.py")), str(tmp_path / "two"), "5", "ray"]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    log = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
+    assert len(log) == 5
+    rest = Stub()
+    assert front_of(search(tmp_path / "two", rest).run(Budget(generations=6))) == expected
 
 
 def test_giving_up_needs_objectives_that_are_known_early() -> None:
