@@ -314,7 +314,7 @@ def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
     [
         (("--save-reference", "x.safetensors"), "--save-reference: it needs --reference with a folder"),
         (("--template", "a {}"), "--template, --each: they go with a file"),
-        (("--prompts", "drawbench"), "'drawbench' is neither a file nor a number nor one of coco, parti"),
+        (("--prompts", "vbench"), "'vbench' is neither a file nor a number nor one of coco, parti"),
         (("--reference", "nowhere"), "nowhere is neither a folder nor a .safetensors"),
         (("--reference", "nowhere.safetensors"), "nowhere.safetensors is not there"),
         (("--scores", "nowhere.json"), "nowhere.json"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 from huggingface_hub import constants
+from pyarrow import parquet
 
 from regrow.measure.prompts import PromptSet, fetch, named, read_prompts
 
@@ -40,7 +44,7 @@ def test_prompt_files_of_the_public_formats_are_read(tmp_path: Path) -> None:
         ("a.json", "{", "neither a list"),
         ("a.json", '{"images": []}', "neither a list"),
         ("a.csv", "text\na cat\n", "no column Prompt"),
-        ("a.parquet", "", "'.parquet' is not allowed"),
+        ("a.xlsx", "", "'.xlsx' is not allowed"),
     ],
 )
 def test_files_without_prompts_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -78,9 +82,31 @@ def test_nothing_to_make_of_a_prompt_is_refused(
         read_prompts(tmp_path / "a.txt", template, each)
 
 
+def parquet_of(columns: dict[str, list[str | None]]) -> bytes:
+    out = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), out)
+    return out.getvalue()
+
+
+def test_tables_in_parquet_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "drawbench.parquet"
+    table.write_bytes(parquet_of({"Category": ["x", "x", "x"], "Prompts": ["a cat", None, " a dog\n"]}))
+    assert read_prompts(table) == ["a cat", "a dog"]
+    table.write_bytes(parquet_of({"text": ["a cat"]}))
+    with pytest.raises(ValueError, match="has no column Prompt"):
+        read_prompts(table)
+    table.write_text("a cat")
+    with pytest.raises(ValueError, match="is no Parquet file"):
+        read_prompts(table)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"regrow\[prompts\]"):
+        read_prompts(table)
+
+
 TEXTS = {
     PromptSet.COCO: '{"annotations": [{"image_id": 1, "caption": "a cat"}]}',
     PromptSet.PARTI: "Prompt\tCategory\na cat\tAnimals\n",
+    PromptSet.DRAWBENCH: parquet_of({"Prompts": ["a cat"], "Category": ["Colors"]}),
     PromptSet.IMAGENET: '{"0": "cat, Felis"}',
 }
 
@@ -99,12 +125,14 @@ def test_named_sets_come_from_the_hubs_cache(
     commit = "0" * 40
     file = repository / "snapshots" / commit / source.file
     file.parent.mkdir(parents=True)
-    file.write_text(TEXTS[which])
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+    content = TEXTS[which]
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    reference = repository / "refs" / (source.revision or "main")
+    reference.parent.mkdir(parents=True)
+    reference.write_text(commit)
     found = read_prompts(fetch(which), source.usual.template, source.usual.each)
     assert found == (["a photo of a cat"] * 2 if which is PromptSet.IMAGENET else ["a cat"])
 
 
 def test_other_names_are_no_set() -> None:
-    assert named("drawbench") is None
+    assert named("vbench") is None

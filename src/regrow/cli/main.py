@@ -298,7 +298,7 @@ def evaluate(
         str,
         typer.Option(
             help="A file (.txt, COCO's captions .json, PartiPrompts' .tsv, DrawBench's .csv), "
-            "coco, parti or imagenet from the hub, or a number of the model's own."
+            "coco, parti, drawbench or imagenet from the hub, or a number of the model's own."
         ),
     ] = "64",
     template: Annotated[

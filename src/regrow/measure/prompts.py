@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -34,23 +35,25 @@ class Source:
         repository: of kind dataset.
         file: in it.
         usual: what is made of its texts.
+        revision: of the repository; None for its main branch.
     """
 
     repository: str
     file: str
-    usual: Usual
+    usual: Usual = Usual()
+    revision: str | None = None
 
 
 class PromptSet(Enum):
     """A prompt set that the hub has.
 
     COCO is the first caption of each of the 5,000 pictures of 2017's validation; other years' are read from
-    their ``captions_*.json``. DrawBench's authors publish a table, not a repository: its CSV is read as a
-    file.
+    their ``captions_*.json``. DrawBench is the Parquet file that the hub makes of a copy of its table.
     """
 
-    COCO = Source("merve/coco", "annotations/captions_val2017.json", Usual())
-    PARTI = Source("nateraw/parti-prompts", "PartiPrompts.tsv", Usual())
+    COCO = Source("merve/coco", "annotations/captions_val2017.json")
+    PARTI = Source("nateraw/parti-prompts", "PartiPrompts.tsv")
+    DRAWBENCH = Source("sayakpaul/drawbench", "default/train/0000.parquet", revision="refs/convert/parquet")
     IMAGENET = Source("huggingface/label-files", "imagenet-1k-id2label.json", Usual("a photo of a {}", 2))
 
 
@@ -69,7 +72,9 @@ def fetch(which: PromptSet) -> Path:
 
     source = which.value
     try:
-        return Path(hf_hub_download(source.repository, source.file, repo_type="dataset"))
+        return Path(
+            hf_hub_download(source.repository, source.file, repo_type="dataset", revision=source.revision)
+        )
     except OSError as error:
         raise OSError(
             f"prompts: {which.name.lower()} could not be fetched ({source.file} of the hub's dataset "
@@ -82,8 +87,8 @@ def read_prompts(file: Path, template: str = "{}", each: int = 1) -> list[str]:
 
     A ``.txt`` has one a line (also ImageNet's class names). A ``.json`` is COCO's captions (one for each
     picture, the first), a list of texts, or ImageNet's classes by number, of which the first name is taken:
-    ``{"0": "tench, Tinca tinca"}`` or ``{"0": ["n01440764", "tench"]}``. A ``.tsv`` or ``.csv`` has a
-    column ``Prompt`` (PartiPrompts) or ``Prompts`` (DrawBench).
+    ``{"0": "tench, Tinca tinca"}`` or ``{"0": ["n01440764", "tench"]}``. A ``.tsv``, ``.csv`` or
+    ``.parquet`` has a column ``Prompt`` (PartiPrompts) or ``Prompts`` (DrawBench).
 
     Args:
         file: the file.
@@ -93,24 +98,23 @@ def read_prompts(file: Path, template: str = "{}", each: int = 1) -> list[str]:
     Raises:
         ValueError: if the file holds no prompts, or is of another kind.
         OSError: if it can't be read.
+        ImportError: if it is a ``.parquet`` and pyarrow is not installed.
     """
     if "{}" not in template:
         raise ValueError(f"template: {template!r} is not allowed, it must hold {{}}")
     if each < 1:
         raise ValueError(f"each: {each} is not allowed, it must be >= 1")
-    # Tables saved by office programs begin with a byte order mark.
-    text = file.read_text(encoding="utf-8-sig")
-    match file.suffix:
-        case ".txt":
-            found = text.split("\n")
-        case ".json":
-            found = _of_json(file, text)
-        case ".tsv" | ".csv":
-            found = _of_table(file, text)
-        case other:
-            raise ValueError(
-                f"prompts: {other or file.name!r} is not allowed; allowed are .txt .json .tsv .csv"
-            )
+    readers = {
+        ".txt": _of_text,
+        ".json": _of_json,
+        ".tsv": _of_table,
+        ".csv": _of_table,
+        ".parquet": _of_parquet,
+    }
+    if file.suffix not in readers:
+        allowed = " ".join(readers)
+        raise ValueError(f"prompts: {file.suffix or file.name!r} is not allowed; allowed are {allowed}")
+    found = readers[file.suffix](file)
     texts = filter(None, (prompt.strip() for prompt in found))
     prompts = [template.replace("{}", prompt) for prompt in texts for _ in range(each)]
     if not prompts:
@@ -118,7 +122,17 @@ def read_prompts(file: Path, template: str = "{}", each: int = 1) -> list[str]:
     return prompts
 
 
-def _of_json(file: Path, text: str) -> list[str]:
+def _text(file: Path) -> str:
+    # Tables saved by office programs begin with a byte order mark.
+    return file.read_text(encoding="utf-8-sig")
+
+
+def _of_text(file: Path) -> list[str]:
+    return _text(file).split("\n")
+
+
+def _of_json(file: Path) -> list[str]:
+    text = _text(file)
     try:
         data = json.loads(text)
         if isinstance(data, list):
@@ -140,9 +154,28 @@ def _class_name(entry: str | list[str]) -> str:
     return entry.split(",")[0] if isinstance(entry, str) else entry[1].replace("_", " ")
 
 
-def _of_table(file: Path, text: str) -> list[str]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if file.suffix == ".tsv" else ",")
-    column = next((c for c in _COLUMNS if c in (rows.fieldnames or ())), None)
+def _of_table(file: Path) -> list[str]:
+    delimiter = "\t" if file.suffix == ".tsv" else ","
+    rows = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter)
+    column = _column(file, rows.fieldnames or ())
+    return [row[column] or "" for row in rows]
+
+
+def _of_parquet(file: Path) -> list[str]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise ImportError(f"prompts: {file.name} needs pyarrow: pip install 'regrow[prompts]'") from error
+    try:
+        table = parquet.read_table(file)
+    except ArrowInvalid as error:
+        raise ValueError(f"prompts: {file} is no Parquet file ({error})") from error
+    return [text or "" for text in table[_column(file, table.column_names)].to_pylist()]
+
+
+def _column(file: Path, names: Sequence[str]) -> str:
+    """The column of the prompts among those of a table."""
+    column = next((c for c in _COLUMNS if c in names), None)
     if column is None:
         raise ValueError(f"prompts: {file} has no column {' or '.join(_COLUMNS)}")
-    return [row[column] or "" for row in rows]
+    return column
