@@ -1,6 +1,7 @@
 """Write the card of a model of emoji scenes, its loss curve and a sheet of its pictures, into its folder.
 
-python tools/card_scenes.py --model work/scenes/model --log work/scenes --check check.json
+python tools/card_scenes.py --model work/scenes/model --log work/scenes --check check.json \\
+    --fewer fewer/result.json
 
 `--log` takes the folders of several rounds of training, each begun with the last, in their order.
 """
@@ -32,6 +33,7 @@ SIDE, COLUMNS = 88, 4
 NUMBERS = ("one object", "two objects")
 UNSCALED = ", noise levels not yet scaled"
 FIRST = "work/first"
+AS_GOOD = 1.05
 TRAINED = "## How it was trained"
 
 
@@ -138,6 +140,46 @@ def bars(check: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fewer_steps(result: dict[str, Any]) -> str:
+    """What fewer steps cost as a set of pictures.
+
+    Args:
+        result: of `regrow eval --methods steps:50,steps:25,...`, beside composed scenes.
+    """
+    rows = result["rows"]
+    lines = ["| steps | FD-EffNet | KD-EffNet | precision | recall |", "|---|---|---|---|---|"]
+    for row in rows:
+        figures = (
+            f"{row['fd']:.2f}",
+            f"{row['kd']:.4f}",
+            f"{row['precision']:.2f}",
+            f"{row['recall']:.2f}",
+        )
+        lines.append(f"| {_steps(row)} | {' | '.join(figures)} |")
+    whole = rows[0]
+    good = [f"{_steps(row)}" for row in rows if _steps(row) <= 10 and row["fd"] <= AS_GOOD * whole["fd"]]
+    if good:
+        verdict = (
+            f"{' and '.join(good)} steps are as good as {_steps(whole)} by FD-EffNet (within "
+            f"{AS_GOOD - 1:.0%}): no cache can win by it there. More objects, more of them in a scene and "
+            "a longer training would bend the paths more."
+        )
+    else:
+        verdict = (
+            f"By FD-EffNet, too, 10 steps or fewer are worse than {_steps(whole)} (by more than "
+            f"{AS_GOOD - 1:.0%})."
+        )
+    said = (
+        f"{result['prompts']} captions, beside composed scenes; the figures compare only with each other."
+    )
+    return "\n".join([*lines, "", f"{said} {verdict}"])
+
+
+def _steps(row: dict[str, Any]) -> int:
+    """The number of steps of a row."""
+    return int(row["name"].removeprefix("steps:"))
+
+
 def missed_bars(check: dict[str, Any]) -> list[str]:
     """The bars that are missed."""
     right = check["right_picture"]
@@ -233,8 +275,18 @@ def told(card: str) -> str:
     return card[card.index(TRAINED) :]
 
 
-def card(check: dict[str, Any], training: str, names: list[str], parameters: dict[str, int]) -> str:
-    """The model card, its last section given."""
+def card(
+    check: dict[str, Any], few: str, training: str, names: list[str], parameters: dict[str, int]
+) -> str:
+    """The model card.
+
+    Args:
+        check: what check_scenes.py measured.
+        few: what `fewer_steps` says.
+        training: its last section.
+        names: of the objects.
+        parameters: numbers of, by part.
+    """
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     missed = missed_bars(check)
     guidance = zoo.GUIDANCE["emoji"]
@@ -260,6 +312,10 @@ pipe("small penguin left and pizza on blue", num_inference_steps=50, guidance_sc
 {bars(check)}
 
 {verdict}
+
+## Are fewer steps as good?
+
+{few}
 
 ## Captions
 
@@ -288,6 +344,10 @@ def parse_arguments() -> argparse.Namespace:
         help="work folders of train_scenes.py; without it the card's words on training stay",
     )
     parser.add_argument("--check", type=Path, required=True, help="JSON of check_scenes.py")
+    parser.add_argument(
+        "--fewer", type=Path, required=True, help="result.json of regrow eval, of steps only"
+    )
+    parser.add_argument("--sheet", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=zoo.GUIDANCE["emoji"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -301,12 +361,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pipe = zoo.load_from(args.model)
     names = objects_in(args.model)
-    captions = [scene(DRAWN + 3 * 10**6 + i, len(names)).caption.text(names) for i in range(CAPTIONS)]
-    drawn = [
-        draw(pipe, captions, args.steps, args.guidance, 16, 10**5 * (seed + 1), True, f"seed {seed + 1}")
-        for seed in range(SEEDS)
-    ]
-    contact_sheet(drawn, captions).save(args.model / "contact.jpg", quality=88)
+    if args.sheet:
+        captions = [scene(DRAWN + 3 * 10**6 + i, len(names)).caption.text(names) for i in range(CAPTIONS)]
+        drawn = [
+            draw(
+                pipe, captions, args.steps, args.guidance, 16, 10**5 * (seed + 1), True, f"seed {seed + 1}"
+            )
+            for seed in range(SEEDS)
+        ]
+        contact_sheet(drawn, captions).save(args.model / "contact.jpg", quality=88)
     readme = args.model / "README.md"
     if args.log:
         loss_curves(args.log, args.model / "loss.png")
@@ -316,7 +379,8 @@ def main() -> None:
     parts = {"U-Net": pipe.unet, "text encoder": pipe.text_encoder, "autoencoder": pipe.vae}
     parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()}
     check = json.loads(args.check.read_text())
-    readme.write_text(card(check, training, names, parameters))
+    few = fewer_steps(json.loads(args.fewer.read_text()))
+    readme.write_text(card(check, few, training, names, parameters))
 
 
 if __name__ == "__main__":

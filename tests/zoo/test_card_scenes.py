@@ -58,7 +58,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_the_card_has_every_figure_beside_its_bar(log: Path) -> None:
-    text = card_scenes.card(CHECK, card_scenes.trained([log]), NAMES, {"U-Net": 12_600_000})
+    text = card_scenes.card(CHECK, "", card_scenes.trained([log]), NAMES, {"U-Net": 12_600_000})
     for figure in (
         "85.1%",
         "61.2%",
@@ -98,7 +98,7 @@ def test_the_card_tells_of_every_round(log: Path, tmp_path: Path) -> None:
     (second / "denoiser.log.jsonl").write_text(
         json.dumps({"step": 70, "seconds": 600.0, "loss": 0.1}) + "\n"
     )
-    text = card_scenes.card(CHECK, card_scenes.trained([log, second]), NAMES, {})
+    text = card_scenes.card(CHECK, "", card_scenes.trained([log, second]), NAMES, {})
     assert "- Round 1, 6 objects, noise levels not yet scaled: vae 2 minutes, 100 steps; decoder" in text
     assert "- Round 2, 9 objects: denoiser 10 minutes, 70 steps;" in text
     assert "--start work/first" in text
@@ -126,12 +126,24 @@ def test_the_card_says_which_bar_is_missed(where: tuple[str, ...], value: float,
     for key in path:
         inner = inner[key]
     inner[last] = value
-    assert f"Missed: {named}." in card_scenes.card(check, "", NAMES, {})
+    assert f"Missed: {named}." in card_scenes.card(check, "", "", NAMES, {})
+
+
+@pytest.mark.parametrize(
+    ("ten", "said"),
+    [(10.4, "10 steps are as good as 50"), (10.6, "10 steps or fewer are worse than 50")],
+)
+def test_the_card_says_whether_fewer_steps_are_as_good(ten: float, said: str) -> None:
+    figures = {"kd": 0.001, "precision": 0.5, "recall": 0.4}
+    rows = [{"name": f"steps:{n}", "fd": fd} | figures for n, fd in ((50, 10.0), (25, 10.1), (10, ten))]
+    text = card_scenes.fewer_steps({"rows": rows, "prompts": 128})
+    assert said in text
+    assert f"| 10 | {ten:.2f} | 0.0010 | 0.50 | 0.40 |" in text
 
 
 def test_without_logs_what_a_card_tells_of_training_stays(log: Path) -> None:
     training = card_scenes.trained([log])
-    assert card_scenes.told(card_scenes.card(CHECK, training, NAMES, {})) == training
+    assert card_scenes.told(card_scenes.card(CHECK, "", training, NAMES, {})) == training
     assert "learning rate 0.001" in training
 
 
