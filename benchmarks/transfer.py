@@ -4,9 +4,10 @@
         --there "Euler, 50 steps=search-euler" --json benchmarks/results/transfer.json
 
 Each setting changes one thing: the sampler, the number of steps, or text-to-image into image-to-image.
-There the plans, resampled to its calls, stand beside DeepCache, fewer steps, and the front of a search made
-there, where its folder is given. Figures are the deviation from the setting's own unaccelerated run and
-MACs as a share of it; the hypervolume is up to the worst of all of them.
+There the plans, resampled to its calls, stand beside DeepCache, fewer steps, and the plans that a search
+made there picked, where its folder is given. Figures are the deviation from the setting's own
+unaccelerated run and MACs as a share of it; the hypervolume is up to the worst of all of them.
+`benchmarks/transfer.sh` makes two such searches and the table.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -43,6 +45,7 @@ from regrow.search.objectives import Cost, Quality
 from regrow.search.proposals import hypervolume
 
 STRENGTH = 0.6
+DTYPE = "bfloat16"
 OBJECTIVES = (Quality.DEVIATION, Cost.MACS)
 
 
@@ -102,9 +105,15 @@ class FromImage:
 
 def opened(place: Place, prompts: tuple[str, ...]) -> Any:
     """The bundled model in a setting."""
-    pipeline = zoo.load("emoji")
+    pipeline = zoo.load("emoji", getattr(torch, DTYPE))
     pipeline.scheduler = place.scheduler.from_config(pipeline.scheduler.config)
     return FromImage(pipeline, prompts) if place.from_image else pipeline
+
+
+def picked(folder: Path) -> list[Path]:
+    """The schedule files of the plans that a search picked."""
+    found = json.loads((folder / "search.json").read_text(encoding="utf-8"))
+    return [folder / plan["file"] for plan in found["front"] if plan["picked"]]
 
 
 def macs_share(counter: PlanCounter, facts: Facts, place: Place) -> Callable[[Candidate], float]:
@@ -122,7 +131,7 @@ def macs_share(counter: PlanCounter, facts: Facts, place: Place) -> Callable[[Ca
 def rows_of(place: Place, plans: Mapping[str, Candidate], prompts: tuple[str, ...], on_plan: Any) -> Any:
     """Deviation and MACs of plans in a setting."""
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(model="emoji", prompts=prompts, guidance=zoo.GUIDANCE["emoji"])
+        setting = Setting(model="emoji", prompts=prompts, guidance=zoo.GUIDANCE["emoji"], dtype=DTYPE)
         evaluator = Evaluator(
             partial(opened, place, prompts), setting, place.steps, OBJECTIVES, Path(folder)
         )
@@ -131,7 +140,10 @@ def rows_of(place: Place, plans: Mapping[str, Candidate], prompts: tuple[str, ..
         share = macs_share(counter, facts, place)
         rows = []
         for name, candidate in plans.items():
-            values = evaluator(Job(candidate, 0, len(prompts))).quality["deviation"]
+            outcome = evaluator(Job(candidate, 0, len(prompts)))
+            if outcome.error is not None:
+                raise SystemExit(f"{place.name}, {name}: {outcome.error}")
+            values = outcome.quality["deviation"]
             point = {"deviation": sum(values) / len(values), "macs": share(candidate)}
             rows.append({"plan": name, "group": name.partition(" ")[0], **point})
             on_plan()
@@ -165,7 +177,7 @@ def main() -> None:
             }
             plans |= {f"steps {s // n}": Candidate(s // n, None) for n in (2, 3, 5)}
             if place.name in there:
-                for file in sorted((Path(there[place.name]) / "front").glob("*.yaml")):
+                for file in picked(Path(there[place.name])):
                     plans[f"there {file.stem}"] = Candidate(s, DaTo(schedule=Schedule.load(file)))
             progress.update(task, description=place.name)
             part = 1 / len(plans)
@@ -188,7 +200,12 @@ def main() -> None:
         table.add_row(one["setting"], *(f"{volumes[n]:.3f}" if n in volumes else "-" for n in names))
     Console().print(table)
     if args.json:
-        whole = {"what": "plans in other settings", "prompts": args.prompts, "machine": machine("cpu")}
+        whole = {
+            "what": "plans in other settings",
+            "prompts": args.prompts,
+            "dtype": DTYPE,
+            "machine": machine("cpu"),
+        }
         text = json.dumps(whole | {"settings": result}, indent=1)
         args.json.write_text(text + "\n", encoding="utf-8")
 
