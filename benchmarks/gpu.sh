@@ -28,7 +28,7 @@ quality)
         python tools/compose_scenes.py --data "${data:?tarball}" --model "$work/model" --count 5000 \
             --out "$work/reference"
     fi
-    timeout 570 python benchmarks/quality.py --model "$work/model" --device cuda --dtype bfloat16 --batch 250 --guidance 5 \
+    timeout 570 python benchmarks/quality.py --model "$work/model" --device cuda --dtype bfloat16 --batch 250 \
         --prompts "$work/reference/captions.txt" --reference "$work/reference" --work "$work/quality" \
         --images 16 --out "$results/quality-scenes-gpu"
     ;;

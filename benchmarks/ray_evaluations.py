@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -31,7 +32,7 @@ from regrow.measure.keep import write_whole
 from regrow.measure.machine import PACKAGES, machine
 from regrow.methods import DaTo
 from regrow.schedule import Schedule
-from regrow.search.evaluation import Candidate, Evaluator, Job
+from regrow.search.evaluation import Candidate, Evaluator, Job, Outcome
 from regrow.search.objectives import Cost, Quality
 from regrow.workers import RayWorkers
 
@@ -51,11 +52,29 @@ def evaluator(setting: Setting, steps: int, folder: Path) -> Evaluator:
     return Evaluator(opened, setting, steps, (Quality.DEVIATION, Cost.MACS), folder)
 
 
-def timed(workers: RayWorkers[Job, Any], jobs: Sequence[Job]) -> tuple[float, list[Any]]:
-    """Seconds for all jobs, and their figures in order."""
+class Named:
+    """An evaluator that says in which process it is."""
+
+    def __init__(self, setting: Setting, steps: int, folder: Path) -> None:
+        self._evaluate = evaluator(setting, steps, folder)
+
+    def __call__(self, job: Job) -> tuple[int, Outcome]:
+        return os.getpid(), self._evaluate(job)
+
+
+def timed(workers: RayWorkers[Job, Any], count: int, jobs: Sequence[Job]) -> tuple[float, list[Any]]:
+    """Seconds for all jobs once all workers are up, and their figures in order."""
+    up: set[int] = set()
+    while len(up) < count:
+        up |= {process for _, (process, _) in workers.run(jobs[:1] * 2 * count)}
     begin = time.perf_counter()
     found = dict(workers.run(jobs))
-    return time.perf_counter() - begin, [found[i].quality for i in range(len(jobs))]
+    taken = time.perf_counter() - begin
+    outcomes = [found[i][1] for i in range(len(jobs))]
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise SystemExit(f"a plan could not be run: {outcome.error}")
+    return taken, [outcome.quality for outcome in outcomes]
 
 
 def main() -> None:
@@ -79,12 +98,11 @@ def main() -> None:
     seconds: dict[int, list[float]] = {count: [] for count in args.workers}
     figures = []
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
-        make = partial(evaluator, setting, args.steps, Path(folder))
+        make = partial(Named, setting, args.steps, Path(folder))
         turns = [count for _ in range(args.rounds) for count in args.workers]
         for count in progress.track(turns, description="turns"):
             with RayWorkers(make, count) as workers:
-                dict(workers.run(jobs[:1] * 2 * count))
-                taken, found = timed(workers, jobs)
+                taken, found = timed(workers, count, jobs)
             seconds[count].append(taken)
             figures.append(found)
     same = all(found == figures[0] for found in figures)

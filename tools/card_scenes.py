@@ -147,6 +147,8 @@ def fewer_steps(result: dict[str, Any]) -> str:
         result: of `regrow eval --methods steps:50,steps:25,...`, beside composed scenes.
     """
     rows = result["rows"]
+    if result["reference"] == "the baseline's pictures" or _steps(rows[-1]) > 10:
+        raise SystemExit("--fewer: it must be beside true pictures, and end with 10 steps or fewer")
     lines = ["| steps | FD-EffNet | KD-EffNet | precision | recall |", "|---|---|---|---|---|"]
     for row in rows:
         figures = (

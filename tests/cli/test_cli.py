@@ -157,7 +157,8 @@ def test_methods_lists_every_system(
     assert [row["name"] for row in rows] == [s.name for s in SYSTEMS]
     presets = {row["name"]: row["presets"] for row in rows}
     assert presets["sito"] == ["a", "b", "c", "d", "e"]
-    assert presets["dato"] == ["b1", "fast", "b1-released"]
+    searched = ["emoji-quality", "emoji-balanced", "emoji-fast"]
+    assert presets["dato"] == ["b1", "fast", "b1-released", *searched]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -200,6 +201,7 @@ def test_demo_leaves_a_picture_and_a_table(
     assert run(monkeypatch, "demo", "--out", str(tmp_path), "--steps", "2", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "demo.json").read_text())
-    assert [r["method"] for r in printed["rows"]] == ["unaccelerated", "SiTo d", "DaTo b1", "DaTo fast"]
+    searched = [f"DaTo emoji-{name}" for name in ("quality", "balanced", "fast")]
+    assert [r["method"] for r in printed["rows"]] == ["unaccelerated", "SiTo d", "DaTo b1", *searched]
     assert all(r["psnr"] > 5 for r in printed["rows"][1:])
-    assert Image.open(tmp_path / "demo.png").width > 4 * 128
+    assert Image.open(tmp_path / "demo.png").width > 6 * 128

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -82,7 +83,7 @@ def test_nothing_to_make_of_a_prompt_is_refused(
         read_prompts(tmp_path / "a.txt", template, each)
 
 
-def parquet_of(columns: dict[str, list[str | None]]) -> bytes:
+def parquet_of(columns: dict[str, list[Any]]) -> bytes:
     out = io.BytesIO()
     parquet.write_table(pyarrow.table(columns), out)
     return out.getvalue()
@@ -94,6 +95,9 @@ def test_tables_in_parquet_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read_prompts(table) == ["a cat", "a dog"]
     table.write_bytes(parquet_of({"text": ["a cat"]}))
     with pytest.raises(ValueError, match="has no column Prompt"):
+        read_prompts(table)
+    table.write_bytes(parquet_of({"caption": [["a cat"], ["a dog"]]}))
+    with pytest.raises(ValueError, match=r"caption of .* something else than texts"):
         read_prompts(table)
     table.write_text("a cat")
     with pytest.raises(ValueError, match="is no Parquet file"):

@@ -102,6 +102,10 @@ def test_hopeless_plan_is_given_up_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert one(Job(CACHED, 0, 2)).curve == curve
 
 
+def fail_always() -> None:
+    raise RuntimeError("the device is gone")
+
+
 def test_what_a_plan_raises_is_its_outcome_and_leaves_nothing_behind(tmp_path: Path) -> None:
     one = evaluator(tmp_path)
     whole = one(Job(CACHED, 0, 2))
@@ -117,6 +121,10 @@ def test_what_a_plan_raises_is_its_outcome_and_leaves_nothing_behind(tmp_path: P
     assert not is_hooked(one.pipeline.unet)
     hook.remove()
     assert one(Job(CACHED, 0, 2)).quality == whole.quality
+    # What fails without the plan as well is no fault of the plan.
+    hook = one.pipeline.unet.register_forward_hook(lambda *_: fail_always())
+    with pytest.raises(RuntimeError, match="device is gone"):
+        one(Job(CACHED, 0, 2))
 
 
 def test_figures_of_pictures(tmp_path: Path) -> None:

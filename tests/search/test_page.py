@@ -107,13 +107,17 @@ def test_settings_are_said_in_words() -> None:
     assert said["hypervolume"] == "0.25 up to (0.4, 1); of what it is compared with, 0.2"
     assert said["machine"] == "A Processor, 2 threads; Python 3.11.1, torch 2.13.0; 2026-01-02"
     changes = {"steps": [6, 12], "guidance": None, "economy": {"prompts": [4], "patience": None}}
+    said = dict(Reader(page(result | changes, [], {}, [])).tables["settings"])
+    assert said["given up early"] == "2 plans, figures that are no numbers"
     for plan in result["plans"]:
         plan["given_up"] = False
+    result["plans"][3].update(given_up=True, error="OutOfMemoryError: no memory")
     said = dict(Reader(page(result | changes, [], {}, [])).tables["settings"])
     assert "6 to 12 steps" in said["sampler"]
     assert said["guidance"] == "the pipeline's own"
     assert said["pictures a plan"].endswith("every plan on all of them")
     assert said["given up early"] == "none"
+    assert said["could not be run"] == "1 plan, the last one: OutOfMemoryError: no memory"
 
 
 def test_pictures_stand_in_the_page_a_row_a_prompt(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The search as a whole, on a formula."""
 
+import json
 import math
 import os
 import signal
@@ -206,36 +207,76 @@ def test_figures_that_are_no_numbers_are_given_up(tmp_path: Path) -> None:
     assert any(k.given_up for k in found.known.values())
 
 
-def test_plans_that_fail_are_given_up_and_not_tried_again(tmp_path: Path) -> None:
-    class Failing(Stub):
-        def __call__(self, job: Job) -> Outcome:
-            out = super().__call__(job)
-            return Outcome(error="no memory") if int(job.candidate.key, 16) % 3 == 0 else out
+class Failing(Stub):
+    """Can't run a third of the plans, or none at all; in a generation with no more memory.
 
-    whole = search(tmp_path, Failing())
+    Args:
+        divisor: every plan whose key it divides fails.
+    """
+
+    def __init__(self, divisor: int) -> None:
+        super().__init__()
+        self._divisor = divisor
+
+    def __call__(self, job: Job) -> Outcome:
+        out = super().__call__(job)
+        fails = int(job.candidate.key, 16) % self._divisor == 0
+        return Outcome(error=f"no memory for {job.candidate.key}") if fails else out
+
+
+def test_plans_that_fail_are_given_up_and_tried_once_more_when_resumed(tmp_path: Path) -> None:
+    whole = search(tmp_path, Failing(3))
     expected = front_of(whole.run(Budget(generations=4)))
-    failed = [k for k in whole.known.values() if k.error is not None]
+    failed = {key: k for key, k in whole.known.items() if k.error is not None}
     assert failed
-    assert all(k.given_up and k.error == "no memory" for k in failed)
-    assert not {k.candidate.key for k in failed} & {key for key, *_ in expected}
-    rest = Failing()
+    assert all(k.given_up and k.error == f"no memory for {key}" for key, k in failed.items())
+    assert not failed.keys() & {key for key, *_ in expected}
+    rest = Failing(3)
     again = search(tmp_path, rest)
     assert front_of(again.run(Budget(generations=4))) == expected
+    assert {job.candidate.key for job in rest.jobs} == failed.keys()
+    (beside,) = again.compare_with([next(iter(failed.values())).candidate])
+    assert beside.error is not None
+    healthy = search(tmp_path, Stub())
+    healthy.run(Budget(generations=4))
+    assert not any(k.error for k in healthy.known.values())
+
+
+def test_failed_plans_are_not_bred_from(tmp_path: Path) -> None:
+    found = search(tmp_path, Failing(3))
+    found.run(Budget(generations=2))
+    failed = next(k for k in found.known.values() if k.error is not None)
+    worst = found._worst()
+    assert all(told > bound for told, bound in zip(found._told(failed, worst), worst, strict=True))
+
+
+def test_log_without_errors_of_an_older_version_is_gone_on_with(tmp_path: Path) -> None:
+    expected = front_of(search(tmp_path, Stub()).run(Budget(generations=3)))
+    log = tmp_path / "log.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    for record in records:
+        record.pop("error", None)
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rest = Stub()
+    assert front_of(search(tmp_path, rest).run(Budget(generations=3))) == expected
     assert not rest.jobs
-    (beside,) = again.compare_with([failed[0].candidate])
-    assert beside.error == "no memory"
 
 
 def test_search_of_nothing_that_can_be_run_says_why(tmp_path: Path) -> None:
-    class Failing(Stub):
-        def __call__(self, job: Job) -> Outcome:
-            super().__call__(job)
-            return Outcome(error="ValueError: not for this model")
-
-    stub = Failing()
-    with pytest.raises(AllFailedError, match=r"all 8 plans failed; the last one: ValueError: not for this"):
+    stub = Failing(1)
+    with pytest.raises(AllFailedError, match=r"all 8 plans failed; the last one: no memory for"):
         search(tmp_path, stub).run(Budget(generations=4))
     assert len(stub.jobs) == 8
+
+
+def test_plans_that_all_fail_on_more_prompts_end_the_search(tmp_path: Path) -> None:
+    class Narrow(Stub):
+        def __call__(self, job: Job) -> Outcome:
+            out = super().__call__(job)
+            return Outcome(error="no memory") if job.stop > 2 else out
+
+    with pytest.raises(AllFailedError, match="the last one: no memory"):
+        search(tmp_path, Narrow(), patience=None).run(Budget(generations=4))
 
 
 def test_space_of_one_plan_is_searched_once(tmp_path: Path) -> None:
@@ -273,13 +314,15 @@ def test_search_on_workers_killed_by_the_system_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=6)))
+    whole = Stub()
+    expected = front_of(search(tmp_path / "one", whole).run(Budget(generations=6)))
     words = [sys.executable, str(Path(__file__).with_name("stub.py")), str(tmp_path / "two"), "5", "ray"]
     assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
     log = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
     assert len(log) == 5
     rest = Stub()
     assert front_of(search(tmp_path / "two", rest).run(Budget(generations=6))) == expected
+    assert len(rest.jobs) == len(whole.jobs) - 5
 
 
 def test_giving_up_needs_objectives_that_are_known_early() -> None:

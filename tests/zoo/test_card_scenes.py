@@ -136,9 +136,18 @@ def test_the_card_says_which_bar_is_missed(where: tuple[str, ...], value: float,
 def test_the_card_says_whether_fewer_steps_are_as_good(ten: float, said: str) -> None:
     figures = {"kd": 0.001, "precision": 0.5, "recall": 0.4}
     rows = [{"name": f"steps:{n}", "fd": fd} | figures for n, fd in ((50, 10.0), (25, 10.1), (10, ten))]
-    text = card_scenes.fewer_steps({"rows": rows, "prompts": 128})
+    text = card_scenes.fewer_steps({"rows": rows, "prompts": 128, "reference": "scenes"})
     assert said in text
     assert f"| 10 | {ten:.2f} | 0.0010 | 0.50 | 0.40 |" in text
+
+
+@pytest.mark.parametrize(
+    ("reference", "steps"), [("the baseline's pictures", (50, 10)), ("scenes", (50, 25))]
+)
+def test_steps_beside_their_own_pictures_say_nothing(reference: str, steps: tuple[int, int]) -> None:
+    rows = [{"name": f"steps:{n}", "fd": 1.0} for n in steps]
+    with pytest.raises(SystemExit, match="--fewer: it must be beside true pictures"):
+        card_scenes.fewer_steps({"rows": rows, "prompts": 128, "reference": reference})
 
 
 def test_without_logs_what_a_card_tells_of_training_stays(log: Path) -> None:

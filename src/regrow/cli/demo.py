@@ -61,12 +61,15 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
         ("unaccelerated", None),
         ("SiTo d", SiTo.preset("d")),
         ("DaTo b1", DaTo.preset("b1")),
-        ("DaTo fast", DaTo.preset("fast")),
+        *(
+            (f"DaTo {name}", DaTo.preset(name))
+            for name in ("emoji-quality", "emoji-balanced", "emoji-fast")
+        ),
     ]
     pictures: dict[str, Pictures] = {}
     ratios: dict[str, float] = {}
     columns = (
-        TextColumn("{task.description:14}"),
+        TextColumn("{task.description:19}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

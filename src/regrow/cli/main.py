@@ -77,7 +77,7 @@ def demo(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Six prompts, unaccelerated beside SiTo d, DaTo b1 and DaTo fast, with the bundled model.
+    """Six prompts, unaccelerated beside SiTo d, DaTo b1 and three plans that were searched for this model.
 
     No download, under three minutes on two CPU cores.
 

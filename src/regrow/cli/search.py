@@ -300,7 +300,9 @@ def run_search(request: Request) -> Outcome:
         log.close()
     plans = found(search, facts, s.setting, request.asked.weight)
     if not plans:
-        raise ValueError("budget: the search was stopped before any plan was measured on all prompts")
+        errors = [known.error for known in search.known.values() if known.error is not None]
+        why = f"; {len(errors)} could not be run, the last one: {errors[-1]}" if errors else ""
+        raise ValueError(f"budget: the search ended before any plan was measured on all prompts{why}")
     files = write_front(plans, request.out / "front")
     result = {
         "what": "search",
@@ -441,6 +443,15 @@ def print_search(outcome: Outcome, request: Request) -> None:
     console.print(f"{request.out / 'front'}, {request.out / 'search.json'}", soft_wrap=True)
 
 
+def _print_failed(result: Mapping[str, Any], console: Console) -> None:
+    """Name the plans that could not be run, and say why."""
+    for row in (*result["beside"], *result["plans"]):
+        if row["error"] is not None:
+            console.print(
+                f"{row.get('name', row.get('key'))} could not be run: {row['error']}", markup=False
+            )
+
+
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
@@ -538,6 +549,7 @@ def run_calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
         return met
     said_values = ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
     said = Console()
+    _print_failed(outcome.result, said)
     said.print(
         f"{'this plan meets the wish' if met else 'the wish is not met; the nearest plan found'}: "
         f"{candidate.steps} steps, {said_values}; measured {rows[1].speedup:.2f}x faster",

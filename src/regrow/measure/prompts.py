@@ -76,9 +76,10 @@ def fetch(which: PromptSet) -> Path:
             hf_hub_download(source.repository, source.file, repo_type="dataset", revision=source.revision)
         )
     except OSError as error:
+        where = source.repository + (f" at {source.revision}" if source.revision else "")
         raise OSError(
             f"prompts: {which.name.lower()} could not be fetched ({source.file} of the hub's dataset "
-            f"{source.repository}); download it and give the file ({str(error).splitlines()[0]})"
+            f"{where}); download it and give the file ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -170,7 +171,11 @@ def _of_parquet(file: Path) -> list[str]:
         table = parquet.read_table(file)
     except ArrowInvalid as error:
         raise ValueError(f"prompts: {file} is no Parquet file ({error})") from error
-    return [text or "" for text in table[_column(file, table.column_names)].to_pylist()]
+    name = _column(file, table.column_names)
+    texts = table[name].to_pylist()
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise ValueError(f"prompts: the column {name} of {file} holds something else than texts")
+    return [text or "" for text in texts]
 
 
 def _column(file: Path, names: Sequence[str]) -> str:

@@ -77,6 +77,9 @@ class DaTo(MethodConfig):
             score_noise=0.1,
             sign_flip=True,
         ),
+        "emoji-quality": lambda: DaTo(schedule=Schedule.bundled("emoji-quality")),
+        "emoji-balanced": lambda: DaTo(schedule=Schedule.bundled("emoji-balanced")),
+        "emoji-fast": lambda: DaTo(schedule=Schedule.bundled("emoji-fast")),
     }
 
     method: Literal["dato"] = "dato"

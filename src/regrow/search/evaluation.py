@@ -176,22 +176,36 @@ class Evaluator:
         self._reward = _image_reward(device) if Quality.IMAGE_REWARD in objectives else None
 
     def __call__(self, job: Job) -> Outcome:
-        """Evaluate a plan on some of the prompts. What a run by the plan raises is in the outcome."""
+        """Evaluate a plan on some of the prompts.
+
+        What the plan raises is in the outcome: raised here, a search could never go on behind it. If the
+        pipeline fails without it as well, that is raised.
+        """
         chunks = [
             (start, min(start + self.setting.shard, job.stop))
             for start in range(job.start, job.stop, self.setting.shard)
         ]
         bases = [self._baseline(*chunk) for chunk in chunks]
-        limits = job.limits if len(chunks) == 1 else None
         begin = time.perf_counter()
+        try:
+            return self._measured(job, chunks, bases, begin)
+        except Exception as error:
+            self._make(0, 1, self.steps)
+            said = f"{type(error).__name__}: {error}"
+            return Outcome(seconds=time.perf_counter() - begin, error=said)
+
+    def _measured(
+        self,
+        job: Job,
+        chunks: Sequence[tuple[int, int]],
+        bases: Sequence[Mapping[str, Tensor]],
+        begin: float,
+    ) -> Outcome:
+        """What a plan gives on batches of prompts, beside their unaccelerated runs."""
+        limits = job.limits if len(chunks) == 1 else None
         runs = []
         for chunk, base in zip(chunks, bases, strict=True):
-            try:
-                run = self._run(job.candidate, *chunk, base, limits)
-            except Exception as error:
-                # Such as too little memory: raised here, a search could never go on behind this plan.
-                said = f"{type(error).__name__}: {error}"
-                return Outcome(seconds=time.perf_counter() - begin, error=said)
+            run = self._run(job.candidate, *chunk, base, limits)
             if run.final is None:
                 return Outcome(curve=run.curve, seconds=time.perf_counter() - begin)
             runs.append(run)
@@ -393,7 +407,8 @@ def _calls_each(scheduler: Any, steps: int) -> int:
 def outcome_from(record: Mapping[str, Any]) -> Outcome:
     """What `record_of` gave."""
     quality = {name: tuple(values) for name, values in record["quality"].items()}
-    return Outcome(quality, record["cost"], tuple(record["curve"]), record["seconds"], record["error"])
+    curve = tuple(record["curve"])
+    return Outcome(quality, record["cost"], curve, record["seconds"], record.get("error"))
 
 
 def record_of(outcome: Outcome) -> dict[str, Any]:

@@ -119,8 +119,10 @@ def _settings(result: Result) -> dict[str, str]:
         "hypervolume": f"{result['hypervolume']['front']:.3g} up to ({reference})",
     }
     if given_up:
-        than = f"{patience:g} times further off than one that costs no more"
-        out["given up early"] = f"{_many(given_up, 'plan')}, {than}"
+        why = "figures that are no numbers"
+        if patience is not None:
+            why = f"{patience:g} times further off than one that costs no more"
+        out["given up early"] = f"{_many(given_up, 'plan')}, {why}"
     if failed:
         out["could not be run"] = f"{_many(len(failed), 'plan')}, the last one: {failed[-1]}"
     if result["beside"]:

@@ -199,7 +199,9 @@ class Search:
         """After each generation, pictures generated so far and seconds it took so far."""
         self._macs, self._workers, self._log, self._on_progress = macs, workers, log, on_progress
         records = log.records
-        self._logged = {(r["key"], r["start"], r["stop"]): r for r in records if "key" in r}
+        # What failed may have failed for a reason that is gone.
+        done = [r for r in records if "key" in r and r.get("error") is None]
+        self._logged = {(r["key"], r["start"], r["stop"]): r for r in done}
         self._walls = {r["generation"]: r["seconds"] for r in records if "seconds" in r and "key" not in r}
         self._generated = 0
         self._genes: dict[str, Genes] = {}
@@ -221,7 +223,7 @@ class Search:
             the front, dearest first.
 
         Raises:
-            AllFailedError: if none of the first plans can be run.
+            AllFailedError: if none of the plans of a generation can be run.
         """
         self._budget = budget
         names = [
@@ -259,18 +261,13 @@ class Search:
                 known.append(self._of(candidate, generation))
             new = {k.candidate.key: k for k in known if not k.prompts and not k.given_up}
             self._measure([*new.values()])
-            self._check_some_work()
+            _check_some_work(known)
             while rows := self._promising():
                 self._measure(rows)
+            _check_some_work(known)
             worst = self._worst()
             proposals.tell([self._told(k, worst) for k in known])
             self._end(generation, time.monotonic() - self._begin)
-
-    def _check_some_work(self) -> None:
-        """Refuse to go on if there is no plan that could be run."""
-        errors = [k.error for k in self.known.values()]
-        if None not in errors:
-            raise AllFailedError(f"all {len(errors)} plans failed; the last one: {errors[-1]}")
 
     def _proposals(self, stage: _Stage) -> Proposals:
         seed = self.seed + len(self.history)
@@ -299,8 +296,7 @@ class Search:
         for i, job in enumerate(jobs):
             record = self._logged.get((job.candidate.key, job.start, job.stop))
             # What was given up is measured now if it must not be.
-            hopeless = record is not None and not record["quality"] and record["error"] is None
-            if record is None or (hopeless and job.limits is None):
+            if record is None or (not record["quality"] and job.limits is None):
                 missing.append(i)
             else:
                 outcomes[i] = outcome_from(record)
@@ -338,8 +334,10 @@ class Search:
 
     def _told(self, known: Known, worst: Sequence[float]) -> tuple[float, ...]:
         """What the proposals are told: of a plan that was given up, worse than the worst."""
+        if known.error is not None:
+            return tuple(bound + abs(bound) for bound in worst)
         values = known.values(self.objectives)
-        far = known.curve[-1] if known.curve and isfinite(known.curve[-1]) else 1.0
+        far = known.curve[-1] if known.given_up and isfinite(known.curve[-1]) else 1.0
         return tuple(
             v if v < inf else bound + abs(bound) * far for v, bound in zip(values, worst, strict=True)
         )
@@ -405,6 +403,13 @@ def _part(space: Space, name: str, found: Sequence[Genes]) -> _Stage:
     parts = {tuple(space.genes(plan)[i] for i in places) for plan in space.uniform}
     uniform = tuple((base, *part) for part in sorted(parts) for base in range(len(bases)))
     return _Stage((len(bases), *(space.sizes[i] for i in places)), uniform, expand)
+
+
+def _check_some_work(plans: Sequence[Known]) -> None:
+    """Refuse to go on if not one plan of a generation could be run."""
+    errors = [known.error for known in plans if known.error is not None]
+    if len(errors) == len(plans):
+        raise AllFailedError(f"all {len(errors)} plans failed; the last one: {errors[-1]}")
 
 
 def check_economy(economy: Economy, objectives: Sequence[Objective]) -> None:
