@@ -3,29 +3,32 @@
 #
 #   bash benchmarks/search.sh [FOLDER] [MINUTES] [GENERATIONS]
 #
-# One search with all savings, for so many minutes, and one by chance for as many generations as that had. For
-# so many generations, one in stages and one that measures every plan on all prompts. Two Ray workers of one thread
-# each get more done on two cores than one process with two threads. Writes FOLDER, benchmarks/results/search.json
-# and docs/search*.png.
+# One search with all savings, for so many minutes. For as many generations as that had, one by chance, and one with
+# the paper's ratios, which prune in every call. For so many generations, one in stages and one that measures every
+# plan on all prompts. Two Ray workers of one thread each get more done on two cores than one process with two
+# threads. Writes FOLDER, benchmarks/results/search.json, benchmarks/results/search/ and docs/search-*.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-work/search}
-minutes=${2:-27}
-generations=${3:-4}
+minutes=${2:-18}
+generations=${3:-3}
 regrow=${REGROW:-.venv/bin/regrow}
 python=$(dirname "$regrow")/python
 beside=$(printf 'deepcache:%d,' 2 3 4 5 6 7 8 9 10)$(printf 'deepcache:%d+tome:0.5,' 2 3 5 8)
 beside+=dato:b1,dato:fast,steps:25,steps:16,steps:10,steps:5
-common=(--model emoji --method dato --steps 50 --prompts 16 --dtype bfloat16 --engine ray --workers 2)
+paper=(--model emoji --method dato --steps 50 --prompts 16 --dtype bfloat16 --engine ray --workers 2)
+common=("${paper[@]}" --choices ratio=0,0.3,0.5,0.7)
 
 $regrow search "${common[@]}" --budget "${minutes}m" --beside "$beside" --out "$folder/nsga2"
 count=$("$python" -c 'import json, sys; print(len(json.load(open(sys.argv[1]))["history"]))' "$folder/nsga2/search.json")
 $regrow search "${common[@]}" --budget "$count" --algorithm random --no-plots --out "$folder/chance"
 $regrow search "${common[@]}" --budget "$generations" --algorithm staged --no-plots --out "$folder/staged"
 $regrow search "${common[@]}" --budget "$generations" --rungs 16 --patience 0 --no-plots --out "$folder/every-plan-on-all"
-"$python" benchmarks/search_table.py "$folder/nsga2" --chance "$folder/chance" \
-    --curves "$folder/every-plan-on-all" "$folder/staged" "$folder/chance" --plot "$folder" \
-    --json benchmarks/results/search.json
+$regrow search "${paper[@]}" --budget "$count" --no-plots --out "$folder/paper-ratios"
+"$python" benchmarks/search_table.py "$folder/nsga2" --plot "$folder" --json benchmarks/results/search.json \
+    --against "$folder/chance" "$folder/staged" "$folder/every-plan-on-all" "$folder/paper-ratios"
+mkdir -p benchmarks/results/search
+cp -r "$folder/nsga2/"{evaluations.jsonl,search.json,settings.json,front} benchmarks/results/search
 cp "$folder/compare.png" docs/search-compare.png
 cp "$folder/nsga2/front.png" docs/search-front.png
 cp "$folder/nsga2/plans.png" docs/search-plans.png

@@ -1,12 +1,10 @@
-"""A search beside what it has to beat: uniform plans, the paper's, and chance.
+"""A search beside what it has to beat: uniform plans, the paper's, and other searches such as chance.
 
-    regrow search --method dato --budget 60m --beside deepcache:2,deepcache:3,dato:b1 --out nsga2
-    regrow search --method dato --algorithm random --budget 40 --out random
-    python benchmarks/search_table.py nsga2 --chance random --json benchmarks/results/search.json
+    python benchmarks/search_table.py nsga2 --against chance staged --plot . --json search.json
 
-Hypervolumes are up to one reference point, the worst figures of all that is compared. `--curves` draws how
-fast searches got there, such as one that measures every plan on all prompts (`--rungs 16 --patience 0`), a
-staged one, and a random one.
+The arguments are folders of `regrow search`; what the first stands beside are the plans of its `--beside`.
+Hypervolumes are up to one reference point, the worst figures of all fronts and plans that are compared. The
+first search is also shown as it was after as many pictures as each of the others made.
 """
 
 from __future__ import annotations
@@ -28,8 +26,12 @@ Point = tuple[float, ...]
 
 
 def points(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Point]:
-    """Objectives of rows, less is better."""
-    return [tuple(minimised(objective(name), row["values"][name]) for name in names) for row in rows]
+    """Objectives of rows, less is better; those that could not be run are left out."""
+    return [
+        tuple(minimised(objective(name), row["values"][name]) for name in names)
+        for row in rows
+        if None not in row["values"].values()
+    ]
 
 
 def group(name: str) -> str:
@@ -42,31 +44,43 @@ def dominated(one: Point, front: Sequence[Point]) -> bool:
     return any(all(a <= b for a, b in zip(p, one, strict=True)) and p != one for p in front)
 
 
-def compared(found: Mapping[str, Any], chance: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """A row for the front and for each group that it is compared with.
+def front_after(found: Mapping[str, Any], pictures: int) -> list[Point]:
+    """The front of a search when it had made so many pictures at most."""
+    fronts = [row["front"] for row in found["history"] if row["pictures"] <= pictures]
+    return [tuple(point) for point in fronts[-1]] if fronts else []
+
+
+def compared(found: Mapping[str, Any], against: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for the front, for each group of plans beside it, and for each other search.
 
     Args:
         found: ``search.json`` of the search.
-        chance: that of a random search.
+        against: those of others, by name.
     """
     names = found["objectives"]
-    groups: dict[str, list[Point]] = {"the search's front": points(found["front"], names)}
-    beside = [row for row in found["beside"] if None not in row["values"].values()]
-    for row, point in zip(beside, points(beside, names), strict=True):
-        groups.setdefault(group(row["name"]), []).append(point)
-    if chance is not None:
-        groups[f"chance, {chance['evaluated']} plans"] = points(chance["front"], names)
-    reference = [max(column) for column in zip(*(p for ps in groups.values() for p in ps), strict=True)]
-    front = groups["the search's front"]
-    return [
-        {
-            "name": name,
-            "plans": len(plans),
-            "hypervolume": round(hypervolume(plans, reference), 5),
-            "dominated": sum(dominated(p, front) for p in plans),
-        }
-        for name, plans in groups.items()
-    ]
+    front = points(found["front"], names)
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in found["beside"]:
+        groups.setdefault(group(row["name"]), []).append(row)
+    beside = {name: points(rows, names) for name, rows in groups.items()}
+    others = {name: points(other["front"], names) for name, other in against.items()}
+    everything = [p for ps in (front, *beside.values(), *others.values()) for p in ps]
+    reference = [max(column) for column in zip(*everything, strict=True)]
+
+    def row(name: str, plans: list[Point], **more: Any) -> dict[str, Any]:
+        volume = round(hypervolume(plans, reference), 5)
+        beaten = sum(dominated(p, front) for p in plans)
+        return {"name": name, "plans": len(plans), "hypervolume": volume, "dominated": beaten} | more
+
+    def spent(search: Mapping[str, Any]) -> dict[str, int]:
+        return {"evaluated": search["evaluated"], "pictures": search["pictures"]}
+
+    rows = [row("the search's front", front, **spent(found))]
+    rows += [row(name, plans) for name, plans in beside.items()]
+    for name, other in against.items():
+        then = round(hypervolume(front_after(found, other["pictures"]), reference), 5)
+        rows.append(row(f"the front of {name}", others[name], **spent(other), search_after_as_many=then))
+    return rows
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -80,28 +94,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("search", type=Path, help="folder of the search")
-    parser.add_argument("--chance", type=Path, help="folder of a random search")
-    parser.add_argument("--curves", type=Path, nargs="*", default=[], help="folders of other searches")
+    parser.add_argument("--against", type=Path, nargs="*", default=[], help="folders of other searches")
     parser.add_argument("--plot", type=Path, help="folder for the plot of their hypervolumes")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    if bool(args.curves) != bool(args.plot):
-        parser.error("--curves, --plot: they go together")
     found = read(args.search)
-    chance = read(args.chance) if args.chance else None
-    rows = compared(found, chance)
-    table = Table(caption="dominated: plans that the front beats in both")
-    for name in ("plans of", "number", "hypervolume", "dominated"):
+    against = {folder.name: read(folder) for folder in args.against}
+    rows = compared(found, against)
+    table = Table(
+        caption="dominated: plans that the front beats in both; then: hypervolume of the first row's "
+        "search after as many pictures"
+    )
+    columns = {
+        "plans of": "name",
+        "number": "plans",
+        "hypervolume": "hypervolume",
+        "dominated": "dominated",
+        "evaluated": "evaluated",
+        "pictures": "pictures",
+        "then": "search_after_as_many",
+    }
+    for name in columns:
         table.add_column(name, justify="left" if name == "plans of" else "right")
     for row in rows:
-        table.add_row(row["name"], str(row["plans"]), f"{row['hypervolume']:.4f}", str(row["dominated"]))
+        table.add_row(*(str(row.get(key, "")) for key in columns.values()))
     Console().print(table)
     if args.plot:
         args.plot.mkdir(parents=True, exist_ok=True)
-        print(compare({f.name: read(f) for f in (args.search, *args.curves)}, args.plot))
+        print(compare({args.search.name: found} | against, args.plot))
     if args.json:
-        kept = ("model", "method", "steps", "prompts", "algorithm", "economy", "evaluated", "pictures")
-        settings = {name: found[name] for name in (*kept, "seconds", "machine")}
+        kept = ("model", "method", "steps", "prompts", "guidance", "algorithm", "economy", "seconds")
+        settings = {name: found[name] for name in (*kept, "machine")}
         text = json.dumps({"what": "a search beside others", **settings, "rows": rows}, indent=1)
         args.json.write_text(text + "\n", encoding="utf-8")
 

@@ -119,3 +119,13 @@ def test_data_of_no_method_are_refused() -> None:
         config_from({"method": "x"})
     with pytest.raises(ValueError, match="alpha"):
         config_from(CATPruning().model_dump() | {"alpha": 2})
+
+
+def test_wider_choices_bring_in_regular_plans_that_were_not_allowed() -> None:
+    narrow = DaTo.space(6)
+    wide = narrow.with_choices("ratio", (0.0, 0.5))
+    assert not any(0.0 in plan[5:] for plan in narrow.uniform)
+    assert {plan[-1] for plan in wide.uniform} == {0.0, 0.5}
+    plan = wide.config(wide.genes(next(p for p in wide.uniform if p[-1] == 0.0 and 1 in p[:5])))
+    assert plan.schedule.max_ratio == 0
+    assert wide.with_choices("ratio", (0.3,)).uniform == narrow.with_choices("ratio", (0.3,)).uniform

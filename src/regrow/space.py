@@ -27,12 +27,22 @@ class Space:
     Args:
         variables: the choices.
         decode: from a value of each variable to the method's configuration.
-        uniform: plans that are the same at every step, as values; a search may begin with some of them.
+        regular: plans that are the same at every step, as values; those that the choices don't allow come
+            in when they are widened.
     """
 
     variables: tuple[Variable, ...]
     decode: Callable[[tuple[Any, ...]], Any]
-    uniform: tuple[tuple[Any, ...], ...] = ()
+    regular: tuple[tuple[Any, ...], ...] = ()
+
+    @property
+    def uniform(self) -> tuple[tuple[Any, ...], ...]:
+        """The regular plans that the choices allow; a search may begin with some of them."""
+        return tuple(
+            plan
+            for plan in self.regular
+            if all(v in var.choices for v, var in zip(plan, self.variables, strict=True))
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,7 +78,7 @@ class Space:
         if not allowed:
             raise ValueError(f"choices: {name} must have at least one choice")
         variables = tuple(replace(v, choices=allowed) if v.name == name else v for v in self.variables)
-        return replace(self, variables=variables, uniform=_among(self.uniform, variables))
+        return replace(self, variables=variables)
 
     def extended(self, variable: Variable, decode: Callable[[Any, Any], Any]) -> Space:
         """The plans with one more choice each, which comes last.
@@ -81,7 +91,7 @@ class Space:
         return Space(
             (*self.variables, variable),
             lambda values: decode(inner(values[:-1]), values[-1]),
-            tuple((*plan, value) for plan in self.uniform for value in variable.choices),
+            tuple((*plan, value) for plan in self.regular for value in variable.choices),
         )
 
 
@@ -97,7 +107,7 @@ def product(one: Space, other: Space, decode: Callable[[Any, Any], Any]) -> Spac
     return Space(
         (*one.variables, *other.variables),
         lambda values: decode(one.decode(values[:count]), other.decode(values[count:])),
-        tuple((*a, *b) for a in one.uniform for b in other.uniform),
+        tuple((*a, *b) for a in one.regular for b in other.regular),
     )
 
 
@@ -114,13 +124,4 @@ def free(variables: Sequence[Variable], decode: Callable[..., Any]) -> Space:
     names = [v.name for v in variables]
     return Space(
         tuple(variables), lambda values: decode(**dict(zip(names, values, strict=True))), tuple(plans)
-    )
-
-
-def _among(
-    plans: tuple[tuple[Any, ...], ...], variables: tuple[Variable, ...]
-) -> tuple[tuple[Any, ...], ...]:
-    """The plans that can be made of these choices."""
-    return tuple(
-        plan for plan in plans if all(v in var.choices for v, var in zip(plan, variables, strict=True))
     )
