@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--cpus", type=int, default=4, help="logical CPUs of a node")
-    parser.add_argument("--each", type=int, default=8, help="evaluations for each worker")
+    parser.add_argument("--each", type=int, default=4, help="evaluations for each worker")
     parser.add_argument("--seconds", type=float, default=2.0, help="of an evaluation")
     parser.add_argument("--json", type=Path, default=None, help="file for the result")
     args = parser.parse_args()

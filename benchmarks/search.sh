@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-work/search}
 minutes=${2:-18}
-generations=${3:-3}
+generations=${3:-2}
 regrow=${REGROW:-.venv/bin/regrow}
 python=$(dirname "$regrow")/python
 beside=$(printf 'deepcache:%d,' 2 3 4 5 6 7 8 9 10)$(printf 'deepcache:%d+tome:0.5,' 2 3 5 8)

@@ -7,7 +7,7 @@ Each setting changes one thing: the sampler, the number of steps, or text-to-ima
 There the plans, resampled to its calls, stand beside DeepCache, fewer steps, and the plans that a search
 made there picked, where its folder is given. Figures are the deviation from the setting's own
 unaccelerated run and MACs as a share of it; the hypervolume is up to the worst of all of them.
-`benchmarks/transfer.sh` makes two such searches and the table.
+`benchmarks/transfer.sh` makes one such search and the table.
 """
 
 from __future__ import annotations
