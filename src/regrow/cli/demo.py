@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from regrow import zoo
 from regrow.apply import apply
@@ -109,7 +109,7 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
     if as_json:
         print(text)
         return
-    table = Table("method", "s an image", "speed-up", "MACs", "PSNR dB", "feature distance")
+    table = Table(Column("method", no_wrap=True), "s an image", "speed-up", "MACs", "PSNR dB", "feature distance")
     for r in rows:
         table.add_row(
             r.method,
