@@ -109,7 +109,8 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
     if as_json:
         print(text)
         return
-    table = Table(Column("method", no_wrap=True), "s an image", "speed-up", "MACs", "PSNR dB", "feature distance")
+    method = Column("method", no_wrap=True)
+    table = Table(method, "s an image", "speed-up", "MACs", "PSNR dB", "feature distance")
     for r in rows:
         table.add_row(
             r.method,
