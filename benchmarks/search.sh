@@ -27,8 +27,11 @@ $regrow search "${common[@]}" --budget "$generations" --rungs 16 --patience 0 --
 $regrow search "${paper[@]}" --budget "$count" --no-plots --out "$folder/paper-ratios"
 "$python" benchmarks/search_table.py "$folder/nsga2" --plot "$folder" --json benchmarks/results/search.json \
     --against "$folder/chance" "$folder/staged" "$folder/every-plan-on-all" "$folder/paper-ratios"
-mkdir -p benchmarks/results/search
-cp -r "$folder/nsga2/"{evaluations.jsonl,search.json,settings.json,front} benchmarks/results/search
+for name in nsga2 chance staged every-plan-on-all paper-ratios; do
+    mkdir -p "benchmarks/results/search/$name"
+    cp "$folder/$name/search.json" "benchmarks/results/search/$name"
+done
+cp -r "$folder/nsga2/"{evaluations.jsonl,settings.json,front} benchmarks/results/search/nsga2
 cp "$folder/compare.png" docs/search-compare.png
 cp "$folder/nsga2/front.png" docs/search-front.png
 cp "$folder/nsga2/plans.png" docs/search-plans.png
