@@ -144,7 +144,7 @@ def fewer_steps(result: dict[str, Any]) -> str:
     """What fewer steps cost as a set of pictures.
 
     Args:
-        result: of `regrow eval --methods steps:50,steps:25,...`, beside composed scenes.
+        result: of `regrow eval --methods steps:50,steps:25,...`, beside decoded scenes.
     """
     rows = result["rows"]
     if result["reference"] == "the baseline's pictures" or _steps(rows[-1]) > 10:
@@ -172,9 +172,18 @@ def fewer_steps(result: dict[str, Any]) -> str:
             f"{AS_GOOD - 1:.0%})."
         )
     said = (
-        f"{result['prompts']} captions, beside composed scenes; the figures compare only with each other."
+        f"{result['prompts']} captions, beside composed scenes as the autoencoder shows them; the figures "
+        "compare only with each other, and with few pictures FD's bias hides small differences."
     )
-    return "\n".join([*lines, "", f"{said} {verdict}"])
+    commands = [
+        "```",
+        "python tools/compose_scenes.py --data iconify-json-noto-1.2.9.tgz --model src/regrow/zoo/emoji \\",
+        "    --count 1000 --decoded --out decoded",
+        f"regrow eval --methods {','.join(row['name'] for row in rows)} --prompts {result['prompts']} \\",
+        f"    --dtype {result['dtype']} --reference decoded --out fewer",
+        "```",
+    ]
+    return "\n".join([*lines, "", f"{said} {verdict}", "", *commands])
 
 
 def _steps(row: dict[str, Any]) -> int:
@@ -347,7 +356,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--check", type=Path, required=True, help="JSON of check_scenes.py")
     parser.add_argument(
-        "--fewer", type=Path, required=True, help="result.json of regrow eval, of steps only"
+        "--fewer",
+        type=Path,
+        required=True,
+        help="result.json of regrow eval, of steps only, beside decoded scenes",
     )
     parser.add_argument("--sheet", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--steps", type=int, default=50)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import training
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from emoji_scenes import COLOURS, Caption, Scene, Sprites, another, compose, objects_in, read_sprites, scene
 from rich.console import Console
@@ -200,15 +201,12 @@ class Bench:
         out = []
         for part in track(parts, title):
             pictures = compose(part, self.sprites)
-            out.append(Seen.of(self.decoded(pictures) if decoded else pictures, self.extractor))
+            out.append(Seen.of(self.shown(pictures) if decoded else pictures, self.extractor))
         return Seen.joined(out)
 
-    @torch.no_grad()
-    def decoded(self, pictures: Tensor) -> Tensor:
-        """Pictures ``(B, 3, H, W)`` in [0, 1] as the model's autoencoder shows them."""
-        vae = self.pipe.vae
-        latents = vae.encoder(pictures.to(vae.device, vae.dtype) * 2 - 1)
-        return vae.decoder(latents).float().clamp(-1, 1).add(1).div(2).cpu()
+    def shown(self, pictures: Tensor) -> Tensor:
+        """Pictures as the model's autoencoder shows them."""
+        return training.decoded(self.pipe.vae, pictures)
 
     def drawn(self, captions: list[Caption], steps: int, seed: int, title: str) -> Tensor:
         """Generated pictures."""

@@ -462,3 +462,10 @@ def check_same_run(path: Path, settings: dict[str, Any]) -> None:
                 raise SystemExit(f"{path}: {key} was {before[key]}, now {settings[key]}; use another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
+
+
+@torch.no_grad()
+def decoded(vae: AutoencoderTiny, pictures: Tensor) -> Tensor:
+    """Pictures ``(B, 3, H, W)`` in [0, 1] as an autoencoder shows them."""
+    latents = vae.encoder(pictures.to(vae.device, vae.dtype) * 2 - 1)
+    return vae.decoder(latents).float().clamp(-1, 1).add(1).div(2).cpu()
