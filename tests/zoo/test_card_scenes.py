@@ -136,7 +136,9 @@ def test_the_card_says_which_bar_is_missed(where: tuple[str, ...], value: float,
 def test_the_card_says_whether_fewer_steps_are_as_good(ten: float, said: str) -> None:
     figures = {"kd": 0.001, "precision": 0.5, "recall": 0.4}
     rows = [{"name": f"steps:{n}", "fd": fd} | figures for n, fd in ((50, 10.0), (25, 10.1), (10, ten))]
-    text = card_scenes.fewer_steps({"rows": rows, "prompts": 128, "reference": "scenes"})
+    text = card_scenes.fewer_steps(
+        {"rows": rows, "prompts": 128, "dtype": "bfloat16", "reference": "scenes"}
+    )
     assert said in text
     assert f"| 10 | {ten:.2f} | 0.0010 | 0.50 | 0.40 |" in text
 
