@@ -92,7 +92,10 @@ class FromImage:
             list(prompts), num_inference_steps=20, guidance_scale=zoo.GUIDANCE["emoji"]
         ).images
         self._prompts = prompts
-        self._pipeline = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
+        # from_pipe() takes no AutoencoderTiny.
+        self._pipeline = StableDiffusionImg2ImgPipeline(
+            **pipeline.components, requires_safety_checker=False
+        )
         self._pipeline.set_progress_bar_config(disable=True)
 
     def __getattr__(self, name: str) -> Any:
