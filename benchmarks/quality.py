@@ -1,6 +1,7 @@
 """Quality against speed: every method a curve, on one model, in one run.
 
-    python benchmarks/quality.py --prompts 1000 --reference work/reference --work work/quality
+    python tools/compose_scenes.py --data noto.tgz --decoded --count 1000 --out work/decoded
+    python benchmarks/quality.py --prompts 1000 --reference work/decoded --dtype bfloat16 --engine ray
 
 First the pictures of all variants are made and compared (`regrow eval`: killed, it goes on), then all are
 timed in turns (`regrow bench`). The result, a table and a plot go to `--out`; `--table` only reads it.
@@ -14,10 +15,10 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import torch
@@ -32,8 +33,34 @@ CURVES: Mapping[str, tuple[str, ...]] = {
     "DeepCache 2 to 10": tuple(f"deepcache:{n}" for n in (2, 3, 5, 7, 10)),
     "DeepCache 2 to 10 + ToMeSD .5": tuple(f"deepcache:{n}+tome:0.5" for n in (2, 3, 5, 7, 10)),
     "DaTo every 2 to 10, r .5": tuple(f"dato:{n}" for n in (2, 3, 5, 7, 10)),
-    "DaTo presets": ("dato:b1", "dato:fast"),
+    "DaTo, the paper's b1 and fast": ("dato:b1", "dato:fast"),
+    "DaTo, searched": ("dato:emoji-quality", "dato:emoji-balanced", "dato:emoji-fast"),
 }
+
+
+class Measure(NamedTuple):
+    """A figure of a variant.
+
+    Args:
+        field: of `Point`.
+        title: over a table.
+        label: of an axis.
+        form: in which it is printed.
+        best: ``min`` if less is better.
+    """
+
+    field: str
+    title: str
+    label: str
+    form: str
+    best: Callable[[Sequence[float]], float]
+
+
+MEASURES = (
+    Measure("psnr", "PSNR dB", "PSNR to own 50 steps, dB", ".1f", max),
+    Measure("feature_distance", "feature distance", "feature distance to own 50 steps", ".3f", min),
+    Measure("fd", "FD-EffNet", "FD-EffNet to true pictures", ".1f", min),
+)
 SPEEDS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
@@ -47,6 +74,8 @@ class Point:
         macs_ratio: MACs of the baseline's denoiser over this one's.
         fd: Fréchet distance to the reference.
         psnr: median, dB, to the baseline's pictures of the same seeds; None for the baseline.
+        ssim: mean, likewise.
+        feature_distance: mean, likewise.
     """
 
     name: str
@@ -54,6 +83,8 @@ class Point:
     macs_ratio: float
     fd: float
     psnr: float | None
+    ssim: float
+    feature_distance: float
 
 
 def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Point]:
@@ -66,6 +97,8 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
             timed[row["name"]]["macs_ratio"],
             row["fd"],
             row["psnr"],
+            row["ssim"],
+            row["feature_distance"],
         )
         for row in quality["rows"]
         if row["name"] in timed and row["fd"] is not None
@@ -93,55 +126,56 @@ def of_curves(found: Mapping[str, Point]) -> dict[str, list[Point]]:
     return out
 
 
-def table(found: Mapping[str, Point], field: str, unit: str) -> list[str]:
+def table(found: Mapping[str, Point], measure: Measure) -> list[str]:
     """Markdown: a row a curve, a column a speed-up; the best of a column in bold."""
-    best = min if field == "fd" else max
     rows = {
-        name: [at_speed(curve, speed, field) for speed in SPEEDS]
+        name: [at_speed(curve, speed, measure.field) for speed in SPEEDS]
         for name, curve in of_curves(found).items()
     }
     columns = [[v for v in column if v is not None] for column in zip(*rows.values(), strict=True)]
     lines = [
-        f"| {unit} at | " + " | ".join(f"{speed:g}x" for speed in SPEEDS) + " |",
+        f"| {measure.title} at | " + " | ".join(f"{speed:g}x" for speed in SPEEDS) + " |",
         "|---" * (len(SPEEDS) + 1) + "|",
     ]
     for name, values in rows.items():
         cells = []
         for value, column in zip(values, columns, strict=True):
-            text = "" if value is None else f"{value:.2f}" if field == "fd" else f"{value:.1f}"
-            cells.append(f"**{text}**" if value is not None and value == best(column) else text)
+            text = "" if value is None else f"{value:{measure.form}}"
+            cells.append(f"**{text}**" if value is not None and value == measure.best(column) else text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
 def variants_table(found: Mapping[str, Point]) -> list[str]:
     """Markdown: every variant as it was measured."""
-    lines = ["| method | speed-up | fewer MACs | FD-EffNet | PSNR dB |", "|---|---|---|---|---|"]
-    lines += [
-        f"| `{p.name}` | {p.speedup:.2f}x | {p.macs_ratio:.2f}x | {p.fd:.2f} | "
-        f"{'' if p.psnr is None else f'{p.psnr:.1f}'} |"
-        for p in found.values()
+    lines = [
+        "| method | speed-up | fewer MACs | PSNR dB | SSIM | feature distance | FD-EffNet |",
+        "|---|---|---|---|---|---|---|",
     ]
+    for p in found.values():
+        psnr = "" if p.psnr is None else f"{p.psnr:.1f}"
+        quality = f"{psnr} | {p.ssim:.3f} | {p.feature_distance:.4f} | {p.fd:.2f}"
+        lines.append(f"| `{p.name}` | {p.speedup:.2f}x | {p.macs_ratio:.2f}x | {quality} |")
     return lines
 
 
 def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
-    """FD and PSNR against the measured speed-up, a line for every curve."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    labels = (("fd", "FD-EffNet to true pictures (lower is better)"), ("psnr", "PSNR to own 50 steps, dB"))
-    for axis, (field, label) in zip(axes, labels, strict=True):
-        for (name, curve), marker in zip(of_curves(found).items(), "osD^v*P", strict=False):
-            known = [(p.speedup, v) for p in curve if (v := getattr(p, field)) is not None]
+    """Every figure against the measured speed-up, a line for every curve."""
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(15, 4.6), layout="constrained")
+    for axis, measure in zip(axes, MEASURES, strict=True):
+        for (name, curve), marker in zip(of_curves(found).items(), "osD^v*PX", strict=False):
+            known = [(p.speedup, v) for p in curve if (v := getattr(p, measure.field)) is not None]
             xs, ys = zip(*sorted(known), strict=True)
             axis.plot(xs, ys, marker=marker, markersize=5, linewidth=1.3, label=name)
         axis.set_xscale("log")
         axis.set_xticks(SPEEDS, [f"{speed:g}x" for speed in SPEEDS])
         axis.minorticks_off()
-        axis.set(xlabel="measured speed-up over 50 steps", ylabel=label)
+        better = "lower is better" if measure.best is min else "higher is better"
+        axis.set(xlabel="measured speed-up over 50 steps", ylabel=f"{measure.label} ({better})")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, frameon=False)
     figure.suptitle(title)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
@@ -162,7 +196,7 @@ def claim(file: Path, inputs: dict[str, Any]) -> None:
     file.write_text(json.dumps(inputs, indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run both commands for all variants; what is already made is not made again."""
     methods = ",".join(spec for curve in CURVES.values() for spec in curve)
     common = ["--model", args.model, "--methods", methods, "--dtype", args.dtype, "--device", args.device]
@@ -178,6 +212,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         },
     )
     words = ["--prompts", args.prompts, "--out", str(pictures), "--batch", str(args.batch)]
+    words += ["--engine", args.engine]
+    words += [] if args.workers is None else ["--workers", str(args.workers)]
     features = args.work / "reference.safetensors"
     if features.exists():
         words += ["--reference", str(features)]
@@ -209,6 +245,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--guidance", type=float, help="guidance scale; a bundled model's own if none")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--engine", default="local", help="of the pictures: local or ray")
+    parser.add_argument("--workers", type=int, help="of Ray")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--table", action="store_true", help="only table and plot, from the result in --out"
@@ -222,15 +260,17 @@ def main() -> None:
     result_file = args.out.with_suffix(".json")
     if not args.table:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        result_file.write_text(json.dumps(measure(args), indent=1) + "\n", encoding="utf-8")
+        result_file.write_text(json.dumps(run(args), indent=1) + "\n", encoding="utf-8")
     result = json.loads(result_file.read_text())
     quality = result["quality"]
     found = points(quality, result["speed"])
     processor = quality["machine"]["gpu"] or quality["machine"]["processor"]
     title = f"{quality['model']}, {quality['prompts']} prompts, {quality['dtype']}, {processor}"
     draw(found, args.out.with_suffix(".png"), title)
-    lines = [f"{title}, {quality['machine']['date']}.", "", *table(found, "fd", "FD-EffNet"), ""]
-    lines += [*table(found, "psnr", "PSNR dB"), "", *variants_table(found)]
+    lines = [f"{title}, {quality['machine']['date']}.", ""]
+    for measure in MEASURES:
+        lines += [*table(found, measure), ""]
+    lines += variants_table(found)
     args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

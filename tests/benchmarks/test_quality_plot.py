@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import quality
 from PIL import Image
-from quality import Point, at_speed, of_curves, points, table
+from quality import MEASURES, Point, at_speed, of_curves, points, table
 
 FOUND = {
     p.name: p
     for p in (
-        Point("steps:50", 1.0, 1.0, 10.0, None),
-        Point("steps:25", 2.0, 2.0, 12.0, 30.0),
-        Point("steps:10", 5.0, 5.0, 20.0, 22.0),
-        Point("deepcache:2", 1.8, 1.9, 11.0, 33.0),
-        Point("deepcache:5", 3.6, 3.8, 13.0, 26.0),
-        Point("dato:b1", 6.0, 6.7, 15.0, 24.0),
+        Point("steps:50", 1.0, 1.0, 10.0, None, 1.00, 0.00),
+        Point("steps:25", 2.0, 2.0, 12.0, 30.0, 0.98, 0.04),
+        Point("steps:10", 5.0, 5.0, 20.0, 22.0, 0.90, 0.20),
+        Point("deepcache:2", 1.8, 1.9, 11.0, 33.0, 0.99, 0.02),
+        Point("deepcache:5", 3.6, 3.8, 13.0, 26.0, 0.97, 0.06),
+        Point("dato:b1", 6.0, 6.7, 15.0, 24.0, 0.95, 0.10),
     )
 }
 
@@ -33,20 +33,21 @@ def test_a_curve_is_linear_in_the_logarithm_of_the_speed() -> None:
 
 def test_all_curves_begin_at_the_baseline() -> None:
     curves = of_curves(FOUND)
-    assert set(curves) == {"fewer steps", "DeepCache 2 to 10", "DaTo presets"}
+    assert set(curves) == {"fewer steps", "DeepCache 2 to 10", "DaTo, the paper's b1 and fast"}
     assert all(curve[0] is FOUND["steps:50"] for curve in curves.values())
 
 
 def test_the_best_of_each_speed_is_bold() -> None:
-    lines = table(FOUND, "fd", "FD")
+    lines = table(FOUND, MEASURES[2])
     at_two = {line.split(" | ")[0].strip("| "): line.split(" | ")[3] for line in lines[2:]}
-    assert at_two["fewer steps"] == "12.00"
+    assert at_two["fewer steps"] == "12.0"
     assert at_two["DeepCache 2 to 10"].startswith("**11.")
     assert sum("**" in value for value in at_two.values()) == 1
 
 
 def test_failed_variants_have_no_point() -> None:
     rows = [{"name": "steps:50", "fd": 1.0, "psnr": None}, {"name": "sito:a", "fd": 2.0, "psnr": 30.0}]
+    rows = [row | {"ssim": 1.0, "feature_distance": 0.0} for row in rows]
     times = [
         {"name": "steps:50", "error": None, "speedup": 1.0, "macs_ratio": 1.0},
         {"name": "sito:a", "error": "no", "speedup": 0.0, "macs_ratio": 0.0},

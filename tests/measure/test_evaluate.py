@@ -23,11 +23,12 @@ from torch import Tensor
 
 from regrow import cli
 from regrow.cli.evaluate import patient
-from regrow.measure.evaluate import Pictures, Setting, compare
+from regrow.measure.evaluate import Pictures, Setting, ShardMaker, compare
 from regrow.measure.extractors import Features, Labels
 from regrow.measure.quality import frechet_distance, inception_score
 from regrow.measure.reference import Reference
 from regrow.measure.variants import variant
+from regrow.workers import LocalWorkers
 
 PROMPTS = ("a penguin", "a pizza", "a cat", "a dog", "an owl")
 SETTING = Setting("tiny", PROMPTS, guidance=5.0, shard=2)
@@ -136,13 +137,48 @@ def test_distances_are_those_of_other_libraries(pictures: Pictures) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"prompts": PROMPTS[:3]}, "prompts"), ({"seed": 1}, "seed"), ({"shard": 3}, "shard")],
+    [({"seed": 1}, "seed"), ({"shard": 3}, "shard")],
 )
 def test_a_folder_of_another_setting_is_refused(
     pictures: Pictures, changes: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(ValueError, match=f"{named}: the pictures in .* were made with another one"):
         Pictures(pictures.folder, Setting(**(vars(SETTING) | changes)))
+
+
+def test_a_folder_is_gone_on_with_for_more_prompts_and_for_fewer(tmp_path: Path) -> None:
+    at_once = Pictures(tmp_path / "at once", SETTING)
+    at_once.make(pipelines.sd(), VARIANTS[0])
+    folder = tmp_path / "grown"
+    first = Pictures(folder, Setting(**(vars(SETTING) | {"prompts": PROMPTS[:4]})))
+    first.make(pipelines.sd(), VARIANTS[0])
+    kept = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    more = Pictures(folder, SETTING)
+    assert [number for number, _ in more.missing(VARIANTS[0])] == [2]
+    more.make(pipelines.sd(), VARIANTS[0])
+    assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
+    assert compare(more, VARIANTS[:1], Colours()) == compare(at_once, VARIANTS[:1], Colours())
+    fewer = Pictures(folder, first.setting)
+    assert sum(len(shard) for shard in fewer.of(VARIANTS[0])) == 4
+    assert not Pictures(folder, SETTING).missing(VARIANTS[0])
+
+
+def test_a_folder_of_other_prompts_or_part_of_a_shard_is_refused(
+    tmp_path: Path, pictures: Pictures
+) -> None:
+    for prompts in (("a penguin", "a cat"), PROMPTS[:3], (*PROMPTS, "a hat")):
+        with pytest.raises(ValueError, match=r"prompts: the pictures in .* were made with another one"):
+            Pictures(pictures.folder, Setting(**(vars(SETTING) | {"prompts": prompts})))
+    # What was refused left nothing behind.
+    assert not pictures.missing(VARIANTS[0])
+
+
+def test_the_first_prompts_are_done_by_all_variants_first(tmp_path: Path) -> None:
+    order: list[str] = []
+    mine = Pictures(tmp_path, Setting(**(vars(SETTING) | {"prompts": PROMPTS[:4]})))
+    with LocalWorkers(lambda: ShardMaker(SETTING, pipelines.sd())) as workers:
+        mine.make_all(workers, VARIANTS[1:], lambda one: order.append(one.name))
+    assert order == [one.name for one in VARIANTS[1:]] * 2
 
 
 def test_another_configuration_of_the_same_name_is_refused(pictures: Pictures) -> None:

@@ -114,7 +114,8 @@ class Pictures:
     """The pictures of a setting in a folder, a subfolder for each variant.
 
     Args:
-        folder: made if it is not there; that of an earlier run with the same setting is gone on with.
+        folder: made if it is not there; that of an earlier run with the same setting is gone on with. The
+            prompts may be more or fewer than then if one list begins the other with whole shards.
         setting: what the pictures are made of.
 
     Raises:
@@ -130,6 +131,9 @@ class Pictures:
         now = json.loads(json.dumps(asdict(setting)))
         if file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
+            if _begins_with_shards(before["prompts"], now["prompts"], setting.shard):
+                now["prompts"] = max(before["prompts"], now["prompts"], key=len)
+                before["prompts"] = now["prompts"]
             for name, value in now.items():
                 if before.get(name) != value:
                     raise ValueError(
@@ -172,6 +176,8 @@ class Pictures:
             on_shard: called after every shard with its variant.
         """
         jobs = [Shard(one, number, prompts) for one in variants for number, prompts in self.missing(one)]
+        # Ended early, the first prompts are done by all variants.
+        jobs.sort(key=lambda job: job.number)
         for index, content in workers.run(jobs):
             job = jobs[index]
             write_whole(self._file(job.variant, job.number), partial(Path.write_bytes, data=content))
@@ -209,6 +215,12 @@ class Pictures:
             )
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, lambda to: to.write_text(now, "utf-8"))
+
+
+def _begins_with_shards(one: Sequence[str], other: Sequence[str], shard: int) -> bool:
+    """Whether the shorter list of prompts begins the longer one, and fills whole shards."""
+    shorter, longer = sorted((one, other), key=len)
+    return longer[: len(shorter)] == shorter and len(shorter) % shard == 0
 
 
 @dataclass(frozen=True)
