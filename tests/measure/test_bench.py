@@ -15,7 +15,7 @@ from PIL import Image
 
 import regrow
 from regrow import FULL, Alignment, BaseChoice, CATPruning, Combined, DaTo, DeepCache, SiTo, ToMeSD, cli
-from regrow.cli.ablations import ABLATIONS, ablated
+from regrow.cli.ablations import ABLATIONS, ablated, against
 from regrow.cli.bench import draw_bars, print_rows
 from regrow.engine.inputs import without_data
 from regrow.macs import CallCounter, plain_macs
@@ -250,6 +250,15 @@ def test_every_ablation_is_a_list_of_different_methods(name: str) -> None:
     variants = [variant(spec, 50) for spec in ablated(name)]
     assert variants[0] == Variant("steps:50", None, 50)
     assert len({(v.config, v.steps) for v in variants}) == len(variants) > 3
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_alternatives_differ_in_one_choice_from_what_they_are_compared_with(name: str) -> None:
+    others = against(name)
+    assert {*others, *others.values()} == set(ablated(name)) - {"steps:50"}
+    if name in {"alignment", "score", "recovery"}:
+        for one, other in others.items():
+            assert one.rpartition(":")[0] == other.rpartition(":")[0]
 
 
 def test_an_unknown_ablation_is_refused() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from regrow import cli
 from regrow.cli.evaluate import patient
-from regrow.measure.evaluate import Pictures, Setting, ShardMaker, compare
+from regrow.measure.evaluate import Gain, Pictures, Setting, ShardMaker, compare
 from regrow.measure.extractors import Features, Labels
 from regrow.measure.quality import frechet_distance, inception_score
 from regrow.measure.reference import Reference
@@ -133,6 +134,35 @@ def test_distances_are_those_of_other_libraries(pictures: Pictures) -> None:
     assert with_data[0].fd == pytest.approx(frechet_distance(reference.pooled, extractor(base)))
     assert with_data[2].sfd == pytest.approx(frechet_distance(reference.spatial, features.spatial))
     assert with_data[2].psnr == rows[2].psnr
+
+
+def test_a_gain_is_the_mean_difference_of_the_pictures_psnr(pictures: Pictures) -> None:
+    rows = compare(pictures, VARIANTS, Colours(), against={VARIANTS[2].name: VARIANTS[1].name})
+    assert rows[:2] == compare(pictures, VARIANTS[:2], Colours())
+    base, other, own = (torch.cat(list(pictures.of(one))).double().numpy() for one in VARIANTS)
+    more = [
+        peak_signal_noise_ratio(a, c, data_range=1) - peak_signal_noise_ratio(a, b, data_range=1)
+        for a, b, c in zip(base, other, own, strict=True)
+    ]
+    gain = rows[2].gain
+    assert gain is not None
+    assert gain.over == "steps:2"
+    assert gain.psnr == pytest.approx(statistics.mean(more), abs=1e-6)
+    assert gain.error == pytest.approx(statistics.stdev(more) / len(more) ** 0.5, abs=1e-6)
+    assert rows[2].to_dict()["gain"] == {"over": "steps:2", "psnr": gain.psnr, "error": gain.error}
+
+
+def test_there_is_no_gain_over_pictures_that_equal_the_baselines(pictures: Pictures) -> None:
+    base, *_, last = VARIANTS
+    row = compare(pictures, [base, last], Colours(), against={last.name: base.name})[1]
+    assert row.gain == Gain(base.name, None, None)
+
+
+def test_a_gain_over_what_comes_later_is_refused(pictures: Pictures) -> None:
+    with pytest.raises(
+        ValueError, match="against: steps:2 is not allowed for steps:4, it must come before"
+    ):
+        compare(pictures, VARIANTS, Colours(), against={"steps:4": "steps:2"})
 
 
 @pytest.mark.parametrize(

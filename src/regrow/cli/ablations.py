@@ -6,38 +6,57 @@ from collections.abc import Mapping
 
 _RATIOS = ("0.3", "0.5", "0.7")
 
-ABLATIONS: Mapping[str, tuple[str, ...]] = {
-    "base": tuple(f"sito:d:base={choice}" for choice in ("I", "II", "III", "IV", "V", "VI")),
-    "noise": tuple(f"sito:d:noise={sigma}" for sigma in ("0", "0.01", "0.1", "1")),
+Alternatives = tuple[str, ...]
+"""Variants that differ in one choice; the others are compared with the first."""
+
+ABLATIONS: Mapping[str, tuple[Alternatives, ...]] = {
+    "base": (tuple(f"sito:d:base={choice}" for choice in ("I", "II", "III", "IV", "V", "VI")),),
+    "noise": (tuple(f"sito:d:noise={sigma}" for sigma in ("0", "0.01", "0.1", "1")),),
     "alignment": tuple(
-        f"dato:b1:ratio={ratio}:alignment={whose}"
+        tuple(
+            f"dato:b1:ratio={ratio}:alignment={whose}"
+            for whose in ("off", "conditional", "unconditional", "mean")
+        )
         for ratio in _RATIOS
-        for whose in ("off", "conditional", "unconditional", "mean")
     ),
     "score": tuple(
-        f"dato:b1:ratio={ratio}:score={score}" for ratio in _RATIOS for score in ("diff", "random")
+        tuple(f"dato:b1:ratio={ratio}:score={score}" for score in ("random", "diff")) for ratio in _RATIOS
     ),
-    "recovery": tuple(f"sito:{ratio}:recovery={how}" for ratio in _RATIOS for how in ("copy", "mean")),
-    "patch": tuple(f"sito:d:patch={side}" for side in (2, 3, 4, 8)),
+    "recovery": tuple(
+        tuple(f"sito:{ratio}:recovery={how}" for how in ("copy", "mean")) for ratio in _RATIOS
+    ),
+    "patch": (tuple(f"sito:d:patch={side}" for side in (2, 3, 4, 8)),),
     "where": (
-        "sito:d",
-        "sito:d:cross_attention=true",
-        "sito:d:feed_forward=true",
-        "sito:d:cross_attention=true:feed_forward=true",
+        (
+            "sito:d",
+            "sito:d:cross_attention=true",
+            "sito:d:feed_forward=true",
+            "sito:d:cross_attention=true:feed_forward=true",
+        ),
     ),
-    "levels": tuple(f"sito:d:max_downsample={level}" for level in (1, 2, 4, 8)),
-    "steps": tuple(f"steps:{steps}" for steps in (25, 16, 10, 8, 5)),
+    "levels": (tuple(f"sito:d:max_downsample={level}" for level in (1, 2, 4, 8)),),
+    "steps": (tuple(f"steps:{steps}" for steps in (25, 16, 10, 8, 5)),),
 }
 """SiTo's base choices I to VI and its noise; DaTo's CFG alignment over r, and with or without DiffScore;
 prune or merge; patch size; layers; levels; fewer steps."""
 
 
-def ablated(name: str) -> tuple[str, ...]:
-    """The variants of an ablation, the unaccelerated pipeline first.
+def alternatives(name: str) -> tuple[Alternatives, ...]:
+    """What an ablation compares.
 
     Raises:
         ValueError: if there is no such ablation.
     """
     if name not in ABLATIONS:
         raise ValueError(f"ablation: {name!r} is not known; allowed are {', '.join(ABLATIONS)}")
-    return ("steps:50", *ABLATIONS[name])
+    return ABLATIONS[name]
+
+
+def ablated(name: str) -> tuple[str, ...]:
+    """The variants of an ablation, the unaccelerated pipeline first; see `alternatives`."""
+    return ("steps:50", *(one for group in alternatives(name) for one in group))
+
+
+def against(name: str) -> dict[str, str]:
+    """The variant that each one of an ablation is compared with; see `alternatives`."""
+    return {one: first for first, *others in alternatives(name) for one in others}

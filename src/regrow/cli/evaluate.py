@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from regrow import zoo
 from regrow.cli.engine import Where
 from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.measure.clip import ClipScore
-from regrow.measure.evaluate import Pictures, Quality, Setting, ShardMaker, compare
+from regrow.measure.evaluate import Gain, Pictures, Quality, Setting, ShardMaker, compare
 from regrow.measure.exchange import Scores, check_export, export, read_scores
 from regrow.measure.extractors import Extractor, Labels, Network, extractor
 from regrow.measure.keep import write_whole
@@ -34,9 +34,14 @@ from regrow.measure.variants import Variant, variant
 
 @dataclass(frozen=True)
 class Request:
-    """What to evaluate; fields are the options of the command."""
+    """What to evaluate; fields are the options of the command.
+
+    Args:
+        against: by names of methods, an earlier one that each is compared with picture by picture.
+    """
 
     methods: tuple[str, ...]
+    against: Mapping[str, str]
     model: str
     prompts: str
     template: str | None
@@ -95,7 +100,7 @@ def run_eval(request: Request, as_json: bool) -> None:
     _make(request, pictures, variants, device, console)
     shards = len(variants) * len(list(setting.shards()))
     with patient(console, "comparing", shards) as advance:
-        rows = compare(pictures, variants, seer, reference, clip, on_shard=advance)
+        rows = compare(pictures, variants, seer, reference, clip, request.against, on_shard=advance)
     if request.export is not None:
         with patient(console, "exporting", shards) as advance:
             export(request.export, pictures, variants, on_shard=advance)
@@ -225,9 +230,17 @@ def print_rows(
     """Two tables: each picture by itself, and all of them as a set."""
     metrics = list(dict.fromkeys(metric for own in scores.values() for metric in own))
     clip = any(row.clip_score is not None for row in rows)
+    gains = any(row.gain is not None for row in rows)
+    others = ", ".join(dict.fromkeys(row.gain.over for row in rows if row.gain is not None))
     single = _table(
-        f"PSNR, SSIM, distance: to {rows[0].name}",
-        ["s an image", "PSNR dB", "SSIM", "distance", *(["CLIP score"] if clip else []), *metrics],
+        f"PSNR, SSIM, distance: to {rows[0].name}"
+        + (f"\ngain: PSNR more than {others}, mean and its standard error" if gains else ""),
+        [
+            *("s an image", "PSNR dB", "SSIM", "distance"),
+            *(["gain dB"] if gains else []),
+            *(["CLIP score"] if clip else []),
+            *metrics,
+        ],
     )
     together = _table(
         f"All pictures beside {reference}; {labels.inception_score} beside none",
@@ -240,6 +253,7 @@ def print_rows(
             _shown(row.psnr, 1),
             _shown(row.ssim, 3),
             _shown(row.feature_distance, 4),
+            *([_shown_gain(row.gain)] if gains else []),
             *([_shown(row.clip_score, 2)] if clip else []),
             *(_shown(scores[row.name].get(metric), 4) for metric in metrics),
         )
@@ -268,3 +282,7 @@ def _table(caption: str, columns: Sequence[str]) -> Table:
 def _shown(value: float | None, digits: int) -> str:
     # Adding zero takes the sign off a zero.
     return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def _shown_gain(gain: Gain | None) -> str:
+    return "" if gain is None else f"{_shown(gain.psnr, 2)} ± {_shown(gain.error, 2)}"

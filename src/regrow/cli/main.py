@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from regrow.cli.ablations import ABLATIONS, ablated
+from regrow.cli.ablations import ABLATIONS, ablated, against
 from regrow.cli.engine import Engine, Where
 from regrow.measure.extractors import Network
 from regrow.methods.catalogue import SYSTEMS
@@ -349,6 +349,7 @@ def evaluate(
     run_eval(
         Request(
             methods=tuple(methods.split(",")) if ablation is None else ablated(ablation),
+            against={} if ablation is None else against(ablation),
             model=model,
             prompts=prompts,
             template=template,

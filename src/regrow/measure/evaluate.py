@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -224,6 +226,22 @@ def _begins_with_shards(one: Sequence[str], other: Sequence[str], shard: int) ->
 
 
 @dataclass(frozen=True)
+class Gain:
+    """How much nearer to the baseline's pictures a variant comes than another, picture by picture.
+
+    Args:
+        over: name of the other variant.
+        psnr: mean over the pictures of what its PSNR has more, dB; None if no picture of both differs from
+            the baseline's.
+        error: standard error of that mean; None with fewer than two pictures.
+    """
+
+    over: str
+    psnr: float | None
+    error: float | None
+
+
+@dataclass(frozen=True)
 class Quality:
     """How far a variant's pictures are from others; ``None`` where there are too few pictures.
 
@@ -239,6 +257,7 @@ class Quality:
         recall: share of the reference within the pictures' manifold.
         inception_score: the Inception Score's formula on the extractor's classifier; needs no reference.
         clip_score: mean of `ClipScore` over the pictures; None if it was not asked for.
+        gain: over the variant that it was to be compared with, if any.
     """
 
     name: str
@@ -252,6 +271,7 @@ class Quality:
     recall: float | None
     inception_score: float | None
     clip_score: float | None
+    gain: Gain | None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -264,6 +284,7 @@ def compare(
     extractor: Extractor,
     reference: Reference | None = None,
     clip: ClipScore | None = None,
+    against: Mapping[str, str] = MappingProxyType({}),
     on_shard: Callable[[], None] = lambda: None,
 ) -> list[Quality]:
     """Measure the pictures of all variants; the first is the baseline.
@@ -277,8 +298,17 @@ def compare(
         extractor: features of pictures.
         reference: features of the data; those of the baseline's pictures if None.
         clip: scores pictures with their prompts, if given.
+        against: by names of variants, an earlier one that each is compared with as well.
         on_shard: called after every shard of every variant.
+
+    Raises:
+        ValueError: if a variant of `against` is not an earlier one.
     """
+    order = [one.name for one in variants]
+    for name, other in against.items():
+        if name in order and other not in order[: order.index(name)]:
+            raise ValueError(f"against: {other} is not allowed for {name}, it must come before it")
+    errors: dict[str, Tensor] = {}
     base: _Seen | None = None
     data: tuple[FeatureSet, FeatureSet] | None = None
     out = []
@@ -290,8 +320,23 @@ def compare(
             if reference is None
             else (FeatureSet(reference.pooled), FeatureSet(reference.spatial))
         )
-        out.append(_quality(one.name, seen, base, data))
+        errors[one.name] = seen.error
+        over = against.get(one.name)
+        gain = None if over is None else _gain(over, seen.error, errors[over])
+        out.append(_quality(one.name, seen, base, data, gain))
     return out
+
+
+def _gain(over: str, own: Tensor, other: Tensor) -> Gain:
+    """Mean difference of PSNR, where neither picture equals the baseline's."""
+    differ = (own > 0) & (other > 0)
+    more = 10 * (other[differ] / own[differ]).log10()
+    count = len(more)
+    return Gain(
+        over,
+        float(more.mean()) if count else None,
+        float(more.std() / math.sqrt(count)) if count > 1 else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -363,7 +408,9 @@ def _clip(clip: ClipScore, own: Tensor, prompts: tuple[str, ...]) -> dict[str, T
     return {"clip": clip(own, prompts)}
 
 
-def _quality(name: str, seen: _Seen, base: _Seen, data: tuple[FeatureSet, FeatureSet]) -> Quality:
+def _quality(
+    name: str, seen: _Seen, base: _Seen, data: tuple[FeatureSet, FeatureSet], gain: Gain | None
+) -> Quality:
     """The row of a variant."""
     finite = -10 * seen.error[seen.error > 0].log10()
     cosine = torch.cosine_similarity(seen.features.pooled.double(), base.features.pooled.double())
@@ -382,4 +429,5 @@ def _quality(name: str, seen: _Seen, base: _Seen, data: tuple[FeatureSet, Featur
         recall=far,
         inception_score=inception_score(seen.features.logits) if len(own[0].features) > 3 else None,
         clip_score=None if seen.clip is None else float(seen.clip.double().mean()),
+        gain=gain,
     )
