@@ -4,7 +4,8 @@
 
 The arguments are folders of `regrow search`; what the first stands beside are the plans of its `--beside`.
 Hypervolumes are up to one reference point, the worst figures of all fronts and plans that are compared. The
-first search is also shown as it was after as many pictures as each of the others made.
+first search is also shown as it was after as many pictures as each of the others made, and when it had become
+as good as their fronts.
 """
 
 from __future__ import annotations
@@ -50,6 +51,14 @@ def front_after(found: Mapping[str, Any], pictures: int) -> list[Point]:
     return [tuple(point) for point in fronts[-1]] if fronts else []
 
 
+def reached(found: Mapping[str, Any], volume: float, reference: Sequence[float]) -> dict[str, Any]:
+    """Pictures and seconds after which the front of a search had such a hypervolume; none if never."""
+    for row in found["history"]:
+        if hypervolume([tuple(point) for point in row["front"]], reference) >= volume:
+            return {"search_as_good_after": {"pictures": row["pictures"], "seconds": round(row["seconds"])}}
+    return {}
+
+
 def compared(found: Mapping[str, Any], against: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for the front, for each group of plans beside it, and for each other search.
 
@@ -73,13 +82,14 @@ def compared(found: Mapping[str, Any], against: Mapping[str, Mapping[str, Any]])
         return {"name": name, "plans": len(plans), "hypervolume": volume, "dominated": beaten} | more
 
     def spent(search: Mapping[str, Any]) -> dict[str, int]:
-        return {"evaluated": search["evaluated"], "pictures": search["pictures"]}
+        return {name: round(search[name]) for name in ("evaluated", "pictures", "seconds")}
 
     rows = [row("the search's front", front, **spent(found))]
     rows += [row(name, plans) for name, plans in beside.items()]
     for name, other in against.items():
         then = round(hypervolume(front_after(found, other["pictures"]), reference), 5)
-        rows.append(row(f"the front of {name}", others[name], **spent(other), search_after_as_many=then))
+        more = spent(other) | reached(found, hypervolume(others[name], reference), reference)
+        rows.append(row(f"the front of {name}", others[name], **more, search_after_as_many=then))
     return rows
 
 
@@ -103,7 +113,7 @@ def main() -> None:
     rows = compared(found, against)
     table = Table(
         caption="dominated: plans that the front beats in both; then: hypervolume of the first row's "
-        "search after as many pictures"
+        "search after as many pictures; as good: after how many it was as good"
     )
     columns = {
         "plans of": "name",
@@ -116,8 +126,10 @@ def main() -> None:
     }
     for name in columns:
         table.add_column(name, justify="left" if name == "plans of" else "right")
+    table.add_column("as good", justify="right")
     for row in rows:
-        table.add_row(*(str(row.get(key, "")) for key in columns.values()))
+        good = row.get("search_as_good_after", {})
+        table.add_row(*(str(row.get(key, "")) for key in columns.values()), str(good.get("pictures", "")))
     Console().print(table)
     if args.plot:
         args.plot.mkdir(parents=True, exist_ok=True)
