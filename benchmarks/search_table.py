@@ -4,7 +4,7 @@
 
 The arguments are folders of `regrow search`; what the first stands beside are the plans of its `--beside`.
 Hypervolumes are up to one reference point, the worst figures of all fronts and plans that are compared. The
-first search is also shown as it was after as many pictures as each of the others made, and when it had become
+first search is also shown as it was after as many pictures as each of the others made, and when it was
 as good as their fronts.
 """
 
