@@ -16,6 +16,7 @@ from regrow.schedule import FULL, Schedule
 from regrow.search.evaluation import Candidate, Job, Outcome
 from regrow.search.objectives import Cost, Quality
 from regrow.search.proposals import hypervolume
+from regrow.search.result import to_dict
 from regrow.search.search import Algorithm, AllFailedError, Budget, Economy, Known, check_economy
 from regrow.workers import RayWorkers
 
@@ -187,6 +188,10 @@ def test_what_an_interrupted_round_measured_counts(tmp_path: Path) -> None:
         found.run(Budget(generations=6))
     assert sum(k.prompts == 8 for k in found.known.values()) == 5
     assert found.front()
+    assert found.pictures == 5 * 8
+    result = to_dict(found, [], {}, {})
+    assert (result["evaluated"], result["pictures"]) == (5, 40)
+    assert len(result["plans"]) > 5
 
 
 def test_figures_that_are_no_numbers_are_given_up(tmp_path: Path) -> None:

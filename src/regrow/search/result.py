@@ -159,8 +159,9 @@ def to_dict(
     return {
         "objectives": [label(kind) for kind in objectives],
         "economy": search.economy.model_dump(mode="json"),
-        "evaluated": len(proposed),
-        "pictures": search.spent[-1][0] if search.spent else 0,
+        # Ended in the middle of a generation, some of its plans are only proposed.
+        "evaluated": sum(known.prompts > 0 or known.given_up for known in proposed),
+        "pictures": search.pictures,
         "seconds": round(search.spent[-1][1], 1) if search.spent else 0.0,
         "front": [
             {

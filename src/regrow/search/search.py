@@ -197,13 +197,14 @@ class Search:
         """After each generation, the objectives of the front."""
         self.spent: list[tuple[int, float]] = []
         """After each generation, pictures generated so far and seconds it took so far."""
+        self.pictures = 0
+        """Generated so far."""
         self._macs, self._workers, self._log, self._on_progress = macs, workers, log, on_progress
         records = log.records
         # What failed may have failed for a reason that is gone.
         done = [r for r in records if "key" in r and r.get("error") is None]
         self._logged = {(r["key"], r["start"], r["stop"]): r for r in done}
         self._walls = {r["generation"]: r["seconds"] for r in records if "seconds" in r and "key" not in r}
-        self._generated = 0
         self._genes: dict[str, Genes] = {}
         self._shown: Sequence[Known] = ()
         self._budget, self._begin = Budget(), time.monotonic()
@@ -313,7 +314,7 @@ class Search:
             for i in sorted(outcomes):
                 _add(rows[i], jobs[i], outcomes[i])
                 if rows[i].generation is not None:
-                    self._generated += jobs[i].stop - jobs[i].start
+                    self.pictures += jobs[i].stop - jobs[i].start
             self._shown = self.front()
 
     def _job(self, known: Known) -> Job:
@@ -348,7 +349,7 @@ class Search:
         if generation not in self._walls:
             self._walls[generation] = before + seconds
             self._log.append({"generation": generation, "seconds": before + seconds})
-        self.spent.append((self._generated, self._walls[generation]))
+        self.spent.append((self.pictures, self._walls[generation]))
         self.history.append([k.values(self.objectives) for k in self.front()])
 
     def _over(self, budget: Budget) -> bool:
