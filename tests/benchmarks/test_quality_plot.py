@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import quality
 from PIL import Image
-from quality import MEASURES, Point, at_speed, of_curves, points, table
+from quality import MEASURES, Point, at_speed, of_curves, points, table, variants_table
 
 FOUND = {
     p.name: p
@@ -43,6 +43,21 @@ def test_the_best_of_each_speed_is_bold() -> None:
     assert at_two["fewer steps"] == "12.0"
     assert at_two["DeepCache 2 to 10"].startswith("**11.")
     assert sum("**" in value for value in at_two.values()) == 1
+
+
+def test_of_decibels_the_most_is_bold() -> None:
+    rows = [line for line in table(FOUND, MEASURES[0])[2:] if "**" in line]
+    assert MEASURES[0].field == "psnr"
+    # At 3x, between 30 dB at 2x and 22 at 5x, and 33 at 1.8x and 26 at 3.6x.
+    (at_three,) = [r for r in rows if r.split(" | ")[4].startswith("**")]
+    assert at_three.startswith("| DeepCache 2 to 10 | ")
+    assert at_three.split(" | ")[4] == "**27.8**"
+
+
+def test_every_variant_has_its_row() -> None:
+    lines = variants_table(FOUND)[2:]
+    assert lines[0] == "| `steps:50` | 1.00x | 1.00x |  | 1.000 | 0.0000 | 10.00 |"
+    assert lines[5] == "| `dato:b1` | 6.00x | 6.70x | 24.0 | 0.950 | 0.1000 | 15.00 |"
 
 
 def test_failed_variants_have_no_point() -> None:

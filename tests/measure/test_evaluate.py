@@ -23,6 +23,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from regrow import cli
+from regrow.cli.ablations import ABLATIONS, ablated
 from regrow.cli.evaluate import patient
 from regrow.measure.evaluate import Gain, Pictures, Setting, ShardMaker, compare
 from regrow.measure.extractors import Features, Labels
@@ -158,6 +159,26 @@ def test_there_is_no_gain_over_pictures_that_equal_the_baselines(pictures: Pictu
     assert row.gain == Gain(base.name, None, None)
 
 
+def test_a_gain_over_one_picture_has_no_error(tmp_path: Path, pictures: Pictures) -> None:
+    shutil.copytree(pictures.folder, tmp_path, dirs_exist_ok=True)
+    base, other, own = VARIANTS
+    mine = Pictures(tmp_path, SETTING)
+    for number, _ in SETTING.shards():
+        same, file = mine.shard(base, number), mine.folder_of(own) / f"{number:06d}.safetensors"
+        tensors = load_file(file)
+        # All but the last picture are the baseline's.
+        save_file(tensors | {"pictures": same if number < 2 else tensors["pictures"]}, file)
+    gain = compare(mine, [base, other, own], Colours(), against={own.name: other.name})[2].gain
+    assert gain is not None
+    assert gain.psnr is not None
+    assert gain.error is None
+
+
+def test_a_gain_of_what_is_no_variant_is_refused(pictures: Pictures) -> None:
+    with pytest.raises(ValueError, match="against: steps:3 is not known; allowed are steps:4, steps:2"):
+        compare(pictures, VARIANTS, Colours(), against={"steps:3": "steps:4"})
+
+
 def test_a_gain_over_what_comes_later_is_refused(pictures: Pictures) -> None:
     with pytest.raises(
         ValueError, match="against: steps:2 is not allowed for steps:4, it must come before"
@@ -190,17 +211,34 @@ def test_a_folder_is_gone_on_with_for_more_prompts_and_for_fewer(tmp_path: Path)
     assert compare(more, VARIANTS[:1], Colours()) == compare(at_once, VARIANTS[:1], Colours())
     fewer = Pictures(folder, first.setting)
     assert sum(len(shard) for shard in fewer.of(VARIANTS[0])) == 4
+    # The folder is still that of all prompts.
+    with pytest.raises(ValueError, match="prompts: 5 and 6 can't share"):
+        Pictures(folder, Setting(**(vars(SETTING) | {"prompts": (*PROMPTS, "a hat")})))
     assert not Pictures(folder, SETTING).missing(VARIANTS[0])
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (("a penguin", "a cat"), "prompts: the pictures in .* were made with another one"),
+        (PROMPTS[:3], "prompts: 3 and 5 can't share .*, the fewer must fill whole batches of 2"),
+        ((*PROMPTS, "a hat"), "prompts: 5 and 6 can't share"),
+    ],
+)
 def test_a_folder_of_other_prompts_or_part_of_a_shard_is_refused(
-    tmp_path: Path, pictures: Pictures
+    pictures: Pictures, prompts: tuple[str, ...], message: str
 ) -> None:
-    for prompts in (("a penguin", "a cat"), PROMPTS[:3], (*PROMPTS, "a hat")):
-        with pytest.raises(ValueError, match=r"prompts: the pictures in .* were made with another one"):
-            Pictures(pictures.folder, Setting(**(vars(SETTING) | {"prompts": prompts})))
-    # What was refused left nothing behind.
-    assert not pictures.missing(VARIANTS[0])
+    file = pictures.folder / "setting.json"
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        Pictures(pictures.folder, Setting(**(vars(SETTING) | {"prompts": prompts})))
+    assert file.read_bytes() == before
+
+
+def test_another_batch_is_named_before_the_prompts(pictures: Pictures) -> None:
+    changes = {"prompts": (*PROMPTS, "a hat"), "shard": 3}
+    with pytest.raises(ValueError, match="shard: the pictures"):
+        Pictures(pictures.folder, Setting(**(vars(SETTING) | changes)))
 
 
 def test_the_first_prompts_are_done_by_all_variants_first(tmp_path: Path) -> None:
@@ -400,3 +438,22 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_made(
     assert command(monkeypatch, *SMALL, "--out", str(out), *words) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_an_ablation_compares_its_alternatives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(ABLATIONS, "noise", (("steps:2", "steps:3"),))  # type: ignore[arg-type]
+    main = sys.modules["regrow.cli.main"]
+    monkeypatch.setattr(main, "ablated", lambda name: ("steps:4", *ablated(name)[1:]))
+    words = ("--ablation", "noise", "--prompts", "2", "--out", str(tmp_path))
+    assert command(monkeypatch, *words) == 0
+    shown = capsys.readouterr().out
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["steps:4", "steps:2", "steps:3"]
+    assert [row["gain"] and row["gain"]["over"] for row in rows] == [None, None, "steps:2"]
+    gain = rows[2]["gain"]
+    assert gain["psnr"] > 0
+    assert f"{gain['psnr']:.2f} ± {gain['error']:.2f}" in shown
+    assert "gain: PSNR more than steps:2" in shown

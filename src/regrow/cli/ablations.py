@@ -7,7 +7,7 @@ from collections.abc import Mapping
 _RATIOS = ("0.3", "0.5", "0.7")
 
 Alternatives = tuple[str, ...]
-"""Variants that differ in one choice; the others are compared with the first."""
+"""Variants that differ in what the ablation is about; the others are compared with the first."""
 
 ABLATIONS: Mapping[str, tuple[Alternatives, ...]] = {
     "base": (tuple(f"sito:d:base={choice}" for choice in ("I", "II", "III", "IV", "V", "VI")),),

@@ -413,7 +413,8 @@ def print_search(outcome: Outcome, request: Request) -> None:
     objectives = request.settings.objectives
     result = outcome.result
     table = Table(
-        caption=f"{result['evaluated']} plans, {result['pictures']} pictures, {result['seconds']:.0f} s; "
+        caption=f"{result['evaluated']} plans, {result['pictures']} pictures; {len(result['history'])} "
+        f"generations in {result['seconds']:.0f} s; "
         f"shares are of {request.settings.steps[1]} unaccelerated steps"
     )
     table.add_column("plan", no_wrap=True)

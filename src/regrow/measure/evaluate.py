@@ -121,7 +121,8 @@ class Pictures:
         setting: what the pictures are made of.
 
     Raises:
-        ValueError: if the folder belongs to another setting, or there is nothing to make.
+        ValueError: if the folder belongs to another setting, the fewer prompts end within a shard, or there
+            is nothing to make.
     """
 
     def __init__(self, folder: Path, setting: Setting) -> None:
@@ -133,14 +134,19 @@ class Pictures:
         now = json.loads(json.dumps(asdict(setting)))
         if file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
-            if _begins_with_shards(before["prompts"], now["prompts"], setting.shard):
-                now["prompts"] = max(before["prompts"], now["prompts"], key=len)
-                before["prompts"] = now["prompts"]
+            shorter, longer = sorted((before["prompts"], now["prompts"]), key=len)
+            if longer[: len(shorter)] == shorter:
+                before["prompts"] = now["prompts"] = longer
             for name, value in now.items():
                 if before.get(name) != value:
                     raise ValueError(
                         f"{name}: the pictures in {folder} were made with another one; use another folder"
                     )
+            if len(shorter) < len(longer) and len(shorter) % setting.shard:
+                raise ValueError(
+                    f"prompts: {len(shorter)} and {len(longer)} can't share {folder}, the fewer must fill "
+                    f"whole batches of {setting.shard}"
+                )
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, lambda to: to.write_text(json.dumps(now, indent=1) + "\n", "utf-8"))
 
@@ -219,21 +225,15 @@ class Pictures:
         write_whole(file, lambda to: to.write_text(now, "utf-8"))
 
 
-def _begins_with_shards(one: Sequence[str], other: Sequence[str], shard: int) -> bool:
-    """Whether the shorter list of prompts begins the longer one, and fills whole shards."""
-    shorter, longer = sorted((one, other), key=len)
-    return longer[: len(shorter)] == shorter and len(shorter) % shard == 0
-
-
 @dataclass(frozen=True)
 class Gain:
     """How much nearer to the baseline's pictures a variant comes than another, picture by picture.
 
     Args:
         over: name of the other variant.
-        psnr: mean over the pictures of what its PSNR has more, dB; None if no picture of both differs from
-            the baseline's.
-        error: standard error of that mean; None with fewer than two pictures.
+        psnr: mean of what its PSNR has more, dB, over the prompts for which neither's picture equals the
+            baseline's; None if there is none.
+        error: standard error of that mean; None with fewer than two of them.
     """
 
     over: str
@@ -302,11 +302,13 @@ def compare(
         on_shard: called after every shard of every variant.
 
     Raises:
-        ValueError: if a variant of `against` is not an earlier one.
+        ValueError: if a name of `against` is no variant, or not compared with an earlier one.
     """
     order = [one.name for one in variants]
     for name, other in against.items():
-        if name in order and other not in order[: order.index(name)]:
+        if name not in order:
+            raise ValueError(f"against: {name} is not known; allowed are {', '.join(order)}")
+        if other not in order[: order.index(name)]:
             raise ValueError(f"against: {other} is not allowed for {name}, it must come before it")
     errors: dict[str, Tensor] = {}
     base: _Seen | None = None

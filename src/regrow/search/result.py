@@ -162,6 +162,7 @@ def to_dict(
         # Ended in the middle of a generation, some of its plans are only proposed.
         "evaluated": sum(known.prompts > 0 or known.given_up for known in proposed),
         "pictures": search.pictures,
+        # Those of whole generations: one that was begun is measured anew when the search goes on.
         "seconds": round(search.spent[-1][1], 1) if search.spent else 0.0,
         "front": [
             {
