@@ -1,17 +1,17 @@
 #!/bin/bash
 # The search on the bundled model, beside what it has to beat. Killed, the same command goes on.
 #
-#   bash benchmarks/search.sh [FOLDER] [MINUTES] [GENERATIONS]
+#   bash benchmarks/search.sh [FOLDER] [MINUTES] [STAGED] [ALL] [PAPER]
 #
-# One search with all savings, for so many minutes. For as many generations as that had, one by chance, and one with
-# the paper's ratios, which prune in every call. For so many generations, one in stages and one that measures every
-# plan on all prompts. Two Ray workers of one thread each get more done on two cores than one process with two
+# One search with all savings, for so many minutes, and for as many generations as that had one by chance. For STAGED
+# generations one in stages, for ALL one that measures every plan on all prompts, and for PAPER one with the paper's
+# ratios, which prune in every call. Two Ray workers of one thread each get more done on two cores than one process with two
 # threads. Writes FOLDER, benchmarks/results/search.json, benchmarks/results/search/ and docs/search-*.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-work/search}
 minutes=${2:-18}
-generations=${3:-2}
+staged=${3:-2} all=${4:-4} ratios=${5:-11}
 regrow=${REGROW:-.venv/bin/regrow}
 python=$(dirname "$regrow")/python
 beside=$(printf 'deepcache:%d,' 2 3 4 5 6 7 8 9 10)$(printf 'deepcache:%d+tome:0.5,' 2 3 5 8)
@@ -22,9 +22,9 @@ common=("${paper[@]}" --choices ratio=0,0.3,0.5,0.7)
 $regrow search "${common[@]}" --budget "${minutes}m" --beside "$beside" --out "$folder/nsga2"
 count=$("$python" -c 'import json, sys; print(len(json.load(open(sys.argv[1]))["history"]))' "$folder/nsga2/search.json")
 $regrow search "${common[@]}" --budget "$count" --algorithm random --no-plots --out "$folder/chance"
-$regrow search "${common[@]}" --budget "$generations" --algorithm staged --no-plots --out "$folder/staged"
-$regrow search "${common[@]}" --budget "$generations" --rungs 16 --patience 0 --no-plots --out "$folder/every-plan-on-all"
-$regrow search "${paper[@]}" --budget "$count" --no-plots --out "$folder/paper-ratios"
+$regrow search "${common[@]}" --budget "$staged" --algorithm staged --no-plots --out "$folder/staged"
+$regrow search "${common[@]}" --budget "$all" --rungs 16 --patience 0 --no-plots --out "$folder/every-plan-on-all"
+$regrow search "${paper[@]}" --budget "$ratios" --no-plots --out "$folder/paper-ratios"
 "$python" benchmarks/search_table.py "$folder/nsga2" --plot "$folder" --json benchmarks/results/search.json \
     --against "$folder/chance" "$folder/staged" "$folder/every-plan-on-all" "$folder/paper-ratios"
 for name in nsga2 chance staged every-plan-on-all paper-ratios; do

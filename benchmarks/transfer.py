@@ -6,7 +6,8 @@
 Each setting changes one thing: the sampler, the number of steps, or text-to-image into image-to-image.
 There the plans, resampled to its calls, stand beside DeepCache, fewer steps, and the plans that a search
 made there picked, where its folder is given. Figures are the deviation from the setting's own
-unaccelerated run and MACs as a share of it; the hypervolume is up to the worst of all of them.
+unaccelerated run and MACs as a share of it, on prompts and seeds that no plan was searched on; the
+hypervolume is up to the worst of all of them.
 `benchmarks/transfer.sh` makes one such search and the table.
 """
 
@@ -16,7 +17,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ from regrow.search.objectives import Cost, Quality
 from regrow.search.proposals import hypervolume
 
 STRENGTH = 0.6
+# Of the pictures that image-to-image begins with, the first one's seed.
+SOURCES = 10**6
 DTYPE = "bfloat16"
 OBJECTIVES = (Quality.DEVIATION, Cost.MACS)
 
@@ -58,12 +61,14 @@ class Place:
         scheduler: class of the sampler.
         steps: of the sampler.
         from_image: image-to-image, from pictures of the model's own by other seeds.
+        options: settings of the sampler that are not the pipeline's.
     """
 
     name: str
     scheduler: type
     steps: int
     from_image: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 PLACES = (
@@ -73,7 +78,8 @@ PLACES = (
     Place("Euler, 50 steps", EulerDiscreteScheduler, 50),
     Place("DPM-Solver++, 50 steps", DPMSolverMultistepScheduler, 50),
     Place("DPM-Solver++, 20 steps", DPMSolverMultistepScheduler, 20),
-    Place("PLMS, 50 steps", PNDMScheduler, 50),
+    # Without this it begins with Runge-Kutta steps, of four calls each.
+    Place("PLMS, 50 steps", PNDMScheduler, 50, options={"skip_prk_steps": True}),
     Place("image-to-image, DDIM, 50 steps", DDIMScheduler, 50, from_image=True),
 )
 
@@ -83,13 +89,15 @@ class FromImage:
 
     Args:
         pipeline: of text to image.
-        count: pictures, of as many prompts as it is called with at most.
-        prompts: what they show.
+        prompts: of the pictures.
     """
 
     def __init__(self, pipeline: Any, prompts: tuple[str, ...]) -> None:
         self._images = pipeline(
-            list(prompts), num_inference_steps=20, guidance_scale=zoo.GUIDANCE["emoji"]
+            list(prompts),
+            num_inference_steps=20,
+            guidance_scale=zoo.GUIDANCE["emoji"],
+            generator=[torch.Generator().manual_seed(SOURCES + i) for i in range(len(prompts))],
         ).images
         self._prompts = prompts
         # from_pipe() takes no AutoencoderTiny.
@@ -109,7 +117,7 @@ class FromImage:
 def opened(place: Place, prompts: tuple[str, ...]) -> Any:
     """The bundled model in a setting."""
     pipeline = zoo.load("emoji", getattr(torch, DTYPE))
-    pipeline.scheduler = place.scheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = place.scheduler.from_config(pipeline.scheduler.config, **place.options)
     return FromImage(pipeline, prompts) if place.from_image else pipeline
 
 
@@ -131,10 +139,13 @@ def macs_share(counter: PlanCounter, facts: Facts, place: Place) -> Callable[[Ca
     return share
 
 
-def rows_of(place: Place, plans: Mapping[str, Candidate], prompts: tuple[str, ...], on_plan: Any) -> Any:
-    """Deviation and MACs of plans in a setting."""
+def rows_of(
+    place: Place, plans: Mapping[str, Candidate], prompts: tuple[str, ...], seed: int, on_plan: Any
+) -> Any:
+    """Deviation and MACs of plans in a setting; the first prompt has this seed."""
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(model="emoji", prompts=prompts, guidance=zoo.GUIDANCE["emoji"], dtype=DTYPE)
+        guidance = zoo.GUIDANCE["emoji"]
+        setting = Setting(model="emoji", prompts=prompts, seed=seed, guidance=guidance, dtype=DTYPE)
         evaluator = Evaluator(
             partial(opened, place, prompts), setting, place.steps, OBJECTIVES, Path(folder)
         )
@@ -161,13 +172,14 @@ def main() -> None:
     parser.add_argument("--plans", type=Path, nargs="+", required=True, help="schedule files")
     parser.add_argument("--there", nargs="*", default=[], help="SETTING=FOLDER of a search made there")
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--first", type=int, default=16, help="prompt and seed to begin with")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     there = dict(text.rsplit("=", 1) for text in args.there)
     unknown = there.keys() - {place.name for place in PLACES}
     if unknown:
         parser.error(f"--there: {', '.join(unknown)} is no setting; they are {[p.name for p in PLACES]}")
-    prompts = zoo.captions("emoji")[: args.prompts]
+    prompts = zoo.captions("emoji")[args.first : args.first + args.prompts]
     found = {f"searched {f.stem}": DaTo(schedule=Schedule.load(f)) for f in args.plans}
     result = []
     with Progress(console=Console(stderr=True)) as progress:
@@ -184,7 +196,9 @@ def main() -> None:
                     plans[f"there {file.stem}"] = Candidate(s, DaTo(schedule=Schedule.load(file)))
             progress.update(task, description=place.name)
             part = 1 / len(plans)
-            rows = rows_of(place, plans, tuple(prompts), lambda part=part: progress.advance(task, part))
+            rows = rows_of(
+                place, plans, tuple(prompts), args.first, lambda part=part: progress.advance(task, part)
+            )
             groups: dict[str, list[tuple[float, float]]] = {}
             for row in rows:
                 groups.setdefault(row["group"], []).append((row["deviation"], row["macs"]))
@@ -206,6 +220,7 @@ def main() -> None:
         whole = {
             "what": "plans in other settings",
             "prompts": args.prompts,
+            "first": args.first,
             "dtype": DTYPE,
             "machine": machine("cpu"),
         }

@@ -3,8 +3,8 @@
 #
 #   bash benchmarks/transfer.sh [FOLDER] [GENERATIONS] [PROMPTS]
 #
-# Searches so many generations at 20 steps, and compares in all settings. Killed, the search goes on. Writes FOLDER
-# and benchmarks/results/transfer.json.
+# Searches so many generations at 20 steps, and compares in all settings. Killed, the search goes on. Writes FOLDER,
+# benchmarks/results/transfer.json and benchmarks/results/search/ddim-20/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-work/transfer}
@@ -14,5 +14,7 @@ regrow=${REGROW:-.venv/bin/regrow}
 
 $regrow search --model emoji --method dato --choices ratio=0,0.3,0.5,0.7 --steps 20 --prompts 16 --dtype bfloat16 \
     --engine ray --workers 2 --budget "$generations" --no-plots --out "$folder/ddim-20"
+mkdir -p benchmarks/results/search/ddim-20
+cp "$folder/ddim-20/search.json" benchmarks/results/search/ddim-20
 "$(dirname "$regrow")/python" benchmarks/transfer.py --plans src/regrow/presets/emoji-*.yaml --prompts "$prompts" \
     --there "DDIM, 20 steps=$folder/ddim-20" --json benchmarks/results/transfer.json
