@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import quality
 from PIL import Image
-from quality import MEASURES, Point, at_speed, of_curves, points, table, variants_table
+from quality import CURVES, MARKERS, MEASURES, Point, at_speed, of_curves, points, table, variants_table
 
 FOUND = {
     p.name: p
@@ -68,6 +68,10 @@ def test_failed_variants_have_no_point() -> None:
         {"name": "sito:a", "error": "no", "speedup": 0.0, "macs_ratio": 0.0},
     ]
     assert list(points({"rows": rows}, {"rows": times})) == ["steps:50"]
+
+
+def test_no_two_curves_look_the_same() -> None:
+    assert len(set(MARKERS)) >= len(CURVES)
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
