@@ -1,6 +1,6 @@
 """Do plans that were searched on one sampler and number of steps hold on others?
 
-    python benchmarks/transfer.py --plans search/front/plan-02.yaml search/front/plan-07.yaml \\
+    python benchmarks/transfer.py --plans search/front/plan-02.yaml search/front/plan-07.yaml --work work \\
         --there "Euler, 50 steps=search-euler" --json benchmarks/results/transfer.json
 
 Each setting changes one thing: the sampler, the number of steps, or text-to-image into image-to-image.
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from regrow import zoo
+from regrow.cli.engine import Engine, Where
 from regrow.measure.evaluate import Setting
 from regrow.measure.machine import machine
 from regrow.measure.macs import PlanCounter
@@ -139,29 +140,73 @@ def macs_share(counter: PlanCounter, facts: Facts, place: Place) -> Callable[[Ca
     return share
 
 
-def rows_of(
-    place: Place, plans: Mapping[str, Candidate], prompts: tuple[str, ...], seed: int, on_plan: Any
-) -> Any:
-    """Deviation and MACs of plans in a setting; the first prompt has this seed."""
-    with tempfile.TemporaryDirectory() as folder:
-        guidance = zoo.GUIDANCE["emoji"]
-        setting = Setting(model="emoji", prompts=prompts, seed=seed, guidance=guidance, dtype=DTYPE)
-        evaluator = Evaluator(
-            partial(opened, place, prompts), setting, place.steps, OBJECTIVES, Path(folder)
+@dataclass(frozen=True)
+class Trial:
+    """A plan in a setting."""
+
+    place: Place
+    name: str
+    candidate: Candidate
+
+
+class Trials:
+    """Does trials.
+
+    Args:
+        prompts: of the pictures.
+        seed: of the first one; the others follow.
+        folder: where unaccelerated runs are kept.
+    """
+
+    def __init__(self, prompts: tuple[str, ...], seed: int, folder: Path) -> None:
+        self.setting = Setting(
+            model="emoji", prompts=prompts, seed=seed, guidance=zoo.GUIDANCE["emoji"], dtype=DTYPE
         )
-        facts = evaluator.facts()
-        counter = PlanCounter(evaluator.pipeline.unet, facts.inputs[0])
-        share = macs_share(counter, facts, place)
-        rows = []
-        for name, candidate in plans.items():
-            outcome = evaluator(Job(candidate, 0, len(prompts)))
-            if outcome.error is not None:
-                raise SystemExit(f"{place.name}, {name}: {outcome.error}")
-            values = outcome.quality["deviation"]
-            point = {"deviation": sum(values) / len(values), "macs": share(candidate)}
-            rows.append({"plan": name, "group": name.partition(" ")[0], **point})
-            on_plan()
-        return rows
+        self.folder = folder
+        self._place: Place | None = None
+        self._evaluator: Evaluator | None = None
+        self._share: Callable[[Candidate], float] | None = None
+
+    def _at(self, place: Place) -> tuple[Evaluator, Callable[[Candidate], float]]:
+        """What measures plans in a setting; that of one setting at a time is held."""
+        if self._place != place or self._evaluator is None or self._share is None:
+            pipeline = partial(opened, place, self.setting.prompts)
+            folder = self.folder / place.name
+            self._evaluator = Evaluator(pipeline, self.setting, place.steps, OBJECTIVES, folder)
+            facts = self._evaluator.facts()
+            counter = PlanCounter(self._evaluator.pipeline.unet, facts.inputs[0])
+            self._place, self._share = place, macs_share(counter, facts, place)
+        return self._evaluator, self._share
+
+    def __call__(self, trial: Trial) -> dict[str, Any]:
+        """Deviation of each picture, their mean, and MACs as a share of the unaccelerated run."""
+        evaluator, share = self._at(trial.place)
+        outcome = evaluator(Job(trial.candidate, 0, len(self.setting.prompts)))
+        if outcome.error is not None:
+            raise ValueError(f"{trial.place.name}, {trial.name}: {outcome.error}")
+        each = [round(value, 5) for value in outcome.quality["deviation"]]
+        mean = sum(each) / len(each)
+        return {"deviation": mean, "macs": share(trial.candidate), "each": each}
+
+
+def done_before(log: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of a run that was killed, by setting and plan; the last line may be half written."""
+    rows = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows[row["setting"], row["plan"]] = row
+    return rows
+
+
+def summary(place: Place, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of a setting and the share of the hypervolume of each group of plans."""
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        groups.setdefault(row["plan"].partition(" ")[0], []).append((row["deviation"], row["macs"]))
+    worst = [max(column) for column in zip(*(p for ps in groups.values() for p in ps), strict=True)]
+    volumes = {name: hypervolume(points, worst) / (worst[0] * worst[1]) for name, points in groups.items()}
+    return {"setting": place.name, "rows": rows, "hypervolume": volumes}
 
 
 def main() -> None:
@@ -173,40 +218,47 @@ def main() -> None:
     parser.add_argument("--there", nargs="*", default=[], help="SETTING=FOLDER of a search made there")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--first", type=int, default=16, help="prompt and seed to begin with")
+    parser.add_argument("--work", type=Path, required=True, help="gone on with if it exists")
+    parser.add_argument("--workers", type=int, default=2, help="of Ray, one thread each")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     there = dict(text.rsplit("=", 1) for text in args.there)
     unknown = there.keys() - {place.name for place in PLACES}
     if unknown:
         parser.error(f"--there: {', '.join(unknown)} is no setting; they are {[p.name for p in PLACES]}")
-    prompts = zoo.captions("emoji")[args.first : args.first + args.prompts]
+    prompts = tuple(zoo.captions("emoji")[args.first : args.first + args.prompts])
     found = {f"searched {f.stem}": DaTo(schedule=Schedule.load(f)) for f in args.plans}
-    result = []
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("settings", total=len(PLACES))
-        for place in PLACES:
-            s = place.steps
-            plans = {name: Candidate(s, config) for name, config in found.items()}
-            plans |= {
-                f"deepcache {n}": Candidate(s, variant(f"deepcache:{n}", s).config) for n in (2, 3, 5, 8)
-            }
-            plans |= {f"steps {s // n}": Candidate(s // n, None) for n in (2, 3, 5)}
-            if place.name in there:
-                for file in picked(Path(there[place.name])):
-                    plans[f"there {file.stem}"] = Candidate(s, DaTo(schedule=Schedule.load(file)))
-            progress.update(task, description=place.name)
-            part = 1 / len(plans)
-            rows = rows_of(
-                place, plans, tuple(prompts), args.first, lambda part=part: progress.advance(task, part)
-            )
-            groups: dict[str, list[tuple[float, float]]] = {}
-            for row in rows:
-                groups.setdefault(row["group"], []).append((row["deviation"], row["macs"]))
-            worst = [max(column) for column in zip(*(p for ps in groups.values() for p in ps), strict=True)]
-            volumes = {
-                name: hypervolume(points, worst) / (worst[0] * worst[1]) for name, points in groups.items()
-            }
-            result.append({"setting": place.name, "rows": rows, "hypervolume": volumes})
+    trials = []
+    for place in PLACES:
+        s = place.steps
+        plans = {name: Candidate(s, config) for name, config in found.items()}
+        plans |= {f"deepcache {n}": Candidate(s, variant(f"deepcache:{n}", s).config) for n in (2, 3, 5, 8)}
+        plans |= {f"steps {s // n}": Candidate(s // n, None) for n in (2, 3, 5)}
+        if place.name in there:
+            for file in picked(Path(there[place.name])):
+                plans[f"there {file.stem}"] = Candidate(s, DaTo(schedule=Schedule.load(file)))
+        trials += [Trial(place, name, candidate) for name, candidate in plans.items()]
+    folder = args.work.resolve() / f"{args.first}-{args.prompts}"
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "rows.jsonl"
+    rows = done_before(log)
+    missing = [t for t in trials if (t.place.name, t.name) not in rows]
+    where = Where(Engine.RAY, args.workers)
+    make = partial(Trials, prompts, args.first, folder)
+    with Progress(console=Console(stderr=True)) as progress, log.open("a", encoding="utf-8") as lines:
+        task = progress.add_task("plans", total=len(missing))
+        if missing:
+            with where.open(make, "cpu") as workers:
+                for index, figures in workers.run(missing):
+                    trial = missing[index]
+                    row = {"setting": trial.place.name, "plan": trial.name} | figures
+                    rows[trial.place.name, trial.name] = row
+                    lines.write(f"\n{json.dumps(row)}")
+                    lines.flush()
+                    progress.update(task, advance=1, description=trial.place.name)
+    result = [
+        summary(place, [rows[t.place.name, t.name] for t in trials if t.place == place]) for place in PLACES
+    ]
     table = Table(caption="share of the hypervolume up to the worst figures; more is better")
     table.add_column("setting")
     names = ("searched", "there", "deepcache", "steps")

@@ -3,13 +3,13 @@
 #
 #   bash benchmarks/transfer.sh [FOLDER] [GENERATIONS] [PROMPTS]
 #
-# Searches so many generations at 20 steps, and compares in all settings. Killed, the search goes on. Writes FOLDER,
+# Searches so many generations at 20 steps, and compares in all settings. Killed, it goes on. Writes FOLDER,
 # benchmarks/results/transfer.json and benchmarks/results/search/ddim-20/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-work/transfer}
 generations=${2:-3}
-prompts=${3:-4}
+prompts=${3:-16}
 regrow=${REGROW:-.venv/bin/regrow}
 
 $regrow search --model emoji --method dato --choices ratio=0,0.3,0.5,0.7 --steps 20 --prompts 16 --dtype bfloat16 \
@@ -17,4 +17,4 @@ $regrow search --model emoji --method dato --choices ratio=0,0.3,0.5,0.7 --steps
 mkdir -p benchmarks/results/search/ddim-20
 cp "$folder/ddim-20/search.json" benchmarks/results/search/ddim-20
 "$(dirname "$regrow")/python" benchmarks/transfer.py --plans src/regrow/presets/emoji-*.yaml --prompts "$prompts" \
-    --there "DDIM, 20 steps=$folder/ddim-20" --json benchmarks/results/transfer.json
+    --work "$folder" --there "DDIM, 20 steps=$folder/ddim-20" --json benchmarks/results/transfer.json
