@@ -157,7 +157,9 @@ def variants_table(found: Mapping[str, Point]) -> list[str]:
     ]
     for p in found.values():
         psnr = "" if p.psnr is None else f"{p.psnr:.1f}"
-        quality = f"{psnr} | {p.ssim:.3f} | {p.feature_distance:.4f} | {p.fd:.2f}"
+        # Adding zero takes the sign off a zero.
+        distance = round(p.feature_distance, 4) + 0.0
+        quality = f"{psnr} | {p.ssim:.3f} | {distance:.4f} | {p.fd:.2f}"
         lines.append(f"| `{p.name}` | {p.speedup:.2f}x | {p.macs_ratio:.2f}x | {quality} |")
     return lines
 
