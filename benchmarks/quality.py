@@ -135,6 +135,8 @@ def table(found: Mapping[str, Point], measure: Measure) -> list[str]:
         name: [at_speed(curve, speed, measure.field) for speed in SPEEDS]
         for name, curve in of_curves(found).items()
     }
+    # Methods that never are so fast have no row.
+    rows = {name: values for name, values in rows.items() if any(v is not None for v in values)}
     columns = [[v for v in column if v is not None] for column in zip(*rows.values(), strict=True)]
     lines = [
         f"| {measure.title} at | " + " | ".join(f"{speed:g}x" for speed in SPEEDS) + " |",
@@ -166,19 +168,19 @@ def variants_table(found: Mapping[str, Point]) -> list[str]:
 
 def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
     """Every figure against the measured speed-up, a line for every curve."""
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(15, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(15, 5.4), layout="constrained")
     for axis, measure in zip(axes, MEASURES, strict=True):
         for (name, curve), marker in zip(of_curves(found).items(), MARKERS, strict=False):
             known = [(p.speedup, v) for p in curve if (v := getattr(p, measure.field)) is not None]
             xs, ys = zip(*sorted(known), strict=True)
             axis.plot(xs, ys, marker=marker, markersize=5, linewidth=1.3, label=name)
         axis.set_xscale("log")
-        axis.set_xticks(SPEEDS, [f"{speed:g}x" for speed in SPEEDS])
+        axis.set_xticks((1, *SPEEDS), [f"{speed:g}x" if speed % 1 == 0 else "" for speed in (1, *SPEEDS)])
         axis.minorticks_off()
         better = "lower is better" if measure.best is min else "higher is better"
         axis.set(xlabel="measured speed-up over 50 steps", ylabel=f"{measure.label} ({better})")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(title)
     figure.savefig(file, dpi=100)
     plt.close(figure)
