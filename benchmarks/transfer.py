@@ -190,12 +190,12 @@ class Trials:
 
 
 def done_before(log: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of a run that was killed, by setting and plan; the last line may be half written."""
+    """The rows of a run that was killed, by setting and what the plan is; a line may be half written."""
     rows = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         with suppress(json.JSONDecodeError):
             row = json.loads(line)
-            rows[row["setting"], row["plan"]] = row
+            rows[row["setting"], row.get("key", "")] = row
     return rows
 
 
@@ -242,7 +242,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "rows.jsonl"
     rows = done_before(log)
-    missing = [t for t in trials if (t.place.name, t.name) not in rows]
+    missing = [t for t in trials if (t.place.name, t.candidate.key) not in rows]
     where = Where(Engine.RAY, args.workers)
     make = partial(Trials, prompts, args.first, folder)
     with Progress(console=Console(stderr=True)) as progress, log.open("a", encoding="utf-8") as lines:
@@ -251,13 +251,15 @@ def main() -> None:
             with where.open(make, "cpu") as workers:
                 for index, figures in workers.run(missing):
                     trial = missing[index]
-                    row = {"setting": trial.place.name, "plan": trial.name} | figures
-                    rows[trial.place.name, trial.name] = row
+                    key = trial.candidate.key
+                    row = {"setting": trial.place.name, "plan": trial.name, "key": key} | figures
+                    rows[trial.place.name, key] = row
                     lines.write(f"\n{json.dumps(row)}")
                     lines.flush()
                     progress.update(task, advance=1, description=trial.place.name)
     result = [
-        summary(place, [rows[t.place.name, t.name] for t in trials if t.place == place]) for place in PLACES
+        summary(place, [rows[t.place.name, t.candidate.key] for t in trials if t.place == place])
+        for place in PLACES
     ]
     table = Table(caption="share of the hypervolume up to the worst figures; more is better")
     table.add_column("setting")
