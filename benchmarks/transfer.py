@@ -1,14 +1,13 @@
 """Do plans that were searched on one sampler and number of steps hold on others?
 
     python benchmarks/transfer.py --plans search/front/plan-02.yaml search/front/plan-07.yaml --work work \\
-        --there "Euler, 50 steps=search-euler" --json benchmarks/results/transfer.json
+        --generations 3 --json benchmarks/results/transfer.json
 
 Each setting changes one thing: the sampler, the number of steps, or text-to-image into image-to-image.
-There the plans, resampled to its calls, stand beside DeepCache, fewer steps, and the plans that a search
-made there picked, where its folder is given. Figures are the deviation from the setting's own
-unaccelerated run and MACs as a share of it, on prompts and seeds that no plan was searched on; the
-hypervolume is up to the worst of all of them.
-`benchmarks/transfer.sh` makes one such search and the table.
+There the plans, resampled to its calls, stand beside DeepCache, fewer steps, and the plans that a short
+search made there picks. Figures are the deviation from the setting's own unaccelerated run and MACs as a
+share of it, on prompts and seeds that no plan was searched on; the hypervolume is up to the worst of all of
+them. `benchmarks/transfer.sh` makes the table for the bundled presets.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from rich.table import Table
 
 from regrow import zoo
 from regrow.cli.engine import Engine, Where
+from regrow.cli.search import PATIENCE, Asked, Request, run_search
 from regrow.measure.evaluate import Setting
 from regrow.measure.machine import machine
 from regrow.measure.macs import PlanCounter
@@ -45,8 +45,12 @@ from regrow.schedule import Schedule
 from regrow.search.evaluation import Candidate, Evaluator, Facts, Job
 from regrow.search.objectives import Cost, Quality
 from regrow.search.proposals import hypervolume
+from regrow.search.search import Economy
+from regrow.search.settings import SearchSettings, doubled
 
 STRENGTH = 0.6
+# Prompts of a search, with the first seeds.
+SEARCHED = 16
 # Of the pictures that image-to-image begins with, the first one's seed.
 SOURCES = 10**6
 DTYPE = "bfloat16"
@@ -59,6 +63,7 @@ class Place:
 
     Args:
         name: for the table.
+        folder: of the search made there; None where the plans themselves were found.
         scheduler: class of the sampler.
         steps: of the sampler.
         from_image: image-to-image, from pictures of the model's own by other seeds.
@@ -66,6 +71,7 @@ class Place:
     """
 
     name: str
+    folder: str | None
     scheduler: type
     steps: int
     from_image: bool = False
@@ -73,15 +79,15 @@ class Place:
 
 
 PLACES = (
-    Place("DDIM, 50 steps", DDIMScheduler, 50),
-    Place("DDIM, 20 steps", DDIMScheduler, 20),
-    Place("DDIM, 100 steps", DDIMScheduler, 100),
-    Place("Euler, 50 steps", EulerDiscreteScheduler, 50),
-    Place("DPM-Solver++, 50 steps", DPMSolverMultistepScheduler, 50),
-    Place("DPM-Solver++, 20 steps", DPMSolverMultistepScheduler, 20),
+    Place("DDIM, 50 steps", None, DDIMScheduler, 50),
+    Place("DDIM, 20 steps", "ddim-20", DDIMScheduler, 20),
+    Place("DDIM, 100 steps", "ddim-100", DDIMScheduler, 100),
+    Place("Euler, 50 steps", "euler-50", EulerDiscreteScheduler, 50),
+    Place("DPM-Solver++, 50 steps", "dpm-solver-50", DPMSolverMultistepScheduler, 50),
+    Place("DPM-Solver++, 20 steps", "dpm-solver-20", DPMSolverMultistepScheduler, 20),
     # Without this it begins with Runge-Kutta steps, of four calls each.
-    Place("PLMS, 50 steps", PNDMScheduler, 50, options={"skip_prk_steps": True}),
-    Place("image-to-image, DDIM, 50 steps", DDIMScheduler, 50, from_image=True),
+    Place("PLMS, 50 steps", "plms-50", PNDMScheduler, 50, options={"skip_prk_steps": True}),
+    Place("image-to-image, DDIM, 50 steps", "image-to-image", DDIMScheduler, 50, from_image=True),
 )
 
 
@@ -120,6 +126,33 @@ def opened(place: Place, prompts: tuple[str, ...]) -> Any:
     pipeline = zoo.load("emoji", getattr(torch, DTYPE))
     pipeline.scheduler = place.scheduler.from_config(pipeline.scheduler.config, **place.options)
     return FromImage(pipeline, prompts) if place.from_image else pipeline
+
+
+def search_there(place: Place, generations: int, out: Path, where: Where) -> None:
+    """A short search in a setting, on the first prompts; gone on with if it exists."""
+    prompts = zoo.captions("emoji")[:SEARCHED]
+    settings = SearchSettings(
+        model="emoji",
+        method="dato",
+        steps=(place.steps, place.steps),
+        prompts=prompts,
+        objectives=OBJECTIVES,
+        economy=Economy(prompts=doubled(len(prompts)), patience=PATIENCE),
+        choices={"ratio": (0, 0.3, 0.5, 0.7)},
+        guidance=zoo.GUIDANCE["emoji"],
+        dtype=DTYPE,
+    )
+    run_search(
+        Request(
+            settings=settings,
+            asked=Asked(budget=str(generations)),
+            where=where,
+            device="cpu",
+            out=out,
+            plots=False,
+            opened=partial(opened, place, tuple(prompts)),
+        )
+    )
 
 
 def picked(folder: Path) -> list[Path]:
@@ -215,17 +248,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plans", type=Path, nargs="+", required=True, help="schedule files")
-    parser.add_argument("--there", nargs="*", default=[], help="SETTING=FOLDER of a search made there")
+    parser.add_argument(
+        "--generations", type=int, default=0, help="of the search in each setting; none: no search"
+    )
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--first", type=int, default=16, help="prompt and seed to begin with")
     parser.add_argument("--work", type=Path, required=True, help="gone on with if it exists")
     parser.add_argument("--workers", type=int, default=2, help="of Ray, one thread each")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    there = dict(text.rsplit("=", 1) for text in args.there)
-    unknown = there.keys() - {place.name for place in PLACES}
-    if unknown:
-        parser.error(f"--there: {', '.join(unknown)} is no setting; they are {[p.name for p in PLACES]}")
+    where = Where(Engine.RAY, args.workers)
     prompts = tuple(zoo.captions("emoji")[args.first : args.first + args.prompts])
     found = {f"searched {f.stem}": DaTo(schedule=Schedule.load(f)) for f in args.plans}
     trials = []
@@ -234,8 +266,10 @@ def main() -> None:
         plans = {name: Candidate(s, config) for name, config in found.items()}
         plans |= {f"deepcache {n}": Candidate(s, variant(f"deepcache:{n}", s).config) for n in (2, 3, 5, 8)}
         plans |= {f"steps {s // n}": Candidate(s // n, None) for n in (2, 3, 5)}
-        if place.name in there:
-            for file in picked(Path(there[place.name])):
+        if args.generations and place.folder is not None:
+            out = args.work / place.folder
+            search_there(place, args.generations, out, where)
+            for file in picked(out):
                 plans[f"there {file.stem}"] = Candidate(s, DaTo(schedule=Schedule.load(file)))
         trials += [Trial(place, name, candidate) for name, candidate in plans.items()]
     folder = args.work.resolve() / f"{args.first}-{args.prompts}"
@@ -243,7 +277,6 @@ def main() -> None:
     log = folder / "rows.jsonl"
     rows = done_before(log)
     missing = [t for t in trials if (t.place.name, t.candidate.key) not in rows]
-    where = Where(Engine.RAY, args.workers)
     make = partial(Trials, prompts, args.first, folder)
     with Progress(console=Console(stderr=True)) as progress, log.open("a", encoding="utf-8") as lines:
         task = progress.add_task("plans", total=len(missing))

@@ -58,6 +58,7 @@ class Request:
         device: it computes on; None for the best there is.
         out: folder of the search; gone on with.
         plots: draw pictures and a page as well.
+        opened: opens another pipeline than the model of the settings; it travels to workers of Ray.
     """
 
     settings: SearchSettings
@@ -66,6 +67,13 @@ class Request:
     device: str | None
     out: Path
     plots: bool
+    opened: Callable[[], Any] | None = None
+
+    def opening(self, device: str) -> Callable[[], Any]:
+        """What opens the pipeline, here or in a worker, which has a working directory of its own."""
+        s = self.settings
+        model = str(Path(s.model).resolve()) if Path(s.model).exists() else s.model
+        return self.opened or partial(load_pipeline, model, device, getattr(torch, s.dtype))
 
 
 @dataclass(frozen=True)
@@ -260,10 +268,8 @@ def run_search(request: Request) -> Outcome:
         check_jinja2()
     beside = [variant(spec.strip(), most) for spec in request.asked.beside]
     s.check(request.out)
-    # Workers have working directories of their own.
-    model = str(Path(s.model).resolve()) if Path(s.model).exists() else s.model
-    opened = partial(load_pipeline, model, device, getattr(torch, s.dtype))
     baseline = request.out.resolve() / "baseline"
+    opened = request.opening(device)
     evaluator = partial(Evaluator, opened, s.setting, most, s.objectives, baseline, s.clip, s.rounds)
     with console.status(f"loading {s.model}"):
         here = evaluator()
@@ -522,7 +528,7 @@ def run_calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
     device = request.device or best_device()
     console = Console(stderr=True)
     with console.status("measuring its speed"):
-        pipeline = load_pipeline(s.model, device, getattr(torch, s.dtype))
+        pipeline = request.opening(device)()
         candidate = plan.known.candidate
         rows = bench(
             pipeline,
