@@ -57,6 +57,7 @@ def main() -> None:
             prompts=tuple(args.prompt or ()),
             images=args.images,
             rounds=args.rounds,
+            scheduler=None,
             guidance=args.guidance,
             height=args.height,
             width=args.width,

@@ -14,27 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionImg2ImgPipeline,
-)
+from diffusers import StableDiffusionImg2ImgPipeline
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from regrow import zoo
 from regrow.cli.engine import Engine, Where
+from regrow.cli.generate import load_pipeline
 from regrow.cli.search import PATIENCE, Asked, Request, run_search
 from regrow.measure.evaluate import Setting
 from regrow.measure.machine import machine
@@ -64,30 +59,28 @@ class Place:
     Args:
         name: for the table.
         folder: of the search made there; None where the plans themselves were found.
-        scheduler: class of the sampler.
+        scheduler: of the sampler; None for the model's own, DDIM.
         steps: of the sampler.
         from_image: image-to-image, from pictures of the model's own by other seeds.
-        options: settings of the sampler that are not the pipeline's.
     """
 
     name: str
     folder: str | None
-    scheduler: type
+    scheduler: str | None
     steps: int
     from_image: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 PLACES = (
-    Place("DDIM, 50 steps", None, DDIMScheduler, 50),
-    Place("DDIM, 20 steps", "ddim-20", DDIMScheduler, 20),
-    Place("DDIM, 100 steps", "ddim-100", DDIMScheduler, 100),
-    Place("Euler, 50 steps", "euler-50", EulerDiscreteScheduler, 50),
-    Place("DPM-Solver++, 50 steps", "dpm-solver-50", DPMSolverMultistepScheduler, 50),
-    Place("DPM-Solver++, 20 steps", "dpm-solver-20", DPMSolverMultistepScheduler, 20),
+    Place("DDIM, 50 steps", None, None, 50),
+    Place("DDIM, 20 steps", "ddim-20", None, 20),
+    Place("DDIM, 100 steps", "ddim-100", None, 100),
+    Place("Euler, 50 steps", "euler-50", "EulerDiscrete", 50),
+    Place("DPM-Solver++, 50 steps", "dpm-solver-50", "DPMSolverMultistep", 50),
+    Place("DPM-Solver++, 20 steps", "dpm-solver-20", "DPMSolverMultistep", 20),
     # Without this it begins with Runge-Kutta steps, of four calls each.
-    Place("PLMS, 50 steps", "plms-50", PNDMScheduler, 50, options={"skip_prk_steps": True}),
-    Place("image-to-image, DDIM, 50 steps", "image-to-image", DDIMScheduler, 50, from_image=True),
+    Place("PLMS, 50 steps", "plms-50", "PNDM:skip_prk_steps=true", 50),
+    Place("image-to-image, DDIM, 50 steps", "image-to-image", None, 50, from_image=True),
 )
 
 
@@ -123,8 +116,7 @@ class FromImage:
 
 def opened(place: Place, prompts: tuple[str, ...]) -> Any:
     """The bundled model in a setting."""
-    pipeline = zoo.load("emoji", getattr(torch, DTYPE))
-    pipeline.scheduler = place.scheduler.from_config(pipeline.scheduler.config, **place.options)
+    pipeline = load_pipeline("emoji", "cpu", getattr(torch, DTYPE), place.scheduler)
     return FromImage(pipeline, prompts) if place.from_image else pipeline
 
 

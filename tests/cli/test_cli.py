@@ -6,9 +6,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 import transformer_pipelines
+from diffusers import PNDMScheduler
 from PIL import Image
 
+from regrow import zoo
 from regrow.cli import main
 from regrow.methods.catalogue import SYSTEMS
 from regrow.schedule import Schedule
@@ -117,6 +120,14 @@ def test_profile_of_the_baselines(
         (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "-1"), "ratio: .* -1"),
         (("profile", "--arch", "emoji", "--method", "dato"), "needs --preset, --schedule"),
         (("profile", "--arch", "emoji", "--method", "dato", "--schedule", "none.yaml"), "none.yaml"),
+        (
+            ("bench", "--scheduler", "EulerMaruyama"),
+            "scheduler: 'EulerMaruyama' is not allowed, it must be a class of diffusers",
+        ),
+        (
+            ("search", "--scheduler", "FlowMatchEulerDiscrete", "--steps", "3"),
+            "scheduler: FlowMatchEulerDiscreteScheduler is not allowed with this pipeline",
+        ),
         (("generate", "--prompt", "pear", "--dtype", "int8"), "dtype: 'int8' is not allowed"),
         (
             ("generate", "--prompt", "pear", "--device", "gpu"),
@@ -176,6 +187,19 @@ def test_generate_compares_with_the_unaccelerated_picture(
     assert Image.open(files[0]).size == (128, 128)
     assert [m["method"] for m in found["methods"]] == ["unaccelerated", "dato b1"]
     assert found["methods"][1]["macs_ratio"] > 2
+
+
+def test_generate_takes_another_scheduler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "owl.png"
+    words = ("generate", "--prompt", "owl", "--steps", "3", "--device", "cpu", "--out", str(out))
+    assert run(monkeypatch, *words, "--scheduler", "PNDM:skip_prk_steps=true") == 0
+    pipeline = zoo.load("emoji")
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
+    options = {"num_inference_steps": 3, "guidance_scale": zoo.GUIDANCE["emoji"]}
+    expected = pipeline("owl", generator=torch.Generator().manual_seed(0), **options).images[0]
+    assert Image.open(out).tobytes() == expected.tobytes()
 
 
 def test_generate_makes_pictures_of_classes(

@@ -95,6 +95,22 @@ def test_search_leaves_schedules_a_result_and_a_page(
     assert picture.exists()
 
 
+def test_search_for_another_scheduler_than_the_models_own(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: Path,
+    prompts: Path,
+) -> None:
+    asked = (*words(model, prompts, tmp_path), "--budget", "1", "--no-plots")
+    assert run(monkeypatch, *asked, "--scheduler", "EulerDiscrete") == 0
+    plan = Schedule.load(sorted((tmp_path / "front").iterdir())[0])
+    assert plan.found is not None
+    assert plan.found.scheduler == "EulerDiscreteScheduler"
+    assert run(monkeypatch, *asked) == 2
+    assert "scheduler: the search in" in capsys.readouterr().err
+
+
 def test_folder_of_another_search_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

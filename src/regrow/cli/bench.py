@@ -19,6 +19,7 @@ from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.measure.bench import BenchRow, bench
 from regrow.measure.machine import PACKAGES, machine
 from regrow.measure.random_weights import random_pipeline
+from regrow.measure.samplers import Sampler
 from regrow.measure.variants import Variant
 from regrow.models import module_of
 
@@ -33,6 +34,7 @@ class Request:
     prompts: tuple[str, ...]
     images: int
     rounds: int
+    scheduler: str | None
     guidance: float | None
     height: int | None
     width: int | None
@@ -62,6 +64,8 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
             pipeline = random_pipeline(request.arch or "", device, dtype)
         else:
             pipeline = load_pipeline(request.model, device, dtype)
+        if request.scheduler is not None:
+            Sampler.parse(request.scheduler).put_into(pipeline)
         if request.compiled:
             compiled: Any = module_of(pipeline)
             compiled.compile_repeated_blocks()
@@ -93,6 +97,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
         "images": request.images,
         "dtype": request.dtype,
         "guidance": guidance,
+        "scheduler": type(pipeline.scheduler).__name__,
         "compiled": request.compiled,
         "machine": machine(device, packages),
         "rows": [row.to_dict() for row in rows],

@@ -53,6 +53,7 @@ class Request:
     scores: tuple[Path, ...]
     export: Path | None
     steps: int
+    scheduler: str | None
     seed: int
     guidance: float | None
     height: int | None
@@ -82,6 +83,7 @@ def run_eval(request: Request, as_json: bool) -> None:
         model=request.model,
         prompts=_prompts(request),
         seed=request.seed,
+        scheduler=request.scheduler,
         guidance=guidance,
         height=request.height,
         width=request.width,
@@ -110,6 +112,7 @@ def run_eval(request: Request, as_json: bool) -> None:
         "prompts": len(setting.prompts),
         "steps": request.steps,
         "guidance": guidance,
+        "scheduler": request.scheduler,
         "dtype": request.dtype,
         "features": seer.labels.network,
         "labels": {name: text for name, text in vars(seer.labels).items() if name != "network"},
@@ -221,7 +224,8 @@ def _make(
 
 def _maker(setting: Setting, device: str) -> ShardMaker:
     """What makes pictures, wherever it is called."""
-    return ShardMaker(setting, load_pipeline(setting.model, device, getattr(torch, setting.dtype)))
+    dtype = getattr(torch, setting.dtype)
+    return ShardMaker(setting, load_pipeline(setting.model, device, dtype, setting.scheduler))
 
 
 def print_rows(

@@ -16,6 +16,7 @@ from rich.table import Table
 from regrow import zoo
 from regrow.apply import apply
 from regrow.measure import contact_sheet, mean_psnr
+from regrow.measure.samplers import Sampler
 from regrow.measure.sampling import Pictures, make
 
 
@@ -26,6 +27,7 @@ class Request:
     model: str
     prompts: tuple[str, ...]
     steps: int
+    scheduler: str | None
     guidance: float | None
     seed: int
     height: int | None
@@ -59,8 +61,26 @@ def check_device(name: str) -> str:
     return name
 
 
-def load_pipeline(model: str, device: str, dtype: torch.dtype) -> Any:
-    """A pipeline of pictures from text or classes: bundled by name, from a folder, or from the hub."""
+def load_pipeline(model: str, device: str, dtype: torch.dtype, scheduler: str | None = None) -> Any:
+    """A pipeline of pictures from text or classes: bundled by name, from a folder, or from the hub.
+
+    Args:
+        model: name, folder or hub id.
+        device: to run on.
+        dtype: of the weights.
+        scheduler: another one than the model's own, as `Sampler.parse` takes it.
+
+    Raises:
+        ValueError: if there is no such scheduler, or the model can't be sampled by it.
+    """
+    sampler = Sampler.parse(scheduler) if scheduler is not None else None
+    pipeline = _load(model, device, dtype)
+    if sampler is not None:
+        sampler.put_into(pipeline)
+    return pipeline
+
+
+def _load(model: str, device: str, dtype: torch.dtype) -> Any:
     if model in zoo.MODELS and not Path(model).exists():
         return zoo.load(model, dtype=dtype, device=device)
     from diffusers import AutoPipelineForText2Image, DiffusionPipeline, DiTPipeline
@@ -78,7 +98,7 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
     console = Console(stderr=True)
     device = check_device(request.device) if request.device else best_device()
     with console.status(f"loading {request.model}"):
-        pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype))
+        pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype), request.scheduler)
     guidance = zoo.GUIDANCE.get(request.model) if request.guidance is None else request.guidance
     compared = request.compare and config is not None
     variants = [("unaccelerated", None)] if compared or config is None else []

@@ -39,6 +39,14 @@ def _known_dtype(dtype: str) -> str:
     return dtype
 
 
+def _known_scheduler(text: Optional[str]) -> Optional[str]:
+    if text is not None:
+        from regrow.measure.samplers import Sampler
+
+        Sampler.parse(text)
+    return text
+
+
 Model = Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")]
 Method = Annotated[
     Optional[str],
@@ -55,6 +63,13 @@ Steps = Annotated[int, typer.Option(help="Sampler steps.", min=1)]
 MethodSteps = Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)]
 StepRange = Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")]
+Scheduler = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Scheduler of diffusers instead of the model's: EulerDiscrete, PNDM:skip_prk_steps=true.",
+        callback=_known_scheduler,
+    ),
+]
 Guidance = Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")]
 Height = Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")]
 Width = Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")]
@@ -98,6 +113,7 @@ def generate(
     ratio: Ratio = None,
     interval: Interval = None,
     steps: Steps = 50,
+    scheduler: Scheduler = None,
     guidance: Guidance = None,
     seed: Seed = 0,
     height: Height = None,
@@ -126,7 +142,20 @@ def generate(
     elif any(value is not None for value in (preset, ratio, interval)):
         raise ValueError("--preset, --ratio, --interval: need --method")
     run_generate(
-        Request(model, tuple(prompt), steps, guidance, seed, height, width, out, device, dtype, compare),
+        Request(
+            model,
+            tuple(prompt),
+            steps,
+            scheduler,
+            guidance,
+            seed,
+            height,
+            width,
+            out,
+            device,
+            dtype,
+            compare,
+        ),
         config,
         label,
         as_json,
@@ -247,6 +276,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
     steps: MethodSteps = 50,
     prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt; the model's own if none.")] = None,
+    scheduler: Scheduler = None,
     guidance: Guidance = None,
     height: Height = None,
     width: Width = None,
@@ -276,6 +306,7 @@ def bench(
             prompts=tuple(prompt or ()),
             images=images,
             rounds=rounds,
+            scheduler=scheduler,
             guidance=guidance,
             height=height,
             width=width,
@@ -325,6 +356,7 @@ def evaluate(
     ] = None,
     steps: MethodSteps = 50,
     seed: Seed = 0,
+    scheduler: Scheduler = None,
     guidance: Guidance = None,
     height: Height = None,
     width: Width = None,
@@ -362,6 +394,7 @@ def evaluate(
             export=export,
             steps=steps,
             seed=seed,
+            scheduler=scheduler,
             guidance=guidance,
             height=height,
             width=width,
@@ -389,6 +422,7 @@ def trace(
     ] = None,
     steps: MethodSteps = 50,
     seed: Seed = 0,
+    scheduler: Scheduler = None,
     guidance: Guidance = None,
     height: Height = None,
     width: Width = None,
@@ -414,6 +448,7 @@ def trace(
             modules=tuple(module or ()),
             steps=steps,
             seed=seed,
+            scheduler=scheduler,
             guidance=guidance,
             height=height,
             width=width,
@@ -475,6 +510,7 @@ def search(
     ] = None,
     seed: Seed = 0,
     search_seed: Annotated[int, typer.Option(help="Seed of the search.", min=0)] = 0,
+    scheduler: Scheduler = None,
     guidance: Guidance = None,
     height: Height = None,
     width: Width = None,
@@ -528,6 +564,7 @@ def search(
             choices=command.parse_choices(choices or ()),
             search_seed=search_seed,
             seed=seed,
+            scheduler=scheduler,
             guidance=command.guidance_of(model, guidance),
             height=height,
             width=width,
@@ -568,6 +605,7 @@ def calibrate(
     ] = "15m",
     latency: Annotated[bool, typer.Option(help="Search for time on this machine instead of MACs.")] = False,
     seed: Seed = 0,
+    scheduler: Scheduler = None,
     guidance: Guidance = None,
     height: Height = None,
     width: Width = None,
@@ -594,6 +632,7 @@ def calibrate(
         objectives=objectives,
         economy=command.parse_economy(None, None, len(texts), objectives),
         seed=seed,
+        scheduler=scheduler,
         guidance=command.guidance_of(model, guidance),
         height=height,
         width=width,

@@ -73,7 +73,8 @@ class Request:
         """What opens the pipeline, here or in a worker, which has a working directory of its own."""
         s = self.settings
         model = str(Path(s.model).resolve()) if Path(s.model).exists() else s.model
-        return self.opened or partial(load_pipeline, model, device, getattr(torch, s.dtype))
+        dtype = getattr(torch, s.dtype)
+        return self.opened or partial(load_pipeline, model, device, dtype, s.scheduler)
 
 
 @dataclass(frozen=True)

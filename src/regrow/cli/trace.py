@@ -32,6 +32,7 @@ class Request:
     prompts: int | None
     modules: tuple[str, ...]
     steps: int
+    scheduler: str | None
     seed: int
     guidance: float | None
     height: int | None
@@ -53,7 +54,7 @@ def run_trace(request: Request, as_json: bool) -> None:
     console = Console(stderr=True)
     device = check_device(request.device) if request.device else best_device()
     with console.status(f"loading {request.model}"):
-        pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype))
+        pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype), request.scheduler)
     guidance = zoo.GUIDANCE.get(request.model) if request.guidance is None else request.guidance
     columns = (
         TextColumn("{task.description:24}"),

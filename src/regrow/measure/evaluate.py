@@ -45,6 +45,7 @@ class Setting:
         model: name, folder or hub id.
         prompts: one a picture; picture i has seed ``seed + i``.
         seed: of the first picture.
+        scheduler: as `Sampler.parse` takes it; None for the model's own.
         guidance: guidance scale; None for the pipeline's own.
         height: in pixels; None for the model's own.
         width: likewise.
@@ -56,6 +57,7 @@ class Setting:
     model: str
     prompts: tuple[str, ...]
     seed: int = 0
+    scheduler: str | None = None
     guidance: float | None = None
     height: int | None = None
     width: int | None = None

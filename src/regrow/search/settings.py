@@ -41,6 +41,7 @@ class SearchSettings(BaseModel):
         choices: other choices for a method's variables, by name.
         search_seed: of the proposals.
         seed: of the first picture.
+        scheduler: as `Sampler.parse` takes it; None for the model's own.
         guidance: guidance scale; None for the pipeline's own.
         height: in pixels; None for the model's own.
         width: likewise.
@@ -67,6 +68,7 @@ class SearchSettings(BaseModel):
     choices: dict[str, tuple[Any, ...]] = {}
     search_seed: int = Field(0, ge=0)
     seed: int = 0
+    scheduler: str | None = None
     guidance: float | None = None
     height: int | None = None
     width: int | None = None
@@ -104,6 +106,7 @@ class SearchSettings(BaseModel):
             model=self.model,
             prompts=self.prompts,
             seed=self.seed,
+            scheduler=self.scheduler,
             guidance=self.guidance,
             height=self.height,
             width=self.width,
