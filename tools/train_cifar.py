@@ -163,7 +163,7 @@ def export(folder: Path, transformer: DiTTransformer2DModel) -> None:
     for weights in folder.glob("*/*.safetensors"):
         weights.chmod(0o644)
     strip_local_paths(folder)
-    write_json(folder / "captions.json", [str(number) for number in range(len(CLASSES))])
+    write_json(folder / "captions.json", list(CLASSES))
 
 
 def run(

@@ -18,6 +18,9 @@ from safetensors.torch import load_file
 from test_training import Killed, ticking
 from train_cifar import Recipe, pixel_vae
 
+from regrow import zoo
+from regrow.measure.sampling import make
+
 TINY = Recipe(batch=2, layers=2, heads=1, head_size=32)
 
 
@@ -112,6 +115,14 @@ def test_killed_and_resumed_equals_straight_and_the_pipeline_loads(
             class_labels=pipe.get_label_ids(["ship", "cat"]), num_inference_steps=2, guidance_scale=guidance
         )
         assert [image.size for image in made.images] == [(32, 32)] * 2
+    assert tuple(zoo.captions_in(tmp_path / "model")) == CLASSES
+    loaded = zoo.load_from(tmp_path / "model")
+    by_name, by_number = (make(loaded, [one], steps=2).images[0].tobytes() for one in ("cat", "3"))
+    assert by_name == by_number
+    with pytest.raises(
+        ValueError, match=r"'dragon' is not allowed, .* or its name, such as airplane, auto"
+    ):
+        make(loaded, ["dragon"], steps=2)
 
     words = ["--images", "2", "--fit", "4", "--steps", "1", "--json", str(tmp_path / "check.json")]
     words += ["--data", str(archive), "--model", str(tmp_path / "model")]

@@ -6,12 +6,15 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from PIL import Image
 
 from regrow.measure.random_weights import random_text
+
+SHOWN_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def make(
 
     Args:
         pipeline: a pipeline of pictures from text or from classes, also one of `random_pipeline`.
-        prompts: one a picture; numbers of classes if that is what the pipeline takes.
+        prompts: one a picture; names or numbers of classes if that is what the pipeline takes.
         steps: sampler steps.
         guidance: guidance scale; the pipeline's own default if not given.
         seed: of the first picture.
@@ -53,7 +56,7 @@ def make(
         on_step: called without arguments after each step.
 
     Raises:
-        ValueError: if a prompt is no number where a class is needed, only one side is given, or the
+        ValueError: if a prompt is no class where one is needed, only one side is given, or the
             pipeline takes none.
     """
     if (height is None) != (width is None):
@@ -102,10 +105,20 @@ def wait(pipeline: Any) -> None:
 def prompt_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
     """The prompts as a pipeline takes them: texts, classes, or random embeddings if it has no encoder."""
     if "class_labels" in inspect.signature(pipeline.__call__).parameters:
-        for prompt in prompts:
-            if not prompt.isdecimal():
-                raise ValueError(f"prompt: {prompt!r} is not allowed, it must be the number of a class")
-        return {"class_labels": [int(prompt) for prompt in prompts]}
+        return {"class_labels": [_class(pipeline, prompt) for prompt in prompts]}
     if pipeline.text_encoder is not None:
         return {"prompt": list(prompts)}
     return random_text(pipeline, len(prompts))
+
+
+def _class(pipeline: Any, prompt: str) -> int:
+    """The number of a class that is given by it or by its name."""
+    if prompt.isdecimal():
+        return int(prompt)
+    if prompt not in pipeline.labels:
+        names = ", ".join(islice(pipeline.labels, SHOWN_CLASSES))
+        raise ValueError(
+            f"prompt: {prompt!r} is not allowed, it must be the number of a class"
+            + (f" or its name, such as {names}" if names else "")
+        )
+    return int(pipeline.labels[prompt])

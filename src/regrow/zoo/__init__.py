@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 MODELS = ("emoji",)
 GUIDANCE = {"emoji": 3.0}
@@ -37,21 +34,17 @@ def captions_in(folder: Path) -> list[str]:
     return found
 
 
-def load(
-    name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> StableDiffusionPipeline:
+def load(name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
     """A bundled model as a pipeline, with progress bars off."""
     return load_from(path(name), dtype, device)
 
 
-def load_from(
-    folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> StableDiffusionPipeline:
+def load_from(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
     """A pipeline from a folder, without the libraries' loading bars and remarks."""
     with _quiet():
-        from diffusers import StableDiffusionPipeline
+        from diffusers import DiffusionPipeline
 
-        pipe = StableDiffusionPipeline.from_pretrained(folder).to(device, dtype)
+        pipe = DiffusionPipeline.from_pretrained(folder).to(device, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
