@@ -1,7 +1,8 @@
-"""Quality against speed: every method a curve, on one model, in one run.
+"""Quality against speed and MACs: every method a curve, on one model, in one run.
 
     python tools/compose_scenes.py --data noto.tgz --decoded --count 1000 --out work/decoded
     python benchmarks/quality.py --prompts 1000 --reference work/decoded --dtype bfloat16 --engine ray
+    python benchmarks/quality.py --model cifar10 --methods transformer --prompts 1000 --reference FOLDER
 
 First the pictures of all variants are made and compared (`regrow eval`: killed, it goes on), then all are
 timed in turns (`regrow bench`). The result, a table and a plot go to `--out`; `--table` only reads it.
@@ -26,18 +27,44 @@ import torch
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-CURVES: Mapping[str, tuple[str, ...]] = {
+Curves = Mapping[str, tuple[str, ...]]
+ANYWHERE: Curves = {
     "fewer steps": tuple(f"steps:{n}" for n in (50, 25, 16, 12, 10, 8, 6, 5)),
+    "FORA 2, 3, 5": tuple(f"fora:{n}" for n in (2, 3, 5)),
+    "DeepCache 2 to 10": tuple(f"deepcache:{n}" for n in (2, 3, 5, 7, 10)),
+    "AT-EDM .5": ("atedm:0.5",),
+}
+UNET: Curves = ANYWHERE | {
     "SiTo a to e": tuple(f"sito:{preset}" for preset in "abcde"),
     "ToMeSD .3 to .7": tuple(f"tome:{ratio}" for ratio in (0.3, 0.5, 0.7)),
-    "DeepCache 2 to 10": tuple(f"deepcache:{n}" for n in (2, 3, 5, 7, 10)),
     "DeepCache 2 to 10 + ToMeSD .5": tuple(f"deepcache:{n}+tome:0.5" for n in (2, 3, 5, 7, 10)),
-    "FORA 2, 3, 5": tuple(f"fora:{n}" for n in (2, 3, 5)),
-    "AT-EDM .5": ("atedm:0.5",),
     "DaTo every 2 to 10, r .5": tuple(f"dato:{n}" for n in (2, 3, 5, 7, 10)),
     "DaTo, the paper's b1 and fast": ("dato:b1", "dato:fast"),
     "DaTo, searched": ("dato:emoji-quality", "dato:emoji-balanced", "dato:emoji-fast"),
 }
+TRANSFORMER: Curves = ANYWHERE | {
+    "ToCa 2, 3, 5": tuple(f"toca:{n}" for n in (2, 3, 5)),
+    "CAT Pruning .7 to .1": tuple(f"cat:{alpha}" for alpha in (0.7, 0.5, 0.3, 0.1)),
+    "CAT Pruning .3 + DeepCache 2, 3": tuple(f"cat:0.3+deepcache:{n}" for n in (2, 3)),
+    "AT-EDM .5, reused": ("atedm:reuse",),
+}
+METHODS = {"unet": UNET, "transformer": TRANSFORMER}
+CURVES = UNET | TRANSFORMER
+
+
+class Ratio(NamedTuple):
+    """What methods are compared at.
+
+    Args:
+        field: of `Point`.
+        title: of a column.
+    """
+
+    field: str
+    title: str
+
+
+SPEEDUP, MACS = Ratio("speedup", "{}x faster"), Ratio("macs_ratio", "{}x fewer MACs")
 
 
 class Measure(NamedTuple):
@@ -64,7 +91,7 @@ MEASURES = (
     Measure("fd", "FD-EffNet", "FD-EffNet to true pictures", ".1f", min),
 )
 MARKERS = "osD^v*PXdh"
-SPEEDS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+TIMES = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -108,10 +135,15 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
     }
 
 
-def at_speed(curve: Sequence[Point], speed: float, field: str) -> float | None:
-    """A curve's value at a speed-up, linear in its logarithm; None outside of what was measured."""
-    known = sorted((math.log(p.speedup), value) for p in curve if (value := getattr(p, field)) is not None)
-    x = math.log(speed)
+def at(curve: Sequence[Point], ratio: Ratio, times: float, field: str) -> float | None:
+    """A curve's value at a speed-up or so many times fewer MACs, linear in the logarithm; None outside of
+    what was measured."""
+    known = sorted(
+        (math.log(getattr(p, ratio.field)), value)
+        for p in curve
+        if (value := getattr(p, field)) is not None
+    )
+    x = math.log(times)
     for (x0, y0), (x1, y1) in itertools.pairwise(known):
         if x0 <= x <= x1:
             return y0 if x0 == x1 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
@@ -129,18 +161,18 @@ def of_curves(found: Mapping[str, Point]) -> dict[str, list[Point]]:
     return out
 
 
-def table(found: Mapping[str, Point], measure: Measure) -> list[str]:
+def table(found: Mapping[str, Point], measure: Measure, ratio: Ratio = SPEEDUP) -> list[str]:
     """Markdown: a row a curve, a column a speed-up; the best of a column in bold."""
     rows = {
-        name: [at_speed(curve, speed, measure.field) for speed in SPEEDS]
+        name: [at(curve, ratio, times, measure.field) for times in TIMES]
         for name, curve in of_curves(found).items()
     }
     # Methods that never are so fast have no row.
     rows = {name: values for name, values in rows.items() if any(v is not None for v in values)}
     columns = [[v for v in column if v is not None] for column in zip(*rows.values(), strict=True)]
     lines = [
-        f"| {measure.title} at | " + " | ".join(f"{speed:g}x" for speed in SPEEDS) + " |",
-        "|---" * (len(SPEEDS) + 1) + "|",
+        f"| {measure.title} at | " + " | ".join(ratio.title.format(f"{t:g}") for t in TIMES) + " |",
+        "|---" * (len(TIMES) + 1) + "|",
     ]
     for name, values in rows.items():
         cells = []
@@ -175,7 +207,7 @@ def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
             xs, ys = zip(*sorted(known), strict=True)
             axis.plot(xs, ys, marker=marker, markersize=5, linewidth=1.3, label=name)
         axis.set_xscale("log")
-        axis.set_xticks((1, *SPEEDS), [f"{speed:g}x" if speed % 1 == 0 else "" for speed in (1, *SPEEDS)])
+        axis.set_xticks((1, *TIMES), [f"{times:g}x" if times % 1 == 0 else "" for times in (1, *TIMES)])
         axis.minorticks_off()
         better = "lower is better" if measure.best is min else "higher is better"
         axis.set(xlabel="measured speed-up over 50 steps", ylabel=f"{measure.label} ({better})")
@@ -205,7 +237,7 @@ def claim(file: Path, inputs: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run both commands for all variants; what is already made is not made again."""
-    methods = ",".join(spec for curve in CURVES.values() for spec in curve)
+    methods = ",".join(spec for curve in METHODS[args.methods].values() for spec in curve)
     common = ["--model", args.model, "--methods", methods, "--dtype", args.dtype, "--device", args.device]
     common += [] if args.guidance is None else ["--guidance", str(args.guidance)]
     regrow = str(Path(sys.executable).with_name("regrow"))
@@ -230,7 +262,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     subprocess.run([regrow, "eval", *common, *words], check=True)
     timed = json.loads(speed.read_text())["rows"] if speed.exists() else []
     # Ratios are of one run.
-    if [row["name"] for row in timed] != methods.split(","):
+    if sorted(row["name"] for row in timed) != sorted(methods.split(",")):
         words = ["--images", str(args.images), "--rounds", str(args.rounds), "--out", str(speed)]
         subprocess.run([regrow, "bench", *common, *words], check=True)
     return {
@@ -245,6 +277,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="emoji", help="bundled name, folder or hub id")
+    parser.add_argument("--methods", choices=METHODS, default="unet", help="those of which denoiser")
     parser.add_argument("--prompts", default="1000", help="a file, or a number of the model's own")
     parser.add_argument("--reference", type=Path, help="folder of true pictures; else the baseline's")
     parser.add_argument("--work", type=Path, default=Path("work/quality"), help="resumed if it exists")
@@ -278,7 +311,8 @@ def main() -> None:
     draw(found, args.out.with_suffix(".png"), title)
     lines = [f"{title}, {quality['machine']['date']}.", ""]
     for measure in MEASURES:
-        lines += [*table(found, measure), ""]
+        for ratio in (SPEEDUP, MACS):
+            lines += [*table(found, measure, ratio), ""]
     lines += variants_table(found)
     args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -7,7 +7,21 @@ from pathlib import Path
 import pytest
 import quality
 from PIL import Image
-from quality import CURVES, MARKERS, MEASURES, Point, at_speed, of_curves, points, table, variants_table
+from quality import (
+    MACS,
+    MARKERS,
+    MEASURES,
+    METHODS,
+    SPEEDUP,
+    Point,
+    at,
+    of_curves,
+    points,
+    table,
+    variants_table,
+)
+
+from regrow.measure.variants import variant
 
 FOUND = {
     p.name: p
@@ -24,11 +38,11 @@ FOUND = {
 
 def test_a_curve_is_linear_in_the_logarithm_of_the_speed() -> None:
     curve = [FOUND["steps:50"], FOUND["steps:25"], FOUND["steps:10"]]
-    assert at_speed(curve, 2**0.5, "fd") == pytest.approx(11.0)
-    assert at_speed(curve, 10**0.5, "fd") == pytest.approx(16.0)
-    assert at_speed(curve, 1.0, "fd") == 10.0
-    assert at_speed(curve, 5.1, "fd") is None
-    assert at_speed(curve, 1.5, "psnr") is None, "the baseline has no distance to itself"
+    assert at(curve, SPEEDUP, 2**0.5, "fd") == pytest.approx(11.0)
+    assert at(curve, SPEEDUP, 10**0.5, "fd") == pytest.approx(16.0)
+    assert at(curve, SPEEDUP, 1.0, "fd") == 10.0
+    assert at(curve, SPEEDUP, 5.1, "fd") is None
+    assert at(curve, SPEEDUP, 1.5, "psnr") is None, "the baseline has no distance to itself"
 
 
 def test_all_curves_begin_at_the_baseline() -> None:
@@ -54,6 +68,22 @@ def test_of_decibels_the_most_is_bold() -> None:
     assert at_three.split(" | ")[4] == "**27.8**"
 
 
+def test_at_equal_macs_a_method_that_saves_more_of_them_stands_better() -> None:
+    rows = {ratio: table(FOUND, MEASURES[0], ratio) for ratio in (SPEEDUP, MACS)}
+    assert "2x faster" in rows[SPEEDUP][0]
+    assert "2x fewer MACs" in rows[MACS][0]
+    at_three = [
+        float(row.split(" | ")[4].strip("*")) for lines in rows.values() for row in lines if "Cache" in row
+    ]
+    assert at_three[0] < at_three[1]
+
+
+@pytest.mark.parametrize("curves", METHODS.values(), ids=METHODS)
+def test_every_variant_of_a_curve_is_known(curves: quality.Curves) -> None:
+    for spec in (spec for curve in curves.values() for spec in curve):
+        assert variant(spec, 50).name == spec
+
+
 def test_every_variant_has_its_row() -> None:
     lines = variants_table(FOUND)[2:]
     assert lines[0] == "| `steps:50` | 1.00x | 1.00x |  | 1.000 | 0.0000 | 10.00 |"
@@ -71,7 +101,7 @@ def test_failed_variants_have_no_point() -> None:
 
 
 def test_no_two_curves_look_the_same() -> None:
-    assert len(set(MARKERS)) >= len(CURVES)
+    assert len(set(MARKERS)) >= max(len(curves) for curves in METHODS.values())
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
