@@ -516,6 +516,39 @@ def test_the_tokens_of_a_call_are_counted_exactly(
     assert counter.shares()[level].max() <= 1
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("sd3", 2), ("pixart", 3), ("flux", 2)])
+@pytest.mark.parametrize("self_attention", [0.0, 0.5])
+def test_tokens_that_single_layers_compute_are_counted_by_their_share_of_the_block(
+    kind: str, layers: int, self_attention: float
+) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
+    layout = layout_of(pipe.transformer)
+    config = regrow.ToCa(interval=2, ratio=0.75, self_attention=self_attention)
+    computed: dict[str, int] = {}
+    counter, calls = ComputedCounter(layout), []
+
+    def note(observation: regrow.Observation) -> None:
+        calls.append(observation.record.depth)
+        for name, tokens in observation.refreshed.items():
+            computed[name] = computed.get(name, 0) + tokens.numel()
+
+    with regrow.apply(pipe, config) as run, run.observed(counter), run.observed(note):
+        transformer_pipelines.generate(pipe)
+    ((level, count),) = counter.counts().items()
+    places = [t.layer for t in layout.token_layers]
+    assert set(computed) <= {layer.name for layer in places}
+    full = sum(depth == FULL for depth in calls) * layout.depths * count.numel()
+    some = sum(
+        number / sum(other.block == layer.block for other in places)
+        for layer in places
+        if (number := computed.get(layer.name, 0))
+    )
+    assert some > 0
+    assert float(count.sum()) == pytest.approx(full + some)
+    assert max(sum(other.block == layer.block for other in places) for layer in places) == layers
+    assert counter.shares()[level].max() <= 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -266,9 +266,11 @@ def test_a_rule_may_choose_for_whole_blocks(kind: str) -> None:
     options = {"guidance_scale": 4.0}
     ours, chosen, _ = chosen_by(pipe, PerBlock(), **options)
     names = [t.layer for t in layout_of(pipe.transformer).token_layers]
-    assert {k for c in chosen if c for k in c} == {n.block for n in names if n.index % 3}
-    by_layer = [None if c is None else {n.name: c[n.block] for n in names if n.block in c} for c in chosen]
-    with slow(pipe.transformer, by_layer):
+    assert {k for c in chosen if c for k in c} == {n.name for n in names if n.index % 3}
+    for call in (c for c in chosen if c):
+        of_block = {n.block: call[n.name] for n in names if n.name in call}
+        assert all(call[n.name] is of_block[n.block] for n in names if n.name in call)
+    with slow(pipe.transformer, chosen):
         expected = generate(pipe, **options)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 

@@ -52,8 +52,8 @@ class Observation:
         blocks: the transformer blocks that ran, by name, each with the selection of tokens that its
             pruned layers computed; None where they computed all.
         tokens: the tokens ``(B, K)`` that the whole call computed; None where it computed all.
-        refreshed: by the name of a layer, or of its block if they are its block's, the tokens ``(B, K)``
-            that were computed in a call in which layers hand on their last output.
+        refreshed: by the name of a layer, the tokens ``(B, K)`` that it computed in a call in which layers
+            hand on their last output; those that computed none are left out.
         grid: of a transformer's image tokens, if a call of it can compute some of them only.
         leading: blocks at the beginning of the call that computed all tokens before ``tokens`` were chosen.
     """

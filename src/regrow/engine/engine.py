@@ -337,7 +337,7 @@ class Engine:
             return
         ran = (b.name for b in self.layout.blocks if runs(b, call.cut))
         blocks = {name: call.selections.get(name) for name in ran}
-        refreshed = {name: chosen.tokens for name, chosen in call.refreshed.items()}
+        refreshed = {} if self.refreshing is None else self.refreshing.done(call)
         tokens = None if call.tokens is None else call.tokens.tokens
         leading = 0 if self.lean is None else len(self.lean.leading)
         for observer in self.observers:

@@ -115,12 +115,25 @@ class Refreshing:
         """The tokens that a layer computes in a call."""
         grid = call.slot.grid
         assert grid is not None
-        key = layer.block if self.rule.per_block else layer.name
+        key = self._key(layer)
         if key not in call.refreshed:
             count = call.refresh[layer.name]
             chosen = self.rule.select(call.slot.observed, layer, grid, count, call.info)
             call.refreshed[key] = Subset(chosen, grid.tokens)
         return call.refreshed[key]
+
+    def _key(self, layer: Layer) -> str:
+        """What a choice of tokens is made for."""
+        return layer.block if self.rule.per_block else layer.name
+
+    def done(self, call: Call) -> dict[str, Tensor]:
+        """By the name of a layer, the tokens ``(B, K)`` that it computed in a call."""
+        layers = (t.layer for t in self.places if t.layer.name in call.refresh)
+        return {
+            layer.name: call.refreshed[key].tokens
+            for layer in layers
+            if (key := self._key(layer)) in call.refreshed
+        }
 
 
 def _is_seen_whole(call: Call) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -17,8 +18,9 @@ class ComputedCounter:
     """Counts, as an observer of a run, the calls and blocks in which each token was computed.
 
     A transformer block computes a token where it runs and its pruned layers keep the token. A block that a
-    cached call leaves out computes none, and tokens that single layers compute again (ToCa) are not
-    counted. Blocks of one level, which have one grid of tokens, are counted together.
+    cached call leaves out computes none. Where a block's layers compute tokens again by themselves (ToCa),
+    each counts as its share of the block's layers that could. Blocks of one level, which have one grid of
+    tokens, are counted together.
 
     Args:
         layout: the table of the denoiser.
@@ -31,6 +33,7 @@ class ComputedCounter:
         self._layout = layout
         self._counts: dict[int, Tensor] = {}
         self._calls = 0
+        self._layers = Counter(t.layer.block for t in layout.token_layers)
 
     def __call__(self, seen: Observation) -> None:
         args, kwargs = seen.record.inputs
@@ -44,7 +47,7 @@ class ComputedCounter:
         for block in self._layout.blocks:
             grid = block.grid(height, width, patch=1)
             shape = (batch, grid.height, grid.width)
-            count = self._counts.setdefault(block.downsample, torch.zeros(shape, dtype=torch.long))
+            count = self._counts.setdefault(block.downsample, torch.zeros(shape, dtype=torch.float64))
             if count.shape != shape:
                 raise ValueError(
                     "the calls counted together must be of one batch size and one picture size"
@@ -54,8 +57,7 @@ class ComputedCounter:
                 if selection is None:
                     count += 1
                 else:
-                    kept = selection.kept.cpu()
-                    count.view(batch, -1).scatter_add_(1, kept, torch.ones_like(kept))
+                    _add(count, selection.kept, 1.0)
 
     def _count_stream(self, seen: Observation, sample: Tensor, stream: Stream) -> None:
         """Blocks in which the tokens of a transformer were computed."""
@@ -63,7 +65,7 @@ class ComputedCounter:
         if grid is None:
             return
         shape = (len(sample), grid.height, grid.width)
-        count = self._counts.setdefault(stream.patch, torch.zeros(shape, dtype=torch.long))
+        count = self._counts.setdefault(stream.patch, torch.zeros(shape, dtype=torch.float64))
         if count.shape != shape:
             raise ValueError("the calls counted together must be of one batch size and one picture size")
         depth = seen.record.depth
@@ -71,10 +73,10 @@ class ComputedCounter:
         if seen.tokens is None:
             count += blocks
         else:
-            kept = seen.tokens.cpu()
             count += seen.leading
-            rest = torch.full_like(kept, blocks - seen.leading)
-            count.view(len(sample), -1).scatter_add_(1, kept, rest)
+            _add(count, seen.tokens, blocks - seen.leading)
+        for layer in (t.layer for t in self._layout.token_layers if t.layer.name in seen.refreshed):
+            _add(count, seen.refreshed[layer.name], 1 / self._layers[layer.block])
 
     def counts(self) -> Mapping[int, Tensor]:
         """By level, as latent positions a token spans along one side: counts ``(B, h, w)``."""
@@ -90,3 +92,9 @@ class ComputedCounter:
     def shares(self) -> dict[int, Tensor]:
         """By level, the share of calls and blocks in which each token was computed ``(B, h, w)``."""
         return {level: count / self.possible(level) for level, count in self._counts.items()}
+
+
+def _add(count: Tensor, tokens: Tensor, weight: float) -> None:
+    """Add to the counts ``(B, h, w)`` of some tokens ``(B, K)``."""
+    kept = tokens.cpu()
+    count.view(len(count), -1).scatter_add_(1, kept, torch.full(kept.shape, weight, dtype=count.dtype))
