@@ -7,9 +7,16 @@
 #   bash benchmarks/gpu.sh check iconify-json-noto-1.2.9.tgz
 #   bash benchmarks/gpu.sh quality iconify-json-noto-1.2.9.tgz   # 5,000 pictures a method; several times
 #   bash benchmarks/gpu.sh speed                                 # SD 1.5 and SDXL, random weights, all peers
+#   bash benchmarks/gpu.sh speed-transformers                    # SD3 and PixArt-Sigma at 1024; several times
+#
+# The same for the model of small photographs, with CIFAR-10 as published:
+#
+#   bash benchmarks/gpu.sh cifar-train cifar-10-binary.tar.gz    # about three times
+#   bash benchmarks/gpu.sh cifar-check cifar-10-binary.tar.gz
+#   bash benchmarks/gpu.sh cifar-quality cifar-10-binary.tar.gz  # 10,000 pictures a method; several times
 set -euo pipefail
 cd "$(dirname "$0")/.."
-stage=${1:?train, check, quality or speed}
+stage=${1:?train, check, quality, speed, speed-transformers, cifar-train, cifar-check or cifar-quality}
 data=${2:-}
 work=work/gpu results=benchmarks/results
 mkdir -p "$work" "$results"
@@ -42,8 +49,37 @@ speed)
         done
     done
     ;;
+speed-transformers)
+    for steps in 28 50; do
+        for arch in sd3-1024 pixart-sigma-1024; do
+            for compiled in "" --compile; do
+                out="$results/peers-$arch-$steps-bfloat16-gpu${compiled:+-compiled}.json"
+                [ -e "$out" ] || timeout 570 python benchmarks/peers_table.py --arch "$arch" --device cuda \
+                    --dtype bfloat16 --images 1 --rounds 3 --steps "$steps" --json "$out" $compiled \
+                    --methods "steps:$steps,cat:0.5,cat:0.3,cat:0.3+deepcache:2,fora:3,toca:3,deepcache:3" \
+                    --peers cache-dit,firstblock,pab,taylorseer
+            done
+        done
+    done
+    ;;
+cifar-train)
+    timeout 570 python tools/train_cifar.py --data "${data:?archive}" --device cuda --out "$work/cifar" \
+        --batch 128 --minutes 26 --export "$work/cifar-model"
+    ;;
+cifar-check)
+    timeout 570 python tools/check_cifar.py --data "${data:?archive}" --model "$work/cifar-model" --device cuda \
+        --batch 500 --images 10000 --json "$results/cifar-bar-gpu.json"
+    ;;
+cifar-quality)
+    if [ ! -e "$work/cifar-test/captions.txt" ]; then
+        python tools/cifar.py --data "${data:?archive}" --count 10000 --out "$work/cifar-test"
+    fi
+    timeout 570 python benchmarks/quality.py --model "$work/cifar-model" --methods transformer --device cuda \
+        --dtype bfloat16 --batch 500 --prompts "$work/cifar-test/captions.txt" --reference "$work/cifar-test" \
+        --guidance 2 --work "$work/cifar-quality" --images 64 --out "$results/quality-cifar10-gpu"
+    ;;
 *)
-    echo "stage: $stage is not known; there are train, check, quality and speed" >&2
+    echo "stage: $stage is not known" >&2
     exit 2
     ;;
 esac

@@ -33,10 +33,9 @@ from regrow.measure.quality import frechet_distance
 COLUMNS = 12
 
 
-def features_of(pictures: Tensor, title: str) -> Tensor:
+def features_of(pictures: Tensor, extractor: EfficientNetFeatures, title: str) -> Tensor:
     """Features ``(N, 1280)`` of uint8 pictures ``(N, 3, H, W)``."""
-    extractor = EfficientNetFeatures()
-    parts = [extractor(part.float() / 255) for part in track(pictures.split(64), title)]
+    parts = [extractor(part.float() / 255).cpu() for part in track(pictures.split(64), title)]
     return torch.cat(parts)
 
 
@@ -108,6 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="autocast: faster, nearly the same")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
 
@@ -118,14 +118,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     train, train_labels = read_cifar(args.data, test=False)
     test, test_labels = read_cifar(args.data, test=True)
-    pipe = DiTPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    pipe = DiTPipeline.from_pretrained(args.model, torch_dtype=torch.float32).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     labels = [i % len(CLASSES) for i in range(args.images)]
     made = draw(pipe, labels, args.steps, args.guidance, args.batch, args.seed, args.bf16)
     contact_sheet(made, labels).save(args.model / "contact.png")
-    generated = features_of(made, "generated")
-    known = features_of(train[: args.fit], "training photographs")
-    true = features_of(test[: args.images], "test photographs")
+    extractor = EfficientNetFeatures().to(args.device)
+    generated = features_of(made, extractor, "generated")
+    known = features_of(train[: args.fit], extractor, "training photographs")
+    true = features_of(test[: args.images], extractor, "test photographs")
     head = fit(known, train_labels[: args.fit])
     result = {
         "images": args.images,
@@ -135,7 +136,7 @@ def main() -> None:
         "fd of training photographs": frechet_distance(known[: args.images], true),
         "accuracy": accuracy(head, generated, torch.tensor(labels)),
         "accuracy on test photographs": accuracy(head, true, test_labels[: args.images]),
-        "machine": machine("cpu"),
+        "machine": machine(args.device),
     }
     Console().print_json(json.dumps(result))
     if args.json:

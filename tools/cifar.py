@@ -1,11 +1,15 @@
-"""The photographs of CIFAR-10 as tensors, from the archives in which they are published.
+"""The photographs of CIFAR-10 as tensors or pictures, from the archives in which they are published.
 
+    python tools/cifar.py --data cifar-10-binary.tar.gz --count 1000 --out work/cifar-test
+
+writes test photographs as PNG, and their classes as ``captions.txt``, a line each, as prompts.
 Either the binary version (``cifar-10-binary.tar.gz``) or files in the public Parquet form, which need
 pyarrow. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import tarfile
 from collections.abc import Sequence
@@ -14,7 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from rich.progress import track
 from torch import Tensor
+
+from regrow.measure.images import to_picture
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
@@ -63,3 +70,35 @@ def _parquet(file: Path) -> tuple[Tensor, Tensor]:
     table = pyarrow.parquet.read_table(file, columns=["img", "label"]).to_pydict()
     pictures = [np.array(Image.open(io.BytesIO(img["bytes"])).convert("RGB")) for img in table["img"]]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.tensor(table["label"])
+
+
+def write(files: Sequence[Path], count: int, out: Path) -> None:
+    """The first test photographs and the names of their classes.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    pictures, labels = read_cifar(files, test=True)
+    if not 1 <= count <= len(pictures):
+        raise ValueError(f"count: {count} is not allowed, it must be from 1 to {len(pictures)}")
+    out.mkdir(parents=True, exist_ok=True)
+    for i in track(range(count), "photographs"):
+        to_picture(pictures[i].float() / 255).save(out / f"{i:05d}.png")
+    names = (CLASSES[label] for label in labels[:count].tolist())
+    (out / "captions.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+def main() -> None:
+    """Write the test photographs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="tar archive or Parquet files")
+    parser.add_argument("--count", type=int, default=10000)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    write(args.data, args.count, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,8 @@ import tarfile
 from pathlib import Path
 
 import check_cifar
+import cifar
+import numpy as np
 import pytest
 import torch
 import train_cifar
@@ -66,6 +68,22 @@ def test_the_parquet_form_is_read(pictures: torch.Tensor, tmp_path: Path) -> Non
     assert torch.equal(found, pictures[4:])
     assert labels.tolist() == [4, 5]
     assert len(read_cifar(files, test=False)[0]) == 4
+
+
+def test_test_photographs_are_written_with_their_classes(
+    archive: Path, pictures: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "test"
+    words = ["cifar.py", "--data", str(archive), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [*words, "--count", "2"])
+    cifar.main()
+    assert (out / "captions.txt").read_text() == f"{CLASSES[4]}\n{CLASSES[5]}\n"
+    for i, file in enumerate(sorted(out.glob("*.png"))):
+        with Image.open(file) as picture:
+            assert torch.equal(torch.tensor(np.array(picture)).permute(2, 0, 1), pictures[4 + i])
+    monkeypatch.setattr("sys.argv", [*words, "--count", "3"])
+    with pytest.raises(ValueError, match="count: 3 is not allowed, it must be from 1 to 2"):
+        cifar.main()
 
 
 def test_files_without_photographs_are_refused(archive: Path, tmp_path: Path) -> None:
