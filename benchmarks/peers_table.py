@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="bundled name, folder or hub id of any text-to-image pipeline")
-    model.add_argument("--arch", help="sd15, sd2 or sdxl with random weights")
+    model.add_argument("--arch", help="sd15, sdxl, sd3-1024 and others, with random weights")
     parser.add_argument("--methods", default="steps:50,sito:d,dato:b1", help="the first is the baseline")
     parser.add_argument("--peers", default="all", help=f"all, or some of {', '.join(PEERS)}")
     parser.add_argument("--prompt", action="append", help="the model's own if none; may be repeated")

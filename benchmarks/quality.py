@@ -32,9 +32,9 @@ ANYWHERE: Curves = {
     "fewer steps": tuple(f"steps:{n}" for n in (50, 25, 16, 12, 10, 8, 6, 5)),
     "FORA 2, 3, 5": tuple(f"fora:{n}" for n in (2, 3, 5)),
     "DeepCache 2 to 10": tuple(f"deepcache:{n}" for n in (2, 3, 5, 7, 10)),
-    "AT-EDM .5": ("atedm:0.5",),
 }
 UNET: Curves = ANYWHERE | {
+    "AT-EDM .5": ("atedm:0.5",),
     "SiTo a to e": tuple(f"sito:{preset}" for preset in "abcde"),
     "ToMeSD .3 to .7": tuple(f"tome:{ratio}" for ratio in (0.3, 0.5, 0.7)),
     "DeepCache 2 to 10 + ToMeSD .5": tuple(f"deepcache:{n}+tome:0.5" for n in (2, 3, 5, 7, 10)),
@@ -46,7 +46,7 @@ TRANSFORMER: Curves = ANYWHERE | {
     "ToCa 2, 3, 5": tuple(f"toca:{n}" for n in (2, 3, 5)),
     "CAT Pruning .7 to .1": tuple(f"cat:{alpha}" for alpha in (0.7, 0.5, 0.3, 0.1)),
     "CAT Pruning .3 + DeepCache 2, 3": tuple(f"cat:0.3+deepcache:{n}" for n in (2, 3)),
-    "AT-EDM .5, reused": ("atedm:reuse",),
+    "AT-EDM .3 to .7, reused": tuple(f"atedm:reuse:ratio={ratio}" for ratio in (0.3, 0.5, 0.7)),
 }
 METHODS = {"unet": UNET, "transformer": TRANSFORMER}
 CURVES = UNET | TRANSFORMER
@@ -265,6 +265,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if sorted(row["name"] for row in timed) != sorted(methods.split(",")):
         words = ["--images", str(args.images), "--rounds", str(args.rounds), "--out", str(speed)]
         subprocess.run([regrow, "bench", *common, *words], check=True)
+    timed = json.loads(speed.read_text())["rows"]
+    if timed[0]["error"] is not None:
+        speed.unlink()
+        raise SystemExit(f"{timed[0]['name']} could not be timed: {timed[0]['error']}")
     return {
         "quality": json.loads((pictures / "result.json").read_text()),
         "speed": json.loads(speed.read_text()),

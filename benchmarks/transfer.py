@@ -132,9 +132,12 @@ def search_there(place: Place, generations: int, out: Path, where: Where) -> Non
         economy=Economy(prompts=doubled(len(prompts)), patience=PATIENCE),
         choices={"ratio": (0, 0.3, 0.5, 0.7)},
         guidance=zoo.GUIDANCE["emoji"],
+        scheduler=place.scheduler,
         dtype=DTYPE,
     )
-    run_search(
+    # Image-to-image is no model that a name opens.
+    other = partial(opened, place, tuple(prompts)) if place.from_image else None
+    outcome = run_search(
         Request(
             settings=settings,
             asked=Asked(budget=str(generations)),
@@ -142,9 +145,11 @@ def search_there(place: Place, generations: int, out: Path, where: Where) -> Non
             device="cpu",
             out=out,
             plots=False,
-            opened=partial(opened, place, tuple(prompts)),
+            opened=other,
         )
     )
+    if outcome.stopped:
+        raise KeyboardInterrupt
 
 
 def picked(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ python=${PYTHON:-.venv/bin/python}
 
 "$python" benchmarks/transfer.py --plans src/regrow/presets/emoji-*.yaml --prompts "$prompts" \
     --work "$folder" --generations "$generations" --json benchmarks/results/transfer.json
+shopt -s nullglob
 for file in "$folder"/*/search.json; do
     name=$(basename "$(dirname "$file")")
     mkdir -p "benchmarks/results/search/$name"

@@ -3,10 +3,13 @@
 import pipelines
 import pytest
 import torch
+import transformer_pipelines
 from torch._dynamo.utils import counters
 
 import regrow
 from regrow import zoo
+from regrow.cli.bench import compile_blocks
+from regrow.models import UnsupportedModelError
 
 PLAN = regrow.Schedule(depth=("full", 1, 1, 0), ratio=(0.5, 0.3, 0.6, 0.0))
 
@@ -49,6 +52,26 @@ def test_compiled_blocks_give_the_same_without_graph_breaks(pipeline, config):
     assert torch.allclose(expected, compiled, atol=1e-4)
     assert torch.equal(compiled, again)
     assert counters["stats"]["unique_graphs"] == graphs, "a second generation compiles nothing"
+
+
+def test_blocks_that_diffusers_names_none_of_are_compiled_too() -> None:
+    pipe = transformer_pipelines.sd3()
+    config = regrow.CATPruning(alpha=0.25, t0=2)
+    with regrow.apply(pipe, config):
+        expected = transformer_pipelines.generate(pipe)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(pipe.transformer, backend="eager")
+    with regrow.apply(pipe, config):
+        compiled = transformer_pipelines.generate(pipe)
+    assert torch.allclose(expected, compiled, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] >= transformer_pipelines.LAYERS
+    assert not counters["graph_break"]
+
+
+def test_what_has_no_blocks_is_not_compiled() -> None:
+    with pytest.raises(UnsupportedModelError, match="AutoencoderKL is not supported"):
+        compile_blocks(transformer_pipelines.vae())
 
 
 @pytest.mark.parametrize("offload_first", [True, False])

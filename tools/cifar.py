@@ -76,11 +76,13 @@ def write(files: Sequence[Path], count: int, out: Path) -> None:
     """The first test photographs and the names of their classes.
 
     Raises:
-        ValueError: if there are fewer.
+        ValueError: if there are fewer, or the folder holds anything.
     """
     pictures, labels = read_cifar(files, test=True)
     if not 1 <= count <= len(pictures):
         raise ValueError(f"count: {count} is not allowed, it must be from 1 to {len(pictures)}")
+    if any(out.glob("*")):
+        raise ValueError(f"out: {out} is not empty")
     out.mkdir(parents=True, exist_ok=True)
     for i in track(range(count), "photographs"):
         to_picture(pictures[i].float() / 255).save(out / f"{i:05d}.png")

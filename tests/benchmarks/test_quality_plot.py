@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pipelines
 import pytest
 import quality
+import transformer_pipelines
 from PIL import Image
 from quality import (
     MACS,
@@ -82,6 +84,19 @@ def test_at_equal_macs_a_method_that_saves_more_of_them_stands_better() -> None:
 def test_every_variant_of_a_curve_is_known(curves: quality.Curves) -> None:
     for spec in (spec for curve in curves.values() for spec in curve):
         assert variant(spec, 50).name == spec
+
+
+@pytest.mark.parametrize("spec", [specs[0] for specs in quality.TRANSFORMER.values()])
+def test_every_curve_of_a_transformer_can_be_made(spec: str) -> None:
+    one = variant(spec, 4)
+    with one.applied(transformer_pipelines.dit()):
+        pass
+
+
+@pytest.mark.parametrize("spec", [specs[0] for specs in quality.UNET.values()])
+def test_every_curve_of_a_unet_can_be_made(spec: str) -> None:
+    with variant(spec, 4).applied(pipelines.sd()):
+        pass
 
 
 def test_every_variant_has_its_row() -> None:

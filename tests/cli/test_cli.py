@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformer_pipelines
-from diffusers import PNDMScheduler
+from diffusers import EulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
 
 from regrow import zoo
 from regrow.cli import main
+from regrow.cli.evaluate import maker
+from regrow.measure.evaluate import Setting
 from regrow.methods.catalogue import SYSTEMS
 from regrow.schedule import Schedule
 
@@ -200,6 +202,46 @@ def test_generate_takes_another_scheduler(
     options = {"num_inference_steps": 3, "guidance_scale": zoo.GUIDANCE["emoji"]}
     expected = pipeline("owl", generator=torch.Generator().manual_seed(0), **options).images[0]
     assert Image.open(out).tobytes() == expected.tobytes()
+
+
+EULER = ("--scheduler", "EulerDiscrete", "--device", "cpu")
+
+
+@pytest.mark.parametrize("command", ["bench", "trace", "eval"])
+def test_every_command_that_makes_pictures_takes_another_scheduler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    words: dict[str, tuple[str, ...]] = {
+        "bench": ("--rounds", "1", "--images", "1"),
+        "trace": ("--prompts", "1", "--no-plots", "--out", str(tmp_path)),
+        "eval": ("--prompts", "4", "--out", str(tmp_path)),
+    }
+    assert run(monkeypatch, command, "--methods", "steps:2,steps:1", *words[command], *EULER, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["scheduler_given"] == "EulerDiscrete"
+    if command == "eval":
+        setting = Setting("emoji", ("owl",), scheduler="EulerDiscrete")
+        assert isinstance(maker(setting, "cpu").pipeline.scheduler, EulerDiscreteScheduler)
+    else:
+        assert result["scheduler"] == "EulerDiscreteScheduler"
+
+
+def test_a_scheduler_that_does_not_suit_claims_no_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "eval"
+    assert run(monkeypatch, "eval", "--scheduler", "FlowMatchEulerDiscrete", "--out", str(out)) == 2
+    assert "FlowMatchEulerDiscreteScheduler is not allowed with this pipeline" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_bench_knows_a_class_where_it_was_told_no_prompt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    transformer_pipelines.dit().save_pretrained(tmp_path)
+    words = ("--model", str(tmp_path), "--methods", "steps:2,steps:1", "--rounds", "1", "--device", "cpu")
+    assert run(monkeypatch, "bench", *words, "--json") == 0
+    assert [row["error"] for row in json.loads(capsys.readouterr().out)["rows"]] == [None, None]
 
 
 def test_generate_makes_pictures_of_classes(

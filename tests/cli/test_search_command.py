@@ -1,15 +1,21 @@
 """``regrow search`` and ``regrow calibrate``, as a user types them, on a small pipeline in a folder."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pipelines
 import pytest
+import torch
 
 from regrow.cli import main
-from regrow.cli.search import Wish, parse_budget, parse_choices, parse_steps
+from regrow.cli.engine import Where
+from regrow.cli.generate import load_pipeline
+from regrow.cli.search import Asked, Request, Wish, parse_budget, parse_choices, parse_steps, run_search
 from regrow.schedule import FULL, Schedule
-from regrow.search.search import Budget
+from regrow.search.proposals import Operators
+from regrow.search.search import Budget, Economy
+from regrow.search.settings import SearchSettings
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -107,8 +113,43 @@ def test_search_for_another_scheduler_than_the_models_own(
     plan = Schedule.load(sorted((tmp_path / "front").iterdir())[0])
     assert plan.found is not None
     assert plan.found.scheduler == "EulerDiscreteScheduler"
+    result = json.loads((tmp_path / "search.json").read_text())
+    assert (result["scheduler"], result["scheduler_given"]) == ("EulerDiscreteScheduler", "EulerDiscrete")
+    assert result["scheduler_settings"]["use_karras_sigmas"] is False
     assert run(monkeypatch, *asked) == 2
     assert "scheduler: the search in" in capsys.readouterr().err
+
+
+def test_calibration_for_another_scheduler(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: Path,
+    prompts: Path,
+) -> None:
+    asked = ("calibrate", *words(model, prompts, tmp_path)[1:-6], "--steps", "6", "--out", str(tmp_path))
+    asked += ("--device", "cpu", "--speedup", "1.01", "--budget", "1", "--scheduler", "EulerDiscrete")
+    run(monkeypatch, *asked)
+    plan = Schedule.load(tmp_path / "calibrated.yaml")
+    assert plan.found is not None
+    assert plan.found.scheduler == "EulerDiscreteScheduler"
+
+
+def test_a_pipeline_that_no_name_opens_is_searched(tmp_path: Path, model: Path) -> None:
+    settings = SearchSettings(
+        model="no such model",
+        steps=(4, 4),
+        prompts=("a penguin",),
+        economy=Economy(prompts=(1,)),
+        operators=Operators(population=4),
+        height=64,
+        width=64,
+    )
+    opened = partial(load_pipeline, str(model), "cpu", torch.float32)
+    asked = Asked(budget="1")
+    outcome = run_search(Request(settings, asked, Where(), "cpu", tmp_path, False, opened))
+    assert outcome.plans
+    assert not outcome.stopped
 
 
 def test_folder_of_another_search_is_refused(

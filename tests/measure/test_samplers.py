@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pipelines
 import pytest
 import transformer_pipelines
@@ -35,8 +37,46 @@ def test_what_is_no_scheduler_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("option", ["eta=1", "clip_sample", "=1", "self=1", ""])
 def test_settings_that_would_do_nothing_are_refused(option: str) -> None:
-    with pytest.raises(ValueError, match="a setting of DDIMScheduler: num_train_timesteps"):
+    with pytest.raises(ValueError, match="a setting of DDIMScheduler, each once: num_train_timesteps"):
         Sampler.parse(f"DDIM:{option},clip_sample=false")
+
+
+@pytest.mark.parametrize(
+    ("option", "allowed"),
+    [
+        ("beta_start=much", "beta_start must be a number"),
+        ("num_train_timesteps=true", "num_train_timesteps must be a number"),
+        ("clip_sample=maybe", "clip_sample must be true or false"),
+        ("clip_sample=1", "clip_sample must be true or false"),
+        ("clip_sample=", "clip_sample must be true or false"),
+        ("clip_sample=true,clip_sample=true", "each once"),
+    ],
+)
+def test_values_of_another_kind_are_refused(option: str, allowed: str) -> None:
+    with pytest.raises(ValueError, match=allowed):
+        Sampler.parse(f"DDIM:{option}")
+
+
+def test_numbers_are_numbers() -> None:
+    assert Sampler.parse("DDIM:beta_start=1e-4,num_train_timesteps=10").options == {
+        "beta_start": 1e-4,
+        "num_train_timesteps": 10,
+    }
+
+
+def test_what_the_scheduler_itself_refuses_is_said() -> None:
+    with pytest.raises(ValueError, match=r"DDIMScheduler with .*nonsense"):
+        Sampler.parse("DDIM:beta_schedule=nonsense").put_into(pipelines.sd())
+
+
+def test_a_missing_package_is_named() -> None:
+    if find_spec("torchsde") is not None:
+        pytest.skip("torchsde is installed")
+    with pytest.raises(ImportError, match="torchsde"):
+        Sampler.parse("DPMSolverSDE")
+    with pytest.raises(ValueError, match="must be one of") as refused:
+        Sampler.parse("FlowMatchEulerDiscrete").put_into(pipelines.sd())
+    assert "DPMSolverSDE" not in str(refused.value)
 
 
 def test_schedulers_of_another_kind_are_refused_and_nothing_changes() -> None:

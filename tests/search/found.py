@@ -79,6 +79,7 @@ def result(generations: int = 4, population: int = 6, calls: int = 12, seed: int
         "guidance": 3.0,
         "dtype": "float32",
         "scheduler": "DDIMScheduler",
+        "scheduler_given": None,
         "denoiser": "UNet2DConditionModel:ab12cd34ef56",
         "objectives": ["quality:deviation", "cost:macs"],
         "economy": {"prompts": [1, 2, 4], "patience": 2.0},

@@ -20,8 +20,11 @@ from regrow.measure.bench import BenchRow, bench
 from regrow.measure.machine import PACKAGES, machine
 from regrow.measure.random_weights import random_pipeline
 from regrow.measure.samplers import Sampler
+from regrow.measure.sampling import takes_classes
 from regrow.measure.variants import Variant
-from regrow.models import module_of
+from regrow.models import layout_of, module_of
+
+GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,11 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
         if request.scheduler is not None:
             Sampler.parse(request.scheduler).put_into(pipeline)
         if request.compiled:
-            compiled: Any = module_of(pipeline)
-            compiled.compile_repeated_blocks()
+            compile_blocks(module_of(pipeline))
     guidance = zoo.GUIDANCE.get(request.model or "") if request.guidance is None else request.guidance
-    known = request.prompts or (
-        zoo.captions(request.model) if request.model in zoo.MODELS else ("a photo",)
-    )
+    known: Sequence[str] = ("0",) if takes_classes(pipeline) else ("a photo",)
+    if request.model in zoo.MODELS:
+        known = zoo.captions(request.model)
     columns = (
         TextColumn("{task.description:24}"),
         BarColumn(),
@@ -98,6 +100,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
         "dtype": request.dtype,
         "guidance": guidance,
         "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_given": request.scheduler,
         "compiled": request.compiled,
         "machine": machine(device, packages),
         "rows": [row.to_dict() for row in rows],
@@ -112,6 +115,26 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
         print(text)
     else:
         print_rows(rows, request.variants[0].name)
+
+
+def compile_blocks(denoiser: Any, **options: Any) -> None:
+    """Compile the transformer blocks of a denoiser.
+
+    Args:
+        denoiser: a model of diffusers.
+        options: of ``torch.compile``.
+
+    Raises:
+        UnsupportedModelError: if neither diffusers nor a table of regrow's tells which they are.
+    """
+    # A method that picks layers makes a graph for each; torch stops at 8 and goes on uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    try:
+        denoiser.compile_repeated_blocks(**options)
+    except ValueError:
+        # diffusers names none for SD3, PixArt and DiT.
+        for path in {t.layer.block for t in layout_of(denoiser).token_layers}:
+            denoiser.get_submodule(path).compile(**options)
 
 
 def print_rows(rows: list[BenchRow], baseline: str) -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from regrow import zoo
 from regrow.cli.engine import Where
-from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.cli.generate import best_device, check_device, check_scheduler, load_pipeline
 from regrow.measure.clip import ClipScore
 from regrow.measure.evaluate import Gain, Pictures, Quality, Setting, ShardMaker, compare
 from regrow.measure.exchange import Scores, check_export, export, read_scores
@@ -90,6 +90,8 @@ def run_eval(request: Request, as_json: bool) -> None:
         dtype=request.dtype,
         shard=request.batch,
     )
+    if request.scheduler is not None:
+        check_scheduler(request.model, request.scheduler)
     if request.export is not None:
         check_export(request.export, setting)
     reference = _reference_file(request.reference, seer)
@@ -112,7 +114,7 @@ def run_eval(request: Request, as_json: bool) -> None:
         "prompts": len(setting.prompts),
         "steps": request.steps,
         "guidance": guidance,
-        "scheduler": request.scheduler,
+        "scheduler_given": request.scheduler,
         "dtype": request.dtype,
         "features": seer.labels.network,
         "labels": {name: text for name, text in vars(seer.labels).items() if name != "network"},
@@ -215,14 +217,14 @@ def _make(
     if Path(setting.model).exists():
         # Processes of a cluster are in other folders.
         setting = replace(setting, model=str(Path(setting.model).resolve()))
-    with request.where.open(partial(_maker, setting, device), device) as workers, _bar(console) as progress:
+    with request.where.open(partial(maker, setting, device), device) as workers, _bar(console) as progress:
         task = progress.add_task(f"loading {request.model}", total=missing)
         pictures.make_all(
             workers, variants, lambda one: progress.update(task, description=one.name, advance=1)
         )
 
 
-def _maker(setting: Setting, device: str) -> ShardMaker:
+def maker(setting: Setting, device: str) -> ShardMaker:
     """What makes pictures, wherever it is called."""
     dtype = getattr(torch, setting.dtype)
     return ShardMaker(setting, load_pipeline(setting.model, device, dtype, setting.scheduler))

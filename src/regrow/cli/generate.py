@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from PIL import Image
 from rich.console import Console
@@ -80,14 +81,26 @@ def load_pipeline(model: str, device: str, dtype: torch.dtype, scheduler: str | 
     return pipeline
 
 
+def check_scheduler(model: str, scheduler: str) -> None:
+    """Look whether a model can be sampled by a scheduler, without its weights.
+
+    Raises:
+        ValueError: if there is no such scheduler, or the model can't be sampled by it.
+    """
+    bundled = model in zoo.MODELS and not Path(model).exists()
+    where: Any = zoo.path(model) if bundled else model
+    name = diffusers.DiffusionPipeline.load_config(where)["scheduler"][1]
+    own = getattr(diffusers, name).from_pretrained(where, subfolder="scheduler")
+    Sampler.parse(scheduler).instead_of(own)
+
+
 def _load(model: str, device: str, dtype: torch.dtype) -> Any:
     if model in zoo.MODELS and not Path(model).exists():
         return zoo.load(model, dtype=dtype, device=device)
-    from diffusers import AutoPipelineForText2Image, DiffusionPipeline, DiTPipeline
-
-    config: Any = DiffusionPipeline.load_config(model)
-    # The one of pictures from classes; the automatic choice knows those from text only.
-    kind: Any = DiTPipeline if config["_class_name"] == "DiTPipeline" else AutoPipelineForText2Image
+    config: Any = diffusers.DiffusionPipeline.load_config(model)
+    of_classes = config["_class_name"] == "DiTPipeline"
+    # The automatic choice knows pipelines of pictures from text only.
+    kind: Any = diffusers.DiTPipeline if of_classes else diffusers.AutoPipelineForText2Image
     pipeline: Any = kind.from_pretrained(model, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -58,7 +58,8 @@ class Request:
         device: it computes on; None for the best there is.
         out: folder of the search; gone on with.
         plots: draw pictures and a page as well.
-        opened: opens another pipeline than the model of the settings; it travels to workers of Ray.
+        opened: opens a pipeline that no name opens, with the settings' model, scheduler and dtype; it
+            travels to workers of Ray.
     """
 
     settings: SearchSettings
@@ -313,10 +314,12 @@ def run_search(request: Request) -> Outcome:
     files = write_front(plans, request.out / "front")
     result = {
         "what": "search",
-        **json.loads(s.model_dump_json(exclude={"economy", "objectives", "prompts"})),
+        **json.loads(s.model_dump_json(exclude={"economy", "objectives", "prompts", "scheduler"})),
         "prompts": len(s.prompts),
         "calls": facts.calls,
         "scheduler": facts.scheduler,
+        "scheduler_given": s.scheduler,
+        "scheduler_settings": json.loads(facts.settings),
         "denoiser": facts.denoiser,
         "machine": machine(device),
         **to_dict(search, plans, files, compared),

@@ -91,6 +91,7 @@ def run_trace(request: Request, as_json: bool) -> None:
         "guidance": guidance,
         "dtype": request.dtype,
         "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_given": request.scheduler,
         "machine": machine(device),
         **found.to_dict(),
     }

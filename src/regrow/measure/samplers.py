@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import yaml
+from diffusers.utils import DummyObject
+
+from regrow.measure.variants import plain
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Sampler:
         options: arguments of the class; all others are taken from the scheduler that it replaces.
     """
 
-    kind: type
+    kind: Any
     options: dict[str, Any]
 
     @classmethod
@@ -28,24 +30,32 @@ class Sampler:
 
         Raises:
             ValueError: if there is no such scheduler, or it takes no such setting.
+            ImportError: if it needs a package that is not installed.
         """
         name, _, rest = text.partition(":")
-        kind = getattr(diffusers, name.removesuffix("Scheduler") + "Scheduler", None)
-        if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
+        kind: Any = getattr(diffusers, name.removesuffix("Scheduler") + "Scheduler", None)
+        if isinstance(kind, DummyObject):
+            # Says which package is missing.
+            kind.from_config({})
+        if not _is_scheduler(kind):
             raise ValueError(
                 f"scheduler: {name!r} is not allowed, it must be a class of diffusers such as "
                 "EulerDiscreteScheduler"
             )
         taken = inspect.signature(kind).parameters
-        options = {}
+        options: dict[str, Any] = {}
         for part in rest.split(",") if rest else ():
             key, equals, value = part.partition("=")
-            if not equals or key not in taken:
+            if not equals or key not in taken or key in options:
                 raise ValueError(
                     f"scheduler: {part!r} is not allowed, it must be NAME=VALUE with a setting of "
-                    f"{kind.__name__}: {', '.join(taken)}"
+                    f"{kind.__name__}, each once: {', '.join(taken)}"
                 )
-            options[key] = yaml.safe_load(value)
+            options[key] = plain(value)
+            usual = taken[key].default
+            if isinstance(usual, bool | int | float) and not _is_like(options[key], usual):
+                wanted = "true or false" if isinstance(usual, bool) else "a number"
+                raise ValueError(f"scheduler: {part!r} is not allowed, {key} must be {wanted}")
         return cls(kind, options)
 
     def put_into(self, pipeline: Any) -> None:
@@ -54,11 +64,34 @@ class Sampler:
         Raises:
             ValueError: if the pipeline can't be sampled so.
         """
-        known = {kind.__name__ for kind in pipeline.scheduler.compatibles}
+        pipeline.scheduler = self.instead_of(pipeline.scheduler)
+
+    def instead_of(self, scheduler: Any) -> Any:
+        """One with the settings of another.
+
+        Raises:
+            ValueError: if it can't have them.
+        """
+        known = {kind.__name__ for kind in scheduler.compatibles if _is_scheduler(kind)}
         if self.kind.__name__ not in known:
             raise ValueError(
                 f"scheduler: {self.kind.__name__} is not allowed with this pipeline, it must be one of "
                 f"{', '.join(sorted(known))}"
             )
-        kind: Any = self.kind
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **self.options)
+        try:
+            return self.kind.from_config(scheduler.config, **self.options)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"scheduler: {self.kind.__name__} with {self.options}: {error}") from error
+
+
+def _is_scheduler(kind: Any) -> bool:
+    """Whether something of diffusers is a scheduler that can be used here."""
+    scheduler = inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)
+    return scheduler and not isinstance(kind, DummyObject)
+
+
+def _is_like(value: Any, usual: bool | int | float) -> bool:
+    """Whether a value is a truth value or a number as the usual one is."""
+    if isinstance(usual, bool) or isinstance(value, bool):
+        return isinstance(usual, bool) and isinstance(value, bool)
+    return isinstance(value, int | float)

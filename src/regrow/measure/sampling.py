@@ -104,11 +104,16 @@ def wait(pipeline: Any) -> None:
 
 def prompt_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
     """The prompts as a pipeline takes them: texts, classes, or random embeddings if it has no encoder."""
-    if "class_labels" in inspect.signature(pipeline.__call__).parameters:
+    if takes_classes(pipeline):
         return {"class_labels": [_class(pipeline, prompt) for prompt in prompts]}
     if pipeline.text_encoder is not None:
         return {"prompt": list(prompts)}
     return random_text(pipeline, len(prompts))
+
+
+def takes_classes(pipeline: Any) -> bool:
+    """Whether a pipeline makes pictures of classes, not of texts."""
+    return "class_labels" in inspect.signature(pipeline.__call__).parameters
 
 
 def _class(pipeline: Any, prompt: str) -> int:

@@ -96,7 +96,7 @@ def _config(spec: str, steps: int) -> Any:
         name, equals, text = field.partition("=")
         if not equals:
             raise ValueError(f"methods: {spec!r} is not allowed; {field!r} is not of the form field=value")
-        changes[name] = _plain(text)
+        changes[name] = plain(text)
     config = _METHODS[kind](spec, value, steps)
     if not changes:
         return config
@@ -106,7 +106,7 @@ def _config(spec: str, steps: int) -> Any:
     return type(config).model_validate(config.model_dump() | changes)
 
 
-def _plain(text: str) -> Any:
+def plain(text: str) -> Any:
     """A number or a truth value where it is one, else the text."""
     try:
         return json.loads(text)

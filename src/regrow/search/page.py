@@ -175,6 +175,7 @@ def _command(result: Result, plan: Mapping[str, Any], prompts: Sequence[str]) ->
     option = "--schedule" if _is_schedule(plan) else "--method"
     words = ["--model", result["model"], "--prompt", _prompt(prompts), option, plan["file"]]
     words += ["--steps", f"{plan['steps']}"]
+    words += [] if result["scheduler_given"] is None else ["--scheduler", result["scheduler_given"]]
     words += [] if result["guidance"] is None else ["--guidance", f"{result['guidance']}"]
     return shlex.join(["regrow", "generate", *words, "--compare"])
 
@@ -197,6 +198,10 @@ def _code(result: Result, plan: Mapping[str, Any], prompts: Sequence[str]) -> st
             *imports,
             "from regrow.methods.catalogue import config_from",
         ]
+    sampler = []
+    if result["scheduler_given"] is not None:
+        imports.append("from regrow.measure.samplers import Sampler")
+        sampler = [f"Sampler.parse({json.dumps(result['scheduler_given'])}).put_into(pipe)"]
     guidance = "" if result["guidance"] is None else f", guidance_scale={result['guidance']}"
     call = f"pipe({json.dumps(_prompt(prompts))}, num_inference_steps={plan['steps']}{guidance})"
     return "\n".join(
@@ -204,6 +209,7 @@ def _code(result: Result, plan: Mapping[str, Any], prompts: Sequence[str]) -> st
             *imports,
             "",
             f"pipe = {pipeline}",
+            *sampler,
             f"with regrow.apply(pipe, {config}) as run:",
             f"    image = {call}.images[0]",
             "print(run.report())",

@@ -34,7 +34,17 @@ SPEEDS = {"cost:macs": "times fewer MACs", "cost:latency": "speed-up"}
 # Qualities whose values span orders of magnitude.
 LOGARITHMIC = ("quality:deviation", "quality:features")
 # Settings of both searches that make their objectives the same figures.
-COMPARABLE = ("model", "denoiser", "scheduler", "calls", "objectives", "prompts", "seed", "guidance")
+COMPARABLE = (
+    "model",
+    "denoiser",
+    "scheduler",
+    "scheduler_settings",
+    "calls",
+    "objectives",
+    "prompts",
+    "seed",
+    "guidance",
+)
 IDLE, MOST = "#e4e4e4", "#08306b"
 
 
@@ -253,7 +263,7 @@ def common_hypervolumes(
         ValueError: if there is no search with a front, or they don't measure the same.
     """
     for name in COMPARABLE:
-        values = {search: result[name] for search, result in results.items()}
+        values = {search: result.get(name) for search, result in results.items()}
         if any(value != next(iter(values.values())) for value in values.values()):
             found = ", ".join(f"{value!r} ({search})" for search, value in values.items())
             raise ValueError(f"{name}: {found} is not allowed, it must be the same in all searches")
