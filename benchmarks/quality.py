@@ -57,14 +57,14 @@ class Ratio(NamedTuple):
 
     Args:
         field: of `Point`.
-        title: of a column.
+        title: over a table.
     """
 
     field: str
     title: str
 
 
-SPEEDUP, MACS = Ratio("speedup", "{}x faster"), Ratio("macs_ratio", "{}x fewer MACs")
+SPEEDUP, MACS = Ratio("speedup", "a measured speed-up of"), Ratio("macs_ratio", "MACs fewer by")
 
 
 class Measure(NamedTuple):
@@ -171,7 +171,7 @@ def table(found: Mapping[str, Point], measure: Measure, ratio: Ratio = SPEEDUP) 
     rows = {name: values for name, values in rows.items() if any(v is not None for v in values)}
     columns = [[v for v in column if v is not None] for column in zip(*rows.values(), strict=True)]
     lines = [
-        f"| {measure.title} at | " + " | ".join(ratio.title.format(f"{t:g}") for t in TIMES) + " |",
+        f"| {measure.title} at {ratio.title} | " + " | ".join(f"{t:g}x" for t in TIMES) + " |",
         "|---" * (len(TIMES) + 1) + "|",
     ]
     for name, values in rows.items():

@@ -105,7 +105,7 @@ def demo(
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str], typer.Option(help="Prompt; give it again for more pictures.")],
+    prompt: Annotated[list[str], typer.Option(help="Prompt, or class; give it again for more pictures.")],
     model: Model = "emoji",
     method: Method = None,
     preset: Preset = None,
