@@ -9,7 +9,9 @@ from threading import Thread
 
 import pytest
 
+import regrow
 from regrow import hub
+from regrow.measure.variants import variant
 from regrow.schedule import Schedule, ScheduleError
 
 COMMIT = "0" * 40
@@ -91,6 +93,26 @@ def test_schedule_comes_back_as_it_went(endpoint: str, file: str) -> None:
     address = hub.push(schedule, "me/plans", file, endpoint=endpoint)
     assert address.endswith(f"/commit/{COMMIT}")
     assert hub.pull("me/plans", file, endpoint=endpoint) == schedule
+
+
+def test_a_configuration_comes_back_as_it_went(endpoint: str) -> None:
+    config = regrow.Combined(caching=regrow.DeepCache(interval=3), tokens=regrow.ToMeSD(ratio=0.5))
+    with pytest.raises(ValueError, match=r"file: 'plan\.yaml' is not allowed, it must end in \.json"):
+        hub.push(config, "me/plans", "plan.yaml", endpoint=endpoint)
+    hub.push(config, "me/plans", "plan.json", endpoint=endpoint)
+    assert hub.pull("me/plans", "plan.json", endpoint=endpoint) == config
+
+
+def test_the_one_kind_of_plan_is_not_taken_for_the_other(tmp_path: Path) -> None:
+    schedule, config = tmp_path / "schedule.json", tmp_path / "config.json"
+    Schedule.every(5, 50).save(schedule)
+    config.write_text(regrow.SiTo(ratio=0.5).dump())
+    with pytest.raises(ValueError, match=r"config\.json is a configuration of a method"):
+        hub.load_schedule(config)
+    with pytest.raises(ValueError, match=r"schedule\.json is a schedule"):
+        hub.load_method(schedule)
+    assert hub.load_schedule(schedule) == variant(f"dato:{schedule}", 50).config.schedule
+    assert hub.load_method(config) == variant(str(config), 50).config
 
 
 def test_what_is_not_there_is_said(endpoint: str) -> None:

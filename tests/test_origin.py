@@ -8,6 +8,7 @@ import pytest
 from diffusers import EulerDiscreteScheduler
 
 import regrow
+from regrow.methods.catalogue import load_plan
 from regrow.origin import Origin, denoiser_key
 from regrow.schedule import FULL, Schedule, ScheduleError
 
@@ -28,11 +29,12 @@ def found(**changes: object) -> Schedule:
     return Schedule(depth=(FULL, 1, FULL, 1), ratio=(0.5,) * 4, found=Origin(**(fields | changes)))
 
 
-def said(schedule: Schedule, pipe: object, steps: int = 4) -> list[str]:
+def said(plan: Schedule | regrow.SiTo, pipe: object, steps: int = 4) -> list[str]:
     """The warnings of a generation."""
+    config = regrow.DaTo(schedule=plan) if isinstance(plan, Schedule) else plan
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with regrow.apply(pipe, regrow.DaTo(schedule=schedule)):
+        with regrow.apply(pipe, config):
             pipelines.generate(pipe, num_inference_steps=steps)
     return [str(w.message) for w in caught if "found" in str(w.message)]
 
@@ -75,6 +77,41 @@ def test_another_number_of_calls_is_warned_of_once() -> None:
     pipe = pipelines.sd()
     (message,) = said(found(), pipe, steps=6)
     assert "found for 4 calls; this generation has 6" in message
+
+
+def config_found(**changes: object) -> regrow.SiTo:
+    """A configuration found on the small pipeline, for four calls."""
+    return regrow.SiTo(ratio=0.5, found=found(**changes).found)
+
+
+def test_a_configuration_says_where_it_was_found_in_its_file_and_nowhere_else(tmp_path: Path) -> None:
+    config = config_found()
+    assert "found" not in config.model_dump()
+    file = tmp_path / "plan.json"
+    file.write_text(config.dump())
+    assert load_plan(file) == config
+    assert "found" not in regrow.SiTo(ratio=0.5).dump()
+    wrong = config.dump().replace('"calls": 4', '"calls": 0')
+    file.write_text(wrong)
+    with pytest.raises(ValueError, match=r"found\.calls"):
+        load_plan(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "warned"),
+    [
+        ({}, 4, []),
+        ({"denoiser": "UNet2DConditionModel:0", "model": "big"}, 4, ["another denoiser, that of big"]),
+        ({"scheduler": "EulerDiscreteScheduler"}, 4, ["EulerDiscreteScheduler, not DDIMScheduler"]),
+        ({}, 6, ["found for 4 calls; this generation has 6"]),
+    ],
+)
+def test_a_configuration_is_warned_of_elsewhere(
+    changes: dict[str, object], steps: int, warned: list[str]
+) -> None:
+    heard = said(config_found(**changes), pipelines.sd(), steps)
+    assert len(heard) == len(warned)
+    assert all(words in message for words, message in zip(warned, heard, strict=True))
 
 
 def test_other_ratios_are_another_plan() -> None:

@@ -12,10 +12,10 @@ from regrow.clock import ManualClock, SchedulerClock
 from regrow.engine.call import Observer
 from regrow.engine.engine import Engine
 from regrow.hooks import Installed, is_hooked
-from regrow.methods.parts import parts_of
+from regrow.methods.parts import origin_of, parts_of
 from regrow.models import denoiser_of, layout_of
+from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
-from regrow.schedule import Plan, Schedule
 
 
 class Run:
@@ -113,8 +113,9 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
     engine = Engine(denoiser, layout_of(denoiser), parts, None)
     _check_useful(engine, denoiser)
-    for difference in _elsewhere(parts.plan, denoiser, getattr(pipeline, "scheduler", scheduler)):
-        engine.warn_once(f"origin {difference}", f"the schedule may not suit: {difference}")
+    engine.found = origin_of(config)
+    for difference in _elsewhere(engine.found, denoiser, getattr(pipeline, "scheduler", scheduler)):
+        engine.warn_once(f"origin {difference}", f"the plan may not suit: {difference}")
     if getattr(pipeline, "transformer_2", None) not in (None, denoiser):
         engine.warn_once(
             "second",
@@ -130,10 +131,10 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
     return Run(config, engine, installed)
 
 
-def _elsewhere(plan: Plan, denoiser: nn.Module, scheduler: Any) -> Iterator[str]:
-    """How what a schedule was found on differs from what it is applied to."""
-    if isinstance(plan, Schedule) and plan.found is not None:
-        yield from plan.found.unlike(denoiser, scheduler)
+def _elsewhere(found: Origin | None, denoiser: nn.Module, scheduler: Any) -> Iterator[str]:
+    """How what a plan was found on differs from what it is applied to."""
+    if found is not None:
+        yield from found.unlike(denoiser, scheduler)
 
 
 def _check_useful(engine: Engine, denoiser: nn.Module) -> None:

@@ -164,6 +164,7 @@ def test_folder_of_another_search_is_refused(
     # Other methods than DaTo leave their configurations.
     (config, *_) = sorted((tmp_path / "front").iterdir())
     assert json.loads(config.read_text())["method"] == "sito"
+    assert json.loads(config.read_text())["found"]["scheduler"] == "DDIMScheduler"
     assert run(monkeypatch, "profile", "--arch", "sd15", "--method", str(config), "--steps", "6") == 0
     assert run(monkeypatch, *asked, "--method", "tome", "--budget", "1", "--no-plots") == 2
     assert "method: the search in" in capsys.readouterr().err

@@ -653,20 +653,22 @@ def calibrate(
 
 @app.command()
 def share(
-    file: Annotated[Path, typer.Argument(help="A schedule file.")],
+    file: Annotated[Path, typer.Argument(help="A plan: a schedule, or a method's configuration.")],
     repository: Annotated[str, typer.Argument(help="Of models on the Hugging Face hub: owner/name.")],
     name: Annotated[Optional[str], typer.Option(help="Its name there; that of the file.")] = None,
 ) -> None:
-    """Put a schedule on the Hugging Face hub, with the token of [b]hf auth login[/b].
+    """Put a plan on the Hugging Face hub, with the token of [b]hf auth login[/b].
 
     Example: [b]regrow share search/front/plan-03.yaml me/plans[/b], and then
-    --schedule hub:me/plans/plan-03.yaml
+    --schedule hub:me/plans/plan-03.yaml, or --method hub:me/plans/plan-03.json
     """
     from regrow import hub
     from regrow.schedule import Schedule
 
-    address = hub.push(Schedule.load(file), repository, name or file.name)
-    print(f"{address}\n--schedule {hub.PREFIX}{repository}/{name or file.name}")
+    plan = hub.load(file)
+    address = hub.push(plan, repository, name or file.name)
+    option = "--schedule" if isinstance(plan, Schedule) else "--method"
+    print(f"{address}\n{option} {hub.PREFIX}{repository}/{name or file.name}")
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def _dato(
     if config is not None:
         plan = config.schedule
     elif schedule is not None:
-        plan = hub.load(schedule)
+        plan = hub.load_schedule(schedule)
     elif interval is not None:
         plan = Schedule.every(interval, steps)
     else:

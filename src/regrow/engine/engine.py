@@ -21,6 +21,7 @@ from regrow.engine.pruning import Pruning, runs
 from regrow.engine.refreshing import Refreshing
 from regrow.methods.parts import CallInfo, Parts, TokenRefresh
 from regrow.models.table import Cut, Layout, Rotary, Rows
+from regrow.origin import Origin
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, LAYERS, Step
 from regrow.tokens.grid import Grid
@@ -58,6 +59,7 @@ class Engine:
         self.call: Call | None = None
         self.generation: Generation | None = None
         self.observers: list[Observer] = []
+        self.found: Origin | None = None
         self._busy: int | None = None
         self._lock = threading.Lock()
 
@@ -182,11 +184,11 @@ class Engine:
             chooser = self.parts.tokens or self.parts.token_set
             seed = 0 if chooser is None else chooser.seed
             plan = self.parts.plan.resample(position.total)
-            if plan.found is not None and plan.found.calls != position.total:
+            if self.found is not None and self.found.calls != position.total:
                 self.warn_once(
                     "origin calls",
-                    f"the schedule was found for {plan.found.calls} calls; this generation has "
-                    f"{position.total}, to which it is resampled",
+                    f"the plan was found for {self.found.calls} calls; this generation has "
+                    f"{position.total}",
                 )
             cuts = {} if self._is_replaced() else self.cuts
             self.generation = Generation(list(plan.steps()), cuts, _generator(sample.device, seed))

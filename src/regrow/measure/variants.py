@@ -6,12 +6,11 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from regrow import hub
 from regrow.apply import Run, apply
 from regrow.methods import ATEDM, FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToCa, ToMeSD
-from regrow.methods.catalogue import config_from
 from regrow.schedule import Schedule
 
 
@@ -52,7 +51,8 @@ def variant(spec: str, steps: int) -> Variant:
     order. Further fields follow after colons: ``sito:d:base=V:patch=4``,
     ``dato:b1:ratio=0.5:alignment=off``.
 
-    ``FILE.json`` is the configuration in a file, such as a search writes.
+    ``FILE.json`` is the configuration in a file, such as a search writes, or on the hub:
+    ``hub:owner/name/FILE.json``.
 
     Args:
         spec: the name.
@@ -84,9 +84,9 @@ def variant(spec: str, steps: int) -> Variant:
 
 def _config(spec: str, steps: int) -> Any:
     """The configuration of one method in a run of so many steps."""
-    if spec.endswith(".json"):
-        return config_from(json.loads(Path(spec).read_text(encoding="utf-8")))
     kind, _, rest = spec.partition(":")
+    if spec.endswith(".json") and kind not in _METHODS:
+        return hub.load_method(spec)
     if kind not in _METHODS:
         known = ", ".join(("steps", *_METHODS))
         raise ValueError(f"methods: {spec!r} is not known; before the colon comes one of {known}")
@@ -127,7 +127,7 @@ def _dato(spec: str, value: str, steps: int) -> DaTo:
         return DaTo.preset(value)
     if value.isdecimal():
         return DaTo(schedule=Schedule.every(_whole(spec, value), steps, ratio=0.5))
-    return DaTo(schedule=Schedule.load(Path(value)))
+    return DaTo(schedule=hub.load_schedule(value))
 
 
 _METHODS: dict[str, Callable[[str, str, int], Any]] = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from regrow.methods.atedm import ATEDM
@@ -17,6 +20,7 @@ from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
 from regrow.methods.toca import ToCa
 from regrow.methods.tome import ToMeSD
+from regrow.schedule import Schedule
 from regrow.space import Space, product
 
 
@@ -133,6 +137,22 @@ def config_from(data: Mapping[str, Any]) -> MethodConfig:
             return kind.model_validate(data)
     known = ", ".join(kind.model_fields["method"].default for kind in kinds)
     raise ValueError(f"method: {data.get('method')!r} is not known; allowed: {known}")
+
+
+def load_plan(file: Path) -> Schedule | MethodConfig:
+    """A schedule, or the configuration of a method, from a file such as a search writes.
+
+    Raises:
+        ScheduleError: if it is neither.
+        ValueError: if a field of a configuration is not allowed.
+        OSError: if it can't be read.
+    """
+    if file.suffix == ".json":
+        with suppress(json.JSONDecodeError):
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(data, dict) and "method" in data:
+                return config_from(data)
+    return Schedule.load(file)
 
 
 def configured(name: str) -> type[MethodConfig]:

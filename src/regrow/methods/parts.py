@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -9,12 +10,13 @@ from functools import singledispatch
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from typing_extensions import Self
 
 from regrow.layers import Layer, LayerKind
-from regrow.schedule import Plan
+from regrow.origin import Origin
+from regrow.schedule import Plan, Schedule
 from regrow.space import Space
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
@@ -254,11 +256,23 @@ class Parts:
 
 
 class MethodConfig(BaseModel):
-    """A frozen, validated, versioned configuration that equals, hashes and goes to JSON and back."""
+    """A frozen, validated, versioned configuration that equals, hashes and goes to JSON and back.
+
+    Args:
+        found: what it was searched on, if it was; applied elsewhere, it is warned of. Not part of
+            ``model_dump``: it changes nothing that the method does.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {}
+
+    found: Origin | None = Field(None, exclude=True)
+
+    def dump(self) -> str:
+        """The text of a file, JSON, with `found`."""
+        found = {} if self.found is None else {"found": self.found.model_dump(mode="json")}
+        return json.dumps(self.model_dump(mode="json") | found, indent=1) + "\n"
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -308,6 +322,13 @@ def parts_of(config: Any) -> Parts:
     """
     known = sorted(kind.__name__ for kind in parts_of.registry if kind is not object)
     raise TypeError(f"config: {type(config).__name__} is no method; methods are {', '.join(known)}")
+
+
+def origin_of(config: Any) -> Origin | None:
+    """What a configuration, or the schedule that is its plan, was searched on."""
+    plan = parts_of(config).plan
+    of_plan = plan.found if isinstance(plan, Schedule) else None
+    return of_plan or getattr(config, "found", None)
 
 
 def check_ratio(ratio: float, patch: int) -> None:

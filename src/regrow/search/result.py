@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def write_front(plans: Sequence[Found], folder: Path) -> dict[str, str]:
     """A file for each plan; files of an earlier front are taken away.
 
     A plan that is nothing but a schedule (DaTo, fewer steps) becomes a schedule file, any other one the
-    JSON of its method's configuration.
+    JSON of its method's configuration; both say where they were found.
 
     Returns:
         the files' names by those of the plans.
@@ -129,7 +130,8 @@ def write_front(plans: Sequence[Found], folder: Path) -> dict[str, str]:
             plan.schedule.model_copy(update={"name": plan.name}).save(file)
         else:
             file = folder / f"{plan.name}.json"
-            write_json(file, config.model_dump(mode="json"))
+            text = config.model_copy(update={"found": plan.schedule.found}).dump()
+            write_whole(file, partial(Path.write_text, data=text, encoding="utf-8"))
         files[plan.name] = f"{folder.name}/{file.name}"
     return files
 
