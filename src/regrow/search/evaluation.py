@@ -237,7 +237,7 @@ class Evaluator:
         return Facts(
             denoiser_key(denoiser_of(self.pipeline)),
             type(scheduler).__name__,
-            json.dumps(dict(scheduler.config), sort_keys=True, default=str),
+            scheduler_settings(scheduler),
             self.pipeline.device.type,
             self.steps,
             len(steps),
@@ -274,8 +274,8 @@ class Evaluator:
 
         s = self.setting
         prompts = (s.model, s.prompts[start:stop], s.seed + start, s.guidance, s.height, s.width, s.dtype)
-        scheduler = json.dumps(dict(self.pipeline.scheduler.config), sort_keys=True, default=str)
-        made_by = (type(self.pipeline.scheduler).__name__, scheduler, self.pipeline.device.type)
+        scheduler = self.pipeline.scheduler
+        made_by = (type(scheduler).__name__, scheduler_settings(scheduler), self.pipeline.device.type)
         key = json.dumps([*prompts, self.steps, self._pictures, *made_by])
         return kept(self._folder / f"{start:06d}-{stop:06d}.safetensors", key, run, self._writer)
 
@@ -388,6 +388,15 @@ class _Run:
     curve: tuple[float, ...]
     final: Tensor | None
     pictures: Tensor | None
+
+
+def scheduler_settings(scheduler: Any) -> str:
+    """The settings of a scheduler as text, the same in every process."""
+    settings = dict(scheduler.config)
+    if "_use_default_values" in settings:
+        # diffusers makes this list from a set, whose order is another in each process.
+        settings["_use_default_values"] = sorted(settings["_use_default_values"])
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _calls_each(scheduler: Any, steps: int) -> int:
