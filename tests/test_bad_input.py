@@ -195,7 +195,7 @@ def test_models_compiled_as_a_whole_are_refused(pipe: Any, how: str) -> None:
         pipe.unet = torch.compile(plain, backend="eager")
     else:
         plain.compile(backend="eager")
-    with refused(UnsupportedModelError, "UNet2DConditionModel", "compiled", "compile_repeated_blocks"):
+    with refused(UnsupportedModelError, "UNet2DConditionModel", "compiled", "compile_blocks"):
         regrow.apply(pipe, SiTo(ratio=0.5))
     pipe.unet = plain
     plain._compiled_call_impl = None

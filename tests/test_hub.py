@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -11,6 +12,7 @@ import pytest
 
 import regrow
 from regrow import hub
+from regrow.cli.options import method_config
 from regrow.measure.variants import variant
 from regrow.schedule import Schedule, ScheduleError
 
@@ -107,12 +109,42 @@ def test_the_one_kind_of_plan_is_not_taken_for_the_other(tmp_path: Path) -> None
     schedule, config = tmp_path / "schedule.json", tmp_path / "config.json"
     Schedule.every(5, 50).save(schedule)
     config.write_text(regrow.SiTo(ratio=0.5).dump())
-    with pytest.raises(ValueError, match=r"config\.json is a configuration of a method"):
+    with pytest.raises(ValueError, match=r"config\.json is the configuration of a method"):
         hub.load_schedule(config)
-    with pytest.raises(ValueError, match=r"schedule\.json is a schedule"):
-        hub.load_method(schedule)
     assert hub.load_schedule(schedule) == variant(f"dato:{schedule}", 50).config.schedule
-    assert hub.load_method(config) == variant(str(config), 50).config
+    assert hub.load_schedule(schedule) == variant(str(schedule), 50).config.schedule
+    assert hub.load(config) == variant(str(config), 50).config
+
+
+@pytest.mark.parametrize("place", ["hub:me/plans/plan.yaml", "hub:me/plans/plan.yaml@main"])
+def test_a_shared_plan_is_a_method_by_its_address(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    schedule = Schedule.every(5, 50, ratio=0.5)
+    hub.push(schedule, "me/plans", "plan.yaml", endpoint=endpoint)
+    monkeypatch.setattr(hub, "pull", partial(hub.pull, endpoint=endpoint))
+    assert variant(place, 50).config == regrow.DaTo(schedule=schedule)
+    assert method_config(place, steps=50) == regrow.DaTo(schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "it is no JSON"),
+        ("[" * 100_000, "it is no JSON"),
+        ("[1]", "neither a schedule nor the configuration of a method"),
+        ('{"ratio": [0.5]}', "neither a schedule nor the configuration of a method"),
+        ('{"method": "sito", "ratio": 2}', "ratio: "),
+        ('{"method": "witchcraft"}', "method: 'witchcraft' is not known"),
+    ],
+)
+def test_what_is_no_plan_is_refused_with_the_name_of_the_file(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=said) as refused:
+        hub.load(file)
+    assert str(refused.value).startswith(f"{file}: ")
+    assert "\n" not in str(refused.value)
 
 
 def test_what_is_not_there_is_said(endpoint: str) -> None:

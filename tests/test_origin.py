@@ -1,15 +1,16 @@
 """Schedules say where they were found, and warn elsewhere."""
 
+import json
 import warnings
 from pathlib import Path
 
 import pipelines
 import pytest
-from diffusers import EulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 import regrow
 from regrow.methods.catalogue import load_plan
-from regrow.origin import Origin, denoiser_key
+from regrow.origin import Origin, denoiser_key, scheduler_key, scheduler_settings
 from regrow.schedule import FULL, Schedule, ScheduleError
 
 
@@ -112,6 +113,31 @@ def test_a_configuration_is_warned_of_elsewhere(
     heard = said(config_found(**changes), pipelines.sd(), steps)
     assert len(heard) == len(warned)
     assert all(words in message for words, message in zip(warned, heard, strict=True))
+
+
+def test_other_settings_of_the_scheduler_are_warned_of() -> None:
+    pipe = pipelines.sd(sampler=pipelines.scheduler(EulerDiscreteScheduler))
+    there = {"scheduler": "EulerDiscreteScheduler", "scheduler_key": scheduler_key(pipe.scheduler)}
+    assert said(found(**there), pipe) == []
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    (message,) = said(found(**there), pipe)
+    assert "other settings of EulerDiscreteScheduler" in message
+
+
+def test_settings_of_a_scheduler_are_plain_data_the_same_in_every_process() -> None:
+    config = pipelines.sd().scheduler.config
+    scheduler, other = (DPMSolverMultistepScheduler.from_config(config) for _ in range(2))
+    # diffusers makes this list from a set.
+    usual = scheduler.config["_use_default_values"]
+    assert len(usual) > 1
+    other.register_to_config(_use_default_values=usual[::-1])
+    assert scheduler_key(other) == scheduler_key(scheduler)
+    assert scheduler_settings(other) == scheduler_settings(scheduler)
+    assert json.loads(json.dumps(scheduler_settings(scheduler), allow_nan=False)) == scheduler_settings(
+        scheduler
+    )
+    changed = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)
+    assert scheduler_key(changed) != scheduler_key(scheduler)
 
 
 def test_other_ratios_are_another_plan() -> None:

@@ -9,6 +9,7 @@ print(run.report())
 
 from regrow.apply import Run, apply
 from regrow.clock import ConcurrentGenerationError
+from regrow.compiling import compile_blocks
 from regrow.engine.call import Observation
 from regrow.methods import (
     ATEDM,
@@ -62,4 +63,5 @@ __all__ = [
     "TokenChoice",
     "UnsupportedModelError",
     "apply",
+    "compile_blocks",
 ]

@@ -88,17 +88,7 @@ def load_schedule(place: str | Path) -> Schedule:
     """
     plan = load(place)
     if not isinstance(plan, Schedule):
-        raise ValueError(f"schedule: {place} is a configuration of a method; give it as --method {place}")
-    return plan
-
-
-def load_method(place: str | Path) -> MethodConfig:
-    """As `load`, of a method's configuration.
-
-    Raises:
-        ValueError: if it is a schedule.
-    """
-    plan = load(place)
-    if isinstance(plan, Schedule):
-        raise ValueError(f"methods: {place} is a schedule; give it as dato:{place}, or --schedule {place}")
+        raise ValueError(
+            f"schedule: {place} is the configuration of a method; give it as the method itself"
+        )
     return plan

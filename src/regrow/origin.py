@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +18,7 @@ class Origin(BaseModel):
         model: name, folder or hub id.
         denoiser: `denoiser_key` of its denoiser.
         scheduler: class of the sampler.
+        scheduler_key: `scheduler_key` of it; empty if not known.
         steps: steps of the sampler.
         calls: calls of the denoiser at each branch of guidance; PLMS makes one more than steps.
         guidance: guidance scale; None for the pipeline's own.
@@ -35,6 +37,7 @@ class Origin(BaseModel):
     model: str
     denoiser: str
     scheduler: str
+    scheduler_key: str = ""
     steps: int = Field(ge=1)
     calls: int = Field(ge=1)
     guidance: float | None = None
@@ -61,10 +64,33 @@ class Origin(BaseModel):
             yield f"it was found on another denoiser, that of {self.model} ({self.denoiser.split(':')[0]})"
         if scheduler is not None and type(scheduler).__name__ != self.scheduler:
             yield f"it was found with {self.scheduler}, not {type(scheduler).__name__}"
+        elif scheduler is not None and self.scheduler_key not in ("", scheduler_key(scheduler)):
+            yield f"it was found with other settings of {self.scheduler}"
 
 
 def denoiser_key(denoiser: Any) -> str:
     """Class and settings of a denoiser in a few characters; weights don't count."""
-    settings = {k: v for k, v in dict(denoiser.config).items() if not k.startswith("_")}
+    return _key(denoiser, _settings(denoiser))
+
+
+def scheduler_key(scheduler: Any) -> str:
+    """Class and settings of a scheduler in a few characters."""
+    return _key(scheduler, scheduler_settings(scheduler))
+
+
+def scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """The settings of a scheduler as plain data; numbers that JSON does not know are text."""
+    strange = {
+        k: str(v) for k, v in _settings(scheduler).items() if isinstance(v, float) and not isfinite(v)
+    }
+    return json.loads(json.dumps(_settings(scheduler) | strange, default=str))
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    # Names with an underscore say how it was made, some of them in another order in each process.
+    return {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
+
+
+def _key(model: Any, settings: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return f"{type(denoiser).__name__}:{digest}"
+    return f"{type(model).__name__}:{digest}"

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformer_pipelines
-from diffusers import EulerDiscreteScheduler, PNDMScheduler
+from diffusers import PNDMScheduler
 from PIL import Image
+from safetensors.torch import load_file
 
 from regrow import zoo
 from regrow.cli import main
-from regrow.cli.evaluate import maker
-from regrow.measure.evaluate import Setting
 from regrow.methods.catalogue import SYSTEMS
 from regrow.schedule import Schedule
 
@@ -220,8 +219,13 @@ def test_every_command_that_makes_pictures_takes_another_scheduler(
     result = json.loads(capsys.readouterr().out)
     assert result["scheduler_given"] == "EulerDiscrete"
     if command == "eval":
-        setting = Setting("emoji", ("owl",), scheduler="EulerDiscrete")
-        assert isinstance(maker(setting, "cpu").pipeline.scheduler, EulerDiscreteScheduler)
+        other = ("--prompts", "4", "--device", "cpu", "--out", str(tmp_path / "other"))
+        assert run(monkeypatch, command, "--methods", "steps:2,steps:1", *other) == 0
+        ((here,), (there,)) = (
+            [next(iter(load_file(file).values())) for file in sorted(folder.glob("steps-2/*.safetensors"))]
+            for folder in (tmp_path, tmp_path / "other")
+        )
+        assert not torch.equal(here, there)
     else:
         assert result["scheduler"] == "EulerDiscreteScheduler"
 

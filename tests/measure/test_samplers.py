@@ -45,7 +45,9 @@ def test_settings_that_would_do_nothing_are_refused(option: str) -> None:
     ("option", "allowed"),
     [
         ("beta_start=much", "beta_start must be a number"),
-        ("num_train_timesteps=true", "num_train_timesteps must be a number"),
+        ("beta_start=NaN", "beta_start must be a number"),
+        ("num_train_timesteps=true", "num_train_timesteps must be a whole number"),
+        ("steps_offset=0.5", "steps_offset must be a whole number"),
         ("clip_sample=maybe", "clip_sample must be true or false"),
         ("clip_sample=1", "clip_sample must be true or false"),
         ("clip_sample=", "clip_sample must be true or false"),
@@ -64,9 +66,15 @@ def test_numbers_are_numbers() -> None:
     }
 
 
-def test_what_the_scheduler_itself_refuses_is_said() -> None:
-    with pytest.raises(ValueError, match=r"DDIMScheduler with .*nonsense"):
-        Sampler.parse("DDIM:beta_schedule=nonsense").put_into(pipelines.sd())
+@pytest.mark.parametrize(
+    "option", ["beta_schedule=nonsense", "timestep_spacing=nonsense", "num_train_timesteps=-1"]
+)
+def test_what_the_scheduler_itself_refuses_is_said(option: str) -> None:
+    pipe = pipelines.sd()
+    before = pipe.scheduler
+    with pytest.raises(ValueError, match=r"scheduler: DDIMScheduler with \{"):
+        Sampler.parse(f"DDIM:{option}").put_into(pipe)
+    assert pipe.scheduler is before
 
 
 def test_a_missing_package_is_named() -> None:

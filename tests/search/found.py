@@ -80,6 +80,7 @@ def result(generations: int = 4, population: int = 6, calls: int = 12, seed: int
         "dtype": "float32",
         "scheduler": "DDIMScheduler",
         "scheduler_given": None,
+        "scheduler_settings": {"beta_schedule": "linear"},
         "denoiser": "UNet2DConditionModel:ab12cd34ef56",
         "objectives": ["quality:deviation", "cost:macs"],
         "economy": {"prompts": [1, 2, 4], "patience": 2.0},

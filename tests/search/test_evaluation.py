@@ -23,7 +23,7 @@ from regrow.measure.macs import PlanCounter
 from regrow.measure.sampling import make
 from regrow.methods import DaTo, DeepCache
 from regrow.schedule import FULL, Schedule
-from regrow.search.evaluation import Candidate, Evaluator, Job, scheduler_settings
+from regrow.search.evaluation import Candidate, Evaluator, Job
 from regrow.search.objectives import Cost, Objective, Quality
 
 PROMPTS = ("a penguin", "a pizza", "an owl")
@@ -153,18 +153,6 @@ def test_measured_costs_come_with_the_first_prompts(tmp_path: Path) -> None:
     assert set(cost) == {"latency", "memory"}
     assert cost["latency"] > 0
     assert one(Job(CACHED, 2, 3)).cost == {}
-
-
-def test_settings_of_a_scheduler_read_the_same_in_every_process() -> None:
-    scheduler = EulerDiscreteScheduler.from_config(pipelines.sd().scheduler.config)
-    usual = scheduler.config["_use_default_values"]
-    assert len(usual) > 1
-    other = EulerDiscreteScheduler.from_config(pipelines.sd().scheduler.config)
-    other.register_to_config(_use_default_values=usual[::-1])
-    assert other.config["_use_default_values"] == usual[::-1]
-    assert scheduler_settings(other) == scheduler_settings(scheduler)
-    changed = EulerDiscreteScheduler.from_config(scheduler.config, use_karras_sigmas=True)
-    assert scheduler_settings(changed) != scheduler_settings(scheduler)
 
 
 def test_facts_are_those_of_the_pipeline(tmp_path: Path) -> None:

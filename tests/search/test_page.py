@@ -187,8 +187,17 @@ def test_a_plan_that_is_no_schedule_is_used_by_its_configuration() -> None:
     assert "--method front/plan.json" in command
     assert "--guidance" not in command
     compile(code, "page", "exec")
-    assert 'config_from(json.loads(Path("front/plan.json").read_text()))' in code
+    assert 'regrow.apply(pipe, regrow.hub.load("front/plan.json"))' in code
     assert 'DiffusionPipeline.from_pretrained("some/model")' in code
+
+
+def test_the_scheduler_that_was_given_is_used() -> None:
+    result = found.result() | {"scheduler_given": "PNDM:skip_prk_steps=true"}
+    command, code = Reader(page(result, [], {}, [])).code[-2:]
+    words = shlex.split(command)
+    assert words[words.index("--scheduler") + 1] == "PNDM:skip_prk_steps=true"
+    compile(code, "page", "exec")
+    assert 'Sampler.parse("PNDM:skip_prk_steps=true").put_into(pipe)' in code
 
 
 def test_a_search_without_a_front_has_a_page() -> None:

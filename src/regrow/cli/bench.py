@@ -16,15 +16,14 @@ from rich.table import Table
 
 from regrow import zoo
 from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.compiling import compile_blocks
 from regrow.measure.bench import BenchRow, bench
 from regrow.measure.machine import PACKAGES, machine
 from regrow.measure.random_weights import random_pipeline
 from regrow.measure.samplers import Sampler
 from regrow.measure.sampling import takes_classes
 from regrow.measure.variants import Variant
-from regrow.models import layout_of, module_of
-
-GRAPHS = 64
+from regrow.models import module_of
 
 
 @dataclass(frozen=True)
@@ -115,26 +114,6 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
         print(text)
     else:
         print_rows(rows, request.variants[0].name)
-
-
-def compile_blocks(denoiser: Any, **options: Any) -> None:
-    """Compile the transformer blocks of a denoiser.
-
-    Args:
-        denoiser: a model of diffusers.
-        options: of ``torch.compile``.
-
-    Raises:
-        UnsupportedModelError: if neither diffusers nor a table of regrow's tells which they are.
-    """
-    # A method that picks layers makes a graph for each; torch stops at 8 and goes on uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    try:
-        denoiser.compile_repeated_blocks(**options)
-    except ValueError:
-        # diffusers names none for SD3, PixArt and DiT.
-        for path in {t.layer.block for t in layout_of(denoiser).token_layers}:
-            denoiser.get_submodule(path).compile(**options)
 
 
 def print_rows(rows: list[BenchRow], baseline: str) -> None:

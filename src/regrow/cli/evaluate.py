@@ -217,14 +217,14 @@ def _make(
     if Path(setting.model).exists():
         # Processes of a cluster are in other folders.
         setting = replace(setting, model=str(Path(setting.model).resolve()))
-    with request.where.open(partial(maker, setting, device), device) as workers, _bar(console) as progress:
+    with request.where.open(partial(_maker, setting, device), device) as workers, _bar(console) as progress:
         task = progress.add_task(f"loading {request.model}", total=missing)
         pictures.make_all(
             workers, variants, lambda one: progress.update(task, description=one.name, advance=1)
         )
 
 
-def maker(setting: Setting, device: str) -> ShardMaker:
+def _maker(setting: Setting, device: str) -> ShardMaker:
     """What makes pictures, wherever it is called."""
     dtype = getattr(torch, setting.dtype)
     return ShardMaker(setting, load_pipeline(setting.model, device, dtype, setting.scheduler))

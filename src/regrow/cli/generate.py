@@ -89,9 +89,12 @@ def check_scheduler(model: str, scheduler: str) -> None:
     """
     bundled = model in zoo.MODELS and not Path(model).exists()
     where: Any = zoo.path(model) if bundled else model
-    name = diffusers.DiffusionPipeline.load_config(where)["scheduler"][1]
-    own = getattr(diffusers, name).from_pretrained(where, subfolder="scheduler")
-    Sampler.parse(scheduler).instead_of(own)
+    sampler = Sampler.parse(scheduler)
+    _, name = diffusers.DiffusionPipeline.load_config(where).get("scheduler", (None, None))
+    kind = getattr(diffusers, name or "", None)
+    if kind is None:
+        raise ValueError(f"scheduler: {model} has none of diffusers that could be replaced")
+    sampler.instead_of(kind.from_pretrained(where, subfolder="scheduler"))
 
 
 def _load(model: str, device: str, dtype: torch.dtype) -> Any:

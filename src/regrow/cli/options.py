@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from regrow import hub
-from regrow.measure.variants import variant
+from regrow.measure.variants import PLANS, variant
 from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
-from regrow.methods.catalogue import configured
+from regrow.methods.catalogue import configured, explain
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
@@ -48,7 +48,7 @@ def method_config(
     """
     options = {"--preset": preset, "--schedule": schedule, "--ratio": ratio, "--interval": interval}
     given = [option for option, value in options.items() if value is not None]
-    if ":" in name or name.endswith(".json"):
+    if ":" in name or name.endswith(PLANS):
         return _with_settings(name, given, steps)
     kind = configured(name)
     taken = _OPTIONS[kind]
@@ -115,16 +115,6 @@ def _dato(
     if ratio is not None:
         plan = plan.with_ratio(ratio)
     return DaTo(schedule=plan) if preset is None else DaTo.preset(preset, schedule=plan)
-
-
-def explain(error: ValidationError) -> str:
-    """A validation error in one line a field."""
-    lines = []
-    for issue in error.errors():
-        field = ".".join(str(part) for part in issue["loc"])
-        message = issue["msg"].removeprefix("Value error, ")
-        lines.append(f"{field}: {message} (got {issue['input']!r})" if field else message)
-    return "; ".join(lines)
 
 
 def method_label(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import diffusers
 from diffusers.utils import DummyObject
 
 from regrow.measure.variants import plain
+
+STEPS = 10
+"""For which a scheduler is tried."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class Sampler:
                 )
             options[key] = plain(value)
             usual = taken[key].default
-            if isinstance(usual, bool | int | float) and not _is_like(options[key], usual):
-                wanted = "true or false" if isinstance(usual, bool) else "a number"
+            wanted = _wanted(options[key], usual)
+            if wanted is not None:
                 raise ValueError(f"scheduler: {part!r} is not allowed, {key} must be {wanted}")
         return cls(kind, options)
 
@@ -79,9 +84,13 @@ class Sampler:
                 f"{', '.join(sorted(known))}"
             )
         try:
-            return self.kind.from_config(scheduler.config, **self.options)
-        except (ValueError, TypeError, NotImplementedError) as error:
+            made = self.kind.from_config(scheduler.config, **self.options)
+            if not made.config.get("use_dynamic_shifting", False):
+                copy.deepcopy(made).set_timesteps(STEPS)
+        except (ValueError, TypeError, RuntimeError) as error:
+            # NotImplementedError is a RuntimeError.
             raise ValueError(f"scheduler: {self.kind.__name__} with {self.options}: {error}") from error
+        return made
 
 
 def _is_scheduler(kind: Any) -> bool:
@@ -90,8 +99,13 @@ def _is_scheduler(kind: Any) -> bool:
     return scheduler and not isinstance(kind, DummyObject)
 
 
-def _is_like(value: Any, usual: bool | int | float) -> bool:
-    """Whether a value is a truth value or a number as the usual one is."""
-    if isinstance(usual, bool) or isinstance(value, bool):
-        return isinstance(usual, bool) and isinstance(value, bool)
-    return isinstance(value, int | float)
+def _wanted(value: Any, usual: Any) -> str | None:
+    """What a value must be where a setting is usually a truth value or a number; None if it is that."""
+    if isinstance(usual, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(usual, int):
+        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+    if isinstance(usual, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return None if number and isfinite(value) else "a number"
+    return None

@@ -13,6 +13,8 @@ from regrow.apply import Run, apply
 from regrow.methods import ATEDM, FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToCa, ToMeSD
 from regrow.schedule import Schedule
 
+PLANS = (".json", ".yaml", ".yml")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -51,15 +53,15 @@ def variant(spec: str, steps: int) -> Variant:
     order. Further fields follow after colons: ``sito:d:base=V:patch=4``,
     ``dato:b1:ratio=0.5:alignment=off``.
 
-    ``FILE.json`` is the configuration in a file, such as a search writes, or on the hub:
-    ``hub:owner/name/FILE.json``.
+    ``FILE.json`` is the configuration in a file such as a search writes, ``FILE.yaml`` a schedule for DaTo;
+    either may be on the hub: ``hub:owner/name/FILE.json``.
 
     Args:
         spec: the name.
         steps: sampler steps of everything but ``steps:N``.
 
     Raises:
-        ValueError: if the name is none of these.
+        ValueError: if the name is none of these, or the file is not what it should be.
         OSError: if a schedule can't be read.
     """
     kind, _, value = spec.partition(":")
@@ -71,6 +73,8 @@ def variant(spec: str, steps: int) -> Variant:
     configs = [_config(part, steps) for part in parts]
     if len(configs) == 1:
         return Variant(spec, configs[0], steps)
+    # Both together were not found anywhere.
+    configs = [config.model_copy(update={"found": None}) for config in configs]
     tokens = [c for c in configs if isinstance(c, (SiTo, ToMeSD, CATPruning))]
     caching = [c for c in configs if isinstance(c, (DeepCache, FORA, DaTo))]
     if not tokens or not caching:
@@ -85,8 +89,9 @@ def variant(spec: str, steps: int) -> Variant:
 def _config(spec: str, steps: int) -> Any:
     """The configuration of one method in a run of so many steps."""
     kind, _, rest = spec.partition(":")
-    if spec.endswith(".json") and kind not in _METHODS:
-        return hub.load_method(spec)
+    if kind not in _METHODS and (kind == "hub" or spec.endswith(PLANS)):
+        plan = hub.load(spec)
+        return DaTo(schedule=plan) if isinstance(plan, Schedule) else plan
     if kind not in _METHODS:
         known = ", ".join(("steps", *_METHODS))
         raise ValueError(f"methods: {spec!r} is not known; before the colon comes one of {known}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
@@ -143,16 +144,35 @@ def load_plan(file: Path) -> Schedule | MethodConfig:
     """A schedule, or the configuration of a method, from a file such as a search writes.
 
     Raises:
-        ScheduleError: if it is neither.
-        ValueError: if a field of a configuration is not allowed.
+        ValueError: if it is neither, or a field is not allowed, naming the file.
         OSError: if it can't be read.
     """
-    if file.suffix == ".json":
-        with suppress(json.JSONDecodeError):
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(data, dict) and "method" in data:
-                return config_from(data)
+    if file.suffix != ".json":
+        return Schedule.load(file)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: it is no JSON: {error}") from error
+    if isinstance(data, dict) and "method" in data:
+        try:
+            return config_from(data)
+        except ValidationError as error:
+            raise ValueError(f"{file}: {explain(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    if not isinstance(data, dict) or "depth" not in data:
+        raise ValueError(f"{file}: it is neither a schedule nor the configuration of a method")
     return Schedule.load(file)
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error in one line a field."""
+    lines = []
+    for issue in error.errors():
+        field = ".".join(str(part) for part in issue["loc"])
+        message = issue["msg"].removeprefix("Value error, ")
+        lines.append(f"{field}: {message} (got {issue['input']!r})" if field else message)
+    return "; ".join(lines)
 
 
 def configured(name: str) -> type[MethodConfig]:

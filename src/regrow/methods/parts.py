@@ -259,8 +259,9 @@ class MethodConfig(BaseModel):
     """A frozen, validated, versioned configuration that equals, hashes and goes to JSON and back.
 
     Args:
-        found: what it was searched on, if it was; applied elsewhere, it is warned of. Not part of
-            ``model_dump``: it changes nothing that the method does.
+        found: what it was searched on, if it was; applied elsewhere, it is warned of. `dump` keeps it,
+            ``model_dump`` leaves it out: it changes nothing that the method does. Of a method whose plan
+            is a schedule, the schedule's own counts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -47,7 +47,7 @@ def module_of(target: Any) -> nn.Module:
                 raise UnsupportedModelError(
                     f"model: {type(getattr(module, '_orig_mod', module)).__name__} is compiled as a "
                     "whole, so what a call computes can't change from step to step; apply regrow to "
-                    "the plain model and compile its blocks: model.compile_repeated_blocks()"
+                    "the plain model and compile its blocks: regrow.compile_blocks(model)"
                 )
             return module
     raise UnsupportedModelError(

@@ -30,7 +30,7 @@ from regrow.measure.quality import frechet_distance
 from regrow.measure.sampling import make
 from regrow.measure.trace import Moment, nearest, watched_steps
 from regrow.models import denoiser_of, module_of
-from regrow.origin import denoiser_key
+from regrow.origin import denoiser_key, scheduler_key, scheduler_settings
 from regrow.search.objectives import Cost, Objective, Quality
 
 QUARTERS = 4
@@ -106,7 +106,8 @@ class Facts:
     Args:
         denoiser: `denoiser_key`.
         scheduler: class of the sampler.
-        settings: of the sampler, as text.
+        settings: of the sampler, as JSON.
+        scheduler_key: of `regrow.origin`.
         device: kind of device that it runs on.
         steps: it was asked for.
         calls: it made at each branch of guidance; PLMS makes one more than steps, Heun's method twice as
@@ -118,6 +119,7 @@ class Facts:
     denoiser: str
     scheduler: str
     settings: str
+    scheduler_key: str
     device: str
     steps: int
     calls: int
@@ -237,7 +239,8 @@ class Evaluator:
         return Facts(
             denoiser_key(denoiser_of(self.pipeline)),
             type(scheduler).__name__,
-            scheduler_settings(scheduler),
+            json.dumps(scheduler_settings(scheduler), sort_keys=True),
+            scheduler_key(scheduler),
             self.pipeline.device.type,
             self.steps,
             len(steps),
@@ -275,7 +278,8 @@ class Evaluator:
         s = self.setting
         prompts = (s.model, s.prompts[start:stop], s.seed + start, s.guidance, s.height, s.width, s.dtype)
         scheduler = self.pipeline.scheduler
-        made_by = (type(scheduler).__name__, scheduler_settings(scheduler), self.pipeline.device.type)
+        settings = json.dumps(scheduler_settings(scheduler), sort_keys=True)
+        made_by = (type(scheduler).__name__, settings, self.pipeline.device.type)
         key = json.dumps([*prompts, self.steps, self._pictures, *made_by])
         return kept(self._folder / f"{start:06d}-{stop:06d}.safetensors", key, run, self._writer)
 
@@ -388,15 +392,6 @@ class _Run:
     curve: tuple[float, ...]
     final: Tensor | None
     pictures: Tensor | None
-
-
-def scheduler_settings(scheduler: Any) -> str:
-    """The settings of a scheduler as text, the same in every process."""
-    settings = dict(scheduler.config)
-    if "_use_default_values" in settings:
-        # diffusers makes this list from a set, whose order is another in each process.
-        settings["_use_default_values"] = sorted(settings["_use_default_values"])
-    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _calls_each(scheduler: Any, steps: int) -> int:

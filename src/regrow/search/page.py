@@ -191,13 +191,8 @@ def _code(result: Result, plan: Mapping[str, Any], prompts: Sequence[str]) -> st
     if _is_schedule(plan):
         config = f"regrow.DaTo(schedule=regrow.Schedule.load({file}))"
     else:
-        config = f"config_from(json.loads(Path({file}).read_text()))"
-        imports = [
-            "import json",
-            "from pathlib import Path",
-            *imports,
-            "from regrow.methods.catalogue import config_from",
-        ]
+        config = f"regrow.hub.load({file})"
+        imports.append("import regrow.hub")
     sampler = []
     if result["scheduler_given"] is not None:
         imports.append("from regrow.measure.samplers import Sampler")

@@ -263,7 +263,7 @@ def common_hypervolumes(
         ValueError: if there is no search with a front, or they don't measure the same.
     """
     for name in COMPARABLE:
-        values = {search: result.get(name) for search, result in results.items()}
+        values = {search: result[name] for search, result in results.items()}
         if any(value != next(iter(values.values())) for value in values.values()):
             found = ", ".join(f"{value!r} ({search})" for search, value in values.items())
             raise ValueError(f"{name}: {found} is not allowed, it must be the same in all searches")

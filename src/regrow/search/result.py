@@ -95,6 +95,7 @@ def _schedule(known: Known, facts: Facts, objectives: Sequence[Objective], setti
         model=setting.model,
         denoiser=facts.denoiser,
         scheduler=facts.scheduler,
+        scheduler_key=facts.scheduler_key,
         steps=known.candidate.steps,
         calls=calls,
         guidance=setting.guidance,
