@@ -2,7 +2,7 @@
 
     python tools/compose_scenes.py --data noto.tgz --decoded --count 1000 --out work/decoded
     python benchmarks/quality.py --prompts 1000 --reference work/decoded --dtype bfloat16 --engine ray
-    python benchmarks/quality.py --model cifar10 --methods transformer --prompts 1000 --reference FOLDER
+    python benchmarks/quality.py --model FOLDER --methods transformer --prompts FILE --reference FOLDER
 
 First the pictures of all variants are made and compared (`regrow eval`: killed, it goes on), then all are
 timed in turns (`regrow bench`). The result, a table and a plot go to `--out`; `--table` only reads it.
