@@ -12,7 +12,7 @@
 # The same for the model of small photographs, with CIFAR-10 as published:
 #
 #   bash benchmarks/gpu.sh cifar-train cifar-10-binary.tar.gz    # about three times
-#   bash benchmarks/gpu.sh cifar-check cifar-10-binary.tar.gz
+#   bash benchmarks/gpu.sh cifar-check cifar-10-binary.tar.gz    # killed, it goes on
 #   bash benchmarks/gpu.sh cifar-quality cifar-10-binary.tar.gz  # 10,000 pictures a method; several times
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -68,7 +68,8 @@ cifar-train)
     ;;
 cifar-check)
     timeout 570 python tools/check_cifar.py --data "${data:?archive}" --model "$work/cifar-model" --device cuda \
-        --batch 500 --images 10000 --json "$results/cifar-bar-gpu.json"
+        --batch 500 --images 10000 --json "$results/cifar-bar-gpu.json" \
+        --settings 50:2 20:2 10:2 50:1 20:1 10:1 250:2 250:1
     ;;
 cifar-quality)
     if [ ! -e "$work/cifar-test/captions.txt" ]; then

@@ -1,19 +1,22 @@
 """Are a model's photographs like CIFAR-10's, and of the classes that they are said to be?
 
-    python tools/check_cifar.py --data cifar-10-binary.tar.gz --model work/cifar/model --json check.json
+    python tools/check_cifar.py --data cifar-10-binary.tar.gz --model work/cifar/model --json check.json \\
+        --settings 50:2 20:2 10:2 250:2 50:1 20:1 10:1 250:1
 
-*FD-EffNet*: Fréchet distance of EfficientNet-Lite0 features to those of the test photographs, beside that
-of as many training photographs, the least that can be expected. *Accuracy*: of a linear classifier on the
-same features, fitted to training photographs, on generated pictures and on the test photographs. A contact
-sheet of the classes is written beside the model.
+For every number of DDIM steps and guidance scale (1 is none): *FD-EffNet*, the Fréchet distance of
+EfficientNet-Lite0 features to those of the test photographs, beside that of as many training photographs, the
+least that can be expected. *Accuracy*: of a linear classifier on the same features, fitted to training
+photographs, on generated pictures and on the test photographs. A contact sheet of the first setting is
+written beside the model. Killed, it goes on with the settings that are left.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +30,39 @@ from training import keep_freed_memory, write_json
 
 from regrow.measure.features import EfficientNetFeatures
 from regrow.measure.images import to_picture
+from regrow.measure.keep import digest
 from regrow.measure.machine import machine
 from regrow.measure.quality import frechet_distance
 
 COLUMNS = 12
+
+
+class Setting(NamedTuple):
+    """How pictures are drawn.
+
+    Args:
+        steps: of DDIM.
+        guidance: guidance scale; 1 is none.
+    """
+
+    steps: int
+    guidance: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Of ``STEPS:GUIDANCE``.
+
+        Raises:
+            argparse.ArgumentTypeError: naming what is wrong.
+        """
+        try:
+            steps, guidance = text.split(":")
+            setting = cls(int(steps), float(guidance))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not STEPS:GUIDANCE, such as 50:2") from None
+        if not 1 <= setting.steps <= 1000 or setting.guidance < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed: steps 1 to 1000, guidance from 1")
+        return setting
 
 
 def features_of(pictures: Tensor, extractor: EfficientNetFeatures, title: str) -> Tensor:
@@ -57,24 +89,43 @@ def accuracy(head: nn.Linear, features: Tensor, labels: Tensor) -> float:
 
 
 def draw(
-    pipe: DiTPipeline, labels: list[int], steps: int, guidance: float, batch: int, seed: int, bf16: bool
+    pipe: DiTPipeline, labels: list[int], setting: Setting, batch: int, seed: int, bf16: bool
 ) -> Tensor:
     """One picture a label, each from its own seed: uint8 ``(N, 3, 32, 32)``."""
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     out = []
-    for start in track(range(0, len(labels), batch), "generating"):
+    title = f"{setting.steps} steps, guidance {setting.guidance:g}"
+    for start in track(range(0, len(labels), batch), title):
         part = labels[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
         with torch.autocast(pipe.transformer.device.type, torch.bfloat16, enabled=bf16):
             pictures: Any = pipe(
                 class_labels=part,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
+                num_inference_steps=setting.steps,
+                guidance_scale=setting.guidance,
                 generator=generators,
                 output_type="pt",
             )
         out.append(pictures.images.float().mul(255).round().byte().cpu())
     return torch.cat(out)
+
+
+def begun(file: Path | None, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings measured before.
+
+    Raises:
+        SystemExit: if they are of other inputs.
+    """
+    if file is None or not file.exists():
+        return []
+    before = json.loads(file.read_text())
+    for name, value in inputs.items():
+        if before.get(name) != value:
+            raise SystemExit(
+                f"{name}: {file} was made with {before.get(name)}, not {value}; use another --json"
+            )
+    rows: list[dict[str, Any]] = before["settings"]
+    return rows
 
 
 def contact_sheet(pictures: Tensor, labels: list[int], scale: int = 2) -> Image.Image:
@@ -101,8 +152,9 @@ def parse_arguments() -> argparse.Namespace:
         "--images", type=int, default=2000, help="generated, and of each set of photographs"
     )
     parser.add_argument("--fit", type=int, default=10000, help="training photographs for the classifier")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument(
+        "--settings", type=Setting.parse, nargs="+", default=[Setting(50, 2.0)], metavar="STEPS:GUIDANCE"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--bf16", action="store_true", help="autocast: faster, nearly the same")
     parser.add_argument("--seed", type=int, default=0)
@@ -120,27 +172,46 @@ def main() -> None:
     test, test_labels = read_cifar(args.data, test=True)
     pipe = DiTPipeline.from_pretrained(args.model, torch_dtype=torch.float32).to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    labels = [i % len(CLASSES) for i in range(args.images)]
-    made = draw(pipe, labels, args.steps, args.guidance, args.batch, args.seed, args.bf16)
-    contact_sheet(made, labels).save(args.model / "contact.png")
+    inputs = {
+        "weights": digest(pipe.transformer.state_dict().values()),
+        "images": args.images,
+        "fit": args.fit,
+        "seed": args.seed,
+        "precision": "bf16 autocast" if args.bf16 else "fp32",
+    }
+    rows = begun(args.json, inputs)
     extractor = EfficientNetFeatures().to(args.device)
-    generated = features_of(made, extractor, "generated")
     known = features_of(train[: args.fit], extractor, "training photographs")
     true = features_of(test[: args.images], extractor, "test photographs")
     head = fit(known, train_labels[: args.fit])
-    result = {
-        "images": args.images,
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "fd": frechet_distance(generated, true),
+    result = inputs | {
         "fd of training photographs": frechet_distance(known[: args.images], true),
-        "accuracy": accuracy(head, generated, torch.tensor(labels)),
         "accuracy on test photographs": accuracy(head, true, test_labels[: args.images]),
+        "settings": rows,
         "machine": machine(args.device),
     }
+    labels = [i % len(CLASSES) for i in range(args.images)]
+    done = {Setting(row["steps"], row["guidance"]) for row in rows}
+    for setting in args.settings:
+        if setting in done:
+            continue
+        begin = time.perf_counter()
+        made = draw(pipe, labels, setting, args.batch, args.seed, args.bf16)
+        seconds = time.perf_counter() - begin
+        if setting == args.settings[0]:
+            contact_sheet(made, labels).save(args.model / "contact.png")
+        generated = features_of(made, extractor, "generated")
+        rows.append(
+            setting._asdict()
+            | {
+                "fd": frechet_distance(generated, true),
+                "accuracy": accuracy(head, generated, torch.tensor(labels)),
+                "seconds": round(seconds, 1),
+            }
+        )
+        if args.json:
+            write_json(args.json, result)
     Console().print_json(json.dumps(result))
-    if args.json:
-        write_json(args.json, result)
 
 
 if __name__ == "__main__":

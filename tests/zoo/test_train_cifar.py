@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import check_cifar
 import cifar
@@ -116,16 +118,24 @@ def train(data: Path, out: Path, export_to: Path | None = None, until: int | Non
     return load_file(out / index["tensors"])
 
 
-def test_killed_and_resumed_equals_straight_and_the_pipeline_loads(
-    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    straight = train(archive, tmp_path / "straight", tmp_path / "model")
+@pytest.fixture(scope="module")
+def model(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline trained for four steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(archive, folder / "work", folder / "model")
+    return folder / "model"
+
+
+def test_killed_and_resumed_equals_straight(archive: Path, tmp_path: Path) -> None:
+    straight = train(archive, tmp_path / "straight")
     with pytest.raises(Killed):
         train(archive, tmp_path / "killed", until=2 * 3 + 1)
     resumed = train(archive, tmp_path / "killed")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
-    pipe = DiTPipeline.from_pretrained(tmp_path / "model")
+
+def test_the_model_is_a_pipeline_with_names_of_classes(model: Path) -> None:
+    pipe = DiTPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.labels == {name: number for number, name in enumerate(CLASSES)}
     for guidance in (1.0, 4.0):
@@ -133,8 +143,8 @@ def test_killed_and_resumed_equals_straight_and_the_pipeline_loads(
             class_labels=pipe.get_label_ids(["ship", "cat"]), num_inference_steps=2, guidance_scale=guidance
         )
         assert [image.size for image in made.images] == [(32, 32)] * 2
-    assert tuple(zoo.captions_in(tmp_path / "model")) == CLASSES
-    loaded = zoo.load_from(tmp_path / "model")
+    assert tuple(zoo.captions_in(model)) == CLASSES
+    loaded = zoo.load_from(model)
     by_name, by_number = (make(loaded, [one], steps=2).images[0].tobytes() for one in ("cat", "3"))
     assert by_name == by_number
     with pytest.raises(
@@ -142,14 +152,35 @@ def test_killed_and_resumed_equals_straight_and_the_pipeline_loads(
     ):
         make(loaded, ["dragon"], steps=2)
 
-    words = ["--images", "2", "--fit", "4", "--steps", "1", "--json", str(tmp_path / "check.json")]
-    words += ["--data", str(archive), "--model", str(tmp_path / "model")]
-    monkeypatch.setattr("sys.argv", ["check_cifar.py", *words])
-    check_cifar.main()
-    found = json.loads((tmp_path / "check.json").read_text())
-    assert 0 <= found["accuracy"] <= 1
-    assert found["fd"] > 0
-    assert Image.open(tmp_path / "model" / "contact.png").size == (64 * check_cifar.COLUMNS, 640)
+
+def test_a_check_is_of_every_setting_and_goes_on(
+    archive: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "check.json"
+
+    def check(*settings: str, seed: int = 0) -> dict[str, Any]:
+        words = ["--data", str(archive), "--model", str(model), "--images", "2", "--fit", "4"]
+        words += ["--seed", str(seed), "--json", str(out), "--settings", *settings]
+        monkeypatch.setattr("sys.argv", ["check_cifar.py", *words])
+        check_cifar.main()
+        return json.loads(out.read_text())
+
+    first = check("1:1")
+    assert Image.open(model / "contact.png").size == (64 * check_cifar.COLUMNS, 640)
+    assert 0 <= first["settings"][0]["accuracy"] <= 1
+    assert first["settings"][0]["fd"] > 0
+    both = check("1:1", "1:3")
+    assert both["settings"][0] == first["settings"][0]
+    assert [(row["steps"], row["guidance"]) for row in both["settings"]] == [(1, 1.0), (1, 3.0)]
+    assert both["settings"][1]["fd"] != first["settings"][0]["fd"]
+    with pytest.raises(SystemExit, match=r"seed: .*check.json was made with 0, not 1; use another --json"):
+        check("1:1", seed=1)
+
+
+@pytest.mark.parametrize("text", ["50", "0:2", "1001:2", "50:0.5", "a:2"])
+def test_a_setting_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not"):
+        check_cifar.Setting.parse(text)
 
 
 def test_a_classifier_learns_its_classes() -> None:
