@@ -4,8 +4,8 @@
         --settings 50:2 20:2 10:2 250:2 50:1 20:1 10:1 250:1
 
 For every number of DDIM steps and guidance scale (1 is none): *FD-EffNet*, the Fréchet distance of
-EfficientNet-Lite0 features to those of the test photographs, beside that of as many training photographs, the
-least that can be expected. *Accuracy*: of a linear classifier on the same features, fitted to training
+EfficientNet-Lite0 features to those of the test photographs, beside that of as many training photographs,
+the least that can be expected. *Accuracy*: of a linear classifier on the same features, fitted to training
 photographs, on generated pictures and on the test photographs. A contact sheet of the first setting is
 written beside the model. Killed, it goes on with the settings that are left.
 """
