@@ -2,7 +2,9 @@
 
     python tools/compose_scenes.py --data noto.tgz --decoded --count 1000 --out work/decoded
     python benchmarks/quality.py --prompts 1000 --reference work/decoded --dtype bfloat16 --engine ray
-    python benchmarks/quality.py --model FOLDER --methods transformer --prompts FILE --reference FOLDER
+    python tools/cifar.py --data cifar-10-binary.tar.gz --count 1000 --out work/cifar-test
+    python benchmarks/quality.py --model cifar10 --methods transformer --prompts 1000 \\
+        --reference work/cifar-test --work work/quality-cifar10 --out benchmarks/results/quality-cifar10
 
 First the pictures of all variants are made and compared (`regrow eval`: killed, it goes on), then all are
 timed in turns (`regrow bench`). The result, a table and a plot go to `--out`; `--table` only reads it.
@@ -118,9 +120,13 @@ class Point:
 
 
 def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Point]:
-    """What both results say of every variant that is in both."""
+    """What both results say of every variant that is in both.
+
+    Raises:
+        SystemExit: if the baseline is not among them.
+    """
     timed = {row["name"]: row for row in speed["rows"] if row["error"] is None}
-    return {
+    found = {
         row["name"]: Point(
             row["name"],
             timed[row["name"]]["speedup"],
@@ -133,6 +139,10 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
         for row in quality["rows"]
         if row["name"] in timed and row["fd"] is not None
     }
+    base = quality["rows"][0]["name"]
+    if base not in found:
+        raise SystemExit(f"prompts: {quality['prompts']} are too few for the Fréchet distance of {base}")
+    return found
 
 
 def at(curve: Sequence[Point], ratio: Ratio, times: float, field: str) -> float | None:
@@ -162,7 +172,7 @@ def of_curves(found: Mapping[str, Point]) -> dict[str, list[Point]]:
 
 
 def table(found: Mapping[str, Point], measure: Measure, ratio: Ratio = SPEEDUP) -> list[str]:
-    """Markdown: a row a curve, a column a speed-up; the best of a column in bold."""
+    """Markdown: a row a curve, a column a speed-up; the best of a column of several in bold."""
     rows = {
         name: [at(curve, ratio, times, measure.field) for times in TIMES]
         for name, curve in of_curves(found).items()
@@ -178,7 +188,8 @@ def table(found: Mapping[str, Point], measure: Measure, ratio: Ratio = SPEEDUP) 
         cells = []
         for value, column in zip(values, columns, strict=True):
             text = "" if value is None else f"{value:{measure.form}}"
-            cells.append(f"**{text}**" if value is not None and value == measure.best(column) else text)
+            best = value is not None and len(column) > 1 and value == measure.best(column)
+            cells.append(f"**{text}**" if best else text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 

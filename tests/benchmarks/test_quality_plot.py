@@ -61,6 +61,14 @@ def test_the_best_of_each_speed_is_bold() -> None:
     assert sum("**" in value for value in at_two.values()) == 1
 
 
+def test_one_that_stands_alone_is_not_bold() -> None:
+    # Only fewer steps and the first DaTo are so much faster.
+    for row in table(FOUND, MEASURES[2])[2:]:
+        assert "**" not in row.split(" | ")[6]
+    alone = {name: FOUND[name] for name in ("steps:50", "steps:25")}
+    assert not any("**" in row for row in table(alone, MEASURES[2]))
+
+
 def test_of_decibels_the_most_is_bold() -> None:
     rows = [line for line in table(FOUND, MEASURES[0])[2:] if "**" in line]
     assert MEASURES[0].field == "psnr"
@@ -112,7 +120,10 @@ def test_failed_variants_have_no_point() -> None:
         {"name": "steps:50", "error": None, "speedup": 1.0, "macs_ratio": 1.0},
         {"name": "sito:a", "error": "no", "speedup": 0.0, "macs_ratio": 0.0},
     ]
-    assert list(points({"rows": rows}, {"rows": times})) == ["steps:50"]
+    assert list(points({"rows": rows, "prompts": 2}, {"rows": times})) == ["steps:50"]
+    rows[0]["fd"] = None
+    with pytest.raises(SystemExit, match="prompts: 2 are too few for the Fréchet distance of steps:50"):
+        points({"rows": rows, "prompts": 2}, {"rows": times})
 
 
 def test_no_two_curves_look_the_same() -> None:
