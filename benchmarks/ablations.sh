@@ -11,7 +11,7 @@ reference=${1:?folder of true pictures, or their features}
 prompts=${2:-64}
 folder=${3:-work/quality/pictures}
 names=("${@:4}")
-[ ${#names[@]} -gt 0 ] || names=(noise alignment score base recovery patch where levels)
+[ ${#names[@]} -gt 0 ] || names=(noise alignment score choice base recovery patch where levels)
 regrow=${REGROW:-.venv/bin/regrow}
 
 for name in "${names[@]}"; do

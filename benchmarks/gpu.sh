@@ -45,7 +45,8 @@ speed)
             out="$results/peers-$arch-bfloat16-gpu${compiled:+-compiled}.json"
             # The file is there once a table is done.
             [ -e "$out" ] || timeout 570 python benchmarks/peers_table.py --arch "$arch" --device cuda \
-                --dtype bfloat16 --images 1 --rounds 3 --json "$out" $compiled
+                --dtype bfloat16 --images 1 --rounds 3 --json "$out" $compiled \
+                --methods steps:50,steps:25,tome:0.5,deepcache:3,sito:d,dato:b1,dato:fast
         done
     done
     ;;

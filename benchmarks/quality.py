@@ -103,6 +103,7 @@ class Point:
     Args:
         name: of the variant.
         speedup: measured, of whole generations.
+        spread: of the slowest round over the fastest.
         macs_ratio: MACs of the baseline's denoiser over this one's.
         fd: Fréchet distance to the reference.
         psnr: median, dB, to the baseline's pictures of the same seeds; None for the baseline.
@@ -112,6 +113,7 @@ class Point:
 
     name: str
     speedup: float
+    spread: float
     macs_ratio: float
     fd: float
     psnr: float | None
@@ -130,6 +132,7 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
         row["name"]: Point(
             row["name"],
             timed[row["name"]]["speedup"],
+            timed[row["name"]]["spread"],
             timed[row["name"]]["macs_ratio"],
             row["fd"],
             row["psnr"],
@@ -161,14 +164,9 @@ def at(curve: Sequence[Point], ratio: Ratio, times: float, field: str) -> float 
 
 
 def of_curves(found: Mapping[str, Point]) -> dict[str, list[Point]]:
-    """The points of each curve; fewer steps begin at the baseline, and so does every other curve."""
-    base = found[CURVES["fewer steps"][0]]
-    out = {}
-    for name, specs in CURVES.items():
-        mine = [found[s] for s in specs if s in found and found[s] is not base]
-        if mine:
-            out[name] = [base, *mine]
-    return out
+    """The points of each curve; only fewer steps begin at the baseline."""
+    curves = {name: [found[s] for s in specs if s in found] for name, specs in CURVES.items()}
+    return {name: curve for name, curve in curves.items() if curve}
 
 
 def table(found: Mapping[str, Point], measure: Measure, ratio: Ratio = SPEEDUP) -> list[str]:
@@ -197,15 +195,17 @@ def table(found: Mapping[str, Point], measure: Measure, ratio: Ratio = SPEEDUP) 
 def variants_table(found: Mapping[str, Point]) -> list[str]:
     """Markdown: every variant as it was measured."""
     lines = [
-        "| method | speed-up | fewer MACs | PSNR dB | SSIM | feature distance | FD-EffNet |",
-        "|---|---|---|---|---|---|---|",
+        "| method | speed-up | spread | fewer MACs | PSNR dB | SSIM | feature distance | FD-EffNet |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for p in found.values():
         psnr = "" if p.psnr is None else f"{p.psnr:.1f}"
         # Adding zero takes the sign off a zero.
         distance = round(p.feature_distance, 4) + 0.0
         quality = f"{psnr} | {p.ssim:.3f} | {distance:.4f} | {p.fd:.2f}"
-        lines.append(f"| `{p.name}` | {p.speedup:.2f}x | {p.macs_ratio:.2f}x | {quality} |")
+        lines.append(
+            f"| `{p.name}` | {p.speedup:.2f}x | {p.spread:.2f} | {p.macs_ratio:.2f}x | {quality} |"
+        )
     return lines
 
 

@@ -137,6 +137,16 @@ def test_distances_are_those_of_other_libraries(pictures: Pictures) -> None:
     assert with_data[2].psnr == rows[2].psnr
 
 
+def test_the_median_of_an_even_number_of_pictures_lies_between_two(tmp_path: Path) -> None:
+    mine = Pictures(tmp_path, Setting("tiny", PROMPTS[:4], guidance=5.0, shard=2))
+    for one in VARIANTS[:2]:
+        mine.make(pipelines.sd(), one)
+    base, other = (torch.cat(list(mine.of(one))).double().numpy() for one in VARIANTS[:2])
+    values = [peak_signal_noise_ratio(a, b, data_range=1) for a, b in zip(base, other, strict=True)]
+    found = compare(mine, VARIANTS[:2], Colours())[1].psnr
+    assert found == pytest.approx(statistics.median(values), abs=1e-6)
+
+
 def test_a_gain_is_the_mean_difference_of_the_pictures_psnr(pictures: Pictures) -> None:
     rows = compare(pictures, VARIANTS, Colours(), against={VARIANTS[2].name: VARIANTS[1].name})
     assert rows[:2] == compare(pictures, VARIANTS[:2], Colours())
@@ -364,6 +374,26 @@ SMALL = (
     "--device",
     "cpu",
 )
+
+
+def test_the_command_killed_three_times_prints_what_an_undisturbed_one_prints(tmp_path: Path) -> None:
+    words = [str(Path(sys.executable).with_name("regrow")), "eval", "--methods", "steps:2,deepcache:2"]
+    words += ["--steps", "2", "--prompts", "4", "--batch", "1", "--device", "cpu", "--json", "--out"]
+    undisturbed = subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True)
+    for wanted in (1, 3, 6):
+        process = subprocess.Popen(
+            [*words, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        end = time.monotonic() + 120
+        while len(list(tmp_path.glob("killed/*/*.safetensors"))) < wanted and time.monotonic() < end:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("killed/*/*.safetensors")}
+    assert 6 <= len(kept) < 8
+    again = subprocess.run([*words, str(tmp_path / "killed")], check=True, capture_output=True)
+    assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
+    assert again.stdout == undisturbed.stdout
 
 
 def test_the_command_goes_on_and_prints_what_it_writes(

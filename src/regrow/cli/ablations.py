@@ -22,6 +22,7 @@ ABLATIONS: Mapping[str, tuple[Alternatives, ...]] = {
     "score": tuple(
         tuple(f"dato:b1:ratio={ratio}:score={score}" for score in ("random", "diff")) for ratio in _RATIOS
     ),
+    "choice": tuple((f"deepcache:{n}+tome:0.5", f"dato:{n}") for n in (2, 3, 5, 7, 10)),
     "recovery": tuple(
         tuple(f"sito:{ratio}:recovery={how}" for how in ("copy", "mean")) for ratio in _RATIOS
     ),
@@ -37,8 +38,9 @@ ABLATIONS: Mapping[str, tuple[Alternatives, ...]] = {
     "levels": (tuple(f"sito:d:max_downsample={level}" for level in (1, 2, 4, 8)),),
     "steps": (tuple(f"steps:{steps}" for steps in (25, 16, 10, 8, 5)),),
 }
-"""SiTo's base choices I to VI and its noise; DaTo's CFG alignment over r, and with or without DiffScore;
-prune or merge; patch size; layers; levels; fewer steps."""
+"""SiTo's base choices I to VI and its noise; DaTo's CFG alignment over r, with or without DiffScore, and its
+choice of tokens against ToMeSD's in the same calls; prune or merge; patch size; layers; levels; fewer
+steps."""
 
 
 def alternatives(name: str) -> tuple[Alternatives, ...]:

@@ -112,6 +112,8 @@ def run_eval(request: Request, as_json: bool) -> None:
         "what": "quality of generated pictures",
         "model": request.model,
         "prompts": len(setting.prompts),
+        "seed": request.seed,
+        "batch": request.batch,
         "steps": request.steps,
         "guidance": guidance,
         "scheduler_given": request.scheduler,

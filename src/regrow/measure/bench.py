@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
+import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 
 from regrow.engine.inputs import without_data
 from regrow.macs import plain_macs
-from regrow.measure.sampling import make, wait
+from regrow.measure.sampling import Moment, make, moment, wait
 from regrow.measure.variants import Variant
 from regrow.models import module_of
 
@@ -55,7 +57,7 @@ class BenchRow:
         macs: of the denoiser in a generation, the whole batch.
         macs_ratio: of the first variant's MACs over this one's.
         efficiency: denoiser speed-up measured over ``macs_ratio``.
-        peak_mib: peak memory of a generation, above what was there before it.
+        peak_mib: peak memory of a generation, above what was there before it; median over rounds.
         changes_nothing: whether every call of the denoiser gave, bit for bit, what it gives in the plain
             pipeline with as many steps; None if that is not one of the variants.
         calls: the kinds of calls.
@@ -95,7 +97,7 @@ class _Timed:
     kinds: Sequence[tuple[str | None, float | None]] = ()
     macs: int | None = None
     outputs: str = ""
-    peak: float | None = None
+    peaks: list[float | None] = field(default_factory=list)
     error: str | None = None
 
 
@@ -166,19 +168,18 @@ def _generation(
 ) -> None:
     """One generation of a variant, with the times of its calls."""
     denoiser = module_of(pipeline)
-    calls: list[float] = []
+    calls: list[tuple[Moment, Moment]] = []
+    begun: list[Moment] = []
     inputs: list[Any] = []
     outputs = hashlib.sha256()
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
         if warm_up:
             inputs.append(without_data((args, kwargs)))
-        wait(pipeline)
-        calls.append(time.perf_counter())
+        begun.append(moment(pipeline))
 
     def after(module: Any, args: Any, output: Any) -> None:
-        wait(pipeline)
-        calls[-1] = time.perf_counter() - calls[-1]
+        calls.append((begun.pop(), moment(pipeline)))
         if warm_up:
             values = output if isinstance(output, torch.Tensor) else output[0]
             outputs.update(values.detach().contiguous().view(torch.uint8).cpu().numpy().data)
@@ -189,14 +190,15 @@ def _generation(
             denoiser.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
             denoiser.register_forward_hook(after),
         ]
-        memory = Memory(pipeline.device) if warm_up else None
+        # Not of the first generation, which fills caches that are no method's.
+        memory = None if warm_up else Memory(pipeline.device)
         try:
             seconds = make(pipeline, prompts, steps=one.steps, **options).seconds
         finally:
             for hook in hooks:
                 hook.remove()
         if memory is not None:
-            timed.peak = memory.peak_mib()
+            timed.peaks.append(memory.peak_mib())
     if warm_up:
         timed.outputs = outputs.hexdigest()
         if run is not None:
@@ -209,8 +211,10 @@ def _generation(
             timed.kinds = [(None, None)] * len(calls)
         return
     timed.seconds.append(seconds)
-    timed.denoiser.append(sum(calls))
-    timed.calls.append(calls)
+    wait(pipeline)
+    taken = [begin.until(end) for begin, end in calls]
+    timed.denoiser.append(sum(taken))
+    timed.calls.append(taken)
 
 
 def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
@@ -226,6 +230,7 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | No
     if timed.error is not None:
         return BenchRow(one.name, error=timed.error)
     seconds = statistics.median(timed.seconds)
+    peaks = [peak for peak in timed.peaks if peak is not None]
     kinds: dict[tuple[str | None, float | None], list[float]] = {}
     for calls in timed.calls:
         for kind, value in zip(timed.kinds, calls, strict=True):
@@ -246,7 +251,7 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | No
         macs=timed.macs,
         macs_ratio=macs_ratio,
         efficiency=statistics.median(denoiser) / macs_ratio if macs_ratio else None,
-        peak_mib=timed.peak,
+        peak_mib=statistics.median(peaks) if peaks else None,
         changes_nothing=None if plain is None else timed.outputs == plain,
         calls=tuple(
             CallKind(
@@ -270,6 +275,10 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device) / 2**20
             return
+        gc.collect()
+        if platform.libc_ver()[0] == "glibc":
+            # What the allocator keeps of memory that was freed is resident too.
+            ctypes.CDLL(None).malloc_trim(0)
         reset = Path("/proc/self/clear_refs")
         if reset.exists():
             # 5 sets the peak back to the present.

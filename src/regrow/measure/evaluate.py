@@ -423,7 +423,7 @@ def _quality(
     near, far = precision_recall(others[0], own[0]) if enough else (None, None)
     return Quality(
         name=name,
-        psnr=float(finite.median()) if len(finite) else None,
+        psnr=float(finite.quantile(0.5)) if len(finite) else None,
         ssim=float(seen.ssim.mean()),
         feature_distance=float((1 - cosine).mean()),
         fd=frechet_distance(others[0], own[0]) if enough else None,

@@ -96,6 +96,34 @@ def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When a pipeline's device came to a point of its work; see `moment`.
+
+    Args:
+        clock: seconds of the processor's clock.
+        event: a GPU's, which runs behind the processor.
+    """
+
+    clock: float
+    event: torch.cuda.Event | None
+
+    def until(self, later: Moment) -> float:
+        """Seconds between two moments; the device must have come to both, see `wait`."""
+        if self.event is None or later.event is None:
+            return later.clock - self.clock
+        return self.event.elapsed_time(later.event) / 1000
+
+
+def moment(pipeline: Any) -> Moment:
+    """This point of a pipeline's work; does not wait for its device."""
+    event = None
+    if pipeline.device.type == "cuda":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(pipeline.device))
+    return Moment(time.perf_counter(), event)
+
+
 def wait(pipeline: Any) -> None:
     """Until a GPU has done what it was given."""
     if pipeline.device.type == "cuda":
