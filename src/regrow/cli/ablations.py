@@ -38,8 +38,8 @@ ABLATIONS: Mapping[str, tuple[Alternatives, ...]] = {
     "levels": (tuple(f"sito:d:max_downsample={level}" for level in (1, 2, 4, 8)),),
     "steps": (tuple(f"steps:{steps}" for steps in (25, 16, 10, 8, 5)),),
 }
-"""SiTo's base choices I to VI and its noise; DaTo's CFG alignment over r, with or without DiffScore, and its
-choice of tokens against ToMeSD's in the same calls; prune or merge; patch size; layers; levels; fewer
+"""SiTo's base choices I to VI and its noise; DaTo's CFG alignment over r, with or without DiffScore, and
+its choice of tokens against ToMeSD's in the same calls; prune or merge; patch size; layers; levels; fewer
 steps."""
 
 
