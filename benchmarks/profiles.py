@@ -1,0 +1,57 @@
+"""MACs that the README names, by `regrow profile`: no weights, a minute or two.
+
+    python benchmarks/profiles.py
+
+writes profile-cat.json (CAT Pruning as its paper counts) and profile-unet.json into benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.progress import track
+
+from regrow.measure.machine import machine
+
+RESULTS = Path(__file__).parent / "results"
+AS_THE_PAPER = "--method cat --preset paper --exclude-attention --per-guided-image"
+PROFILES = {
+    "profile-cat": [
+        f"--arch {arch} {AS_THE_PAPER} --steps {steps}"
+        for arch in ("sd3-1024", "pixart-sigma-1024")
+        for steps in (28, 50)
+    ],
+    "profile-unet": [
+        *(f"--arch {arch}" for arch in ("sd15", "sdxl", "sd3-1024", "pixart-sigma-1024", "dit-xl-256")),
+        *(f"--arch sd15 --method dato --preset b1 --ratio {ratio}" for ratio in (0, 0.3, 0.5, 0.7)),
+        "--arch sd15 --method dato --preset fast",
+        "--arch emoji --method dato --preset b1 --ratio 0.5",
+    ],
+}
+
+
+def profile(words: str) -> dict[str, object]:
+    """What `regrow profile` prints, with its command, without the list of all calls."""
+    regrow = str(Path(sys.executable).with_name("regrow"))
+    printed = subprocess.run(
+        [regrow, "profile", *words.split(), "--json"], check=True, capture_output=True, text=True
+    ).stdout
+    found = json.loads(printed)
+    found.pop("per_call", None)
+    return {"command": f"regrow profile {words}", **found}
+
+
+def main() -> None:
+    """Write all files."""
+    versions = machine()["versions"]
+    for name, commands in PROFILES.items():
+        rows = [profile(words) for words in track(commands, name)]
+        result = {"what": "MACs", "versions": versions, "date": machine()["date"], "rows": rows}
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
