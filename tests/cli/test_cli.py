@@ -265,6 +265,24 @@ def test_generate_makes_pictures_of_classes(
         assert named in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_picture_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("regrow.cli.generate.load_pipeline", lambda *_: pytest.fail("too late"))
+    for name in ("picture", "picture.docx"):
+        out = tmp_path / name
+        assert run(monkeypatch, "generate", "--prompt", "owl", "--out", str(out), "--device", "cpu") == 2
+        assert f"--out: {out} is not allowed, it must end like a picture" in capsys.readouterr().err
+
+
+def test_the_model_of_photographs_is_profiled_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "profile", "--arch", "cifar10", "--method", "cat:0.3", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [kind["ratio"] for kind in found["kinds"]] == [0.0, pytest.approx(0.7, abs=0.01)]
+
+
 def test_demo_leaves_a_picture_and_a_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

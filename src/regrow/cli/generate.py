@@ -111,6 +111,11 @@ def _load(model: str, device: str, dtype: torch.dtype) -> Any:
 
 def run_generate(request: Request, config: Any, label: str, as_json: bool) -> None:
     """Generate, save, and say what it took."""
+    known = Image.registered_extensions()
+    if known.get(request.out.suffix.lower()) not in Image.SAVE:
+        raise ValueError(
+            f"--out: {request.out} is not allowed, it must end like a picture: .png, .jpg, .webp"
+        )
     console = Console(stderr=True)
     device = check_device(request.device) if request.device else best_device()
     with console.status(f"loading {request.model}"):

@@ -124,7 +124,7 @@ def generate(
     compare: Annotated[bool, typer.Option(help="Also unaccelerated, side by side.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make pictures with any Stable Diffusion or SDXL model, accelerated by a method.
+    """Make pictures from texts or classes with a diffusers model, accelerated by a method.
 
     Example: [b]regrow generate --prompt "large owl on blue" --method dato --preset b1 --compare[/b]
     """
