@@ -1,18 +1,25 @@
 """regrow's methods beside the public accelerators on one pipeline, timed in turns as `regrow bench` does.
 
-python benchmarks/peers_table.py --arch sd15 --methods steps:50,dato:b1 --peers tomesd:0.5,DeepCache:5
+    python benchmarks/peers_table.py --arch sd15 --methods steps:50,dato:b1 --peers tomesd:0.5,DeepCache:5
+    python benchmarks/peers_table.py --model emoji --images 2 --quality work/peers --prompts 32
+
+With `--quality` the pictures of those that could be timed are then compared as `regrow eval` does.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from peers import PEERS, peer
 
+from regrow.cli import evaluate
 from regrow.cli.bench import Request, run_bench
+from regrow.cli.engine import Engine, Where
+from regrow.measure.extractors import Network
 from regrow.measure.machine import PACKAGES
 from regrow.measure.variants import Variant, variant
 
@@ -26,6 +33,40 @@ def rows(methods: str, peers: str, steps: int) -> tuple[Variant, ...]:
     specs = list(PEERS) if peers == "all" else [spec for spec in peers.split(",") if spec]
     own = [variant(spec.strip(), steps) for spec in methods.split(",")]
     return (*own, *(peer(spec.strip(), steps) for spec in specs))
+
+
+def compare(args: argparse.Namespace, variants: tuple[Variant, ...]) -> None:
+    """Quality of the rows, into the folder and beside the result."""
+    evaluate.run_eval(
+        evaluate.Request(
+            variants=variants,
+            against={},
+            model=args.model,
+            prompts=args.prompts,
+            template=None,
+            each=None,
+            features=Network.EFFNET,
+            reference=args.reference,
+            save_reference=None,
+            clip=None,
+            scores=(),
+            export=None,
+            steps=args.steps,
+            scheduler=None,
+            seed=0,
+            guidance=args.guidance,
+            height=args.height,
+            width=args.width,
+            device=args.device,
+            dtype=args.dtype,
+            batch=args.images,
+            where=Where(Engine.LOCAL, None, None),
+            out=args.quality,
+        ),
+        as_json=False,
+    )
+    if args.json is not None:
+        shutil.copy(args.quality / "result.json", args.json.with_stem(f"{args.json.stem}-quality"))
 
 
 def main() -> None:
@@ -46,7 +87,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
     parser.add_argument("--json", type=Path, default=None, help="file for the result")
+    parser.add_argument("--quality", type=Path, default=None, help="folder for the pictures; gone on with")
+    parser.add_argument(
+        "--prompts", default="32", help="of --quality: a file, or a number of the model's own"
+    )
+    parser.add_argument("--reference", type=Path, default=None, help="of --quality: true pictures")
     args = parser.parse_args()
+    if args.quality is not None and (args.model is None or args.compile):
+        parser.error("--quality: it needs --model, and goes without --compile")
     # cache-dit tells all it does, between the lines of the progress bar.
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     try:
@@ -68,7 +116,10 @@ def main() -> None:
             plot=None,
         )
         packages = dict.fromkeys((*PACKAGES, *(kind.package for kind in PEERS.values())))
-        run_bench(request, as_json=False, packages=tuple(packages))
+        found = run_bench(request, as_json=False, packages=tuple(packages))
+        if args.quality is not None:
+            timed = zip(request.variants, found, strict=True)
+            compare(args, tuple(one for one, row in timed if row.error is None))
     except (ValueError, OSError, ImportError) as error:
         print(f"peers_table: {error}", file=sys.stderr)
         sys.exit(2)

@@ -289,3 +289,30 @@ def test_the_script_writes_what_it_prints(
     with pytest.raises(SystemExit, match="2"):
         peers_table.main()
     assert "peers_table: peers: 'toca' is not known" in capsys.readouterr().err
+
+
+def test_quality_is_of_those_that_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["--model", "emoji", "--steps", "2", "--methods", "steps:2,deepcache:2", "--rounds", "1"]
+    words += [
+        "--peers",
+        "DeepCache:2,firstblock",
+        "--quality",
+        str(tmp_path / "pictures"),
+        "--prompts",
+        "2",
+    ]
+    words += ["--json", str(tmp_path / "peers.json"), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["peers_table", *words])
+    peers_table.main()
+    found = json.loads((tmp_path / "peers-quality.json").read_text())
+    _, own, other = found["rows"]
+    assert [own["name"], other["name"]] == ["deepcache:2", "DeepCache:2"]
+    # Both reuse the same features.
+    assert other["psnr"] == pytest.approx(own["psnr"], abs=0.5)
+    for wrong in (["--arch", "sd15"], ["--model", "emoji", "--compile"]):
+        monkeypatch.setattr("sys.argv", ["peers_table", *wrong, "--quality", str(tmp_path / "x")])
+        with pytest.raises(SystemExit, match="2"):
+            peers_table.main()
+        assert "--quality: it needs --model, and goes without --compile" in capsys.readouterr().err

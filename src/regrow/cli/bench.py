@@ -47,8 +47,8 @@ class Request:
     plot: Path | None
 
 
-def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGES) -> None:
-    """Measure, save, and print a table.
+def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGES) -> list[BenchRow]:
+    """Measure, save, and print a table; returns its rows.
 
     Args:
         request: what to measure.
@@ -114,6 +114,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
         print(text)
     else:
         print_rows(rows, request.variants[0].name)
+    return rows
 
 
 def print_rows(rows: list[BenchRow], baseline: str) -> None:

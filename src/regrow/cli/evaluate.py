@@ -29,18 +29,18 @@ from regrow.measure.keep import write_whole
 from regrow.measure.machine import machine
 from regrow.measure.prompts import PromptSet, Usual, fetch, named, read_prompts
 from regrow.measure.reference import Reference, load, of_pictures, pictures_in
-from regrow.measure.variants import Variant, variant
+from regrow.measure.variants import Variant
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to evaluate; fields are the options of the command.
+    """What to evaluate; fields are the options of the command, the methods as variants.
 
     Args:
         against: by names of methods, an earlier one that each is compared with picture by picture.
     """
 
-    methods: tuple[str, ...]
+    variants: tuple[Variant, ...]
     against: Mapping[str, str]
     model: str
     prompts: str
@@ -67,7 +67,7 @@ class Request:
 
 def run_eval(request: Request, as_json: bool) -> None:
     """Make what is missing, compare, save ``result.json``, and print a table."""
-    variants = [variant(spec.strip(), request.steps) for spec in request.methods]
+    variants = request.variants
     if request.save_reference is not None and (request.reference is None or request.reference.is_file()):
         raise ValueError("--save-reference: it needs --reference with a folder of pictures")
     scores = read_scores(request.scores, variants)
@@ -209,7 +209,7 @@ def _bar(console: Console) -> Progress:
 
 
 def _make(
-    request: Request, pictures: Pictures, variants: list[Variant], device: str, console: Console
+    request: Request, pictures: Pictures, variants: Sequence[Variant], device: str, console: Console
 ) -> None:
     """Make what is missing; the model is loaded only if something is."""
     missing = sum(len(pictures.missing(one)) for one in variants)

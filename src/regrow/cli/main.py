@@ -377,10 +377,12 @@ def evaluate(
     or [b]regrow eval --ablation alignment[/b]
     """
     from regrow.cli.evaluate import Request, run_eval
+    from regrow.measure.variants import variant
 
+    names = methods.split(",") if ablation is None else ablated(ablation)
     run_eval(
         Request(
-            methods=tuple(methods.split(",")) if ablation is None else ablated(ablation),
+            variants=tuple(variant(name.strip(), steps) for name in names),
             against={} if ablation is None else against(ablation),
             model=model,
             prompts=prompts,
