@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -83,7 +84,7 @@ class Run:
         return report_of(self._engine)
 
 
-def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
+def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = True) -> Run:
     """Put a method on a pipeline or a denoiser.
 
     Args:
@@ -91,6 +92,8 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
         config: the configuration of a method, such as `DaTo` or `SiTo`.
         scheduler: with a bare denoiser, the scheduler whose steps are followed; without one, use
             `Run.generation`.
+        keep_text: in a transformer compute what depends on the text alone (PixArt's projected captions and
+            their keys and values) once a generation. Exact; without it, in every call.
 
     Returns:
         the run, which is a context manager: leaving it takes the method off.
@@ -111,7 +114,8 @@ def apply(target: Any, config: Any, *, scheduler: Any = None) -> Run:
     pipeline = None if target is denoiser else target
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
-    engine = Engine(denoiser, layout_of(denoiser), parts, None)
+    layout = layout_of(denoiser)
+    engine = Engine(denoiser, layout if keep_text else replace(layout, text={}), parts, None)
     _check_useful(engine, denoiser)
     engine.found = origin_of(config)
     for difference in _elsewhere(engine.found, denoiser, getattr(pipeline, "scheduler", scheduler)):

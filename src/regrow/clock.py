@@ -46,6 +46,10 @@ class Position:
 class Clock(Protocol):
     """Says where a call of the denoiser stands."""
 
+    @property
+    def batch(self) -> int | None:
+        """Samples in the last step of this generation, None if it is not known."""
+
     def read(self, timestep: Any) -> Position | None:
         """The position of the call that begins now, or None if it belongs to no known generation."""
 
@@ -67,6 +71,11 @@ class ManualClock:
         self._total, self._on_end = total, on_end
         self._index = self._branch = 0
         self._first = True
+
+    @property
+    def batch(self) -> None:
+        """Not known."""
+        return None
 
     def step(self) -> None:
         """The sampler's step is done; the next call of the denoiser belongs to the next one."""
@@ -90,18 +99,18 @@ class ManualClock:
 class _Step:
     """Stands in for ``scheduler.step``: steps, then ticks the clock."""
 
-    def __init__(self, scheduler: Any, tick: Callable[[], None]) -> None:
+    def __init__(self, scheduler: Any, tick: Callable[[Any], None]) -> None:
         # Pipelines read the parameters of `step` from its signature.
         functools.update_wrapper(self, scheduler.step)
         self._scheduler, self._step = scheduler, scheduler.step
         self._below = scheduler.__dict__.get("step")
-        self._tick: Callable[[], None] | None = tick
+        self._tick: Callable[[Any], None] | None = tick
         scheduler.step = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self._step(*args, **kwargs)
         if self._tick is not None:
-            self._tick()
+            self._tick(kwargs.get("sample", args[2] if len(args) > 2 else None))
         return out
 
     def remove(self) -> None:
@@ -149,6 +158,7 @@ class SchedulerClock:
         self._displaced: _Loop | None = None
         self._index = self._total = self._branch = 0
         self._first = True
+        self._batch: int | None = None
         self._owner = 0
         self._warned = False
         self._attach(scheduler())
@@ -169,8 +179,14 @@ class SchedulerClock:
         self._loop = self._displaced = None
         self._index = self._total = 0
 
-    def _tick(self) -> None:
+    @property
+    def batch(self) -> int | None:
+        """Samples in the last step of this generation, None before it."""
+        return self._batch
+
+    def _tick(self, sample: Any) -> None:
         if threading.get_ident() == self._owner:
+            self._batch = len(sample) if isinstance(sample, torch.Tensor) else None
             self._index += 1
             self._branch = 0
             if self._index == self._total:
@@ -220,6 +236,7 @@ class SchedulerClock:
         self._timesteps, self._values, self._total = timesteps, values, len(values)
         self._loop, self._unproven = loop, None
         self._index, self._branch, self._first, self._owner = begin, 0, True, me
+        self._batch = None
         return True
 
     def _is_next(self, timestep: Any) -> bool:

@@ -136,6 +136,7 @@ class _Here:
     """A clock that stands where it is set."""
 
     index = 0
+    batch = None
 
     def read(self, timestep: Any) -> Position:
         """The first of two calls, or the second."""

@@ -34,7 +34,7 @@ from regrow.tokens.scores import Heads
 
 def reuse(**fields: Any) -> ATEDM:
     """Every call from the third on leaves tokens out."""
-    return ATEDM.preset("reuse", **({"early": 0, "ratio": 0.6} | fields))
+    return ATEDM.preset("reuse", **({"early": 0, "first": None, "ratio": 0.6} | fields))
 
 
 def copying(**fields: Any) -> ATEDM:
@@ -384,11 +384,11 @@ def test_choosing_costs_the_maps_that_are_formed() -> None:
 )
 def test_macs_are_those_of_cat_prunings_comparison(arch: str, published: dict[int, float]) -> None:
     """Both halves of guidance, attention not counted; the text projected in each of eight full calls."""
-    config = ATEDM.preset("reuse", early=8 / 10)
-    calls = profile(architecture(arch), config, 10, attention=False, guided=True).per_call
-    assert calls[7] > calls[8] == calls[9]
+    what, config = architecture(arch), ATEDM.preset("reuse")
     for steps, macs in published.items():
-        assert (8 * calls[0] + (steps - 8) * calls[9]) / 1e12 == pytest.approx(macs, rel=3e-3)
+        result = profile(what, config, steps, attention=False, guided=True, text_once=False)
+        assert [kind.count for kind in result.kinds] == [8, steps - 8]
+        assert result.macs / 1e12 == pytest.approx(macs, rel=3e-3)
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
@@ -428,6 +428,8 @@ def test_what_a_model_can_not_is_refused() -> None:
         ({"ratio": 1}, "ratio"),
         ({"ratio": -0.1}, "ratio"),
         ({"early": 1}, "early"),
+        ({"early": 0.2, "first": 3}, "early: 0.2 is not allowed together with first"),
+        ({"first": -1}, "first"),
         ({"early_ratio": 0.7}, "early_ratio: 0.7 is not allowed"),
         ({"iterations": 0}, "iterations"),
         ({"heads": "max"}, "heads"),
@@ -452,7 +454,7 @@ def test_wrong_fields_are_named(fields: dict[str, Any], named: str) -> None:
 
 def test_configurations_by_name_and_as_json() -> None:
     assert variant("atedm:.3", 50).config == ATEDM(ratio=0.3)
-    assert variant("atedm:reuse:ratio=0.5", 50).config == ATEDM(ratio=0.5, recovery=Restored.REUSE)
+    assert variant("atedm:reuse:ratio=0.5", 50).config == ATEDM(ratio=0.5, first=8, recovery=Restored.REUSE)
     assert variant("atedm:paper", 50).config == ATEDM(after=After.FEED_FORWARD)
     config = reuse(block=2, alignment="mean")
     assert ATEDM.model_validate_json(config.model_dump_json()) == config

@@ -228,7 +228,8 @@ def test_clusters_give_the_tokens_that_moved_most_in_the_cluster_that_moved_most
         now[0, n] = 5 + k
     config = CATPruning(clusters=6, cluster_share=1, balance=0, noise_scale=1)
     tokens, memories = select(config, [(before, now)], 5)
-    label = memories[0].labels[0]
+    assert memories[0].clusters is not None
+    label = memories[0].clusters[0][0]
     strongest = label[corner[-1]]
     members = [n for n in corner if label[n] == strongest]
     best = sorted(members, key=lambda n: -float(now[0, n].norm()))[: min(3, len(members))]
@@ -251,25 +252,27 @@ def test_the_conditional_half_decides_for_both(alignment: Alignment) -> None:
 
 @pytest.mark.parametrize(
     ("arch", "steps", "full", "pruned"),
-    [("sd3-1024", 28, 168.28, 90.28), ("sd3-1024", 50, 300.50, 136.70)],
+    [
+        ("sd3-1024", 28, 168.28, 90.28),
+        ("sd3-1024", 50, 300.50, 136.70),
+        ("pixart-sigma-1024", 28, 120.68, 60.08),
+        ("pixart-sigma-1024", 50, 215.40, 88.24),
+    ],
 )
 def test_macs_are_the_papers(arch: str, steps: int, full: float, pruned: float) -> None:
-    """Both halves of guidance, attention not counted."""
-    result = profile(architecture(arch), CATPruning(), steps, attention=False, guided=True)
+    """Both halves of guidance, attention not counted, the text in each of the eight full calls."""
+    what = architecture(arch)
+    result = profile(what, CATPruning(), steps, attention=False, guided=True, text_once=False)
     assert result.baseline_macs / 1e12 == pytest.approx(full, rel=2e-3)
     assert result.macs / 1e12 == pytest.approx(pruned, rel=2e-3)
 
 
-@pytest.mark.parametrize(("steps", "full", "pruned"), [(28, 120.68, 60.08), (50, 215.40, 88.24)])
-def test_macs_of_pixart_are_the_papers_but_for_its_text(steps: int, full: float, pruned: float) -> None:
-    """The paper projects the text in each of its eight full calls; here only the first one does."""
-    arch = architecture("pixart-sigma-1024")
-    result = profile(arch, CATPruning(), steps, attention=False, guided=True)
-    text = result.per_call[0] - result.per_call[1]
+def test_the_text_is_counted_once_as_it_is_computed() -> None:
+    arch, config = architecture("pixart-sigma-1024"), CATPruning()
+    once, every = (profile(arch, config, 10, text_once=o).per_call for o in (True, False))
+    text = once[0] - once[1]
     assert text > 0
-    assert result.baseline_macs / 1e12 == pytest.approx(full, rel=2e-3)
-    assert (result.macs + 7 * text) / 1e12 == pytest.approx(pruned, rel=2e-3)
-    assert result.macs / 1e12 == pytest.approx(pruned, rel=7e-3)
+    assert every == tuple(macs + (text if 0 < i < 8 else 0) for i, macs in enumerate(once))
 
 
 def test_generations_share_nothing_and_removal_leaves_nothing(pipe: Any) -> None:
@@ -345,10 +348,27 @@ def test_clusters_are_of_relative_noise_unless_told_otherwise() -> None:
     for absolute in (False, True):
         config = CATPruning(clusters=2, absolute_noise=absolute)
         memory = select(config, [(before, before.clone())], 10)[1][0]
-        labels.append(memory.labels[0].view(8, 8))
+        assert memory.clusters is not None
+        labels.append(memory.clusters[0][0].view(8, 8))
     halves = (labels[1][:, ::2] != labels[1][:, 1::2]).all()
     assert halves
     assert not (labels[0][:, ::2] != labels[0][:, 1::2]).all()
+
+
+@pytest.mark.parametrize("choice", ["rows", "noise"])
+def test_ablations_make_no_clusters(choice: str) -> None:
+    memory = select(CATPruning(choice=choice), noises(2), 20)[1][0]
+    assert memory.clusters is None
+
+
+def test_presets_differ_where_the_code_differs_from_the_paper() -> None:
+    paper, released = (CATPruning.preset(name).model_dump() for name in ("paper", "released"))
+    assert {name for name in paper if paper[name] != released[name]} == {
+        "balance",
+        "noise_scale",
+        "absolute_noise",
+    }
+    assert CATPruning() == CATPruning.preset("paper")
 
 
 def test_models_without_such_calls_are_refused() -> None:

@@ -380,6 +380,17 @@ def test_what_depends_on_the_text_alone_is_computed_once_a_generation(kind: str,
     assert macs[0] > macs[1] == macs[-1]
 
 
+@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.filterwarnings("ignore:the method prunes nothing")
+def test_the_text_is_computed_in_every_call_if_that_is_asked_for(kind: str, pipe: Any) -> None:
+    plain = generate(pipe)
+    with regrow.apply(pipe, FORA(interval=1), keep_text=False) as run:
+        assert torch.equal(generate(pipe), plain)
+    macs = {c.macs for c in run.report().calls}
+    assert len(macs) == 1
+    assert run.report().macs == run.report().full_macs
+
+
 def test_a_text_that_was_written_to_is_a_new_one(pipe: Any, kind: str) -> None:
     if kind not in TEXT:
         pytest.skip("DiT reads no text")

@@ -207,6 +207,13 @@ def profile(
     per_guided_image: Annotated[
         bool, typer.Option("--per-guided-image", help="Count both halves of a guided batch.")
     ] = False,
+    text_in_full_calls: Annotated[
+        bool,
+        typer.Option(
+            "--text-in-full-calls",
+            help="Count what depends on the text alone in every full call; it is computed once.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Count MACs of a generation on the meta device: no weights, a few seconds.
@@ -215,6 +222,7 @@ def profile(
 
     Example: [b]regrow profile --arch sd15 --method dato --preset b1 --ratio 0.5[/b]
     or [b]regrow profile --arch sd3-1024 --steps 28 --exclude-attention --per-guided-image[/b]
+    With [b]--text-in-full-calls[/b] as well, figures are as the CAT Pruning paper counts them.
     """
     from regrow.cli.options import method_config, method_label
     from regrow.measure import architecture, architecture_of
@@ -242,6 +250,7 @@ def profile(
             width=width,
             attention=not exclude_attention,
             guided=per_guided_image,
+            text_once=not text_in_full_calls,
         )
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))

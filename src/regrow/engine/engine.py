@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
 from regrow.engine.call import Call, CallRecord, Generation, Observation, Observer, Watched
-from regrow.engine.inputs import adds_to_layers, countable, is_guided, without_data
+from regrow.engine.inputs import adds_to_layers, countable, is_of_no_class, may_be_guided, without_data
 from regrow.engine.lean import Lean, streams
 from regrow.engine.pruning import Pruning, runs
 from regrow.engine.refreshing import Refreshing
@@ -205,7 +205,7 @@ class Engine:
         depth = FULL if cut is None else planned.depth
         info = CallInfo(
             sample.shape[0],
-            slot.guided,
+            slot.guided and self._is_split(sample),
             tuple(slot.outputs),
             generation.generator,
             self.layout.conditional_first,
@@ -273,11 +273,26 @@ class Engine:
             chooser = self.parts.tokens or self.parts.token_set or self.refresh
             wanted = chooser is not None and chooser.aligns
             inputs = (without_data(args), without_data(countable(kwargs)))
-            slot = Slot(key, inputs, wanted and is_guided(sample))
+            slot = Slot(key, inputs, wanted and self._may_be_guided(sample, kwargs))
             if self.layout.stream is not None:
                 slot.grid = self.layout.stream.grid(sample, kwargs)
             generation.slots[branch] = slot
         return slot
+
+    def _may_be_guided(self, sample: Tensor, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a batch may be two halves of guidance, as far as its first call tells."""
+        if not may_be_guided(sample):
+            return False
+        if not self.layout.conditional_first:
+            return True
+        denoiser: Any = self.denoiser
+        return is_of_no_class(kwargs.get("class_labels"), denoiser.config.num_embeds_ada_norm)
+
+    def _is_split(self, sample: Tensor) -> bool:
+        """Whether the sampler steps half of the batch, as it does of a guided one where that is known."""
+        batch = self.clock.batch if self.clock is not None else None
+        # Pipelines of classes step both halves; their labels told.
+        return batch is None or self.layout.conditional_first or 2 * batch == sample.shape[0]
 
     def _tells_apart(self, slot: Slot) -> bool:
         """Whether some of the image's tokens can be computed, and attentions be looked at."""

@@ -38,12 +38,18 @@ def countable(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def is_guided(sample: Tensor) -> bool:
-    """Whether a batch is two halves for guidance: the same input twice. Looked at once a generation."""
+def may_be_guided(sample: Tensor) -> bool:
+    """Whether a batch is the same input twice, as the halves of guidance are, but also two pictures that
+    begin at the same noise. Looked at once a generation."""
     if sample.shape[0] % 2 or sample.is_meta:
         return False
     first, second = sample.chunk(2)
     return bool(torch.equal(first, second))
+
+
+def is_of_no_class(labels: Tensor | None, no_class: int) -> bool:
+    """Whether the second half of a batch is of no class, as pipelines of classes put it for guidance."""
+    return labels is not None and bool((labels.chunk(2)[1] == no_class).all())
 
 
 def adds_to_layers(kwargs: Mapping[str, Any]) -> bool:

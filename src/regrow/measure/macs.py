@@ -72,11 +72,15 @@ class PlanCounter:
     Args:
         denoiser: on any device; only its configuration is used.
         inputs: arguments of a call, on the meta device.
+        text_once: count what depends on the text alone in the first call only, as it is computed; else in
+            every full call.
     """
 
-    def __init__(self, denoiser: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    def __init__(
+        self, denoiser: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], *, text_once: bool = True
+    ) -> None:
         self.layout = layout_of(denoiser)
-        self._denoiser, self._inputs = denoiser, inputs
+        self._denoiser, self._inputs, self._text_once = denoiser, inputs, text_once
         self._counters: dict[Any, CallCounter] = {}
 
     def full(self) -> Macs:
@@ -99,7 +103,8 @@ class PlanCounter:
         for i, step in enumerate(parts.plan.resample(calls).steps()):
             depth = step.depth if self.layout.cut(step.depth) else FULL
             ratio = step.ratio if depth and prunes else 0.0
-            known = bool(self.layout.text) and i > 0
+            whole = depth == FULL and ratio == 0
+            known = bool(self.layout.text) and i > 0 and (self._text_once or not whole)
             out.append(((depth, ratio), counter.count(depth, ratio, self._inputs, knows_text=known)))
         return out
 
@@ -121,6 +126,7 @@ def profile(
     width: int | None = None,
     attention: bool = True,
     guided: bool = False,
+    text_once: bool = True,
 ) -> Profile:
     """Count the MACs of a generation.
 
@@ -133,13 +139,15 @@ def profile(
         width: likewise.
         attention: count the products of queries, keys and values (scaled dot-product attention) as well.
         guided: count both halves of a guided batch, else one sample (papers differ in both).
+        text_once: count what depends on the text alone once, as it is computed, else in every full call as
+            published figures do.
 
     Raises:
         ValueError: if a size or the number of steps is not allowed.
     """
     if steps < 1:
         raise ValueError(f"steps: {steps} is not allowed, it must be >= 1")
-    counter = PlanCounter(arch.denoiser, arch.inputs(height, width))
+    counter = PlanCounter(arch.denoiser, arch.inputs(height, width), text_once=text_once)
 
     def macs_of(counted: Macs) -> int:
         return (counted.denoiser - (0 if attention else counted.attention)) * (2 if guided else 1)

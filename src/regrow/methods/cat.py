@@ -46,7 +46,8 @@ class TokenChoice(str, Enum):
 
 
 class CATPruning(MethodConfig):
-    """CAT Pruning's configuration; defaults are the paper's, or the released code's where it is silent.
+    """CAT Pruning's configuration; defaults are the paper's, or the released code's where it is silent. The
+    preset ``released`` is the code's.
 
     Args:
         alpha: share of the image's tokens that a call computes (the paper: 0.3).
@@ -56,8 +57,10 @@ class CATPruning(MethodConfig):
         decay: a of the staleness ``f_n = a f_(n-1) + I_n`` (the code: 0.5).
         cluster_share: share of the computed tokens that the clusters give; the others are the stalest
             (the code: 0.25).
-        balance: share of a cluster's tokens that are its stalest instead of its most moved (the code: 0.5).
-        noise_scale: weight of the noise beside the position in the clusters' features (the code: 0.05).
+        balance: share of a cluster's tokens that are its stalest instead of its most moved (the paper: 0;
+            the code: 0.5).
+        noise_scale: weight of the noise beside the position in the clusters' features (the paper: 1; the
+            code: 0.05).
         absolute_noise: make the clusters of the noise itself (the code), not of the relative noise.
         alignment: whose tokens both halves of a guided batch compute (the code: the conditional half's).
         seed: of the run's generator, which draws where k-means begins.
@@ -74,8 +77,8 @@ class CATPruning(MethodConfig):
     clusters: int = Field(20, ge=1)
     decay: float = Field(0.5, ge=0, lt=1)
     cluster_share: float = Field(0.25, ge=0, le=1)
-    balance: float = Field(0.5, ge=0, le=1)
-    noise_scale: float = Field(0.05, ge=0)
+    balance: float = Field(0.0, ge=0, le=1)
+    noise_scale: float = Field(1.0, ge=0)
     absolute_noise: bool = False
     alignment: Alignment = Alignment.CONDITIONAL
     seed: int = 0
@@ -94,7 +97,10 @@ class CATPruning(MethodConfig):
         )
 
 
-CATPruning.PRESETS = {"paper": CATPruning}
+CATPruning.PRESETS = {
+    "paper": CATPruning,
+    "released": lambda: CATPruning(balance=0.5, noise_scale=0.05, absolute_noise=True),
+}
 
 
 @dataclass
@@ -103,16 +109,15 @@ class Memory:
 
     Args:
         reference: ``n_t0``, the output one call before the last full one: ``(B, N, D)``.
-        labels: cluster of each token ``(B, N)``.
-        touching: which clusters are neighbours ``(B, n, n)``.
         staleness: ``f_n`` of each token ``(B, N)``; small is stale.
+        clusters: the cluster of each token ``(B, N)``, and which clusters are neighbours ``(B, n, n)``;
+            None if tokens are chosen without.
         calls: calls that left tokens out so far.
     """
 
     reference: Tensor
-    labels: Tensor
-    touching: Tensor
     staleness: Tensor
+    clusters: tuple[Tensor, Tensor] | None
     calls: int = 0
 
 
@@ -155,7 +160,8 @@ class _Rule:
         elif c.choice is TokenChoice.NOISE:
             chosen = moved.topk(count, dim=1).indices
         else:
-            chosen = self._of_clusters(memory, now, moved, count)
+            assert memory.clusters is not None
+            chosen = self._of_clusters(memory, *memory.clusters, now, moved, count)
         memory.staleness.mul_(c.decay).scatter_add_(1, chosen, torch.ones_like(moved))
         memory.calls += 1
         return chosen.sort(1).values.repeat(2 if halves else 1, 1), memory
@@ -163,19 +169,22 @@ class _Rule:
     def _begin(self, before: Tensor, now: Tensor, grid: Grid, generator: torch.Generator) -> Memory:
         """Clusters are made once, of the noise with its position; the reference is the call before."""
         c = self.config
+        staleness = torch.zeros(now.shape[:2], device=now.device, dtype=now.dtype)
+        if c.choice is not TokenChoice.CLUSTERS:
+            return Memory(before, staleness, None)
         clusters = min(c.clusters, grid.tokens)
         noise = now if c.absolute_noise else now - before
         features = noise * c.noise_scale + positions(grid, now.shape[2], now.device)
         labels = k_means(features, clusters, generator)
-        staleness = torch.zeros(now.shape[:2], device=now.device, dtype=now.dtype)
-        return Memory(before, labels, neighbours(labels, grid, clusters).to(now.dtype), staleness)
+        return Memory(before, staleness, (labels, neighbours(labels, grid, clusters).to(now.dtype)))
 
-    def _of_clusters(self, memory: Memory, now: Tensor, moved: Tensor, count: int) -> Tensor:
+    def _of_clusters(
+        self, memory: Memory, labels: Tensor, touching: Tensor, now: Tensor, moved: Tensor, count: int
+    ) -> Tensor:
         """Tokens of the clusters that moved most, then the stalest of the others: ``(B, count)``."""
-        c, labels = self.config, memory.labels
-        clusters = memory.touching.shape[1]
+        c, clusters = self.config, touching.shape[1]
         pooled = pool_clusters(now - memory.reference, labels, clusters)
-        value = pool_graph(pooled, memory.touching).norm(dim=2)
+        value = pool_graph(pooled, touching).norm(dim=2)
         place = torch.empty_like(value, dtype=torch.long)
         order = value.argsort(stable=True, dim=1, descending=True)
         place.scatter_(1, order, torch.arange(clusters, device=now.device).expand_as(order))

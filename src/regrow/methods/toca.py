@@ -9,9 +9,10 @@ its neighbourhood (s4). Numbers called the released code's are those of github.c
 A single block of Flux makes one output of a token's attention and feed-forward, by one projection. It is
 one layer here, a feed-forward, which computes that output of its tokens again. The attention in it is the
 last one, as in the released code, or computed anew for the same tokens if ``self_attention`` is above 0.
-Two points differ from the released code: where some of the image's tokens are computed, all of the text's
-are as well, while it chooses among these too; and s1 is of norm 1 over the image's tokens in every block.
-Flux needs its stock attention processors (no IP-Adapter) unless ``influence`` and ``self_attention`` are 0;
+There two points differ from the released code: where some of the image's tokens are computed, all of the
+text's are as well, while it chooses among these too; and s1 is of norm 1 over the image's tokens in every
+block. On every model its intervals between full calls also grow or shrink a little along the run; here they
+are all N, as in the paper. Flux needs its stock attention processors (no IP-Adapter) unless ``influence`` and ``self_attention`` are 0;
 calls with the tokens of several pictures (Kontext) hand on whole outputs, as FORA, with a warning.
 """
 
@@ -113,7 +114,7 @@ class ToCa(MethodConfig):
         )
 
 
-ToCa.PRESETS = {"paper": ToCa}
+ToCa.PRESETS = {"paper": lambda: ToCa(queries=None, alignment=Alignment.OFF)}
 
 
 @dataclass
