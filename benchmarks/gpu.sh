@@ -57,7 +57,7 @@ speed-transformers)
                 out="$results/peers-$arch-$steps-bfloat16-gpu${compiled:+-compiled}.json"
                 [ -e "$out" ] || timeout 570 python benchmarks/peers_table.py --arch "$arch" --device cuda \
                     --dtype bfloat16 --images 1 --rounds 3 --steps "$steps" --json "$out" $compiled \
-                    --methods "steps:$steps,cat:0.5,cat:0.3,cat:0.3+deepcache:2,fora:3,toca:3,deepcache:3" \
+                    --methods "steps:$steps,cat:0.5,cat:0.3,cat:0.3+deepcache:2:branch=11,fora:3,toca:3,deepcache:3" \
                     --peers cache-dit,firstblock,pab,taylorseer
             done
         done

@@ -1,10 +1,10 @@
-"""The bundled model loads the plain way, is small, and knows its captions."""
+"""The bundled models load the plain way, are small, and know their captions."""
 
 import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiTPipeline, StableDiffusionPipeline
 
 from regrow import zoo
 
@@ -16,6 +16,15 @@ def test_plain_from_pretrained_draws_without_arguments():
     assert image.size == (128, 128)
 
 
+def test_photographs_are_drawn_by_the_name_of_their_class():
+    pipe = DiTPipeline.from_pretrained(zoo.path("cifar10"))
+    pipe.set_progress_bar_config(disable=True)
+    assert list(pipe.labels) == zoo.captions("cifar10")
+    made = pipe(pipe.get_label_ids(["ship", "truck"]), num_inference_steps=2, guidance_scale=2.0).images
+    assert [image.size for image in made] == [(32, 32)] * 2
+    assert (pipe.transformer.config.sample_size // pipe.transformer.config.patch_size) ** 2 == 256
+
+
 def test_load_is_quiet_and_has_one_precision(capfd):
     pipe = zoo.load("emoji", dtype=torch.bfloat16)
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
@@ -23,9 +32,10 @@ def test_load_is_quiet_and_has_one_precision(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_everything_together_stays_small():
-    files = [f for f in zoo.path("emoji").rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) < 30e6
+@pytest.mark.parametrize(("model", "megabytes"), [("emoji", 30), ("cifar10", 40)])
+def test_everything_together_stays_small(model, megabytes):
+    files = [f for f in zoo.path(model).rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < megabytes * 1e6
 
 
 def test_captions_are_many_and_of_words_that_the_tokenizer_knows():
@@ -36,11 +46,19 @@ def test_captions_are_many_and_of_words_that_the_tokenizer_knows():
     assert words <= set(tokenizer["model"]["vocab"])
 
 
-def test_no_local_paths_in_the_configs():
-    for config in zoo.path("emoji").rglob("*.json"):
+@pytest.mark.parametrize("model", zoo.MODELS)
+def test_no_local_paths_in_the_configs(model):
+    for config in zoo.path(model).rglob("*.json"):
         assert "_name_or_path" not in config.read_text()
 
 
+@pytest.mark.parametrize("model", zoo.MODELS)
+def test_every_model_has_its_card_and_its_guidance(model):
+    card = (zoo.path(model) / "README.md").read_text()
+    assert card.startswith(f"# {model}\n")
+    assert f"guidance_scale={zoo.GUIDANCE[model]}" in card
+
+
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="no bundled model 'emojis'; there is: emoji"):
+    with pytest.raises(ValueError, match="no bundled model 'emojis'; there is: emoji, cifar10"):
         zoo.path("emojis")

@@ -89,7 +89,7 @@ TRANSFORMERS: Mapping[str, tuple[str, int, Mapping[str, Any]]] = {
 }
 """Transformers of the public models: class, text tokens, settings that are not its class's defaults."""
 
-NAMES = (*CONFIGS, "emoji", *TRANSFORMERS)
+NAMES = (*CONFIGS, *zoo.MODELS, *TRANSFORMERS)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-MODELS = ("emoji",)
-GUIDANCE = {"emoji": 3.0}
+MODELS = ("emoji", "cifar10")
+GUIDANCE = {"emoji": 3.0, "cifar10": 2.0}
 """Guidance scale that suits a bundled model."""
 
 
