@@ -2,7 +2,8 @@
 
     python benchmarks/profiles.py
 
-writes profile-cat.json (CAT Pruning as its paper counts) and profile-unet.json into benchmarks/results/.
+writes profile-cat.json (CAT Pruning and AT-EDM, as the former's paper counts) and profile-plain.json, which
+has the plain calls and DaTo, into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -17,15 +18,27 @@ from rich.progress import track
 from regrow.measure.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
-AS_THE_PAPER = "--method cat --preset paper --exclude-attention --per-guided-image"
+AS_THE_PAPER = "--exclude-attention --per-guided-image --text-in-full-calls"
+ARCHITECTURES = (
+    "sd15",
+    "sdxl",
+    "dit-xl-256",
+    "dit-xl-512",
+    "pixart-alpha-256",
+    "pixart-alpha-1024",
+    "pixart-sigma-1024",
+    "sd3-1024",
+    "flux-1024",
+)
 PROFILES = {
     "profile-cat": [
-        f"--arch {arch} {AS_THE_PAPER} --steps {steps}"
+        f"--arch {arch} --method {method} {AS_THE_PAPER} --steps {steps}"
         for arch in ("sd3-1024", "pixart-sigma-1024")
+        for method in ("cat --preset paper", "atedm --preset reuse")
         for steps in (28, 50)
     ],
-    "profile-unet": [
-        *(f"--arch {arch}" for arch in ("sd15", "sdxl", "sd3-1024", "pixart-sigma-1024", "dit-xl-256")),
+    "profile-plain": [
+        *(f"--arch {arch}" for arch in ARCHITECTURES),
         *(f"--arch sd15 --method dato --preset b1 --ratio {ratio}" for ratio in (0, 0.3, 0.5, 0.7)),
         "--arch sd15 --method dato --preset fast",
         "--arch emoji --method dato --preset b1 --ratio 0.5",

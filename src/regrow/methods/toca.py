@@ -13,8 +13,8 @@ There two points differ from the released code: where some of the image's tokens
 text's are as well, while it chooses among these too; and s1 is of norm 1 over the image's tokens in every
 block. On every model its intervals between full calls also change a little along the run; here they are all
 N, as in the paper. Flux needs its stock attention processors (no IP-Adapter) unless ``influence`` and
-``self_attention`` are 0; calls with the tokens of several pictures (Kontext) hand on whole outputs, as FORA,
-with a warning.
+``self_attention`` are 0; calls with the tokens of several pictures (Kontext) hand on whole outputs, as FORA
+does, with a warning.
 """
 
 from __future__ import annotations
