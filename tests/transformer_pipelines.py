@@ -289,6 +289,17 @@ FORMS = {
 }
 """What a generation may be asked for beside the plain one."""
 
+TWO_CALLS = {"true_cfg_scale": 3.0, "negative_prompt": ["a pizza"]}
+"""Guidance of Flux, in two calls of the denoiser a step."""
+
+SKIP_LAYER: dict[str, Any] = {
+    "guidance_scale": 4.0,
+    "skip_guidance_layers": [3],
+    "skip_layer_guidance_start": 0.0,
+    "skip_layer_guidance_stop": 1.0,
+}
+"""Guidance of SD3 with a further call without a layer, in every step but the first."""
+
 
 def generate(pipe: Any, *, seed: int = 0, count: int = 1, width: int = 16, **options: Any) -> Tensor:
     """Latents of a few steps."""

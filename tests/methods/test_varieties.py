@@ -9,6 +9,7 @@ import pytest
 import test_atedm
 import test_cat
 import test_cat_blocks
+import test_toca
 import torch
 from test_exactness import assert_untouched_module
 from torch import Tensor
@@ -113,6 +114,25 @@ def test_calls_are_those_planned(kind: str, name: str) -> None:
     lean = [call.macs for call in calls if (call.depth, call.ratio) != FULL]
     assert max(lean) < 0.85 * full[1]
     assert full[1] <= full[0] == calls[0].full_macs
+
+
+def test_tokens_left_out_have_their_old_rows(kind: str) -> None:
+    pipe = VARIETIES[kind]()
+    seen: list[Any] = []
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run, run.observed(seen.append):
+        ours = latents(pipe, "batch")
+    with test_cat.slow(pipe.transformer, [o.tokens for o in seen]):
+        expected = latents(pipe, "batch")
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_that_layers_left_out_have_their_old_rows(kind: str) -> None:
+    pipe = VARIETIES[kind]()
+    config = ToCa(interval=2, ratio=0.6, step_weight=0, **EVERYWHERE)
+    ours, chosen, _ = test_toca.chosen_by(pipe, config, num_inference_steps=4, **FORMS["wide"])
+    with test_toca.slow(pipe.transformer, chosen):
+        expected = latents(pipe, "wide")
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sizes_are_conditions(kind: str) -> None:
