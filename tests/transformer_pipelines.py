@@ -16,6 +16,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3PAGPipeline,
@@ -78,7 +79,7 @@ class StableDiffusion3Small(StableDiffusion3Pipeline):
         return super().__call__(*args, max_sequence_length=16, **kwargs)
 
 
-def sd3() -> StableDiffusion3Pipeline:
+def sd3(**changes: Any) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -91,6 +92,7 @@ def sd3() -> StableDiffusion3Pipeline:
         caption_projection_dim=32,
         pooled_projection_dim=2 * TEXT,
         pos_embed_max_size=16,
+        **changes,
     )
     return pipelines.quiet(
         StableDiffusion3Small(
@@ -114,34 +116,60 @@ class PixArtSmall(PixArtAlphaPipeline):
         return super().__call__(*args, clean_caption=False, use_resolution_binning=False, **kwargs)
 
 
+def sd35() -> StableDiffusion3Pipeline:
+    """As Stable Diffusion 3.5 Medium: its first blocks have a second attention, of the image alone."""
+    return sd3(dual_attention_layers=(0, 1, 2, 3), qk_norm="rms_norm")
+
+
 def sd3_perturbed() -> StableDiffusion3PAGPipeline:
     """With perturbed-attention guidance, which projects no keys for the perturbed part of the batch."""
     parts = {n: p for n, p in sd3().components.items() if n not in ("image_encoder", "feature_extractor")}
     return pipelines.quiet(StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"]))
 
 
-def pixart() -> PixArtAlphaPipeline:
+class PixArtSigmaSmall(PixArtSigmaPipeline):
+    """As `PixArtSmall`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, clean_caption=False, use_resolution_binning=False, **kwargs)
+
+
+def pixart(make: Any = PixArtSmall, **changes: Any) -> Any:
     text_encoder, tokenizer = t5()
-    transformer = PixArtTransformer2DModel(
-        sample_size=16,
-        num_layers=LAYERS,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_channels=TEXT,
-        cross_attention_dim=32,
-        in_channels=4,
-        out_channels=8,
-        use_additional_conditions=False,
-    )
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "num_layers": LAYERS,
+        "patch_size": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "caption_channels": TEXT,
+        "cross_attention_dim": 32,
+        "in_channels": 4,
+        "out_channels": 8,
+        "use_additional_conditions": False,
+    }
     return pipelines.quiet(
-        PixArtSmall(
+        make(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             vae=vae(),
-            transformer=seeded(transformer),
+            transformer=seeded(PixArtTransformer2DModel(**config | changes)),
             scheduler=DDIMScheduler(clip_sample=False),
         )
+    )
+
+
+def pixart_sigma() -> PixArtSigmaPipeline:
+    return pixart(PixArtSigmaSmall)  # type: ignore[no-any-return]
+
+
+def pixart_sized() -> PixArtAlphaPipeline:
+    """With the picture's size and aspect ratio as conditions, as the public model of 1024 x 1024.
+
+    The pipeline hands them on if the model's own latents are 128 wide; three embeddings make up the width.
+    """
+    return pixart(  # type: ignore[no-any-return]
+        sample_size=128, use_additional_conditions=True, num_attention_heads=3, cross_attention_dim=24
     )
 
 
@@ -250,6 +278,9 @@ def wan_from_picture(*, expand_timesteps: bool) -> WanImageToVideoPipeline:
 
 KINDS = {"sd3": sd3, "pixart": pixart, "dit": dit, "flux": flux}
 
+VARIETIES = {"sd35": sd35, "pixart-sigma": pixart_sigma, "pixart-sized": pixart_sized}
+"""Other models of these families, whose layers or inputs differ."""
+
 FORMS = {
     "guided": {"guidance_scale": 4.0},
     "unguided": {"guidance_scale": 1.0},
@@ -257,6 +288,17 @@ FORMS = {
     "wide": {"width": 24},
 }
 """What a generation may be asked for beside the plain one."""
+
+TWO_CALLS = {"true_cfg_scale": 3.0, "negative_prompt": ["a pizza"]}
+"""Guidance of Flux, in two calls of the denoiser a step."""
+
+SKIP_LAYER: dict[str, Any] = {
+    "guidance_scale": 4.0,
+    "skip_guidance_layers": [3],
+    "skip_layer_guidance_start": 0.0,
+    "skip_layer_guidance_stop": 1.0,
+}
+"""Guidance of SD3 with a further call without a layer, in every step but the first."""
 
 
 def generate(pipe: Any, *, seed: int = 0, count: int = 1, width: int = 16, **options: Any) -> Tensor:

@@ -17,7 +17,7 @@ from diffusers.models.transformers import transformer_flux
 from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformer_pipelines import FORMS, generate
+from transformer_pipelines import FORMS, TWO_CALLS, generate
 from whole_unet import assert_near, guided_inputs, outputs
 
 import regrow
@@ -65,11 +65,16 @@ def ranks(query: Tensor, key: Tensor, config: ATEDM) -> Tensor:
 
 
 @contextmanager
-def slow_transformer(transformer: Any, config: ATEDM, tokens: int) -> Iterator[list[list[set[int]]]]:
-    """Computes all tokens in every call; after two calls puts old rows back but for those it chooses."""
+def slow_transformer(
+    transformer: Any, config: ATEDM, tokens: int, branches: int = 1
+) -> Iterator[list[list[set[int]]]]:
+    """Computes all tokens in every call; after two calls puts old rows back but for those it chooses.
+
+    Calls are those of ``branches`` in turn, each with rows of its own.
+    """
     now = [-1]
     caught: dict[str, Tensor] = {}
-    kept: dict[int, Tensor] = {}
+    kept: dict[tuple[int, int], Tensor] = {}
     chosen: list[list[set[int]]] = []
     blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
     attentions = [getattr(block, "attn1", None) or block.attn for block in blocks]
@@ -89,7 +94,7 @@ def slow_transformer(transformer: Any, config: ATEDM, tokens: int) -> Iterator[l
         caught[name] = out.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
 
     def choose(*_: Any) -> None:
-        if now[0] < 2:
+        if now[0] // branches < 2:
             return
         # The image's tokens come before those of the text.
         query = torch.cat([caught[n] for n in ("to_q", "add_q_proj") if n in caught], dim=2)
@@ -102,14 +107,15 @@ def slow_transformer(transformer: Any, config: ATEDM, tokens: int) -> Iterator[l
         chosen.append([set(sorted(range(tokens), key=lambda t: -float(s[t]))[:count]) for s in score])
 
     def after(module: Any, args: Any, out: Tensor) -> Tensor:
-        if now[0] >= 2:
-            old, text = kept[id(module)].clone(), out.shape[1] - tokens
+        key = id(module), now[0] % branches
+        if now[0] // branches >= 2:
+            old, text = kept[key].clone(), out.shape[1] - tokens
             old[:, :text] = out[:, :text]
             for b, own in enumerate(chosen[-1]):
                 rows = [text + token for token in sorted(own)]
                 old[b, rows] = out[b, rows]
             out = old
-        kept[id(module)] = out
+        kept[key] = out
         return out
 
     hooks = [transformer.register_forward_pre_hook(begin), attention.register_forward_hook(choose)]
@@ -134,13 +140,19 @@ def slow_transformer(transformer: Any, config: ATEDM, tokens: int) -> Iterator[l
 CASES = [
     ("sd3", "guided", {"alignment": "mean"}),
     ("sd3", "wide", {}),
+    ("sd3", "batch", {"alignment": "conditional"}),
+    ("sd3", "unguided", {"block": 2}),
+    ("pixart", "guided", {"alignment": "unconditional"}),
+    ("pixart", "batch", {"block": 1}),
     ("pixart", "wide", {"heads": "mean", "iterations": 2}),
     ("pixart", "unguided", {"block": 2}),
     ("dit", "guided", {"alignment": "conditional", "block": 1}),
     ("dit", "batch", {}),
+    ("dit", "unguided", {"heads": "mean"}),
     ("flux", "guided", {}),
     ("flux", "wide", {"block": 1, "heads": "mean"}),
     ("flux", "batch", {"block": 3}),
+    ("flux", "unguided", {"block": 1, "iterations": 1}),
 ]
 
 
@@ -161,6 +173,20 @@ def test_a_call_of_some_tokens_is_a_full_one_with_old_rows_put_back(
         assert observation.leading == config.block + 1
         assert observation.tokens is not None
         assert [set(t.tolist()) for t in observation.tokens] == sets
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_two_calls_of_flux_choose_for_themselves() -> None:
+    pipe = transformer_pipelines.flux()
+    seen: list[regrow.Observation] = []
+    with regrow.apply(pipe, reuse()) as run, run.observed(seen.append):
+        ours = generate(pipe, **TWO_CALLS)
+    with slow_transformer(pipe.transformer, reuse(), 64, branches=2) as chosen:
+        expected = generate(pipe, **TWO_CALLS)
+    tokens = [o.tokens for o in seen]
+    assert [t is None for t in tokens] == [True] * 4 + [False] * 6
+    assert [[set(own.tolist()) for own in t] for t in tokens if t is not None] == chosen
+    assert chosen[::2] != chosen[1::2]
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -292,12 +318,17 @@ def test_the_first_steps_prune_less() -> None:
     assert set(less.ratio) == {0.1}
 
 
+@pytest.mark.parametrize("kind", transformer_pipelines.KINDS)
 @pytest.mark.filterwarnings("ignore:the method prunes nothing")
-def test_ratio_0_is_the_plain_model_bit_for_bit() -> None:
-    pipe = transformer_pipelines.pixart()
+def test_ratio_0_is_the_plain_pipeline_bit_for_bit(kind: str) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
     plain = generate(pipe)
     with regrow.apply(pipe, reuse(ratio=0)):
         assert torch.equal(generate(pipe), plain)
+
+
+@pytest.mark.filterwarnings("ignore:the method prunes nothing")
+def test_ratio_0_is_the_plain_unet_bit_for_bit() -> None:
     model = pipelines.sdxl_unet()
     inputs = guided_inputs(model, 1)
     with torch.no_grad():
@@ -314,7 +345,7 @@ def make(kind: str) -> tuple[Any, Any, ATEDM]:
     return other, lambda **options: generate(other, **options), reuse()
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "pixart", "dit", "flux"])
 def test_generations_share_nothing_and_removal_leaves_nothing(kind: str) -> None:
     pipe, picture, config = make(kind)
     denoiser = pipe.unet if kind == "sdxl" else pipe.transformer
@@ -332,8 +363,11 @@ def test_generations_share_nothing_and_removal_leaves_nothing(kind: str) -> None
     run = regrow.apply(pipe, config)
     first = picture()
     assert not torch.equal(first, plain)
-    with pytest.raises(StopError):
-        picture(seed=3, callback_on_step_end=stop)
+    if kind in ("sdxl", "sd3", "flux"):
+        with pytest.raises(StopError):
+            picture(seed=3, callback_on_step_end=stop)
+    else:
+        picture(seed=3)
     assert torch.equal(picture(), first)
     run.remove()
     assert torch.equal(picture(), plain)

@@ -12,7 +12,7 @@ import torch
 import transformer_pipelines
 from pydantic import ValidationError
 from torch import Tensor
-from transformer_pipelines import FORMS, generate
+from transformer_pipelines import FORMS, SKIP_LAYER, TWO_CALLS, generate
 
 import regrow
 from regrow import CATPruning, TokenChoice
@@ -73,13 +73,15 @@ def slow(
     transformer: Any,
     tokens: list[Tensor | None],
     skips: Callable[[int, int], bool] = lambda call, block: False,
+    branch: Callable[[int], int] = lambda call: 0,
 ) -> Iterator[None]:
     """Computes all tokens in every call, then puts back old keys, values and outputs of those left out.
 
-    Where ``skips(call, block)``, what a block computes is not kept.
+    Where ``skips(call, block)``, what a block computes is not kept. A call puts back what calls of the same
+    ``branch(call)`` computed.
     """
     call = [-1]
-    kept: dict[int, Tensor] = {}
+    kept: dict[tuple[int, int], Tensor] = {}
     singles = list(getattr(transformer, "single_transformer_blocks", []))
     joint = {id(m) for block in singles for m in (block.attn.to_k, block.attn.to_v)}
     image = 0
@@ -91,26 +93,29 @@ def slow(
 
     def after(module: Any, args: Any, out: Tensor) -> Tensor:
         chosen = tokens[call[0]]
+        key = id(module), branch(call[0])
         if id(module) in owner and skips(call[0], owner[id(module)]):
             return out
         if chosen is not None:
-            old = kept[id(module)].clone()
+            old = kept[key].clone()
             # Flux's single blocks put the text before the image; it is always new.
             text = out.shape[1] - image if id(module) in joint else 0
             old[:, :text] = out[:, :text]
             for b in range(len(out)):
                 old[b, chosen[b] + text] = out[b, chosen[b] + text]
             out = old
-        kept[id(module)] = out
+        kept[key] = out
         return out
 
     hooks = [transformer.register_forward_pre_hook(begin, with_kwargs=True)]
     modules = [getattr(transformer, "proj_out_2", None) or transformer.proj_out]
     owner = {}
     for i, block in enumerate([*transformer.transformer_blocks, *singles]):
-        attention = getattr(block, "attn1", None) or block.attn
-        modules += [attention.to_k, attention.to_v]
-        owner |= dict.fromkeys(map(id, modules[-2:]), i)
+        # The second attention of SD 3.5 is of the image alone, that of PixArt reads the text.
+        own = [block.attn1] if hasattr(block, "attn1") else [block.attn, getattr(block, "attn2", None)]
+        places = [m for attention in own if attention is not None for m in (attention.to_k, attention.to_v)]
+        owner |= dict.fromkeys(map(id, places), i)
+        modules += places
     hooks += [module.register_forward_hook(after) for module in modules]
     try:
         yield
@@ -144,6 +149,61 @@ def test_a_call_of_some_tokens_is_a_full_one_with_old_rows_put_back(
     assert not torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
     calls = run.report().calls
     assert calls[2].macs < 0.75 * calls[0].macs
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "branches", "share"),
+    [
+        ("flux", TWO_CALLS, [0, 1] * 5, 1),
+        # Without one or two of nine blocks, and for one half of the guided batch.
+        ("sd3", SKIP_LAYER, [0, *[0, 1] * 4], 8 / 9 / 2),
+        ("sd3", SKIP_LAYER | {"skip_guidance_layers": [0, 4]}, [0, *[0, 1] * 4], 7 / 9 / 2),
+    ],
+    ids=["flux-two-calls", "sd3-skip-3", "sd3-skip-0-4"],
+)
+def test_every_call_of_guidance_has_old_rows_of_its_own(
+    kind: str, options: dict[str, Any], branches: list[int], share: float
+) -> None:
+    """Each leaves tokens out after two calls of its own."""
+    pipe = transformer_pipelines.KINDS[kind]()
+    chosen: list[Tensor | None] = []
+
+    def note(observation: regrow.Observation) -> None:
+        chosen.append(observation.tokens)
+
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run, run.observed(note):
+        ours = generate(pipe, **options)
+    calls = run.report().calls
+    assert [c.branch for c in calls] == branches
+    assert calls[-1].full_macs == pytest.approx(share * calls[-2].full_macs, rel=0.01)
+    for branch in (0, 1):
+        own = [c for c in calls if c.branch == branch]
+        assert [c.ratio > 0 for c in own] == [False] * 2 + [True] * (len(own) - 2)
+        assert max(c.macs for c in own[2:]) < 0.75 * own[0].full_macs
+    assert [t is None for t in chosen] == [c.ratio == 0 for c in calls]
+    with slow(pipe.transformer, chosen, branch=branches.__getitem__):
+        expected = generate(pipe, **options)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("flux", TWO_CALLS), ("sd3", SKIP_LAYER)])
+def test_guidance_of_several_calls_is_bit_for_bit_plain_with_all_tokens_and_after_removal(
+    kind: str, options: dict[str, Any]
+) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
+    plain = generate(pipe, **options)
+    with (
+        pytest.warns(UserWarning, match="prunes nothing"),
+        regrow.apply(pipe, CATPruning(alpha=1, t0=2)),
+    ):
+        assert torch.equal(generate(pipe, **options), plain)
+    with regrow.apply(pipe, Everything()):
+        assert torch.equal(generate(pipe, **options), plain)
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)):
+        ours = generate(pipe, **options)
+    assert ours.isfinite().all()
+    assert not torch.equal(ours, plain)
+    assert torch.equal(generate(pipe, **options), plain)
 
 
 def select(
@@ -476,6 +536,28 @@ def test_the_two_calls_of_flux_choose_for_themselves() -> None:
     for alone, words in zip(both, (kwargs, other), strict=True):
         for found, expected in zip(alone, outputs(words)[0], strict=True):
             assert torch.equal(found, expected)
+
+
+def test_another_negative_prompt_changes_no_token_of_the_positive_call() -> None:
+    """With the same latents in every step, whatever the calls predict."""
+    pipe = transformer_pipelines.flux()
+
+    def given(_: Any, step: int, *__: Any) -> dict[str, Any]:
+        return {"latents": torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(step))}
+
+    def chosen(negative: str) -> tuple[list[Any], list[Any]]:
+        seen: list[Any] = []
+        options = TWO_CALLS | {"negative_prompt": [negative], "callback_on_step_end": given}
+        with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run, run.observed(seen.append):
+            generate(pipe, **options)
+        tokens = [None if o.tokens is None else o.tokens.tolist() for o in seen]
+        assert [o.record.position.branch for o in seen] == [0, 1] * 5
+        return tokens[::2], tokens[1::2]
+
+    first, second = chosen("a pizza"), chosen("a")
+    assert first[0] == second[0]
+    assert first[0][2] is not None
+    assert first[1] != second[1]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import transformer_pipelines
 from pydantic import ValidationError
 from test_cat import KINDS, _All, slow
 from torch import Tensor
-from transformer_pipelines import FORMS, LAYERS, STEPS, generate
+from transformer_pipelines import FORMS, LAYERS, SKIP_LAYER, STEPS, generate
 
 import regrow
 from regrow import FORA, FULL, CATPruning, Combined, DeepCache, Schedule, TokenChoice
@@ -202,6 +202,26 @@ def test_a_generation_that_leaves_no_token_out_says_so(config: Any) -> None:
     ):
         generate(pipe)
     assert not any(c.ratio for c in run.report().calls)
+
+
+def test_skip_layer_guidance_has_a_memory_of_its_own() -> None:
+    """SD3's third call begins at the second step, with two full calls of its own."""
+    pipe = transformer_pipelines.sd3()
+    plain = generate(pipe, **SKIP_LAYER)
+    with regrow.apply(pipe, Everything(interval=1)):
+        assert torch.equal(generate(pipe, **SKIP_LAYER), plain)
+    config = Combined(caching=DeepCache(interval=2, branch=2), tokens=CATPruning(alpha=0.4, t0=2))
+    with regrow.apply(pipe, config) as run:
+        ours = generate(pipe, **SKIP_LAYER)
+    assert ours.isfinite().all()
+    assert not torch.equal(ours, plain)
+    calls = run.report().calls
+    own = [[(c.depth, c.ratio > 0) for c in calls if c.branch == branch] for branch in (0, 1)]
+    full, behind = ("full", False), [("full", True), ("3", True), ("full", True)]
+    assert own == [[full, full, *behind], [full, full, *behind[1:]]]
+    without = [c for c in calls if c.branch == 1]
+    assert without[2].macs < without[3].macs < without[1].macs
+    assert torch.equal(generate(pipe, **SKIP_LAYER), plain)
 
 
 def test_macs_are_those_of_the_blocks_that_run() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformer_pipelines import FORMS, generate
+from transformer_pipelines import FORMS, TWO_CALLS, generate
 
 import regrow
 from regrow import FORA, ToCa
@@ -33,8 +33,6 @@ EVERYWHERE = FLAT | {"self_attention": 1.0, "cross_attention": 1.0}
 MLP = Layer("blocks.1.ff", LayerKind.FEED_FORWARD, "blocks.1", 1, 4)
 ATTENTION = Layer("blocks.1.attn1", LayerKind.SELF_ATTENTION, "blocks.1", 1, 4)
 CROSS = Layer("blocks.1.attn2", LayerKind.CROSS_ATTENTION, "blocks.1", 1, 4)
-
-TWO_CALLS = {"true_cfg_scale": 3.0, "negative_prompt": ["a pizza"]}
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:DiTTransformer2DModel has no", "ignore:SD3T.* has no", "ignore:Flux.* has no"
@@ -123,8 +121,9 @@ def slow(transformer: Any, calls: list[Chosen], branches: int = 1) -> Iterator[N
     places: dict[str, Any] = {}
     for i, block in enumerate(transformer.transformer_blocks):
         acts = {"attn": layer, "attn1": layer, "attn2": layer, "ff": layer, "ff_context": text}
-        joins = "attn" if hasattr(block, "attn") else "attn1"
-        acts |= {f"{joins}.to_k": projection, f"{joins}.to_v": projection}
+        # The second attention of SD 3.5 is of the image alone, that of PixArt reads the text.
+        joins = ("attn", "attn2") if hasattr(block, "attn") else ("attn1",)
+        acts |= {f"{own}.{part}": projection for own in joins for part in ("to_k", "to_v")}
         places |= {
             f"transformer_blocks.{i}.{child}": act
             for child, act in acts.items()
@@ -147,15 +146,18 @@ CASES = [
     ("sd3", "guided", EVERYWHERE),
     ("sd3", "wide", EVERYWHERE),
     ("sd3", "batch", {}),
+    ("sd3", "unguided", EVERYWHERE),
     ("pixart", "guided", EVERYWHERE),
     ("pixart", "unguided", EVERYWHERE),
     ("pixart", "wide", {}),
+    ("pixart", "batch", EVERYWHERE),
     ("dit", "guided", EVERYWHERE),
     ("dit", "batch", EVERYWHERE),
     ("dit", "unguided", {}),
     ("flux", "guided", EVERYWHERE),
     ("flux", "batch", EVERYWHERE),
     ("flux", "wide", {}),
+    ("flux", "unguided", EVERYWHERE),
 ]
 
 
@@ -220,9 +222,10 @@ def test_no_tokens_are_bit_for_bit_fora(kind: str) -> None:
     assert parts_of(ToCa(ratio=1)) == parts_of(FORA(interval=3))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:the method prunes nothing")
-def test_interval_1_is_the_plain_pipeline_bit_for_bit() -> None:
-    pipe = transformer_pipelines.pixart()
+def test_interval_1_is_the_plain_pipeline_bit_for_bit(kind: str) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
     plain = generate(pipe)
     with regrow.apply(pipe, ToCa(interval=1)) as run:
         assert torch.equal(generate(pipe), plain)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +13,10 @@ import torch
 import transformer_pipelines
 from test_exactness import assert_untouched_module
 from torch import Tensor
-from transformer_pipelines import FORMS, STEPS, generate
+from transformer_pipelines import FORMS, SKIP_LAYER, STEPS, TWO_CALLS, generate
 
 import regrow
-from regrow import FORA, DeepCache, ToCa
+from regrow import ATEDM, FORA, CATPruning, DeepCache, ToCa
 
 LAYERS = ("attn", "attn1", "attn2", "ff", "ff_context", "proj_mlp", "proj_out")
 BRANCHES = (0, 1, 4)
@@ -301,12 +303,7 @@ def test_macs_count_a_text_that_is_new() -> None:
 def test_skip_layer_guidance_has_a_memory_of_its_own() -> None:
     """SD3's third call leaves layers out, in some of the steps only."""
     pipe = transformer_pipelines.sd3()
-    options: dict[str, Any] = {
-        "guidance_scale": 4.0,
-        "skip_guidance_layers": [3],
-        "skip_layer_guidance_start": 0.0,
-        "skip_layer_guidance_stop": 1.0,
-    }
+    options = SKIP_LAYER
     plain = generate(pipe, **options)
     for config in REUSING.values():
         with regrow.apply(pipe, config) as run:
@@ -322,12 +319,42 @@ def test_skip_layer_guidance_has_a_memory_of_its_own() -> None:
 
 def test_the_two_calls_of_flux_are_kept_apart() -> None:
     pipe = transformer_pipelines.flux()
-    options = {"true_cfg_scale": 3.0, "negative_prompt": ["a pizza"]}
     with replaced(pipe.transformer, is_cached(2, 2), SlowTwo()):
-        expected = generate(pipe, **options)
+        expected = generate(pipe, **TWO_CALLS)
     with regrow.apply(pipe, FORA(interval=2)) as run:
-        assert torch.equal(generate(pipe, **options), expected)
+        assert torch.equal(generate(pipe, **TWO_CALLS), expected)
     assert len(run.report().calls) == 2 * STEPS
+
+
+@pytest.mark.filterwarnings("ignore:the method prunes nothing")
+def test_the_two_calls_of_flux_keep_blocks_apart() -> None:
+    pipe = transformer_pipelines.flux()
+    plain = generate(pipe, **TWO_CALLS)
+    with replaced(pipe.transformer, is_cached(2, 2), SlowTwoBlocks(2, 7)):
+        expected = generate(pipe, **TWO_CALLS)
+    with regrow.apply(pipe, DeepCache(interval=2, branch=3)) as run:
+        ours = generate(pipe, **TWO_CALLS)
+    torch.testing.assert_close(ours, expected)
+    assert not torch.allclose(ours, plain)
+    depths = ["full", "full", "4", "4"]
+    assert [c.depth for c in run.report().calls] == [*depths * 2, *depths[:2]]
+    with regrow.apply(pipe, DeepCache(interval=1)):
+        assert torch.equal(generate(pipe, **TWO_CALLS), plain)
+    assert torch.equal(generate(pipe, **TWO_CALLS), plain)
+
+
+class SlowTwoBlocks(SlowBlocks):
+    """As SlowBlocks, with calls in turn for two branches."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__(first, last)
+        self.branches = [SlowBlocks(first, last) for _ in range(2)]
+        self.calls = 0
+
+    def __call__(self, key: int, args: Any, kwargs: Any, out: Any, cached: bool) -> Any:
+        if key == self.first:
+            self.calls += 1
+        return self.branches[self.calls % 2](key, args, kwargs, out, cached)
 
 
 class SlowTwo(SlowFORA):
@@ -415,6 +442,35 @@ def test_in_inference_mode_the_pictures_are_the_same(pipe: Any, config: Any) -> 
         with torch.inference_mode():
             ours = generate(pipe)
     torch.testing.assert_close(ours.clone(), expected)
+
+
+COPIED = {
+    "fora": FORA(interval=2),
+    "blocks": DeepCache(interval=2),
+    "toca": ToCa(interval=2, ratio=0.6),
+    "cat": CATPruning(alpha=0.4, t0=2),
+    "atedm": ATEDM.preset("reuse", early=0),
+}
+
+
+@pytest.mark.parametrize("config", COPIED.values(), ids=COPIED)
+def test_deepcopy_and_pickle_work_after_removal_alone(pipe: Any, config: Any) -> None:
+    plain = generate(pipe)
+    with regrow.apply(pipe, config):
+        generate(pipe)
+        for target in (pipe, pipe.transformer):
+            with pytest.raises(TypeError, match="remove"):
+                copy.deepcopy(target)
+        with pytest.raises(TypeError, match="remove"):
+            pickle.dumps(pipe.transformer)
+    copied = copy.deepcopy(pipe)
+    pickled = pickle.loads(pickle.dumps(pipe.transformer))
+    with torch.no_grad():
+        for weight in pipe.transformer.parameters():
+            weight.zero_()
+    assert torch.equal(generate(copied), plain)
+    pipe.transformer = pickled
+    assert torch.equal(generate(pipe), plain)
 
 
 def test_methods_that_prune_are_refused_by_name(pipe: Any) -> None:
