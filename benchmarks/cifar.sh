@@ -3,13 +3,14 @@
 #
 #   bash benchmarks/cifar.sh "DATA..." [IMAGES] [PROMPTS]
 #
+# As it is on two CPU cores, about three quarters of an hour; benchmarks/gpu.sh has it with 10,000 pictures and 250 steps.
 # DATA is CIFAR-10 as published: cifar-10-binary.tar.gz, or its Parquet files. Writes cifar-bar.json (FD-EffNet and
 # accuracy at several steps, with and without guidance), quality-cifar10.{json,md,png} (methods of transformers) and
 # trace-cifar10/ (deviation curves) into benchmarks/results/. Run it alone: all of it is timed or takes all cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 read -ra data <<<"${1:?archive or Parquet files}"
-images=${2:-1000} prompts=${3:-1000}
+images=${2:-256} prompts=${3:-96}
 bin=${BIN:-.venv/bin} work=work/cifar10 results=benchmarks/results
 mkdir -p "$work"
 
@@ -17,9 +18,9 @@ if [ ! -e "$work/test/captions.txt" ]; then
     "$bin/python" tools/cifar.py --data "${data[@]}" --count 1000 --out "$work/test"
 fi
 "$bin/python" benchmarks/quality.py --model cifar10 --methods transformer --prompts "$prompts" \
-    --reference "$work/test" --dtype bfloat16 --engine ray --workers 2 --images 16 --work "$work/quality" \
+    --reference "$work/test" --dtype bfloat16 --engine ray --workers 2 --images 8 --work "$work/quality" \
     --out "$results/quality-cifar10"
 "$bin/regrow" trace --model cifar10 --prompts 10 --out "$results/trace-cifar10" --methods \
     steps:50,steps:25,steps:16,fora:3,deepcache:3,toca:3,cat:0.3,cat:0.3+deepcache:2,atedm:reuse:ratio=0.5
 "$bin/python" tools/check_cifar.py --data "${data[@]}" --model src/regrow/zoo/cifar10 --bf16 --images "$images" \
-    --settings 50:2 20:2 10:2 50:1 20:1 10:1 250:1 250:2 --json "$results/cifar-bar.json"
+    --settings 50:2 20:2 10:2 50:1 20:1 10:1 --json "$results/cifar-bar.json"
