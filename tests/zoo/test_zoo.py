@@ -59,6 +59,14 @@ def test_every_model_has_its_card_and_its_guidance(model):
     assert f"guidance_scale={zoo.GUIDANCE[model]}" in card
 
 
+def test_prompts_of_a_model_begin_again_where_they_end(tmp_path):
+    assert zoo.prompts_of("cifar10", 12, "")[9:] == ("truck", "airplane", "automobile")
+    (tmp_path / "captions.json").write_text('["one", "two"]')
+    assert zoo.prompts_of(str(tmp_path), 3, "") == ("one", "two", "one")
+    with pytest.raises(ValueError, match="prompts: nowhere has no prompts of its own; give a file"):
+        zoo.prompts_of("nowhere", 1, "give a file")
+
+
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="no bundled model 'emojis'; there is: emoji, cifar10"):
         zoo.path("emojis")

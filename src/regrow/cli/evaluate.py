@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +139,7 @@ def _prompts(request: Request) -> tuple[str, ...]:
     if text.isdecimal():
         if request.template is not None or request.each is not None:
             raise ValueError("--template, --each: they go with a file or a named set of prompts")
-        if request.model not in zoo.MODELS:
-            raise ValueError(f"prompts: {request.model} has no prompts of its own; give a file")
-        return tuple(islice(cycle(zoo.captions(request.model)), int(text)))
+        return zoo.prompts_of(request.model, int(text), "give a file")
     which = named(text)
     if which is None and not Path(text).exists():
         sets = ", ".join(PromptSet.__members__).lower()

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +216,7 @@ def prompts_of(model: str, text: str) -> tuple[str, ...]:
     """
     if not text.isdecimal():
         return tuple(read_prompts(Path(text)))
-    if model not in zoo.MODELS:
-        raise ValueError(f"prompts: {model} has no prompts of its own; give a file")
-    return tuple(islice(cycle(zoo.captions(model)), int(text)))
+    return zoo.prompts_of(model, int(text), "give a file")
 
 
 def parse_choices(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:

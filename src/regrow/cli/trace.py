@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +111,7 @@ def _prompts(request: Request) -> tuple[str, ...]:
         raise ValueError("--prompt, --prompts: only one of them is allowed")
     if request.prompt:
         return request.prompt
-    if request.model not in zoo.MODELS:
-        raise ValueError(f"prompts: {request.model} has no prompts of its own; give --prompt")
-    return tuple(
-        islice(cycle(zoo.captions(request.model)), 1 if request.prompts is None else request.prompts)
-    )
+    return zoo.prompts_of(request.model, 1 if request.prompts is None else request.prompts, "give --prompt")
 
 
 def print_trace(found: Trace) -> None:

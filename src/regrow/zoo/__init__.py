@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,23 @@ def captions_in(folder: Path) -> list[str]:
     """Captions that a model of this kind can draw, from its folder."""
     found: list[str] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
     return found
+
+
+def prompts_of(model: str, count: int, instead: str) -> tuple[str, ...]:
+    """So many prompts of a model's own, again from the first if there are fewer.
+
+    Args:
+        model: bundled by name, or a folder, whose ``captions.json`` has them.
+        count: how many.
+        instead: what to say where there are none.
+
+    Raises:
+        ValueError: if the model has no prompts of its own.
+    """
+    folder = path(model) if model in MODELS and not Path(model).exists() else Path(model)
+    if not (folder / "captions.json").exists():
+        raise ValueError(f"prompts: {model} has no prompts of its own; {instead}")
+    return tuple(islice(cycle(captions_in(folder)), count))
 
 
 def load(name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
