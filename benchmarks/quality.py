@@ -125,7 +125,7 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
     """What both results say of every variant that is in both.
 
     Raises:
-        SystemExit: if the baseline is not among them.
+        SystemExit: if the baseline is not among them, saying why.
     """
     timed = {row["name"]: row for row in speed["rows"] if row["error"] is None}
     found = {
@@ -143,6 +143,8 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
         if row["name"] in timed and row["fd"] is not None
     }
     base = quality["rows"][0]["name"]
+    if base not in timed:
+        raise SystemExit(f"{base} was not timed")
     if base not in found:
         raise SystemExit(f"prompts: {quality['prompts']} are too few for the Fréchet distance of {base}")
     return found

@@ -177,13 +177,15 @@ def main() -> None:
         "images": args.images,
         "fit": args.fit,
         "seed": args.seed,
+        "batch": args.batch,
         "precision": "bf16 autocast" if args.bf16 else "fp32",
+        "device": args.device,
     }
     rows = begun(args.json, inputs)
     extractor = EfficientNetFeatures().to(args.device)
-    known = features_of(train[: args.fit], extractor, "training photographs")
+    known = features_of(train[: max(args.fit, args.images)], extractor, "training photographs")
     true = features_of(test[: args.images], extractor, "test photographs")
-    head = fit(known, train_labels[: args.fit])
+    head = fit(known[: args.fit], train_labels[: args.fit])
     result = inputs | {
         "fd of training photographs": frechet_distance(known[: args.images], true),
         "accuracy on test photographs": accuracy(head, true, test_labels[: args.images]),
@@ -192,7 +194,7 @@ def main() -> None:
     }
     labels = [i % len(CLASSES) for i in range(args.images)]
     done = {Setting(row["steps"], row["guidance"]) for row in rows}
-    for setting in args.settings:
+    for setting in dict.fromkeys(args.settings):
         if setting in done:
             continue
         begin = time.perf_counter()

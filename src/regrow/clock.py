@@ -186,7 +186,8 @@ class SchedulerClock:
 
     def _tick(self, sample: Any) -> None:
         if threading.get_ident() == self._owner:
-            self._batch = len(sample) if isinstance(sample, torch.Tensor) else None
+            known = isinstance(sample, torch.Tensor) and sample.ndim > 1
+            self._batch = len(sample) if known else None
             self._index += 1
             self._branch = 0
             if self._index == self._total:

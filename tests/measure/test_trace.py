@@ -496,8 +496,8 @@ def test_transformers_are_traced(kind: str) -> None:
     [
         ("sd3", 2, regrow.CATPruning(alpha=0.25, t0=2), 0),
         ("flux", 1, regrow.CATPruning(alpha=0.25, t0=2), 0),
-        ("sd3", 2, regrow.ATEDM.preset("reuse", ratio=0.75, first=0, block=1), 2),
-        ("flux", 1, regrow.ATEDM.preset("reuse", ratio=0.75, first=0, block=2), 3),
+        ("sd3", 2, regrow.ATEDM.preset("reuse", ratio=0.75, early=0, block=1), 2),
+        ("flux", 1, regrow.ATEDM.preset("reuse", ratio=0.75, early=0, block=2), 3),
     ],
 )
 def test_the_tokens_of_a_call_are_counted_exactly(

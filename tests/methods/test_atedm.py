@@ -34,7 +34,7 @@ from regrow.tokens.scores import Heads
 
 def reuse(**fields: Any) -> ATEDM:
     """Every call from the third on leaves tokens out."""
-    return ATEDM.preset("reuse", **({"early": 0, "first": None, "ratio": 0.6} | fields))
+    return ATEDM.preset("reuse", **({"early": 0, "ratio": 0.6} | fields))
 
 
 def copying(**fields: Any) -> ATEDM:
@@ -461,9 +461,8 @@ def test_what_a_model_can_not_is_refused() -> None:
     [
         ({"ratio": 1}, "ratio"),
         ({"ratio": -0.1}, "ratio"),
-        ({"early": 1}, "early"),
-        ({"early": 0.2, "first": 3}, "early: 0.2 is not allowed together with first"),
-        ({"first": -1}, "first"),
+        ({"early": -0.1}, "early"),
+        ({"early": 1.5}, "early: 1.5 is not allowed, it must be a share or a number of calls"),
         ({"early_ratio": 0.7}, "early_ratio: 0.7 is not allowed"),
         ({"iterations": 0}, "iterations"),
         ({"heads": "max"}, "heads"),
@@ -488,7 +487,9 @@ def test_wrong_fields_are_named(fields: dict[str, Any], named: str) -> None:
 
 def test_configurations_by_name_and_as_json() -> None:
     assert variant("atedm:.3", 50).config == ATEDM(ratio=0.3)
-    assert variant("atedm:reuse:ratio=0.5", 50).config == ATEDM(ratio=0.5, first=8, recovery=Restored.REUSE)
+    assert variant("atedm:reuse:ratio=0.5", 50).config == ATEDM(ratio=0.5, early=8, recovery=Restored.REUSE)
+    steps = parts_of(variant("atedm:reuse:early=0.2", 50).config).plan.resample(50).steps()
+    assert [step.ratio for step in steps].count(0.0) == 10
     assert variant("atedm:paper", 50).config == ATEDM(after=After.FEED_FORWARD)
     config = reuse(block=2, alignment="mean")
     assert ATEDM.model_validate_json(config.model_dump_json()) == config

@@ -32,7 +32,7 @@ NOTHING = {
     "toca": ToCa(interval=1),
     "fora": FORA(interval=1),
     "deepcache": DeepCache(interval=1),
-    "atedm": ATEDM.preset("reuse", first=0, ratio=0),
+    "atedm": ATEDM.preset("reuse", early=0, ratio=0),
 }
 """Methods whose calls are all full."""
 
@@ -56,7 +56,7 @@ SOME = {
     ),
     "fora": (FORA(interval=2), [FULL, ("layers", 0.0), FULL, ("layers", 0.0)]),
     "deepcache": (DeepCache(interval=2), [FULL, ("1", 0.0), FULL, ("1", 0.0)]),
-    "atedm": (ATEDM.preset("reuse", first=0), [FULL, FULL, ("full", 0.7), ("full", 0.7)]),
+    "atedm": (ATEDM.preset("reuse", early=0), [FULL, FULL, ("full", 0.7), ("full", 0.7)]),
 }
 """Methods that leave something out, with depth and ratio of each call."""
 

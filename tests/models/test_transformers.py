@@ -449,7 +449,7 @@ COPIED = {
     "blocks": DeepCache(interval=2),
     "toca": ToCa(interval=2, ratio=0.6),
     "cat": CATPruning(alpha=0.4, t0=2),
-    "atedm": ATEDM.preset("reuse", first=0),
+    "atedm": ATEDM.preset("reuse", early=0),
 }
 
 

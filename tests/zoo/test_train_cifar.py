@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import card_cifar
 import check_cifar
 import cifar
 import numpy as np
@@ -175,6 +176,44 @@ def test_a_check_is_of_every_setting_and_goes_on(
     assert both["settings"][1]["fd"] != first["settings"][0]["fd"]
     with pytest.raises(SystemExit, match=r"seed: .*check.json was made with 0, not 1; use another --json"):
         check("1:1", seed=1)
+
+
+def test_the_card_says_what_was_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = {
+        "processor": "P",
+        "gpu": None,
+        "threads": 2,
+        "date": "2026-01-01",
+        "versions": {"torch": "2"},
+    }
+    settings = [
+        {"steps": 10, "guidance": 1.0, "fd": 33.04, "accuracy": 0.5},
+        {"steps": 50, "guidance": 2.0, "fd": 21.96, "accuracy": 0.601},
+    ]
+    check = {"images": 1000, "fit": 10000, "precision": "bf16 autocast", "settings": settings}
+    check |= {"fd of training photographs": 9.0, "accuracy on test photographs": 0.75, "machine": machine}
+    (tmp_path / "check.json").write_text(json.dumps(check))
+    words = ["--model", str(model), "--log", str(model.parent / "work")]
+    monkeypatch.setattr("sys.argv", ["card_cifar.py", *words, "--check", str(tmp_path / "check.json")])
+    card_cifar.main()
+    card = (model / "README.md").read_text()
+    rows = [line for line in card.splitlines() if line.startswith("| ")][1:]
+    assert rows == [
+        "| 50 | 2 | 22.0 | 60.1% |",
+        "| 10 | none | 33.0 | 50.0% |",
+        "| photographs | | 9.0 | 75.0% |",
+    ]
+    for said in (
+        "1,000 pictures each, bf16 autocast",
+        "--bf16",
+        "--settings 10:1 50:2",
+        "4 steps of 2 pictures",
+    ):
+        assert said in card
+    assert "expect shapes, not details" in card
+    assert Image.open(model / "loss.png").width > 300
 
 
 @pytest.mark.parametrize("text", ["50", "0:2", "1001:2", "50:0.5", "a:2"])

@@ -72,7 +72,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
             compile_blocks(module_of(pipeline))
     guidance = zoo.GUIDANCE.get(request.model or "") if request.guidance is None else request.guidance
     known: Sequence[str] = ("0",) if takes_classes(pipeline) else ("a photo",)
-    if request.model in zoo.MODELS:
+    if request.model in zoo.MODELS and not Path(request.model).exists():
         known = zoo.captions(request.model)
     columns = (
         TextColumn("{task.description:24}"),
@@ -81,7 +81,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("warming up", total=len(request.variants) * (request.rounds + 1))
+        task = progress.add_task("warming up", total=len(request.variants) * (request.rounds + 2))
         rows = bench(
             pipeline,
             request.variants,

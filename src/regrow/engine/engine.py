@@ -289,7 +289,10 @@ class Engine:
         return is_of_no_class(kwargs.get("class_labels"), denoiser.config.num_embeds_ada_norm)
 
     def _is_split(self, sample: Tensor) -> bool:
-        """Whether the sampler steps half of the batch, as it does of a guided one where that is known."""
+        """Whether the sampler steps half of the batch, as it does of a guided one.
+
+        That is not known in the first call and without a sampler; equal halves count as guidance there.
+        """
         batch = self.clock.batch if self.clock is not None else None
         # Pipelines of classes step both halves; their labels told.
         return batch is None or self.layout.conditional_first or 2 * batch == sample.shape[0]

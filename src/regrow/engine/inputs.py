@@ -49,7 +49,9 @@ def may_be_guided(sample: Tensor) -> bool:
 
 def is_of_no_class(labels: Tensor | None, no_class: int) -> bool:
     """Whether the second half of a batch is of no class, as pipelines of classes put it for guidance."""
-    return labels is not None and bool((labels.chunk(2)[1] == no_class).all())
+    if labels is None or len(labels) % 2:
+        return False
+    return bool((labels.chunk(2)[1] == no_class).all())
 
 
 def adds_to_layers(kwargs: Mapping[str, Any]) -> bool:

@@ -57,7 +57,7 @@ class BenchRow:
         macs: of the denoiser in a generation, the whole batch.
         macs_ratio: of the first variant's MACs over this one's.
         efficiency: denoiser speed-up measured over ``macs_ratio``.
-        peak_mib: peak memory of a generation, above what was there before it; median over rounds.
+        peak_mib: peak memory of a generation, above what was there before it.
         changes_nothing: whether every call of the denoiser gave, bit for bit, what it gives in the plain
             pipeline with as many steps; None if that is not one of the variants.
         calls: the kinds of calls.
@@ -97,7 +97,7 @@ class _Timed:
     kinds: Sequence[tuple[str | None, float | None]] = ()
     macs: int | None = None
     outputs: str = ""
-    peaks: list[float | None] = field(default_factory=list)
+    peak: float | None = None
     error: str | None = None
 
 
@@ -114,9 +114,9 @@ def bench(
 ) -> list[BenchRow]:
     """Time variants in turns: round by round, each variant once.
 
-    Before the rounds every variant makes one generation, untimed, in which memory is measured and the
-    denoiser's outputs are compared with the plain pipeline's. A variant that fails gets a row with its
-    error.
+    Before the rounds every variant makes one generation, untimed, in which the denoiser's outputs are
+    compared with the plain pipeline's; after them one more, in which memory is measured, when caches that
+    are no method's are filled. A variant that fails gets a row with its error.
 
     Args:
         pipeline: a diffusers pipeline; regrow's own methods may not support it, the plain one runs.
@@ -136,11 +136,14 @@ def bench(
             raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
     options = {"guidance": guidance, "height": height, "width": width}
     found = [_Timed() for _ in variants]
-    for number in range(rounds + 1):
+    for number in range(rounds + 2):
         for one, timed in zip(variants, found, strict=True):
             if timed.error is None:
                 try:
-                    _generation(pipeline, one, prompts, options, timed, warm_up=number == 0)
+                    if number <= rounds:
+                        _generation(pipeline, one, prompts, options, timed, warm_up=number == 0)
+                    else:
+                        timed.peak = _peak(pipeline, one, prompts, options)
                 except Exception as error:
                     timed.error = (
                         f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -190,15 +193,11 @@ def _generation(
             denoiser.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
             denoiser.register_forward_hook(after),
         ]
-        # Not of the first generation, which fills caches that are no method's.
-        memory = None if warm_up else Memory(pipeline.device)
         try:
             seconds = make(pipeline, prompts, steps=one.steps, **options).seconds
         finally:
             for hook in hooks:
                 hook.remove()
-        if memory is not None:
-            timed.peaks.append(memory.peak_mib())
     if warm_up:
         timed.outputs = outputs.hexdigest()
         if run is not None:
@@ -217,6 +216,14 @@ def _generation(
     timed.calls.append(taken)
 
 
+def _peak(pipeline: Any, one: Variant, prompts: Sequence[str], options: dict[str, Any]) -> float | None:
+    """Peak memory of one generation, in MiB."""
+    with one.applied(pipeline):
+        memory = Memory(pipeline.device)
+        make(pipeline, prompts, steps=one.steps, **options)
+        return memory.peak_mib()
+
+
 def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
     """MACs of plain calls; None if the forward pass looks at data, which the meta device lacks."""
     try:
@@ -230,7 +237,6 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | No
     if timed.error is not None:
         return BenchRow(one.name, error=timed.error)
     seconds = statistics.median(timed.seconds)
-    peaks = [peak for peak in timed.peaks if peak is not None]
     kinds: dict[tuple[str | None, float | None], list[float]] = {}
     for calls in timed.calls:
         for kind, value in zip(timed.kinds, calls, strict=True):
@@ -251,7 +257,7 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | No
         macs=timed.macs,
         macs_ratio=macs_ratio,
         efficiency=statistics.median(denoiser) / macs_ratio if macs_ratio else None,
-        peak_mib=statistics.median(peaks) if peaks else None,
+        peak_mib=timed.peak,
         changes_nothing=None if plain is None else timed.outputs == plain,
         calls=tuple(
             CallKind(

@@ -72,8 +72,8 @@ class ATEDM(MethodConfig):
             ``after=feed_forward`` it takes 39.9% of its MACs from a call of SDXL's U-Net, for which the
             paper reports 38.8% fewer FLOPs. CAT Pruning's comparison has 0.7.
         early: share of a generation's calls in which ``early_ratio`` is pruned, from the first one on (the
-            paper: 15 of 50). With ``reuse`` the first two calls are full in any case.
-        first: so many calls instead of that share (8 in CAT Pruning's comparison).
+            paper: 15 of 50), or from 1 on so many calls (8 in CAT Pruning's comparison). With ``reuse`` the
+            first two calls are full in any case.
         early_ratio: share of the tokens that is pruned there, at most ``ratio`` (0 is ours).
         recovery: where what a pruned token lacks comes from.
         iterations: of PageRank. The paper iterates until scores change little; a fixed number needs no look
@@ -99,8 +99,7 @@ class ATEDM(MethodConfig):
     method: Literal["atedm"] = "atedm"
     version: Literal[1] = 1
     ratio: float = Field(0.63, ge=0, lt=1)
-    early: float = Field(0.3, ge=0, lt=1)
-    first: int | None = Field(None, ge=0)
+    early: float = Field(0.3, ge=0)
     early_ratio: float = Field(0.0, ge=0, lt=1)
     recovery: Restored = Restored.COPY
     iterations: int = Field(5, ge=1)
@@ -113,8 +112,8 @@ class ATEDM(MethodConfig):
 
     @model_validator(mode="after")
     def _allowed(self) -> Self:
-        if self.first is not None and self.early != type(self).model_fields["early"].default:
-            raise ValueError(f"early: {self.early} is not allowed together with first ({self.first})")
+        if self.early > 1 and self.early % 1:
+            raise ValueError(f"early: {self.early} is not allowed, it must be a share or a number of calls")
         if self.early_ratio > self.ratio:
             raise ValueError(
                 f"early_ratio: {self.early_ratio} is not allowed, it must be <= ratio ({self.ratio})"
@@ -150,7 +149,7 @@ _ONLY = {
 
 ATEDM.PRESETS = {
     "paper": lambda: ATEDM(after=After.FEED_FORWARD),
-    "reuse": lambda: ATEDM(ratio=0.7, first=8, recovery=Restored.REUSE),
+    "reuse": lambda: ATEDM(ratio=0.7, early=8, recovery=Restored.REUSE),
 }
 
 
@@ -250,15 +249,13 @@ class _Plan:
     """Full calls throughout, of which the first ones prune less.
 
     Args:
-        early: share of the calls that prune less.
-        first: number of these calls instead, if it is given.
+        early: share of the calls that prune less, or from 1 on their number.
         early_ratio: what they prune.
         ratio: what the others prune.
         whole: the first calls that prune nothing.
     """
 
     early: float
-    first: int | None
     early_ratio: float
     ratio: float
     whole: int
@@ -276,7 +273,7 @@ class _Plan:
         """
         if calls < 1:
             raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
-        early = round(self.early * calls) if self.first is None else min(self.first, calls)
+        early = round(self.early * calls) if self.early < 1 else min(int(self.early), calls)
         ratio = tuple(
             0.0 if i < self.whole else self.early_ratio if i < early else self.ratio for i in range(calls)
         )
@@ -290,7 +287,7 @@ class _Plan:
 @parts_of.register
 def _(config: ATEDM) -> Parts:
     reuses = config.recovery is Restored.REUSE
-    plan = _Plan(config.early, config.first, config.early_ratio, config.ratio, FULL_CALLS if reuses else 0)
+    plan = _Plan(config.early, config.early_ratio, config.ratio, FULL_CALLS if reuses else 0)
     rule: dict[str, Any] = {"token_set": _Reusing(config)} if reuses else {"tokens": _Copying(config)}
     return Parts(
         plan,

@@ -91,7 +91,7 @@ SYSTEMS = (
         "atedm",
         "AT-EDM",
         "prune the tokens that matter least in attention graphs",
-        Status.PARTLY,
+        Status.WORKS,
         f"{_UNETS}; transformers: SD3, PixArt, DiT, Flux",
         ATEDM,
     ),

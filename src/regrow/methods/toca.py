@@ -37,7 +37,8 @@ from regrow.tokens.scores import attention_entropy, attention_influence
 
 
 class ToCa(MethodConfig):
-    """ToCa's configuration.
+    """ToCa's configuration. The preset ``paper`` takes s1 from all queries, and each half of a guided batch
+    chooses for itself.
 
     Args:
         interval: N, one call in so many is full (the released code: 3).
