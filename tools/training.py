@@ -235,8 +235,9 @@ def train(
 ) -> None:
     """Run or resume a stage until its active seconds are spent, then use its averaged weights."""
     files = Checkpoints(folder, stage.name)
-    done = files.restore(stage)
     budget = minutes * 60
+    # Given more minutes, a finished stage goes on.
+    done = files.restore(stage) and stage.seconds >= budget
     saved = stage.seconds
     seen = (stage.step, stage.seconds)
     losses: list[float] = []

@@ -119,6 +119,14 @@ def train(data: Path, out: Path, export_to: Path | None = None, until: int | Non
     return load_file(out / index["tensors"])
 
 
+def test_a_finished_training_goes_on_if_it_is_given_more_minutes(archive: Path, tmp_path: Path) -> None:
+    train(archive, tmp_path)
+    for _ in range(2):
+        train_cifar.run([archive], tmp_path, 6 / 60, TINY, None, torch.device("cpu"), ticking(None))
+        index = json.loads((tmp_path / "denoiser.json").read_text())
+        assert (index["step"], index["done"]) == (6, True)
+
+
 @pytest.fixture(scope="module")
 def model(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline trained for four steps."""
