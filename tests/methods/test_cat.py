@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal
@@ -207,14 +207,19 @@ def test_guidance_of_several_calls_is_bit_for_bit_plain_with_all_tokens_and_afte
 
 
 def select(
-    config: CATPruning, outputs: list[tuple[Tensor, Tensor]], count: int, guided: bool = False
+    config: CATPruning,
+    outputs: list[tuple[Tensor, Tensor]],
+    count: int,
+    guided: bool = False,
+    cached: Sequence[bool] = (),
 ) -> tuple[list[Tensor], list[Memory]]:
     """The tokens of one call after the other."""
     rule: Any = parts_of(config).token_set
     memory, tokens, memories = None, [], []
     generator = torch.Generator().manual_seed(config.seed)
-    for pair in outputs:
-        call = CallInfo(len(pair[0]), guided, pair, generator)
+    flags = cached or [False] * len(outputs)
+    for pair, leaves_out in zip(outputs, flags, strict=True):
+        call = CallInfo(len(pair[0]), guided, pair, generator, cached=leaves_out)
         chosen, memory = rule.select(memory, GRID, count, call)
         tokens.append(chosen)
         memories.append(memory)
@@ -261,6 +266,22 @@ def test_staleness_forgets_by_its_decay() -> None:
         for b in range(2):
             expected[b, chosen[b]] += 1
     torch.testing.assert_close(memories[-1].staleness, expected)
+
+
+@pytest.mark.parametrize("choice", TokenChoice)
+def test_calls_that_leave_out_blocks_make_no_token_fresh(choice: TokenChoice) -> None:
+    config = CATPruning(choice=choice)
+    pairs, cached = noises(6), [True, False, True, True, False, True]
+    tokens, memories = select(config, pairs, 20, cached=cached)
+    assert torch.equal(tokens[2], tokens[1])
+    assert torch.equal(tokens[3], tokens[1])
+    assert torch.equal(tokens[5], tokens[4])
+    assert not torch.equal(tokens[4], tokens[1])
+    expected = torch.zeros(2, GRID.tokens)
+    for chosen in (tokens[1], tokens[4]):
+        expected = config.decay * expected + torch.zeros_like(expected).scatter(1, chosen, 1.0)
+    torch.testing.assert_close(memories[-1].staleness, expected)
+    assert memories[-1].calls == 2
 
 
 def test_the_stalest_fill_up_and_nobody_waits_for_ever() -> None:

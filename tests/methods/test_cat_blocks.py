@@ -109,7 +109,10 @@ def slow_blocks(
 
 
 @pytest.mark.parametrize(("form", "branch"), [("guided", 0), ("batch", 3), ("wide", 3)])
-def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(pipe: Any, form: str, branch: int) -> None:
+@pytest.mark.parametrize("choice", [TokenChoice.NOISE, TokenChoice.CLUSTERS])
+def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(
+    pipe: Any, form: str, branch: int, choice: TokenChoice
+) -> None:
     options = allowed(pipe, form) | {"num_inference_steps": 7}
     chosen: list[Tensor | None] = []
 
@@ -117,7 +120,7 @@ def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(pipe: Any, form: 
         tokens = run._engine.call.tokens
         chosen.append(None if tokens is None else tokens.tokens)
 
-    tokens = CATPruning(alpha=0.4, t0=2, choice=TokenChoice.NOISE)
+    tokens = CATPruning(alpha=0.4, t0=2, choice=choice)
     with regrow.apply(pipe, Combined(caching=DeepCache(interval=3, branch=branch), tokens=tokens)) as run:
         hook = pipe.transformer.pos_embed.register_forward_hook(note)
         ours = generate(pipe, **options)
@@ -126,6 +129,9 @@ def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(pipe: Any, form: 
     shallow = [False, False, True, False, True, True, False]
     assert [c.depth for c in calls] == [str(branch + 1) if s else "full" for s in shallow]
     assert [t is None for t in chosen] == [True, True] + [False] * 5
+    tokens_of = [t for t in chosen if t is not None]
+    assert torch.equal(tokens_of[2], tokens_of[1])
+    assert torch.equal(tokens_of[3], tokens_of[1])
     first, last = (branch + 2) // 2, LAYERS - (branch + 1) // 2
 
     def skips(call: int, block: int) -> bool:

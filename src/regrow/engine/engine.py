@@ -209,6 +209,7 @@ class Engine:
             tuple(slot.outputs),
             generation.generator,
             self.layout.conditional_first,
+            cached=cut is not None,
         )
         counts: dict[str, tuple[Grid, int]] = {}
         prepared: Mapping[Grid, Tensor] = {}

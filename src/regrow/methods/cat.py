@@ -112,13 +112,15 @@ class Memory:
         staleness: ``f_n`` of each token ``(B, N)``; small is stale.
         clusters: the cluster of each token ``(B, N)``, and which clusters are neighbours ``(B, n, n)``;
             None if tokens are chosen without.
-        calls: calls that left tokens out so far.
+        calls: calls of all blocks that left tokens out so far.
+        chosen: the tokens of the last of them ``(B, count)``; None before the first.
     """
 
     reference: Tensor
     staleness: Tensor
     clusters: tuple[Tensor, Tensor] | None
     calls: int = 0
+    chosen: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,14 @@ class _Rule:
     def select(
         self, memory: Memory | None, grid: Grid, count: int, call: CallInfo
     ) -> tuple[Tensor, Memory]:
-        """The tokens to compute ``(B, count)``, ascending, and what to remember."""
+        """The tokens to compute ``(B, count)``, ascending, and what to remember.
+
+        A call that leaves out blocks computes the tokens of the last one that left out none, for which what
+        the blocks last added is newest, and makes no token fresh.
+        """
         c = self.config
+        if call.cached and memory is not None and memory.chosen is not None:
+            return memory.chosen, memory
         halves = call.guided and c.alignment is not Alignment.OFF
         before, now = (one_half(n, c.alignment, call) if halves else n for n in call.outputs)
         if memory is None:
@@ -162,9 +170,12 @@ class _Rule:
         else:
             assert memory.clusters is not None
             chosen = self._of_clusters(memory, *memory.clusters, now, moved, count)
-        memory.staleness.mul_(c.decay).scatter_add_(1, chosen, torch.ones_like(moved))
-        memory.calls += 1
-        return chosen.sort(1).values.repeat(2 if halves else 1, 1), memory
+        tokens = chosen.sort(1).values.repeat(2 if halves else 1, 1)
+        if not call.cached:
+            memory.staleness.mul_(c.decay).scatter_add_(1, chosen, torch.ones_like(moved))
+            memory.calls += 1
+            memory.chosen = tokens
+        return tokens, memory
 
     def _begin(self, before: Tensor, now: Tensor, grid: Grid, generator: torch.Generator) -> Memory:
         """Clusters are made once, of the noise with its position; the reference is the call before."""

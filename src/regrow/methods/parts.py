@@ -118,6 +118,7 @@ class CallInfo:
         conditional_first: in a guided batch the conditional half comes first (DiT).
         attention: the self-attention that has just run, for a `TokenRule` with `Features.ATTENTION` and a
             `TokenSet` that reads a block.
+        cached: the call leaves out layers or blocks that an earlier one computed.
     """
 
     batch: int
@@ -126,6 +127,7 @@ class CallInfo:
     generator: torch.Generator
     conditional_first: bool = False
     attention: Attention | None = None
+    cached: bool = False
 
 
 class TokenRule(Protocol):
