@@ -7,7 +7,8 @@
         --reference work/cifar-test --work work/quality-cifar10 --out benchmarks/results/quality-cifar10
 
 First the pictures of all variants are made and compared (`regrow eval`: killed, it goes on), then all are
-timed in turns (`regrow bench`). The result, a table and a plot go to `--out`; `--table` only reads it.
+timed in turns (`regrow bench`). The result, a table and a plot go to `--out`; `--table` only reads it. With
+`--only` some of the variants have more pictures than the others, and the times of all.
 """
 
 from __future__ import annotations
@@ -51,6 +52,18 @@ TRANSFORMER: Curves = ANYWHERE | {
     "AT-EDM .3 to .7, reused": tuple(f"atedm:reuse:ratio={ratio}" for ratio in (0.3, 0.5, 0.7)),
 }
 METHODS = {"unet": UNET, "transformer": TRANSFORMER}
+# What is told apart picture by picture: methods with the same calls, and plans with fewer steps as fast.
+AGAINST = (
+    *((f"dato:{n}", f"deepcache:{n}+tome:0.5") for n in (2, 3, 5, 7, 10)),
+    ("dato:b1", "steps:12"),
+    ("dato:emoji-quality", "steps:25"),
+    ("dato:emoji-balanced", "steps:16"),
+    ("dato:emoji-fast", "steps:12"),
+    *((f"toca:{n}", f"fora:{n}") for n in (2, 3, 5)),
+    ("deepcache:3", "steps:25"),
+    ("deepcache:5", "steps:16"),
+    ("cat:0.3", "steps:25"),
+)
 CURVES = UNET | TRANSFORMER
 
 
@@ -211,6 +224,17 @@ def variants_table(found: Mapping[str, Point]) -> list[str]:
     return lines
 
 
+def gains_table(quality: Mapping[str, Any]) -> list[str]:
+    """Markdown: what methods have more than others, picture by picture; empty if none was compared."""
+    lines = ["| method | over | PSNR gain dB |", "|---|---|---|"]
+    for row in quality["rows"]:
+        gain = row.get("gain")
+        if gain is not None and gain["error"] is not None:
+            value = f"{gain['psnr']:+.2f} ± {gain['error']:.2f}"
+            lines.append(f"| `{row['name']}` | `{gain['over']}` | {value} |")
+    return lines if len(lines) > 2 else []
+
+
 def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
     """Every figure against the measured speed-up, a line for every curve."""
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(15, 5.4), layout="constrained")
@@ -250,8 +274,12 @@ def claim(file: Path, inputs: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run both commands for all variants; what is already made is not made again."""
-    methods = ",".join(spec for curve in METHODS[args.methods].values() for spec in curve)
-    common = ["--model", args.model, "--methods", methods, "--dtype", args.dtype, "--device", args.device]
+    every = [spec for curve in METHODS[args.methods].values() for spec in curve]
+    seen = every if args.only is None else args.only.split(",")
+    for spec in seen:
+        if spec not in every:
+            raise SystemExit(f"--only: {spec} is not allowed, it must be one of {', '.join(every)}")
+    common = ["--model", args.model, "--dtype", args.dtype, "--device", args.device]
     common += [] if args.guidance is None else ["--guidance", str(args.guidance)]
     regrow = str(Path(sys.executable).with_name("regrow"))
     pictures, speed = args.work / "pictures", args.work / "speed.json"
@@ -264,7 +292,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
     )
     words = ["--prompts", args.prompts, "--out", str(pictures), "--batch", str(args.batch)]
-    words += ["--engine", args.engine]
+    words += ["--engine", args.engine, "--methods", ",".join(seen)]
+    for pair in AGAINST:
+        words += ["--against", ",".join(pair)] if set(pair) <= set(seen) else []
     words += [] if args.workers is None else ["--workers", str(args.workers)]
     features = args.work / "reference.safetensors"
     if features.exists():
@@ -275,8 +305,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     subprocess.run([regrow, "eval", *common, *words], check=True)
     timed = json.loads(speed.read_text())["rows"] if speed.exists() else []
     # Ratios are of one run.
-    if sorted(row["name"] for row in timed) != sorted(methods.split(",")):
+    if sorted(row["name"] for row in timed) != sorted(every):
         words = ["--images", str(args.images), "--rounds", str(args.rounds), "--out", str(speed)]
+        words += ["--methods", ",".join(every)]
         subprocess.run([regrow, "bench", *common, *words], check=True)
     timed = json.loads(speed.read_text())["rows"]
     if timed[0]["error"] is not None:
@@ -295,6 +326,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="emoji", help="bundled name, folder or hub id")
     parser.add_argument("--methods", choices=METHODS, default="unet", help="those of which denoiser")
+    parser.add_argument("--only", help="of these variants, the first without acceleration; comma-separated")
     parser.add_argument("--prompts", default="1000", help="a file, or a number of the model's own")
     parser.add_argument("--reference", type=Path, help="folder of true pictures; else the baseline's")
     parser.add_argument("--work", type=Path, default=Path("work/quality"), help="resumed if it exists")
@@ -331,6 +363,8 @@ def main() -> None:
         for ratio in (SPEEDUP, MACS):
             lines += [*table(found, measure, ratio), ""]
     lines += variants_table(found)
+    gains = gains_table(quality)
+    lines += ["", *gains] if gains else []
     args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pipelines
 import pytest
@@ -17,6 +18,7 @@ from quality import (
     SPEEDUP,
     Point,
     at,
+    gains_table,
     of_curves,
     points,
     table,
@@ -118,6 +120,33 @@ def test_every_variant_has_its_row() -> None:
     lines = variants_table(FOUND)[2:]
     assert lines[0] == "| `steps:50` | 1.00x | 1.10 | 1.00x |  | 1.000 | 0.0000 | 10.00 |"
     assert lines[5] == "| `dato:b1` | 6.00x | 1.10 | 6.70x | 24.0 | 0.950 | 0.1000 | 15.00 |"
+
+
+@pytest.mark.parametrize("pair", quality.AGAINST)
+def test_methods_are_compared_with_earlier_ones_of_the_same_model(pair: tuple[str, str]) -> None:
+    orders = [[spec for specs in curves.values() for spec in specs] for curves in METHODS.values()]
+    both = [order for order in orders if set(pair) <= set(order)]
+    assert both
+    for order in both:
+        assert order.index(pair[1]) < order.index(pair[0])
+
+
+def test_gains_have_their_errors() -> None:
+    rows: list[dict[str, Any]] = [
+        {"name": "steps:50", "gain": None},
+        {"name": "dato:5", "gain": {"over": "fora:5", "psnr": 0.125, "error": 0.25}},
+        {"name": "dato:2", "gain": {"over": "fora:2", "psnr": None, "error": None}},
+    ]
+    assert gains_table({"rows": rows})[2:] == ["| `dato:5` | `fora:5` | +0.12 ± 0.25 |"]
+    assert gains_table({"rows": rows[:1]}) == []
+
+
+def test_only_what_is_timed_has_more_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ["quality.py", "--work", str(tmp_path), "--only", "steps:50,steps:49"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="--only: steps:49 is not allowed, it must be one of steps:50,"):
+        quality.run(quality.parse_arguments())
+    assert not list(tmp_path.iterdir())
 
 
 def test_failed_variants_have_no_point() -> None:

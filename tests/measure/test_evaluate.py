@@ -455,6 +455,8 @@ def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
         (("--features", "inception"), "pip install torch-fidelity"),
         (("--export", "tests"), "export: tests holds something else"),
         (("--workers", "2"), "--workers, --address: they go with --engine ray"),
+        (("--against", "steps:2"), "--against: 'steps:2' is not allowed, it must be two methods, a comma"),
+        (("--against", "sito:b,steps:2"), "against: sito:b is not known; allowed are steps:"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_made(
@@ -487,3 +489,16 @@ def test_an_ablation_compares_its_alternatives(
     assert gain["psnr"] > 0
     assert f"{gain['psnr']:.2f} ± {gain['error']:.2f}" in shown
     assert "gain: PSNR more than steps:2" in shown
+
+
+def test_two_methods_are_compared_picture_by_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("--methods", "steps:3,steps:2,steps:1", "--prompts", "2", "--out", str(tmp_path))
+    assert command(monkeypatch, *words, "--against", "steps:1, steps:2", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["gain"] and row["gain"]["over"] for row in result["rows"]] == [None, None, "steps:2"]
+    assert result["rows"][2]["gain"]["psnr"] < 0
+    assert (result["engine"], result["workers"]) == ("local", None)
+    assert command(monkeypatch, *words, "--against", "steps:2,steps:1") == 2
+    assert "against: steps:1 is not allowed for steps:2, it must come before it" in capsys.readouterr().err

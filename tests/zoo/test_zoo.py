@@ -67,6 +67,17 @@ def test_prompts_of_a_model_begin_again_where_they_end(tmp_path):
         zoo.prompts_of("nowhere", 1, "give a file")
 
 
+def test_a_folder_goes_before_a_bundled_model_of_its_name(tmp_path, monkeypatch):
+    assert zoo.guidance_of("emoji") == zoo.GUIDANCE["emoji"]
+    assert zoo.guidance_of("emoji", 1.5) == 1.5
+    assert zoo.guidance_of("a/model") is zoo.guidance_of(None) is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji").mkdir()
+    assert not zoo.bundles("emoji")
+    assert zoo.guidance_of("emoji") is None
+    assert zoo.bundles("cifar10")
+
+
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="no bundled model 'emojis'; there is: emoji, cifar10"):
         zoo.path("emojis")

@@ -60,6 +60,18 @@ def ablated(name: str) -> tuple[str, ...]:
     return ("steps:50", *(one for group in alternatives(name) for one in group))
 
 
+def pair(text: str) -> tuple[str, str]:
+    """Two variants that are compared with each other, from ``ONE,OTHER``.
+
+    Raises:
+        ValueError: if there are not two.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != 2 or not all(names):
+        raise ValueError(f"--against: {text!r} is not allowed, it must be two methods, a comma between")
+    return names[0], names[1]
+
+
 def against(name: str) -> dict[str, str]:
     """The variant that each one of an ablation is compared with; see `alternatives`."""
     return {one: first for first, *others in alternatives(name) for one in others}

@@ -70,9 +70,9 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
             Sampler.parse(request.scheduler).put_into(pipeline)
         if request.compiled:
             compile_blocks(module_of(pipeline))
-    guidance = zoo.GUIDANCE.get(request.model or "") if request.guidance is None else request.guidance
+    guidance = zoo.guidance_of(request.model, request.guidance)
     known: Sequence[str] = ("0",) if takes_classes(pipeline) else ("a photo",)
-    if request.model in zoo.MODELS and not Path(request.model).exists():
+    if request.model is not None and zoo.bundles(request.model):
         known = zoo.captions(request.model)
     columns = (
         TextColumn("{task.description:24}"),

@@ -21,7 +21,15 @@ from regrow import zoo
 from regrow.cli.engine import Where
 from regrow.cli.generate import best_device, check_device, check_scheduler, load_pipeline
 from regrow.measure.clip import ClipScore
-from regrow.measure.evaluate import Gain, Pictures, Quality, Setting, ShardMaker, compare
+from regrow.measure.evaluate import (
+    Gain,
+    Pictures,
+    Quality,
+    Setting,
+    ShardMaker,
+    check_against,
+    compare,
+)
 from regrow.measure.exchange import Scores, check_export, export, read_scores
 from regrow.measure.extractors import Extractor, Labels, Network, extractor
 from regrow.measure.keep import write_whole
@@ -69,6 +77,7 @@ def run_eval(request: Request, as_json: bool) -> None:
     variants = request.variants
     if request.save_reference is not None and (request.reference is None or request.reference.is_file()):
         raise ValueError("--save-reference: it needs --reference with a folder of pictures")
+    check_against(variants, request.against)
     scores = read_scores(request.scores, variants)
     device = check_device(request.device) if request.device else best_device()
     request.where.check(device)
@@ -77,7 +86,7 @@ def run_eval(request: Request, as_json: bool) -> None:
     seer = extractor(request.features, device)
     if find_spec("skimage") is None:
         raise ImportError("SSIM needs scikit-image: pip install 'regrow[measure]'")
-    guidance = zoo.GUIDANCE.get(request.model) if request.guidance is None else request.guidance
+    guidance = zoo.guidance_of(request.model, request.guidance)
     setting = Setting(
         model=request.model,
         prompts=_prompts(request),
@@ -121,6 +130,8 @@ def run_eval(request: Request, as_json: bool) -> None:
         "labels": {name: text for name, text in vars(seer.labels).items() if name != "network"},
         "reference": "the baseline's pictures" if reference is None else reference.name,
         "clip": request.clip,
+        "engine": request.where.engine.value,
+        "workers": request.where.workers,
         "machine": machine(device),
         "rows": [row.to_dict() | {"scores": scores[row.name]} for row in rows],
     }

@@ -87,8 +87,7 @@ def check_scheduler(model: str, scheduler: str) -> None:
     Raises:
         ValueError: if there is no such scheduler, or the model can't be sampled by it.
     """
-    bundled = model in zoo.MODELS and not Path(model).exists()
-    where: Any = zoo.path(model) if bundled else model
+    where: Any = zoo.path(model) if zoo.bundles(model) else model
     sampler = Sampler.parse(scheduler)
     _, name = diffusers.DiffusionPipeline.load_config(where).get("scheduler", (None, None))
     kind = getattr(diffusers, name or "", None)
@@ -98,7 +97,7 @@ def check_scheduler(model: str, scheduler: str) -> None:
 
 
 def _load(model: str, device: str, dtype: torch.dtype) -> Any:
-    if model in zoo.MODELS and not Path(model).exists():
+    if zoo.bundles(model):
         return zoo.load(model, dtype=dtype, device=device)
     config: Any = diffusers.DiffusionPipeline.load_config(model)
     of_classes = config["_class_name"] == "DiTPipeline"
@@ -120,7 +119,7 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
     device = check_device(request.device) if request.device else best_device()
     with console.status(f"loading {request.model}"):
         pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype), request.scheduler)
-    guidance = zoo.GUIDANCE.get(request.model) if request.guidance is None else request.guidance
+    guidance = zoo.guidance_of(request.model, request.guidance)
     compared = request.compare and config is not None
     variants = [("unaccelerated", None)] if compared or config is None else []
     variants += [] if config is None else [(label, config)]

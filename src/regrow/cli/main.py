@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from regrow.cli.ablations import ABLATIONS, ablated, against
+from regrow import zoo
+from regrow.cli.ablations import ABLATIONS, ablated, against, pair
 from regrow.cli.engine import Engine, Where
 from regrow.measure.extractors import Network
 from regrow.methods.catalogue import SYSTEMS
@@ -333,6 +334,12 @@ def bench(
 def evaluate(
     methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline.")] = BENCHED,
     ablation: Annotated[Optional[str], typer.Option(help="Instead: " + ", ".join(ABLATIONS) + ".")] = None,
+    pairs: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--against", help="Two of the methods, a comma between: the first's gain over the second."
+        ),
+    ] = None,
     model: Model = "emoji",
     prompts: Annotated[
         str,
@@ -392,7 +399,7 @@ def evaluate(
     run_eval(
         Request(
             variants=tuple(variant(name.strip(), steps) for name in names),
-            against={} if ablation is None else against(ablation),
+            against={**({} if ablation is None else against(ablation)), **dict(map(pair, pairs or ()))},
             model=model,
             prompts=prompts,
             template=template,
@@ -576,7 +583,7 @@ def search(
             search_seed=search_seed,
             seed=seed,
             scheduler=scheduler,
-            guidance=command.guidance_of(model, guidance),
+            guidance=zoo.guidance_of(model, guidance),
             height=height,
             width=width,
             dtype=dtype,
@@ -644,7 +651,7 @@ def calibrate(
         economy=command.parse_economy(None, None, len(texts), objectives),
         seed=seed,
         scheduler=scheduler,
-        guidance=command.guidance_of(model, guidance),
+        guidance=zoo.guidance_of(model, guidance),
         height=height,
         width=width,
         dtype=dtype,

@@ -464,11 +464,6 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def guidance_of(model: str, guidance: float | None) -> float | None:
-    """The guidance that was asked for, or that suits a bundled model."""
-    return zoo.GUIDANCE.get(model) if guidance is None else guidance
-
-
 @dataclass(frozen=True)
 class Wish:
     """What a calibrated plan must meet: one of the two.

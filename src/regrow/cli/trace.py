@@ -54,7 +54,7 @@ def run_trace(request: Request, as_json: bool) -> None:
     device = check_device(request.device) if request.device else best_device()
     with console.status(f"loading {request.model}"):
         pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype), request.scheduler)
-    guidance = zoo.GUIDANCE.get(request.model) if request.guidance is None else request.guidance
+    guidance = zoo.guidance_of(request.model, request.guidance)
     columns = (
         TextColumn("{task.description:24}"),
         BarColumn(),

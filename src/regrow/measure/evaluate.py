@@ -280,6 +280,22 @@ class Quality:
         return asdict(self)
 
 
+def check_against(variants: Sequence[Variant], against: Mapping[str, str]) -> None:
+    """Look whether variants can be compared with each other.
+
+    Raises:
+        ValueError: if a name of `against` is no variant, or not compared with an earlier one.
+    """
+    order = [one.name for one in variants]
+    for name, other in against.items():
+        if name not in order:
+            raise ValueError(f"against: {name} is not known; allowed are {', '.join(order)}")
+        if other not in order[: order.index(name)]:
+            raise ValueError(
+                f"against: {other} is not allowed for {name}, it must come before it among the methods"
+            )
+
+
 def compare(
     pictures: Pictures,
     variants: Sequence[Variant],
@@ -306,12 +322,7 @@ def compare(
     Raises:
         ValueError: if a name of `against` is no variant, or not compared with an earlier one.
     """
-    order = [one.name for one in variants]
-    for name, other in against.items():
-        if name not in order:
-            raise ValueError(f"against: {name} is not known; allowed are {', '.join(order)}")
-        if other not in order[: order.index(name)]:
-            raise ValueError(f"against: {other} is not allowed for {name}, it must come before it")
+    check_against(variants, against)
     errors: dict[str, Tensor] = {}
     base: _Seen | None = None
     data: tuple[FeatureSet, FeatureSet] | None = None

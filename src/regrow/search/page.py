@@ -183,7 +183,7 @@ def _command(result: Result, plan: Mapping[str, Any], prompts: Sequence[str]) ->
 def _code(result: Result, plan: Mapping[str, Any], prompts: Sequence[str]) -> str:
     """The same in Python."""
     file, model = json.dumps(plan["file"]), json.dumps(result["model"])
-    if result["model"] in zoo.MODELS:
+    if zoo.bundles(result["model"]):
         pipeline, imports = f"regrow.zoo.load({model})", ["import regrow.zoo"]
     else:
         pipeline = f"DiffusionPipeline.from_pretrained({model})"

@@ -17,6 +17,16 @@ GUIDANCE = {"emoji": 3.0, "cifar10": 2.0}
 """Guidance scale that suits a bundled model."""
 
 
+def bundles(model: str | None) -> bool:
+    """Whether a model is meant that comes with the package: by its name, and no folder is called so."""
+    return model in MODELS and not Path(model).exists()
+
+
+def guidance_of(model: str | None, guidance: float | None = None) -> float | None:
+    """The guidance scale that was asked for, or that suits a bundled model; None for the pipeline's own."""
+    return GUIDANCE[model] if guidance is None and model and bundles(model) else guidance
+
+
 def path(name: str) -> Path:
     """The folder of a bundled model, as `from_pretrained` takes it."""
     if name not in MODELS:
@@ -46,7 +56,7 @@ def prompts_of(model: str, count: int, instead: str) -> tuple[str, ...]:
     Raises:
         ValueError: if the model has no prompts of its own.
     """
-    folder = path(model) if model in MODELS and not Path(model).exists() else Path(model)
+    folder = path(model) if bundles(model) else Path(model)
     if not (folder / "captions.json").exists():
         raise ValueError(f"prompts: {model} has no prompts of its own; {instead}")
     return tuple(islice(cycle(captions_in(folder)), count))
