@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--height", type=int, default=None)
     parser.add_argument("--width", type=int, default=None)
+    parser.add_argument("--frames", type=int, help="of a video")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
@@ -109,6 +110,7 @@ def main() -> None:
             guidance=args.guidance,
             height=args.height,
             width=args.width,
+            frames=args.frames,
             device=args.device,
             dtype=args.dtype,
             compiled=args.compile,

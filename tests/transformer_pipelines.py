@@ -254,21 +254,40 @@ def wan(**settings: Any) -> WanPipeline:
     )
 
 
+def wan_vae() -> AutoencoderKLWan:
+    return seeded(  # type: ignore[no-any-return]
+        AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        )
+    )
+
+
+def wan_of_texts() -> WanPipeline:
+    """Complete: from texts to frames."""
+    text_encoder, tokenizer = t5()
+    return pipelines.quiet(
+        WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=wan_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            transformer=wan_transformer(),
+        )
+    )
+
+
 def wan_from_picture(*, expand_timesteps: bool) -> WanImageToVideoPipeline:
     """Makes latents of videos from a picture, which stands beside them or is their first frame."""
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
     return pipelines.quiet(
         WanImageToVideoPipeline(
             tokenizer=None,
             text_encoder=None,
-            vae=seeded(vae),
+            vae=wan_vae(),
             scheduler=FlowMatchEulerDiscreteScheduler(),
             transformer=wan_transformer(4 if expand_timesteps else 12),
             expand_timesteps=expand_timesteps,

@@ -248,6 +248,26 @@ def test_bench_knows_a_class_where_it_was_told_no_prompt(
     assert [row["error"] for row in json.loads(capsys.readouterr().out)["rows"]] == [None, None]
 
 
+def test_videos_are_timed_and_not_taken_for_pictures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    transformer_pipelines.wan_of_texts().save_pretrained(tmp_path / "wan")
+    model = ("--model", str(tmp_path / "wan"), "--device", "cpu", "--height", "64", "--width", "96")
+    words = ("--methods", "steps:3,fora:3", "--steps", "3", "--rounds", "1", "--frames", "5", "--json")
+    assert run(monkeypatch, "bench", *model, *words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["error"] for row in result["rows"]] == [None, None]
+    assert result["frames"] == 5
+    assert result["rows"][1]["macs_ratio"] > 1.5
+    out = tmp_path / "owl.png"
+    assert run(monkeypatch, "generate", *model, "--prompt", "owl", "--out", str(out)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "makes videos (WanPipeline); only regrow bench takes them" in said
+    assert not out.exists()
+    assert run(monkeypatch, "bench", "--methods", "steps:1", "--frames", "5", "--device", "cpu") == 2
+    assert "frames: StableDiffusionPipeline makes pictures" in capsys.readouterr().err
+
+
 def test_generate_makes_pictures_of_classes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

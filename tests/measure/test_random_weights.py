@@ -23,6 +23,8 @@ CHANGES = {
     "pixart-alpha-1024": PATCHES | {"cross_attention_dim": 144, "sample_size": 128},
     "pixart-sigma-1024": PATCHES | {"cross_attention_dim": 144},
     "sd3-1024": PATCHES | {"caption_projection_dim": 128},
+    "wan-1.3b-480": {"num_attention_heads": 2, "ffn_dim": 64, "num_layers": 2},
+    "wan-14b-480": {"num_attention_heads": 2, "ffn_dim": 64, "num_layers": 2},
     "flux-1024": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
 }
 
@@ -53,9 +55,15 @@ def test_every_architecture_makes_latents_and_saves_something(name: str) -> None
         rounds=1,
         guidance=5.0,
         **({} if classes else {"height": 64, "width": 128}),
+        **({"frames": 5} if name.startswith("wan") else {}),
     )
     assert [row.error for row in rows] == [None, None]
     assert rows[1].macs < rows[0].macs
+
+
+def test_pictures_have_no_frames() -> None:
+    with pytest.raises(ValueError, match="frames: StableDiffusionPipeline makes pictures"):
+        bench(random_pipeline("sd15"), [variant("steps:2", 2)], ["a penguin"], frames=5)
 
 
 def test_unknown_names_are_refused() -> None:

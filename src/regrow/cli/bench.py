@@ -40,6 +40,7 @@ class Request:
     guidance: float | None
     height: int | None
     width: int | None
+    frames: int | None
     device: str | None
     dtype: str
     compiled: bool
@@ -65,7 +66,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
         if request.model is None:
             pipeline = random_pipeline(request.arch or "", device, dtype)
         else:
-            pipeline = load_pipeline(request.model, device, dtype)
+            pipeline = load_pipeline(request.model, device, dtype, videos=True)
         if request.scheduler is not None:
             Sampler.parse(request.scheduler).put_into(pipeline)
         if request.compiled:
@@ -90,12 +91,14 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
             guidance=guidance,
             height=request.height,
             width=request.width,
+            frames=request.frames,
             on_generation=lambda name: progress.update(task, advance=1, description=name),
         )
     result: dict[str, Any] = {
         "what": "time and memory of generations",
         "model": request.model or f"{request.arch}, random weights",
         "images": request.images,
+        "frames": request.frames,
         "dtype": request.dtype,
         "guidance": guidance,
         "scheduler": type(pipeline.scheduler).__name__,

@@ -18,7 +18,7 @@ from regrow import zoo
 from regrow.apply import apply
 from regrow.measure import contact_sheet, mean_psnr
 from regrow.measure.samplers import Sampler
-from regrow.measure.sampling import Pictures, make
+from regrow.measure.sampling import Pictures, make, makes_videos
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def check_device(name: str) -> str:
     return name
 
 
-def load_pipeline(model: str, device: str, dtype: torch.dtype, scheduler: str | None = None) -> Any:
+def load_pipeline(
+    model: str, device: str, dtype: torch.dtype, scheduler: str | None = None, *, videos: bool = False
+) -> Any:
     """A pipeline of pictures from text or classes: bundled by name, from a folder, or from the hub.
 
     Args:
@@ -70,12 +72,13 @@ def load_pipeline(model: str, device: str, dtype: torch.dtype, scheduler: str | 
         device: to run on.
         dtype: of the weights.
         scheduler: another one than the model's own, as `Sampler.parse` takes it.
+        videos: also a pipeline of videos from text.
 
     Raises:
-        ValueError: if there is no such scheduler, or the model can't be sampled by it.
+        ValueError: if there is no such scheduler, or the model can't be sampled by it, or it makes videos.
     """
     sampler = Sampler.parse(scheduler) if scheduler is not None else None
-    pipeline = _load(model, device, dtype)
+    pipeline = _load(model, device, dtype, videos)
     if sampler is not None:
         sampler.put_into(pipeline)
     return pipeline
@@ -96,13 +99,18 @@ def check_scheduler(model: str, scheduler: str) -> None:
     sampler.instead_of(kind.from_pretrained(where, subfolder="scheduler"))
 
 
-def _load(model: str, device: str, dtype: torch.dtype) -> Any:
+def _load(model: str, device: str, dtype: torch.dtype, videos: bool) -> Any:
     if zoo.bundles(model):
         return zoo.load(model, dtype=dtype, device=device)
     config: Any = diffusers.DiffusionPipeline.load_config(model)
-    of_classes = config["_class_name"] == "DiTPipeline"
+    own = getattr(diffusers, config["_class_name"], None)
+    of_videos = own is not None and makes_videos(own)
+    if of_videos and not videos:
+        raise ValueError(
+            f"model: {model} makes videos ({config['_class_name']}); only regrow bench takes them"
+        )
     # The automatic choice knows pipelines of pictures from text only.
-    kind: Any = diffusers.DiTPipeline if of_classes else diffusers.AutoPipelineForText2Image
+    kind: Any = own if of_videos or own is diffusers.DiTPipeline else diffusers.AutoPipelineForText2Image
     pipeline: Any = kind.from_pretrained(model, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

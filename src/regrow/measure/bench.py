@@ -16,7 +16,7 @@ import torch
 
 from regrow.engine.inputs import without_data
 from regrow.macs import plain_macs
-from regrow.measure.sampling import Moment, make, moment, wait
+from regrow.measure.sampling import Moment, check_frames, make, moment, wait
 from regrow.measure.variants import Variant
 from regrow.models import module_of
 
@@ -110,6 +110,7 @@ def bench(
     guidance: float | None = None,
     height: int | None = None,
     width: int | None = None,
+    frames: int | None = None,
     on_generation: Callable[[str], None] = lambda name: None,
 ) -> list[BenchRow]:
     """Time variants in turns: round by round, each variant once.
@@ -126,15 +127,17 @@ def bench(
         guidance: guidance scale; the pipeline's own if not given.
         height: in pixels.
         width: in pixels.
+        frames: of a video; the pipeline's own if not given.
         on_generation: called with the variant's name after every generation.
 
     Raises:
-        ValueError: if there is no variant, no prompt or no round.
+        ValueError: if there is no variant, no prompt or no round, or frames are given and no video is made.
     """
     for name, value in (("methods", len(variants)), ("images", len(prompts)), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
-    options = {"guidance": guidance, "height": height, "width": width}
+    check_frames(pipeline, frames)
+    options = {"guidance": guidance, "height": height, "width": width, "frames": frames}
     found = [_Timed() for _ in variants]
     for number in range(rounds + 2):
         for one, timed in zip(variants, found, strict=True):

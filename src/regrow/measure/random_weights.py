@@ -86,12 +86,17 @@ def _flux_text(config: Any, draw: Draw) -> dict[str, Any]:
     }
 
 
+def _wan_text(config: Any, draw: Draw) -> dict[str, Any]:
+    return {f"{negative}prompt_embeds": draw(512, config.text_dim) for negative in _BOTH}
+
+
 _BOTH = ("", "negative_")
 _TEXTS: Mapping[str, Callable[[Any, Draw], dict[str, Any]]] = {
     "UNet2DConditionModel": _unet_text,
     "PixArtTransformer2DModel": _pixart_text,
     "SD3Transformer2DModel": _sd3_text,
     "FluxTransformer2DModel": _flux_text,
+    "WanTransformer3DModel": _wan_text,
 }
 
 
@@ -185,16 +190,23 @@ def _flux(transformer: Any) -> Any:
     )
 
 
+def _wan(transformer: Any) -> Any:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer
+    )
+
+
 _PIPELINES: Mapping[str, Callable[[Any], Any]] = {
     "UNet2DConditionModel": _stable_diffusion,
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "WanTransformer3DModel": _wan,
 }
 
-NAMES = (*CONFIGS, *(name for name, (kind, _, _) in TRANSFORMERS.items() if kind in _PIPELINES))
-"""The architectures of pictures; those of videos are not among them."""
+NAMES = (*CONFIGS, *TRANSFORMERS)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from PIL import Image
 
 from regrow.measure.random_weights import random_text
 
@@ -22,11 +21,12 @@ class Pictures:
     """Pictures and how long they took.
 
     Args:
-        images: one a prompt; a tensor of latents from a pipeline with random weights.
+        images: one a prompt; a tensor of latents from a pipeline with random weights; of a pipeline of
+            videos whatever it makes of frames.
         seconds: for all of them together.
     """
 
-    images: list[Image.Image]
+    images: Any
     seconds: float
 
 
@@ -39,25 +39,28 @@ def make(
     seed: int = 0,
     height: int | None = None,
     width: int | None = None,
+    frames: int | None = None,
     latents: bool = False,
     on_step: Callable[[], None] | None = None,
 ) -> Pictures:
     """One batch of pictures, prompt number i from seed ``seed + i``.
 
     Args:
-        pipeline: a pipeline of pictures from text or from classes, also one of `random_pipeline`.
+        pipeline: a pipeline of pictures from text or from classes, or of videos from text, also one of
+            `random_pipeline`.
         prompts: one a picture; names or numbers of classes if that is what the pipeline takes.
         steps: sampler steps.
         guidance: guidance scale; the pipeline's own default if not given.
         seed: of the first picture.
         height: in pixels.
         width: in pixels.
+        frames: of a video.
         latents: leave them undecoded; the images are a tensor then.
         on_step: called without arguments after each step.
 
     Raises:
         ValueError: if a prompt is no class where one is needed, only one side is given, or the
-            pipeline takes none.
+            pipeline takes none, or no number of frames.
     """
     if (height is None) != (width is None):
         # Pipelines fall back to their own size then.
@@ -66,6 +69,8 @@ def make(
     takes = inspect.signature(pipeline.__call__).parameters
     if height is not None and not _takes(takes, "height"):
         raise ValueError(f"height: {type(pipeline).__name__} has one size, it must not be given")
+
+    check_frames(pipeline, frames)
 
     def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
@@ -76,19 +81,37 @@ def make(
         "guidance_scale": guidance,
         "height": height,
         "width": width,
+        "num_frames": frames,
         "output_type": "latent" if latents else None,
         "callback_on_step_end": after if on_step and _takes(takes, "callback_on_step_end") else None,
     }
     wait(pipeline)
     begin = time.perf_counter()
-    images = pipeline(
+    made = pipeline(
         num_inference_steps=steps,
         generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
         **{name: value for name, value in options.items() if value is not None}
         | prompt_arguments(pipeline, prompts),
-    ).images
+    )
     wait(pipeline)
+    images = made.frames if makes_videos(type(pipeline)) else made.images
     return Pictures(images, time.perf_counter() - begin)
+
+
+def check_frames(pipeline: Any, frames: int | None) -> None:
+    """Look whether a pipeline takes a number of frames.
+
+    Raises:
+        ValueError: if one is given and it does not.
+    """
+    if frames is not None and not makes_videos(type(pipeline)):
+        raise ValueError(f"frames: {type(pipeline).__name__} makes pictures, it must not be given")
+
+
+def makes_videos(kind: type) -> bool:
+    """Whether a class of pipelines makes videos, not pictures."""
+    call: Any = kind.__call__
+    return "num_frames" in inspect.signature(call).parameters
 
 
 def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
