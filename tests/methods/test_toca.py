@@ -724,6 +724,22 @@ def test_configurations_go_to_json_and_back() -> None:
     assert ToCa.preset("paper") == ToCa(queries=None, alignment=Alignment.OFF)
 
 
+def test_the_preset_of_pixart_computes_the_released_codes_shares() -> None:
+    """0.3 times 1.6 of a feed-forward's tokens and 0.3 times 0.6 of a cross-attention's, from 1.9 times in
+    the first call to 0.1 times, and from 1.6 times in the first block to 0.4 times."""
+    parts, calls, tokens = parts_of(ToCa.preset("pixart")), 2000, 10_000
+    rule: Any = parts.refresh
+    steps = list(parts.plan.resample(calls).steps())
+    assert steps[0].full
+    assert not steps[1].full
+    for step, growth in ((steps[1], 1.9), (steps[1000], 1.0), (steps[-1], 0.1)):
+        for kind, share in ((LayerKind.FEED_FORWARD, 0.3 * 1.6), (LayerKind.CROSS_ATTENTION, 0.3 * 0.6)):
+            for index, factor in ((0, 1.6), (14, 1 + 0.6 - 1.2 * 14 / 27), (27, 0.4)):
+                layer = Layer("a layer", kind, "its block", index, 28)
+                expected = min(share * growth * factor, 1) * tokens
+                assert rule.count(layer, tokens, step.ratio) == pytest.approx(expected, abs=0.002 * tokens)
+
+
 class Added(nn.Module):
     """As peft puts a LoRA around a layer."""
 

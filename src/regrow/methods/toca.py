@@ -38,14 +38,15 @@ from regrow.tokens.scores import attention_entropy, attention_influence
 
 class ToCa(MethodConfig):
     """ToCa's configuration. The preset ``paper`` takes s1 from all queries, and each half of a guided batch
-    chooses for itself.
+    chooses for itself; ``pixart`` has the released code's numbers for PixArt-alpha. Those for Flux have no
+    preset: there double and single blocks compute different shares, which are one here.
 
     Args:
         interval: N, one call in so many is full (the released code: 3).
         ratio: R, share of the tokens that is cached, not computed again, in the calls that are not full;
             the mean over blocks and calls. The released code computes 0.07 times 2.5 of the tokens of a
-            feed-forward; on Flux 0.1, times 0.4 in double blocks and 1.6 in single ones. 0 computes all of
-            them, whatever the schedules say; 1 none, which is FORA.
+            feed-forward; on PixArt 0.3 times 1.6; on Flux 0.1, times 0.4 in double blocks and 1.6 in single
+            ones. 0 computes all of them, whatever the schedules say; 1 none, which is FORA.
         self_attention: self-attentions compute so many times the share ``1 - R``. The released code has 0.
             In a single block of Flux it says only whether: the tokens are those of ``feed_forward``.
         cross_attention: the same of attentions to the text. The released code for PixArt has 0.375 of what
@@ -54,7 +55,7 @@ class ToCa(MethodConfig):
         layer_weight: the share computed goes from ``1 + w`` times its mean in the first block to ``1 - w``
             times in the last (the released code: 0.8; 0.6 on PixArt, 0.5 on Flux).
         step_weight: it goes from ``1 - w`` times its mean in the first call to ``1 + w`` times in the last
-            (the released code: 0.4; 0 on Flux).
+            (the released code: 0.4; -0.9 on PixArt, 0 on Flux).
         influence: weight of s1 (the released code: 1; 0 on PixArt).
         control: weight of s2, where the model attends to the text in layers of their own (the code: 1).
         staleness: weight of s3 (the code: 0.25).
@@ -116,7 +117,18 @@ class ToCa(MethodConfig):
         )
 
 
-ToCa.PRESETS = {"paper": lambda: ToCa(queries=None, alignment=Alignment.OFF)}
+ToCa.PRESETS = {
+    "paper": lambda: ToCa(queries=None, alignment=Alignment.OFF),
+    "pixart": lambda: ToCa(
+        ratio=0.52,
+        cross_attention=0.375,
+        layer_weight=0.6,
+        step_weight=-0.9,
+        influence=0,
+        spread=0.4,
+        cell=4,
+    ),
+}
 
 
 @dataclass
