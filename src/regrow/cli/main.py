@@ -300,7 +300,8 @@ def bench(
 ) -> None:
     """Time methods on one pipeline in turns: latency, memory, MACs, efficiency.
 
-    Methods: steps:25, sito:d, tome:0.5, deepcache:5, dato:b1, dato:FILE, deepcache:5+tome:0.5.
+    Methods: steps:25, sito:d, tome:0.5, deepcache:5, dato:b1, dato:FILE, deepcache:5+tome:0.5. Also of a
+    pipeline of videos from text.
 
     Example: [b]regrow bench --model emoji --methods steps:50,sito:d,dato:b1 --images 4[/b]
     """
