@@ -19,6 +19,7 @@ from peers import PEERS, peer
 from regrow.cli import evaluate
 from regrow.cli.bench import Request, run_bench
 from regrow.cli.engine import Engine, Where
+from regrow.cli.generate import check_pictures
 from regrow.measure.extractors import Network
 from regrow.measure.machine import PACKAGES
 from regrow.measure.variants import Variant, variant
@@ -72,7 +73,7 @@ def compare(args: argparse.Namespace, variants: tuple[Variant, ...]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help="bundled name, folder or hub id of any text-to-image pipeline")
+    model.add_argument("--model", help="bundled name, folder or hub id of any pipeline from text")
     model.add_argument("--arch", help="sd15, sdxl, sd3-1024 and others, with random weights")
     parser.add_argument("--methods", default="steps:50,sito:d,dato:b1", help="the first is the baseline")
     parser.add_argument("--peers", default="all", help=f"all, or some of {', '.join(PEERS)}")
@@ -99,6 +100,8 @@ def main() -> None:
     # cache-dit tells all it does, between the lines of the progress bar.
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     try:
+        if args.quality is not None:
+            check_pictures(args.model)
         request = Request(
             variants=rows(args.methods, args.peers, args.steps),
             model=args.model,

@@ -8,7 +8,8 @@
 
 First the pictures of all variants are made and compared (`regrow eval`: killed, it goes on), then all are
 timed in turns (`regrow bench`). The result, a table and a plot go to `--out`; `--table` only reads it. With
-`--only` some of the variants have more pictures than the others, and the times of all.
+`--only` they are of some variants, of which there may be more pictures, with the times of the run of all;
+give them an `--out` of their own.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ TRANSFORMER: Curves = ANYWHERE | {
     "AT-EDM .3 to .7, reused": tuple(f"atedm:reuse:ratio={ratio}" for ratio in (0.3, 0.5, 0.7)),
 }
 METHODS = {"unet": UNET, "transformer": TRANSFORMER}
-# What is told apart picture by picture: methods with the same calls, and plans with fewer steps as fast.
+# Told apart picture by picture: methods with the same calls, and those about as fast as fewer steps.
 AGAINST = (
     *((f"dato:{n}", f"deepcache:{n}+tome:0.5") for n in (2, 3, 5, 7, 10)),
     ("dato:b1", "steps:12"),
@@ -275,10 +276,13 @@ def claim(file: Path, inputs: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run both commands for all variants; what is already made is not made again."""
     every = [spec for curve in METHODS[args.methods].values() for spec in curve]
-    seen = every if args.only is None else args.only.split(",")
-    for spec in seen:
+    asked = every if args.only is None else args.only.split(",")
+    for spec in asked:
         if spec not in every:
             raise SystemExit(f"--only: {spec} is not allowed, it must be one of {', '.join(every)}")
+    if every[0] not in asked:
+        raise SystemExit(f"--only: {every[0]} is missing, which all are compared with")
+    seen = [spec for spec in every if spec in asked]
     common = ["--model", args.model, "--dtype", args.dtype, "--device", args.device]
     common += [] if args.guidance is None else ["--guidance", str(args.guidance)]
     regrow = str(Path(sys.executable).with_name("regrow"))
@@ -326,7 +330,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="emoji", help="bundled name, folder or hub id")
     parser.add_argument("--methods", choices=METHODS, default="unet", help="those of which denoiser")
-    parser.add_argument("--only", help="of these variants, the first without acceleration; comma-separated")
+    parser.add_argument("--only", help="some of the variants, comma-separated")
     parser.add_argument("--prompts", default="1000", help="a file, or a number of the model's own")
     parser.add_argument("--reference", type=Path, help="folder of true pictures; else the baseline's")
     parser.add_argument("--work", type=Path, default=Path("work/quality"), help="resumed if it exists")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -287,14 +287,15 @@ class CallCounter:
         return kind.shape[0] * (counter.get_total_flops() // 2)
 
     def _choice(self, grid: Grid, count: int, asked: CallInfo) -> int:
-        """MACs of choosing the tokens of a call, on zeros for one sample, once clusters are made."""
+        """MACs of choosing the tokens of a call, on zeros for one sample, after a call of all blocks."""
         assert self._token_set is not None
         outputs = tuple(torch.zeros(1, *output.shape[1:]) for output in asked.outputs)
         attention = _one_sample(_shapes(asked.attention))
         call = CallInfo(1, False, outputs, torch.Generator().manual_seed(0), attention=attention)
         memory = self._token_set.select(None, grid, count, call)[1]
+        again = replace(call, cached=asked.cached)
         with FlopCounterMode(display=False) as counter:
-            self._token_set.select(memory, grid, count, call)
+            self._token_set.select(memory, grid, count, again)
         return asked.batch * (counter.get_total_flops() // 2)
 
 

@@ -142,10 +142,13 @@ def test_gains_have_their_errors() -> None:
 
 
 def test_only_what_is_timed_has_more_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    words = ["quality.py", "--work", str(tmp_path), "--only", "steps:50,steps:49"]
-    monkeypatch.setattr("sys.argv", words)
-    with pytest.raises(SystemExit, match="--only: steps:49 is not allowed, it must be one of steps:50,"):
-        quality.run(quality.parse_arguments())
+    for only, said in (
+        ("steps:50,steps:49", "--only: steps:49 is not allowed, it must be one of steps:50,"),
+        ("sito:d,dato:b1", "--only: steps:50 is missing, which all are compared with"),
+    ):
+        monkeypatch.setattr("sys.argv", ["quality.py", "--work", str(tmp_path), "--only", only])
+        with pytest.raises(SystemExit, match=said):
+            quality.run(quality.parse_arguments())
     assert not list(tmp_path.iterdir())
 
 

@@ -84,6 +84,14 @@ def test_profile_of_the_baselines(
     assert found["macs_ratio"] > fewer
 
 
+def test_a_preset_of_toca_goes_with_another_interval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("profile", "--arch", "dit-xl-256", "--method", "toca", "--preset", "paper", "--steps", "12")
+    assert run(monkeypatch, *words, "--interval", "4", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kinds"][0]["count"] == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -263,9 +271,22 @@ def test_videos_are_timed_and_not_taken_for_pictures(
     assert run(monkeypatch, "generate", *model, "--prompt", "owl", "--out", str(out)) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "makes videos (WanPipeline); only regrow bench takes them" in said
+    folder = tmp_path / "eval"
+    assert run(monkeypatch, "eval", "--model", str(tmp_path / "wan"), "--out", str(folder)) == 2
+    assert "only regrow bench takes them" in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
+    assert not folder.exists()
     assert run(monkeypatch, "bench", "--methods", "steps:1", "--frames", "5", "--device", "cpu") == 2
     assert "frames: StableDiffusionPipeline makes pictures" in capsys.readouterr().err
+
+
+def test_videos_from_pictures_are_refused_before_their_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    transformer_pipelines.wan_from_picture(expand_timesteps=False).save_pretrained(tmp_path)
+    assert run(monkeypatch, "bench", "--model", str(tmp_path), "--device", "cpu") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "(WanImageToVideoPipeline) needs image, not a text alone" in said
 
 
 def test_generate_makes_pictures_of_classes(

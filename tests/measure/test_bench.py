@@ -14,7 +14,20 @@ import torch
 from PIL import Image
 
 import regrow
-from regrow import FULL, Alignment, BaseChoice, CATPruning, Combined, DaTo, DeepCache, SiTo, ToMeSD, cli
+from regrow import (
+    ATEDM,
+    FULL,
+    Alignment,
+    BaseChoice,
+    CATPruning,
+    Combined,
+    DaTo,
+    DeepCache,
+    SiTo,
+    ToCa,
+    ToMeSD,
+    cli,
+)
 from regrow.cli.ablations import ABLATIONS, ablated, against
 from regrow.cli.bench import draw_bars, print_rows
 from regrow.engine.inputs import without_data
@@ -22,6 +35,7 @@ from regrow.macs import CallCounter, plain_macs
 from regrow.measure.bench import Memory, bench
 from regrow.measure.sampling import make
 from regrow.measure.variants import Variant, variant
+from regrow.methods.parts import MethodConfig
 
 PROMPTS = ["a penguin", "a pizza"]
 
@@ -64,6 +78,14 @@ PROMPTS = ["a penguin", "a pizza"]
 )
 def test_a_variant_is_found_by_its_name(spec: str, expected: Variant) -> None:
     assert variant(spec, 50) == expected
+
+
+@pytest.mark.parametrize("method", [ATEDM, CATPruning, DaTo, SiTo, ToCa])
+def test_every_preset_is_a_variant(method: type[MethodConfig]) -> None:
+    name = method.model_fields["method"].default
+    assert method.presets()
+    for preset in method.presets():
+        assert variant(f"{name}:{preset}", 50).config == method.preset(preset)
 
 
 def test_a_schedule_file_is_a_variant(tmp_path: Path) -> None:

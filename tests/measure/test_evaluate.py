@@ -500,5 +500,24 @@ def test_two_methods_are_compared_picture_by_picture(
     assert [row["gain"] and row["gain"]["over"] for row in result["rows"]] == [None, None, "steps:2"]
     assert result["rows"][2]["gain"]["psnr"] < 0
     assert (result["engine"], result["workers"]) == ("local", None)
-    assert command(monkeypatch, *words, "--against", "steps:2,steps:1") == 2
-    assert "against: steps:1 is not allowed for steps:2, it must come before it" in capsys.readouterr().err
+    for wrong, said in (
+        (("steps:2,steps:1",), "against: steps:1 is not allowed for steps:2, it must come before it"),
+        (("steps:1,steps:2", "steps:1,steps:3"), "--against: steps:1 is compared with steps:2, not"),
+    ):
+        options = (word for pair in wrong for word in ("--against", pair))
+        assert command(monkeypatch, *words, *options) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_gains_over_several_methods_name_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ("--methods", "steps:4,steps:3,steps:2,steps:1", "--prompts", "2", "--out", str(tmp_path))
+    pairs = ("--against", "steps:2,steps:3", "--against", "steps:1,steps:2")
+    assert command(monkeypatch, *words, *pairs) == 0
+    shown = capsys.readouterr().out
+    assert "gain: PSNR more than steps:3 or steps:2" in shown
+    for row in json.loads((tmp_path / "result.json").read_text())["rows"][2:]:
+        gain = row["gain"]
+        assert f"{gain['psnr']:.2f} ± {gain['error']:.2f} over {gain['over']}" in shown

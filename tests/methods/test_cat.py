@@ -281,7 +281,7 @@ def test_calls_that_leave_out_blocks_make_no_token_fresh(choice: TokenChoice) ->
     for chosen in (tokens[1], tokens[4]):
         expected = config.decay * expected + torch.zeros_like(expected).scatter(1, chosen, 1.0)
     torch.testing.assert_close(memories[-1].staleness, expected)
-    assert memories[-1].calls == 2
+    assert memories[-1].calls == 3
 
 
 def test_the_stalest_fill_up_and_nobody_waits_for_ever() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 
 _RATIOS = ("0.3", "0.5", "0.7")
 
@@ -70,6 +71,19 @@ def pair(text: str) -> tuple[str, str]:
     if len(names) != 2 or not all(names):
         raise ValueError(f"--against: {text!r} is not allowed, it must be two methods, a comma between")
     return names[0], names[1]
+
+
+def merged(*pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """What each variant is compared with.
+
+    Raises:
+        ValueError: if one would be compared with two.
+    """
+    found: dict[str, str] = {}
+    for one, other in chain(*pairs):
+        if found.setdefault(one, other) != other:
+            raise ValueError(f"--against: {one} is compared with {found[one]}, not with {other} too")
+    return found
 
 
 def against(name: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from regrow import zoo
 from regrow.cli.engine import Where
-from regrow.cli.generate import best_device, check_device, check_scheduler, load_pipeline
+from regrow.cli.generate import best_device, check_device, check_pictures, check_scheduler, load_pipeline
 from regrow.measure.clip import ClipScore
 from regrow.measure.evaluate import (
     Gain,
@@ -78,6 +78,9 @@ def run_eval(request: Request, as_json: bool) -> None:
     if request.save_reference is not None and (request.reference is None or request.reference.is_file()):
         raise ValueError("--save-reference: it needs --reference with a folder of pictures")
     check_against(variants, request.against)
+    if not request.out.exists():
+        # Pictures that are there need no model.
+        check_pictures(request.model)
     scores = read_scores(request.scores, variants)
     device = check_device(request.device) if request.device else best_device()
     request.where.check(device)
@@ -247,10 +250,10 @@ def print_rows(
     metrics = list(dict.fromkeys(metric for own in scores.values() for metric in own))
     clip = any(row.clip_score is not None for row in rows)
     gains = any(row.gain is not None for row in rows)
-    others = ", ".join(dict.fromkeys(row.gain.over for row in rows if row.gain is not None))
+    others = list(dict.fromkeys(row.gain.over for row in rows if row.gain is not None))
     single = _table(
         f"PSNR, SSIM, distance: to {rows[0].name}"
-        + (f"\ngain: PSNR more than {others}, mean and its standard error" if gains else ""),
+        + (f"\ngain: PSNR more than {' or '.join(others)}, mean and its standard error" if gains else ""),
         [
             *("s an image", "PSNR dB", "SSIM", "distance"),
             *(["gain dB"] if gains else []),
@@ -269,7 +272,7 @@ def print_rows(
             _shown(row.psnr, 1),
             _shown(row.ssim, 3),
             _shown(row.feature_distance, 4),
-            *([_shown_gain(row.gain)] if gains else []),
+            *([_shown_gain(row.gain, named=len(others) > 1)] if gains else []),
             *([_shown(row.clip_score, 2)] if clip else []),
             *(_shown(scores[row.name].get(metric), 4) for metric in metrics),
         )
@@ -300,5 +303,7 @@ def _shown(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def _shown_gain(gain: Gain | None) -> str:
-    return "" if gain is None else f"{_shown(gain.psnr, 2)} ± {_shown(gain.error, 2)}"
+def _shown_gain(gain: Gain | None, *, named: bool) -> str:
+    if gain is None:
+        return ""
+    return f"{_shown(gain.psnr, 2)} ± {_shown(gain.error, 2)}" + (f" over {gain.over}" if named else "")

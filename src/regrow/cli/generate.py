@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,18 +103,38 @@ def check_scheduler(model: str, scheduler: str) -> None:
 def _load(model: str, device: str, dtype: torch.dtype, videos: bool) -> Any:
     if zoo.bundles(model):
         return zoo.load(model, dtype=dtype, device=device)
-    config: Any = diffusers.DiffusionPipeline.load_config(model)
-    own = getattr(diffusers, config["_class_name"], None)
-    of_videos = own is not None and makes_videos(own)
-    if of_videos and not videos:
-        raise ValueError(
-            f"model: {model} makes videos ({config['_class_name']}); only regrow bench takes them"
-        )
-    # The automatic choice knows pipelines of pictures from text only.
-    kind: Any = own if of_videos or own is diffusers.DiTPipeline else diffusers.AutoPipelineForText2Image
-    pipeline: Any = kind.from_pretrained(model, dtype=dtype)
+    pipeline: Any = _kind(model, videos).from_pretrained(model, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def check_pictures(model: str) -> None:
+    """Look whether a model makes pictures, without its weights.
+
+    Raises:
+        ValueError: if it makes videos.
+        OSError: if there is no such model.
+    """
+    if not zoo.bundles(model):
+        _kind(model, videos=False)
+
+
+def _kind(model: str, videos: bool) -> Any:
+    """The class by which a model's pipeline is opened."""
+    config: Any = diffusers.DiffusionPipeline.load_config(model)
+    name = config["_class_name"]
+    own = getattr(diffusers, name, None)
+    if own is diffusers.DiTPipeline:
+        return own
+    if own is None or not makes_videos(own):
+        # The automatic choice knows pipelines of pictures from text only.
+        return diffusers.AutoPipelineForText2Image
+    if not videos:
+        raise ValueError(f"model: {model} makes videos ({name}); only regrow bench takes them")
+    given = {"image", "video"} & set(inspect.signature(own.__call__).parameters)
+    if given:
+        raise ValueError(f"model: {model} ({name}) needs {' and '.join(sorted(given))}, not a text alone")
+    return own
 
 
 def run_generate(request: Request, config: Any, label: str, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regrow import zoo
-from regrow.cli.ablations import ABLATIONS, ablated, against, pair
+from regrow.cli.ablations import ABLATIONS, ablated, against, merged, pair
 from regrow.cli.engine import Engine, Where
 from regrow.measure.extractors import Network
 from regrow.methods.catalogue import SYSTEMS
@@ -402,7 +402,7 @@ def evaluate(
     run_eval(
         Request(
             variants=tuple(variant(name.strip(), steps) for name in names),
-            against={**({} if ablation is None else against(ablation)), **dict(map(pair, pairs or ()))},
+            against=merged(({} if ablation is None else against(ablation)).items(), map(pair, pairs or ())),
             model=model,
             prompts=prompts,
             template=template,

@@ -58,20 +58,19 @@ def method_config(
     if not given:
         choice = " or ".join(filter(None, (", ".join(taken[:-1]), taken[-1])))
         raise ValueError(f"{name} needs {choice}")
-    plans = [option for option in given if option != "--ratio"]
-    if len(plans) > 1:
-        raise ValueError(f"{' and '.join(plans)}: only one of them is allowed")
     try:
         if kind in (DeepCache, FORA):
             return kind(interval=interval or 0)
         if kind is DaTo:
+            plans = [option for option in given if option != "--ratio"]
+            if len(plans) > 1:
+                raise ValueError(f"{' and '.join(plans)}: only one of them is allowed")
             return _dato(preset, schedule, ratio, interval, steps)
-        if kind is ToCa and interval is not None:
-            return ToCa(interval=interval) if ratio is None else ToCa(interval=interval, ratio=ratio)
-        if kind is CATPruning:
-            changes = {} if ratio is None else {"alpha": 1 - ratio}
-        else:
-            changes = {} if ratio is None else {"ratio": ratio}
+        changes: dict[str, Any] = {}
+        if ratio is not None:
+            changes |= {"alpha": 1 - ratio} if kind is CATPruning else {"ratio": ratio}
+        if interval is not None:
+            changes |= {"interval": interval}
         return kind(**changes) if preset is None else kind.preset(preset, **changes)
     except ValidationError as error:
         raise ValueError(explain(error)) from error

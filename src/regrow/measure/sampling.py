@@ -102,10 +102,14 @@ def check_frames(pipeline: Any, frames: int | None) -> None:
     """Look whether a pipeline takes a number of frames.
 
     Raises:
-        ValueError: if one is given and it does not.
+        ValueError: if one is given and it does not, or it is < 1.
     """
-    if frames is not None and not makes_videos(type(pipeline)):
+    if frames is None:
+        return
+    if not makes_videos(type(pipeline)):
         raise ValueError(f"frames: {type(pipeline).__name__} makes pictures, it must not be given")
+    if frames < 1:
+        raise ValueError(f"frames: {frames} is not allowed, it must be >= 1")
 
 
 def makes_videos(kind: type) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 from regrow import hub
 from regrow.apply import Run, apply
 from regrow.methods import ATEDM, FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToCa, ToMeSD
+from regrow.methods.catalogue import configured
+from regrow.methods.parts import MethodConfig
 from regrow.schedule import Schedule
 
 PLANS = (".json", ".yaml", ".yml")
@@ -102,13 +104,19 @@ def _config(spec: str, steps: int) -> Any:
         if not equals:
             raise ValueError(f"methods: {spec!r} is not allowed; {field!r} is not of the form field=value")
         changes[name] = plain(text)
-    config = _METHODS[kind](spec, value, steps)
+    config = _preset(kind, value) or _METHODS[kind](spec, value, steps)
     if not changes:
         return config
     if isinstance(config, DaTo) and "ratio" in changes:
         # DaTo's ratios are its schedule's.
         changes["schedule"] = config.schedule.with_ratio(changes.pop("ratio"))
     return type(config).model_validate(config.model_dump() | changes)
+
+
+def _preset(kind: str, value: str) -> MethodConfig | None:
+    """A method's preset, if it has one of that name."""
+    method = configured(kind)
+    return method.preset(value) if value in method.presets() else None
 
 
 def plain(text: str) -> Any:
@@ -119,25 +127,15 @@ def plain(text: str) -> Any:
         return text
 
 
-def _sito(spec: str, value: str, steps: int) -> SiTo:
-    return SiTo.preset(value) if value in SiTo.presets() else SiTo(ratio=_share(spec, value))
-
-
-def _atedm(spec: str, value: str, steps: int) -> ATEDM:
-    return ATEDM.preset(value) if value in ATEDM.presets() else ATEDM(ratio=_share(spec, value))
-
-
 def _dato(spec: str, value: str, steps: int) -> DaTo:
-    if value in DaTo.presets():
-        return DaTo.preset(value)
     if value.isdecimal():
         return DaTo(schedule=Schedule.every(_whole(spec, value), steps, ratio=0.5))
     return DaTo(schedule=hub.load_schedule(value))
 
 
 _METHODS: dict[str, Callable[[str, str, int], Any]] = {
-    "sito": _sito,
-    "atedm": _atedm,
+    "sito": lambda spec, value, steps: SiTo(ratio=_share(spec, value)),
+    "atedm": lambda spec, value, steps: ATEDM(ratio=_share(spec, value)),
     "dato": _dato,
     "tome": lambda spec, value, steps: ToMeSD(ratio=_share(spec, value)),
     "deepcache": lambda spec, value, steps: DeepCache(interval=_whole(spec, value)),

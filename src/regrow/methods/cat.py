@@ -112,8 +112,8 @@ class Memory:
         staleness: ``f_n`` of each token ``(B, N)``; small is stale.
         clusters: the cluster of each token ``(B, N)``, and which clusters are neighbours ``(B, n, n)``;
             None if tokens are chosen without.
-        calls: calls of all blocks that left tokens out so far.
-        chosen: the tokens of the last of them ``(B, count)``; None before the first.
+        calls: calls for which tokens were chosen so far.
+        chosen: the tokens of the last one of all blocks ``(B, count)``; None before the first.
     """
 
     reference: Tensor
@@ -151,7 +151,8 @@ class _Rule:
         """The tokens to compute ``(B, count)``, ascending, and what to remember.
 
         A call that leaves out blocks computes the tokens of the last one that left out none, for which what
-        the blocks last added is newest, and makes no token fresh.
+        the blocks last added is newest, and makes no token fresh. Before the first such call tokens are
+        chosen for each.
         """
         c = self.config
         if call.cached and memory is not None and memory.chosen is not None:
@@ -171,9 +172,9 @@ class _Rule:
             assert memory.clusters is not None
             chosen = self._of_clusters(memory, *memory.clusters, now, moved, count)
         tokens = chosen.sort(1).values.repeat(2 if halves else 1, 1)
+        memory.calls += 1
         if not call.cached:
             memory.staleness.mul_(c.decay).scatter_add_(1, chosen, torch.ones_like(moved))
-            memory.calls += 1
             memory.chosen = tokens
         return tokens, memory
 

@@ -20,8 +20,8 @@ class Combined(MethodConfig):
     """Two methods at once: tokens are pruned in the layers that the plan leaves to compute.
 
     With CAT Pruning the first ``t0`` calls are full. After them every call computes the chosen tokens only:
-    one at full depth through all blocks, a cached one the same tokens through the blocks that DeepCache
-    leaves, to which it adds what the blocks between last added to each of them.
+    one at full depth through all blocks, a cached one those of the last such call through the blocks that
+    DeepCache leaves, adding what the blocks between last added to each of them.
 
     Args:
         caching: which calls are full and how deep the others go: a method, or a schedule, whose
