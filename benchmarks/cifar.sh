@@ -5,8 +5,9 @@
 #
 # As it is on two CPU cores, about three quarters of an hour; benchmarks/gpu.sh has it with 10,000 pictures and 250 steps.
 # DATA is CIFAR-10 as published: cifar-10-binary.tar.gz, or its Parquet files. Writes cifar-bar.json (FD-EffNet and
-# accuracy at several steps, with and without guidance), quality-cifar10.{json,md,png} (methods of transformers) and
-# trace-cifar10/ (deviation curves) into benchmarks/results/. Run it alone: all of it is timed or takes all cores.
+# accuracy at several steps, with and without guidance), quality-cifar10.{json,md,png} (methods of transformers),
+# peers-cifar10.json and peers-cifar10-quality.json (public peers beside some of them, with pip install 'regrow[peers]')
+# and trace-cifar10/ (deviation curves) into benchmarks/results/. Run it alone: all of it is timed or takes all cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 read -ra data <<<"${1:?archive or Parquet files}"
@@ -20,6 +21,9 @@ fi
 "$bin/python" benchmarks/quality.py --model cifar10 --methods transformer --prompts "$prompts" \
     --reference "$work/test" --dtype bfloat16 --engine ray --workers 2 --images 8 --work "$work/quality" \
     --out "$results/quality-cifar10"
+"$bin/python" benchmarks/peers_table.py --model cifar10 --dtype bfloat16 --images 8 \
+    --methods steps:50,steps:25,deepcache:2,deepcache:3,fora:2,toca:2,cat:0.5 --quality "$work/peers" \
+    --prompts "$prompts" --reference "$work/quality/reference.safetensors" --json "$results/peers-cifar10.json"
 "$bin/regrow" trace --model cifar10 --prompts 10 --out "$results/trace-cifar10" --methods \
     steps:50,steps:25,steps:16,fora:3,deepcache:3,toca:3,cat:0.3,cat:0.3+deepcache:2,atedm:reuse:ratio=0.5
 "$bin/python" tools/check_cifar.py --data "${data[@]}" --model src/regrow/zoo/cifar10 --bf16 --images "$images" \
