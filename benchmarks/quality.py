@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 
 Curves = Mapping[str, tuple[str, ...]]
 ANYWHERE: Curves = {
-    "fewer steps": tuple(f"steps:{n}" for n in (50, 25, 16, 12, 10, 8, 6, 5)),
+    "fewer steps": tuple(f"steps:{n}" for n in (50, 40, 33, 25, 16, 12, 10, 8, 6, 5)),
     "FORA 2, 3, 5": tuple(f"fora:{n}" for n in (2, 3, 5)),
     "DeepCache 2 to 10": tuple(f"deepcache:{n}" for n in (2, 3, 5, 7, 10)),
 }

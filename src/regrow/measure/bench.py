@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from regrow.apply import Run
 from regrow.engine.inputs import without_data
 from regrow.macs import plain_macs
 from regrow.measure.sampling import Moment, check_frames, make, moment, wait
 from regrow.measure.variants import Variant
 from regrow.models import module_of
 
-# A round this much slower than the median of its variant was disturbed by something else.
+# A generation this much slower than the median of its variant was disturbed by something else.
 DISTURBED = 1.25
 
 
@@ -43,25 +44,26 @@ class CallKind:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """What one variant took; times are medians over rounds, None is what is not known.
+    """What one variant took; times are medians over its timed generations, None is what is not known.
 
     Args:
         name: of the variant.
         seconds: of a generation of all pictures.
         seconds_per_image: the same for one picture.
         images_per_second: throughput.
-        spread: the largest round over the smallest.
-        disturbed: numbers of the rounds that something slowed down.
-        speedup: of the first variant's time over this one's, median over rounds.
+        spread: the slowest generation over the fastest.
+        disturbed: numbers of the generations that something slowed down.
+        speedup: of the first variant's time, the mean of its generations before and after, over this one's;
+            the median over rounds.
         denoiser_seconds: of all calls of the denoiser in a generation.
         macs: of the denoiser in a generation, the whole batch.
         macs_ratio: of the first variant's MACs over this one's.
-        efficiency: denoiser speed-up measured over ``macs_ratio``.
+        efficiency: speed-up of the denoiser's calls, measured likewise, over ``macs_ratio``.
         peak_mib: peak memory of a generation, above what was there before it.
         changes_nothing: whether every call of the denoiser gave, bit for bit, what it gives in the plain
             pipeline with as many steps; None if that is not one of the variants.
         calls: the kinds of calls.
-        rounds: seconds of every round.
+        rounds: seconds of every timed generation, one a round; the first variant has more.
         error: why it did not run; all else is empty then.
     """
 
@@ -89,10 +91,15 @@ class BenchRow:
 
 @dataclass
 class _Timed:
-    """What the rounds of a variant gave."""
+    """What the generations of a variant gave.
+
+    Args:
+        beside: of each timed generation, how many the first variant had made before it.
+    """
 
     seconds: list[float] = field(default_factory=list)
     denoiser: list[float] = field(default_factory=list)
+    beside: list[int] = field(default_factory=list)
     calls: list[list[float]] = field(default_factory=list)
     kinds: Sequence[tuple[str | None, float | None]] = ()
     macs: int | None = None
@@ -115,9 +122,11 @@ def bench(
 ) -> list[BenchRow]:
     """Time variants in turns: round by round, each variant once.
 
-    Before the rounds every variant makes one generation, untimed, in which the denoiser's outputs are
-    compared with the plain pipeline's; after them one more, in which memory is measured, when caches that
-    are no method's are filled. A variant that fails gets a row with its error.
+    The first variant is timed again whenever the others since its last turn took as long as it, and at the
+    end: a machine whose speed drifts within a round slows what is compared alike. Before the rounds every
+    variant makes one generation, untimed, in which the denoiser's outputs are compared with the plain
+    pipeline's; after them one more, in which memory is measured, when caches that are no method's are
+    filled. A variant that fails gets a row with its error.
 
     Args:
         pipeline: a diffusers pipeline; regrow's own methods may not support it, the plain one runs.
@@ -139,57 +148,53 @@ def bench(
     check_frames(pipeline, frames)
     options = {"guidance": guidance, "height": height, "width": width, "frames": frames}
     found = [_Timed() for _ in variants]
-    for number in range(rounds + 2):
-        for one, timed in zip(variants, found, strict=True):
-            if timed.error is None:
-                try:
-                    if number <= rounds:
-                        _generation(pipeline, one, prompts, options, timed, warm_up=number == 0)
-                    else:
-                        timed.peak = _peak(pipeline, one, prompts, options)
-                except Exception as error:
-                    timed.error = (
-                        f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                    )
+    rows = list(zip(variants, found, strict=True))
+    base = found[0]
+
+    def turn(act: Callable[..., None], one: Variant, timed: _Timed) -> None:
+        if timed.error is None:
+            try:
+                act(pipeline, one, prompts, timed, options)
+            except Exception as error:
+                timed.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+    for one, timed in rows:
+        turn(_warm_up, one, timed)
+        on_generation(one.name)
+    for _ in range(rounds):
+        turn(_time, *rows[0])
+        on_generation(variants[0].name)
+        since = 0.0
+        for one, timed in rows[1:]:
+            if base.error is None and since >= base.seconds[-1]:
+                turn(_time, *rows[0])
+                since = 0.0
+            timed.beside.append(len(base.seconds))
+            turn(_time, one, timed)
+            since += timed.seconds[-1] if timed.error is None else 0.0
             on_generation(one.name)
-    plain = {
-        one.steps: timed.outputs
-        for one, timed in zip(variants, found, strict=True)
-        if one.config is None and timed.error is None
-    }
+    if len(rows) > 1:
+        turn(_time, *rows[0])
+    for one, timed in rows:
+        turn(_measure_memory, one, timed)
+        on_generation(one.name)
+    plain = {one.steps: timed.outputs for one, timed in rows if one.config is None and timed.error is None}
     return [
-        _row(one, timed, found[0], len(prompts), None if one.config is None else plain.get(one.steps))
-        for one, timed in zip(variants, found, strict=True)
+        _row(one, timed, base, len(prompts), None if one.config is None else plain.get(one.steps))
+        for one, timed in rows
     ]
 
 
-def _generation(
+def _hooked(
     pipeline: Any,
     one: Variant,
     prompts: Sequence[str],
+    before: Callable[[Any, Any, Any], None],
+    after: Callable[[Any, Any, Any], None],
     options: dict[str, Any],
-    timed: _Timed,
-    *,
-    warm_up: bool,
-) -> None:
-    """One generation of a variant, with the times of its calls."""
+) -> tuple[Run | None, float]:
+    """One generation with hooks around the denoiser's calls, and its seconds."""
     denoiser = module_of(pipeline)
-    calls: list[tuple[Moment, Moment]] = []
-    begun: list[Moment] = []
-    inputs: list[Any] = []
-    outputs = hashlib.sha256()
-
-    def before(module: Any, args: Any, kwargs: Any) -> None:
-        if warm_up:
-            inputs.append(without_data((args, kwargs)))
-        begun.append(moment(pipeline))
-
-    def after(module: Any, args: Any, output: Any) -> None:
-        calls.append((begun.pop(), moment(pipeline)))
-        if warm_up:
-            values = output if isinstance(output, torch.Tensor) else output[0]
-            outputs.update(values.detach().contiguous().view(torch.uint8).cpu().numpy().data)
-
     with one.applied(pipeline) as run:
         # Registered last, and so around the method's own.
         hooks = [
@@ -197,34 +202,67 @@ def _generation(
             denoiser.register_forward_hook(after),
         ]
         try:
-            seconds = make(pipeline, prompts, steps=one.steps, **options).seconds
+            return run, make(pipeline, prompts, steps=one.steps, **options).seconds
         finally:
             for hook in hooks:
                 hook.remove()
-    if warm_up:
-        timed.outputs = outputs.hexdigest()
-        if run is not None:
-            report = run.report()
-            timed.kinds, timed.macs = [(c.depth, c.ratio) for c in report.calls], report.macs
-        elif one.config is None:
-            timed.kinds = [("full", 0.0)] * len(calls)
-            timed.macs = _plain_macs(denoiser, inputs)
-        else:
-            timed.kinds = [(None, None)] * len(calls)
-        return
-    timed.seconds.append(seconds)
+
+
+def _warm_up(
+    pipeline: Any, one: Variant, prompts: Sequence[str], timed: _Timed, options: dict[str, Any]
+) -> None:
+    """One generation of a variant, untimed: what its calls compute and give."""
+    inputs: list[Any] = []
+    outputs = hashlib.sha256()
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        inputs.append(without_data((args, kwargs)))
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        values = output if isinstance(output, torch.Tensor) else output[0]
+        outputs.update(values.detach().contiguous().view(torch.uint8).cpu().numpy().data)
+
+    run, _ = _hooked(pipeline, one, prompts, before, after, options)
+    timed.outputs = outputs.hexdigest()
+    if run is not None:
+        report = run.report()
+        timed.kinds, timed.macs = [(c.depth, c.ratio) for c in report.calls], report.macs
+    elif one.config is None:
+        timed.kinds = [("full", 0.0)] * len(inputs)
+        timed.macs = _plain_macs(module_of(pipeline), inputs)
+    else:
+        timed.kinds = [(None, None)] * len(inputs)
+
+
+def _time(
+    pipeline: Any, one: Variant, prompts: Sequence[str], timed: _Timed, options: dict[str, Any]
+) -> None:
+    """One generation of a variant, with the times of its calls."""
+    calls: list[tuple[Moment, Moment]] = []
+    begun: list[Moment] = []
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        begun.append(moment(pipeline))
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        calls.append((begun.pop(), moment(pipeline)))
+
+    _, seconds = _hooked(pipeline, one, prompts, before, after, options)
     wait(pipeline)
     taken = [begin.until(end) for begin, end in calls]
+    timed.seconds.append(seconds)
     timed.denoiser.append(sum(taken))
     timed.calls.append(taken)
 
 
-def _peak(pipeline: Any, one: Variant, prompts: Sequence[str], options: dict[str, Any]) -> float | None:
-    """Peak memory of one generation, in MiB."""
+def _measure_memory(
+    pipeline: Any, one: Variant, prompts: Sequence[str], timed: _Timed, options: dict[str, Any]
+) -> None:
+    """Peak memory of one generation."""
     with one.applied(pipeline):
         memory = Memory(pipeline.device)
         make(pipeline, prompts, steps=one.steps, **options)
-        return memory.peak_mib()
+        timed.peak = memory.peak_mib()
 
 
 def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
@@ -244,9 +282,6 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | No
     for calls in timed.calls:
         for kind, value in zip(timed.kinds, calls, strict=True):
             kinds.setdefault(kind, []).append(value)
-    has_base = base.error is None
-    ratios = [b / t for b, t in zip(base.seconds, timed.seconds, strict=True)] if has_base else [0.0]
-    denoiser = [b / t for b, t in zip(base.denoiser, timed.denoiser, strict=True)] if has_base else [0.0]
     macs_ratio = base.macs / timed.macs if base.macs and timed.macs else None
     return BenchRow(
         name=one.name,
@@ -255,11 +290,11 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | No
         images_per_second=images / seconds,
         spread=max(timed.seconds) / min(timed.seconds),
         disturbed=tuple(i for i, s in enumerate(timed.seconds) if s > DISTURBED * seconds),
-        speedup=statistics.median(ratios),
+        speedup=_over(base, timed, lambda of: of.seconds),
         denoiser_seconds=statistics.median(timed.denoiser),
         macs=timed.macs,
         macs_ratio=macs_ratio,
-        efficiency=statistics.median(denoiser) / macs_ratio if macs_ratio else None,
+        efficiency=_over(base, timed, lambda of: of.denoiser) / macs_ratio if macs_ratio else None,
         peak_mib=timed.peak,
         changes_nothing=None if plain is None else timed.outputs == plain,
         calls=tuple(
@@ -273,6 +308,16 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | No
         ),
         rounds=tuple(timed.seconds),
     )
+
+
+def _over(base: _Timed, timed: _Timed, times: Callable[[_Timed], Sequence[float]]) -> float:
+    """How many times as long the first variant took, before and after on average; 0 if it failed."""
+    if base.error is not None:
+        return 0.0
+    if timed is base:
+        return 1.0
+    around = [statistics.fmean(times(base)[turn - 1 : turn + 1]) for turn in timed.beside]
+    return statistics.median(b / t for b, t in zip(around, times(timed), strict=True))
 
 
 class Memory:
