@@ -63,6 +63,7 @@ def compare(args: argparse.Namespace, variants: tuple[Variant, ...]) -> None:
             batch=args.images,
             where=Where(Engine.LOCAL, None, None),
             out=args.quality,
+            check_kept=False,
         ),
         as_json=False,
     )

@@ -264,6 +264,51 @@ def test_another_configuration_of_the_same_name_is_refused(pictures: Pictures) -
         pictures.missing(type(VARIANTS[1])("steps:2", None, 3))
 
 
+def test_pictures_of_other_code_are_this_codes_if_they_come_out_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = made(tmp_path)
+    assert not any(map(mine.of_other_code, VARIANTS))
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    monkeypatch.setattr("regrow.measure.evaluate.code_key", lambda: "changed")
+    assert all(map(mine.of_other_code, VARIANTS))
+    done: list[str] = []
+    with LocalWorkers(lambda: ShardMaker(SETTING, pipelines.sd())) as workers:
+        mine.make_all(workers, VARIANTS, lambda one: done.append(one.name), check=VARIANTS[1:])
+    assert done == [one.name for one in VARIANTS[1:]]
+    assert [mine.of_other_code(one) for one in VARIANTS] == [True, False, False]
+    assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
+
+
+def test_pictures_that_this_code_makes_otherwise_are_refused_and_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, one = made(tmp_path), VARIANTS[2]
+    monkeypatch.setattr("regrow.measure.evaluate.code_key", lambda: "changed")
+    file = mine.folder_of(one) / "000000.safetensors"
+    tensors = load_file(file)
+    tensors["pictures"][0, 0, 0, 0] += 1
+    save_file(tensors, file)
+    before = file.read_bytes()
+    with (
+        LocalWorkers(lambda: ShardMaker(SETTING, pipelines.sd())) as workers,
+        pytest.raises(ValueError, match=r"this code makes other pictures of deepcache:2\+tome:0.5 than"),
+    ):
+        mine.make_all(workers, VARIANTS, lambda _: None, check=[one])
+    assert mine.of_other_code(one)
+    assert file.read_bytes() == before
+
+
+def test_pictures_from_before_there_was_a_key_are_of_other_code(tmp_path: Path) -> None:
+    mine = made(tmp_path)
+    file = mine.folder_of(VARIANTS[1]) / "variant.json"
+    said = json.loads(file.read_text())
+    del said["code"]
+    file.write_text(json.dumps(said))
+    assert [mine.of_other_code(one) for one in VARIANTS] == [False, True, False]
+    assert not mine.missing(VARIANTS[1])
+
+
 def test_nothing_to_make_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="prompts: 0 is not allowed"):
         Pictures(tmp_path, Setting("tiny", ()))
@@ -429,6 +474,14 @@ def test_the_command_goes_on_and_prints_what_it_writes(
     again = json.loads(capsys.readouterr().out)
     assert again["reference"] == "steps-2"
     assert again["rows"][1]["sfd"] == pytest.approx(result["rows"][1]["sfd"], rel=1e-4)
+
+    # Later code says that it did not make these, until it has looked.
+    monkeypatch.setattr("regrow.measure.evaluate.code_key", lambda: "changed")
+    for words, others in (((), ["steps:2", "dato:b1"]), (("--check-kept",), [])):
+        assert command(monkeypatch, *SMALL, "--json", *out, *words) == 0
+        seen = capsys.readouterr()
+        assert ("made by other code" in seen.err) == bool(others)
+        assert json.loads(seen.out)["of_other_code"] == others
 
 
 @pytest.mark.parametrize(("after", "shows"), [(0.0, True), (2.0, False)])

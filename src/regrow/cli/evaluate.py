@@ -70,6 +70,7 @@ class Request:
     batch: int
     where: Where
     out: Path
+    check_kept: bool
 
 
 def run_eval(request: Request, as_json: bool) -> None:
@@ -136,6 +137,7 @@ def run_eval(request: Request, as_json: bool) -> None:
         "engine": request.where.engine.value,
         "workers": request.where.workers,
         "machine": machine(device),
+        "of_other_code": [one.name for one in variants if pictures.of_other_code(one)],
         "rows": [row.to_dict() | {"scores": scores[row.name]} for row in rows],
     }
     text = json.dumps(result, indent=1)
@@ -223,17 +225,25 @@ def _make(
     request: Request, pictures: Pictures, variants: Sequence[Variant], device: str, console: Console
 ) -> None:
     """Make what is missing; the model is loaded only if something is."""
-    missing = sum(len(pictures.missing(one)) for one in variants)
-    if not missing:
+    others = [one for one in variants if pictures.of_other_code(one)]
+    if others and not request.check_kept:
+        names = ", ".join(one.name for one in others)
+        console.print(
+            f"[yellow]made by other code, or on other packages:[/] {names} in {pictures.folder}. "
+            "--check-kept makes a batch of each again and compares."
+        )
+    check = others if request.check_kept else []
+    jobs = len(check) + sum(len(pictures.missing(one)) for one in variants)
+    if not jobs:
         return
     setting = pictures.setting
     if Path(setting.model).exists():
         # Processes of a cluster are in other folders.
         setting = replace(setting, model=str(Path(setting.model).resolve()))
     with request.where.open(partial(_maker, setting, device), device) as workers, _bar(console) as progress:
-        task = progress.add_task(f"loading {request.model}", total=missing)
+        task = progress.add_task(f"loading {request.model}", total=jobs)
         pictures.make_all(
-            workers, variants, lambda one: progress.update(task, description=one.name, advance=1)
+            workers, variants, lambda one: progress.update(task, description=one.name, advance=1), check
         )
 
 

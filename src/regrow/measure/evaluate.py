@@ -14,13 +14,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from regrow.measure.clip import ClipScore
 from regrow.measure.extractors import Extractor, Features
 from regrow.measure.images import to_tensor
 from regrow.measure.keep import digest, kept, write_whole
+from regrow.measure.machine import code_key
 from regrow.measure.quality import (
     FeatureSet,
     frechet_distance,
@@ -161,6 +162,14 @@ class Pictures:
         self._claim(one)
         return [(n, prompts) for n, prompts in self.setting.shards() if not self._file(one, n).exists()]
 
+    def of_other_code(self, one: Variant) -> bool:
+        """Whether there are pictures of a variant by other code, or other packages, than what runs now.
+
+        Raises:
+            ValueError: if the folder holds pictures of another configuration under this name.
+        """
+        return self._claim(one) != code_key()
+
     def make(self, pipeline: Any, one: Variant, on_shard: Callable[[], None] = lambda: None) -> None:
         """Make what is missing of a variant in this process.
 
@@ -177,6 +186,7 @@ class Pictures:
         workers: Workers[Shard, bytes],
         variants: Sequence[Variant],
         on_shard: Callable[[Variant], None],
+        check: Sequence[Variant] = (),
     ) -> None:
         """Make what is missing.
 
@@ -184,13 +194,23 @@ class Pictures:
             workers: of `ShardMaker` with this setting. The files are written here, where this folder is.
             variants: what to make pictures of.
             on_shard: called after every shard with its variant.
+            check: variants of other code; a kept shard of each is made again first, and if it comes out as
+                it was, they count as this code's.
+
+        Raises:
+            ValueError: if it does not.
         """
-        jobs = [Shard(one, number, prompts) for one in variants for number, prompts in self.missing(one)]
+        jobs = [Shard(one, number, prompts) for one in check for number, prompts in self._kept(one)[:1]]
+        checks = len(jobs)
+        missing = [Shard(one, number, prompts) for one in variants for number, prompts in self.missing(one)]
         # Ended early, the first prompts are done by all variants.
-        jobs.sort(key=lambda job: job.number)
+        jobs += sorted(missing, key=lambda job: job.number)
         for index, content in workers.run(jobs):
             job = jobs[index]
-            write_whole(self._file(job.variant, job.number), partial(Path.write_bytes, data=content))
+            if index < checks:
+                self._confirm(job, load(content)["pictures"])
+            else:
+                write_whole(self._file(job.variant, job.number), partial(Path.write_bytes, data=content))
             on_shard(job.variant)
 
     def of(self, one: Variant) -> Iterator[Tensor]:
@@ -214,17 +234,41 @@ class Pictures:
     def _file(self, one: Variant, number: int) -> Path:
         return self.folder_of(one) / f"{number:06d}.safetensors"
 
-    def _claim(self, one: Variant) -> None:
-        """Keep a variant's configuration beside its pictures."""
+    def _kept(self, one: Variant) -> list[tuple[int, tuple[str, ...]]]:
+        """The shards of a variant that are made."""
+        return [(n, prompts) for n, prompts in self.setting.shards() if self._file(one, n).exists()]
+
+    def _claim(self, one: Variant) -> str:
+        """Keep a variant's configuration beside its pictures; gives the key of the code that makes them."""
         file = self.folder_of(one) / "variant.json"
-        description = {"name": one.name, "steps": one.steps, "config": one.settings()}
-        now = json.dumps(description, indent=1) + "\n"
-        if file.exists() and file.read_text(encoding="utf-8") != now:
+        now = json.loads(json.dumps({"name": one.name, "steps": one.steps, "config": one.settings()}))
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        code = before.pop("code", "")
+        if before and before != now:
             raise ValueError(
                 f"methods: {file.parent} holds pictures of another {one.name}; use another folder"
             )
+        return code if self._kept(one) else self._own(one)
+
+    def _own(self, one: Variant) -> str:
+        """Say that a variant's pictures are this code's."""
+        file, code = self.folder_of(one) / "variant.json", code_key()
+        said = {"name": one.name, "steps": one.steps, "config": one.settings(), "code": code}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda to: to.write_text(now, "utf-8"))
+        write_whole(file, lambda to: to.write_text(json.dumps(said, indent=1) + "\n", "utf-8"))
+        return code
+
+    def _confirm(self, job: Shard, pictures: Tensor) -> None:
+        """Take a variant's pictures as this code's if these equal those that are kept."""
+        before = self.shard(job.variant, job.number)
+        if not torch.equal(pictures, before):
+            apart = (pictures.float() - before.float()).abs().mean()
+            raise ValueError(
+                f"methods: this code makes other pictures of {job.variant.name} than those in "
+                f"{self.folder_of(job.variant)}, {apart:.3g} of 255 apart on average; remove them or use "
+                "another folder"
+            )
+        self._own(job.variant)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import platform
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,13 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "diffusers", "transformers")
+# Folders of regrow that make no picture.
+_APART = ("cli", "measure", "search")
 
 
 def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Processor or GPU, threads, versions and date, as plain data."""
     device = torch.device(device)
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "processor": processor(),
         "amx": "amx_bf16" in _cpuinfo(),
@@ -30,9 +28,31 @@ def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAG
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": _versions(packages),
         "date": datetime.date.today().isoformat(),
     }
+
+
+@cache
+def code_key() -> str:
+    """A few characters that change with regrow's engine and methods, and with the packages they run on."""
+    root = Path(__file__).parent.parent
+    found = hashlib.sha256(repr(_versions(PACKAGES)).encode())
+    for file in sorted(root.rglob("*.py")):
+        inside = file.relative_to(root)
+        if inside.parts[0] not in _APART:
+            found.update(inside.as_posix().encode() + file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
 
 
 def processor() -> str:
