@@ -300,6 +300,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for pair in AGAINST:
         words += ["--against", ",".join(pair)] if set(pair) <= set(seen) else []
     words += [] if args.workers is None else ["--workers", str(args.workers)]
+    words += ["--check-kept"] if args.check_kept else []
     features = args.work / "reference.safetensors"
     if features.exists():
         words += ["--reference", str(features)]
@@ -336,6 +337,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("work/quality"), help="resumed if it exists")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality-emoji"))
     parser.add_argument("--images", type=int, default=4, help="pictures a timed generation")
+    parser.add_argument("--check-kept", action="store_true", help="as in regrow eval")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--guidance", type=float, help="guidance scale; a bundled model's own if none")
@@ -369,6 +371,8 @@ def main() -> None:
     lines += variants_table(found)
     gains = gains_table(quality)
     lines += ["", *gains] if gains else []
+    if others := quality.get("of_other_code"):
+        lines += ["", "Pictures made by other code than the times: " + ", ".join(f"`{o}`" for o in others)]
     args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +37,7 @@ from regrow.cli.bench import draw_bars, print_rows
 from regrow.engine.inputs import without_data
 from regrow.macs import CallCounter, plain_macs
 from regrow.measure.bench import Memory, bench
-from regrow.measure.sampling import make
+from regrow.measure.sampling import Moment, make
 from regrow.measure.variants import Variant, variant
 from regrow.methods.parts import MethodConfig
 
@@ -185,6 +188,41 @@ def test_a_machine_that_slows_down_slows_what_is_compared_alike(
     assert rows[0].speedup == 1
     for row, steps in zip(rows, every, strict=True):
         assert row.speedup == pytest.approx(50 / steps, rel=0.015)
+
+
+@dataclass(frozen=True)
+class Failing(Variant):
+    """Fails from its generation of that number on."""
+
+    last: int = 0
+    made: list[int] = field(default_factory=list)
+
+    def applied(self, pipeline: Any) -> AbstractContextManager[Any]:
+        self.made.append(0)
+        if len(self.made) > self.last:
+            raise RuntimeError("no more")
+        return nullcontext()
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_a_baseline_that_fails_stops_nobody(last: int) -> None:
+    others = [variant("steps:2", 2), variant("steps:1", 1)]
+    failing, *rows = bench(pipelines.sd(), [Failing("a", None, 2, last), *others], PROMPTS, rounds=2)
+    assert failing.error == "RuntimeError: no more"
+    for row in rows:
+        assert (row.error, row.speedup, len(row.rounds)) == (None, 0, 2)
+
+
+def test_a_variant_that_fails_in_the_middle_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Every call takes a second.
+    clock = count()
+    monkeypatch.setattr("regrow.measure.bench.moment", lambda pipeline: Moment(next(clock), None))
+    variants = [variant("steps:2", 2), Failing("a", None, 2, 2), variant("steps:1", 1)]
+    first, failing, last = bench(pipelines.sd(), variants, PROMPTS, rounds=2)
+    assert failing.error == "RuntimeError: no more"
+    assert last.error is None
+    assert (first.denoiser_seconds, last.denoiser_seconds) == (2, 1)
+    assert (last.macs_ratio, last.efficiency) == (2, 1)
 
 
 def test_one_variant_is_timed_once_a_round() -> None:

@@ -11,6 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,12 @@ from torch import Tensor
 from regrow import cli
 from regrow.cli.ablations import ABLATIONS, ablated
 from regrow.cli.evaluate import patient
-from regrow.measure.evaluate import Gain, Pictures, Setting, ShardMaker, compare
+from regrow.measure import machine
+from regrow.measure.evaluate import Gain, Pictures, Setting, Shard, ShardMaker, compare
 from regrow.measure.extractors import Features, Labels
 from regrow.measure.quality import frechet_distance, inception_score
 from regrow.measure.reference import Reference
-from regrow.measure.variants import variant
+from regrow.measure.variants import Variant, variant
 from regrow.workers import LocalWorkers
 
 PROMPTS = ("a penguin", "a pizza", "a cat", "a dog", "an owl")
@@ -264,49 +267,98 @@ def test_another_configuration_of_the_same_name_is_refused(pictures: Pictures) -
         pictures.missing(type(VARIANTS[1])("steps:2", None, 3))
 
 
-def test_pictures_of_other_code_are_this_codes_if_they_come_out_as_they_were(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine = made(tmp_path)
-    assert not any(map(mine.of_other_code, VARIANTS))
-    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
-    monkeypatch.setattr("regrow.measure.evaluate.code_key", lambda: "changed")
-    assert all(map(mine.of_other_code, VARIANTS))
+def checked(pictures: Pictures, variants: Sequence[Variant]) -> list[str]:
+    """The names of the variants in the order in which their shards were made again."""
     done: list[str] = []
     with LocalWorkers(lambda: ShardMaker(SETTING, pipelines.sd())) as workers:
-        mine.make_all(workers, VARIANTS, lambda one: done.append(one.name), check=VARIANTS[1:])
-    assert done == [one.name for one in VARIANTS[1:]]
-    assert [mine.of_other_code(one) for one in VARIANTS] == [True, False, False]
-    assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
+        pictures.check(workers, variants, lambda one: done.append(one.name))
+    return done
 
 
-def test_pictures_that_this_code_makes_otherwise_are_refused_and_stay(
+def coded(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> Pictures:
+    """The pictures of a folder as other code opens it."""
+    monkeypatch.setattr("regrow.measure.evaluate.code_key", lambda: code)
+    return Pictures(folder, SETTING)
+
+
+def test_pictures_of_other_code_are_as_good_if_they_come_out_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, one = made(tmp_path), VARIANTS[2]
-    monkeypatch.setattr("regrow.measure.evaluate.code_key", lambda: "changed")
-    file = mine.folder_of(one) / "000000.safetensors"
+    assert not any(map(mine.of_other_code, VARIANTS))
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    later = coded(monkeypatch, tmp_path, "later")
+    assert [later.of_other_code(v) for v in VARIANTS] == [[0], [0], [0]]
+    assert checked(later, VARIANTS[1:]) == [v.name for v in VARIANTS[1:]]
+    assert [later.of_other_code(v) for v in VARIANTS] == [[0], [], []]
+    assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
+    # Known to each other, not to others.
+    assert not any(map(mine.of_other_code, VARIANTS[1:]))
+    assert coded(monkeypatch, tmp_path, "latest").of_other_code(one) == [0]
+
+
+def test_pictures_of_several_codes_in_one_folder_are_all_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = VARIANTS[1]
+    made(tmp_path)
+    for number in (1, 2):
+        (tmp_path / "steps-2" / f"{number:06d}.safetensors").unlink()
+    for code, number in (("second", 1), ("third", 2)):
+        pictures = coded(monkeypatch, tmp_path, code)
+        shard = Shard(one, number, dict(SETTING.shards())[number])
+        content = ShardMaker(SETTING, pipelines.sd())(shard)
+        (tmp_path / "steps-2" / f"{number:06d}.safetensors").write_bytes(content)
+    assert pictures.of_other_code(one) == [0, 1]
+    assert checked(pictures, [one]) == ["steps:2"] * 2
+    assert pictures.of_other_code(one) == []
+
+
+@pytest.mark.parametrize("change", ["pixel", "size"])
+def test_pictures_that_this_code_makes_otherwise_are_refused_and_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    one = VARIANTS[2]
+    file = made(tmp_path).folder_of(one) / "000000.safetensors"
     tensors = load_file(file)
-    tensors["pictures"][0, 0, 0, 0] += 1
-    save_file(tensors, file)
-    before = file.read_bytes()
-    with (
-        LocalWorkers(lambda: ShardMaker(SETTING, pipelines.sd())) as workers,
-        pytest.raises(ValueError, match=r"this code makes other pictures of deepcache:2\+tome:0.5 than"),
-    ):
-        mine.make_all(workers, VARIANTS, lambda _: None, check=[one])
-    assert mine.of_other_code(one)
+    if change == "pixel":
+        tensors["pictures"][0, 0, 0, 0] += 1
+    else:
+        tensors["pictures"] = tensors["pictures"][..., 1:].contiguous()
+    save_file(tensors, file, {"code": machine.code_key()})
+    later, before = coded(monkeypatch, tmp_path, "later"), file.read_bytes()
+    with pytest.raises(ValueError, match=r"deepcache:2\+tome:0.5 makes other pictures .*, batch 0; remove"):
+        checked(later, [one])
+    assert later.of_other_code(one) == [0]
     assert file.read_bytes() == before
 
 
-def test_pictures_from_before_there_was_a_key_are_of_other_code(tmp_path: Path) -> None:
+def test_pictures_that_do_not_say_what_made_them_are_of_other_code(tmp_path: Path) -> None:
     mine = made(tmp_path)
-    file = mine.folder_of(VARIANTS[1]) / "variant.json"
-    said = json.loads(file.read_text())
-    del said["code"]
-    file.write_text(json.dumps(said))
-    assert [mine.of_other_code(one) for one in VARIANTS] == [False, True, False]
+    file = mine.folder_of(VARIANTS[1]) / "000001.safetensors"
+    save_file(load_file(file), file)
+    assert [mine.of_other_code(one) for one in VARIANTS] == [[], [1], []]
     assert not mine.missing(VARIANTS[1])
+
+
+def test_the_key_changes_with_what_can_change_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("measure/machine.py", "methods/dato.py", "zoo/emoji/weights.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "measure/machine.py"))
+    seen = [key := machine.code_key.__wrapped__()]
+    for name in ("methods/dato.py", "zoo/emoji/weights.safetensors"):
+        (tmp_path / name).write_text("2")
+        seen.append(machine.code_key.__wrapped__())
+    monkeypatch.setattr(metadata, "version", lambda name: "0")
+    seen.append(machine.code_key.__wrapped__())
+    assert len(set(seen)) == 4
+    (tmp_path / "methods/__pycache__").mkdir()
+    (tmp_path / "methods/__pycache__/dato.pyc").write_text("1")
+    assert machine.code_key.__wrapped__() == seen[-1]
+    assert machine.code_key() == machine.code_key() != key
 
 
 def test_nothing_to_make_is_refused(tmp_path: Path) -> None:
@@ -476,7 +528,7 @@ def test_the_command_goes_on_and_prints_what_it_writes(
     assert again["rows"][1]["sfd"] == pytest.approx(result["rows"][1]["sfd"], rel=1e-4)
 
     # Later code says that it did not make these, until it has looked.
-    monkeypatch.setattr("regrow.measure.evaluate.code_key", lambda: "changed")
+    monkeypatch.setattr("regrow.measure.evaluate.code_key", lambda: "later")
     for words, others in (((), ["steps:2", "dato:b1"]), (("--check-kept",), [])):
         assert command(monkeypatch, *SMALL, "--json", *out, *words) == 0
         seen = capsys.readouterr()

@@ -125,7 +125,7 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
     table = Table()
     table.add_column("method", no_wrap=True)
     for name in (
-        "s an image",
+        "s each",
         "spread",
         f"speed-up\nover {baseline}",
         "fewer\nMACs",

@@ -229,11 +229,14 @@ def _make(
     if others and not request.check_kept:
         names = ", ".join(one.name for one in others)
         console.print(
-            f"[yellow]made by other code, or on other packages:[/] {names} in {pictures.folder}. "
-            "--check-kept makes a batch of each again and compares."
+            f"made by other code, or on other packages: pictures of {names} in {pictures.folder}. "
+            "--check-kept makes a batch of each again and compares.",
+            style="yellow",
+            markup=False,
         )
     check = others if request.check_kept else []
-    jobs = len(check) + sum(len(pictures.missing(one)) for one in variants)
+    jobs = sum(len(pictures.of_other_code(one)) for one in check)
+    jobs += sum(len(pictures.missing(one)) for one in variants)
     if not jobs:
         return
     setting = pictures.setting
@@ -242,9 +245,12 @@ def _make(
         setting = replace(setting, model=str(Path(setting.model).resolve()))
     with request.where.open(partial(_maker, setting, device), device) as workers, _bar(console) as progress:
         task = progress.add_task(f"loading {request.model}", total=jobs)
-        pictures.make_all(
-            workers, variants, lambda one: progress.update(task, description=one.name, advance=1), check
-        )
+
+        def advance(one: Variant) -> None:
+            progress.update(task, description=one.name, advance=1)
+
+        pictures.check(workers, check, advance)
+        pictures.make_all(workers, variants, advance)
 
 
 def _maker(setting: Setting, device: str) -> ShardMaker:

@@ -63,7 +63,7 @@ class BenchRow:
         changes_nothing: whether every call of the denoiser gave, bit for bit, what it gives in the plain
             pipeline with as many steps; None if that is not one of the variants.
         calls: the kinds of calls.
-        rounds: seconds of every timed generation, one a round; the first variant has more.
+        rounds: seconds of every timed generation, one a round; the first of several variants has more.
         error: why it did not run; all else is empty then.
     """
 
@@ -122,9 +122,9 @@ def bench(
 ) -> list[BenchRow]:
     """Time variants in turns: round by round, each variant once.
 
-    The first variant is timed again whenever the others since its last turn took as long as it, and at the
-    end: a machine whose speed drifts within a round slows what is compared alike. Before the rounds every
-    variant makes one generation, untimed, in which the denoiser's outputs are compared with the plain
+    The first of several variants is timed again whenever the others since its last turn took as long as it,
+    and at the end: a machine whose speed drifts within a round slows what is compared alike. Before the rounds
+    every variant makes one generation, untimed, in which the denoiser's outputs are compared with the plain
     pipeline's; after them one more, in which memory is measured, when caches that are no method's are
     filled. A variant that fails gets a row with its error.
 
@@ -137,7 +137,8 @@ def bench(
         height: in pixels.
         width: in pixels.
         frames: of a video; the pipeline's own if not given.
-        on_generation: called with the variant's name after every generation.
+        on_generation: called with each variant's name after it was warmed up, after its turn in each round,
+            and after its memory was measured.
 
     Raises:
         ValueError: if there is no variant, no prompt or no round, or frames are given and no video is made.

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
@@ -98,7 +99,8 @@ class ShardMaker:
         self.setting, self.pipeline = setting, pipeline
 
     def __call__(self, shard: Shard) -> bytes:
-        """The content of the shard's file: its pictures, uint8 ``(B, 3, H, W)``, and seconds, ``(1,)``."""
+        """The content of the shard's file: its pictures, uint8 ``(B, 3, H, W)``, and seconds, ``(1,)``; as
+        metadata `code_key` of what made them."""
         s = self.setting
         # Anew for each shard: what a method keeps must not pass from one to the next.
         with shard.variant.applied(self.pipeline):
@@ -112,7 +114,8 @@ class ShardMaker:
                 width=s.width,
             )
         pictures = torch.stack([to_tensor(image) for image in made.images])
-        return save({"pictures": pictures, "seconds": torch.tensor([made.seconds])})
+        tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}
+        return save(tensors, metadata={"code": code_key()})
 
 
 class Pictures:
@@ -123,6 +126,9 @@ class Pictures:
             prompts may be more or fewer than then if one list begins the other with whole shards.
         setting: what the pictures are made of.
 
+    Attributes:
+        code: `code_key` of this process.
+
     Raises:
         ValueError: if the folder belongs to another setting, the fewer prompts end within a shard, or there
             is nothing to make.
@@ -132,7 +138,7 @@ class Pictures:
         for name, value in (("prompts", len(setting.prompts)), ("shard", setting.shard)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
-        self.folder, self.setting = folder, setting
+        self.folder, self.setting, self.code = folder, setting, code_key()
         file = folder / "setting.json"
         now = json.loads(json.dumps(asdict(setting)))
         if file.exists():
@@ -162,13 +168,47 @@ class Pictures:
         self._claim(one)
         return [(n, prompts) for n, prompts in self.setting.shards() if not self._file(one, n).exists()]
 
-    def of_other_code(self, one: Variant) -> bool:
-        """Whether there are pictures of a variant by other code, or other packages, than what runs now.
+    def of_other_code(self, one: Variant) -> list[int]:
+        """The first shard of each other code, or set of packages, that made pictures of a variant.
+
+        Code that is known from `check` to make the same ones is no other.
 
         Raises:
             ValueError: if the folder holds pictures of another configuration under this name.
         """
-        return self._claim(one) != code_key()
+        alike = self._claim(one)
+        known = alike if self.code in alike else [self.code]
+        first: dict[str, int] = {}
+        for number, _ in self.setting.shards():
+            file = self._file(one, number)
+            if file.exists():
+                with safe_open(file, "pt") as opened:
+                    first.setdefault((opened.metadata() or {}).get("code", ""), number)
+        return [number for code, number in first.items() if code not in known]
+
+    def check(
+        self,
+        workers: Workers[Shard, bytes],
+        variants: Sequence[Variant],
+        on_shard: Callable[[Variant], None],
+    ) -> None:
+        """Make the shards of `of_other_code` again; code whose pictures come out as they were is no other.
+
+        Args:
+            workers: of `ShardMaker` with this setting.
+            variants: whose pictures to check.
+            on_shard: called after every shard with its variant.
+
+        Raises:
+            ValueError: if one comes out otherwise, or the folder holds pictures of another configuration
+                under a variant's name.
+        """
+        prompts = dict(self.setting.shards())
+        jobs = [Shard(one, n, prompts[n]) for one in variants for n in self.of_other_code(one)]
+        for index, content in workers.run(jobs):
+            job = jobs[index]
+            self._confirm(job, load(content)["pictures"])
+            on_shard(job.variant)
 
     def make(self, pipeline: Any, one: Variant, on_shard: Callable[[], None] = lambda: None) -> None:
         """Make what is missing of a variant in this process.
@@ -186,7 +226,6 @@ class Pictures:
         workers: Workers[Shard, bytes],
         variants: Sequence[Variant],
         on_shard: Callable[[Variant], None],
-        check: Sequence[Variant] = (),
     ) -> None:
         """Make what is missing.
 
@@ -194,23 +233,16 @@ class Pictures:
             workers: of `ShardMaker` with this setting. The files are written here, where this folder is.
             variants: what to make pictures of.
             on_shard: called after every shard with its variant.
-            check: variants of other code; a kept shard of each is made again first, and if it comes out as
-                it was, they count as this code's.
 
         Raises:
-            ValueError: if it does not.
+            ValueError: if the folder holds pictures of another configuration under a variant's name.
         """
-        jobs = [Shard(one, number, prompts) for one in check for number, prompts in self._kept(one)[:1]]
-        checks = len(jobs)
-        missing = [Shard(one, number, prompts) for one in variants for number, prompts in self.missing(one)]
+        jobs = [Shard(one, number, prompts) for one in variants for number, prompts in self.missing(one)]
         # Ended early, the first prompts are done by all variants.
-        jobs += sorted(missing, key=lambda job: job.number)
+        jobs.sort(key=lambda job: job.number)
         for index, content in workers.run(jobs):
             job = jobs[index]
-            if index < checks:
-                self._confirm(job, load(content)["pictures"])
-            else:
-                write_whole(self._file(job.variant, job.number), partial(Path.write_bytes, data=content))
+            write_whole(self._file(job.variant, job.number), partial(Path.write_bytes, data=content))
             on_shard(job.variant)
 
     def of(self, one: Variant) -> Iterator[Tensor]:
@@ -234,41 +266,31 @@ class Pictures:
     def _file(self, one: Variant, number: int) -> Path:
         return self.folder_of(one) / f"{number:06d}.safetensors"
 
-    def _kept(self, one: Variant) -> list[tuple[int, tuple[str, ...]]]:
-        """The shards of a variant that are made."""
-        return [(n, prompts) for n, prompts in self.setting.shards() if self._file(one, n).exists()]
-
-    def _claim(self, one: Variant) -> str:
-        """Keep a variant's configuration beside its pictures; gives the key of the code that makes them."""
+    def _claim(self, one: Variant, alike: Iterable[str] = ()) -> list[str]:
+        """Keep a variant's configuration beside its pictures; gives the code that makes the same ones."""
         file = self.folder_of(one) / "variant.json"
         now = json.loads(json.dumps({"name": one.name, "steps": one.steps, "config": one.settings()}))
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        code = before.pop("code", "")
-        if before and before != now:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
+        now["alike"] = sorted({*before.pop("alike", []), *alike})
+        if before | {"alike": now["alike"]} != now:
             raise ValueError(
                 f"methods: {file.parent} holds pictures of another {one.name}; use another folder"
             )
-        return code if self._kept(one) else self._own(one)
-
-    def _own(self, one: Variant) -> str:
-        """Say that a variant's pictures are this code's."""
-        file, code = self.folder_of(one) / "variant.json", code_key()
-        said = {"name": one.name, "steps": one.steps, "config": one.settings(), "code": code}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda to: to.write_text(json.dumps(said, indent=1) + "\n", "utf-8"))
-        return code
+        write_whole(file, lambda to: to.write_text(json.dumps(now, indent=1) + "\n", "utf-8"))
+        return now["alike"]
 
     def _confirm(self, job: Shard, pictures: Tensor) -> None:
-        """Take a variant's pictures as this code's if these equal those that are kept."""
-        before = self.shard(job.variant, job.number)
+        """Take other code's pictures as this one's if these equal those that are kept."""
+        file = self._file(job.variant, job.number)
+        with safe_open(file, "pt") as opened:
+            code, before = (opened.metadata() or {}).get("code", ""), opened.get_tensor("pictures")
         if not torch.equal(pictures, before):
-            apart = (pictures.float() - before.float()).abs().mean()
             raise ValueError(
-                f"methods: this code makes other pictures of {job.variant.name} than those in "
-                f"{self.folder_of(job.variant)}, {apart:.3g} of 255 apart on average; remove them or use "
-                "another folder"
+                f"methods: {job.variant.name} makes other pictures here and now than those in "
+                f"{file.parent}, batch {job.number}; remove them or use another folder"
             )
-        self._own(job.variant)
+        self._claim(job.variant, [code, self.code])
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "diffusers", "transformers")
-# Folders of regrow that make no picture.
-_APART = ("cli", "measure", "search")
 
 
 def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """Processor or GPU, threads, versions and date, as plain data."""
+    """Processor or GPU, threads, versions, `code_key` and date, as plain data."""
     device = torch.device(device)
     return {
         "processor": processor(),
@@ -29,19 +27,20 @@ def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAG
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": _versions(packages),
+        "code": code_key(),
         "date": datetime.date.today().isoformat(),
     }
 
 
 @cache
 def code_key() -> str:
-    """A few characters that change with regrow's engine and methods, and with the packages they run on."""
+    """A few characters that change with regrow's files, bundled weights among them, and with `PACKAGES`."""
     root = Path(__file__).parent.parent
     found = hashlib.sha256(repr(_versions(PACKAGES)).encode())
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted(root.rglob("*")):
         inside = file.relative_to(root)
-        if inside.parts[0] not in _APART:
-            found.update(inside.as_posix().encode() + file.read_bytes())
+        if file.is_file() and "__pycache__" not in inside.parts:
+            found.update(inside.as_posix().encode() + hashlib.sha256(file.read_bytes()).digest())
     return found.hexdigest()[:12]
 
 
