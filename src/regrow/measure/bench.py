@@ -123,7 +123,7 @@ def bench(
     """Time variants in turns: round by round, each variant once.
 
     The first of several variants is timed again whenever the others since its last turn took as long as it,
-    and at the end: a machine whose speed drifts within a round slows what is compared alike. Before the rounds
+    and at the end: a machine whose speed drifts in a round slows what is compared alike. Before the rounds
     every variant makes one generation, untimed, in which the denoiser's outputs are compared with the plain
     pipeline's; after them one more, in which memory is measured, when caches that are no method's are
     filled. A variant that fails gets a row with its error.
