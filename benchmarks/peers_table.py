@@ -46,6 +46,7 @@ def compare(args: argparse.Namespace, variants: tuple[Variant, ...]) -> None:
             prompts=args.prompts,
             template=None,
             each=None,
+            first=None,
             features=Network.EFFNET,
             reference=args.reference,
             save_reference=None,

@@ -1,6 +1,7 @@
 """Quality against speed and MACs: every method a curve, on one model, in one run.
 
-    python tools/compose_scenes.py --data noto.tgz --decoded --count 1000 --out work/decoded
+    python tools/compose_scenes.py --data noto.tgz --model src/regrow/zoo/emoji --decoded --count 1000 \\
+        --out work/decoded
     python benchmarks/quality.py --prompts 1000 --reference work/decoded --dtype bfloat16 --engine ray
     python tools/cifar.py --data cifar-10-binary.tar.gz --count 1000 --out work/cifar-test
     python benchmarks/quality.py --model cifar10 --methods transformer --prompts 1000 \\
@@ -122,7 +123,7 @@ class Point:
         fd: Fréchet distance to the reference.
         psnr: median, dB, to the baseline's pictures of the same seeds; None for the baseline.
         ssim: mean, likewise.
-        feature_distance: mean, likewise.
+        feature_distance: mean, likewise; None for the baseline too, from which no curve begins.
     """
 
     name: str
@@ -132,7 +133,7 @@ class Point:
     fd: float
     psnr: float | None
     ssim: float
-    feature_distance: float
+    feature_distance: float | None
 
 
 def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Point]:
@@ -142,6 +143,7 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
         SystemExit: if the baseline is not among them, saying why.
     """
     timed = {row["name"]: row for row in speed["rows"] if row["error"] is None}
+    base = quality["rows"][0]["name"]
     found = {
         row["name"]: Point(
             row["name"],
@@ -151,12 +153,11 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
             row["fd"],
             row["psnr"],
             row["ssim"],
-            row["feature_distance"],
+            None if row["name"] == base else row["feature_distance"],
         )
         for row in quality["rows"]
         if row["name"] in timed and row["fd"] is not None
     }
-    base = quality["rows"][0]["name"]
     if base not in timed:
         raise SystemExit(f"{base} was not timed")
     if base not in found:
@@ -216,9 +217,8 @@ def variants_table(found: Mapping[str, Point]) -> list[str]:
     ]
     for p in found.values():
         psnr = "" if p.psnr is None else f"{p.psnr:.1f}"
-        # Adding zero takes the sign off a zero.
-        distance = round(p.feature_distance, 4) + 0.0
-        quality = f"{psnr} | {p.ssim:.3f} | {distance:.4f} | {p.fd:.2f}"
+        distance = "" if p.feature_distance is None else f"{p.feature_distance:.4f}"
+        quality = f"{psnr} | {p.ssim:.3f} | {distance} | {p.fd:.2f}"
         lines.append(
             f"| `{p.name}` | {p.speedup:.2f}x | {p.spread:.2f} | {p.macs_ratio:.2f}x | {quality} |"
         )

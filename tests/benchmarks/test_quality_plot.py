@@ -30,7 +30,7 @@ from regrow.measure.variants import variant
 FOUND = {
     p.name: p
     for p in (
-        Point("steps:50", 1.0, 1.1, 1.0, 10.0, None, 1.00, 0.00),
+        Point("steps:50", 1.0, 1.1, 1.0, 10.0, None, 1.00, None),
         Point("steps:25", 2.0, 1.1, 2.0, 12.0, 30.0, 0.98, 0.04),
         Point("steps:10", 5.0, 1.1, 5.0, 20.0, 22.0, 0.90, 0.20),
         Point("deepcache:2", 1.8, 1.1, 1.9, 11.0, 33.0, 0.99, 0.02),
@@ -46,7 +46,8 @@ def test_a_curve_is_linear_in_the_logarithm_of_the_speed() -> None:
     assert at(curve, SPEEDUP, 10**0.5, "fd") == pytest.approx(16.0)
     assert at(curve, SPEEDUP, 1.0, "fd") == 10.0
     assert at(curve, SPEEDUP, 5.1, "fd") is None
-    assert at(curve, SPEEDUP, 1.5, "psnr") is None, "the baseline has no distance to itself"
+    for field in ("psnr", "feature_distance"):
+        assert at(curve, SPEEDUP, 1.5, field) is None, "the baseline has no distance to itself"
 
 
 def test_only_fewer_steps_begin_at_the_baseline() -> None:
@@ -118,7 +119,7 @@ def test_every_curve_of_a_unet_can_be_made(spec: str) -> None:
 
 def test_every_variant_has_its_row() -> None:
     lines = variants_table(FOUND)[2:]
-    assert lines[0] == "| `steps:50` | 1.00x | 1.10 | 1.00x |  | 1.000 | 0.0000 | 10.00 |"
+    assert lines[0] == "| `steps:50` | 1.00x | 1.10 | 1.00x |  | 1.000 |  | 10.00 |"
     assert lines[5] == "| `dato:b1` | 6.00x | 1.10 | 6.70x | 24.0 | 0.950 | 0.1000 | 15.00 |"
 
 
@@ -159,7 +160,8 @@ def test_failed_variants_have_no_point() -> None:
         {"name": "steps:50", "error": None, "speedup": 1.0, "spread": 1.1, "macs_ratio": 1.0},
         {"name": "sito:a", "error": "no", "speedup": 0.0, "spread": 0.0, "macs_ratio": 0.0},
     ]
-    assert list(points({"rows": rows, "prompts": 2}, {"rows": times})) == ["steps:50"]
+    (found,) = points({"rows": rows, "prompts": 2}, {"rows": times}).values()
+    assert (found.name, found.psnr, found.feature_distance) == ("steps:50", None, None)
     rows[0]["fd"] = None
     with pytest.raises(SystemExit, match="prompts: 2 are too few for the Fréchet distance of steps:50"):
         points({"rows": rows, "prompts": 2}, {"rows": times})

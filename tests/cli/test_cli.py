@@ -137,6 +137,23 @@ def test_a_preset_of_toca_goes_with_another_interval(
             ("search", "--scheduler", "FlowMatchEulerDiscrete", "--steps", "3"),
             "scheduler: FlowMatchEulerDiscreteScheduler is not allowed with this pipeline",
         ),
+        (("bench", "--methods", "steps:2,sito:d,sito:d"), "--methods: sito:d is there 2 times"),
+        (("bench", "--arch", "sd15", "--prompt", "pear"), "--prompt: --arch has random weights"),
+        (
+            ("bench", "--prompt", "a", "--prompt", "b", "--images", "1"),
+            "--prompt: 2 are not allowed with --im",
+        ),
+        (("bench", "--plot", "bars.docx"), "--plot: bars.docx is not allowed, it must end in .* .png"),
+        (("bench", "--out", "tests"), "--out, --plot: tests is a folder"),
+        (("generate", "--prompt", "pear", "--compare"), "--compare: it needs --method"),
+        (
+            ("generate", "--prompt", "pear", "--method", "steps:5+sito:d"),
+            "method: 'steps:5.sito:d' is not allow",
+        ),
+        (
+            ("generate", "--prompt", "10", "--model", "cifar10"),
+            "prompt: '10' is not allowed, it .* 0 to 9, or",
+        ),
         (("generate", "--prompt", "pear", "--dtype", "int8"), "dtype: 'int8' is not allowed"),
         (
             ("generate", "--prompt", "pear", "--device", "gpu"),

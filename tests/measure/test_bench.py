@@ -51,6 +51,11 @@ PROMPTS = ["a penguin", "a pizza"]
         ("sito:d", Variant("sito:d", SiTo.preset("d"), 50)),
         ("sito:0.25", Variant("sito:0.25", SiTo(ratio=0.25), 50)),
         ("dato:b1", Variant("dato:b1", DaTo.preset("b1"), 50)),
+        ("steps:25+sito:d", Variant("steps:25+sito:d", SiTo.preset("d"), 25)),
+        (
+            "dato:4+steps:8",
+            Variant("dato:4+steps:8", DaTo(schedule=regrow.Schedule.every(4, 8, ratio=0.5)), 8),
+        ),
         ("dato:4", Variant("dato:4", DaTo(schedule=regrow.Schedule.every(4, 50, ratio=0.5)), 50)),
         ("tome:0.75", Variant("tome:0.75", ToMeSD(ratio=0.75), 50)),
         ("deepcache:5", Variant("deepcache:5", DeepCache(interval=5), 50)),
@@ -110,8 +115,11 @@ def test_a_schedule_file_is_a_variant(tmp_path: Path) -> None:
         ("tome:0.5+sito:a", "one side of the '\\+' must be"),
         ("deepcache:5+fora:2", "the other sito, tome or cat"),
         ("cat:0.3+fora:2", "not allowed with cat"),
-        ("deepcache:5+tome:0.5+sito:a", "at most one"),
-        ("deepcache:5+steps:3", "'steps:3' is not known"),
+        ("deepcache:5+tome:0.5+sito:a", "at most two methods"),
+        ("steps:5+steps:3", "steps: comes once"),
+        ("steps:few+sito:d", "whole number"),
+        ("tome:0.5:levels=1:levels=2", "levels is there twice"),
+        ("dato:b1:alignment=off+tome:0.5", "of dato only its schedule goes with another method"),
     ],
 )
 def test_wrong_names_are_refused_with_what_is_allowed(spec: str, message: str) -> None:
@@ -210,7 +218,7 @@ def test_a_baseline_that_fails_stops_nobody(last: int) -> None:
     failing, *rows = bench(pipelines.sd(), [Failing("a", None, 2, last), *others], PROMPTS, rounds=2)
     assert failing.error == "RuntimeError: no more"
     for row in rows:
-        assert (row.error, row.speedup, len(row.rounds)) == (None, 0, 2)
+        assert (row.error, row.speedup, row.efficiency, len(row.rounds)) == (None, None, None, 2)
 
 
 def test_a_variant_that_fails_in_the_middle_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +306,14 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     assert peak is None or 200 < peak < 400
 
 
+def test_peak_memory_is_not_told_where_it_cannot_be_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: Path, text: str) -> None:
+        raise PermissionError(file)
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert Memory(torch.device("cpu")).peak_mib() is None
+
+
 def test_memory_that_was_kept_from_before_counts_as_free() -> None:
     # Too small for mappings of their own: the allocator keeps them when they are freed.
     blocks = [torch.ones(2**14) for _ in range(2000)]
@@ -354,7 +370,7 @@ def test_wrong_fields_are_named(spec: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_is_a_list_of_different_methods(name: str) -> None:
-    variants = [variant(spec, 50) for spec in ablated(name)]
+    variants = [variant(spec, 50) for spec in ablated(name, 50)]
     assert variants[0] == Variant("steps:50", None, 50)
     assert len({(v.config, v.steps) for v in variants}) == len(variants) > 3
 
@@ -362,7 +378,7 @@ def test_every_ablation_is_a_list_of_different_methods(name: str) -> None:
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_alternatives_differ_in_one_choice_from_what_they_are_compared_with(name: str) -> None:
     others = against(name)
-    assert {*others, *others.values()} == set(ablated(name)) - {"steps:50"}
+    assert {*others, *others.values()} == set(ablated(name, 50)) - {"steps:50"}
     for one, other in others.items():
         if name == "choice":
             # Another method's tokens in the same calls.
@@ -373,4 +389,10 @@ def test_alternatives_differ_in_one_choice_from_what_they_are_compared_with(name
 
 def test_an_unknown_ablation_is_refused() -> None:
     with pytest.raises(ValueError, match="ablation: 'everything' is not known; allowed are base"):
-        ablated("everything")
+        ablated("everything", 50)
+
+
+def test_an_ablation_of_fewer_steps_begins_with_as_many() -> None:
+    assert ablated("noise", 20)[0] == "steps:20"
+    # Once, also where it is one of the alternatives.
+    assert ablated("steps", 10).count("steps:10") == 1

@@ -201,7 +201,7 @@ def test_a_gain_over_what_comes_later_is_refused(pictures: Pictures) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"seed": 1}, "seed"), ({"shard": 3}, "shard")],
+    [({"seed": 1}, "seed"), ({"shard": 3}, "shard"), ({"weights": "others"}, "weights")],
 )
 def test_a_folder_of_another_setting_is_refused(
     pictures: Pictures, changes: dict[str, Any], named: str
@@ -359,6 +359,27 @@ def test_the_key_changes_with_what_can_change_pictures(
     (tmp_path / "methods/__pycache__/dato.pyc").write_text("1")
     assert machine.code_key.__wrapped__() == seen[-1]
     assert machine.code_key() == machine.code_key() != key
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match=r"out: .* holds something else than pictures of methods"):
+        Pictures(tmp_path, SETTING)
+
+
+def test_a_model_that_was_trained_further_has_another_key(tmp_path: Path) -> None:
+    weights = tmp_path / "unet" / "weights.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(bytes(5 * 2**20))
+    keys = [machine.weights_key(tmp_path)]
+    for place in (0, 5 * 2**20 - 1):
+        changed = bytearray(5 * 2**20)
+        changed[place] = 1
+        weights.write_bytes(changed)
+        keys.append(machine.weights_key(tmp_path))
+    weights.rename(weights.with_name("other.safetensors"))
+    keys.append(machine.weights_key(tmp_path))
+    assert len(set(keys)) == 4
 
 
 def test_nothing_to_make_is_refused(tmp_path: Path) -> None:
@@ -552,7 +573,19 @@ def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
     ("words", "message"),
     [
         (("--save-reference", "x.safetensors"), "--save-reference: it needs --reference with a folder"),
-        (("--template", "a {}"), "--template, --each: they go with a file"),
+        (
+            ("--save-reference", "x", "--reference", "docs"),
+            "--save-reference: x is not allowed, it must end in",
+        ),
+        (("--template", "a {}"), "--template, --each, --first: they go with a file"),
+        (("--first", "3"), "--template, --each, --first: they go with a file"),
+        (("--ablation", "noise"), "--ablation, --methods: only one of them is allowed"),
+        (("--methods", "steps:2,sito:a,steps:2"), "--methods: steps:2 is there 2 times"),
+        (("--height", "64"), "width: must be given together with height"),
+        (
+            ("--methods", "steps:2,sito:0.5:max_downsample=1:feed_forward=false,cat:0.3"),
+            "methods: cat:0.3 can't",
+        ),
         (("--prompts", "vbench"), "'vbench' is neither a file nor a number nor one of coco, parti"),
         (("--reference", "nowhere"), "nowhere is neither a folder nor a .safetensors"),
         (("--reference", "nowhere.safetensors"), "nowhere.safetensors is not there"),
@@ -583,7 +616,7 @@ def test_an_ablation_compares_its_alternatives(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setitem(ABLATIONS, "noise", (("steps:2", "steps:3"),))  # type: ignore[arg-type]
     main = sys.modules["regrow.cli.main"]
-    monkeypatch.setattr(main, "ablated", lambda name: ("steps:4", *ablated(name)[1:]))
+    monkeypatch.setattr(main, "ablated", lambda name, steps: ("steps:4", *ablated(name, steps)[1:]))
     words = ("--ablation", "noise", "--prompts", "2", "--out", str(tmp_path))
     assert command(monkeypatch, *words) == 0
     shown = capsys.readouterr().out

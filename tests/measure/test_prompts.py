@@ -44,6 +44,8 @@ def test_prompt_files_of_the_public_formats_are_read(tmp_path: Path) -> None:
         ("a.txt", "\n", "holds none"),
         ("a.json", "{", "neither a list"),
         ("a.json", '{"images": []}', "neither a list"),
+        ("a.json", '[{"prompt": "a cat"}]', "neither a list of texts .* something else than texts"),
+        ("a.csv", "Prompt,x\na cat, red,x\n", "line 2 of .* more fields than its head"),
         ("a.csv", "text\na cat\n", "no column Prompt"),
         ("a.xlsx", "", "'.xlsx' is not allowed"),
     ],
@@ -57,12 +59,21 @@ def test_files_without_prompts_are_refused(tmp_path: Path, name: str, text: str,
 def test_class_names_by_number_are_read_in_order_with_their_first_name(tmp_path: Path) -> None:
     file = tmp_path / "id2label.json"
     file.write_text('{"10": "brambling, Fringilla", "0": "tench, Tinca tinca", "9": "ostrich"}')
-    prompts = read_prompts(file, "a photo of a {}", 2)
+    prompts = read_prompts(file)
     assert prompts[:3] == ["a photo of a tench", "a photo of a tench", "a photo of a ostrich"]
     assert prompts[5] == "a photo of a brambling"
     assert len(prompts) == 6
     file.write_text('{"0": ["n01440764", "tench"], "1": ["n01443537", "great_white_shark"]}')
-    assert read_prompts(file) == ["tench", "great white shark"]
+    assert read_prompts(file, "{}", 1) == ["tench", "great white shark"]
+
+
+def test_the_first_prompts_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a cat\na dog")
+    assert read_prompts(tmp_path / "a.txt", each=2, first=3) == ["a cat", "a cat", "a dog"]
+    with pytest.raises(ValueError, match=r"first: 3 is not allowed, .* holds 2 prompts"):
+        read_prompts(tmp_path / "a.txt", first=3)
+    with pytest.raises(ValueError, match="first: 0 is not allowed"):
+        read_prompts(tmp_path / "a.txt", first=0)
 
 
 def test_odd_characters_stay_in_prompts(tmp_path: Path) -> None:
@@ -134,7 +145,7 @@ def test_named_sets_come_from_the_hubs_cache(
     reference = repository / "refs" / (source.revision or "main")
     reference.parent.mkdir(parents=True)
     reference.write_text(commit)
-    found = read_prompts(fetch(which), source.usual.template, source.usual.each)
+    found = read_prompts(fetch(which))
     assert found == (["a photo of a cat"] * 2 if which is PromptSet.IMAGENET else ["a cat"])
 
 

@@ -56,9 +56,10 @@ def alternatives(name: str) -> tuple[Alternatives, ...]:
     return ABLATIONS[name]
 
 
-def ablated(name: str) -> tuple[str, ...]:
+def ablated(name: str, steps: int) -> tuple[str, ...]:
     """The variants of an ablation, the unaccelerated pipeline first; see `alternatives`."""
-    return ("steps:50", *(one for group in alternatives(name) for one in group))
+    first = f"steps:{steps}"
+    return (first, *(one for group in alternatives(name) for one in group if one != first))
 
 
 def pair(text: str) -> tuple[str, str]:

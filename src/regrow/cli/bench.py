@@ -56,9 +56,17 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
         as_json: print the result instead of the table.
         packages: whose versions go with the result.
     """
+    # What is missing or not allowed is so before the measurement, not after it.
     if request.plot is not None:
-        # Missing before the measurement, not after it.
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        kinds = FigureCanvasBase.get_supported_filetypes()
+        if request.plot.suffix.removeprefix(".") not in kinds:
+            raise ValueError(f"--plot: {request.plot} is not allowed, it must end in .{', .'.join(kinds)}")
+    for file in filter(None, (request.out, request.plot)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise ValueError(f"--out, --plot: {file} is a folder, it must be a file")
     console = Console(stderr=True)
     device = check_device(request.device) if request.device else best_device()
     dtype = getattr(torch, request.dtype)
@@ -109,7 +117,6 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
     }
     text = json.dumps(result, indent=1)
     if request.out is not None:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
         request.out.write_text(text + "\n", encoding="utf-8")
     if request.plot is not None:
         draw_bars(rows, request.plot)
@@ -141,7 +148,7 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
             _noted(row),
             f"{row.seconds_per_image:.3f}",
             f"{row.spread:.2f}",
-            f"{row.speedup:.2f}x",
+            _shown(row.speedup, ".2f", "x"),
             _shown(row.macs_ratio, ".2f", "x"),
             _shown(row.efficiency, ".2f"),
             _shown(row.peak_mib, ".0f"),
@@ -181,13 +188,12 @@ def draw_bars(rows: list[BenchRow], file: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 0.6 + 0.42 * len(shown)), layout="constrained")
     place = range(len(shown))
     axis.barh([i + 0.2 for i in place], [r.macs_ratio or 0 for r in shown], 0.36, color="0.8", label="MACs")
-    bars = axis.barh([i - 0.2 for i in place], [r.speedup for r in shown], 0.36, label="measured")
+    bars = axis.barh([i - 0.2 for i in place], [r.speedup or 0 for r in shown], 0.36, label="measured")
     axis.bar_label(bars, fmt="%.2fx", padding=3)
     axis.set_yticks(list(place), [r.name for r in shown])
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.set_xlabel(f"speed-up over {shown[0].name}" if shown else "speed-up")
     axis.legend(loc="lower right", frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -33,8 +33,8 @@ from regrow.measure.evaluate import (
 from regrow.measure.exchange import Scores, check_export, export, read_scores
 from regrow.measure.extractors import Extractor, Labels, Network, extractor
 from regrow.measure.keep import write_whole
-from regrow.measure.machine import machine
-from regrow.measure.prompts import PromptSet, Usual, fetch, named, read_prompts
+from regrow.measure.machine import machine, weights_key
+from regrow.measure.prompts import PromptSet, fetch, named, read_prompts
 from regrow.measure.reference import Reference, load, of_pictures, pictures_in
 from regrow.measure.variants import Variant
 
@@ -53,6 +53,7 @@ class Request:
     prompts: str
     template: str | None
     each: int | None
+    first: int | None
     features: Network
     reference: Path | None
     save_reference: Path | None
@@ -78,6 +79,10 @@ def run_eval(request: Request, as_json: bool) -> None:
     variants = request.variants
     if request.save_reference is not None and (request.reference is None or request.reference.is_file()):
         raise ValueError("--save-reference: it needs --reference with a folder of pictures")
+    if request.save_reference is not None and request.save_reference.suffix != ".safetensors":
+        raise ValueError(
+            f"--save-reference: {request.save_reference} is not allowed, it must end in .safetensors"
+        )
     check_against(variants, request.against)
     if not request.out.exists():
         # Pictures that are there need no model.
@@ -100,6 +105,7 @@ def run_eval(request: Request, as_json: bool) -> None:
         height=request.height,
         width=request.width,
         dtype=request.dtype,
+        weights=_weights(request.model),
         shard=request.batch,
     )
     if request.scheduler is not None:
@@ -149,22 +155,25 @@ def run_eval(request: Request, as_json: bool) -> None:
     print_rows(rows, seconds, result["reference"], seer.labels, scores)
 
 
+def _weights(model: str) -> str:
+    """`weights_key` of a model; empty for one of the hub."""
+    folder = zoo.path(model) if zoo.bundles(model) else Path(model)
+    return weights_key(folder) if folder.is_dir() else ""
+
+
 def _prompts(request: Request) -> tuple[str, ...]:
     """The prompts of a file or a named set, or so many of the model's own, again from the first."""
     text = request.prompts
     if text.isdecimal():
-        if request.template is not None or request.each is not None:
-            raise ValueError("--template, --each: they go with a file or a named set of prompts")
+        if any(option is not None for option in (request.template, request.each, request.first)):
+            raise ValueError("--template, --each, --first: they go with a file or a named set of prompts")
         return zoo.prompts_of(request.model, int(text), "give a file")
     which = named(text)
     if which is None and not Path(text).exists():
         sets = ", ".join(PromptSet.__members__).lower()
         raise ValueError(f"prompts: {text!r} is neither a file nor a number nor one of {sets}")
     file = Path(text) if which is None else fetch(which)
-    usual = Usual() if which is None else which.value.usual
-    template = usual.template if request.template is None else request.template
-    each = usual.each if request.each is None else request.each
-    return tuple(read_prompts(file, template, each))
+    return tuple(read_prompts(file, request.template, request.each, request.first))
 
 
 def _reference_file(where: Path | None, seer: Extractor) -> Reference | None:
@@ -243,7 +252,9 @@ def _make(
     if Path(setting.model).exists():
         # Processes of a cluster are in other folders.
         setting = replace(setting, model=str(Path(setting.model).resolve()))
-    with request.where.open(partial(_maker, setting, device), device) as workers, _bar(console) as progress:
+    asked = [one for one in variants if one in check or pictures.missing(one)]
+    maker = partial(_maker, setting, device, asked)
+    with request.where.open(maker, device) as workers, _bar(console) as progress:
         task = progress.add_task(f"loading {request.model}", total=jobs)
 
         def advance(one: Variant) -> None:
@@ -253,10 +264,12 @@ def _make(
         pictures.make_all(workers, variants, advance)
 
 
-def _maker(setting: Setting, device: str) -> ShardMaker:
-    """What makes pictures, wherever it is called."""
-    dtype = getattr(torch, setting.dtype)
-    return ShardMaker(setting, load_pipeline(setting.model, device, dtype, setting.scheduler))
+def _maker(setting: Setting, device: str, variants: Sequence[Variant]) -> ShardMaker:
+    """What makes pictures by these methods, wherever it is called; refused before any if one can't."""
+    pipeline = load_pipeline(setting.model, device, getattr(torch, setting.dtype), setting.scheduler)
+    for one in variants:
+        one.check(pipeline)
+    return ShardMaker(setting, pipeline)
 
 
 def print_rows(

@@ -144,13 +144,14 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
         raise ValueError(
             f"--out: {request.out} is not allowed, it must end like a picture: .png, .jpg, .webp"
         )
+    if request.compare and config is None:
+        raise ValueError("--compare: it needs --method, which it compares with the unaccelerated run")
     console = Console(stderr=True)
     device = check_device(request.device) if request.device else best_device()
     with console.status(f"loading {request.model}"):
         pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype), request.scheduler)
     guidance = zoo.guidance_of(request.model, request.guidance)
-    compared = request.compare and config is not None
-    variants = [("unaccelerated", None)] if compared or config is None else []
+    variants = [("unaccelerated", None)] if request.compare or config is None else []
     variants += [] if config is None else [(label, config)]
     results: dict[str, Pictures] = {}
     ran = None
@@ -181,7 +182,7 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
     if ran is not None:
         report = ran.report()
         rows[-1]["macs_ratio"] = report.full_macs / report.macs
-    if compared:
+    if request.compare:
         plain, fast = (results[name] for name, _ in variants)
         rows[-1]["speedup"] = plain.seconds / fast.seconds
         rows[-1]["psnr"] = mean_psnr(zip(plain.images, fast.images, strict=True))

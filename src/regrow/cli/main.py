@@ -29,9 +29,19 @@ app = typer.Typer(
 # Names are those of diffusers, so that a user can look them up there.
 DTYPES = ("float32", "bfloat16", "float16")
 
-BENCHED = "steps:50,steps:25,sito:d,dato:b1,dato:fast,deepcache:5,tome:0.5"
+BENCHED = "sito:d,dato:b1,dato:fast,deepcache:5,tome:0.5"
 
-TRACED = "steps:50,steps:25,sito:d,dato:b1,deepcache:5"
+TRACED = "sito:d,dato:b1,deepcache:5"
+
+
+def _methods(given: Optional[str], steps: int, usual: str) -> tuple[str, ...]:
+    """The names of methods that were asked for, or the usual ones beside as many steps and half of them."""
+    text = f"steps:{steps},steps:{max(steps // 2, 1)},{usual}" if given is None else given
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--methods: {name} is there {names.count(name)} times, each is allowed once")
+    return names
 
 
 def _known_dtype(dtype: str) -> str:
@@ -277,12 +287,19 @@ def profile(
 
 @app.command()
 def bench(
-    methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline.")] = BENCHED,
+    methods: Annotated[
+        Optional[str],
+        typer.Option(
+            help=f"Comma-separated; the first is the baseline. By default steps:50,steps:25,{BENCHED}."
+        ),
+    ] = None,
     model: Annotated[Optional[str], typer.Option(help="Bundled name, folder, or hub id.")] = None,
     arch: Annotated[
         Optional[str], typer.Option(help="sd15, sdxl, sd3-1024 and others, random weights.")
     ] = None,
-    images: Batch = 1,
+    images: Annotated[
+        Optional[int], typer.Option(help="Made in one batch; by default one a prompt.", min=1)
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
     steps: MethodSteps = 50,
     prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt; the model's own if none.")] = None,
@@ -310,12 +327,20 @@ def bench(
 
     if model is not None and arch is not None:
         raise ValueError("--arch, --model: only one of them is allowed")
+    if arch is not None and prompt:
+        raise ValueError(
+            "--prompt: --arch has random weights, whose text is random too; it must not be given"
+        )
+    texts = prompt or []
+    images = max(len(texts), 1) if images is None else images
+    if len(texts) > images:
+        raise ValueError(f"--prompt: {len(texts)} are not allowed with --images {images}")
     run_bench(
         Request(
-            variants=tuple(variant(spec.strip(), steps) for spec in methods.split(",")),
+            variants=tuple(variant(name, steps) for name in _methods(methods, steps, BENCHED)),
             model=None if arch else model or "emoji",
             arch=arch,
-            prompts=tuple(prompt or ()),
+            prompts=tuple(texts),
             images=images,
             rounds=rounds,
             scheduler=scheduler,
@@ -335,7 +360,12 @@ def bench(
 
 @app.command(name="eval")
 def evaluate(
-    methods: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline.")] = BENCHED,
+    methods: Annotated[
+        Optional[str],
+        typer.Option(
+            help=f"Comma-separated; the first is the baseline. By default steps:50,steps:25,{BENCHED}."
+        ),
+    ] = None,
     ablation: Annotated[Optional[str], typer.Option(help="Instead: " + ", ".join(ABLATIONS) + ".")] = None,
     pairs: Annotated[
         Optional[list[str]],
@@ -354,7 +384,10 @@ def evaluate(
     template: Annotated[
         Optional[str], typer.Option(help='What each prompt is put into: "a photo of a {}".')
     ] = None,
-    each: Annotated[Optional[int], typer.Option(help="Pictures a prompt; imagenet: 2, else 1.")] = None,
+    each: Annotated[
+        Optional[int], typer.Option(help="Pictures a prompt; 2 of ImageNet's classes, else 1.")
+    ] = None,
+    first: Annotated[Optional[int], typer.Option(help="So many of a file's prompts.", min=1)] = None,
     features: Annotated[
         Network, typer.Option(help="Network of FD and so on; inception is FID's, by torch-fidelity.")
     ] = Network.EFFNET,
@@ -401,15 +434,18 @@ def evaluate(
     from regrow.cli.evaluate import Request, run_eval
     from regrow.measure.variants import variant
 
-    names = methods.split(",") if ablation is None else ablated(ablation)
+    if ablation is not None and methods is not None:
+        raise ValueError("--ablation, --methods: only one of them is allowed")
+    names = _methods(methods, steps, BENCHED) if ablation is None else ablated(ablation, steps)
     run_eval(
         Request(
-            variants=tuple(variant(name.strip(), steps) for name in names),
+            variants=tuple(variant(name, steps) for name in names),
             against=merged(({} if ablation is None else against(ablation)).items(), map(pair, pairs or ())),
             model=model,
             prompts=prompts,
             template=template,
             each=each,
+            first=first,
             features=features,
             reference=reference,
             save_reference=save_reference,
@@ -435,7 +471,12 @@ def evaluate(
 
 @app.command()
 def trace(
-    methods: Annotated[str, typer.Option(help="Comma-separated; the first is unaccelerated.")] = TRACED,
+    methods: Annotated[
+        Optional[str],
+        typer.Option(
+            help=f"Comma-separated; the first is unaccelerated. By default steps:50,steps:25,{TRACED}."
+        ),
+    ] = None,
     model: Model = "emoji",
     prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt; give it again for more.")] = None,
     prompts: Annotated[
@@ -466,7 +507,7 @@ def trace(
 
     run_trace(
         Request(
-            methods=tuple(methods.split(",")),
+            methods=_methods(methods, steps, TRACED),
             model=model,
             prompt=tuple(prompt or ()),
             prompts=prompts,

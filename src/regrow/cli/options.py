@@ -80,8 +80,9 @@ def _with_settings(name: str, given: list[str], steps: int) -> Any:
     """The configuration of a short name, which says everything itself."""
     if given:
         raise ValueError(f"{', '.join(given)}: not allowed with --method {name}, which has its settings")
-    config = variant(name, steps).config
-    if config is None:
+    found = variant(name, steps)
+    config = found.config
+    if config is None or found.steps != steps:
         raise ValueError(f"method: {name!r} is not allowed, it must be a method; steps are --steps")
     return config
 

@@ -537,13 +537,16 @@ def run_calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
             height=s.height,
             width=s.width,
         )
+    for row in rows:
+        if row.error is not None:
+            raise ValueError(f"{row.name}: it could not be timed ({row.error})")
     values = figures(plan.known, s.objectives)
     result = {
         "met": met,
         "file": str(file),
         "steps": candidate.steps,
         "values": values,
-        "measured_speedup": round(rows[1].speedup, 3),
+        "measured_speedup": round(rows[1].speedup or 0.0, 3),
         "machine": machine(device),
     }
     write_json(request.out / "calibrated-result.json", result)

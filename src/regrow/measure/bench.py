@@ -54,7 +54,7 @@ class BenchRow:
         spread: the slowest generation over the fastest.
         disturbed: numbers of the generations that something slowed down.
         speedup: of the first variant's time, the mean of its generations before and after, over this one's;
-            the median over rounds.
+            the median over rounds. None if the first failed.
         denoiser_seconds: of all calls of the denoiser in a generation.
         macs: of the denoiser in a generation, the whole batch.
         macs_ratio: of the first variant's MACs over this one's.
@@ -73,7 +73,7 @@ class BenchRow:
     images_per_second: float = 0.0
     spread: float = 0.0
     disturbed: tuple[int, ...] = ()
-    speedup: float = 0.0
+    speedup: float | None = None
     denoiser_seconds: float = 0.0
     macs: int | None = None
     macs_ratio: float | None = None
@@ -284,6 +284,7 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | No
         for kind, value in zip(timed.kinds, calls, strict=True):
             kinds.setdefault(kind, []).append(value)
     macs_ratio = base.macs / timed.macs if base.macs and timed.macs else None
+    of_calls = _over(base, timed, lambda of: of.denoiser) if macs_ratio else None
     return BenchRow(
         name=one.name,
         seconds=seconds,
@@ -295,7 +296,7 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | No
         denoiser_seconds=statistics.median(timed.denoiser),
         macs=timed.macs,
         macs_ratio=macs_ratio,
-        efficiency=_over(base, timed, lambda of: of.denoiser) / macs_ratio if macs_ratio else None,
+        efficiency=of_calls / macs_ratio if of_calls and macs_ratio else None,
         peak_mib=timed.peak,
         changes_nothing=None if plain is None else timed.outputs == plain,
         calls=tuple(
@@ -311,10 +312,10 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | No
     )
 
 
-def _over(base: _Timed, timed: _Timed, times: Callable[[_Timed], Sequence[float]]) -> float:
-    """How many times as long the first variant took, before and after on average; 0 if it failed."""
+def _over(base: _Timed, timed: _Timed, times: Callable[[_Timed], Sequence[float]]) -> float | None:
+    """How many times as long the first variant took, before and after on average; None if it failed."""
     if base.error is not None:
-        return 0.0
+        return None
     if timed is base:
         return 1.0
     around = [statistics.fmean(times(base)[turn - 1 : turn + 1]) for turn in timed.beside]
@@ -328,20 +329,24 @@ class Memory:
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device) / 2**20
+            self.before: float | None = torch.cuda.memory_allocated(device) / 2**20
             return
         gc.collect()
         if platform.libc_ver()[0] == "glibc":
             # What the allocator keeps of memory that was freed is resident too.
             ctypes.CDLL(None).malloc_trim(0)
-        reset = Path("/proc/self/clear_refs")
-        if reset.exists():
+        try:
             # 5 sets the peak back to the present.
-            reset.write_text("5")
-        self.before = _resident("VmRSS") or 0.0
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.before = None
+        else:
+            self.before = _resident("VmRSS")
 
     def peak_mib(self) -> float | None:
         """MiB; None where the system does not tell."""
+        if self.before is None:
+            return None
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20 - self.before
         peak = _resident("VmHWM")

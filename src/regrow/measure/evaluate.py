@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -52,6 +52,7 @@ class Setting:
         height: in pixels; None for the model's own.
         width: likewise.
         dtype: of the weights.
+        weights: `weights_key` of a model in a folder; empty for one of the hub.
         shard: pictures made in one batch and kept in one file. The batch a picture is made in may change
             its last bits, so a killed run repeats whole shards.
     """
@@ -64,6 +65,7 @@ class Setting:
     height: int | None = None
     width: int | None = None
     dtype: str = "float32"
+    weights: str = ""
     shard: int = 16
 
     def shards(self) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -122,16 +124,16 @@ class Pictures:
     """The pictures of a setting in a folder, a subfolder for each variant.
 
     Args:
-        folder: made if it is not there; that of an earlier run with the same setting is gone on with. The
-            prompts may be more or fewer than then if one list begins the other with whole shards.
+        folder: made with the first pictures; that of an earlier run with the same setting is gone on with.
+            The prompts may be more or fewer than then if one list begins the other with whole shards.
         setting: what the pictures are made of.
 
     Attributes:
         code: `code_key` of this process.
 
     Raises:
-        ValueError: if the folder belongs to another setting, the fewer prompts end within a shard, or there
-            is nothing to make.
+        ValueError: if the folder belongs to another setting or holds something else, the fewer prompts end
+            within a shard, or there is nothing to make.
     """
 
     def __init__(self, folder: Path, setting: Setting) -> None:
@@ -156,8 +158,11 @@ class Pictures:
                     f"prompts: {len(shorter)} and {len(longer)} can't share {folder}, the fewer must fill "
                     f"whole batches of {setting.shard}"
                 )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda to: to.write_text(json.dumps(now, indent=1) + "\n", "utf-8"))
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(
+                f"out: {folder} holds something else than pictures of methods; use another folder"
+            )
+        self._described = now
 
     def missing(self, one: Variant) -> list[tuple[int, tuple[str, ...]]]:
         """The shards of a variant that are not made yet.
@@ -165,7 +170,7 @@ class Pictures:
         Raises:
             ValueError: if the folder holds pictures of another configuration under this name.
         """
-        self._claim(one)
+        self._alike(one)
         return [(n, prompts) for n, prompts in self.setting.shards() if not self._file(one, n).exists()]
 
     def of_other_code(self, one: Variant) -> list[int]:
@@ -176,7 +181,7 @@ class Pictures:
         Raises:
             ValueError: if the folder holds pictures of another configuration under this name.
         """
-        alike = self._claim(one)
+        alike = self._alike(one)
         known = alike if self.code in alike else [self.code]
         first: dict[str, int] = {}
         for number, _ in self.setting.shards():
@@ -242,6 +247,8 @@ class Pictures:
         jobs.sort(key=lambda job: job.number)
         for index, content in workers.run(jobs):
             job = jobs[index]
+            # Not before there is a picture: what can't be made leaves nothing behind.
+            self._keep(job.variant)
             write_whole(self._file(job.variant, job.number), partial(Path.write_bytes, data=content))
             on_shard(job.variant)
 
@@ -266,19 +273,31 @@ class Pictures:
     def _file(self, one: Variant, number: int) -> Path:
         return self.folder_of(one) / f"{number:06d}.safetensors"
 
-    def _claim(self, one: Variant, alike: Iterable[str] = ()) -> list[str]:
-        """Keep a variant's configuration beside its pictures; gives the code that makes the same ones."""
+    def _alike(self, one: Variant) -> list[str]:
+        """The code that is known to make the same pictures of a variant."""
         file = self.folder_of(one) / "variant.json"
-        now = json.loads(json.dumps({"name": one.name, "steps": one.steps, "config": one.settings()}))
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
-        now["alike"] = sorted({*before.pop("alike", []), *alike})
-        if before | {"alike": now["alike"]} != now:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else self._of(one)
+        alike: list[str] = before.pop("alike", [])
+        if before != self._of(one):
             raise ValueError(
                 f"methods: {file.parent} holds pictures of another {one.name}; use another folder"
             )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda to: to.write_text(json.dumps(now, indent=1) + "\n", "utf-8"))
-        return now["alike"]
+        return alike
+
+    def _of(self, one: Variant) -> dict[str, Any]:
+        """A variant as plain data."""
+        return json.loads(json.dumps({"name": one.name, "steps": one.steps, "config": one.settings()}))
+
+    def _keep(self, one: Variant, *alike: str) -> None:
+        """Write setting and configuration beside a variant's pictures, and code that makes the same."""
+        said = self._of(one) | {"alike": sorted({*self._alike(one), *alike})}
+        self.folder_of(one).mkdir(parents=True, exist_ok=True)
+        for file, data in (
+            ("setting.json", self._described),
+            (f"{self.folder_of(one).name}/variant.json", said),
+        ):
+            text = json.dumps(data, indent=1) + "\n"
+            write_whole(self.folder / file, partial(Path.write_text, data=text, encoding="utf-8"))
 
     def _confirm(self, job: Shard, pictures: Tensor) -> None:
         """Take other code's pictures as this one's if these equal those that are kept."""
@@ -290,7 +309,7 @@ class Pictures:
                 f"methods: {job.variant.name} makes other pictures here and now than those in "
                 f"{file.parent}, batch {job.number}; remove them or use another folder"
             )
-        self._claim(job.variant, [code, self.code])
+        self._keep(job.variant, code, self.code)
 
 
 @dataclass(frozen=True)

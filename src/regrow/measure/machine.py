@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "diffusers", "transformers")
+# Bytes at each end of a file of weights.
+_LOOKED_AT = 2**20
 
 
 def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
@@ -41,6 +43,21 @@ def code_key() -> str:
         inside = file.relative_to(root)
         if file.is_file() and "__pycache__" not in inside.parts:
             found.update(inside.as_posix().encode() + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()[:12]
+
+
+def weights_key(folder: Path) -> str:
+    """A few characters that change when a model in a folder is trained further.
+
+    Of each file they depend on name, size, beginning and end: weights may be many gigabytes.
+    """
+    found = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            begin = opened.read(_LOOKED_AT)
+            opened.seek(max(size - _LOOKED_AT, 0))
+            found.update(f"{file.relative_to(folder).as_posix()} {size} ".encode() + begin + opened.read())
     return found.hexdigest()[:12]
 
 

@@ -27,20 +27,22 @@ class Usual:
     each: int = 1
 
 
+CLASSES = Usual("a photo of a {}", 2)
+"""What ImageNet's classes become."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where the hub keeps a prompt set, and what is usually made of it.
+    """Where the hub keeps a prompt set.
 
     Args:
         repository: of kind dataset.
         file: in it.
-        usual: what is made of its texts.
         revision: of the repository; None for its main branch.
     """
 
     repository: str
     file: str
-    usual: Usual = Usual()
     revision: str | None = None
 
 
@@ -54,7 +56,7 @@ class PromptSet(Enum):
     COCO = Source("merve/coco", "annotations/captions_val2017.json")
     PARTI = Source("nateraw/parti-prompts", "PartiPrompts.tsv")
     DRAWBENCH = Source("sayakpaul/drawbench", "default/train/0000.parquet", revision="refs/convert/parquet")
-    IMAGENET = Source("huggingface/label-files", "imagenet-1k-id2label.json", Usual("a photo of a {}", 2))
+    IMAGENET = Source("huggingface/label-files", "imagenet-1k-id2label.json")
 
 
 def named(text: str) -> PromptSet | None:
@@ -83,28 +85,32 @@ def fetch(which: PromptSet) -> Path:
         ) from error
 
 
-def read_prompts(file: Path, template: str = "{}", each: int = 1) -> list[str]:
+def read_prompts(
+    file: Path, template: str | None = None, each: int | None = None, first: int | None = None
+) -> list[str]:
     """The prompts of a file, in its order.
 
     A ``.txt`` has one a line (also ImageNet's class names). A ``.json`` is COCO's captions (one for each
     picture, the first), a list of texts, or ImageNet's classes by number, of which the first name is taken:
-    ``{"0": "tench, Tinca tinca"}`` or ``{"0": ["n01440764", "tench"]}``. A ``.tsv``, ``.csv`` or
-    ``.parquet`` has a column ``Prompt`` (PartiPrompts) or ``Prompts`` (DrawBench).
+    ``{"0": "tench, Tinca tinca"}`` or ``{"0": ["n01440764", "tench"]}``, see `CLASSES`. A ``.tsv``,
+    ``.csv`` or ``.parquet`` has a column ``Prompt`` (PartiPrompts) or ``Prompts`` (DrawBench).
 
     Args:
         file: the file.
-        template: what each text is put into, such as ``"a photo of a {}"``.
-        each: how often each comes, in a row.
+        template: what each text is put into; what is usual if None.
+        each: how often each comes, in a row; what is usual if None.
+        first: so many prompts from the beginning; all if None.
 
     Raises:
-        ValueError: if the file holds no prompts, or is of another kind.
+        ValueError: if the file holds no prompts, or fewer than ``first``, or is of another kind.
         OSError: if it can't be read.
         ImportError: if it is a ``.parquet`` and pyarrow is not installed.
     """
-    if "{}" not in template:
+    if template is not None and "{}" not in template:
         raise ValueError(f"template: {template!r} is not allowed, it must hold {{}}")
-    if each < 1:
-        raise ValueError(f"each: {each} is not allowed, it must be >= 1")
+    for name, value in (("each", each), ("first", first)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
     readers = {
         ".txt": _of_text,
         ".json": _of_json,
@@ -115,12 +121,15 @@ def read_prompts(file: Path, template: str = "{}", each: int = 1) -> list[str]:
     if file.suffix not in readers:
         allowed = " ".join(readers)
         raise ValueError(f"prompts: {file.suffix or file.name!r} is not allowed; allowed are {allowed}")
-    found = readers[file.suffix](file)
+    found, usual = readers[file.suffix](file)
     texts = filter(None, (prompt.strip() for prompt in found))
+    template, each = usual.template if template is None else template, usual.each if each is None else each
     prompts = [template.replace("{}", prompt) for prompt in texts for _ in range(each)]
     if not prompts:
         raise ValueError(f"prompts: {file} holds none")
-    return prompts
+    if first is not None and first > len(prompts):
+        raise ValueError(f"first: {first} is not allowed, {file} holds {len(prompts)} prompts")
+    return prompts[:first]
 
 
 def _text(file: Path) -> str:
@@ -128,26 +137,29 @@ def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8-sig")
 
 
-def _of_text(file: Path) -> list[str]:
-    return _text(file).split("\n")
+def _of_text(file: Path) -> tuple[list[str], Usual]:
+    return _text(file).split("\n"), Usual()
 
 
-def _of_json(file: Path) -> list[str]:
+def _of_json(file: Path) -> tuple[list[str], Usual]:
     text = _text(file)
     try:
         data = json.loads(text)
         if isinstance(data, list):
-            return [str(prompt) for prompt in data]
+            if not all(isinstance(prompt, str) for prompt in data):
+                raise TypeError("a list of something else than texts")
+            return data, Usual()
         if data and all(key.isdecimal() for key in data):
-            return [_class_name(data[key]) for key in sorted(data, key=int)]
+            return [_class_name(data[key]) for key in sorted(data, key=int)], CLASSES
         first: dict[int, str] = {}
         for entry in data["annotations"]:
             first.setdefault(entry["image_id"], str(entry["caption"]))
     except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
-            f"prompts: {file} is neither a list nor COCO's captions nor ImageNet's classes ({error!r})"
+            f"prompts: {file} is neither a list of texts nor COCO's captions nor ImageNet's classes "
+            f"({error!r})"
         ) from error
-    return list(first.values())
+    return list(first.values()), Usual()
 
 
 def _class_name(entry: str | list[str]) -> str:
@@ -155,14 +167,22 @@ def _class_name(entry: str | list[str]) -> str:
     return entry.split(",")[0] if isinstance(entry, str) else entry[1].replace("_", " ")
 
 
-def _of_table(file: Path) -> list[str]:
+def _of_table(file: Path) -> tuple[list[str], Usual]:
     delimiter = "\t" if file.suffix == ".tsv" else ","
     rows = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter)
     column = _column(file, rows.fieldnames or ())
-    return [row[column] or "" for row in rows]
+    texts = []
+    for row in rows:
+        if None in row:
+            raise ValueError(
+                f"prompts: line {rows.line_num} of {file} has more fields than its head; a prompt with "
+                f"{delimiter!r} in it must be in quotes"
+            )
+        texts.append(row[column] or "")
+    return texts, Usual()
 
 
-def _of_parquet(file: Path) -> list[str]:
+def _of_parquet(file: Path) -> tuple[list[str], Usual]:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError as error:
@@ -175,7 +195,7 @@ def _of_parquet(file: Path) -> list[str]:
     texts = table[name].to_pylist()
     if not all(text is None or isinstance(text, str) for text in texts):
         raise ValueError(f"prompts: the column {name} of {file} holds something else than texts")
-    return [text or "" for text in texts]
+    return [text or "" for text in texts], Usual()
 
 
 def _column(file: Path, names: Sequence[str]) -> str:

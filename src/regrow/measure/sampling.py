@@ -143,8 +143,10 @@ class Moment:
 
 
 def moment(pipeline: Any) -> Moment:
-    """This point of a pipeline's work; does not wait for its device."""
+    """This point of a pipeline's work; waits for its device only where that has no CUDA events."""
     event = None
+    if pipeline.device.type == "mps":
+        wait(pipeline)
     if pipeline.device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(pipeline.device))
@@ -155,6 +157,8 @@ def wait(pipeline: Any) -> None:
     """Until a GPU has done what it was given."""
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
+    elif pipeline.device.type == "mps":
+        torch.mps.synchronize()
 
 
 def prompt_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
@@ -173,12 +177,16 @@ def takes_classes(pipeline: Any) -> bool:
 
 def _class(pipeline: Any, prompt: str) -> int:
     """The number of a class that is given by it or by its name."""
-    if prompt.isdecimal():
+    # The number after the last class is that of no class.
+    known = [int(number) for number in pipeline.labels.values()] or range(
+        pipeline.transformer.config.num_embeds_ada_norm
+    )
+    if prompt.isdecimal() and int(prompt) in known:
         return int(prompt)
     if prompt not in pipeline.labels:
         names = ", ".join(islice(pipeline.labels, SHOWN_CLASSES))
         raise ValueError(
-            f"prompt: {prompt!r} is not allowed, it must be the number of a class"
-            + (f" or its name, such as {names}" if names else "")
+            f"prompt: {prompt!r} is not allowed, it must be the number of a class, {min(known)} to "
+            f"{max(known)}" + (f", or its name, such as {names}" if names else "")
         )
     return int(pipeline.labels[prompt])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -213,11 +212,8 @@ def trace(
         raise ValueError("pipeline: a method is applied to it already; call its run's remove() first")
     places = _chosen(denoiser, modules) if modules else _default_places(denoiser)
     for one in others:
-        # Refused before any picture is made; what it warns of is said when it is applied for good.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if one.config is not None:
-                apply(pipeline, one.config).remove()
+        # Refused before any picture is made.
+        one.check(pipeline)
     parts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     looks: list[list[_Look]] = [[] for _ in variants]
     options = {"guidance": guidance, "height": height, "width": width}

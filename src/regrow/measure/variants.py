@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -40,6 +41,20 @@ class Variant:
         """
         return nullcontext() if self.config is None else apply(pipeline, self.config)
 
+    def check(self, pipeline: Any) -> None:
+        """Look whether the method goes on a pipeline. What it warns of is said when it is applied for good.
+
+        Raises:
+            ValueError: if it does not, naming it and the reason.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with self.applied(pipeline):
+                    pass
+            except Exception as error:
+                raise ValueError(f"methods: {self.name} can't be applied: {error}") from error
+
     def settings(self) -> Any:
         """What tells it from another of its name, as plain data."""
         return None if self.config is None else self.config.model_dump(mode="json")
@@ -55,23 +70,32 @@ def variant(spec: str, steps: int) -> Variant:
     order. Further fields follow after colons: ``sito:d:base=V:patch=4``,
     ``dato:b1:ratio=0.5:alignment=off``.
 
+    ``steps:25+sito:d`` is a method, or two, in 25 steps.
+
     ``FILE.json`` is the configuration in a file such as a search writes, ``FILE.yaml`` a schedule for DaTo;
     either may be on the hub: ``hub:owner/name/FILE.json``.
 
     Args:
         spec: the name.
-        steps: sampler steps of everything but ``steps:N``.
+        steps: sampler steps where no ``steps:N`` says otherwise.
 
     Raises:
         ValueError: if the name is none of these, or the file is not what it should be.
         OSError: if a schedule can't be read.
     """
-    kind, _, value = spec.partition(":")
-    if kind == "steps":
-        return Variant(spec, None, _whole(spec, value))
     parts = spec.split("+")
+    own = [part for part in parts if part.startswith("steps:")]
+    if len(own) > 1:
+        raise ValueError(f"methods: {spec!r} is not allowed; steps: comes once")
+    for part in own:
+        steps = _whole(part, part.partition(":")[2])
+        parts.remove(part)
+    if not parts:
+        return Variant(spec, None, steps)
     if len(parts) > 2:
-        raise ValueError(f"methods: {spec!r} is not allowed; at most one '+', as in deepcache:5+tome:0.5")
+        raise ValueError(
+            f"methods: {spec!r} is not allowed; at most two methods, as in deepcache:5+tome:0.5"
+        )
     configs = [_config(part, steps) for part in parts]
     if len(configs) == 1:
         return Variant(spec, configs[0], steps)
@@ -83,6 +107,11 @@ def variant(spec: str, steps: int) -> Variant:
         raise ValueError(
             f"methods: {spec!r} is not allowed; one side of the '+' must be deepcache, fora or dato, the "
             "other sito, tome or cat"
+        )
+    if isinstance(caching[0], DaTo) and caching[0] != DaTo(schedule=caching[0].schedule):
+        raise ValueError(
+            f"methods: {spec!r} is not allowed; of dato only its schedule goes with another method, "
+            "without further fields"
         )
     plan = caching[0].schedule if isinstance(caching[0], DaTo) else caching[0]
     return Variant(spec, Combined(caching=plan, tokens=tokens[0]), steps)
@@ -103,6 +132,8 @@ def _config(spec: str, steps: int) -> Any:
         name, equals, text = field.partition("=")
         if not equals:
             raise ValueError(f"methods: {spec!r} is not allowed; {field!r} is not of the form field=value")
+        if name in changes:
+            raise ValueError(f"methods: {spec!r} is not allowed; {name} is there twice")
         changes[name] = plain(text)
     config = _preset(kind, value) or _METHODS[kind](spec, value, steps)
     if not changes:
