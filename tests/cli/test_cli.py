@@ -264,6 +264,19 @@ def test_a_scheduler_that_does_not_suit_claims_no_folder(
     assert not out.exists()
 
 
+def test_bench_fails_if_every_method_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("bench", "--steps", "1", "--rounds", "1", "--device", "cpu", "--json", "--methods")
+    for methods, failed, code in (
+        ("cat:0.3,toca:3", [True, True], 1),
+        ("steps:1,toca:3", [False, True], 0),
+    ):
+        assert run(monkeypatch, *common, methods) == code
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert [bool(row["error"]) for row in rows] == failed
+
+
 def test_bench_knows_a_class_where_it_was_told_no_prompt(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

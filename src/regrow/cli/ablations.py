@@ -33,6 +33,8 @@ ABLATIONS: Mapping[str, tuple[Alternatives, ...]] = {
             "sito:d",
             "sito:d:cross_attention=true",
             "sito:d:feed_forward=true",
+            "sito:d:self_attention=false:cross_attention=true",
+            "sito:d:self_attention=false:feed_forward=true",
             "sito:d:cross_attention=true:feed_forward=true",
         ),
     ),

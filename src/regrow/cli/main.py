@@ -335,7 +335,7 @@ def bench(
     images = max(len(texts), 1) if images is None else images
     if len(texts) > images:
         raise ValueError(f"--prompt: {len(texts)} are not allowed with --images {images}")
-    run_bench(
+    rows = run_bench(
         Request(
             variants=tuple(variant(name, steps) for name in _methods(methods, steps, BENCHED)),
             model=None if arch else model or "emoji",
@@ -356,6 +356,8 @@ def bench(
         ),
         as_json,
     )
+    if all(row.error is not None for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command(name="eval")
