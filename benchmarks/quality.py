@@ -372,7 +372,10 @@ def main() -> None:
     gains = gains_table(quality)
     lines += ["", *gains] if gains else []
     if others := quality.get("of_other_code"):
-        lines += ["", "Pictures made by other code than the times: " + ", ".join(f"`{o}`" for o in others)]
+        lines += ["", "Pictures made by another version: " + ", ".join(f"`{o}`" for o in others)]
+    codes = [result[part]["machine"].get("code") for part in ("quality", "speed")]
+    if codes[0] != codes[1]:
+        lines += ["", "Times are of another version than the pictures."]
     args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -144,7 +144,7 @@ def test_a_preset_of_toca_goes_with_another_interval(
             "--prompt: 2 are not allowed with --im",
         ),
         (("bench", "--plot", "bars.docx"), "--plot: bars.docx is not allowed, it must end in .* .png"),
-        (("bench", "--out", "tests"), "--out, --plot: tests is a folder"),
+        (("bench", "--out", "tests"), "--out: tests is not allowed, it is a folder"),
         (("generate", "--prompt", "pear", "--compare"), "--compare: it needs --method"),
         (
             ("generate", "--prompt", "pear", "--method", "steps:5+sito:d"),

@@ -37,6 +37,7 @@ from regrow.cli.bench import draw_bars, print_rows
 from regrow.engine.inputs import without_data
 from regrow.macs import CallCounter, plain_macs
 from regrow.measure.bench import Memory, bench
+from regrow.measure.evaluate import check_against
 from regrow.measure.sampling import Moment, make
 from regrow.measure.variants import Variant, variant
 from regrow.methods.parts import MethodConfig
@@ -377,7 +378,7 @@ def test_every_ablation_is_a_list_of_different_methods(name: str) -> None:
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_alternatives_differ_in_one_choice_from_what_they_are_compared_with(name: str) -> None:
-    others = against(name)
+    others = against(name, 50)
     assert {*others, *others.values()} == set(ablated(name, 50)) - {"steps:50"}
     for one, other in others.items():
         if name == "choice":
@@ -395,4 +396,7 @@ def test_an_unknown_ablation_is_refused() -> None:
 def test_an_ablation_of_fewer_steps_begins_with_as_many() -> None:
     assert ablated("noise", 20)[0] == "steps:20"
     # Once, also where it is one of the alternatives.
-    assert ablated("steps", 10).count("steps:10") == 1
+    for steps in (25, 16, 10, 8, 5):
+        names = ablated("steps", steps)
+        assert names.count(f"steps:{steps}") == 1
+        check_against([variant(name, steps) for name in names], against("steps", steps))

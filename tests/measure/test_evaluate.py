@@ -206,13 +206,22 @@ def test_a_gain_over_what_comes_later_is_refused(pictures: Pictures) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"seed": 1}, "seed"), ({"shard": 3}, "shard"), ({"weights": "others"}, "weights")],
+    [({"seed": 1}, "seed"), ({"shard": 3}, "shard"), ({"guidance": 1.0}, "guidance")],
 )
 def test_a_folder_of_another_setting_is_refused(
     pictures: Pictures, changes: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(ValueError, match=f"{named}: the pictures in .* were made with another one"):
         Pictures(pictures.folder, Setting(**(vars(SETTING) | changes)))
+
+
+def test_a_folder_of_a_model_that_was_trained_further_is_refused(tmp_path: Path) -> None:
+    before = Setting(**(vars(SETTING) | {"weights": "some"}))
+    Pictures(tmp_path, before).make(pipelines.sd(), VARIANTS[1])
+    with pytest.raises(ValueError, match=r"weights: the pictures in .* were made with another one"):
+        Pictures(tmp_path, Setting(**(vars(SETTING) | {"weights": "others"})))
+    # The model is not at hand, its pictures are.
+    assert not Pictures(tmp_path, SETTING).missing(VARIANTS[1])
 
 
 def test_a_folder_is_gone_on_with_for_more_prompts_and_for_fewer(tmp_path: Path) -> None:
@@ -353,7 +362,7 @@ def test_the_key_changes_with_what_can_change_pictures(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "measure/machine.py"))
-    seen = [key := machine.code_key.__wrapped__()]
+    seen = [machine.code_key.__wrapped__()]
     for name in ("methods/dato.py", "zoo/emoji/weights.safetensors"):
         (tmp_path / name).write_text("2")
         seen.append(machine.code_key.__wrapped__())
@@ -363,13 +372,38 @@ def test_the_key_changes_with_what_can_change_pictures(
     (tmp_path / "methods/__pycache__").mkdir()
     (tmp_path / "methods/__pycache__/dato.pyc").write_text("1")
     assert machine.code_key.__wrapped__() == seen[-1]
-    assert machine.code_key() == machine.code_key() != key
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match=r"out: .* holds something else than pictures of methods"):
-        Pictures(tmp_path, SETTING)
+    with pytest.raises(ValueError, match=r"out: .*letter.txt is not allowed, it is a file"):
+        Pictures(tmp_path / "letter.txt", SETTING)
+    with pytest.raises(ValueError, match=r"out: .*pictures can't be written, nothing can be made in .*txt"):
+        Pictures(tmp_path / "letter.txt" / "pictures", SETTING)
+
+
+def test_a_folder_from_before_weights_and_code_were_kept_is_gone_on_with(tmp_path: Path) -> None:
+    made(tmp_path)
+    for file in (tmp_path / "setting.json", tmp_path / "steps-2" / "variant.json"):
+        said = json.loads(file.read_text())
+        file.write_text(json.dumps({k: v for k, v in said.items() if k not in ("weights", "alike")}))
+    later = Pictures(tmp_path, Setting(**(vars(SETTING) | {"weights": "some"})))
+    assert not any(map(later.missing, VARIANTS))
+    assert not any(map(later.of_other_code, VARIANTS))
+
+
+def test_what_a_check_refused_the_next_one_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = VARIANTS[1]
+    folder = made(tmp_path).folder_of(one)
+    file = folder / "000001.safetensors"
+    pictures = load_file(file)
+    pictures["pictures"][0, 0, 0, 0] += 1
+    save_file(pictures, file, {"code": "earlier"})
+    later = coded(monkeypatch, tmp_path, "later")
+    for _ in range(2):
+        assert later.of_other_code(one) == [0, 1]
+        with pytest.raises(ValueError, match=r"steps:2 makes other pictures .*, batch 1; remove"):
+            checked(later, [one])
 
 
 def test_a_model_that_was_trained_further_has_another_key(tmp_path: Path) -> None:
@@ -385,6 +419,12 @@ def test_a_model_that_was_trained_further_has_another_key(tmp_path: Path) -> Non
     weights.rename(weights.with_name("other.safetensors"))
     keys.append(machine.weights_key(tmp_path))
     assert len(set(keys)) == 4
+    # A card of the model, or pictures by it, don't count.
+    for name in ("README.md", "eval/steps-50/000000.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("hello")
+    assert machine.weights_key(tmp_path) == keys[-1]
+    assert machine.weights_key(weights.parent) == ""
 
 
 def test_nothing_to_make_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import constants
 from pyarrow import parquet
 
+from regrow.cli.search import prompts_of
 from regrow.measure.prompts import PromptSet, fetch, named, read_prompts
 
 
@@ -65,6 +66,11 @@ def test_class_names_by_number_are_read_in_order_with_their_first_name(tmp_path:
     assert len(prompts) == 6
     file.write_text('{"0": ["n01440764", "tench"], "1": ["n01443537", "great_white_shark"]}')
     assert read_prompts(file, "{}", 1) == ["tench", "great white shark"]
+
+
+def test_a_search_takes_names_of_classes_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "id2label.json").write_text('{"0": "tench, Tinca tinca"}')
+    assert prompts_of("emoji", str(tmp_path / "id2label.json")) == ("tench",)
 
 
 def test_the_first_prompts_of_a_file(tmp_path: Path) -> None:

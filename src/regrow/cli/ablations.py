@@ -89,6 +89,7 @@ def merged(*pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return found
 
 
-def against(name: str) -> dict[str, str]:
+def against(name: str, steps: int) -> dict[str, str]:
     """The variant that each one of an ablation is compared with; see `alternatives`."""
-    return {one: first for first, *others in alternatives(name) for one in others}
+    pairs = ((one, first) for first, *others in alternatives(name) for one in others)
+    return {one: first for one, first in pairs if one != f"steps:{steps}"}

@@ -18,6 +18,7 @@ from regrow import zoo
 from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.compiling import compile_blocks
 from regrow.measure.bench import BenchRow, bench
+from regrow.measure.keep import check_writable
 from regrow.measure.machine import PACKAGES, machine
 from regrow.measure.random_weights import random_pipeline
 from regrow.measure.samplers import Sampler
@@ -61,12 +62,11 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
         from matplotlib.backend_bases import FigureCanvasBase
 
         kinds = FigureCanvasBase.get_supported_filetypes()
-        if request.plot.suffix.removeprefix(".") not in kinds:
+        if request.plot.suffix.lower().removeprefix(".") not in kinds:
             raise ValueError(f"--plot: {request.plot} is not allowed, it must end in .{', .'.join(kinds)}")
-    for file in filter(None, (request.out, request.plot)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir():
-            raise ValueError(f"--out, --plot: {file} is a folder, it must be a file")
+    for option, file in (("--out", request.out), ("--plot", request.plot)):
+        if file is not None:
+            check_writable(option, file)
     console = Console(stderr=True)
     device = check_device(request.device) if request.device else best_device()
     dtype = getattr(torch, request.dtype)
@@ -117,6 +117,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
     }
     text = json.dumps(result, indent=1)
     if request.out is not None:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
         request.out.write_text(text + "\n", encoding="utf-8")
     if request.plot is not None:
         draw_bars(rows, request.plot)
@@ -195,5 +196,6 @@ def draw_bars(rows: list[BenchRow], file: Path) -> None:
     axis.margins(x=0.12)
     axis.set_xlabel(f"speed-up over {shown[0].name}" if shown else "speed-up")
     axis.legend(loc="lower right", frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)

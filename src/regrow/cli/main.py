@@ -35,9 +35,11 @@ TRACED = "sito:d,dato:b1,deepcache:5"
 
 
 def _methods(given: Optional[str], steps: int, usual: str) -> tuple[str, ...]:
-    """The names of methods that were asked for, or the usual ones beside as many steps and half of them."""
-    text = f"steps:{steps},steps:{max(steps // 2, 1)},{usual}" if given is None else given
-    names = tuple(name.strip() for name in text.split(","))
+    """The names of methods that were asked for, or the usual ones beside all steps and half of them."""
+    if given is None:
+        fewer = [f"steps:{steps // 2}"] if steps > 1 else []
+        return (f"steps:{steps}", *fewer, *usual.split(","))
+    names = tuple(name.strip() for name in given.split(","))
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"--methods: {name} is there {names.count(name)} times, each is allowed once")
@@ -290,7 +292,7 @@ def bench(
     methods: Annotated[
         Optional[str],
         typer.Option(
-            help=f"Comma-separated; the first is the baseline. By default steps:50,steps:25,{BENCHED}."
+            help=f"Comma-separated; the first is the baseline. By default all steps, half, {BENCHED}."
         ),
     ] = None,
     model: Annotated[Optional[str], typer.Option(help="Bundled name, folder, or hub id.")] = None,
@@ -365,7 +367,7 @@ def evaluate(
     methods: Annotated[
         Optional[str],
         typer.Option(
-            help=f"Comma-separated; the first is the baseline. By default steps:50,steps:25,{BENCHED}."
+            help=f"Comma-separated; the first is the baseline. By default all steps, half, {BENCHED}."
         ),
     ] = None,
     ablation: Annotated[Optional[str], typer.Option(help="Instead: " + ", ".join(ABLATIONS) + ".")] = None,
@@ -442,7 +444,9 @@ def evaluate(
     run_eval(
         Request(
             variants=tuple(variant(name, steps) for name in names),
-            against=merged(({} if ablation is None else against(ablation)).items(), map(pair, pairs or ())),
+            against=merged(
+                ({} if ablation is None else against(ablation, steps)).items(), map(pair, pairs or ())
+            ),
             model=model,
             prompts=prompts,
             template=template,
@@ -476,7 +480,7 @@ def trace(
     methods: Annotated[
         Optional[str],
         typer.Option(
-            help=f"Comma-separated; the first is unaccelerated. By default steps:50,steps:25,{TRACED}."
+            help=f"Comma-separated; the first is unaccelerated. By default all steps, half, {TRACED}."
         ),
     ] = None,
     model: Model = "emoji",

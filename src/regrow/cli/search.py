@@ -215,7 +215,7 @@ def prompts_of(model: str, text: str) -> tuple[str, ...]:
         OSError: if it can't be read.
     """
     if not text.isdecimal():
-        return tuple(read_prompts(Path(text)))
+        return tuple(read_prompts(Path(text), "{}", 1))
     return zoo.prompts_of(model, int(text), "give a file")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from regrow.measure.clip import ClipScore
 from regrow.measure.extractors import Extractor, Features
 from regrow.measure.images import to_tensor
-from regrow.measure.keep import digest, kept, write_whole
+from regrow.measure.keep import check_writable, digest, kept, write_whole
 from regrow.measure.machine import code_key
 from regrow.measure.quality import (
     FeatureSet,
@@ -98,7 +98,8 @@ class ShardMaker:
     """
 
     def __init__(self, setting: Setting, pipeline: Any) -> None:
-        self.setting, self.pipeline = setting, pipeline
+        # At once: files may change while pictures are made.
+        self.setting, self.pipeline, self.code = setting, pipeline, code_key()
 
     def __call__(self, shard: Shard) -> bytes:
         """The content of the shard's file: its pictures, uint8 ``(B, 3, H, W)``, and seconds, ``(1,)``; as
@@ -117,7 +118,7 @@ class ShardMaker:
             )
         pictures = torch.stack([to_tensor(image) for image in made.images])
         tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}
-        return save(tensors, metadata={"code": code_key()})
+        return save(tensors, metadata={"code": self.code})
 
 
 class Pictures:
@@ -132,7 +133,7 @@ class Pictures:
         code: `code_key` of this process.
 
     Raises:
-        ValueError: if the folder belongs to another setting or holds something else, the fewer prompts end
+        ValueError: if the folder belongs to another setting or can't be written, the fewer prompts end
             within a shard, or there is nothing to make.
     """
 
@@ -140,6 +141,7 @@ class Pictures:
         for name, value in (("prompts", len(setting.prompts)), ("shard", setting.shard)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
+        check_writable("out", folder, folder=True)
         self.folder, self.setting, self.code = folder, setting, code_key()
         file = folder / "setting.json"
         now = json.loads(json.dumps(asdict(setting)))
@@ -148,6 +150,9 @@ class Pictures:
             shorter, longer = sorted((before["prompts"], now["prompts"]), key=len)
             if longer[: len(shorter)] == shorter:
                 before["prompts"] = now["prompts"] = longer
+            # Empty where the model is not at hand.
+            before["weights"] = before.get("weights") or now["weights"]
+            now["weights"] = now["weights"] or before["weights"]
             for name, value in now.items():
                 if before.get(name) != value:
                     raise ValueError(
@@ -158,10 +163,6 @@ class Pictures:
                     f"prompts: {len(shorter)} and {len(longer)} can't share {folder}, the fewer must fill "
                     f"whole batches of {setting.shard}"
                 )
-        elif folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(
-                f"out: {folder} holds something else than pictures of methods; use another folder"
-            )
         self._described = now
 
     def missing(self, one: Variant) -> list[tuple[int, tuple[str, ...]]]:
@@ -210,10 +211,13 @@ class Pictures:
         """
         prompts = dict(self.setting.shards())
         jobs = [Shard(one, n, prompts[n]) for one in variants for n in self.of_other_code(one)]
+        alike: dict[str, set[str]] = {one.name: set() for one in variants}
         for index, content in workers.run(jobs):
-            job = jobs[index]
-            self._confirm(job, load(content)["pictures"])
-            on_shard(job.variant)
+            alike[jobs[index].variant.name] |= self._same(jobs[index], content)
+            on_shard(jobs[index].variant)
+        # Not before all were equal: the next check must find what this one found.
+        for one in variants:
+            self._keep(one, *alike[one.name])
 
     def make(self, pipeline: Any, one: Variant, on_shard: Callable[[], None] = lambda: None) -> None:
         """Make what is missing of a variant in this process.
@@ -291,25 +295,33 @@ class Pictures:
     def _keep(self, one: Variant, *alike: str) -> None:
         """Write setting and configuration beside a variant's pictures, and code that makes the same."""
         said = self._of(one) | {"alike": sorted({*self._alike(one), *alike})}
-        self.folder_of(one).mkdir(parents=True, exist_ok=True)
+        folder = self.folder_of(one)
+        folder.mkdir(parents=True, exist_ok=True)
         for file, data in (
-            ("setting.json", self._described),
-            (f"{self.folder_of(one).name}/variant.json", said),
+            (self.folder / "setting.json", self._described),
+            (folder / "variant.json", said),
         ):
             text = json.dumps(data, indent=1) + "\n"
-            write_whole(self.folder / file, partial(Path.write_text, data=text, encoding="utf-8"))
+            if not file.exists() or file.read_text(encoding="utf-8") != text:
+                write_whole(file, partial(Path.write_text, data=text, encoding="utf-8"))
 
-    def _confirm(self, job: Shard, pictures: Tensor) -> None:
-        """Take other code's pictures as this one's if these equal those that are kept."""
+    def _same(self, job: Shard, content: bytes) -> set[str]:
+        """The code that made a kept shard, and this content of it, if both have equal pictures."""
         file = self._file(job.variant, job.number)
-        with safe_open(file, "pt") as opened:
-            code, before = (opened.metadata() or {}).get("code", ""), opened.get_tensor("pictures")
-        if not torch.equal(pictures, before):
+        kept, made = file.read_bytes(), content
+        if not torch.equal(load(kept)["pictures"], load(made)["pictures"]):
             raise ValueError(
                 f"methods: {job.variant.name} makes other pictures here and now than those in "
                 f"{file.parent}, batch {job.number}; remove them or use another folder"
             )
-        self._keep(job.variant, code, self.code)
+        return {_code_of(kept), _code_of(made)}
+
+
+def _code_of(shard: bytes) -> str:
+    """`code_key` of what made the content of a shard's file; empty if it does not say."""
+    # Safetensors begin with the size of a head in JSON.
+    size = int.from_bytes(shard[:8], "little")
+    return json.loads(shard[8 : 8 + size]).get("__metadata__", {}).get("code", "")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,24 @@ def write_whole(file: Path, write: Callable[[Path], Any], writer: str = "") -> N
     os.replace(unfinished, file)
 
 
+def check_writable(name: str, place: Path, *, folder: bool = False) -> None:
+    """Look whether a file or folder can be written, and make nothing.
+
+    Args:
+        name: of the option.
+        place: the file or folder.
+        folder: which of both it is.
+
+    Raises:
+        ValueError: if it can't, saying why.
+    """
+    if place.exists() and place.is_dir() != folder:
+        raise ValueError(f"{name}: {place} is not allowed, it is a {'file' if folder else 'folder'}")
+    there = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.exists())
+    if (there.is_file() and there != place.absolute()) or not os.access(there, os.W_OK):
+        raise ValueError(f"{name}: {place} can't be written, nothing can be made in {there}")
+
+
 def kept(
     file: Path, key: str, compute: Callable[[], dict[str, Tensor]], writer: str = ""
 ) -> dict[str, Tensor]:

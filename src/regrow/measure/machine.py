@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "diffusers", "transformers")
+_WEIGHTS = (".safetensors", ".bin")
 # Bytes at each end of a file of weights.
 _LOOKED_AT = 2**20
 
@@ -47,18 +48,19 @@ def code_key() -> str:
 
 
 def weights_key(folder: Path) -> str:
-    """A few characters that change when a model in a folder is trained further.
+    """A few characters that change when a model in a folder is trained further; empty without a model.
 
-    Of each file they depend on name, size, beginning and end: weights may be many gigabytes.
+    Of each file of weights they depend on name, size, beginning and end: it may have many gigabytes.
     """
     found = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+    files = sorted(file for file in folder.glob("*/*") if file.suffix in _WEIGHTS)
+    for file in files:
         size = file.stat().st_size
         with file.open("rb") as opened:
             begin = opened.read(_LOOKED_AT)
             opened.seek(max(size - _LOOKED_AT, 0))
             found.update(f"{file.relative_to(folder).as_posix()} {size} ".encode() + begin + opened.read())
-    return found.hexdigest()[:12]
+    return found.hexdigest()[:12] if files else ""
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
