@@ -124,6 +124,7 @@ class Point:
         psnr: median, dB, to the baseline's pictures of the same seeds; None for the baseline.
         ssim: mean, likewise.
         feature_distance: mean, likewise; None for the baseline too, from which no curve begins.
+        peak_mib: peak memory of a generation above what was in use before; None if not measured.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Point:
     psnr: float | None
     ssim: float
     feature_distance: float | None
+    peak_mib: float | None
 
 
 def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Point]:
@@ -154,6 +156,7 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
             row["psnr"],
             row["ssim"],
             None if row["name"] == base else row["feature_distance"],
+            timed[row["name"]]["peak_mib"],
         )
         for row in quality["rows"]
         if row["name"] in timed and row["fd"] is not None
@@ -212,13 +215,15 @@ def table(found: Mapping[str, Point], measure: Measure, ratio: Ratio = SPEEDUP) 
 def variants_table(found: Mapping[str, Point]) -> list[str]:
     """Markdown: every variant as it was measured."""
     lines = [
-        "| method | speed-up | spread | fewer MACs | PSNR dB | SSIM | feature distance | FD-EffNet |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | speed-up | spread | fewer MACs | peak MiB | PSNR dB | SSIM | feature distance "
+        "| FD-EffNet |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for p in found.values():
         psnr = "" if p.psnr is None else f"{p.psnr:.1f}"
         distance = "" if p.feature_distance is None else f"{p.feature_distance:.4f}"
-        quality = f"{psnr} | {p.ssim:.3f} | {distance} | {p.fd:.2f}"
+        peak = "" if p.peak_mib is None else f"{p.peak_mib:.0f}"
+        quality = f"{peak} | {psnr} | {p.ssim:.3f} | {distance} | {p.fd:.2f}"
         lines.append(
             f"| `{p.name}` | {p.speedup:.2f}x | {p.spread:.2f} | {p.macs_ratio:.2f}x | {quality} |"
         )
