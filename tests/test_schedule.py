@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from regrow import FULL, Schedule, ScheduleError
-from regrow.schedule import After, Spaced, Step
+from regrow.schedule import After, Both, Spaced, Step
 
 depths = st.one_of(st.just(FULL), st.integers(0, 4))
 ratios = st.floats(0, 0.99)
@@ -285,8 +285,18 @@ def test_steps_are_pairs_in_order() -> None:
     assert [(s.depth, s.ratio, s.full) for s in steps] == [(FULL, 0.0, True), (1, 0.5, False)]
 
 
+def test_depths_of_one_plan_with_ratios_of_another() -> None:
+    depths = Schedule(depth=(FULL, 2, 0), ratio=(0.9,) * 3)
+    plan = Both(depths, After(2, Schedule.constant(0.5)))
+    steps = list(plan.resample(6).steps())
+    assert [s.depth for s in steps] == list(depths.resample(6).depth)
+    assert [s.ratio for s in steps] == [0, 0, 0.5, 0.5, 0.5, 0.5]
+    assert set(steps) <= plan.kinds()
+    assert plan.kinds() == {Step(depth, ratio) for depth in (FULL, 2, 0) for ratio in (0, 0.5)}
+
+
 def test_a_plan_after_full_calls_keeps_its_own_places() -> None:
-    plan = After(3, Spaced(2, 1, ratio=0.5))
+    plan = After(3, Both(Spaced(2, 1), Schedule.constant(0.5)))
     resampled = plan.resample(6)
     assert resampled.depth == (FULL, FULL, FULL, 1, FULL, 1)
     assert resampled.ratio == (0.0, 0.0, 0.0, 0.5, 0.5, 0.5)

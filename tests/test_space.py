@@ -14,6 +14,7 @@ SEARCHED = [s.name for s in SYSTEMS if s.config is not None] + [
     "deepcache+tome",
     "cat+deepcache",
     "fora+sito",
+    "deepcache+atedm",
 ]
 
 

@@ -287,7 +287,10 @@ class CallCounter:
         return kind.shape[0] * (counter.get_total_flops() // 2)
 
     def _choice(self, grid: Grid, count: int, asked: CallInfo) -> int:
-        """MACs of choosing the tokens of a call, on zeros for one sample, after a call of all blocks."""
+        """MACs of choosing the tokens of a call, on zeros for one sample, after a call of all blocks.
+
+        Cached calls before the first such call choose for themselves, which is not counted.
+        """
         assert self._token_set is not None
         outputs = tuple(torch.zeros(1, *output.shape[1:]) for output in asked.outputs)
         attention = _one_sample(_shapes(asked.attention))

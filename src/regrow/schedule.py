@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -57,9 +57,6 @@ class Plan(Protocol):
 
     def resample(self, calls: int) -> Schedule:
         """The steps of a generation of so many calls."""
-
-    def with_ratio(self, ratio: float) -> Plan:
-        """The same depths with one pruning ratio."""
 
 
 _NAMED = {"full": FULL, "layers": LAYERS}
@@ -248,18 +245,16 @@ class Spaced:
         interval: one call in so many is full; 1 makes all of them full.
         depth: of the others.
         full: the indices of the full calls among so many calls; every ``interval``-th if None.
-        ratio: pruning ratio of all calls.
     """
 
     interval: int
     depth: int
     full: Callable[[int], set[int]] | None = None
-    ratio: float = 0.0
 
     def kinds(self) -> frozenset[Step]:
         """Full calls and the others."""
-        full = {Step(FULL, self.ratio)}
-        return frozenset(full if self.interval == 1 else full | {Step(self.depth, self.ratio)})
+        full = {Step(FULL, 0.0)}
+        return frozenset(full if self.interval == 1 else full | {Step(self.depth, 0.0)})
 
     def resample(self, calls: int) -> Schedule:
         """The schedule of a generation.
@@ -272,11 +267,33 @@ class Spaced:
         even = self.full is None or self.interval == 1
         full = set(range(0, calls, self.interval)) if even or self.full is None else self.full(calls)
         depth = tuple(FULL if i in full else self.depth for i in range(calls))
-        return Schedule(depth=depth, ratio=(self.ratio,) * calls, name=f"1:{self.interval}")
+        return Schedule(depth=depth, ratio=(0.0,) * calls, name=f"1:{self.interval}")
 
-    def with_ratio(self, ratio: float) -> Spaced:
-        """The same calls, pruned."""
-        return replace(self, ratio=ratio)
+
+@dataclass(frozen=True)
+class Both:
+    """The depths of one plan with the pruning ratios of another.
+
+    Args:
+        depths: how deep calls go; its ratios do not count.
+        ratios: how much they prune; its depths do not count.
+    """
+
+    depths: Plan
+    ratios: Plan
+
+    def kinds(self) -> frozenset[Step]:
+        """Every depth with every ratio."""
+        return frozenset(Step(d.depth, r.ratio) for d in self.depths.kinds() for r in self.ratios.kinds())
+
+    def resample(self, calls: int) -> Schedule:
+        """The schedule of a generation.
+
+        Raises:
+            ValueError: if ``calls < 1``.
+        """
+        depths = self.depths.resample(calls)
+        return depths.model_copy(update={"ratio": self.ratios.resample(calls).ratio})
 
 
 @dataclass(frozen=True)
@@ -310,10 +327,6 @@ class After:
                 "name": f"{rest.name} from {full}".strip(),
             }
         )
-
-    def with_ratio(self, ratio: float) -> After:
-        """The same calls, pruned after the first ones."""
-        return replace(self, plan=self.plan.with_ratio(ratio))
 
 
 def _shares(weights: Sequence[int], total: int) -> list[int]:

@@ -283,7 +283,7 @@ def test_the_script_writes_what_it_prints(
     printed, written = capsys.readouterr().out, json.loads(out.read_text())
     assert [row["name"] for row in written["rows"]] == ["steps:2", "dato:b1", "DeepCache:2", "firstblock"]
     assert "firstblock: IndexError: pop from empty list" in printed
-    assert written["rows"][2]["speedup"] > 1
+    assert len(written["rows"][2]["rounds"]) == 1
     assert {"tomesd", "DeepCache", "cache-dit", "diffusers"} <= set(written["machine"]["versions"])
     monkeypatch.setattr("sys.argv", ["peers_table", "--arch", "sd15", "--peers", "toca"])
     with pytest.raises(SystemExit, match="2"):

@@ -47,6 +47,8 @@ def test_prompt_files_of_the_public_formats_are_read(tmp_path: Path) -> None:
         ("a.json", '{"images": []}', "neither a list"),
         ("a.json", '[{"prompt": "a cat"}]', "neither a list of texts .* something else than texts"),
         ("a.csv", "Prompt,x\na cat, red,x\n", "line 2 of .* more fields than its head"),
+        ("a.tsv", 'x\tPrompt\nx\t"a cat\nand a dog"\n', "line 3 of .*a.tsv ends before its Prompt"),
+        ("a.tsv", 'Prompt\n"a\tcat"\n', "line 2 of .* more fields .* not allowed in a .tsv"),
         ("a.csv", "text\na cat\n", "no column Prompt"),
         ("a.xlsx", "", "'.xlsx' is not allowed"),
     ],
@@ -86,6 +88,9 @@ def test_odd_characters_stay_in_prompts(tmp_path: Path) -> None:
     table = tmp_path / "drawbench.csv"
     table.write_text('\ufeffPrompts,Category\n"a cat, ""red""\nand fat",x\na {dog}\u2028here,x\n')
     assert read_prompts(table, "{} {x}") == ['a cat, "red"\nand fat {x}', "a {dog}\u2028here {x}"]
+    table = tmp_path / "parti.tsv"
+    table.write_text('Prompt\tNote\n"G O" on a wall\t"\n"a ""red"" cat"\t\n"a" and "b"\n"dog\n')
+    assert read_prompts(table) == ['"G O" on a wall', 'a "red" cat', '"a" and "b"', '"dog']
 
 
 @pytest.mark.parametrize(

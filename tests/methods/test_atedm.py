@@ -21,7 +21,7 @@ from transformer_pipelines import FORMS, TWO_CALLS, generate
 from whole_unet import assert_near, guided_inputs, outputs
 
 import regrow
-from regrow import ATEDM, After, Restored, Similarity
+from regrow import ATEDM, After, Combined, DeepCache, Restored, Similarity
 from regrow.engine.inputs import without_data
 from regrow.macs import meta_copy
 from regrow.measure import architecture, profile
@@ -268,8 +268,8 @@ class SlowStages:
         layer.forward = pruned
 
 
-def slow_unet(model: Any, config: ATEDM, inputs: dict[str, Any], levels: set[int]) -> Tensor:
-    """The output of a copy of the U-Net whose stages at these levels of the down path prune."""
+def slow_unet(model: Any, config: ATEDM, levels: set[int]) -> Any:
+    """A copy of the U-Net whose stages at these levels of the down path prune."""
     twin = copy.deepcopy(model)
     last = len(twin.down_blocks) - 1
     places = [twin.down_blocks[level] for level in levels] + [
@@ -281,8 +281,7 @@ def slow_unet(model: Any, config: ATEDM, inputs: dict[str, Any], levels: set[int
     stages = [s for s in found if len(s) > 1 or config.after is After.SELF_ATTENTION]
     assert stages
     SlowStages(stages, config)
-    with torch.no_grad():
-        return twin(**inputs).sample
+    return twin
 
 
 @pytest.mark.parametrize(
@@ -298,12 +297,43 @@ def test_a_unets_calls_are_those_of_the_definitions(
     make: Any, levels: set[int], width: int, fields: Any
 ) -> None:
     model, config = make(), copying(**fields)
-    inputs = guided_inputs(model, 2, pairs=2 if width == 16 else 1, width=width)
+    inputs, twin = (
+        guided_inputs(model, 2, pairs=2 if width == 16 else 1, width=width),
+        slow_unet(model, config, levels),
+    )
     for one, got in zip(inputs, outputs(model, config, inputs), strict=True):
-        assert_near(got, slow_unet(model, config, one, levels))
         with torch.no_grad():
+            assert_near(got, twin(**one).sample)
             plain = model(**one).sample
         assert not torch.allclose(got, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "levels", "branch", "restored"),
+    [
+        (pipelines.sdxl_unet, {1, 2}, 3, "up_blocks.1.attentions.1"),
+        (pipelines.unet, {0, 1}, 1, "up_blocks.1.attentions.0"),
+    ],
+)
+def test_a_unets_cached_calls_are_those_of_the_definitions(
+    make: Any, levels: set[int], branch: int, restored: str
+) -> None:
+    """The slow ones compute everything, and hand on what the last full call gave where the layers begin."""
+    model, config, kept = make(), copying(), []
+    inputs, twin = guided_inputs(model, 4), slow_unet(model, config, levels)
+
+    def hand_on(module: Any, args: Any, out: Any) -> Any:
+        if index % 2 == 0:
+            kept[:] = [out]
+        return kept[0]
+
+    twin.get_submodule(restored).register_forward_hook(hand_on)
+    both = Combined(caching=DeepCache(interval=2, branch=branch), tokens=config)
+    only_caching = outputs(model, both.caching, inputs)
+    for index, got in enumerate(outputs(model, both, inputs)):
+        with torch.no_grad():
+            assert_near(got, twin(**inputs[index]).sample)
+        assert not torch.allclose(got, only_caching[index], rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_steps_prune_less() -> None:
@@ -314,8 +344,6 @@ def test_the_first_steps_prune_less() -> None:
     reused = [step.ratio for step in parts_of(reuse(early=0.2)).plan.resample(20).steps()]
     assert reused == [0.0] * 4 + [0.6] * 16
     assert [s.ratio for s in parts_of(reuse()).plan.resample(4).steps()] == [0, 0, 0.6, 0.6]
-    less = plan.with_ratio(0.1).resample(10)
-    assert set(less.ratio) == {0.1}
 
 
 @pytest.mark.parametrize("kind", transformer_pipelines.KINDS)
@@ -452,6 +480,11 @@ def test_what_a_model_can_not_is_refused() -> None:
         regrow.apply(unet, reuse())
     with pytest.raises(ValueError, match="block: 8 is not allowed, it must be < 8"):
         regrow.apply(dit, reuse(block=8))
+    with pytest.raises(
+        ValueError, match="block: 2 is not allowed with cached calls of depth 3, it must be < 2"
+    ):
+        regrow.apply(dit, Combined(caching=DeepCache(branch=2), tokens=reuse(block=2)))
+    assert not dit._forward_pre_hooks
     with pytest.raises(ValueError, match="after: feed_forward is not allowed on UNet2DConditionModel"):
         regrow.apply(unet, ATEDM.preset("paper"))
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformer_pipelines import FORMS, LAYERS, SKIP_LAYER, STEPS, generate
 
 import regrow
-from regrow import FORA, FULL, CATPruning, Combined, DeepCache, Schedule, TokenChoice
+from regrow import ATEDM, FORA, FULL, CATPruning, Combined, DeepCache, Schedule, TokenChoice
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
 from regrow.methods.parts import MethodConfig, Parts, parts_of
+from regrow.schedule import Both
 
 
 class Everything(MethodConfig):
@@ -32,7 +33,7 @@ class Everything(MethodConfig):
 @parts_of.register
 def _(config: Everything) -> Parts:
     caching = DeepCache(interval=config.interval, branch=config.branch)
-    return Parts(parts_of(caching).plan.with_ratio(0.5), token_set=_All())
+    return Parts(Both(parts_of(caching).plan, Schedule.constant(0.5)), token_set=_All())
 
 
 @pytest.fixture(params=KINDS)
@@ -141,6 +142,44 @@ def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(
         expected = generate(pipe, **options)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert calls[2].macs < calls[3].macs < calls[0].macs
+
+
+@pytest.mark.parametrize(("form", "branch"), [("guided", 0), ("batch", 3), ("wide", 3)])
+@pytest.mark.parametrize("early_ratio", [0.0, 0.25])
+def test_at_edm_reuses_under_cached_calls(pipe: Any, form: str, branch: int, early_ratio: float) -> None:
+    """Its first block computes all tokens in every call."""
+    options = allowed(pipe, form) | {"num_inference_steps": 8}
+    seen: list[regrow.Observation] = []
+    tokens = ATEDM.preset("reuse", ratio=0.5, early=4, early_ratio=early_ratio)
+    config = Combined(caching=DeepCache(interval=3, branch=branch), tokens=tokens)
+    with regrow.apply(pipe, config) as run, run.observed(seen.append):
+        ours = generate(pipe, **options)
+    shallow = [False, False, True, False, True, True, False, True]
+    assert [c.depth for c in run.report().calls] == [str(branch + 1) if s else "full" for s in shallow]
+    early = early_ratio > 0
+    chosen = [o.tokens for o in seen]
+    assert [t is None for t in chosen] == [True, True, not early, not early] + [False] * 4
+    assert torch.equal(chosen[6], chosen[7])
+    if early:
+        # The most important of those that the last call of all blocks computed.
+        first, then = chosen[3], chosen[4]
+        assert first is not None
+        assert then is not None
+        assert first.shape[1] > then.shape[1]
+        for more, fewer in zip(first.tolist(), then.tolist(), strict=True):
+            assert set(fewer) < set(more)
+        assert torch.equal(chosen[4], chosen[5])
+    first_block, last = (branch + 2) // 2, LAYERS - (branch + 1) // 2
+
+    def skips(call: int, block: int) -> bool:
+        return block == 0 or (shallow[call] and first_block <= block < last)
+
+    with (
+        slow(pipe.transformer, chosen, skips),
+        slow_blocks(pipe.transformer, chosen, shallow, first_block, last),
+    ):
+        expected = generate(pipe, **options)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_generations_share_nothing_and_removal_leaves_nothing(pipe: Any) -> None:
@@ -252,5 +291,8 @@ def test_layers_that_hand_on_their_output_are_refused() -> None:
     for caching in (FORA(interval=2), layers):
         with pytest.raises(ValidationError, match="not allowed with cat"):
             Combined(caching=caching, tokens=CATPruning())
+        with pytest.raises(ValidationError, match="not allowed with atedm"):
+            Combined(caching=caching, tokens=ATEDM.preset("reuse"))
+        assert Combined(caching=caching, tokens=ATEDM())
     config = Combined(caching=DeepCache(interval=2), tokens=CATPruning())
     assert Combined.model_validate_json(config.model_dump_json()) == config

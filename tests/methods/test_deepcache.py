@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import regrow
-from regrow import FULL, Combined, DeepCache, SiTo, ToMeSD
+from regrow import ATEDM, FULL, Combined, DeepCache, SiTo, ToMeSD
 from regrow.methods.deepcache import full_calls
 from regrow.methods.parts import parts_of
 
@@ -81,9 +81,16 @@ def test_interval_one_changes_nothing_and_says_so(pipe: Any) -> None:
     run.remove()
 
 
-@pytest.mark.parametrize("tokens", [SiTo(ratio=0.5), ToMeSD(ratio=0.5)])
-@pytest.mark.parametrize("caching", [DeepCache(interval=2), regrow.Schedule.every(2, 10)])
-def test_any_token_method_goes_with_any_plan(pipe: Any, caching: Any, tokens: Any) -> None:
+@pytest.mark.parametrize("tokens", [SiTo(ratio=0.5), ToMeSD(ratio=0.5), ATEDM(ratio=0.5, early=0)])
+@pytest.mark.parametrize(
+    ("caching", "depth"),
+    [
+        (DeepCache(interval=2), "1"),
+        (regrow.Schedule.every(2, 10), "1"),
+        (regrow.FORA(interval=2), "layers"),
+    ],
+)
+def test_any_token_method_goes_with_any_plan(pipe: Any, caching: Any, depth: str, tokens: Any) -> None:
     config = Combined(caching=caching, tokens=tokens)
     assert Combined.model_validate_json(config.model_dump_json()) == config
     with regrow.apply(pipe, tokens):
@@ -91,8 +98,10 @@ def test_any_token_method_goes_with_any_plan(pipe: Any, caching: Any, tokens: An
     with regrow.apply(pipe, config) as run:
         both = pipelines.generate(pipe)
     calls = run.report().calls
-    assert [c.depth for c in calls] == ["full", "1", "full", "1"]
-    assert all(c.ratio == 0.5 and c.selection_macs > 0 for c in calls)
+    assert [c.depth for c in calls] == ["full", depth, "full", depth]
+    # Where all layers hand on their output, none chooses tokens.
+    assert all((c.ratio == 0.5) == (c.depth != "layers") for c in calls)
+    assert all((c.selection_macs > 0) == (c.ratio > 0) for c in calls)
     assert both.isfinite().all()
     assert not torch.equal(both, only_tokens)
 

@@ -79,8 +79,8 @@ class Engine:
         parts = self.parts
         if parts.token_set is None:
             return None
-        asked = self.leaves_out
-        return Lean(parts.token_set, self.denoiser, self.layout, asked, parts.instead, self.warn_once)
+        cuts, asked = self.cuts, self.leaves_out
+        return Lean(parts.token_set, self.denoiser, self.layout, cuts, asked, parts.instead, self.warn_once)
 
     def _refreshing(self) -> Refreshing | None:
         rule = self.parts.refresh

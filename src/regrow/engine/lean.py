@@ -26,13 +26,14 @@ class Lean:
         token_set: the choice.
         denoiser: the model.
         layout: its table.
+        cuts: those that the plan uses, by their depth.
         asked: whether the plan has a ratio above 0.
         instead: what to say to somebody whose model the choice doesn't fit.
         warn_once: takes what a warning is about, and the warning.
 
     Raises:
         UnsupportedModelError: if a call of the model can't compute some of its tokens only.
-        ValueError: if no block comes behind the one that the choice reads.
+        ValueError: if no block comes behind the one that the choice reads, or a cut skips that.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Lean:
         token_set: TokenSet,
         denoiser: nn.Module,
         layout: Layout,
+        cuts: Mapping[int, Cut],
         asked: bool,
         instead: str,
         warn_once: Callable[[str, str], None],
@@ -51,6 +53,8 @@ class Lean:
             self._check_supported(instead)
         self.leading = self._leading()
         """The blocks that compute all tokens in every call, before some are chosen."""
+        if asked:
+            self._check_leading(cuts)
         self.memory = self._memory()
         """By name, the modules whose output for tokens that a call leaves out is remembered."""
 
@@ -72,6 +76,14 @@ class Lean:
         reads = self.token_set.reads_block
         blocks = dict.fromkeys(place.layer.block for place in self._layout.token_layers)
         return () if reads is None else tuple(blocks)[: reads + 1]
+
+    def _check_leading(self, cuts: Mapping[int, Cut]) -> None:
+        for depth, cut in cuts.items():
+            if cut.entry in self.leading:
+                raise ValueError(
+                    f"block: {self.token_set.reads_block} is not allowed with cached calls of depth "
+                    f"{depth}, it must be < {self.leading.index(cut.entry)}: they leave it out"
+                )
 
     def _memory(self) -> dict[str, nn.Module]:
         stream = self._layout.stream

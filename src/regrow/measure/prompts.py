@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 # Columns of the published tables: PartiPrompts, DrawBench.
 _COLUMNS = ("Prompt", "Prompts", "prompt", "caption")
@@ -169,17 +170,29 @@ def _class_name(entry: str | list[str]) -> str:
 
 def _of_table(file: Path) -> tuple[list[str], Usual]:
     delimiter = "\t" if file.suffix == ".tsv" else ","
-    rows = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter)
+    # PartiPrompts has quotes that are part of a prompt, at its beginning too.
+    raw = file.suffix == ".tsv"
+    quoting: Any = csv.QUOTE_NONE if raw else csv.QUOTE_MINIMAL
+    rows = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter, quoting=quoting)
     column = _column(file, rows.fieldnames or ())
     texts = []
     for row in rows:
         if None in row:
             raise ValueError(
                 f"prompts: line {rows.line_num} of {file} has more fields than its head; a prompt with "
-                f"{delimiter!r} in it must be in quotes"
+                f"{delimiter!r} in it " + ("is not allowed in a .tsv" if raw else "must be in quotes")
             )
-        texts.append(row[column] or "")
+        if row[column] is None:
+            raise ValueError(f"prompts: line {rows.line_num} of {file} ends before its {column}")
+        texts.append(_unquoted(row[column]) if raw else row[column])
     return texts, Usual()
+
+
+def _unquoted(text: str) -> str:
+    """A text without the quotes around it, in which those inside are doubled; itself if they are not."""
+    inside = text[1:-1]
+    quoted = len(text) > 1 and text[0] == text[-1] == '"' and '"' not in inside.replace('""', "")
+    return inside.replace('""', '"') if quoted else text
 
 
 def _of_parquet(file: Path) -> tuple[list[str], Usual]:

@@ -101,12 +101,12 @@ def variant(spec: str, steps: int) -> Variant:
         return Variant(spec, configs[0], steps)
     # Both together were not found anywhere.
     configs = [config.model_copy(update={"found": None}) for config in configs]
-    tokens = [c for c in configs if isinstance(c, (SiTo, ToMeSD, CATPruning))]
+    tokens = [c for c in configs if isinstance(c, (SiTo, ToMeSD, CATPruning, ATEDM))]
     caching = [c for c in configs if isinstance(c, (DeepCache, FORA, DaTo))]
     if not tokens or not caching:
         raise ValueError(
             f"methods: {spec!r} is not allowed; one side of the '+' must be deepcache, fora or dato, the "
-            "other sito, tome or cat"
+            "other sito, tome, cat or atedm"
         )
     if isinstance(caching[0], DaTo) and caching[0] != DaTo(schedule=caching[0].schedule):
         raise ValueError(

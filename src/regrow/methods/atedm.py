@@ -18,7 +18,7 @@ them prune a smaller share, or none. Importance is taken from self-attentions, n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
@@ -235,9 +235,17 @@ class _Reusing:
     def reads_block(self) -> int:
         return self.config.block
 
-    def select(self, memory: None, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, None]:
-        """The most important tokens ``(B, count)``, ascending; nothing is remembered."""
-        return importance(self.config, call)[1].topk(count, dim=1).indices.sort(1).values, None
+    def select(
+        self, memory: Tensor | None, grid: Grid, count: int, call: CallInfo
+    ) -> tuple[Tensor, Tensor | None]:
+        """The most important tokens ``(B, count)``, ascending; their importance is remembered.
+
+        A call that leaves out blocks goes by that of the last one that left out none: for its tokens what
+        the blocks last added is newest.
+        """
+        known = memory if call.cached else None
+        score = importance(self.config, call)[1] if known is None else known
+        return score.topk(count, dim=1).indices.sort(1).values, memory if call.cached else score
 
 
 # A cache has to be filled, and the engine asks for two outputs before a call leaves tokens out.
@@ -278,10 +286,6 @@ class _Plan:
             0.0 if i < self.whole else self.early_ratio if i < early else self.ratio for i in range(calls)
         )
         return Schedule(depth=(FULL,) * calls, ratio=ratio, name=f"from {max(early, self.whole)}")
-
-    def with_ratio(self, ratio: float) -> _Plan:
-        """The same calls with another share left out."""
-        return replace(self, ratio=ratio, early_ratio=min(self.early_ratio, ratio))
 
 
 @parts_of.register

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
-from regrow.schedule import After, Plan, Schedule
+from regrow.schedule import After, Schedule
 from regrow.space import Space, Variable, free
 from regrow.tokens.cluster import (
     k_means,
@@ -238,9 +238,4 @@ def one_half(noise: Tensor, alignment: Alignment, call: CallInfo) -> Tensor:
 
 @parts_of.register
 def _(config: CATPruning) -> Parts:
-    return Parts(plan_of(config, Schedule.constant()), token_set=_Rule(config))
-
-
-def plan_of(config: CATPruning, rest: Plan) -> After:
-    """The full calls at the beginning, then those of a plan, which leave tokens out."""
-    return After(config.t0, rest.with_ratio(1 - config.alpha))
+    return Parts(After(config.t0, Schedule.constant(1 - config.alpha)), token_set=_Rule(config))

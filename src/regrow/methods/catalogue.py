@@ -114,12 +114,12 @@ def space_of(name: str, calls: int) -> Space:
     kinds = [configured(part) for part in name.split("+")]
     if len(kinds) == 1:
         return kinds[0].space(calls)
-    tokens = [k for k in kinds if k in (SiTo, ToMeSD, CATPruning)]
+    tokens = [k for k in kinds if k in (SiTo, ToMeSD, CATPruning, ATEDM)]
     caching = [k for k in kinds if k in (DeepCache, FORA)]
     if len(kinds) > 2 or not tokens or not caching:
         raise ValueError(
             f"method: {name!r} is not allowed; one side of the '+' must be deepcache or fora, the other "
-            "sito, tome or cat"
+            "sito, tome, cat or atedm"
         )
     return product(
         caching[0].space(calls), tokens[0].space(calls), lambda c, t: Combined(caching=c, tokens=t)

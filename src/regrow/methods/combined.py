@@ -1,4 +1,4 @@
-"""SiTo and ToMeSD under any plan of cached calls, and CAT Pruning with block caching."""
+"""Two methods at once: one that leaves tokens out, under any plan of cached calls."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from regrow.methods.cat import CATPruning, plan_of
+from regrow.methods.atedm import ATEDM
+from regrow.methods.cat import CATPruning
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
 from regrow.methods.parts import MethodConfig, Parts, parts_of
 from regrow.methods.sito import SiTo
 from regrow.methods.tome import ToMeSD
-from regrow.schedule import LAYERS, Plan, Schedule
+from regrow.schedule import LAYERS, After, Both, Plan, Schedule
 
 
 class Combined(MethodConfig):
     """Two methods at once: tokens are pruned in the layers that the plan leaves to compute.
 
-    With CAT Pruning the first ``t0`` calls are full. After them every call computes the chosen tokens only:
-    one at full depth through all blocks, a cached one those of the last such call through the blocks that
-    DeepCache leaves, adding what the blocks between last added to each of them.
+    CAT Pruning, and AT-EDM with ``recovery=reuse``, choose the tokens of whole calls. With them the first
+    calls are full (``t0``, or two). After them a call at full depth computes the chosen tokens through all
+    blocks, and a cached one those of the last such call through the blocks that DeepCache leaves, adding
+    what the blocks between last added to each of them.
 
     Args:
         caching: which calls are full and how deep the others go: a method, or a schedule, whose
-            ratios do not count. With CAT Pruning not `FORA`, and no schedule with ``"layers"``.
-        tokens: how tokens are pruned in all calls.
+            ratios do not count. Where the tokens of whole calls are chosen not `FORA`, and no schedule with
+            ``"layers"``.
+        tokens: how tokens are pruned, and how many in each call.
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
@@ -35,14 +38,16 @@ class Combined(MethodConfig):
     method: Literal["combined"] = "combined"
     version: Literal[1] = 1
     caching: Annotated[DeepCache | FORA, Field(discriminator="method")] | Schedule
-    tokens: Annotated[SiTo | ToMeSD | CATPruning, Field(discriminator="method")]
+    tokens: Annotated[SiTo | ToMeSD | CATPruning | ATEDM, Field(discriminator="method")]
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Combined:
-        if isinstance(self.tokens, CATPruning) and any(s.depth == LAYERS for s in self.plan.kinds()):
+        whole = parts_of(self.tokens).token_set is not None
+        if whole and any(s.depth == LAYERS for s in self.plan.kinds()):
             raise ValueError(
                 "caching: calls in which every layer hands on its last output (fora, depth 'layers') are "
-                "not allowed with cat, it must be deepcache or a schedule of other depths"
+                f"not allowed with {self.tokens.method} where it chooses the tokens of whole calls; it "
+                "must be deepcache or a schedule of other depths"
             )
         return self
 
@@ -61,6 +66,7 @@ class Combined(MethodConfig):
 @parts_of.register
 def _(config: Combined) -> Parts:
     tokens = parts_of(config.tokens)
-    if isinstance(config.tokens, CATPruning):
-        return replace(tokens, plan=plan_of(config.tokens, config.plan))
-    return replace(tokens, plan=config.plan.with_ratio(config.tokens.ratio))
+    plan = Both(config.plan, tokens.plan)
+    if tokens.token_set is None:
+        return replace(tokens, plan=plan)
+    return replace(tokens, plan=After(tokens.token_set.full_calls, plan))

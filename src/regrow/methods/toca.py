@@ -280,10 +280,6 @@ class _Plan:
         growth = 1 + self.weight - 2 * self.weight * (calls - 1 - index) / calls
         return max(1 - (1 - self.ratio) * growth, 0.0)
 
-    def with_ratio(self, ratio: float) -> _Plan:
-        """The same calls with another share left out."""
-        return replace(self, ratio=ratio)
-
 
 @parts_of.register
 def _(config: ToCa) -> Parts:
