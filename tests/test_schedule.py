@@ -302,6 +302,5 @@ def test_a_plan_after_full_calls_keeps_its_own_places() -> None:
     assert resampled.ratio == (0.0, 0.0, 0.0, 0.5, 0.5, 0.5)
     assert plan.resample(2).depth == (FULL, FULL)
     assert plan.kinds() == {Step(FULL, 0.0), Step(FULL, 0.5), Step(1, 0.5)}
-    assert plan.with_ratio(0.25).resample(4).ratio == (0.0, 0.0, 0.0, 0.25)
     with pytest.raises(ValueError, match="calls: 0"):
         plan.resample(0)
