@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/cifar.sh "DATA..." [IMAGES] [PROMPTS]
 #
-# As it is on two CPU cores, about three quarters of an hour; benchmarks/gpu.sh has it with 10,000 pictures and 250 steps.
+# As it is on two CPU cores, about an hour; benchmarks/gpu.sh has it with 10,000 pictures.
 # DATA is CIFAR-10 as published: cifar-10-binary.tar.gz, or its Parquet files. Writes cifar-bar.json (FD-EffNet and
 # accuracy at several steps, with and without guidance), quality-cifar10.{json,md,png} (methods of transformers),
 # peers-cifar10.json and peers-cifar10-quality.json (public peers beside some of them, with pip install 'regrow[peers]')
@@ -27,4 +27,4 @@ fi
 "$bin/regrow" trace --model cifar10 --prompts 10 --out "$results/trace-cifar10" --methods \
     steps:50,steps:25,steps:16,fora:3,deepcache:3,toca:3,cat:0.3,cat:0.3+deepcache:2,atedm:reuse:ratio=0.5
 "$bin/python" tools/check_cifar.py --data "${data[@]}" --model src/regrow/zoo/cifar10 --bf16 --images "$images" \
-    --settings 50:2 20:2 10:2 50:1 20:1 10:1 --json "$results/cifar-bar.json"
+    --settings 50:2 20:2 10:2 250:2 50:1 20:1 10:1 250:1 --json "$results/cifar-bar.json"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from cifar import CLASSES, read_cifar
+from cifar import CLASSES, SIDE, read_cifar
 from diffusers import DDIMScheduler, DiTPipeline
 from PIL import Image
 from rich.console import Console
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from training import keep_freed_memory, write_json
 
 from regrow.measure.features import EfficientNetFeatures
-from regrow.measure.images import to_picture
+from regrow.measure.images import contact_sheet, to_picture
 from regrow.measure.keep import digest
 from regrow.measure.machine import machine
 from regrow.measure.quality import frechet_distance
@@ -128,16 +128,15 @@ def begun(file: Path | None, inputs: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def contact_sheet(pictures: Tensor, labels: list[int], scale: int = 2) -> Image.Image:
-    """A row of pictures for each class."""
-    side = pictures.shape[-1] * scale
-    sheet = Image.new("RGB", (COLUMNS * side, len(CLASSES) * side), "white")
+def sheet_of(pictures: Tensor, labels: list[int]) -> Image.Image:
+    """A row of pictures for each class, of the first of it."""
+    blank = Image.new("RGB", (SIDE, SIDE), "white")
+    rows = []
     for number in range(len(CLASSES)):
-        rows = [i for i, label in enumerate(labels) if label == number][:COLUMNS]
-        for column, i in enumerate(rows):
-            picture = to_picture(pictures[i].float() / 255).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(picture, (column * side, number * side))
-    return sheet
+        own = [picture for picture, label in zip(pictures, labels, strict=True) if label == number]
+        row = [to_picture(picture.float() / 255) for picture in own[:COLUMNS]]
+        rows.append(row + [blank] * (COLUMNS - len(row)))
+    return contact_sheet(rows, columns=[""] * COLUMNS, labels=CLASSES, side=2 * SIDE)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -201,7 +200,7 @@ def main() -> None:
         made = draw(pipe, labels, setting, args.batch, args.seed, args.bf16)
         seconds = time.perf_counter() - begin
         if setting == args.settings[0]:
-            contact_sheet(made, labels).save(args.model / "contact.png")
+            sheet_of(made, labels).save(args.model / "contact.png")
         generated = features_of(made, extractor, "generated")
         rows.append(
             setting._asdict()
