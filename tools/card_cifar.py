@@ -33,6 +33,12 @@ def loss_curve(log: Path, target: Path) -> None:
     plt.close(figure)
 
 
+def by_class(name: str, accuracy: dict[str, Any]) -> str:
+    """A row of the share found of each class."""
+    own = accuracy["accuracy by class"]
+    return f"| {name} | " + " | ".join(f"{100 * own[c]:.0f}%" if c in own else "" for c in CLASSES) + " |"
+
+
 def figures(check: dict[str, Any]) -> str:
     """What check_cifar.py measured, a row a setting, with its command."""
     lines = ["| DDIM steps | guidance | FD-EffNet | classifier finds the class |", "|---|---|---|---|"]
@@ -40,8 +46,16 @@ def figures(check: dict[str, Any]) -> str:
     for row in rows:
         guidance = "none" if row["guidance"] == 1 else f"{row['guidance']:g}"
         lines.append(f"| {row['steps']} | {guidance} | {row['fd']:.1f} | {100 * row['accuracy']:.1f}% |")
-    least, most = check["fd of training photographs"], 100 * check["accuracy on test photographs"]
-    lines.append(f"| photographs | | {least:.1f} | {most:.1f}% |")
+    least, most = check["fd of training photographs"], check["test photographs"]
+    lines.append(f"| photographs | | {least:.1f} | {100 * most['accuracy']:.1f}% |")
+    first = check["settings"][0]
+    lines += [
+        "",
+        f"| found, of | {' | '.join(CLASSES)} |",
+        "|---|" + "---|" * len(CLASSES),
+        by_class(f"{first['steps']} steps, guidance {first['guidance']:g}", first),
+        by_class("photographs", most),
+    ]
     count, machine = check["images"], check["machine"]
     precision = "" if check["precision"] == "fp32" else " --bf16"
     settings = " ".join(f"{row['steps']}:{row['guidance']:g}" for row in check["settings"])

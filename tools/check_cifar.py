@@ -6,7 +6,7 @@
 For every number of DDIM steps and guidance scale (1 is none): *FD-EffNet*, the Fréchet distance of
 EfficientNet-Lite0 features to those of the test photographs, beside that of as many training photographs,
 the least that can be expected. *Accuracy*: of a linear classifier on the same features, fitted to training
-photographs, on generated pictures and on the test photographs. A contact sheet of the first setting is
+photographs, on generated pictures and on the test photographs, of all and by class. A contact sheet of the first setting is
 written beside the model. Killed, it goes on with the settings that are left.
 """
 
@@ -82,10 +82,12 @@ def fit(features: Tensor, labels: Tensor) -> nn.Linear:
     return head
 
 
-def accuracy(head: nn.Linear, features: Tensor, labels: Tensor) -> float:
-    """Share of pictures that the classifier finds to be of their class."""
+def accuracy(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Share of pictures that the classifier finds to be of their class, of all and of each class there is."""
     with torch.no_grad():
-        return (head(features).argmax(1) == labels).float().mean().item()
+        found = (head(features).argmax(1) == labels).float()
+    each = {CLASSES[c]: found[labels == c].mean().item() for c in labels.unique().tolist()}
+    return {"accuracy": found.mean().item(), "accuracy by class": each}
 
 
 def draw(
@@ -187,7 +189,7 @@ def main() -> None:
     head = fit(known[: args.fit], train_labels[: args.fit])
     result = inputs | {
         "fd of training photographs": frechet_distance(known[: args.images], true),
-        "accuracy on test photographs": accuracy(head, true, test_labels[: args.images]),
+        "test photographs": accuracy(head, true, test_labels[: args.images]),
         "settings": rows,
         "machine": machine(args.device),
     }
@@ -206,9 +208,9 @@ def main() -> None:
             setting._asdict()
             | {
                 "fd": frechet_distance(generated, true),
-                "accuracy": accuracy(head, generated, torch.tensor(labels)),
                 "seconds": round(seconds, 1),
             }
+            | accuracy(head, generated, torch.tensor(labels))
         )
         if args.json:
             write_json(args.json, result)

@@ -212,7 +212,9 @@ def test_the_card_says_what_was_measured(
         {"steps": 50, "guidance": 2.0, "fd": 21.96, "accuracy": 0.601},
     ]
     check = {"images": 1000, "fit": 10000, "precision": "bf16 autocast", "settings": settings}
-    check |= {"fd of training photographs": 9.0, "accuracy on test photographs": 0.75, "machine": machine}
+    check["settings"][0]["accuracy by class"] = {"cat": 0.25, "dog": 0.5}
+    photographs = {"accuracy": 0.75, "accuracy by class": {"airplane": 1.0, "cat": 0.5}}
+    check |= {"fd of training photographs": 9.0, "test photographs": photographs, "machine": machine}
     (tmp_path / "check.json").write_text(json.dumps(check))
     words = ["--model", str(model), "--log", str(model.parent / "work")]
     monkeypatch.setattr("sys.argv", ["card_cifar.py", *words, "--check", str(tmp_path / "check.json")])
@@ -223,6 +225,9 @@ def test_the_card_says_what_was_measured(
         "| 50 | 2 | 22.0 | 60.1% |",
         "| 10 | none | 33.0 | 50.0% |",
         "| photographs | | 9.0 | 75.0% |",
+        f"| found, of | {' | '.join(CLASSES)} |",
+        "| 10 steps, guidance 1 |  |  |  | 25% |  | 50% |  |  |  |  |",
+        "| photographs | 100% |  |  | 50% |  |  |  |  |  |  |",
     ]
     for said in (
         "1,000 pictures each, bf16 autocast",
@@ -244,6 +249,9 @@ def test_a_setting_that_is_none_is_refused(text: str) -> None:
 def test_a_classifier_learns_its_classes() -> None:
     labels = torch.arange(40) % 10
     features = torch.randn(10, 1280, generator=torch.Generator().manual_seed(0))[labels]
-    assert check_cifar.accuracy(check_cifar.fit(features, labels), features, labels) == 1.0
+    head = check_cifar.fit(features, labels)
+    assert check_cifar.accuracy(head, features, labels)["accuracy"] == 1.0
     wrong = (labels + 1) % 10
-    assert check_cifar.accuracy(check_cifar.fit(features, labels), features, wrong) == 0.0
+    assert check_cifar.accuracy(check_cifar.fit(features, labels), features, wrong)["accuracy"] == 0.0
+    mixed = check_cifar.accuracy(head, features[:4], torch.tensor([0, 1, 2, 2]))
+    assert mixed == {"accuracy": 0.75, "accuracy by class": {"airplane": 1.0, "automobile": 1.0, "bird": 0.5}}
