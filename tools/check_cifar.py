@@ -6,8 +6,8 @@
 For every number of DDIM steps and guidance scale (1 is none): *FD-EffNet*, the Fréchet distance of
 EfficientNet-Lite0 features to those of the test photographs, beside that of as many training photographs,
 the least that can be expected. *Accuracy*: of a linear classifier on the same features, fitted to training
-photographs, on generated pictures and on the test photographs, of all and by class. A contact sheet of the first setting is
-written beside the model. Killed, it goes on with the settings that are left.
+photographs, on generated pictures and on the test photographs, of all and by class. A contact sheet of the
+first setting is written beside the model. Killed, it goes on with the settings that are left.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def fit(features: Tensor, labels: Tensor) -> nn.Linear:
 
 
 def accuracy(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Share of pictures that the classifier finds to be of their class, of all and of each class there is."""
+    """Share of pictures that the classifier finds to be of their class, of all and of each class."""
     with torch.no_grad():
         found = (head(features).argmax(1) == labels).float()
     each = {CLASSES[c]: found[labels == c].mean().item() for c in labels.unique().tolist()}
