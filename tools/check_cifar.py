@@ -74,6 +74,9 @@ def features_of(pictures: Tensor, extractor: EfficientNetFeatures, title: str) -
 def fit(features: Tensor, labels: Tensor) -> nn.Linear:
     """A linear classifier, by gradient descent on all features at once."""
     head = nn.Linear(features.shape[1], len(CLASSES))
+    # What was drawn before must not count.
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     optimizer = torch.optim.AdamW(head.parameters(), 1e-2, weight_decay=1e-2)
     for _ in track(range(300), "fitting the classifier"):
         optimizer.zero_grad()
