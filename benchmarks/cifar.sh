@@ -27,4 +27,5 @@ fi
 "$bin/regrow" trace --model cifar10 --prompts 10 --out "$results/trace-cifar10" --methods \
     steps:50,steps:25,steps:16,fora:3,deepcache:3,toca:3,cat:0.3,cat:0.3+deepcache:2,atedm:reuse:ratio=0.5
 "$bin/python" tools/check_cifar.py --data "${data[@]}" --model src/regrow/zoo/cifar10 --bf16 --images "$images" \
-    --settings 50:2 20:2 10:2 250:2 50:1 20:1 10:1 250:1 --json "$results/cifar-bar.json"
+    --settings 50:2 20:2 10:2 250:2 50:1 20:1 10:1 250:1 --json "$results/cifar-bar.json" --work "$work/check" \
+    --sheet src/regrow/zoo/cifar10/contact.png

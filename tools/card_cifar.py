@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,16 @@ python tools/train_cifar.py --data cifar-10-binary.tar.gz --out work/cifar --exp
 """
 
 
-def card(check: dict[str, Any], log: Path, config: dict[str, Any], parameters: int) -> str:
+def card(checks: Sequence[dict[str, Any]], log: Path, config: dict[str, Any], parameters: int) -> str:
     """The model card.
 
     Args:
-        check: what check_cifar.py measured.
+        checks: what check_cifar.py measured, on so many pictures or more.
         log: work folder of train_cifar.py.
         config: of the transformer.
         parameters: number of the transformer's.
     """
-    guidance = zoo.GUIDANCE["cifar10"]
+    guidance, measured = zoo.GUIDANCE["cifar10"], "\n\n".join(map(figures, checks))
     heads, size = config["num_attention_heads"], config["attention_head_dim"]
     return f"""# cifar10
 
@@ -135,7 +136,7 @@ Classes: {", ".join(CLASSES)}. A row each:
 
 ## Are they like the photographs?
 
-{figures(check)}
+{measured}
 
 ## Data
 
@@ -154,12 +155,13 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="pipeline folder")
     parser.add_argument("--log", type=Path, required=True, help="work folder of train_cifar.py")
-    parser.add_argument("--check", type=Path, required=True, help="JSON of check_cifar.py")
+    parser.add_argument("--check", type=Path, nargs="+", required=True, help="JSON of check_cifar.py")
     args = parser.parse_args()
     transformer = zoo.load_from(args.model).transformer
     loss_curve(args.log, args.model / "loss.png")
     parameters = sum(p.numel() for p in transformer.parameters())
-    text = card(json.loads(args.check.read_text()), args.log, dict(transformer.config), parameters)
+    checks = [json.loads(file.read_text()) for file in args.check]
+    text = card(checks, args.log, dict(transformer.config), parameters)
     (args.model / "README.md").write_text(text, encoding="utf-8")
 
 

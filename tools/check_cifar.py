@@ -1,13 +1,14 @@
 """Are a model's photographs like CIFAR-10's, and of the classes that they are said to be?
 
     python tools/check_cifar.py --data cifar-10-binary.tar.gz --model work/cifar/model --json check.json \\
+        --images 256 --sheet work/cifar/model/contact.png \\
         --settings 50:2 20:2 10:2 250:2 50:1 20:1 10:1 250:1
 
 For every number of DDIM steps and guidance scale (1 is none): *FD-EffNet*, the Fréchet distance of
 EfficientNet-Lite0 features to those of the test photographs, beside that of as many training photographs,
 the least that can be expected. *Accuracy*: of a linear classifier on the same features, fitted to training
-photographs, on generated pictures and on the test photographs, of all and by class. A contact sheet of the
-first setting is written beside the model. Killed, it goes on with the settings that are left.
+photographs, on generated pictures and on the test photographs, of all and by class. Killed, it goes on
+where it was: pictures and their features are kept in the folder --work.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -30,11 +32,13 @@ from training import keep_freed_memory, write_json
 
 from regrow.measure.features import EfficientNetFeatures
 from regrow.measure.images import contact_sheet, to_picture
-from regrow.measure.keep import digest
+from regrow.measure.keep import digest, kept
 from regrow.measure.machine import machine
 from regrow.measure.quality import frechet_distance
 
 COLUMNS = 12
+# Of pictures that are kept together.
+BATCHES = 4
 
 
 class Setting(NamedTuple):
@@ -65,10 +69,33 @@ class Setting(NamedTuple):
         return setting
 
 
-def features_of(pictures: Tensor, extractor: EfficientNetFeatures, title: str) -> Tensor:
+class Seen(NamedTuple):
+    """Pictures and what the extractor makes of them.
+
+    Args:
+        pictures: uint8 ``(N, 3, 32, 32)``.
+        features: ``(N, 1280)``.
+        seconds: that drawing them took.
+    """
+
+    pictures: Tensor
+    features: Tensor
+    seconds: float
+
+
+def features_of(pictures: Tensor, extractor: EfficientNetFeatures) -> Tensor:
     """Features ``(N, 1280)`` of uint8 pictures ``(N, 3, H, W)``."""
-    parts = [extractor(part.float() / 255).cpu() for part in track(pictures.split(64), title)]
-    return torch.cat(parts)
+    return torch.cat([extractor(part.float() / 255).cpu() for part in pictures.split(64)])
+
+
+def seen_photographs(pictures: Tensor, extractor: EfficientNetFeatures, work: Path, title: str) -> Tensor:
+    """Features of photographs, kept by the thousand."""
+    parts = []
+    for part in track(pictures.split(1000), title):
+        key = digest([part])
+        file = work / "photographs" / f"{key}.safetensors"
+        parts.append(kept(file, key, lambda part=part: {"features": features_of(part, extractor)}))
+    return torch.cat([part["features"] for part in parts])
 
 
 def fit(features: Tensor, labels: Tensor) -> nn.Linear:
@@ -99,8 +126,7 @@ def draw(
     """One picture a label, each from its own seed: uint8 ``(N, 3, 32, 32)``."""
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     out = []
-    title = f"{setting.steps} steps, guidance {setting.guidance:g}"
-    for start in track(range(0, len(labels), batch), title):
+    for start in range(0, len(labels), batch):
         part = labels[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
         with torch.autocast(pipe.transformer.device.type, torch.bfloat16, enabled=bf16):
@@ -113,6 +139,51 @@ def draw(
             )
         out.append(pictures.images.float().mul(255).round().byte().cpu())
     return torch.cat(out)
+
+
+def seen(
+    pipe: DiTPipeline,
+    labels: list[int],
+    setting: Setting,
+    extractor: EfficientNetFeatures,
+    inputs: dict[str, Any],
+    work: Path,
+) -> Seen:
+    """A picture a label, kept some batches at a time.
+
+    Args:
+        pipe: the model.
+        labels: one a picture; picture i has the seed i behind the first.
+        setting: how they are drawn.
+        extractor: sees them.
+        inputs: weights, batch, seed and precision.
+        work: folder in which they are kept.
+    """
+    batch, seed = inputs["batch"], inputs["seed"]
+
+    def make(start: int) -> dict[str, Tensor]:
+        begin = time.perf_counter()
+        own = labels[start : start + many]
+        pictures = draw(pipe, own, setting, batch, seed + start, inputs["precision"] != "fp32")
+        seconds = torch.tensor([time.perf_counter() - begin])
+        return {
+            "pictures": pictures,
+            "features": features_of(pictures, extractor),
+            "seconds": seconds,
+        }
+
+    many, parts = BATCHES * batch, []
+    folder = work / f"{setting.steps}-{setting.guidance:g}"
+    for start in track(
+        range(0, len(labels), many), f"{setting.steps} steps, guidance {setting.guidance:g}"
+    ):
+        key = json.dumps([inputs, labels[start : start + many]])
+        parts.append(kept(folder / f"{start:06d}.safetensors", key, partial(make, start)))
+    return Seen(
+        torch.cat([part["pictures"] for part in parts]),
+        torch.cat([part["features"] for part in parts]),
+        sum(float(part["seconds"]) for part in parts),
+    )
 
 
 def begun(file: Path | None, inputs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -152,6 +223,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="tar archive or Parquet files")
     parser.add_argument("--model", type=Path, required=True, help="pipeline folder")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first setting here")
+    parser.add_argument("--work", type=Path, default=Path("work/cifar-check"), help="what is kept")
     parser.add_argument(
         "--images", type=int, default=2000, help="generated, and of each set of photographs"
     )
@@ -176,19 +249,19 @@ def main() -> None:
     test, test_labels = read_cifar(args.data, test=True)
     pipe = DiTPipeline.from_pretrained(args.model, torch_dtype=torch.float32).to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    inputs = {
+    drawn = {
         "weights": digest(pipe.transformer.state_dict().values()),
-        "images": args.images,
-        "fit": args.fit,
         "seed": args.seed,
         "batch": args.batch,
         "precision": "bf16 autocast" if args.bf16 else "fp32",
         "device": args.device,
     }
+    inputs = drawn | {"images": args.images, "fit": args.fit}
     rows = begun(args.json, inputs)
     extractor = EfficientNetFeatures().to(args.device)
-    known = features_of(train[: max(args.fit, args.images)], extractor, "training photographs")
-    true = features_of(test[: args.images], extractor, "test photographs")
+    train, test = train[: max(args.fit, args.images)], test[: args.images]
+    known = seen_photographs(train, extractor, args.work, "training photographs")
+    true = seen_photographs(test, extractor, args.work, "test photographs")
     head = fit(known[: args.fit], train_labels[: args.fit])
     result = inputs | {
         "fd of training photographs": frechet_distance(known[: args.images], true),
@@ -201,22 +274,17 @@ def main() -> None:
     for setting in dict.fromkeys(args.settings):
         if setting in done:
             continue
-        begin = time.perf_counter()
-        made = draw(pipe, labels, setting, args.batch, args.seed, args.bf16)
-        seconds = time.perf_counter() - begin
-        if setting == args.settings[0]:
-            sheet_of(made, labels).save(args.model / "contact.png")
-        generated = features_of(made, extractor, "generated")
+        made = seen(pipe, labels, setting, extractor, drawn, args.work)
         rows.append(
             setting._asdict()
-            | {
-                "fd": frechet_distance(generated, true),
-                "seconds": round(seconds, 1),
-            }
-            | accuracy(head, generated, torch.tensor(labels))
+            | {"fd": frechet_distance(made.features, true), "seconds": round(made.seconds, 1)}
+            | accuracy(head, made.features, torch.tensor(labels))
         )
         if args.json:
             write_json(args.json, result)
+    if args.sheet is not None:
+        made = seen(pipe, labels, args.settings[0], extractor, drawn, args.work)
+        sheet_of(made.pictures, labels).save(args.sheet)
     Console().print_json(json.dumps(result))
 
 

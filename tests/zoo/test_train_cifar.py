@@ -176,17 +176,29 @@ def test_the_contact_sheet_has_a_row_for_every_class() -> None:
 def test_a_check_is_of_every_setting_and_goes_on(
     archive: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "check.json"
+    out, sheet = tmp_path / "check.json", tmp_path / "sheet.png"
 
     def check(*settings: str, seed: int = 0) -> dict[str, Any]:
-        words = ["--data", str(archive), "--model", str(model), "--images", "2", "--fit", "4"]
-        words += ["--seed", str(seed), "--json", str(out), "--settings", *settings]
+        words = [
+            "--data",
+            str(archive),
+            "--model",
+            str(model),
+            "--images",
+            "2",
+            "--fit",
+            "4",
+            "--batch",
+            "1",
+        ]
+        words += ["--seed", str(seed), "--json", str(out), "--work", str(tmp_path / "work")]
+        words += ["--sheet", str(sheet), "--settings", *settings]
         monkeypatch.setattr("sys.argv", ["check_cifar.py", *words])
         check_cifar.main()
         return json.loads(out.read_text())
 
     first = check("1:1")
-    assert Image.open(model / "contact.png").width > 64 * check_cifar.COLUMNS
+    assert Image.open(sheet).width > 64 * check_cifar.COLUMNS
     assert 0 <= first["settings"][0]["accuracy"] <= 1
     assert first["settings"][0]["fd"] > 0
     both = check("1:1", "1:3")
@@ -195,6 +207,50 @@ def test_a_check_is_of_every_setting_and_goes_on(
     assert both["settings"][1]["fd"] != first["settings"][0]["fd"]
     with pytest.raises(SystemExit, match=r"seed: .*check.json was made with 0, not 1; use another --json"):
         check("1:1", seed=1)
+
+
+def test_a_killed_check_draws_no_picture_twice(
+    archive: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    real = check_cifar.draw
+
+    def draw(pipe: Any, labels: list[int], setting: Any, batch: int, seed: int, bf16: bool) -> torch.Tensor:
+        if stop and len(drawn) == 1:
+            raise Killed
+        drawn.extend(range(seed, seed + len(labels)))
+        return real(pipe, labels, setting, batch, seed, bf16)
+
+    def check(name: str) -> dict[str, Any]:
+        words = [
+            "--data",
+            str(archive),
+            "--model",
+            str(model),
+            "--images",
+            "2",
+            "--fit",
+            "4",
+            "--batch",
+            "1",
+        ]
+        words += ["--json", str(tmp_path / name), "--work", str(tmp_path / "work"), "--settings", "1:1"]
+        monkeypatch.setattr("sys.argv", ["check_cifar.py", *words])
+        check_cifar.main()
+        (row,) = json.loads((tmp_path / name).read_text())["settings"]
+        return row
+
+    monkeypatch.setattr(check_cifar, "BATCHES", 1)
+    monkeypatch.setattr(check_cifar, "draw", draw)
+    stop = True
+    with pytest.raises(Killed):
+        check("one.json")
+    stop = False
+    found = check("one.json")
+    assert drawn == [0, 1]
+    # Nor for another file of figures.
+    assert check("two.json") == found
+    assert drawn == [0, 1]
 
 
 def test_the_card_says_what_was_measured(
