@@ -216,10 +216,10 @@ def test_a_folder_of_another_setting_is_refused(
 
 
 def test_a_folder_of_a_model_that_was_trained_further_is_refused(tmp_path: Path) -> None:
-    before = Setting(**(vars(SETTING) | {"weights": "some"}))
+    before = Setting(**(vars(SETTING) | {"model_key": "some"}))
     Pictures(tmp_path, before).make(pipelines.sd(), VARIANTS[1])
-    with pytest.raises(ValueError, match=r"weights: the pictures in .* were made with another one"):
-        Pictures(tmp_path, Setting(**(vars(SETTING) | {"weights": "others"})))
+    with pytest.raises(ValueError, match=r"model_key: the pictures in .* were made with another one"):
+        Pictures(tmp_path, Setting(**(vars(SETTING) | {"model_key": "others"})))
     # The model is not at hand, its pictures are.
     assert not Pictures(tmp_path, SETTING).missing(VARIANTS[1])
 
@@ -358,20 +358,18 @@ def test_pictures_that_do_not_say_what_made_them_are_of_other_code(tmp_path: Pat
 def test_the_key_changes_with_what_can_change_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("measure/machine.py", "methods/dato.py", "zoo/emoji/weights.safetensors"):
+    def write(name: str, text: str) -> str:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1")
+        (tmp_path / name).write_text(text)
+        return machine.code_key.__wrapped__()
+
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "measure/machine.py"))
-    seen = [machine.code_key.__wrapped__()]
-    for name in ("methods/dato.py", "zoo/emoji/weights.safetensors"):
-        (tmp_path / name).write_text("2")
-        seen.append(machine.code_key.__wrapped__())
+    seen = [write("methods/dato.py", "1"), write("methods/dato.py", "2"), write("zoo/__init__.py", "1")]
     monkeypatch.setattr(metadata, "version", lambda name: "0")
-    seen.append(machine.code_key.__wrapped__())
+    seen.append(write("methods/__pycache__/dato.pyc", "1"))
     assert len(set(seen)) == 4
-    (tmp_path / "methods/__pycache__").mkdir()
-    (tmp_path / "methods/__pycache__/dato.pyc").write_text("1")
-    assert machine.code_key.__wrapped__() == seen[-1]
+    # A model has a key of its own.
+    assert write("zoo/emoji/unet/weights.safetensors", "1") == seen[-1]
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -382,12 +380,12 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
         Pictures(tmp_path / "letter.txt" / "pictures", SETTING)
 
 
-def test_a_folder_from_before_weights_and_code_were_kept_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_folder_from_before_model_and_code_were_kept_is_gone_on_with(tmp_path: Path) -> None:
     made(tmp_path)
     for file in (tmp_path / "setting.json", tmp_path / "steps-2" / "variant.json"):
         said = json.loads(file.read_text())
-        file.write_text(json.dumps({k: v for k, v in said.items() if k not in ("weights", "alike")}))
-    later = Pictures(tmp_path, Setting(**(vars(SETTING) | {"weights": "some"})))
+        file.write_text(json.dumps({k: v for k, v in said.items() if k not in ("model_key", "alike")}))
+    later = Pictures(tmp_path, Setting(**(vars(SETTING) | {"model_key": "some"})))
     assert not any(map(later.missing, VARIANTS))
     assert not any(map(later.of_other_code, VARIANTS))
 
@@ -406,25 +404,31 @@ def test_what_a_check_refused_the_next_one_refuses(tmp_path: Path, monkeypatch: 
             checked(later, [one])
 
 
-def test_a_model_that_was_trained_further_has_another_key(tmp_path: Path) -> None:
-    weights = tmp_path / "unet" / "weights.safetensors"
-    weights.parent.mkdir()
-    weights.write_bytes(bytes(5 * 2**20))
-    keys = [machine.weights_key(tmp_path)]
+def test_a_model_that_was_trained_further_or_configured_otherwise_has_another_key(tmp_path: Path) -> None:
+    def write(name: str, content: bytes) -> str:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        return machine.model_key(str(tmp_path))
+
+    assert write("unet/weights.safetensors", bytes(5 * 2**20)) == ""
+    keys = [
+        write("model_index.json", b'{"_class_name": "Any", "unet": ["diffusers", "Any"], "vae": [1, 2]}')
+    ]
     for place in (0, 5 * 2**20 - 1):
         changed = bytearray(5 * 2**20)
         changed[place] = 1
-        weights.write_bytes(changed)
-        keys.append(machine.weights_key(tmp_path))
+        keys.append(write("unet/weights.safetensors", changed))
+    keys.append(write("unet/config.json", b"{}"))
+    weights = tmp_path / "unet" / "weights.safetensors"
     weights.rename(weights.with_name("other.safetensors"))
-    keys.append(machine.weights_key(tmp_path))
-    assert len(set(keys)) == 4
+    keys.append(machine.model_key(str(tmp_path)))
+    assert len(set(keys)) == 5
     # A card of the model, or pictures by it, don't count.
-    for name in ("README.md", "eval/steps-50/000000.safetensors"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("hello")
-    assert machine.weights_key(tmp_path) == keys[-1]
-    assert machine.weights_key(weights.parent) == ""
+    for name in ("README.md", "unet/README.md", "eval/result.json", "eval/steps-50/000000.safetensors"):
+        assert write(name, b"hello") == keys[-1]
+    assert machine.model_key(str(weights.parent)) == ""
+    assert machine.model_key("someone/a-model") == ""
+    assert machine.model_key("emoji") not in ("", machine.model_key("cifar10"))
 
 
 def test_nothing_to_make_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.compiling import compile_blocks
 from regrow.measure.bench import BenchRow, bench
 from regrow.measure.keep import check_writable
-from regrow.measure.machine import PACKAGES, machine
+from regrow.measure.machine import PACKAGES, machine, model_key
 from regrow.measure.random_weights import random_pipeline
 from regrow.measure.samplers import Sampler
 from regrow.measure.sampling import takes_classes
@@ -105,6 +105,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
     result: dict[str, Any] = {
         "what": "time and memory of generations",
         "model": request.model or f"{request.arch}, random weights",
+        "model_key": model_key(request.model) if request.model else "",
         "images": request.images,
         "frames": request.frames,
         "dtype": request.dtype,

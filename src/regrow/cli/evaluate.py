@@ -33,7 +33,7 @@ from regrow.measure.evaluate import (
 from regrow.measure.exchange import Scores, check_export, export, read_scores
 from regrow.measure.extractors import Extractor, Labels, Network, extractor
 from regrow.measure.keep import write_whole
-from regrow.measure.machine import machine, weights_key
+from regrow.measure.machine import machine, model_key
 from regrow.measure.prompts import PromptSet, fetch, named, read_prompts
 from regrow.measure.reference import Reference, load, of_pictures, pictures_in
 from regrow.measure.variants import Variant
@@ -105,7 +105,7 @@ def run_eval(request: Request, as_json: bool) -> None:
         height=request.height,
         width=request.width,
         dtype=request.dtype,
-        weights=_weights(request.model),
+        model_key=model_key(request.model),
         shard=request.batch,
     )
     if request.scheduler is not None:
@@ -129,6 +129,7 @@ def run_eval(request: Request, as_json: bool) -> None:
     result: dict[str, Any] = {
         "what": "quality of generated pictures",
         "model": request.model,
+        "model_key": setting.model_key,
         "prompts": len(setting.prompts),
         "seed": request.seed,
         "batch": request.batch,
@@ -153,12 +154,6 @@ def run_eval(request: Request, as_json: bool) -> None:
         return
     seconds = {one.name: pictures.seconds(one) for one in variants}
     print_rows(rows, seconds, result["reference"], seer.labels, scores)
-
-
-def _weights(model: str) -> str:
-    """`weights_key` of a model; empty for one of the hub."""
-    folder = zoo.path(model) if zoo.bundles(model) else Path(model)
-    return weights_key(folder) if folder.is_dir() else ""
 
 
 def _prompts(request: Request) -> tuple[str, ...]:

@@ -312,6 +312,7 @@ def run_search(request: Request) -> Outcome:
     result = {
         "what": "search",
         **json.loads(s.model_dump_json(exclude={"economy", "objectives", "prompts", "scheduler"})),
+        "model_key": s.setting.model_key,
         "prompts": len(s.prompts),
         "calls": facts.calls,
         "scheduler": facts.scheduler,

@@ -15,7 +15,7 @@ from rich.table import Table
 from regrow import zoo
 from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.cli.trace_plots import draw
-from regrow.measure.machine import machine
+from regrow.measure.machine import machine, model_key
 from regrow.measure.plotting import check_matplotlib
 from regrow.measure.trace import Trace, trace
 from regrow.measure.variants import variant
@@ -84,6 +84,7 @@ def run_trace(request: Request, as_json: bool) -> None:
     result: dict[str, Any] = {
         "what": "inside generations",
         "model": request.model,
+        "model_key": model_key(request.model),
         "prompts": list(prompts),
         "seed": request.seed,
         "steps": request.steps,

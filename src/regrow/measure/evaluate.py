@@ -52,7 +52,7 @@ class Setting:
         height: in pixels; None for the model's own.
         width: likewise.
         dtype: of the weights.
-        weights: `weights_key` of a model in a folder; empty for one of the hub.
+        model_key: of the model, where it is bundled or in a folder; empty for one of the hub.
         shard: pictures made in one batch and kept in one file. The batch a picture is made in may change
             its last bits, so a killed run repeats whole shards.
     """
@@ -65,7 +65,7 @@ class Setting:
     height: int | None = None
     width: int | None = None
     dtype: str = "float32"
-    weights: str = ""
+    model_key: str = ""
     shard: int = 16
 
     def shards(self) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -151,8 +151,8 @@ class Pictures:
             if longer[: len(shorter)] == shorter:
                 before["prompts"] = now["prompts"] = longer
             # Empty where the model is not at hand.
-            before["weights"] = before.get("weights") or now["weights"]
-            now["weights"] = now["weights"] or before["weights"]
+            before["model_key"] = before.get("model_key") or now["model_key"]
+            now["model_key"] = now["model_key"] or before["model_key"]
             for name, value in now.items():
                 if before.get(name) != value:
                     raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import platform
 from collections.abc import Sequence
 from functools import cache
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 
+from regrow import zoo
+
 PACKAGES = ("torch", "diffusers", "transformers")
-_WEIGHTS = (".safetensors", ".bin")
-# Bytes at each end of a file of weights.
+_MODEL = (".safetensors", ".bin", ".json")
+# Bytes at each end of a file.
 _LOOKED_AT = 2**20
 
 
@@ -37,30 +40,39 @@ def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAG
 
 @cache
 def code_key() -> str:
-    """A few characters that change with regrow's files, bundled weights among them, and with `PACKAGES`."""
+    """A few characters that change with regrow's files, but not its models, and with `PACKAGES`."""
     root = Path(__file__).parent.parent
+    models = {root / "zoo" / name for name in zoo.MODELS}
     found = hashlib.sha256(repr(_versions(PACKAGES)).encode())
     for file in sorted(root.rglob("*")):
         inside = file.relative_to(root)
-        if file.is_file() and "__pycache__" not in inside.parts:
+        if file.is_file() and "__pycache__" not in inside.parts and not models & {*file.parents}:
             found.update(inside.as_posix().encode() + hashlib.sha256(file.read_bytes()).digest())
     return found.hexdigest()[:12]
 
 
-def weights_key(folder: Path) -> str:
-    """A few characters that change when a model in a folder is trained further; empty without a model.
+def model_key(model: str) -> str:
+    """A few characters that change when a model is trained further or configured otherwise.
 
     Of each file of weights they depend on name, size, beginning and end: it may have many gigabytes.
+
+    Args:
+        model: name of a bundled one, or folder of a pipeline; of others nothing is known, the key is empty.
     """
-    found = hashlib.sha256()
-    files = sorted(file for file in folder.glob("*/*") if file.suffix in _WEIGHTS)
-    for file in files:
+    folder = zoo.path(model) if zoo.bundles(model) else Path(model)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return ""
+    found = hashlib.sha256(index.read_bytes())
+    parts = [folder / name for name in json.loads(index.read_text(encoding="utf-8"))]
+    files = [file for part in parts if part.is_dir() for file in part.iterdir()]
+    for file in sorted(file for file in files if file.suffix in _MODEL):
         size = file.stat().st_size
         with file.open("rb") as opened:
             begin = opened.read(_LOOKED_AT)
             opened.seek(max(size - _LOOKED_AT, 0))
             found.update(f"{file.relative_to(folder).as_posix()} {size} ".encode() + begin + opened.read())
-    return found.hexdigest()[:12] if files else ""
+    return found.hexdigest()[:12]
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

@@ -276,11 +276,12 @@ class Evaluator:
             return out | ({"pictures": _pixels(images)} if self._pictures else {})
 
         s = self.setting
-        prompts = (s.model, s.prompts[start:stop], s.seed + start, s.guidance, s.height, s.width, s.dtype)
+        made_of = (s.model, s.model_key, s.dtype, s.guidance, s.height, s.width)
+        prompts = (s.prompts[start:stop], s.seed + start)
         scheduler = self.pipeline.scheduler
         settings = json.dumps(scheduler_settings(scheduler), sort_keys=True)
         made_by = (type(scheduler).__name__, settings, self.pipeline.device.type)
-        key = json.dumps([*prompts, self.steps, self._pictures, *made_by])
+        key = json.dumps([*made_of, *prompts, self.steps, self._pictures, *made_by])
         return kept(self._folder / f"{start:06d}-{stop:06d}.safetensors", key, run, self._writer)
 
     def _run(

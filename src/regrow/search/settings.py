@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from regrow.measure.evaluate import Setting
+from regrow.measure.machine import model_key
 from regrow.methods.catalogue import space_of
 from regrow.search.evaluation import Candidate
 from regrow.search.objectives import Cost, Objective, Quality, check_objectives, label, objective
@@ -111,6 +112,7 @@ class SearchSettings(BaseModel):
             height=self.height,
             width=self.width,
             dtype=self.dtype,
+            model_key=model_key(self.model),
             shard=self.batch,
         )
 
@@ -147,8 +149,15 @@ class SearchSettings(BaseModel):
             ValueError: naming the field in which they differ.
         """
         file = folder / "settings.json"
-        now = {**json.loads(self.model_dump_json()), **({"facts": dict(facts)} if facts else {})}
+        now = {
+            **json.loads(self.model_dump_json()),
+            "model_key": model_key(self.model),
+            **({"facts": dict(facts)} if facts else {}),
+        }
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
+        # Empty where the model was not at hand.
+        before["model_key"] = before.get("model_key") or now["model_key"]
+        now["model_key"] = now["model_key"] or before["model_key"]
         for name, value in now.items():
             if before.get(name) != value:
                 raise ValueError(
@@ -174,7 +183,8 @@ class SearchSettings(BaseModel):
         if not file.exists():
             raise FileNotFoundError(f"--resume: {folder} holds no search")
         fields = json.loads(file.read_text(encoding="utf-8"))
-        fields.pop("facts", None)
+        for known in ("facts", "model_key"):
+            fields.pop(known, None)
         return cls.model_validate(fields)
 
 
