@@ -170,6 +170,23 @@ def test_folder_of_another_search_is_refused(
     assert "method: the search in" in capsys.readouterr().err
 
 
+def test_a_search_does_not_go_on_with_a_model_that_was_trained_further(tmp_path: Path) -> None:
+    pipeline, out = tmp_path / "model", tmp_path / "search"
+    settings = SearchSettings(
+        model=str(pipeline), steps=(4, 4), prompts=("a penguin",), economy=Economy(prompts=(1,))
+    )
+    # The model is not at hand yet.
+    settings.claim(out, {"device": "cpu"})
+    (pipeline / "unet").mkdir(parents=True)
+    (pipeline / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    settings.claim(out, {"device": "cpu"})
+    assert settings.setting.model_key
+    (pipeline / "unet" / "weights.safetensors").write_bytes(b"1")
+    with pytest.raises(ValueError, match=r"model_key: the search in .* has another one"):
+        settings.check(out)
+    assert SearchSettings.of(out) == settings
+
+
 def test_calibration_says_whether_the_wish_is_met(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
