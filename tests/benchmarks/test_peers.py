@@ -109,13 +109,32 @@ def test_each_does_what_it_does_there_and_the_table_says_so(
     for row in rows:
         assert expected[row.name] in outcome(row), row.name
         if row.error is None:
-            assert row.macs is row.macs_ratio is row.efficiency is None
+            assert (row.macs == plain.macs) == bool(row.changes_nothing)
+            assert row.macs
+            assert row.macs <= plain.macs
+            assert row.efficiency
             assert [(c.depth, c.ratio, c.count) for c in row.calls] == [(None, None, STEPS)]
     print_rows([plain, *rows], plain.name)
     shown = capsys.readouterr().out
     for row in rows:
         assert row.error is None or f"{row.name}: {row.error}" in shown
         assert (f"{row.name} (changes nothing)" in shown) == bool(row.changes_nothing)
+
+
+def test_macs_that_are_seen_are_those_that_are_told() -> None:
+    variants = [variant(spec, STEPS) for spec in (f"steps:{STEPS}", "deepcache:3")]
+    _, told, seen = bench(MODELS["sd"](), [*variants, peer("DeepCache:3", STEPS)], prompts("sd"), **SIZE)
+    assert seen.macs == told.macs
+    assert seen.macs_ratio == told.macs_ratio
+
+
+def test_macs_of_compiled_models_are_not_seen() -> None:
+    pipe = MODELS["sd"]()
+    pipe.unet.mid_block.compile(backend="eager")
+    variants = [variant(f"steps:{STEPS}", STEPS), peer("pab", STEPS)]
+    plain, row = bench(pipe, variants, prompts("sd"), rounds=1, **SIZE)
+    assert (plain.error, row.error) == (None, None)
+    assert row.macs is row.macs_ratio is row.efficiency is None
 
 
 class StopError(Exception):

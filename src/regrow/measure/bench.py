@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from regrow.apply import Run
 from regrow.engine.inputs import without_data
@@ -23,6 +24,12 @@ from regrow.models import module_of
 
 # A generation this much slower than the median of its variant was disturbed by something else.
 DISTURBED = 1.25
+# Attention on a processor, which torch's counter leaves out.
+_UNKNOWN = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
+        sdpa_flop_count(query, key, value)
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ class BenchRow:
         speedup: of the first variant's time, the mean of its generations before and after, over this one's;
             the median over rounds. None if the first failed.
         denoiser_seconds: of all calls of the denoiser in a generation.
-        macs: of the denoiser in a generation, the whole batch.
+        macs: of the denoiser in a generation, the whole batch. Choosing tokens is counted where the method
+            does not tell its MACs and they are seen while it runs, not where it does.
         macs_ratio: of the first variant's MACs over this one's.
         efficiency: speed-up of the denoiser's calls, measured likewise, over ``macs_ratio``.
         peak_mib: peak memory of a generation, above what was there before it.
@@ -233,6 +241,7 @@ def _warm_up(
         timed.macs = _plain_macs(module_of(pipeline), inputs)
     else:
         timed.kinds = [(None, None)] * len(inputs)
+        timed.macs = _counted_macs(pipeline, one, prompts, options)
 
 
 def _time(
@@ -272,6 +281,29 @@ def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
         return plain_macs(denoiser, inputs)
     except (NotImplementedError, RuntimeError, AttributeError):
         return None
+
+
+def _counted_macs(
+    pipeline: Any, one: Variant, prompts: Sequence[str], options: dict[str, Any]
+) -> int | None:
+    """MACs of a method that does not tell them, seen in one more generation; None if they can't be seen."""
+    if any(module._compiled_call_impl is not None for module in module_of(pipeline).modules()):
+        return None
+    begun: list[int] = []
+    flops: list[int] = []
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        begun.append(counter.get_total_flops())
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        flops.append(counter.get_total_flops() - begun.pop())
+
+    try:
+        with FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
+            _hooked(pipeline, one, prompts, before, after, options)
+    except (NotImplementedError, RuntimeError, AttributeError):
+        return None
+    return sum(flops) // 2
 
 
 def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | None) -> BenchRow:
