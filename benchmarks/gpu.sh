@@ -70,7 +70,7 @@ cifar-train)
 cifar-check)
     timeout 570 python tools/check_cifar.py --data "${data:?archive}" --model "$work/cifar-model" --device cuda \
         --batch 500 --images 10000 --json "$results/cifar-bar-gpu.json" --work "$work/cifar-check" \
-        --settings 50:2 20:2 10:2 50:1 20:1 10:1 250:2 250:1
+        --settings 50:2 20:2 10:2 50:1 20:1 10:1 250:2 250:1 --sheet "$work/cifar-model/contact.png"
     ;;
 cifar-quality)
     if [ ! -e "$work/cifar-test/captions.txt" ]; then

@@ -42,7 +42,8 @@ def by_class(name: str, accuracy: dict[str, Any]) -> str:
 
 def figures(check: dict[str, Any]) -> str:
     """What check_cifar.py measured, a row a setting, with its command."""
-    lines = ["| DDIM steps | guidance | FD-EffNet | classifier finds the class |", "|---|---|---|---|"]
+    columns = "| DDIM steps | guidance | FD-EffNet | classifier finds the class |"
+    lines = [f"Of {check['images']:,} pictures each:", "", columns, "|---|---|---|---|"]
     rows = sorted(check["settings"], key=lambda row: (-row["guidance"], -row["steps"]))
     for row in rows:
         guidance = "none" if row["guidance"] == 1 else f"{row['guidance']:g}"
@@ -57,8 +58,9 @@ def figures(check: dict[str, Any]) -> str:
         by_class(f"{first['steps']} steps, guidance {first['guidance']:g}", first),
         by_class("photographs", most),
     ]
-    count, machine = check["images"], check["machine"]
-    precision = "" if check["precision"] == "fp32" else " --bf16"
+    count, machine = check["images"], check["settings"][0]["machine"]
+    options = f" --batch {check['batch']}" + ("" if check["precision"] == "fp32" else " --bf16")
+    options += "" if check["device"] == "cpu" else f" --device {check['device']}"
     settings = " ".join(f"{row['steps']}:{row['guidance']:g}" for row in check["settings"])
     lines += [
         "",
@@ -71,7 +73,7 @@ def figures(check: dict[str, Any]) -> str:
         "",
         "```",
         "python tools/check_cifar.py --data cifar-10-binary.tar.gz --model src/regrow/zoo/cifar10 \\",
-        f"    --images {count}{precision} --json check.json \\",
+        f"    --images {count}{options} --json check.json \\",
         f"    --settings {settings}",
         "```",
     ]
@@ -109,7 +111,7 @@ def card(checks: Sequence[dict[str, Any]], log: Path, config: dict[str, Any], pa
     """The model card.
 
     Args:
-        checks: what check_cifar.py measured, on so many pictures or more.
+        checks: what check_cifar.py measured, on different numbers of pictures.
         log: work folder of train_cifar.py.
         config: of the transformer.
         parameters: number of the transformer's.

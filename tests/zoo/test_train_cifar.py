@@ -221,21 +221,10 @@ def test_a_killed_check_draws_no_picture_twice(
         drawn.extend(range(seed, seed + len(labels)))
         return real(pipe, labels, setting, batch, seed, bf16)
 
-    def check(name: str) -> dict[str, Any]:
-        words = [
-            "--data",
-            str(archive),
-            "--model",
-            str(model),
-            "--images",
-            "2",
-            "--fit",
-            "4",
-            "--batch",
-            "1",
-        ]
-        words += ["--json", str(tmp_path / name), "--work", str(tmp_path / "work"), "--settings", "1:1"]
-        monkeypatch.setattr("sys.argv", ["check_cifar.py", *words])
+    def check(name: str, *changes: str) -> dict[str, Any]:
+        words = f"--data {archive} --model {model} --images 2 --fit 4 --batch 1 --settings 1:1".split()
+        words += f"--json {tmp_path / name} --work {tmp_path / 'work'}".split()
+        monkeypatch.setattr("sys.argv", ["check_cifar.py", *words, *changes])
         check_cifar.main()
         (row,) = json.loads((tmp_path / name).read_text())["settings"]
         return row
@@ -248,9 +237,17 @@ def test_a_killed_check_draws_no_picture_twice(
     stop = False
     found = check("one.json")
     assert drawn == [0, 1]
-    # Nor for another file of figures.
-    assert check("two.json") == found
+    # Nor for another file of figures, or a sheet.
+    assert check("two.json", "--sheet", str(tmp_path / "sheet.png")) == found
     assert drawn == [0, 1]
+    # Other pictures are drawn, and those of the first are still there.
+    for i, changes in enumerate((("--seed", "1"), ("--bf16",), ("--batch", "2"), ("--settings", "2:1"))):
+        del drawn[:]
+        check(f"other-{i}.json", *changes)
+        assert len(drawn) == 2, changes
+    del drawn[:]
+    assert check("three.json") == found
+    assert not drawn
 
 
 def test_the_card_says_what_was_measured(
@@ -264,20 +261,28 @@ def test_the_card_says_what_was_measured(
         "versions": {"torch": "2"},
     }
     settings = [
-        {"steps": 10, "guidance": 1.0, "fd": 33.04, "accuracy": 0.5},
+        {"steps": 10, "guidance": 1.0, "fd": 33.04, "accuracy": 0.5, "machine": machine},
         {"steps": 50, "guidance": 2.0, "fd": 21.96, "accuracy": 0.601},
     ]
     check = {"images": 1000, "fit": 10000, "precision": "bf16 autocast", "settings": settings}
     check["settings"][0]["accuracy by class"] = {"cat": 0.25, "dog": 0.5}
     photographs = {"accuracy": 0.75, "accuracy by class": {"airplane": 1.0, "cat": 0.5}}
-    check |= {"fd of training photographs": 9.0, "test photographs": photographs, "machine": machine}
-    (tmp_path / "check.json").write_text(json.dumps(check))
-    words = ["--model", str(model), "--log", str(model.parent / "work")]
-    monkeypatch.setattr("sys.argv", ["card_cifar.py", *words, "--check", str(tmp_path / "check.json")])
+    check |= {
+        "fd of training photographs": 9.0,
+        "test photographs": photographs,
+        "batch": 64,
+        "device": "cpu",
+    }
+    more = check | {"images": 10_000, "settings": settings[:1], "device": "cuda", "batch": 500}
+    files = [tmp_path / "check.json", tmp_path / "more.json"]
+    for file, one in zip(files, (check, more), strict=True):
+        file.write_text(json.dumps(one))
+    words = ["--model", str(model), "--log", str(model.parent / "work"), "--check", *map(str, files)]
+    monkeypatch.setattr("sys.argv", ["card_cifar.py", *words])
     card_cifar.main()
     card = (model / "README.md").read_text()
     rows = [line for line in card.splitlines() if line.startswith("| ")][1:]
-    assert rows == [
+    assert rows[:6] == [
         "| 50 | 2 | 22.0 | 60.1% |",
         "| 10 | none | 33.0 | 50.0% |",
         "| photographs | | 9.0 | 75.0% |",
@@ -286,8 +291,11 @@ def test_the_card_says_what_was_measured(
         "| photographs | 100% |  |  | 50% |  |  |  |  |  |  |",
     ]
     for said in (
+        "Of 1,000 pictures each:\n\n| DDIM steps |",
         "1,000 pictures each, bf16 autocast",
-        "--bf16",
+        "--images 1000 --batch 64 --bf16 --json",
+        "Of 10,000 pictures each:\n\n| DDIM steps |",
+        "--images 10000 --batch 500 --bf16 --device cuda --json",
         "--settings 10:1 50:2",
         "4 steps of 2 pictures",
     ):
