@@ -18,7 +18,7 @@ from rich.progress import track
 from regrow.measure.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
-AS_THE_PAPER = "--exclude-attention --per-guided-image --text-in-full-calls"
+AS_THE_PAPER = "--exclude-attention --per-guided-image"
 ARCHITECTURES = (
     "sd15",
     "sdxl",

@@ -218,15 +218,16 @@ def profile(
         bool, typer.Option("--exclude-attention", help="Leave out products of queries, keys and values.")
     ] = False,
     per_guided_image: Annotated[
-        bool, typer.Option("--per-guided-image", help="Count both halves of a guided batch.")
+        bool, typer.Option("--per-guided-image", help="Count both halves of a guided batch, as papers do.")
     ] = False,
     text_in_full_calls: Annotated[
-        bool,
+        Optional[bool],
         typer.Option(
-            "--text-in-full-calls",
-            help="Count what depends on the text alone in every full call; it is computed once.",
+            "--text-in-full-calls/--text-once",
+            help="Count what depends on the text alone in every full call, or once a generation, as it is "
+            "computed; once, or as papers do with --per-guided-image in every full call.",
         ),
-    ] = False,
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Count MACs of a generation on the meta device: no weights, a few seconds.
@@ -235,7 +236,7 @@ def profile(
 
     Example: [b]regrow profile --arch sd15 --method dato --preset b1 --ratio 0.5[/b]
     or [b]regrow profile --arch sd3-1024 --steps 28 --exclude-attention --per-guided-image[/b]
-    With [b]--text-in-full-calls[/b] as well, figures are as the CAT Pruning paper counts them.
+    The second is how the CAT Pruning paper counts.
     """
     from regrow.cli.options import method_config, method_label
     from regrow.measure import architecture, architecture_of
@@ -263,7 +264,7 @@ def profile(
             width=width,
             attention=not exclude_attention,
             guided=per_guided_image,
-            text_once=not text_in_full_calls,
+            text_once=not (per_guided_image if text_in_full_calls is None else text_in_full_calls),
         )
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
