@@ -12,6 +12,7 @@ import torch
 import transformer_pipelines
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_pipelines import FORMS, SKIP_LAYER, TWO_CALLS, generate
 
 import regrow
@@ -20,6 +21,7 @@ from regrow.measure import architecture, profile
 from regrow.methods.cat import Memory
 from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
 from regrow.schedule import Schedule
+from regrow.tokens.cluster import k_means
 from regrow.tokens.grid import Grid
 
 KINDS = ("sd3", "pixart", "dit", "flux")
@@ -315,6 +317,115 @@ def test_clusters_give_the_tokens_that_moved_most_in_the_cluster_that_moved_most
     members = [n for n in corner if label[n] == strongest]
     best = sorted(members, key=lambda n: -float(now[0, n].norm()))[: min(3, len(members))]
     assert set(best) <= set(tokens[0][0].tolist())
+
+
+def slow_choice(
+    config: CATPruning, pairs: list[tuple[Tensor, Tensor]], count: int, sample: int, labels: list[int]
+) -> list[list[int]]:
+    """The tokens of one sample in each call, token by token."""
+    tokens, width = range(GRID.tokens), GRID.width
+    members = [[n for n in tokens if labels[n] == k] for k in range(config.clusters)]
+    near = [(n, m) for n in tokens for m in (n - 1, n - width) if m >= 0 and (m != n - 1 or n % width)]
+    touch = {(labels[n], labels[m]) for pair in near for n, m in (pair, pair[::-1])}
+    around = [
+        [j for j in range(config.clusters) if j == k or (k, j) in touch] for k in range(config.clusters)
+    ]
+    stale, chosen = [0.0] * GRID.tokens, []
+    for _, now in pairs:
+        noise = now[sample] - pairs[0][0][sample]
+        moved = [float(noise[n].norm()) for n in tokens]
+        largest = [noise[own].max(0).values if own else torch.zeros(noise.shape[1]) for own in members]
+        value = [
+            float(sum(largest[j] for j in around[k]).norm() / len(around[k])) for k in range(len(members))
+        ]
+        share = int(count * config.cluster_share)
+        early: list[int] = []
+        late: list[int] = []
+        for place, k in enumerate(sorted(range(len(members)), key=lambda k: -value[k])):
+            by_moved = sorted(members[k], key=lambda n: -moved[n])
+            by_stale = sorted(members[k], key=lambda n: stale[n])
+            turn = {
+                n: min(
+                    by_moved.index(n) / (1 - config.balance) if config.balance < 1 else GRID.tokens,
+                    (by_stale.index(n) + 0.5) / config.balance if config.balance else GRID.tokens,
+                )
+                for n in members[k]
+            }
+            own = by_moved if config.balance == 0 else sorted(members[k], key=lambda n: turn[n])
+            quota = max(share // 5, 1) * max(3 - place, 1)
+            early += own[:quota]
+            late += own[quota:]
+        first = (early + late)[:share]
+        rest = sorted((n for n in tokens if n not in first), key=lambda n: (stale[n], -moved[n]))
+        chosen.append(sorted(first + rest[: count - share]))
+        stale = [config.decay * f + (n in chosen[-1]) for n, f in enumerate(stale)]
+    return chosen
+
+
+CHOICES = {
+    "paper": CATPruning(),
+    "released": CATPruning.preset("released"),
+    "slowly forgotten": CATPruning(decay=0.9, cluster_share=0.5),
+    "stalest alone": CATPruning(cluster_share=0),
+    "clusters alone": CATPruning(cluster_share=1, clusters=7),
+    "stalest of clusters": CATPruning(cluster_share=0.75, balance=1),
+    "a quarter of the stalest": CATPruning(cluster_share=1, balance=0.25, clusters=3),
+    "one cluster": CATPruning(clusters=1, cluster_share=0.5),
+    "another beginning": CATPruning(seed=5),
+}
+
+
+@pytest.mark.parametrize("count", [3, 24, 50])
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_choice_is_that_of_a_slow_one(name: str, count: int) -> None:
+    config, pairs = CHOICES[name], noises(6)
+    tokens, memories = select(config, pairs, count)
+    assert memories[0].clusters is not None
+    noise = pairs[0][1] if config.absolute_noise else pairs[0][1] - pairs[0][0]
+    n = torch.arange(GRID.tokens)
+    place = torch.stack([n // GRID.width / GRID.height, n % GRID.width / GRID.width], 1).repeat_interleave(
+        3, 1
+    )
+    drawn = torch.Generator().manual_seed(config.seed)
+    labels = k_means(noise * config.noise_scale + place, config.clusters, drawn)
+    for sample in range(2):
+        expected = slow_choice(config, pairs, count, sample, labels[sample].tolist())
+        assert [chosen[sample].tolist() for chosen in tokens] == expected
+
+
+def test_where_clusters_begin_is_drawn_by_the_seed() -> None:
+    first, same, other = (select(CATPruning(seed=seed), noises(3), 20)[0] for seed in (0, 0, 1))
+    assert all(map(torch.equal, first, same))
+    assert not all(map(torch.equal, first, other))
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what makes a GPU's queue wait: values read by Python, shapes that depend on values."""
+
+    WAITING = frozenset(
+        {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "item"}
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.WAITING, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", [*CHOICES.values(), *(CATPruning(choice=c) for c in TokenChoice)])
+def test_nothing_waits_for_the_device(config: CATPruning) -> None:
+    pairs = noises(4, batch=4)
+    with _NoWaiting():
+        select(config, pairs, 24, guided=True)
+        with pytest.raises(AssertionError):
+            float(pairs[0][0].max())
+
+
+def test_half_precision_chooses_as_single_does_of_the_same_noise() -> None:
+    """A bfloat16 norm has eight bits, too few to tell tokens apart."""
+    pairs = [(a.bfloat16(), b.bfloat16()) for a, b in noises(6)]
+    tokens, _ = select(CATPruning(), pairs, 24)
+    expected, _ = select(CATPruning(), [(a.float(), b.float()) for a, b in pairs], 24)
+    assert all(map(torch.equal, tokens, expected))
 
 
 @pytest.mark.parametrize("alignment", Alignment)

@@ -158,7 +158,9 @@ class _Rule:
         if call.cached and memory is not None and memory.chosen is not None:
             return memory.chosen, memory
         halves = call.guided and c.alignment is not Alignment.OFF
-        before, now = (one_half(n, c.alignment, call) if halves else n for n in call.outputs)
+        # Half precision could not tell norms apart.
+        both = (n.float() for n in call.outputs)
+        before, now = (one_half(n, c.alignment, call) if halves else n for n in both)
         if memory is None:
             memory = self._begin(before, now, grid, call.generator)
         moved = (now - memory.reference).norm(dim=2)

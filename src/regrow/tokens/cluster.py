@@ -35,8 +35,9 @@ def k_means(x: Tensor, clusters: int, generator: torch.Generator, rounds: int = 
     first = torch.rand(batch, tokens, generator=generator, device=generator.device).to(x.device)
     centres = _rows(x, first.topk(clusters, dim=1).indices)
     labels = _nearest(x, centres)
+    every = torch.arange(clusters, device=x.device)
     for _ in range(rounds):
-        member = F.one_hot(labels, clusters).to(x.dtype)
+        member = (labels[..., None] == every).to(x.dtype)
         count = member.sum(1)[..., None]
         # An empty cluster stays where it is.
         centres = torch.where(count > 0, member.transpose(1, 2) @ x / count.clamp_min(1), centres)
