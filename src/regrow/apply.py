@@ -93,7 +93,8 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
         scheduler: with a bare denoiser, the scheduler whose steps are followed; without one, use
             `Run.generation`.
         keep_text: in a transformer compute what depends on the text alone (PixArt's projected captions and
-            their keys and values) once a generation. Exact; without it, in every call.
+            their keys and values) once a generation. Exact; without it, and in inference mode, whose
+            tensors don't tell whether they were written to, in every call.
 
     Returns:
         the run, which is a context manager: leaving it takes the method off.

@@ -13,7 +13,7 @@ import transformer_pipelines
 from pydantic import ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformer_pipelines import FORMS, SKIP_LAYER, TWO_CALLS, generate
+from transformer_pipelines import FORMS, KINDS, SKIP_LAYER, TWO_CALLS, VARIETIES, generate
 
 import regrow
 from regrow import CATPruning, TokenChoice
@@ -24,7 +24,6 @@ from regrow.schedule import Schedule
 from regrow.tokens.cluster import k_means
 from regrow.tokens.grid import Grid
 
-KINDS = ("sd3", "pixart", "dit", "flux")
 GRID = Grid(8, 8)
 
 
@@ -48,7 +47,7 @@ def _(config: Everything) -> Parts:
 
 @pytest.fixture(params=KINDS)
 def pipe(request: pytest.FixtureRequest) -> Any:
-    return transformer_pipelines.KINDS[request.param]()
+    return KINDS[request.param]()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -160,14 +159,16 @@ def test_a_call_of_some_tokens_is_a_full_one_with_old_rows_put_back(
         # Without one or two of nine blocks, and for one half of the guided batch.
         ("sd3", SKIP_LAYER, [0, *[0, 1] * 4], 8 / 9 / 2),
         ("sd3", SKIP_LAYER | {"skip_guidance_layers": [0, 4]}, [0, *[0, 1] * 4], 7 / 9 / 2),
+        # The block left out has two attentions.
+        ("sd35", SKIP_LAYER, [0, *[0, 1] * 4], 0.439),
     ],
-    ids=["flux-two-calls", "sd3-skip-3", "sd3-skip-0-4"],
+    ids=["flux-two-calls", "sd3-skip-3", "sd3-skip-0-4", "sd35-skip-3"],
 )
 def test_every_call_of_guidance_has_old_rows_of_its_own(
     kind: str, options: dict[str, Any], branches: list[int], share: float
 ) -> None:
     """Each leaves tokens out after two calls of its own."""
-    pipe = transformer_pipelines.KINDS[kind]()
+    pipe = (KINDS | VARIETIES)[kind]()
     chosen: list[Tensor | None] = []
 
     def note(observation: regrow.Observation) -> None:
@@ -192,7 +193,7 @@ def test_every_call_of_guidance_has_old_rows_of_its_own(
 def test_guidance_of_several_calls_is_bit_for_bit_plain_with_all_tokens_and_after_removal(
     kind: str, options: dict[str, Any]
 ) -> None:
-    pipe = transformer_pipelines.KINDS[kind]()
+    pipe = KINDS[kind]()
     plain = generate(pipe, **options)
     with (
         pytest.warns(UserWarning, match="prunes nothing"),
@@ -485,7 +486,7 @@ def test_t0_counts_from_where_a_generation_begins(kind: str) -> None:
     from PIL import Image
 
     make: Any = {"sd3": StableDiffusion3Img2ImgPipeline, "flux": FluxImg2ImgPipeline}[kind]
-    pipe = make.from_pipe(transformer_pipelines.KINDS[kind]())
+    pipe = make.from_pipe(KINDS[kind]())
     pipe.set_progress_bar_config(disable=True)
     with regrow.apply(pipe, CATPruning(alpha=0.4, t0=3)) as run:
         pipe(
@@ -572,7 +573,7 @@ def test_models_without_such_calls_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_fused_projections_are_refused_and_noticed_later(kind: str) -> None:
-    pipe = transformer_pipelines.KINDS[kind]()
+    pipe = KINDS[kind]()
     with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run:
         pipe.transformer.fuse_qkv_projections()
         with pytest.warns(UserWarning, match="projections were replaced or fused"):

@@ -300,9 +300,10 @@ def test_macs_count_a_text_that_is_new() -> None:
     assert macs[1] < macs[2] < macs[0]
 
 
-def test_skip_layer_guidance_has_a_memory_of_its_own() -> None:
+@pytest.mark.parametrize("kind", ["sd3", "sd35"])
+def test_skip_layer_guidance_has_a_memory_of_its_own(kind: str) -> None:
     """SD3's third call leaves layers out, in some of the steps only."""
-    pipe = transformer_pipelines.sd3()
+    pipe = getattr(transformer_pipelines, kind)()
     options = SKIP_LAYER
     plain = generate(pipe, **options)
     for config in REUSING.values():
