@@ -32,7 +32,7 @@ from regrow.cli.engine import Engine, Where
 from regrow.cli.generate import load_pipeline
 from regrow.cli.search import PATIENCE, Asked, Request, run_search
 from regrow.measure.evaluate import Setting
-from regrow.measure.machine import machine
+from regrow.measure.machine import machine, model_key
 from regrow.measure.macs import PlanCounter
 from regrow.measure.variants import variant
 from regrow.methods import DaTo
@@ -190,7 +190,12 @@ class Trials:
 
     def __init__(self, prompts: tuple[str, ...], seed: int, folder: Path) -> None:
         self.setting = Setting(
-            model="emoji", prompts=prompts, seed=seed, guidance=zoo.GUIDANCE["emoji"], dtype=DTYPE
+            model="emoji",
+            prompts=prompts,
+            seed=seed,
+            guidance=zoo.GUIDANCE["emoji"],
+            dtype=DTYPE,
+            model_key=model_key("emoji"),
         )
         self.folder = folder
         self._place: Place | None = None
@@ -271,7 +276,7 @@ def main() -> None:
         trials += [Trial(place, name, candidate) for name, candidate in plans.items()]
     folder = args.work.resolve() / f"{args.first}-{args.prompts}"
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "rows.jsonl"
+    log = folder / f"rows-{model_key('emoji')}.jsonl"
     rows = done_before(log)
     missing = [t for t in trials if (t.place.name, t.candidate.key) not in rows]
     make = partial(Trials, prompts, args.first, folder)

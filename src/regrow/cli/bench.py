@@ -70,6 +70,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
     console = Console(stderr=True)
     device = check_device(request.device) if request.device else best_device()
     dtype = getattr(torch, request.dtype)
+    key = model_key(request.model) if request.model else ""
     with console.status(f"loading {request.model or request.arch}"):
         if request.model is None:
             pipeline = random_pipeline(request.arch or "", device, dtype)
@@ -105,7 +106,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
     result: dict[str, Any] = {
         "what": "time and memory of generations",
         "model": request.model or f"{request.arch}, random weights",
-        "model_key": model_key(request.model) if request.model else "",
+        "model_key": key,
         "images": request.images,
         "frames": request.frames,
         "dtype": request.dtype,

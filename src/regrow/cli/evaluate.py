@@ -129,7 +129,7 @@ def run_eval(request: Request, as_json: bool) -> None:
     result: dict[str, Any] = {
         "what": "quality of generated pictures",
         "model": request.model,
-        "model_key": setting.model_key,
+        "model_key": pictures.setting.model_key,
         "prompts": len(setting.prompts),
         "seed": request.seed,
         "batch": request.batch,

@@ -267,9 +267,10 @@ def run_search(request: Request) -> Outcome:
         check_jinja2()
     beside = [variant(spec.strip(), most) for spec in request.asked.beside]
     s.check(request.out)
+    setting = s.setting
     baseline = request.out.resolve() / "baseline"
     opened = request.opening(device)
-    evaluator = partial(Evaluator, opened, s.setting, most, s.objectives, baseline, s.clip, s.rounds)
+    evaluator = partial(Evaluator, opened, setting, most, s.objectives, baseline, s.clip, s.rounds)
     with console.status(f"loading {s.model}"):
         here = evaluator()
         facts = here.facts()
@@ -303,7 +304,7 @@ def run_search(request: Request) -> Outcome:
                 stopped = True
     finally:
         log.close()
-    plans = found(search, facts, s.setting, request.asked.weight)
+    plans = found(search, facts, setting, request.asked.weight)
     if not plans:
         errors = [known.error for known in search.known.values() if known.error is not None]
         why = f"; {len(errors)} could not be run, the last one: {errors[-1]}" if errors else ""
@@ -312,7 +313,7 @@ def run_search(request: Request) -> Outcome:
     result = {
         "what": "search",
         **json.loads(s.model_dump_json(exclude={"economy", "objectives", "prompts", "scheduler"})),
-        "model_key": s.setting.model_key,
+        "model_key": setting.model_key,
         "prompts": len(s.prompts),
         "calls": facts.calls,
         "scheduler": facts.scheduler,

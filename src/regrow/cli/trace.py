@@ -52,6 +52,7 @@ def run_trace(request: Request, as_json: bool) -> None:
         check_matplotlib()
     console = Console(stderr=True)
     device = check_device(request.device) if request.device else best_device()
+    key = model_key(request.model)
     with console.status(f"loading {request.model}"):
         pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype), request.scheduler)
     guidance = zoo.guidance_of(request.model, request.guidance)
@@ -84,7 +85,7 @@ def run_trace(request: Request, as_json: bool) -> None:
     result: dict[str, Any] = {
         "what": "inside generations",
         "model": request.model,
-        "model_key": model_key(request.model),
+        "model_key": key,
         "prompts": list(prompts),
         "seed": request.seed,
         "steps": request.steps,

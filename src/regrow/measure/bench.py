@@ -63,8 +63,8 @@ class BenchRow:
         speedup: of the first variant's time, the mean of its generations before and after, over this one's;
             the median over rounds. None if the first failed.
         denoiser_seconds: of all calls of the denoiser in a generation.
-        macs: of the denoiser in a generation, the whole batch. Choosing tokens is counted where the method
-            does not tell its MACs and they are seen while it runs, not where it does.
+        macs: of the denoiser in a generation, the whole batch; with choosing tokens where a method does not
+            tell its MACs and they were counted while it ran, without it where it does.
         macs_ratio: of the first variant's MACs over this one's.
         efficiency: speed-up of the denoiser's calls, measured likewise, over ``macs_ratio``.
         peak_mib: peak memory of a generation, above what was there before it.
@@ -133,8 +133,9 @@ def bench(
     The first of several variants is timed again whenever the others since its last turn took as long as it,
     and at the end: a machine whose speed drifts in a round slows what is compared alike. Before the rounds
     every variant makes one generation, untimed, in which the denoiser's outputs are compared with the plain
-    pipeline's; after them one more, in which memory is measured, when caches that are no method's are
-    filled. A variant that fails gets a row with its error.
+    pipeline's, and one that does not tell its MACs another, in which they are counted. After the rounds
+    each makes one more, in which memory is measured, when caches that are no method's are filled. A variant
+    that fails gets a row with its error.
 
     Args:
         pipeline: a diffusers pipeline; regrow's own methods may not support it, the plain one runs.
@@ -286,8 +287,9 @@ def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
 def _counted_macs(
     pipeline: Any, one: Variant, prompts: Sequence[str], options: dict[str, Any]
 ) -> int | None:
-    """MACs of a method that does not tell them, seen in one more generation; None if they can't be seen."""
-    if any(module._compiled_call_impl is not None for module in module_of(pipeline).modules()):
+    """MACs of a method that does not tell them, counted in one more generation; None if they can't be."""
+    compiled = any(module._compiled_call_impl is not None for module in module_of(pipeline).modules())
+    if compiled or pipeline.device.type not in ("cpu", "cuda"):
         return None
     begun: list[int] = []
     flops: list[int] = []
@@ -301,7 +303,8 @@ def _counted_macs(
     try:
         with FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
             _hooked(pipeline, one, prompts, before, after, options)
-    except (NotImplementedError, RuntimeError, AttributeError):
+    except Exception:
+        # It ran uncounted.
         return None
     return sum(flops) // 2
 

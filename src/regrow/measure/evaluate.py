@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -130,6 +130,7 @@ class Pictures:
         setting: what the pictures are made of.
 
     Attributes:
+        setting: with the model's key, if only the folder knows it.
         code: `code_key` of this process.
 
     Raises:
@@ -142,7 +143,7 @@ class Pictures:
             if value < 1:
                 raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
         check_writable("out", folder, folder=True)
-        self.folder, self.setting, self.code = folder, setting, code_key()
+        self.folder, self.code = folder, code_key()
         file = folder / "setting.json"
         now = json.loads(json.dumps(asdict(setting)))
         if file.exists():
@@ -150,7 +151,7 @@ class Pictures:
             shorter, longer = sorted((before["prompts"], now["prompts"]), key=len)
             if longer[: len(shorter)] == shorter:
                 before["prompts"] = now["prompts"] = longer
-            # Empty where the model is not at hand.
+            # Empty where the model is not at hand, and in folders from before it was kept.
             before["model_key"] = before.get("model_key") or now["model_key"]
             now["model_key"] = now["model_key"] or before["model_key"]
             for name, value in now.items():
@@ -164,6 +165,7 @@ class Pictures:
                     f"whole batches of {setting.shard}"
                 )
         self._described = now
+        self.setting = replace(setting, model_key=now["model_key"])
 
     def missing(self, one: Variant) -> list[tuple[int, tuple[str, ...]]]:
         """The shards of a variant that are not made yet.

@@ -17,9 +17,9 @@ import torch
 from regrow import zoo
 
 PACKAGES = ("torch", "diffusers", "transformers")
-_MODEL = (".safetensors", ".bin", ".json")
-# Bytes at each end of a file.
-_LOOKED_AT = 2**20
+_MODEL = (".safetensors", ".bin", ".json", ".txt", ".model")
+# Bytes at so many places of a file.
+_LOOKED_AT, _LOOKS = 2**16, 64
 
 
 def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
@@ -42,11 +42,12 @@ def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAG
 def code_key() -> str:
     """A few characters that change with regrow's files, but not its models, and with `PACKAGES`."""
     root = Path(__file__).parent.parent
-    models = {root / "zoo" / name for name in zoo.MODELS}
+    models = [Path("zoo", name) for name in zoo.MODELS]
     found = hashlib.sha256(repr(_versions(PACKAGES)).encode())
     for file in sorted(root.rglob("*")):
         inside = file.relative_to(root)
-        if file.is_file() and "__pycache__" not in inside.parts and not models & {*file.parents}:
+        ours = "__pycache__" not in inside.parts and not any(map(inside.is_relative_to, models))
+        if file.is_file() and ours:
             found.update(inside.as_posix().encode() + hashlib.sha256(file.read_bytes()).digest())
     return found.hexdigest()[:12]
 
@@ -54,7 +55,7 @@ def code_key() -> str:
 def model_key(model: str) -> str:
     """A few characters that change when a model is trained further or configured otherwise.
 
-    Of each file of weights they depend on name, size, beginning and end: it may have many gigabytes.
+    Of a large file of weights they depend on name, size, and parts all over it: it may have many gigabytes.
 
     Args:
         model: name of a bundled one, or folder of a pipeline; of others nothing is known, the key is empty.
@@ -68,10 +69,11 @@ def model_key(model: str) -> str:
     files = [file for part in parts if part.is_dir() for file in part.iterdir()]
     for file in sorted(file for file in files if file.suffix in _MODEL):
         size = file.stat().st_size
+        found.update(f"{file.relative_to(folder).as_posix()} {size} ".encode())
         with file.open("rb") as opened:
-            begin = opened.read(_LOOKED_AT)
-            opened.seek(max(size - _LOOKED_AT, 0))
-            found.update(f"{file.relative_to(folder).as_posix()} {size} ".encode() + begin + opened.read())
+            for place in (*range(0, size, max(size // _LOOKS, _LOOKED_AT)), max(size - _LOOKED_AT, 0)):
+                opened.seek(place)
+                found.update(opened.read(_LOOKED_AT))
     return found.hexdigest()[:12]
 
 

@@ -149,22 +149,21 @@ class SearchSettings(BaseModel):
             ValueError: naming the field in which they differ.
         """
         file = folder / "settings.json"
-        now = {
-            **json.loads(self.model_dump_json()),
-            "model_key": model_key(self.model),
-            **({"facts": dict(facts)} if facts else {}),
-        }
+        now = {**json.loads(self.model_dump_json()), **({"facts": dict(facts)} if facts else {})}
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
-        # Empty where the model was not at hand.
-        before["model_key"] = before.get("model_key") or now["model_key"]
-        now["model_key"] = now["model_key"] or before["model_key"]
+        # Empty where the model was not at hand, and in folders from before it was kept.
+        key, known = model_key(self.model), before.get("model_key")
+        if key and known and key != known:
+            raise ValueError(
+                f"model: {self.model} was changed since the search in {folder} began; use another folder"
+            )
         for name, value in now.items():
             if before.get(name) != value:
                 raise ValueError(
                     f"{name}: the search in {folder} has another one; use another folder, or --resume to "
                     "go on with that one"
                 )
-        return now
+        return now | {"model_key": key or known or ""}
 
     def claim(self, folder: Path, facts: Mapping[str, Any]) -> None:
         """Write the settings into the folder of a search, as `check` allows."""
