@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pipelines
@@ -13,18 +14,23 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -293,6 +299,40 @@ def wan_from_picture(*, expand_timesteps: bool) -> WanImageToVideoPipeline:
             expand_timesteps=expand_timesteps,
         )
     )
+
+
+def sd3_controlled() -> StableDiffusion3ControlNetPipeline:
+    """With a ControlNet that adds to the tokens of every block."""
+    parts = {n: p for n, p in sd3().components.items() if n not in ("image_encoder", "feature_extractor")}
+    taken = inspect.signature(SD3ControlNetModel).parameters
+    shape = {k: v for k, v in parts["transformer"].config.items() if k in taken}
+    control = SD3ControlNetModel(**shape | {"num_layers": 3, "extra_conditioning_channels": 0})
+    return pipelines.quiet(StableDiffusion3ControlNetPipeline(**parts, controlnet=seeded(control)))
+
+
+def flux_controlled() -> FluxControlNetPipeline:
+    """Likewise, of the double and of the single blocks."""
+    parts = {n: p for n, p in flux().components.items() if n not in ("image_encoder", "feature_extractor")}
+    taken = inspect.signature(FluxControlNetModel).parameters
+    shape = {k: v for k, v in parts["transformer"].config.items() if k in taken}
+    control = FluxControlNetModel(**shape | {"num_layers": 2, "num_single_layers": 2})
+    return pipelines.quiet(FluxControlNetPipeline(**parts, controlnet=seeded(control)))
+
+
+def controlled(pipe: Any) -> Tensor:
+    """Latents of a few steps of a pipeline with a ControlNet."""
+    # The control picture's latents are drawn from the global generator.
+    torch.manual_seed(1)
+    return pipe(
+        prompt="a penguin",
+        control_image=Image.new("RGB", (32, 32), (200, 30, 90)),
+        height=32,
+        width=32,
+        num_inference_steps=STEPS,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
 
 
 KINDS = {"sd3": sd3, "pixart": pixart, "dit": dit, "flux": flux}

@@ -13,7 +13,7 @@ import torch
 import transformer_pipelines
 from test_exactness import assert_untouched_module
 from torch import Tensor
-from transformer_pipelines import FORMS, SKIP_LAYER, STEPS, TWO_CALLS, generate
+from transformer_pipelines import FORMS, SKIP_LAYER, STEPS, TWO_CALLS, controlled, generate
 
 import regrow
 from regrow import ATEDM, FORA, CATPruning, DeepCache, ToCa
@@ -316,6 +316,35 @@ def test_skip_layer_guidance_has_a_memory_of_its_own(kind: str) -> None:
         full = [[c.depth == "full" for c in calls if c.branch == branch] for branch in (0, 1)]
         # The third call begins at the second step, at which nothing of its own is cached yet.
         assert full == [[True, False, True, False, True], [True, True, False, True]]
+
+
+@pytest.mark.parametrize(
+    "make", [transformer_pipelines.sd3_controlled, transformer_pipelines.flux_controlled]
+)
+def test_beside_a_controlnet_layers_and_blocks_are_reused_and_tokens_are_all_computed(make: Any) -> None:
+    pipe = make()
+    plain = controlled(pipe)
+    with replaced(pipe.transformer, is_cached(2), SlowFORA()):
+        expected = controlled(pipe)
+    with regrow.apply(pipe, FORA(interval=2)) as run:
+        assert torch.equal(controlled(pipe), expected)
+    assert run.report().calls[1].macs < 0.25 * run.report().calls[0].macs
+    for config in (DeepCache(interval=2), ToCa(interval=2)):
+        with regrow.apply(pipe, config) as run:
+            ours = controlled(pipe)
+        assert ours.isfinite().all()
+        assert not torch.equal(ours, plain)
+        assert [c.depth == "full" for c in run.report().calls] == [True, False, True, False, True]
+    for config in (CATPruning(alpha=0.4, t0=2), ATEDM.preset("reuse", early=0)):
+        with (
+            regrow.apply(pipe, config) as run,
+            pytest.warns(
+                UserWarning, match="a ControlNet adds to all tokens; its calls are computed in full"
+            ),
+        ):
+            assert torch.equal(controlled(pipe), plain)
+        assert {(c.depth, c.ratio) for c in run.report().calls} == {("full", 0)}
+    assert torch.equal(controlled(pipe), plain)
 
 
 def test_the_two_calls_of_flux_are_kept_apart() -> None:
