@@ -12,6 +12,7 @@ from regrow.cli import main
 from regrow.cli.engine import Where
 from regrow.cli.generate import load_pipeline
 from regrow.cli.search import Asked, Request, Wish, parse_budget, parse_choices, parse_steps, run_search
+from regrow.measure.machine import model_key
 from regrow.schedule import FULL, Schedule
 from regrow.search.proposals import Operators
 from regrow.search.search import Budget, Economy
@@ -62,6 +63,7 @@ def test_search_leaves_schedules_a_result_and_a_page(
     assert run(monkeypatch, *asked, "--budget", "2", "--beside", "deepcache:2,steps:3") == 0
     printed = capsys.readouterr().out
     result = json.loads((out / "search.json").read_text())
+    assert result["model_key"] == model_key(str(model))
     assert [row["name"] for row in result["beside"]] == ["deepcache:2", "steps:3"]
     assert result["hypervolume"]["front"] > 0
     files = sorted((out / "front").iterdir())
@@ -182,7 +184,9 @@ def test_a_search_does_not_go_on_with_a_model_that_was_trained_further(tmp_path:
     settings.claim(out, {"device": "cpu"})
     assert settings.setting.model_key
     (pipeline / "unet" / "weights.safetensors").write_bytes(b"1")
-    with pytest.raises(ValueError, match=r"model_key: the search in .* has another one"):
+    with pytest.raises(
+        ValueError, match=r"model: .* was changed since the search in .* began; use another"
+    ):
         settings.check(out)
     assert SearchSettings.of(out) == settings
 

@@ -38,6 +38,7 @@ from regrow.engine.inputs import without_data
 from regrow.macs import CallCounter, plain_macs
 from regrow.measure.bench import Memory, bench
 from regrow.measure.evaluate import check_against
+from regrow.measure.machine import model_key
 from regrow.measure.sampling import Moment, make
 from regrow.measure.variants import Variant, variant
 from regrow.methods.parts import MethodConfig
@@ -348,7 +349,7 @@ def test_the_command_prints_what_it_writes(
     assert not ended.value.code
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
-    assert printed["model"] == "emoji"
+    assert (printed["model"], printed["model_key"]) == ("emoji", model_key("emoji"))
     assert [row["name"] for row in printed["rows"]] == ["steps:2", "dato:b1"]
     assert printed["rows"][1]["macs_ratio"] > 1.5
 

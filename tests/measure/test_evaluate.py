@@ -365,11 +365,12 @@ def test_the_key_changes_with_what_can_change_pictures(
 
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "measure/machine.py"))
     seen = [write("methods/dato.py", "1"), write("methods/dato.py", "2"), write("zoo/__init__.py", "1")]
-    monkeypatch.setattr(metadata, "version", lambda name: "0")
-    seen.append(write("methods/__pycache__/dato.pyc", "1"))
-    assert len(set(seen)) == 4
     # A model has a key of its own.
-    assert write("zoo/emoji/unet/weights.safetensors", "1") == seen[-1]
+    for name in ("methods/__pycache__/dato.pyc", "zoo/emoji/unet/weights.safetensors"):
+        assert write(name, "1") == seen[-1]
+    monkeypatch.setattr(metadata, "version", lambda name: "0")
+    seen.append(write("methods/dato.py", "2"))
+    assert len(set(seen)) == 4
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -414,7 +415,7 @@ def test_a_model_that_was_trained_further_or_configured_otherwise_has_another_ke
     keys = [
         write("model_index.json", b'{"_class_name": "Any", "unet": ["diffusers", "Any"], "vae": [1, 2]}')
     ]
-    for place in (0, 5 * 2**20 - 1):
+    for place in (0, 40 * 5 * 2**14, 5 * 2**20 - 1):
         changed = bytearray(5 * 2**20)
         changed[place] = 1
         keys.append(write("unet/weights.safetensors", changed))
@@ -422,7 +423,7 @@ def test_a_model_that_was_trained_further_or_configured_otherwise_has_another_ke
     weights = tmp_path / "unet" / "weights.safetensors"
     weights.rename(weights.with_name("other.safetensors"))
     keys.append(machine.model_key(str(tmp_path)))
-    assert len(set(keys)) == 5
+    assert len(set(keys)) == 6
     # A card of the model, or pictures by it, don't count.
     for name in ("README.md", "unet/README.md", "eval/result.json", "eval/steps-50/000000.safetensors"):
         assert write(name, b"hello") == keys[-1]
@@ -574,6 +575,7 @@ def test_the_command_goes_on_and_prints_what_it_writes(
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] == (tmp_path / "eval" / "result.json").read_text()
     result = json.loads(printed[0])
+    assert result["model_key"] == machine.model_key("emoji")
     assert [row["name"] for row in result["rows"]] == ["steps:2", "dato:b1"]
     assert result["rows"][1]["psnr"] > 5
     assert result["rows"][0]["fd"] == pytest.approx(0, abs=1e-6)

@@ -40,6 +40,7 @@ from torch import Tensor
 import regrow
 from regrow import FULL, DaTo, DeepCache, Schedule, SiTo, ToMeSD, cli
 from regrow.measure.computed import ComputedCounter
+from regrow.measure.machine import model_key
 from regrow.measure.trace import PERCENTILES, Moment, Trace, deviation, trace, watched_steps
 from regrow.measure.variants import Variant, variant
 from regrow.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
@@ -597,6 +598,7 @@ def test_the_command_writes_numbers_and_plots(
     assert [one["name"] for one in printed["variants"]] == ["steps:1", "dato:b1"]
     assert printed["baseline"] == "steps:2"
     assert {"machine", "prompts", "guidance", "differences", "timestep"} <= set(printed)
+    assert printed["model_key"] == model_key("emoji")
     level = printed["variants"][1]["computed"][0]
     assert np.shape(level["mean"]) == (32, 32)
     assert np.shape(level["halves"]) == (2, 2, 32, 32)

@@ -1,5 +1,6 @@
 """Plans measured on a real pipeline."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,12 @@ def test_unaccelerated_runs_are_made_once(tmp_path: Path) -> None:
     again = evaluator(tmp_path)(Job(CACHED, 0, 2))
     assert {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()} == files
     assert again.quality == first.quality
-    # Those of other settings are not taken for them.
+    # Neither those of a model that was trained further,
+    later = evaluator(tmp_path)
+    later.setting = replace(later.setting, model_key="later")
+    later(Job(CACHED, 0, 2))
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()} != files
+    # or of other settings, are taken for them.
     other = evaluator(tmp_path)
     other.setting = Setting(model="small", prompts=PROMPTS, guidance=1.0)
     assert other(Job(Candidate(6, None), 0, 2)).quality["deviation"] == (0.0, 0.0)
