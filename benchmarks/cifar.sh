@@ -5,7 +5,7 @@
 #
 # As it is on two CPU cores, about an hour; benchmarks/gpu.sh has it with 10,000 pictures.
 # DATA is CIFAR-10 as published: cifar-10-binary.tar.gz, or its Parquet files. Writes cifar-bar.json (FD-EffNet and
-# accuracy at several steps, with and without guidance), quality-cifar10.{json,md,png} (methods of transformers),
+# accuracy at several steps, with and without guidance), quality-cifar10.{json,md,png} (methods of transformers), ablation-cat.json (CAT Pruning's choice of tokens),
 # peers-cifar10.json and peers-cifar10-quality.json (public peers beside some of them, with pip install 'regrow[peers]')
 # and trace-cifar10/ (deviation curves) into benchmarks/results/. Run it alone: all of it is timed or takes all cores.
 set -euo pipefail
@@ -21,6 +21,9 @@ fi
 "$bin/python" benchmarks/quality.py --model cifar10 --methods transformer --prompts "$prompts" \
     --reference "$work/test" --dtype bfloat16 --engine ray --workers 2 --images 8 --work "$work/quality" \
     --out "$results/quality-cifar10"
+"$bin/regrow" eval --model cifar10 --ablation cat --prompts "$prompts" --dtype bfloat16 --engine ray --workers 2 \
+    --reference "$work/quality/reference.safetensors" --out "$work/quality/pictures"
+cp "$work/quality/pictures/result.json" "$results/ablation-cat.json"
 "$bin/python" benchmarks/peers_table.py --model cifar10 --dtype bfloat16 --images 8 \
     --methods steps:50,steps:25,deepcache:2,deepcache:3,fora:2,toca:2,cat:0.5 --quality "$work/peers" \
     --prompts "$prompts" --reference "$work/quality/reference.safetensors" --json "$results/peers-cifar10.json"
