@@ -5,8 +5,8 @@
 #
 # As it is on two CPU cores, about an hour; benchmarks/gpu.sh has it with 10,000 pictures.
 # DATA is CIFAR-10 as published: cifar-10-binary.tar.gz, or its Parquet files. Writes cifar-bar.json (FD-EffNet and
-# accuracy at several steps, with and without guidance), quality-cifar10.{json,md,png} (methods of transformers), ablation-cat.json (CAT Pruning's choice of tokens),
-# peers-cifar10.json and peers-cifar10-quality.json (public peers beside some of them, with pip install 'regrow[peers]')
+# accuracy at several steps, with and without guidance), quality-cifar10.{json,md,png} (methods of transformers),
+# ablation-cat.json (CAT Pruning's choice of tokens), peers-cifar10.json and peers-cifar10-quality.json (public peers beside some of them, with pip install 'regrow[peers]')
 # and trace-cifar10/ (deviation curves) into benchmarks/results/. Run it alone: all of it is timed or takes all cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
