@@ -117,6 +117,22 @@ def test_block_caching_adds_what_the_blocks_between_added(pipe: Any, form: str) 
 
 
 @pytest.mark.filterwarnings("ignore:the method prunes nothing")
+def test_depth_0_hands_on_the_last_output_of_each_half_of_guidance(pipe: Any) -> None:
+    outputs: list[Tensor] = []
+    plan = regrow.Schedule(depth=("full", 0, 0, "full", 0), ratio=(0.0,) * 5)
+    with regrow.apply(pipe, regrow.DaTo(schedule=plan)):
+        hook = pipe.transformer.register_forward_hook(lambda m, i, out: outputs.append(out[0].clone()))
+        generate(pipe)
+        hook.remove()
+    for branch in (0, 1):
+        own = outputs[branch::2]
+        assert torch.equal(own[0], own[1])
+        assert torch.equal(own[0], own[2])
+        assert torch.equal(own[3], own[4])
+        assert not torch.equal(own[0], own[3])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
 def test_the_text_is_projected_once_for_each_half_of_guidance(pipe: Any) -> None:
     plain = generate(pipe)
     counts = dict.fromkeys(("condition_embedder.text_embedder.linear_1", "blocks.4.attn2.to_v"), 0)
