@@ -3,9 +3,9 @@
 #
 #   bash benchmarks/cifar.sh "DATA..." [IMAGES] [PROMPTS]
 #
-# As it is on two CPU cores, about an hour; benchmarks/gpu.sh has it with 10,000 pictures.
-# DATA is CIFAR-10 as published: cifar-10-binary.tar.gz, or its Parquet files. Writes cifar-bar.json (FD-EffNet and
-# accuracy at several steps, with and without guidance), quality-cifar10.{json,md,png} (methods of transformers),
+# As it is on two CPU cores, two hours and a half; benchmarks/gpu.sh has all of it with 10,000 pictures.
+# DATA is CIFAR-10 as published: cifar-10-binary.tar.gz, or its Parquet files. Writes cifar-bar.json and
+# cifar-bar-10000.json (FD-EffNet and accuracy at several steps, with and without guidance, of 10,000 pictures the last), quality-cifar10.{json,md,png} (methods of transformers),
 # ablation-cat.json (CAT Pruning's choice of tokens), peers-cifar10.json and peers-cifar10-quality.json (public peers beside some of them, with pip install 'regrow[peers]')
 # and trace-cifar10/ (deviation curves) into benchmarks/results/. Run it alone: all of it is timed or takes all cores.
 set -euo pipefail
@@ -32,3 +32,5 @@ cp "$work/quality/pictures/result.json" "$results/ablation-cat.json"
 "$bin/python" tools/check_cifar.py --data "${data[@]}" --model src/regrow/zoo/cifar10 --bf16 --images "$images" \
     --settings 50:2 20:2 10:2 250:2 50:1 20:1 10:1 250:1 --json "$results/cifar-bar.json" --work "$work/check" \
     --sheet src/regrow/zoo/cifar10/contact.png
+"$bin/python" tools/check_cifar.py --data "${data[@]}" --model src/regrow/zoo/cifar10 --bf16 --images 10000 \
+    --settings 20:2 10:2 20:1 10:1 --json "$results/cifar-bar-10000.json" --work "$work/check"
