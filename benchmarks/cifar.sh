@@ -4,10 +4,11 @@
 #   bash benchmarks/cifar.sh "DATA..." [IMAGES] [PROMPTS]
 #
 # As it is on two CPU cores, two hours and a half; benchmarks/gpu.sh has all of it with 10,000 pictures.
-# DATA is CIFAR-10 as published: cifar-10-binary.tar.gz, or its Parquet files. Writes cifar-bar.json and
-# cifar-bar-10000.json (FD-EffNet and accuracy at several steps, with and without guidance, of 10,000 pictures the last), quality-cifar10.{json,md,png} (methods of transformers),
-# ablation-cat.json (CAT Pruning's choice of tokens), peers-cifar10.json and peers-cifar10-quality.json (public peers beside some of them, with pip install 'regrow[peers]')
-# and trace-cifar10/ (deviation curves) into benchmarks/results/. Run it alone: all of it is timed or takes all cores.
+# DATA is CIFAR-10 as published: cifar-10-binary.tar.gz, or its Parquet files. Writes into benchmarks/results/:
+# quality-cifar10.{json,md,png} (methods of transformers), ablation-cat.json (CAT Pruning's choice of tokens),
+# peers-cifar10.json and peers-cifar10-quality.json (public peers beside some of them, with pip install
+# 'regrow[peers]'), trace-cifar10/ (deviation curves), cifar-bar.json and cifar-bar-10000.json (FD-EffNet and
+# accuracy at several steps, with and without guidance). Run it alone: all of it is timed or takes all cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 read -ra data <<<"${1:?archive or Parquet files}"
