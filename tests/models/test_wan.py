@@ -116,7 +116,6 @@ def test_block_caching_adds_what_the_blocks_between_added(pipe: Any, form: str) 
     assert rows[calls].macs < rows[0].macs * 4 / LAYERS
 
 
-@pytest.mark.filterwarnings("ignore:the method prunes nothing")
 def test_depth_0_hands_on_the_last_output_of_each_half_of_guidance(pipe: Any) -> None:
     outputs: list[Tensor] = []
     plan = regrow.Schedule(depth=("full", 0, 0, "full", 0), ratio=(0.0,) * 5)
@@ -133,6 +132,7 @@ def test_depth_0_hands_on_the_last_output_of_each_half_of_guidance(pipe: Any) ->
     assert not torch.equal(outputs[0], outputs[1])
 
 
+@pytest.mark.filterwarnings("ignore:the method prunes nothing")
 def test_the_text_is_projected_once_for_each_half_of_guidance(pipe: Any) -> None:
     plain = generate(pipe)
     counts = dict.fromkeys(("condition_embedder.text_embedder.linear_1", "blocks.4.attn2.to_v"), 0)
