@@ -114,7 +114,8 @@ class Pruning:
     def _select(self, call: Call, name: str, x: Tensor) -> Selection:
         """The selection of a block from the features ``(B, N, C)``."""
         grid, count = call.counts[name]
-        return self.rule.select(x, grid, count, call.prepared.get(grid), call.info)
+        # They may be a view of (B, C, H, W), in which a token's channels are far from each other.
+        return self.rule.select(x.contiguous(), grid, count, call.prepared.get(grid), call.info)
 
 
 def _served(rule: TokenRule, layout: Layout, model: str) -> dict[str, tuple[TokenBlock, ...]]:
