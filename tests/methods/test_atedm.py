@@ -296,7 +296,7 @@ def slow_unet(model: Any, config: ATEDM, levels: set[int]) -> Any:
 def test_a_unets_calls_are_those_of_the_definitions(
     make: Any, levels: set[int], width: int, fields: Any
 ) -> None:
-    model, config = make(), copying(**fields)
+    model, config = make().double(), copying(**fields)
     inputs, twin = (
         guided_inputs(model, 2, pairs=2 if width == 16 else 1, width=width),
         slow_unet(model, config, levels),
@@ -319,7 +319,7 @@ def test_a_unets_cached_calls_are_those_of_the_definitions(
     make: Any, levels: set[int], branch: int, restored: str
 ) -> None:
     """The slow ones compute everything, and hand on what the last full call gave where the layers begin."""
-    model, config, kept = make(), copying(), []
+    model, config, kept = make().double(), copying(), []
     inputs, twin = guided_inputs(model, 4), slow_unet(model, config, levels)
 
     def hand_on(module: Any, args: Any, out: Any) -> Any:

@@ -47,7 +47,7 @@ def check(
     **options: Any,
 ) -> None:
     """The third call, the first with a DiffScore, is the reference's."""
-    model = unet()
+    model = unet().double()
     inputs = guided_inputs(model, 3, pairs=pairs, height=size[0], width=size[1])
     if not guided:
         for one in inputs:
@@ -110,7 +110,7 @@ def test_sdxl_prunes_at_its_finest_level_with_attention() -> None:
 
 def test_the_score_compares_computed_outputs_and_skips_reused_ones() -> None:
     """Calls of depth 0 compute nothing, so they are no news to the difference of outputs."""
-    model = pipelines.unet()
+    model = pipelines.unet().double()
     inputs = guided_inputs(model, 5)
     dato = DaTo(schedule=plan(0.5, FULL, FULL, 0, 0, FULL))
     found = outputs(model, dato, inputs)
@@ -121,7 +121,7 @@ def test_the_score_compares_computed_outputs_and_skips_reused_ones() -> None:
 
 def test_cached_calls_prune_and_feed_the_score_too() -> None:
     """After a full call, one of depth 1 and then a full one: the last two outputs are theirs."""
-    model = pipelines.unet()
+    model = pipelines.unet().double()
     inputs = guided_inputs(model, 3)
     found = outputs(model, DaTo(schedule=plan(0.5, FULL, 1, FULL)), inputs)
     plain = outputs(model, DaTo(schedule=plan(0.0, FULL, 1, FULL)), inputs)

@@ -44,7 +44,7 @@ def check(
     pairs: int = 1,
     **options: Any,
 ) -> None:
-    model = unet()
+    model = unet().double()
     (inputs,) = guided_inputs(model, 1, pairs=pairs, height=size[0], width=size[1])
     (got,) = outputs(model, config, [inputs])
     base = Base(config.base, side=config.patch, align=config.alignment.value)

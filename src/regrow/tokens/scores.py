@@ -27,8 +27,8 @@ class Heads(str, Enum):
 
 
 def inverse_norm(x: Tensor) -> Tensor:
-    """``1 / ||x_i||`` of each token of ``x: (B, N, C)``, in float32; 0 for a token of zeros."""
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    """``1 / ||x_i||`` of each token of ``x: (B, N, C)``, in float32 or float64; 0 for a token of zeros."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.where(norm > 0, 1 / norm, 0.0)
 
 
