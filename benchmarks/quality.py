@@ -10,7 +10,8 @@
 First the pictures of all variants are made and compared (`regrow eval`: killed, it goes on), then all are
 timed in turns (`regrow bench`). The result, a table and a plot go to `--out`; `--table` only reads it. With
 `--only` they are of some variants, of which there may be more pictures, with the times of the run of all;
-give them an `--out` of their own.
+give them an `--out` of their own. `--times` takes the times of another result, and `--also` the figures of
+variants that are not made here: hours of pictures can be made on several days, or machines.
 """
 
 from __future__ import annotations
@@ -241,6 +242,17 @@ def gains_table(quality: Mapping[str, Any]) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def origins(quality: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The variants whose pictures were made on a machine on a day, by both in words."""
+    found: dict[str, list[str]] = {}
+    for row in quality["rows"]:
+        machine = row.get("machine") or quality["machine"]
+        found.setdefault(f"{machine['gpu'] or machine['processor']}, {machine['date']}", []).append(
+            row["name"]
+        )
+    return found
+
+
 def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
     """Every figure against the measured speed-up, a line for every curve."""
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(15, 5.4), layout="constrained")
@@ -278,8 +290,41 @@ def claim(file: Path, inputs: dict[str, Any]) -> None:
     file.write_text(json.dumps(inputs, indent=1) + "\n")
 
 
+# What two results must have alike before figures of both stand in one table.
+ALIKE = (
+    *("what", "model", "model_key", "prompts", "seed", "batch", "steps", "guidance", "scheduler_given"),
+    *("dtype", "features", "reference", "clip"),
+)
+
+
+def together(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A result with the rows of others for variants that it has not; every row says what it was made on.
+
+    Args:
+        here: a result of `regrow eval`.
+        others: such results, or what this function made of them; the first that has a variant counts.
+
+    Raises:
+        SystemExit: if one is not of the same model, prompts and settings, naming what differs.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for result in (here, *others):
+        for name in ALIKE:
+            if result.get(name) != here.get(name):
+                raise SystemExit(
+                    f"--also: {name} {result.get(name)} is not allowed, it must be {here.get(name)}"
+                )
+        for row in result["rows"]:
+            rows.setdefault(row["name"], {"machine": result["machine"]} | row)
+    order = [spec for specs in CURVES.values() for spec in specs]
+    base = here["rows"][0]["name"]
+    found = sorted(rows.values(), key=lambda row: (row["name"] != base, order.index(row["name"])))
+    return {**here, "rows": found}
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run both commands for all variants; what is already made is not made again."""
+    also = [json.loads(file.read_text())["quality"] for file in args.also]
     every = [spec for curve in METHODS[args.methods].values() for spec in curve]
     asked = every if args.only is None else args.only.split(",")
     for spec in asked:
@@ -313,6 +358,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.work.mkdir(parents=True, exist_ok=True)
         words += ["--reference", str(args.reference), "--save-reference", str(features)]
     subprocess.run([regrow, "eval", *common, *words], check=True)
+    made = together(json.loads((pictures / "result.json").read_text()), also)
+    if args.times is not None:
+        return {"quality": made, "speed": json.loads(args.times.read_text())["speed"]}
     timed = json.loads(speed.read_text())["rows"] if speed.exists() else []
     # Ratios are of one run.
     if sorted(row["name"] for row in timed) != sorted(every):
@@ -323,10 +371,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if timed[0]["error"] is not None:
         speed.unlink()
         raise SystemExit(f"{timed[0]['name']} could not be timed: {timed[0]['error']}")
-    return {
-        "quality": json.loads((pictures / "result.json").read_text()),
-        "speed": json.loads(speed.read_text()),
-    }
+    return {"quality": made, "speed": json.loads(speed.read_text())}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -337,6 +382,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="emoji", help="bundled name, folder or hub id")
     parser.add_argument("--methods", choices=METHODS, default="unet", help="those of which denoiser")
     parser.add_argument("--only", help="some of the variants, comma-separated")
+    parser.add_argument("--times", type=Path, help="a result of this script, to take the times of")
+    parser.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        help="a result of this script, to take variants of that are not made here; may be repeated",
+    )
     parser.add_argument("--prompts", default="1000", help="a file, or a number of the model's own")
     parser.add_argument("--reference", type=Path, help="folder of true pictures; else the baseline's")
     parser.add_argument("--work", type=Path, default=Path("work/quality"), help="resumed if it exists")
@@ -366,16 +419,19 @@ def main() -> None:
     result = json.loads(result_file.read_text())
     quality = result["quality"]
     found = points(quality, result["speed"])
-    processor = quality["machine"]["gpu"] or quality["machine"]["processor"]
-    title = f"{quality['model']}, {quality['prompts']} prompts, {quality['dtype']}, {processor}"
-    draw(found, args.out.with_suffix(".png"), title)
-    lines = [f"{title}, {quality['machine']['date']}.", ""]
+    title = f"{quality['model']}, {quality['prompts']} prompts, {quality['dtype']}"
+    timed = result["speed"]["machine"]
+    draw(found, args.out.with_suffix(".png"), f"{title}, times of {timed['gpu'] or timed['processor']}")
+    lines = [f"{title}.", ""]
     for measure in MEASURES:
         for ratio in (SPEEDUP, MACS):
             lines += [*table(found, measure, ratio), ""]
     lines += variants_table(found)
     gains = gains_table(quality)
     lines += ["", *gains] if gains else []
+    lines += ["", f"Times: {timed['gpu'] or timed['processor']}, {timed['date']}."]
+    for where, names in origins(quality).items():
+        lines.append(f"Pictures of {', '.join(f'`{name}`' for name in names)}: {where}.")
     if others := quality.get("of_other_code"):
         lines += ["", "Pictures made by another version: " + ", ".join(f"`{o}`" for o in others)]
     codes = [result[part]["machine"].get("code") for part in ("quality", "speed")]

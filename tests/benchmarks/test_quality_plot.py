@@ -142,6 +142,26 @@ def test_gains_have_their_errors() -> None:
     assert gains_table({"rows": rows[:1]}) == []
 
 
+def test_figures_of_several_days_stand_in_one_table() -> None:
+    here, there = ({"gpu": None, "processor": name, "date": "2026-11-23"} for name in "AB")
+    common = dict.fromkeys(quality.ALIKE, 1)
+    names = ("steps:50", "dato:3", "steps:25")
+    first = common | {"machine": here, "rows": [{"name": name, "fd": 1.0} for name in names[:2]]}
+    second = common | {"machine": there, "rows": [{"name": name, "fd": 2.0} for name in names[1:]]}
+    both = quality.together(first, [second])
+    assert [(row["name"], row["fd"]) for row in both["rows"]] == [
+        ("steps:50", 1.0),
+        ("steps:25", 2.0),
+        ("dato:3", 1.0),
+    ], "in the order of the curves; what both have is the first one's"
+    assert quality.origins(both) == {"A, 2026-11-23": ["steps:50", "dato:3"], "B, 2026-11-23": ["steps:25"]}
+    third = common | {"machine": here, "rows": [{"name": "sito:a", "fd": 3.0}]}
+    again = quality.together(third, [both])
+    assert quality.origins(again)["B, 2026-11-23"] == ["steps:25"], "a row's own machine stays with it"
+    with pytest.raises(SystemExit, match="--also: seed 2 is not allowed, it must be 1"):
+        quality.together(first, [second | {"seed": 2}])
+
+
 def test_only_what_is_timed_has_more_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for only, said in (
         ("steps:50,steps:49", "--only: steps:49 is not allowed, it must be one of steps:50,"),
