@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
-from memory import FAST_MALLOC, restart_with
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -31,6 +30,7 @@ from rich.table import Table
 import regrow
 from regrow import CATPruning, ToCa
 from regrow.measure.machine import PACKAGES, machine
+from regrow.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 # By share computed: the part of the MAC-theoretical speed-up to be reached.
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, default=RESULTS / "tokens-cpu.json")
     args = parser.parse_args()
-    restart_with(FAST_MALLOC)
+    keep_freed_memory()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from memory import EXACT_MALLOC, FAST_MALLOC, peak_memory, restart_with
 from peers import peer
 from rich.console import Console
 from rich.progress import Progress
@@ -33,6 +32,7 @@ from regrow.hooks import Installed
 from regrow.macs import CallCounter, free_selection
 from regrow.measure.architectures import CONFIGS, architecture
 from regrow.measure.machine import PACKAGES, machine
+from regrow.memory import PeakMemory, keep_freed_memory
 from regrow.methods.dato import DaTo
 from regrow.methods.parts import Parts, TokenRule, parts_of
 from regrow.methods.sito import SiTo
@@ -285,8 +285,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     device = torch.device(args.device)
-    if device.type == "cpu":
-        restart_with(EXACT_MALLOC if args.memory else FAST_MALLOC)
+    keep_freed_memory()
 
     arch = architecture(args.arch)
     torch.manual_seed(0)
@@ -337,9 +336,12 @@ def peaks_of(made: dict[str, Any], device: torch.device) -> dict[str, Any]:
     for name, variant in made.items():
         tries = []
         for _ in range(3):
-            with variant as call:
-                tries.append(peak_memory(call, device))
-        peaks[name] = round(statistics.median(tries) / 2**20, 1)
+            with variant as call, PeakMemory(device) as memory:
+                call()
+            if memory.mib is None:
+                raise SystemExit("--memory: this system does not tell it")
+            tries.append(memory.mib)
+        peaks[name] = round(statistics.median(tries), 1)
     table = Table("call", "peak MiB", "of full")
     for name, peak in peaks.items():
         table.add_row(name, f"{peak:.0f}", f"{peak / peaks['full']:.2f}")

@@ -14,7 +14,6 @@ from typing import Any
 
 import pipelines
 import pytest
-import torch
 from PIL import Image
 
 import regrow
@@ -36,7 +35,7 @@ from regrow.cli.ablations import ABLATIONS, ablated, against
 from regrow.cli.bench import draw_bars, print_rows
 from regrow.engine.inputs import without_data
 from regrow.macs import CallCounter, plain_macs
-from regrow.measure.bench import Memory, bench
+from regrow.measure.bench import bench
 from regrow.measure.evaluate import check_against
 from regrow.measure.machine import model_key
 from regrow.measure.sampling import Moment, make
@@ -308,34 +307,6 @@ def test_nothing_to_measure_is_refused(changes: dict[str, Any], named: str) -> N
 def test_one_side_alone_is_refused(side: str) -> None:
     with pytest.raises(ValueError, match=f"must be given together with {side}"):
         make(None, PROMPTS, steps=1, **{side: 64})
-
-
-def test_peak_memory_sees_what_was_freed_again() -> None:
-    memory = Memory(torch.device("cpu"))
-    block = torch.ones(64, 2**20)
-    del block
-    peak = memory.peak_mib()
-    assert peak is None or 200 < peak < 400
-
-
-def test_peak_memory_is_not_told_where_it_cannot_be_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(file: Path, text: str) -> None:
-        raise PermissionError(file)
-
-    monkeypatch.setattr(Path, "write_text", refuse)
-    assert Memory(torch.device("cpu")).peak_mib() is None
-
-
-def test_memory_that_was_kept_from_before_counts_as_free() -> None:
-    # Too small for mappings of their own: the allocator keeps them when they are freed.
-    blocks = [torch.ones(2**14) for _ in range(2000)]
-    last = torch.ones(2**14)
-    del blocks
-    memory = Memory(torch.device("cpu"))
-    again = [torch.ones(2**14) for _ in range(2000)]
-    peak = memory.peak_mib()
-    assert peak is None or 100 < peak < 200
-    del again, last
 
 
 def test_the_command_prints_what_it_writes(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +16,7 @@ from regrow.engine.inputs import without_data
 from regrow.macs import plain_macs
 from regrow.measure.sampling import Moment, check_frames, make, moment, wait
 from regrow.measure.variants import Variant
+from regrow.memory import PeakMemory, keep_freed_memory
 from regrow.models import module_of
 
 # A generation this much slower than the median of its variant was disturbed by something else.
@@ -135,7 +132,7 @@ def bench(
     every variant makes one generation, untimed, in which the denoiser's outputs are compared with the plain
     pipeline's, and one that does not tell its MACs another, in which they are counted. After the rounds
     each makes one more, in which memory is measured, when caches that are no method's are filled. A variant
-    that fails gets a row with its error.
+    that fails gets a row with its error. From now on glibc keeps freed memory (`keep_freed_memory`).
 
     Args:
         pipeline: a diffusers pipeline; regrow's own methods may not support it, the plain one runs.
@@ -160,6 +157,7 @@ def bench(
     found = [_Timed() for _ in variants]
     rows = list(zip(variants, found, strict=True))
     base = found[0]
+    keep_freed_memory()
 
     def turn(act: Callable[..., None], one: Variant, timed: _Timed) -> None:
         if timed.error is None:
@@ -271,9 +269,9 @@ def _measure_memory(
 ) -> None:
     """Peak memory of one generation."""
     with one.applied(pipeline):
-        memory = Memory(pipeline.device)
-        make(pipeline, prompts, steps=one.steps, **options)
-        timed.peak = memory.peak_mib()
+        with PeakMemory(pipeline.device) as memory:
+            make(pipeline, prompts, steps=one.steps, **options)
+        timed.peak = memory.mib
 
 
 def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
@@ -355,43 +353,3 @@ def _over(base: _Timed, timed: _Timed, times: Callable[[_Timed], Sequence[float]
         return 1.0
     around = [statistics.fmean(times(base)[turn - 1 : turn + 1]) for turn in timed.beside]
     return statistics.median(b / t for b, t in zip(around, times(timed), strict=True))
-
-
-class Memory:
-    """Peak memory from now on, above what is in use: the CUDA allocator's, or the process's on Linux."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before: float | None = torch.cuda.memory_allocated(device) / 2**20
-            return
-        gc.collect()
-        if platform.libc_ver()[0] == "glibc":
-            # What the allocator keeps of memory that was freed is resident too.
-            ctypes.CDLL(None).malloc_trim(0)
-        try:
-            # 5 sets the peak back to the present.
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            self.before = None
-        else:
-            self.before = _resident("VmRSS")
-
-    def peak_mib(self) -> float | None:
-        """MiB; None where the system does not tell."""
-        if self.before is None:
-            return None
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20 - self.before
-        peak = _resident("VmHWM")
-        return None if peak is None else max(peak - self.before, 0.0)
-
-
-def _resident(key: str) -> float | None:
-    """A line of /proc/self/status in MiB."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    lines = [line.split() for line in status.read_text().splitlines() if line.startswith(f"{key}:")]
-    return int(lines[0][1]) / 1024 if lines else None

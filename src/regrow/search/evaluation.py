@@ -20,7 +20,6 @@ from torch import Tensor
 
 from regrow.apply import apply
 from regrow.engine.inputs import without_data
-from regrow.measure.bench import Memory
 from regrow.measure.clip import ClipScore
 from regrow.measure.evaluate import Setting
 from regrow.measure.extractors import Extractor, Network, extractor
@@ -29,6 +28,7 @@ from regrow.measure.keep import kept
 from regrow.measure.quality import frechet_distance
 from regrow.measure.sampling import make
 from regrow.measure.trace import Moment, nearest, watched_steps
+from regrow.memory import PeakMemory
 from regrow.models import denoiser_of, module_of
 from regrow.origin import denoiser_key, scheduler_key, scheduler_settings
 from regrow.search.objectives import Cost, Objective, Quality
@@ -372,12 +372,11 @@ class Evaluator:
             plain, own = zip(*turns, strict=True)
             out[Cost.LATENCY.value] = statistics.median(own) / statistics.median(plain)
         if Cost.MEMORY in self.objectives:
-            memory = Memory(self.pipeline.device)
-            run()
-            peak = memory.peak_mib()
-            if peak is None:
+            with PeakMemory(self.pipeline.device) as memory:
+                run()
+            if memory.mib is None:
                 raise ValueError("objective: cost:memory is not allowed here, the system does not tell it")
-            out[Cost.MEMORY.value] = peak
+            out[Cost.MEMORY.value] = memory.mib
         return out
 
     def _seconds(self, start: int, stop: int, steps: int) -> float:
