@@ -16,7 +16,7 @@ $regrow bench --model emoji --methods "$methods" --images 4 --json >"$results/be
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 begin=$SECONDS
-$regrow eval --model emoji --methods "$methods" --prompts "$prompts" --dtype bfloat16 --engine ray --workers 2 --json \
-    --out "$folder" >"$results/eval-emoji.json"
-printf '{"what": "regrow eval, start to end", "prompts": %d, "methods": "%s", "options": "--dtype bfloat16 --engine ray --workers 2", "minutes": %d.%02d}\n' "$prompts" \
-    "$methods" $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60 * 100 / 60)) >"$results/eval-emoji-time.json"
+$regrow eval --model emoji --methods "$methods" --prompts "$prompts" --json --out "$folder" >"$results/eval-emoji.json"
+seconds=$((SECONDS - begin))
+printf '{"what": "regrow eval, start to end", "prompts": %d, "methods": "%s", "minutes": %d.%02d}\n' \
+    "$prompts" "$methods" $((seconds / 60)) $((seconds % 60 * 100 / 60)) >"$results/eval-emoji-time.json"

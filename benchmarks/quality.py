@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import matplotlib
 import torch
 
+from regrow.zoo import guidance_of
+
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
@@ -242,14 +244,20 @@ def gains_table(quality: Mapping[str, Any]) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def origin(machine: Mapping[str, Any]) -> str:
+    """A machine, a day and a version of regrow in words."""
+    return f"{machine['gpu'] or machine['processor']}, {machine['date']}, code {machine['code']}"
+
+
 def origins(quality: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The variants whose pictures were made on a machine on a day, by both in words."""
+    """The variants whose pictures were compared on a machine on a day, by `origin`.
+
+    One of which some pictures were made by other code, and not compared with those of this, is marked.
+    """
     found: dict[str, list[str]] = {}
     for row in quality["rows"]:
-        machine = row.get("machine") or quality["machine"]
-        found.setdefault(f"{machine['gpu'] or machine['processor']}, {machine['date']}", []).append(
-            row["name"]
-        )
+        mark = " (made by other code)" if row["of_other_code"] else ""
+        found.setdefault(origin(row["machine"]), []).append(f"`{row['name']}`{mark}")
     return found
 
 
@@ -292,8 +300,8 @@ def claim(file: Path, inputs: dict[str, Any]) -> None:
 
 # What two results must have alike before figures of both stand in one table.
 ALIKE = (
-    *("what", "model", "model_key", "prompts", "seed", "batch", "steps", "guidance", "scheduler_given"),
-    *("dtype", "features", "reference", "clip"),
+    *("what", "model", "model_key", "prompts", "prompts_key", "seed", "batch", "steps", "guidance"),
+    *("scheduler_given", "dtype", "features", "reference", "clip"),
 )
 
 
@@ -307,6 +315,7 @@ def together(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> di
     Raises:
         SystemExit: if one is not of the same model, prompts and settings, naming what differs.
     """
+    order = [spec for specs in CURVES.values() for spec in specs]
     rows: dict[str, dict[str, Any]] = {}
     for result in (here, *others):
         for name in ALIKE:
@@ -315,16 +324,39 @@ def together(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> di
                     f"--also: {name} {result.get(name)} is not allowed, it must be {here.get(name)}"
                 )
         for row in result["rows"]:
-            rows.setdefault(row["name"], {"machine": result["machine"]} | row)
-    order = [spec for specs in CURVES.values() for spec in specs]
-    base = here["rows"][0]["name"]
-    found = sorted(rows.values(), key=lambda row: (row["name"] != base, order.index(row["name"])))
+            if row["name"] not in order:
+                raise SystemExit(
+                    f"--also: {row['name']} is not allowed, it must be one of {', '.join(order)}"
+                )
+            other_code = row["name"] in result["of_other_code"]
+            rows.setdefault(row["name"], {"machine": result["machine"], "of_other_code": other_code} | row)
+    found = sorted(rows.values(), key=lambda row: order.index(row["name"]))
     return {**here, "rows": found}
+
+
+def times_of(file: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The times of a result of this script.
+
+    Raises:
+        SystemExit: if they are of another model or setting, naming what differs.
+    """
+    speed: dict[str, Any] = json.loads(file.read_text())["speed"]
+    asked = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "images": args.images,
+        "guidance": guidance_of(args.model, args.guidance),
+    }
+    for name, value in asked.items():
+        if speed[name] != value:
+            raise SystemExit(f"--times: {name} {speed[name]} is not allowed, it must be {value}")
+    return speed
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run both commands for all variants; what is already made is not made again."""
     also = [json.loads(file.read_text())["quality"] for file in args.also]
+    times = None if args.times is None else times_of(args.times, args)
     every = [spec for curve in METHODS[args.methods].values() for spec in curve]
     asked = every if args.only is None else args.only.split(",")
     for spec in asked:
@@ -359,8 +391,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         words += ["--reference", str(args.reference), "--save-reference", str(features)]
     subprocess.run([regrow, "eval", *common, *words], check=True)
     made = together(json.loads((pictures / "result.json").read_text()), also)
-    if args.times is not None:
-        return {"quality": made, "speed": json.loads(args.times.read_text())["speed"]}
+    if times is not None:
+        return {"quality": made, "speed": times}
     timed = json.loads(speed.read_text())["rows"] if speed.exists() else []
     # Ratios are of one run.
     if sorted(row["name"] for row in timed) != sorted(every):
@@ -429,14 +461,8 @@ def main() -> None:
     lines += variants_table(found)
     gains = gains_table(quality)
     lines += ["", *gains] if gains else []
-    lines += ["", f"Times: {timed['gpu'] or timed['processor']}, {timed['date']}."]
-    for where, names in origins(quality).items():
-        lines.append(f"Pictures of {', '.join(f'`{name}`' for name in names)}: {where}.")
-    if others := quality.get("of_other_code"):
-        lines += ["", "Pictures made by another version: " + ", ".join(f"`{o}`" for o in others)]
-    codes = [result[part]["machine"].get("code") for part in ("quality", "speed")]
-    if codes[0] != codes[1]:
-        lines += ["", "Times are of another version than the pictures."]
+    lines += ["", f"Times: {origin(timed)}."]
+    lines += [f"Pictures of {', '.join(names)}: {where}." for where, names in origins(quality).items()]
     args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

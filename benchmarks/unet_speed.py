@@ -339,7 +339,7 @@ def peaks_of(made: dict[str, Any], device: torch.device) -> dict[str, Any]:
             with variant as call, PeakMemory(device) as memory:
                 call()
             if memory.mib is None:
-                raise SystemExit("--memory: this system does not tell it")
+                raise SystemExit("--memory: it is not allowed here, the system does not tell it")
             tries.append(memory.mib)
         peaks[name] = round(statistics.median(tries), 1)
     table = Table("call", "peak MiB", "of full")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 from pathlib import Path
 
 import pytest
 import torch
 
+from regrow.cli import generate
 from regrow.memory import PeakMemory, keep_freed_memory
 
 CPU = torch.device("cpu")
@@ -17,7 +19,7 @@ def test_the_peak_sees_what_was_freed_again() -> None:
     with PeakMemory(CPU) as memory:
         block = torch.ones(64, 2**20)
         del block
-    assert memory.mib is None or 255 < memory.mib < 270
+    assert memory.mib is None or 250 < memory.mib < 280
 
 
 def test_blocks_one_after_the_other_take_the_room_of_one() -> None:
@@ -28,16 +30,14 @@ def test_blocks_one_after_the_other_take_the_room_of_one() -> None:
     assert memory.mib is None or 46 < memory.mib < 56
 
 
-@pytest.mark.parametrize("kept_before", [False, True])
-def test_memory_that_was_kept_from_before_counts_as_free(kept_before: bool) -> None:
-    if kept_before:
-        keep_freed_memory()
-    # Too small for mappings of their own: the allocator keeps them when they are freed.
-    blocks = [torch.ones(2**14) for _ in range(2000)]
-    last = torch.ones(2**14)
+def test_memory_that_was_kept_from_before_counts_as_free() -> None:
+    keep_freed_memory()
+    # Too small for mappings of their own, whatever was asked for.
+    blocks = [torch.ones(2**13) for _ in range(4000)]
+    last = torch.ones(2**13)
     del blocks
     with PeakMemory(CPU) as memory:
-        again = [torch.ones(2**14) for _ in range(2000)]
+        again = [torch.ones(2**13) for _ in range(4000)]
     assert memory.mib is None or 100 < memory.mib < 200
     del again, last
 
@@ -57,6 +57,7 @@ def test_an_error_in_the_work_is_handed_on() -> None:
         raise RuntimeError("the work")
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is handed out otherwise")
 def test_kept_memory_costs_no_page_faults_again() -> None:
     def faults(blocks: int) -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -67,8 +68,8 @@ def test_kept_memory_costs_no_page_faults_again() -> None:
     keep_freed_memory()
     # The first ones find their place.
     faults(8)
-    # Of 4 KiB, 16,384 a block.
-    assert faults(8) < 16_384
+    # A block.
+    assert faults(8) < 2**26 // resource.getpagesize()
 
 
 @pytest.mark.parametrize("library", ["", "musl"])
@@ -76,3 +77,12 @@ def test_another_library_is_left_alone(monkeypatch: pytest.MonkeyPatch, library:
     monkeypatch.setattr("platform.libc_ver", lambda: (library, ""))
     monkeypatch.setattr("ctypes.CDLL", None)
     keep_freed_memory()
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("meta", 0)])
+def test_commands_keep_it_on_a_processor(monkeypatch: pytest.MonkeyPatch, device: str, kept: int) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(generate, "_load", lambda *_: calls.append("loaded"))
+    monkeypatch.setattr(generate, "keep_freed_memory", lambda: calls.append("kept"))
+    generate.load_pipeline("emoji", device, torch.float32)
+    assert calls == ["loaded", *["kept"] * kept], "what loading left over is given back"

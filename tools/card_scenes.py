@@ -19,10 +19,11 @@ from check_scenes import DRAWN, draw
 from emoji_scenes import objects_in, scene
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from training import keep_freed_memory, read_log
+from training import read_log
 
 from regrow import zoo
 from regrow.measure.images import to_picture
+from regrow.memory import keep_freed_memory
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

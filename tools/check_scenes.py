@@ -28,12 +28,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from training import keep_freed_memory, write_json
+from training import write_json
 
 import regrow
 from regrow import zoo
 from regrow.measure.features import EfficientNetFeatures, feature_distance
 from regrow.measure.machine import machine
+from regrow.memory import keep_freed_memory
 
 # Scenes to fit, to test and to draw from are those of different seeds.
 FIT, HELD_OUT, DRAWN = 10**9, 2 * 10**9, 3 * 10**9

@@ -26,13 +26,14 @@ from training import (
     check_same_run,
     describe,
     half_precision,
-    keep_freed_memory,
     processor_seconds,
     strip_local_paths,
     train,
     trainable,
     write_json,
 )
+
+from regrow.memory import keep_freed_memory
 
 # The class that DiTPipeline hands on for "no class".
 NO_CLASS = 1000

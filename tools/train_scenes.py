@@ -35,7 +35,6 @@ from training import (
     encode,
     export,
     half_precision,
-    keep_freed_memory,
     normalise_latents,
     processor_seconds,
     token_ids,
@@ -46,6 +45,7 @@ from training import (
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from regrow import zoo
+from regrow.memory import keep_freed_memory
 
 WORDS = (*SIZES, *PLACES, "and", "on", "to")
 SEEDS = 2**62

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -442,16 +440,6 @@ def processor_name(device: torch.device) -> str:
     found = machine(device)
     bf16 = "amx_bf16" if found["amx"] else "avx512_bf16" if found["avx512_bf16"] else None
     return found["gpu"] or (f"{found['processor']} ({bf16})" if bf16 else found["processor"])
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks: returning them costs up to a million page faults a step."""
-    if platform.libc_ver()[0] == "glibc":
-        mmap_max, trim_threshold, top_pad = -4, -1, -2
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(top_pad, 2**28)
 
 
 def check_same_run(path: Path, settings: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from typing_extensions import Self
 
 # Parameters of glibc's mallopt.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
-_KEPT: Mapping[int, int] = MappingProxyType({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**28})
-# Every tensor in a mapping of its own, so that resident memory is what is alive.
+_KEPT: Mapping[int, int] = MappingProxyType({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**28})
+# A tensor for which no room was left before has a mapping of its own, which goes when it is freed.
 _GIVEN_BACK: Mapping[int, int] = MappingProxyType(
     {_MMAP_MAX: 2**16, _MMAP_THRESHOLD: 2**16, _TRIM_THRESHOLD: 0, _TOP_PAD: 0}
 )
@@ -24,8 +24,8 @@ _GIVEN_BACK: Mapping[int, int] = MappingProxyType(
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed for the next tensors of this process.
 
-    By itself it gives large blocks back at once, and every page of the next one costs a fault.
-    Nothing happens on a system with another C library.
+    By itself it gives large blocks back at once, and every page of the next one costs a fault. What was
+    freed before is given back. Nothing happens on a system with another C library.
     """
     _hand_out(_KEPT)
 
@@ -35,7 +35,6 @@ def _hand_out(parameters: Mapping[int, int]) -> None:
         libc = ctypes.CDLL(None)
         for name, value in parameters.items():
             libc.mallopt(name, value)
-        # What was kept so far is resident too.
         libc.malloc_trim(0)
 
 
@@ -43,7 +42,8 @@ class PeakMemory:
     """Peak memory of the work within a ``with`` block, above what is in use before it.
 
     On a GPU the CUDA allocator's, else the process's on Linux. With glibc, freed memory is given back at
-    once within the block, and kept after it (`keep_freed_memory`).
+    once within the block, and kept after it (`keep_freed_memory`). Room that was left between blocks before
+    is used again and stays: a process that has done other work may show some MiB more than the work needs.
 
     Args:
         device: where the work is done.
@@ -57,11 +57,11 @@ class PeakMemory:
         self.mib: float | None = None
 
     def __enter__(self) -> Self:
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before: float | None = torch.cuda.memory_allocated(self.device) / 2**20
             return self
-        gc.collect()
         _hand_out(_GIVEN_BACK)
         try:
             # 5 sets the peak back to the present.

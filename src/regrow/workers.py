@@ -11,8 +11,6 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from typing_extensions import Self
 
-from regrow.memory import keep_freed_memory
-
 Job = TypeVar("Job", contravariant=True)
 Result = TypeVar("Result", covariant=True)
 
@@ -219,7 +217,6 @@ class _Actor:
 
     def start(self, make: Callable[[], Callable[[Any], Any]], threads: int) -> None:
         torch.set_num_threads(threads)
-        keep_freed_memory()
         self._work = make()
 
     def run(self, job: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -142,24 +143,65 @@ def test_gains_have_their_errors() -> None:
     assert gains_table({"rows": rows[:1]}) == []
 
 
+def result_of(processor: str, *rows: tuple[str, float], **changes: Any) -> dict[str, Any]:
+    machine = {"gpu": None, "processor": processor, "date": "2026-11-23", "code": "abc"}
+    found = [{"name": name, "fd": fd} for name, fd in rows]
+    return (
+        dict.fromkeys(quality.ALIKE, 1) | {"machine": machine, "of_other_code": [], "rows": found} | changes
+    )
+
+
 def test_figures_of_several_days_stand_in_one_table() -> None:
-    here, there = ({"gpu": None, "processor": name, "date": "2026-11-23"} for name in "AB")
-    common = dict.fromkeys(quality.ALIKE, 1)
-    names = ("steps:50", "dato:3", "steps:25")
-    first = common | {"machine": here, "rows": [{"name": name, "fd": 1.0} for name in names[:2]]}
-    second = common | {"machine": there, "rows": [{"name": name, "fd": 2.0} for name in names[1:]]}
+    first = result_of("A", ("steps:50", 1.0), ("dato:3", 1.0))
+    second = result_of("B", ("dato:3", 2.0), ("steps:25", 2.0), of_other_code=["steps:25"])
     both = quality.together(first, [second])
     assert [(row["name"], row["fd"]) for row in both["rows"]] == [
         ("steps:50", 1.0),
         ("steps:25", 2.0),
         ("dato:3", 1.0),
     ], "in the order of the curves; what both have is the first one's"
-    assert quality.origins(both) == {"A, 2026-11-23": ["steps:50", "dato:3"], "B, 2026-11-23": ["steps:25"]}
-    third = common | {"machine": here, "rows": [{"name": "sito:a", "fd": 3.0}]}
-    again = quality.together(third, [both])
-    assert quality.origins(again)["B, 2026-11-23"] == ["steps:25"], "a row's own machine stays with it"
-    with pytest.raises(SystemExit, match="--also: seed 2 is not allowed, it must be 1"):
-        quality.together(first, [second | {"seed": 2}])
+    origins = {
+        "A, 2026-11-23, code abc": ["`steps:50`", "`dato:3`"],
+        "B, 2026-11-23, code abc": ["`steps:25` (made by other code)"],
+    }
+    assert quality.origins(both) == origins
+    again = quality.together(result_of("C", ("sito:a", 3.0)), [both])
+    assert origins.items() <= quality.origins(again).items(), "a row's own machine stays with it"
+
+
+def test_figures_of_other_settings_do_not_stand_in_one_table() -> None:
+    first = result_of("A", ("steps:50", 1.0))
+    for name in quality.ALIKE:
+        with pytest.raises(SystemExit, match=f"--also: {name} 2 is not allowed, it must be 1"):
+            quality.together(first, [result_of("B", ("dato:3", 1.0), **{name: 2})])
+    with pytest.raises(SystemExit, match="--also: dato:4 is not allowed, it must be one of steps:50,"):
+        quality.together(first, [result_of("B", ("dato:4", 1.0))])
+
+
+def test_times_of_other_settings_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    speed = {"model": "emoji", "dtype": "float32", "images": 4, "guidance": 3.0}
+    monkeypatch.setattr("sys.argv", ["quality.py", "--times", str(file), "--work", str(tmp_path / "work")])
+    file.write_text(json.dumps({"speed": speed}))
+    args = quality.parse_arguments()
+    assert quality.times_of(file, args) == speed
+    for name, other in (("model", "cifar10"), ("dtype", "bfloat16"), ("images", 2), ("guidance", 2.0)):
+        file.write_text(json.dumps({"speed": speed | {name: other}}))
+        with pytest.raises(SystemExit, match=f"--times: {name} {other} is not allowed, it must be"):
+            quality.run(args)
+    assert not args.work.exists(), "before any work"
+
+
+@pytest.mark.parametrize("name", ["quality-emoji", "quality-emoji-1008", "quality-cifar10"])
+def test_committed_tables_are_those_of_their_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    committed = Path(quality.__file__).with_name("results") / f"{name}.json"
+    copied = tmp_path / committed.name
+    copied.write_bytes(committed.read_bytes())
+    monkeypatch.setattr("sys.argv", ["quality.py", "--table", "--out", str(copied.with_suffix(""))])
+    quality.main()
+    assert copied.with_suffix(".md").read_text() == committed.with_suffix(".md").read_text()
 
 
 def test_only_what_is_timed_has_more_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from regrow import zoo
 from regrow.apply import apply
+from regrow.cli.generate import load_pipeline
 from regrow.measure import contact_sheet, feature_distances, mean_psnr
 from regrow.measure.features import MissingWeightsError
 from regrow.measure.machine import machine
@@ -54,7 +56,7 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
     """Generate the pictures, save ``demo.png`` and ``demo.json`` in ``out``, print the table."""
     console = Console(stderr=True)
     with console.status("loading the bundled model"):
-        pipeline = zoo.load("emoji")
+        pipeline = load_pipeline("emoji", "cpu", torch.float32)
         # Threads and memory are set up in the first calls; they belong to no method.
         make(pipeline, PROMPTS, steps=1, guidance=zoo.GUIDANCE["emoji"])
     variants: list[tuple[str, Any]] = [

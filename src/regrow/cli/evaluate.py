@@ -33,7 +33,7 @@ from regrow.measure.evaluate import (
 from regrow.measure.exchange import Scores, check_export, export, read_scores
 from regrow.measure.extractors import Extractor, Labels, Network, extractor
 from regrow.measure.keep import write_whole
-from regrow.measure.machine import machine, model_key
+from regrow.measure.machine import machine, model_key, text_key
 from regrow.measure.prompts import PromptSet, fetch, named, read_prompts
 from regrow.measure.reference import Reference, load, of_pictures, pictures_in
 from regrow.measure.variants import Variant
@@ -131,6 +131,7 @@ def run_eval(request: Request, as_json: bool) -> None:
         "model": request.model,
         "model_key": pictures.setting.model_key,
         "prompts": len(setting.prompts),
+        "prompts_key": text_key(setting.prompts),
         "seed": request.seed,
         "batch": request.batch,
         "steps": request.steps,

@@ -20,6 +20,7 @@ from regrow.apply import apply
 from regrow.measure import contact_sheet, mean_psnr
 from regrow.measure.samplers import Sampler
 from regrow.measure.sampling import Pictures, make, makes_videos
+from regrow.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def load_pipeline(
 
     Args:
         model: name, folder or hub id.
-        device: to run on.
+        device: to run on; on a CPU, with `keep_freed_memory`.
         dtype: of the weights.
         scheduler: another one than the model's own, as `Sampler.parse` takes it.
         videos: also a pipeline of videos from text.
@@ -82,6 +83,8 @@ def load_pipeline(
     pipeline = _load(model, device, dtype, videos)
     if sampler is not None:
         sampler.put_into(pipeline)
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     return pipeline
 
 

@@ -746,10 +746,8 @@ def share(
 
 def main() -> None:
     """Run the command; errors of the user become one line and exit code 2."""
-    from regrow.memory import keep_freed_memory
     from regrow.models import UnsupportedModelError
 
-    keep_freed_memory()
     try:
         app()
     except (ValueError, OSError, UnsupportedModelError, ImportError) as error:

@@ -52,6 +52,11 @@ def code_key() -> str:
     return found.hexdigest()[:12]
 
 
+def text_key(texts: Sequence[str]) -> str:
+    """A few characters that change with any of the texts."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:12]
+
+
 def model_key(model: str) -> str:
     """A few characters that change when a model is trained further or configured otherwise.
 

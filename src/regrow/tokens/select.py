@@ -162,7 +162,7 @@ def most_similar(x: Tensor, query: Tensor, candidate: Tensor) -> tuple[Tensor, T
         candidate: ``(B, m)`` token indices.
 
     Returns:
-        The similarity ``(B, n)`` in float32 and the position in ``candidate`` ``(B, n)``.
+        The similarity ``(B, n)``, at least in float32, and the position in ``candidate`` ``(B, n)``.
     """
     inverse = inverse_norm(x)
     # Scaling the query by its norm changes its similarities but not their order, so it waits.
