@@ -132,8 +132,7 @@ def bench(
     every variant makes one generation, untimed, in which the denoiser's outputs are compared with the plain
     pipeline's, and one that does not tell its MACs another, in which they are counted. After the rounds
     each makes one more, in which memory is measured, when caches that are no method's are filled. A variant
-    that fails gets a row with its error. On a CPU, from now on, glibc keeps freed memory
-    (`keep_freed_memory`).
+    that fails gets a row with its error. From now on glibc keeps freed memory (`keep_freed_memory`).
 
     Args:
         pipeline: a diffusers pipeline; regrow's own methods may not support it, the plain one runs.
@@ -158,8 +157,7 @@ def bench(
     found = [_Timed() for _ in variants]
     rows = list(zip(variants, found, strict=True))
     base = found[0]
-    if pipeline.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
 
     def turn(act: Callable[..., None], one: Variant, timed: _Timed) -> None:
         if timed.error is None:
