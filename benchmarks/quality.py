@@ -1,4 +1,4 @@
-"""Quality against speed and MACs: every method a curve, on one model, in one run.
+"""Quality against speed and MACs: every method a curve, on one model.
 
     python tools/compose_scenes.py --data noto.tgz --model src/regrow/zoo/emoji --decoded --count 1000 \\
         --out work/decoded
@@ -334,11 +334,11 @@ def together(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> di
     return {**here, "rows": found}
 
 
-def times_of(file: Path, args: argparse.Namespace) -> dict[str, Any]:
+def times_of(file: Path, args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """The times of a result of this script.
 
     Raises:
-        SystemExit: if they are of another model or setting, naming what differs.
+        SystemExit: if they are of another model or setting, or one of these variants was not timed.
     """
     speed: dict[str, Any] = json.loads(file.read_text())["speed"]
     asked = {
@@ -350,13 +350,16 @@ def times_of(file: Path, args: argparse.Namespace) -> dict[str, Any]:
     for name, value in asked.items():
         if speed[name] != value:
             raise SystemExit(f"--times: {name} {speed[name]} is not allowed, it must be {value}")
+    timed = [row["name"] for row in speed["rows"]]
+    for name in names:
+        if name not in timed:
+            raise SystemExit(f"--only: {name} is not allowed, {file} has times of {', '.join(timed)}")
     return speed
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run both commands for all variants; what is already made is not made again."""
     also = [json.loads(file.read_text())["quality"] for file in args.also]
-    times = None if args.times is None else times_of(args.times, args)
     every = [spec for curve in METHODS[args.methods].values() for spec in curve]
     asked = every if args.only is None else args.only.split(",")
     for spec in asked:
@@ -365,6 +368,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if every[0] not in asked:
         raise SystemExit(f"--only: {every[0]} is missing, which all are compared with")
     seen = [spec for spec in every if spec in asked]
+    extra = [row["name"] for result in also for row in result["rows"]]
+    times = None if args.times is None else times_of(args.times, args, [*seen, *extra])
     common = ["--model", args.model, "--dtype", args.dtype, "--device", args.device]
     common += [] if args.guidance is None else ["--guidance", str(args.guidance)]
     regrow = str(Path(sys.executable).with_name("regrow"))

@@ -180,11 +180,13 @@ def test_figures_of_other_settings_do_not_stand_in_one_table() -> None:
 
 def test_times_of_other_settings_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    speed = {"model": "emoji", "dtype": "float32", "images": 4, "guidance": 3.0}
+    speed = {"model": "emoji", "dtype": "float32", "images": 4, "guidance": 3.0, "rows": []}
     monkeypatch.setattr("sys.argv", ["quality.py", "--times", str(file), "--work", str(tmp_path / "work")])
     file.write_text(json.dumps({"speed": speed}))
     args = quality.parse_arguments()
-    assert quality.times_of(file, args) == speed
+    assert quality.times_of(file, args, []) == speed
+    with pytest.raises(SystemExit, match=r"--only: steps:50 is not allowed, .*result\.json has times of"):
+        quality.run(args)
     for name, other in (("model", "cifar10"), ("dtype", "bfloat16"), ("images", 2), ("guidance", 2.0)):
         file.write_text(json.dumps({"speed": speed | {name: other}}))
         with pytest.raises(SystemExit, match=f"--times: {name} {other} is not allowed, it must be"):
