@@ -12,8 +12,8 @@ import torch
 import transformer_pipelines
 from pydantic import ValidationError
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_pipelines import FORMS, KINDS, SKIP_LAYER, TWO_CALLS, VARIETIES, generate
+from waiting import NoWaiting
 
 import regrow
 from regrow import CATPruning, TokenChoice
@@ -400,22 +400,10 @@ def test_where_clusters_begin_is_drawn_by_the_seed() -> None:
     assert not all(map(torch.equal, first, other))
 
 
-class _NoWaiting(TorchDispatchMode):
-    """Refuses what makes a GPU's queue wait: values read by Python, shapes that depend on values."""
-
-    WAITING = frozenset(
-        {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "item"}
-    )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket.__name__ not in self.WAITING, func
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("config", [*CHOICES.values(), *(CATPruning(choice=c) for c in TokenChoice)])
 def test_nothing_waits_for_the_device(config: CATPruning) -> None:
     pairs = noises(4, batch=4)
-    with _NoWaiting():
+    with NoWaiting():
         select(config, pairs, 24, guided=True)
         with pytest.raises(AssertionError):
             float(pairs[0][0].max())
