@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pipelines
 import pytest
@@ -499,6 +499,31 @@ def test_a_comparison_killed_anywhere_goes_on_to_the_same_figures(
     assert again.seen == 15 - 7
     assert compare(mine, VARIANTS, third) == undisturbed
     assert third.seen == 0
+
+
+def test_figures_of_sets_are_kept_for_one_reference(
+    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(pictures.folder, tmp_path, dirs_exist_ok=True)
+    mine, noise = Pictures(tmp_path, SETTING), torch.Generator().manual_seed(0)
+    one, other = (
+        Reference(name, *(torch.rand(6, width, generator=noise) for width in (12, 48))) for name in "ab"
+    )
+    undisturbed = compare(mine, VARIANTS, Colours(), one)
+
+    def refuse(*_: Any) -> NoReturn:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        for name in ("frechet_distance", "kernel_distance", "precision_recall", "inception_score"):
+            patch.setattr(f"regrow.measure.evaluate.{name}", refuse)
+        assert compare(mine, VARIANTS, Colours(), one) == undisturbed
+        with pytest.raises(KilledError):
+            compare(mine, VARIANTS, Colours(), other)
+    assert all(
+        row.fd != before.fd and row.psnr == before.psnr
+        for row, before in zip(compare(mine, VARIANTS, Colours(), other), undisturbed, strict=True)
+    )
 
 
 def test_changed_pictures_are_measured_anew(tmp_path: Path, pictures: Pictures) -> None:

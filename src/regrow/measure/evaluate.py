@@ -406,8 +406,8 @@ def compare(
 ) -> list[Quality]:
     """Measure the pictures of all variants; the first is the baseline.
 
-    What is measured on a shard is kept beside its pictures, so that a killed comparison goes on where it
-    was, with the same figures.
+    What is measured on a shard, and on all of a variant's pictures as a set, is kept beside them, so that a
+    killed comparison goes on where it was, with the same figures.
 
     Args:
         pictures: made already.
@@ -437,7 +437,13 @@ def compare(
         errors[one.name] = seen.error
         over = against.get(one.name)
         gain = None if over is None else _gain(over, seen.error, errors[over])
-        out.append(_quality(one.name, seen, base, data, gain))
+        compared = [*vars(seen.features).values(), *(x.features for x in data)]
+        as_sets = kept(
+            pictures.folder_of(one) / "measured" / f"{extractor.name}-all.safetensors",
+            f"{_MEASURE} {digest(compared)}",
+            partial(_as_sets, seen, data),
+        )
+        out.append(_quality(one.name, seen, base, as_sets, gain))
     return out
 
 
@@ -522,26 +528,41 @@ def _clip(clip: ClipScore, own: Tensor, prompts: tuple[str, ...]) -> dict[str, T
     return {"clip": clip(own, prompts)}
 
 
+def _as_sets(seen: _Seen, data: tuple[FeatureSet, FeatureSet]) -> dict[str, Tensor]:
+    """Figures of all pictures of a variant together, scalars in float64; those there are enough for."""
+    (own, spatial), (others, others_spatial) = seen.sets, data
+    found = {}
+    if len(own.features) > 3:
+        found["inception_score"] = inception_score(seen.features.logits)
+    if min(len(own.features), len(others.features)) > 3:
+        found["fd"] = frechet_distance(others, own)
+        found["sfd"] = frechet_distance(others_spatial, spatial)
+        found["kd"] = kernel_distance(others, own)
+        found["precision"], found["recall"] = precision_recall(others, own)
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+
+
 def _quality(
-    name: str, seen: _Seen, base: _Seen, data: tuple[FeatureSet, FeatureSet], gain: Gain | None
+    name: str, seen: _Seen, base: _Seen, as_sets: Mapping[str, Tensor], gain: Gain | None
 ) -> Quality:
     """The row of a variant."""
     finite = -10 * seen.error[seen.error > 0].log10()
     cosine = torch.cosine_similarity(seen.features.pooled.double(), base.features.pooled.double())
-    own, others = seen.sets, data
-    enough = min(len(own[0].features), len(others[0].features)) > 3
-    near, far = precision_recall(others[0], own[0]) if enough else (None, None)
+
+    def of_sets(figure: str) -> float | None:
+        return float(as_sets[figure]) if figure in as_sets else None
+
     return Quality(
         name=name,
         psnr=float(finite.quantile(0.5)) if len(finite) else None,
         ssim=float(seen.ssim.mean()),
         feature_distance=float((1 - cosine).mean()),
-        fd=frechet_distance(others[0], own[0]) if enough else None,
-        sfd=frechet_distance(others[1], own[1]) if enough else None,
-        kd=kernel_distance(others[0], own[0]) if enough else None,
-        precision=near,
-        recall=far,
-        inception_score=inception_score(seen.features.logits) if len(own[0].features) > 3 else None,
+        fd=of_sets("fd"),
+        sfd=of_sets("sfd"),
+        kd=of_sets("kd"),
+        precision=of_sets("precision"),
+        recall=of_sets("recall"),
+        inception_score=of_sets("inception_score"),
         clip_score=None if seen.clip is None else float(seen.clip.double().mean()),
         gain=gain,
     )
