@@ -48,6 +48,7 @@ UNET: Curves = ANYWHERE | {
     "DeepCache 2 to 10 + ToMeSD .5": tuple(f"deepcache:{n}+tome:0.5" for n in (2, 3, 5, 7, 10)),
     "DaTo every 2 to 10, r .5": tuple(f"dato:{n}" for n in (2, 3, 5, 7, 10)),
     "DaTo, the paper's b1 and fast": ("dato:b1", "dato:fast"),
+    "DaTo, b1 as released": ("dato:b1-released",),
     "DaTo, searched": ("dato:emoji-quality", "dato:emoji-balanced", "dato:emoji-fast"),
 }
 TRANSFORMER: Curves = ANYWHERE | {
@@ -110,8 +111,10 @@ MEASURES = (
     Measure("feature_distance", "feature distance", "feature distance to own 50 steps", ".3f", min),
     Measure("fd", "FD-EffNet", "FD-EffNet to true pictures", ".1f", min),
 )
-MARKERS = "osD^v*PXdh"
+MARKERS = "osD^v*PXdh<"
 TIMES = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+# A curve has its end's value so little beyond it: 25 steps are not exactly twice as fast as 50.
+NEAR = 0.01
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,12 @@ class Point:
         ssim: mean, likewise.
         feature_distance: mean, likewise; None for the baseline too, from which no curve begins.
         peak_mib: peak memory of a generation above what was in use before; None if not measured.
+        sfd: Fréchet distance of the spatial features to the reference.
+        kd: kernel distance to the reference.
+        precision: share of pictures within the reference's manifold.
+        recall: share of the reference within the pictures' manifold.
+        inception_score: on the extractor's classifier.
+        disturbed: whether the machine did other things in a round.
     """
 
     name: str
@@ -139,6 +148,12 @@ class Point:
     ssim: float
     feature_distance: float | None
     peak_mib: float | None
+    sfd: float
+    kd: float
+    precision: float
+    recall: float
+    inception_score: float
+    disturbed: bool
 
 
 def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Point]:
@@ -160,6 +175,8 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
             row["ssim"],
             None if row["name"] == base else row["feature_distance"],
             timed[row["name"]]["peak_mib"],
+            *(row[name] for name in ("sfd", "kd", "precision", "recall", "inception_score")),
+            bool(timed[row["name"]]["disturbed"]),
         )
         for row in quality["rows"]
         if row["name"] in timed and row["fd"] is not None
@@ -173,17 +190,21 @@ def points(quality: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Po
 
 def at(curve: Sequence[Point], ratio: Ratio, times: float, field: str) -> float | None:
     """A curve's value at a speed-up or so many times fewer MACs, linear in the logarithm; None outside of
-    what was measured."""
+    what was measured, but for `NEAR`."""
     known = sorted(
         (math.log(getattr(p, ratio.field)), value)
         for p in curve
         if (value := getattr(p, field)) is not None
     )
-    x = math.log(times)
+    if not known:
+        return None
+    within = min(max(math.log(times), known[0][0]), known[-1][0])
+    if abs(within - math.log(times)) > NEAR:
+        return None
     for (x0, y0), (x1, y1) in itertools.pairwise(known):
-        if x0 <= x <= x1:
-            return y0 if x0 == x1 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return None
+        if x0 <= within <= x1:
+            return y0 if x0 == x1 else y0 + (y1 - y0) * (within - x0) / (x1 - x0)
+    return known[0][1]
 
 
 def of_curves(found: Mapping[str, Point]) -> dict[str, list[Point]]:
@@ -219,17 +240,20 @@ def variants_table(found: Mapping[str, Point]) -> list[str]:
     """Markdown: every variant as it was measured."""
     lines = [
         "| method | speed-up | spread | fewer MACs | peak MiB | PSNR dB | SSIM | feature distance "
-        "| FD-EffNet |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| FD-EffNet | sFD-EffNet | KD-EffNet | precision | recall | IS-EffNet |",
+        "|---" * 14 + "|",
     ]
     for p in found.values():
         psnr = "" if p.psnr is None else f"{p.psnr:.1f}"
         distance = "" if p.feature_distance is None else f"{p.feature_distance:.4f}"
         peak = "" if p.peak_mib is None else f"{p.peak_mib:.0f}"
-        quality = f"{peak} | {psnr} | {p.ssim:.3f} | {distance} | {p.fd:.2f}"
-        lines.append(
-            f"| `{p.name}` | {p.speedup:.2f}x | {p.spread:.2f} | {p.macs_ratio:.2f}x | {quality} |"
+        name = f"`{p.name}` (disturbed)" if p.disturbed else f"`{p.name}`"
+        cells = (
+            *(name, f"{p.speedup:.2f}x", f"{p.spread:.2f}", f"{p.macs_ratio:.2f}x", peak, psnr),
+            *(f"{p.ssim:.3f}", distance, f"{p.fd:.2f}", f"{p.sfd:.0f}", f"{p.kd:.4f}"),
+            *(f"{p.precision:.3f}", f"{p.recall:.3f}", f"{p.inception_score:.2f}"),
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,22 @@ from quality import (
 
 from regrow.measure.variants import variant
 
+REST: dict[str, Any] = {
+    "sfd": 900.4,
+    "kd": 0.0218,
+    "precision": 0.151,
+    "recall": 0.733,
+    "inception_score": 3.376,
+}
 FOUND = {
     p.name: p
     for p in (
-        Point("steps:50", 1.0, 1.1, 1.0, 10.0, None, 1.00, None, 21.4),
-        Point("steps:25", 2.0, 1.1, 2.0, 12.0, 30.0, 0.98, 0.04, 21.4),
-        Point("steps:10", 5.0, 1.1, 5.0, 20.0, 22.0, 0.90, 0.20, 21.4),
-        Point("deepcache:2", 1.8, 1.1, 1.9, 11.0, 33.0, 0.99, 0.02, 21.4),
-        Point("deepcache:5", 3.6, 1.1, 3.8, 13.0, 26.0, 0.97, 0.06, 21.4),
-        Point("dato:b1", 6.0, 1.1, 6.7, 15.0, 24.0, 0.95, 0.10, 21.4),
+        Point("steps:50", 1.0, 1.1, 1.0, 10.0, None, 1.00, None, 21.4, **REST, disturbed=False),
+        Point("steps:25", 2.0, 1.1, 2.0, 12.0, 30.0, 0.98, 0.04, 21.4, **REST, disturbed=False),
+        Point("steps:10", 5.0, 1.1, 5.0, 20.0, 22.0, 0.90, 0.20, 21.4, **REST, disturbed=False),
+        Point("deepcache:2", 1.8, 1.1, 1.9, 11.0, 33.0, 0.99, 0.02, 21.4, **REST, disturbed=False),
+        Point("deepcache:5", 3.6, 1.1, 3.8, 13.0, 26.0, 0.97, 0.06, 21.4, **REST, disturbed=False),
+        Point("dato:b1", 6.0, 1.1, 6.7, 15.0, 24.0, 0.95, 0.10, 21.4, **REST, disturbed=False),
     )
 }
 
@@ -47,8 +55,16 @@ def test_a_curve_is_linear_in_the_logarithm_of_the_speed() -> None:
     assert at(curve, SPEEDUP, 10**0.5, "fd") == pytest.approx(16.0)
     assert at(curve, SPEEDUP, 1.0, "fd") == 10.0
     assert at(curve, SPEEDUP, 5.1, "fd") is None
+    assert at(curve, SPEEDUP, 5.04, "fd") == 20.0
     for field in ("psnr", "feature_distance"):
         assert at(curve, SPEEDUP, 1.5, field) is None, "the baseline has no distance to itself"
+
+
+def test_a_curve_begins_at_a_speed_that_it_all_but_has() -> None:
+    slow = replace(FOUND["deepcache:2"], speedup=2.005)
+    for curve in ([slow], [slow, FOUND["deepcache:5"]]):
+        assert at(curve, SPEEDUP, 2.0, "psnr") == 33.0
+        assert at(curve, SPEEDUP, 1.98, "psnr") is None
 
 
 def test_only_fewer_steps_begin_at_the_baseline() -> None:
@@ -120,8 +136,14 @@ def test_every_curve_of_a_unet_can_be_made(spec: str) -> None:
 
 def test_every_variant_has_its_row() -> None:
     lines = variants_table(FOUND)[2:]
-    assert lines[0] == "| `steps:50` | 1.00x | 1.10 | 1.00x | 21 |  | 1.000 |  | 10.00 |"
-    assert lines[5] == "| `dato:b1` | 6.00x | 1.10 | 6.70x | 21 | 24.0 | 0.950 | 0.1000 | 15.00 |"
+    rest = "900 | 0.0218 | 0.151 | 0.733 | 3.38 |"
+    assert lines[0] == f"| `steps:50` | 1.00x | 1.10 | 1.00x | 21 |  | 1.000 |  | 10.00 | {rest}"
+    assert lines[5] == f"| `dato:b1` | 6.00x | 1.10 | 6.70x | 21 | 24.0 | 0.950 | 0.1000 | 15.00 | {rest}"
+
+
+def test_what_was_measured_on_a_busy_machine_is_marked() -> None:
+    busy = replace(FOUND["dato:b1"], disturbed=True)
+    assert variants_table(FOUND | {busy.name: busy})[7].startswith("| `dato:b1` (disturbed) | 6.00x |")
 
 
 @pytest.mark.parametrize("pair", quality.AGAINST)
@@ -219,14 +241,15 @@ def test_only_what_is_timed_has_more_pictures(monkeypatch: pytest.MonkeyPatch, t
 
 def test_failed_variants_have_no_point() -> None:
     rows = [{"name": "steps:50", "fd": 1.0, "psnr": None}, {"name": "sito:a", "fd": 2.0, "psnr": 30.0}]
-    rows = [row | {"ssim": 1.0, "feature_distance": 0.0} for row in rows]
+    rows = [row | REST | {"ssim": 1.0, "feature_distance": 0.0} for row in rows]
     times = [
         {"name": "steps:50", "error": None, "speedup": 1.0, "spread": 1.1, "macs_ratio": 1.0},
         {"name": "sito:a", "error": "no", "speedup": 0.0, "spread": 0.0, "macs_ratio": 0.0},
     ]
-    times = [row | {"peak_mib": None} for row in times]
+    times = [row | {"peak_mib": None, "disturbed": [1]} for row in times]
     (found,) = points({"rows": rows, "prompts": 2}, {"rows": times}).values()
     assert (found.name, found.psnr, found.feature_distance) == ("steps:50", None, None)
+    assert found.disturbed
     rows[0]["fd"] = None
     with pytest.raises(SystemExit, match="prompts: 2 are too few for the Fréchet distance of steps:50"):
         points({"rows": rows, "prompts": 2}, {"rows": times})
