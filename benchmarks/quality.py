@@ -7,11 +7,12 @@
     python benchmarks/quality.py --model cifar10 --methods transformer --prompts 1000 \\
         --reference work/cifar-test --work work/quality-cifar10 --out benchmarks/results/quality-cifar10
 
-First the pictures of all variants are made and compared (`regrow eval`: killed, it goes on), then all are
-timed in turns (`regrow bench`). The result, a table and a plot go to `--out`; `--table` only reads it. With
-`--only` they are of some variants, of which there may be more pictures, with the times of the run of all;
-give them an `--out` of their own. `--times` takes the times of another result, and `--also` the figures of
-variants that are not made here: hours of pictures can be made on several days, or machines.
+First all variants are timed in turns (`regrow bench`, alone on the machine: killed, it begins anew), then
+the pictures of all are made and compared (`regrow eval`: killed, it goes on). The result, a table and a
+plot go to `--out`; `--table` only reads it. With `--only` they are of some variants, of which there may be
+more pictures, with the times of the run of all; give them an `--out` of their own. `--times` takes the times
+of another result, and `--also` the figures of variants that are not made here: hours of pictures can be made
+on several days, or machines.
 """
 
 from __future__ import annotations
@@ -406,6 +407,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for name in ("model", "images", "rounds", "dtype", "device", "guidance")
         },
     )
+    if times is None:
+        times = measured(regrow, common, every, speed, args)
     words = ["--prompts", args.prompts, "--out", str(pictures), "--batch", str(args.batch)]
     words += ["--engine", args.engine, "--methods", ",".join(seen)]
     for pair in AGAINST:
@@ -416,23 +419,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if features.exists():
         words += ["--reference", str(features)]
     elif args.reference is not None:
-        args.work.mkdir(parents=True, exist_ok=True)
         words += ["--reference", str(args.reference), "--save-reference", str(features)]
     subprocess.run([regrow, "eval", *common, *words], check=True)
     made = together(json.loads((pictures / "result.json").read_text()), also)
-    if times is not None:
-        return {"quality": made, "speed": times}
-    timed = json.loads(speed.read_text())["rows"] if speed.exists() else []
-    # Ratios are of one run.
+    return {"quality": made, "speed": times}
+
+
+def measured(
+    regrow: str, common: Sequence[str], every: Sequence[str], file: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The times of all variants, of one run, which is kept in a file.
+
+    Raises:
+        SystemExit: if the baseline could not be timed.
+    """
+    timed = json.loads(file.read_text())["rows"] if file.exists() else []
     if sorted(row["name"] for row in timed) != sorted(every):
-        words = ["--images", str(args.images), "--rounds", str(args.rounds), "--out", str(speed)]
-        words += ["--methods", ",".join(every)]
-        subprocess.run([regrow, "bench", *common, *words], check=True)
-    timed = json.loads(speed.read_text())["rows"]
-    if timed[0]["error"] is not None:
-        speed.unlink()
-        raise SystemExit(f"{timed[0]['name']} could not be timed: {timed[0]['error']}")
-    return {"quality": made, "speed": json.loads(speed.read_text())}
+        words = ["--images", str(args.images), "--rounds", str(args.rounds), "--out", str(file)]
+        subprocess.run([regrow, "bench", *common, *words, "--methods", ",".join(every)], check=True)
+    found: dict[str, Any] = json.loads(file.read_text())
+    first = found["rows"][0]
+    if first["error"] is not None:
+        file.unlink()
+        raise SystemExit(f"{first['name']} could not be timed: {first['error']}")
+    return found
 
 
 def parse_arguments() -> argparse.Namespace:
