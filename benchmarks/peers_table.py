@@ -3,16 +3,20 @@
     python benchmarks/peers_table.py --arch sd15 --methods steps:50,dato:b1 --peers tomesd:0.5,DeepCache:5
     python benchmarks/peers_table.py --model emoji --images 2 --quality work/peers --prompts 32
 
-With `--quality` the pictures of those that could be timed are then compared as `regrow eval` does.
+With `--quality` the pictures of those that could be timed are then compared as `regrow eval` does. Beside
+the file of `--json`, and of its quality, goes the table of both as Markdown; `--table` makes only that anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from peers import PEERS, peer
 
@@ -31,7 +35,8 @@ def rows(methods: str, peers: str, steps: int) -> tuple[Variant, ...]:
     Raises:
         ValueError: if a name is not known.
     """
-    specs = list(PEERS) if peers == "all" else [spec for spec in peers.split(",") if spec]
+    everyone = [f"{name}:{kind.default}" for name, kind in PEERS.items()]
+    specs = everyone if peers == "all" else [spec for spec in peers.split(",") if spec]
     own = [variant(spec.strip(), steps) for spec in methods.split(",")]
     return (*own, *(peer(spec.strip(), steps) for spec in specs))
 
@@ -69,12 +74,64 @@ def compare(args: argparse.Namespace, variants: tuple[Variant, ...]) -> None:
         as_json=False,
     )
     if args.json is not None:
-        shutil.copy(args.quality / "result.json", args.json.with_stem(f"{args.json.stem}-quality"))
+        shutil.copy(args.quality / "result.json", quality_file(args.json))
+
+
+def quality_file(times: Path) -> Path:
+    """Where the quality of a table of times is kept."""
+    return times.with_stem(f"{times.stem}-quality")
+
+
+def write_table(times: Path) -> None:
+    """The Markdown beside a result, from it and its quality."""
+    compared = quality_file(times)
+    found = json.loads(compared.read_text())["rows"] if compared.exists() else []
+    lines = table(json.loads(times.read_text())["rows"], found)
+    times.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def table(timed: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown: a row for every method and peer, also for what fails or changes nothing.
+
+    Args:
+        timed: rows of `regrow bench`.
+        compared: rows of `regrow eval`; its columns are left out if there are none.
+    """
+    quality = {row["name"]: row for row in compared}
+    titles = ["method", "speed-up", "spread", "fewer MACs", "efficiency", "peak MiB"]
+    titles += ["PSNR dB", "feature distance", "FD-EffNet"] if quality else []
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in timed:
+        notes = {"changes nothing": row["changes_nothing"], "disturbed": row["disturbed"]}
+        name = ", ".join([f"`{row['name']}`", *(note for note, holds in notes.items() if holds)])
+        if row["error"] is not None:
+            error = " ".join(row["error"].split()).replace("|", "\\|")
+            cells = [name, f"fails: {error}", *[""] * (len(titles) - 2)]
+        else:
+            cells = [
+                name,
+                _shown(row["speedup"], ".2f", "x"),
+                f"{row['spread']:.2f}",
+                _shown(row["macs_ratio"], ".2f", "x"),
+                _shown(row["efficiency"], ".2f"),
+                _shown(row["peak_mib"], ".0f"),
+            ]
+            if quality:
+                seen = quality[row["name"]]
+                # What equals the baseline's pictures has no distance to them.
+                distance = None if seen["psnr"] is None else seen["feature_distance"]
+                cells += [_shown(seen["psnr"], ".1f"), _shown(distance, ".4f"), _shown(seen["fd"], ".2f")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    model = parser.add_mutually_exclusive_group(required=True)
+    model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="bundled name, folder or hub id of any pipeline from text")
     model.add_argument("--arch", help="sd15, sdxl, sd3-1024 and others, with random weights")
     parser.add_argument("--methods", default="steps:50,sito:d,dato:b1", help="the first is the baseline")
@@ -97,7 +154,15 @@ def main() -> None:
         "--prompts", default="32", help="of --quality: a file, or a number of the model's own"
     )
     parser.add_argument("--reference", type=Path, default=None, help="of --quality: true pictures")
+    parser.add_argument("--table", action="store_true", help="only the Markdown, from the file of --json")
     args = parser.parse_args()
+    if args.table:
+        if args.json is None or not args.json.exists():
+            parser.error(f"--json: {args.json} is not allowed with --table, it must be a result")
+        write_table(args.json)
+        return
+    if args.model is None and args.arch is None:
+        parser.error("one of --model and --arch is needed")
     if args.quality is not None and (args.model is None or args.compile):
         parser.error("--quality: it needs --model, and goes without --compile")
     # cache-dit tells all it does, between the lines of the progress bar.
@@ -128,6 +193,8 @@ def main() -> None:
         if args.quality is not None:
             timed = zip(request.variants, found, strict=True)
             compare(args, tuple(one for one, row in timed if row.error is None))
+        if args.json is not None:
+            write_table(args.json)
     except (ValueError, OSError, ImportError) as error:
         print(f"peers_table: {error}", file=sys.stderr)
         sys.exit(2)

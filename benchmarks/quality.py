@@ -10,9 +10,9 @@
 First all variants are timed in turns (`regrow bench`, alone on the machine: killed, it begins anew), then
 the pictures of all are made and compared (`regrow eval`: killed, it goes on). The result, a table and a
 plot go to `--out`; `--table` only reads it. With `--only` they are of some variants, of which there may be
-more pictures, with the times of the run of all; give them an `--out` of their own. `--times` takes the times
-of another result, and `--also` the figures of variants that are not made here: hours of pictures can be made
-on several days, or machines.
+more pictures, with the times of the run of all; give them an `--out` of their own. `--times` takes the
+times of another result, and `--also` the figures of variants that are not made here: hours of pictures can
+be made on several days, or machines.
 """
 
 from __future__ import annotations

@@ -303,6 +303,12 @@ def test_the_script_writes_what_it_prints(
     assert [row["name"] for row in written["rows"]] == ["steps:2", "dato:b1", "DeepCache:2", "firstblock"]
     assert "firstblock: IndexError: pop from empty list" in printed
     assert len(written["rows"][2]["rounds"]) == 1
+    lines = out.with_suffix(".md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        *("`steps:2`", "`dato:b1`", "`DeepCache:2`", "`firstblock`")
+    ]
+    assert lines[0].endswith("| efficiency | peak MiB |")
+    assert lines[5].startswith("| `firstblock` | fails: IndexError: pop from empty list |")
     assert {"tomesd", "DeepCache", "cache-dit", "diffusers"} <= set(written["machine"]["versions"])
     monkeypatch.setattr("sys.argv", ["peers_table", "--arch", "sd15", "--peers", "toca"])
     with pytest.raises(SystemExit, match="2"):
@@ -328,6 +334,8 @@ def test_quality_is_of_those_that_work(
     found = json.loads((tmp_path / "peers-quality.json").read_text())
     _, own, other = found["rows"]
     assert [own["name"], other["name"]] == ["deepcache:2", "DeepCache:2"]
+    lines = (tmp_path / "peers.md").read_text().splitlines()
+    assert lines[3].endswith(f"| {own['psnr']:.1f} | {own['feature_distance']:.4f} |  |")
     # Both reuse the same features.
     assert other["psnr"] == pytest.approx(own["psnr"], abs=0.5)
     for wrong in (["--arch", "sd15"], ["--model", "emoji", "--compile"]):
@@ -335,3 +343,54 @@ def test_quality_is_of_those_that_work(
         with pytest.raises(SystemExit, match="2"):
             peers_table.main()
         assert "--quality: it needs --model, and goes without --compile" in capsys.readouterr().err
+
+
+def test_all_peers_are_named_with_their_numbers() -> None:
+    names = [one.name for one in peers_table.rows("steps:50", "all", 50)]
+    assert names == ["steps:50", *(f"{name}:{kind.default}" for name, kind in PEERS.items())]
+    assert "DeepCache:3" in names
+
+
+def test_the_table_says_what_fails_or_changes_nothing() -> None:
+    rows = [
+        BenchRow("steps:2", spread=1.0, speedup=1.0),
+        BenchRow(
+            "taylorseer", spread=1.25, speedup=0.99, macs_ratio=1.0, changes_nothing=True, disturbed=(1,)
+        ),
+        BenchRow("firstblock", error="ValueError: one | two\nthree"),
+    ]
+    compared = [{"name": "steps:2", "psnr": None, "feature_distance": -1e-17, "fd": 170.834}]
+    compared += [compared[0] | {"name": "taylorseer"}]
+    assert peers_table.table([row.to_dict() for row in rows], compared)[2:] == [
+        "| `steps:2` | 1.00x | 1.00 |  |  |  |  |  | 170.83 |",
+        "| `taylorseer`, changes nothing, disturbed | 0.99x | 1.25 | 1.00x |  |  |  |  | 170.83 |",
+        "| `firstblock` | fails: ValueError: one \\| two three |  |  |  |  |  |  |  |",
+    ]
+
+
+@pytest.mark.parametrize("name", ["peers-emoji", "peers-cifar10"])
+def test_committed_tables_are_those_of_their_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    results = Path(peers_table.__file__).with_name("results")
+    for file in results.glob(f"{name}*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr("sys.argv", ["peers_table", "--table", "--json", str(tmp_path / f"{name}.json")])
+    peers_table.main()
+    assert (tmp_path / f"{name}.md").read_text() == (results / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--table"], "--json: None is not allowed with --table, it must be a result"),
+        (["--json", "x.json"], "one of --model and --arch is needed"),
+    ],
+)
+def test_a_table_of_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["peers_table", *words])
+    with pytest.raises(SystemExit, match="2"):
+        peers_table.main()
+    assert said in capsys.readouterr().err
