@@ -4,7 +4,7 @@
     python benchmarks/peers_table.py --model emoji --images 2 --quality work/peers --prompts 32
 
 With `--quality` the pictures of those that could be timed are then compared as `regrow eval` does. Beside
-the file of `--json`, and of its quality, goes the table of both as Markdown; `--table` makes only that anew.
+the file of `--json`, and of its quality, goes the table of both as Markdown; `--table` makes that only.
 """
 
 from __future__ import annotations

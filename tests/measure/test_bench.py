@@ -258,9 +258,14 @@ def test_a_variant_that_fails_is_shown_with_its_error_and_stops_nobody(
     assert rows[0].error is None
     assert "leaves no layer" in (rows[1].error or "")
     print_rows(rows, "steps:2")
-    assert f"sito, level 8: {rows[1].error}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"sito, level 8: {rows[1].error}" in printed
+    assert f"{60 * rows[0].images_per_second:.1f}" in printed
     draw_bars(rows, tmp_path / "bars.png")
-    assert Image.open(tmp_path / "bars.png").width > 400
+    draw_bars(rows[:1], tmp_path / "bar.png")
+    both, one = (Image.open(tmp_path / f"{name}.png") for name in ("bars", "bar"))
+    assert both.width > 400
+    assert both.height > one.height
 
 
 def test_what_changes_nothing_is_told_where_the_plain_pipeline_is_there_to_compare(

@@ -136,10 +136,11 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
     table.add_column("method", no_wrap=True)
     for name in (
         "s each",
+        "a minute",
         "spread",
         f"speed-up\nover {baseline}",
         "fewer\nMACs",
-        "efficiency",
+        "efficiency\nof calls",
         "peak MiB",
     ):
         table.add_column(name, justify="right")
@@ -150,6 +151,7 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
         table.add_row(
             _noted(row),
             f"{row.seconds_per_image:.3f}",
+            f"{60 * row.images_per_second:.1f}",
             f"{row.spread:.2f}",
             _shown(row.speedup, ".2f", "x"),
             _shown(row.macs_ratio, ".2f", "x"),
@@ -181,22 +183,22 @@ def _shown(value: float | None, form: str, unit: str = "") -> str:
 
 
 def draw_bars(rows: list[BenchRow], file: Path) -> None:
-    """Speed-ups as bars, with what the MACs promise beside them."""
+    """Speed-ups as bars, with what the MACs promise beside them; what failed has a place without a bar."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    shown = [row for row in rows if row.error is None]
-    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.42 * len(shown)), layout="constrained")
-    place = range(len(shown))
-    axis.barh([i + 0.2 for i in place], [r.macs_ratio or 0 for r in shown], 0.36, color="0.8", label="MACs")
-    bars = axis.barh([i - 0.2 for i in place], [r.speedup or 0 for r in shown], 0.36, label="measured")
-    axis.bar_label(bars, fmt="%.2fx", padding=3)
-    axis.set_yticks(list(place), [r.name for r in shown])
+    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.42 * len(rows)), layout="constrained")
+    place = range(len(rows))
+    axis.barh([i + 0.2 for i in place], [r.macs_ratio or 0 for r in rows], 0.36, color="0.8", label="MACs")
+    bars = axis.barh([i - 0.2 for i in place], [r.speedup or 0 for r in rows], 0.36, label="measured")
+    labels = ["failed" if r.error is not None else _shown(r.speedup, ".2f", "x") for r in rows]
+    axis.bar_label(bars, labels, padding=3)
+    axis.set_yticks(list(place), [r.name for r in rows])
     axis.invert_yaxis()
     axis.margins(x=0.12)
-    axis.set_xlabel(f"speed-up over {shown[0].name}" if shown else "speed-up")
+    axis.set_xlabel(f"speed-up over {rows[0].name}")
     axis.legend(loc="lower right", frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
