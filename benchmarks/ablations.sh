@@ -11,11 +11,11 @@ reference=${1:?folder of true pictures, or their features}
 prompts=${2:-64}
 folder=${3:-work/quality/pictures}
 names=("${@:4}")
-[ ${#names[@]} -gt 0 ] || names=(noise alignment score choice base recovery patch where levels)
-regrow=${REGROW:-.venv/bin/regrow}
+[ ${#names[@]} -gt 0 ] || names=(noise alignment score choice base recovery patch where levels steps)
+bin=${BIN:-.venv/bin}
 
 for name in "${names[@]}"; do
-    $regrow eval --model emoji --ablation "$name" --prompts "$prompts" --dtype bfloat16 --engine ray --workers 2 \
+    "$bin/regrow" eval --model emoji --ablation "$name" --prompts "$prompts" --dtype bfloat16 --engine ray --workers 2 \
         --reference "$reference" --out "$folder"
     cp "$folder/result.json" "benchmarks/results/ablation-$name.json"
 done

@@ -298,7 +298,10 @@ def bench(
     ] = None,
     model: Annotated[Optional[str], typer.Option(help="Bundled name, folder, or hub id.")] = None,
     arch: Annotated[
-        Optional[str], typer.Option(help="sd15, sdxl, sd3-1024 and others, random weights.")
+        Optional[str],
+        typer.Option(
+            help="sd15, sdxl, sd3-1024 and others, random weights, without text encoder and decoder."
+        ),
     ] = None,
     images: Annotated[
         Optional[int], typer.Option(help="Made in one batch; by default one a prompt.", min=1)

@@ -1,0 +1,173 @@
+"""Scripts of measurements call programs that are there, with arguments that they take."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quality
+import typer
+
+from regrow import cli
+from regrow.cli.ablations import ABLATIONS
+from regrow.measure.architectures import architecture
+from regrow.measure.variants import variant
+
+ROOT = Path(quality.__file__).parents[1]
+EMOJI_STAGES = {
+    "bench": ["regrow bench"],
+    "compiled": ["regrow bench"],
+    "eval": ["regrow eval", "python -"],
+    "reference": ["python tools/compose_scenes.py"],
+    "quality": ["python benchmarks/quality.py"],
+    "quality-1008": ["python benchmarks/quality.py"],
+    "peers": ["python benchmarks/peers_table.py"],
+    "ablations": ["regrow eval"] * (len(ABLATIONS) - 1),
+    "trace": ["regrow trace"],
+}
+"""And what they call. CAT Pruning is for transformers."""
+
+STAGES = {
+    "check": ["noto.tgz"],
+    "train": ["noto.tgz"],
+    "reference": ["noto.tgz"],
+    "quality": [],
+    "speed": ["sdxl", "--compile"],
+    "speed-transformers": ["sd3-1024", "28"],
+    "cifar-train": ["cifar.tar.gz"],
+    "cifar-check": ["cifar.tar.gz"],
+    "cifar-reference": ["cifar.tar.gz"],
+    "cifar-quality": [],
+}
+
+
+def run_script(
+    folder: Path, script: str, programs: Sequence[str], *words: str
+) -> tuple[list[list[str]], subprocess.CompletedProcess[str]]:
+    """The commands that a script calls, in a folder with scripts but no other program, and how it ended.
+
+    Args:
+        folder: an empty one.
+        script: of benchmarks/.
+        programs: that only write down how they are called.
+        words: arguments of the script.
+    """
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("*.json"))
+    own, said = folder / "programs", folder / "said"
+    own.mkdir()
+    for name in programs:
+        # An argument a line, an empty one after the last.
+        (own / name).write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@" "" >>"{said}"\n')
+        (own / name).chmod(0o755)
+    ended = subprocess.run(
+        ["bash", str(folder / "benchmarks" / script), *words],
+        env={"PATH": f"{own}{os.pathsep}{os.environ['PATH']}", "BIN": str(own)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    calls = said.read_text().split("\n\n")[:-1] if said.exists() else []
+    return [call.splitlines() for call in calls], ended
+
+
+def called(folder: Path, *words: str) -> tuple[list[str], str]:
+    """The command of a stage on a GPU, and what it printed."""
+    calls, ended = run_script(folder, "gpu.sh", ["timeout"], *words)
+    assert (ended.returncode == 0) == (len(calls) == 1)
+    return (calls[0][1:] if calls else []), ended.stderr
+
+
+class ParsedError(Exception):
+    """Holds the arguments, instead of what would be done with them."""
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, script: str, arguments: list[str]) -> argparse.Namespace:
+    """What a program makes of its arguments."""
+    read = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, *args: Any) -> Any:
+        raise ParsedError(read(parser, *args))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(ParsedError) as found:
+        importlib.import_module(Path(script).stem).main()
+    (namespace,) = found.value.args
+    return namespace
+
+
+def check(monkeypatch: pytest.MonkeyPatch, call: list[str]) -> None:
+    """Whether a program takes its arguments."""
+    if call[0] == "regrow":
+        command = typer.main.get_command(cli.app).commands[call[1]]
+        methods = command.make_context(call[1], call[2:]).params["methods"]
+    elif call[1] == "-":
+        return
+    else:
+        methods = getattr(parsed(monkeypatch, call[1], call[2:]), "methods", None)
+    if methods in (None, "unet"):
+        return
+    assert [variant(spec, 50).name for spec in methods.split(",")] == methods.split(",")
+
+
+@pytest.mark.parametrize("stage", EMOJI_STAGES)
+def test_a_stage_on_the_bundled_model_calls_what_takes_its_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    kept = tmp_path / "work" / "quality" / "pictures"
+    kept.mkdir(parents=True)
+    (kept / "result.json").touch()
+    words = ["noto.tgz"] if stage == "reference" else []
+    calls, ended = run_script(tmp_path, "emoji.sh", ["python", "regrow"], stage, *words)
+    assert ended.returncode == 0, ended.stderr
+    assert [" ".join(call[:2]) for call in calls] == EMOJI_STAGES[stage]
+    for call in calls:
+        check(monkeypatch, call)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_one_program_that_takes_its_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    (limit, python, script, *arguments), _ = called(tmp_path, stage, *STAGES[stage])
+    assert int(limit) < 600
+    assert python == "python"
+    assert (ROOT / script).is_file()
+    args = parsed(monkeypatch, script, arguments)
+    assert str(getattr(args, "device", "cuda")) == "cuda"
+    for name in ("model", "start"):
+        if "src/regrow" in str(getattr(args, name, "")):
+            assert (ROOT / getattr(args, name) / "model_index.json").is_file()
+    if hasattr(args, "methods") and "," in args.methods:
+        assert all(variant(spec, args.steps).steps > 0 for spec in args.methods.split(","))
+        assert architecture(args.arch)
+
+
+def test_a_compiled_table_has_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    eager, _ = called(tmp_path / "one", "speed", "sd15")
+    compiled, _ = called(tmp_path / "two", "speed", "sd15", "--compile")
+    changed = set(compiled) - set(eager)
+    assert changed == {"--compile", "benchmarks/results/peers-sd15-50-bfloat16-gpu-compiled.json"}
+
+
+def test_quality_is_of_the_bundled_models_guidance(tmp_path: Path) -> None:
+    words, _ = called(tmp_path, "quality")
+    assert float(words[words.index("--guidance") + 1]) == quality.guidance_of("emoji", None)
+    assert "--decoded" in (ROOT / "benchmarks" / "gpu.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["fast"], "stage: fast is not allowed"), ([], "one of check")]
+)
+def test_a_stage_that_is_none_is_refused(tmp_path: Path, words: list[str], said: str) -> None:
+    assert said in called(tmp_path, *words)[1]
