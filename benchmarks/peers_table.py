@@ -66,7 +66,7 @@ def compare(args: argparse.Namespace, variants: tuple[Variant, ...]) -> None:
             width=args.width,
             device=args.device,
             dtype=args.dtype,
-            batch=args.images,
+            batch=args.batch,
             where=Where(Engine.LOCAL, None, None),
             out=args.quality,
             check_kept=args.check_kept,
@@ -154,6 +154,7 @@ def main() -> None:
         "--prompts", default="32", help="of --quality: a file, or a number of the model's own"
     )
     parser.add_argument("--reference", type=Path, default=None, help="of --quality: true pictures")
+    parser.add_argument("--batch", type=int, default=16, help="of --quality: pictures in one batch")
     parser.add_argument("--table", action="store_true", help="only the Markdown, from the file of --json")
     args = parser.parse_args()
     if args.table:
