@@ -569,21 +569,28 @@ SMALL = (
 )
 
 
-def test_the_command_killed_three_times_prints_what_an_undisturbed_one_prints(tmp_path: Path) -> None:
+def test_the_command_killed_four_times_prints_what_an_undisturbed_one_prints(tmp_path: Path) -> None:
     words = [str(Path(sys.executable).with_name("regrow")), "eval", "--methods", "steps:2,deepcache:2"]
     words += ["--steps", "2", "--prompts", "4", "--batch", "1", "--device", "cpu", "--json", "--out"]
     undisturbed = subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True)
-    for wanted in (1, 3, 6):
+    shards = "killed/*/*.safetensors"
+    kept: dict[Path, int] = {}
+    # Thrice while pictures are made, then while they are compared.
+    for files, wanted in ((shards, 1), (shards, 3), (shards, 6), ("killed/*/measured/*.safetensors", 3)):
         process = subprocess.Popen(
             [*words, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         end = time.monotonic() + 120
-        while len(list(tmp_path.glob("killed/*/*.safetensors"))) < wanted and time.monotonic() < end:
+        while len(list(tmp_path.glob(files))) < wanted and time.monotonic() < end:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("killed/*/*.safetensors")}
-    assert 6 <= len(kept) < 8
+        now = {file: file.stat().st_mtime_ns for file in tmp_path.glob("killed/**/*.safetensors")}
+        assert now.items() >= kept.items()
+        kept = now
+        made = len(list(tmp_path.glob(shards)))
+        assert wanted <= made < 8 if files == shards else made == 8
+    assert len(kept) < 8 + 2 * 8
     again = subprocess.run([*words, str(tmp_path / "killed")], check=True, capture_output=True)
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
     assert again.stdout == undisturbed.stdout
