@@ -15,7 +15,7 @@ names=("${@:4}")
 bin=${BIN:-.venv/bin}
 
 for name in "${names[@]}"; do
-    "$bin/regrow" eval --model emoji --ablation "$name" --prompts "$prompts" --dtype bfloat16 --engine ray --workers 2 \
-        --reference "$reference" --out "$folder"
+    "$bin/regrow" eval --model emoji --ablation "$name" --prompts "$prompts" --dtype bfloat16 --device cpu --engine ray \
+        --workers 2 --reference "$reference" --out "$folder"
     cp "$folder/result.json" "benchmarks/results/ablation-$name.json"
 done

@@ -13,7 +13,8 @@
 #   bash benchmarks/emoji.sh ablations     # an hour: the papers' ablations
 #   bash benchmarks/emoji.sh trace         # 3 minutes: a look inside generations
 #
-# Stages from quality on can be killed, and go on when called again; times begin anew.
+# Pictures that are killed go on when the stage is called again; times and traces begin anew. quality-1008 takes further
+# options of benchmarks/quality.py: --only steps:50,sito:d --also benchmarks/results/quality-emoji-1008.json adds a variant.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin} results=benchmarks/results
@@ -22,27 +23,27 @@ stages="bench, compiled, eval, reference, quality, quality-1008, peers, ablation
 
 quality() {
     "$bin/python" benchmarks/quality.py --prompts "$1" --reference work/decoded --work work/quality --dtype bfloat16 \
-        --engine ray --workers 2 --images 2 "${@:2}"
+        --device cpu --engine ray --workers 2 --images 2 "${@:2}"
 }
 
 case ${1:?one of $stages} in
 bench)
-    "$bin/regrow" bench --model emoji --methods "$few" --images 4 --json >"$results/bench-emoji.json"
+    "$bin/regrow" bench --model emoji --methods "$few" --images 4 --device cpu --out "$results/bench-emoji.json"
     ;;
 compiled)
-    "$bin/regrow" bench --model emoji --methods "$few" --images 4 --compile --json >"$results/bench-emoji-compiled.json"
+    "$bin/regrow" bench --model emoji --methods "$few" --images 4 --device cpu --compile \
+        --out "$results/bench-emoji-compiled.json"
     ;;
 eval)
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
     begin=$SECONDS
-    "$bin/regrow" eval --model emoji --methods "$few" --prompts 64 --json --out "$folder" >"$results/eval-emoji.json"
-    "$bin/python" - $((SECONDS - begin)) "$few" >"$results/eval-emoji-time.json" <<'PYTHON'
-import json, sys
-from regrow.measure.machine import machine
-said = {"what": "regrow eval, start to end", "prompts": 64, "methods": sys.argv[2]}
-print(json.dumps(said | {"minutes": round(int(sys.argv[1]) / 60, 2), "machine": machine("cpu")}, indent=1))
-PYTHON
+    "$bin/regrow" eval --model emoji --methods "$few" --prompts 64 --device cpu --json --out "$folder" >"$folder/printed"
+    seconds=$((SECONDS - begin))
+    # Machine and settings are in the other file.
+    printf '{"what": "regrow eval for eval-emoji.json, start to end", "minutes": %d.%02d}\n' \
+        $((seconds / 60)) $((seconds % 60 * 100 / 60)) >"$results/eval-emoji-time.json"
+    cp "$folder/printed" "$results/eval-emoji.json"
     ;;
 reference)
     "$bin/python" tools/compose_scenes.py --data "${2:?tarball}" --model src/regrow/zoo/emoji --decoded \
@@ -55,15 +56,16 @@ quality-1008)
     quality 1008 --times "$results/quality-emoji.json" --out "$results/quality-emoji-1008" "${@:2}"
     ;;
 peers)
-    "$bin/python" benchmarks/peers_table.py --model emoji --images 2 --dtype bfloat16 --quality work/peers --prompts 32 \
+    "$bin/python" benchmarks/peers_table.py --model emoji --images 2 --dtype bfloat16 --device cpu --quality work/peers --prompts 32 \
         --methods steps:50,steps:25,tome:0.5,deepcache:3,deepcache:5,dato:b1 --reference work/decoded \
         --json "$results/peers-emoji.json"
     ;;
 ablations)
-    bash benchmarks/ablations.sh work/decoded
+    features=work/quality/reference.safetensors
+    bash benchmarks/ablations.sh "$([ -e "$features" ] && echo "$features" || echo work/decoded)"
     ;;
 trace)
-    "$bin/regrow" trace --model emoji --prompts 4 --out "$results/trace-emoji" \
+    "$bin/regrow" trace --model emoji --prompts 4 --device cpu --out "$results/trace-emoji" \
         --methods steps:50,steps:25,sito:d,dato:b1,dato:emoji-fast,deepcache:5
     ;;
 *)

@@ -1,6 +1,6 @@
 #!/bin/bash
-# What needs a CUDA GPU, a stage at a time, each within ten minutes. A stage that was stopped (exit status 124)
-# goes on when it is called again, but for tables of speed, which begin anew.
+# What needs a CUDA GPU, a stage at a time, each within ten minutes. Training and pictures that were stopped (exit
+# status 124) go on when the stage is called again; checks, scenes and times begin anew.
 #
 #   npm pack @iconify-json/noto@1.2.9
 #   bash benchmarks/gpu.sh check iconify-json-noto-1.2.9.tgz       # the bars of the bundled model's card
@@ -11,11 +11,12 @@
 #   bash benchmarks/gpu.sh speed-transformers sd3-1024 28          # beside the peers that run there
 #   bash benchmarks/gpu.sh speed-transformers pixart-sigma-1024 28 # and with 50 steps
 #
-# Tables of speed take --compile as last argument, and ROUNDS (3) from the environment if ten minutes are too few.
+# Tables of speed take --compile as last argument. If ten minutes are too few for times, those of quality included,
+# ROUNDS=1 before the command takes fewer than 3 rounds.
 # If check finds a bar that is not met, train the model further, and give the result to the stages above:
 #
 #   bash benchmarks/gpu.sh train iconify-json-noto-1.2.9.tgz       # about three times
-#   MODEL=work/gpu/model bash benchmarks/gpu.sh check iconify-json-noto-1.2.9.tgz
+#   MODEL=work/gpu/trained bash benchmarks/gpu.sh check iconify-json-noto-1.2.9.tgz
 #
 # The same for the model of small photographs, with CIFAR-10 as published:
 #
@@ -29,7 +30,8 @@ stages="check, reference, quality, speed, speed-transformers, train, cifar-train
 stage=${1:?one of $stages}
 work=work/gpu results=benchmarks/results
 model=${MODEL:-src/regrow/zoo/emoji} rounds=${ROUNDS:-3}
-mkdir -p "$work" "$results"
+name=$(basename "$model")
+mkdir -p "$work/$name" "$results"
 
 # A table of speed: architecture, steps, "--compile" or "", and further arguments.
 table() {
@@ -40,20 +42,20 @@ table() {
 case $stage in
 check)
     timeout 570 python tools/check_scenes.py --data "${2:?tarball}" --model "$model" --device cuda \
-        --batch 128 --steps 20 --guidance 3 --bf16 --json "$results/scenes-bar-gpu.json"
+        --batch 128 --steps 20 --guidance 3 --bf16 --json "$results/$name-bar-gpu.json"
     ;;
 train)
     timeout 570 python tools/train_scenes.py --data "${2:?tarball}" --device cuda --start src/regrow/zoo/emoji \
-        --objects 10 --lr 0.0007 --out "$work/scenes" --minutes 24 --export "$work/model"
+        --objects 10 --lr 0.0007 --out "$work/training" --minutes 24 --export "$work/trained"
     ;;
 reference)
     timeout 570 python tools/compose_scenes.py --data "${2:?tarball}" --model "$model" --decoded \
-        --count 5000 --out "$work/reference"
+        --count 5000 --out "$work/$name/reference"
     ;;
 quality)
     timeout 570 python benchmarks/quality.py --model "$model" --device cuda --dtype bfloat16 --batch 250 \
-        --prompts "$work/reference/captions.txt" --reference "$work/reference" --guidance 3 \
-        --work "$work/quality" --images 16 --rounds "$rounds" --out "$results/quality-emoji-gpu"
+        --prompts "$work/$name/reference/captions.txt" --reference "$work/$name/reference" --guidance 3 \
+        --work "$work/$name/quality" --images 16 --rounds "$rounds" --out "$results/quality-$name-gpu"
     ;;
 speed)
     table "${2:?sd15 or sdxl}" 50 "${3:-}" \
@@ -74,7 +76,8 @@ cifar-check)
         --settings 50:2 20:2 10:2 50:1 20:1 10:1 250:2 250:1 --sheet "$work/cifar-model/contact.png"
     ;;
 cifar-reference)
-    timeout 570 python tools/cifar.py --data "${2:?archive}" --count 10000 --out "$work/cifar-test"
+    [ -e "$work/cifar-test/captions.txt" ] ||
+        timeout 570 python tools/cifar.py --data "${2:?archive}" --count 10000 --out "$work/cifar-test"
     ;;
 cifar-quality)
     timeout 570 python benchmarks/quality.py --model "$work/cifar-model" --methods transformer --device cuda \

@@ -127,13 +127,12 @@ def deep_cache(pipeline: Any, interval: int, steps: int) -> Iterator[None]:
 
 @contextmanager
 def cache_dit(pipeline: Any, threshold: float, steps: int) -> Iterator[None]:
-    """cache-dit's dual block cache. Of fewer blocks than twice its default of 8 it computes half first."""
+    """cache-dit's dual block cache."""
     try:
         import cache_dit
     except ImportError as error:
         raise _missing("cache-dit") from error
-    blocks = getattr(module_of(pipeline), "transformer_blocks", ())
-    first = max(1, min(cache_dit.DBCacheConfig().Fn_compute_blocks, len(blocks) // 2))
+    first = always_computed(module_of(pipeline), cache_dit.DBCacheConfig().Fn_compute_blocks)
     try:
         cache_dit.enable_cache(
             pipeline,
@@ -144,6 +143,14 @@ def cache_dit(pipeline: Any, threshold: float, steps: int) -> Iterator[None]:
         yield
     finally:
         cache_dit.disable_cache(pipeline)
+
+
+def always_computed(denoiser: Any, default: int) -> int:
+    """The blocks that cache-dit computes in every call: its default, or half of a list that has fewer than
+    twice as many."""
+    names = ("transformer_blocks", "single_transformer_blocks", "blocks")
+    counts = [len(getattr(denoiser, name)) for name in names if hasattr(denoiser, name)]
+    return max(1, min([default, *(count // 2 for count in counts)]))
 
 
 @contextmanager

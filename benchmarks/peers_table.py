@@ -21,9 +21,10 @@ from typing import Any
 from peers import PEERS, peer
 
 from regrow.cli import evaluate
-from regrow.cli.bench import Request, run_bench
+from regrow.cli.bench import Request, noted, run_bench, shown
 from regrow.cli.engine import Engine, Where
 from regrow.cli.generate import check_pictures
+from regrow.measure.bench import BenchRow
 from regrow.measure.extractors import Network
 from regrow.measure.machine import PACKAGES
 from regrow.measure.variants import Variant, variant
@@ -83,14 +84,27 @@ def quality_file(times: Path) -> Path:
 
 
 def write_table(times: Path) -> None:
-    """The Markdown beside a result, from it and its quality."""
-    compared = quality_file(times)
-    found = json.loads(compared.read_text())["rows"] if compared.exists() else []
-    lines = table(json.loads(times.read_text())["rows"], found)
+    """The Markdown beside a result, from it and its quality, if there is one.
+
+    Raises:
+        ValueError: if the quality is of another run.
+    """
+    timed, file = json.loads(times.read_text()), quality_file(times)
+    compared: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    rows = [BenchRow(**row) for row in timed["rows"]]
+    if file.exists():
+        missing = {row.name for row in rows if row.error is None} - {
+            row["name"] for row in compared["rows"]
+        }
+        other = [name for name in ("model", "dtype", "guidance") if timed[name] != compared[name]]
+        if missing or other:
+            of = f"without {', '.join(sorted(missing))}" if missing else f"of another {other[0]}"
+            raise ValueError(f"json: {file} is {of}; measure it anew with --quality, or remove it")
+    lines = table(rows, compared["rows"])
     times.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def table(timed: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]]) -> list[str]:
+def table(timed: Sequence[BenchRow], compared: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown: a row for every method and peer, also for what fails or changes nothing.
 
     Args:
@@ -102,31 +116,26 @@ def table(timed: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, An
     titles += ["PSNR dB", "feature distance", "FD-EffNet"] if quality else []
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in timed:
-        notes = {"changes nothing": row["changes_nothing"], "disturbed": row["disturbed"]}
-        name = ", ".join([f"`{row['name']}`", *(note for note, holds in notes.items() if holds)])
-        if row["error"] is not None:
-            error = " ".join(row["error"].split()).replace("|", "\\|")
+        name = noted(row).replace(row.name, f"`{row.name}`")
+        if row.error is not None:
+            error = " ".join(row.error.split()).replace("|", "\\|")
             cells = [name, f"fails: {error}", *[""] * (len(titles) - 2)]
         else:
             cells = [
                 name,
-                _shown(row["speedup"], ".2f", "x"),
-                f"{row['spread']:.2f}",
-                _shown(row["macs_ratio"], ".2f", "x"),
-                _shown(row["efficiency"], ".2f"),
-                _shown(row["peak_mib"], ".0f"),
+                shown(row.speedup, ".2f", "x"),
+                f"{row.spread:.2f}",
+                shown(row.macs_ratio, ".2f", "x"),
+                shown(row.efficiency, ".2f"),
+                shown(row.peak_mib, ".0f"),
             ]
             if quality:
-                seen = quality[row["name"]]
+                seen = quality[row.name]
                 # What equals the baseline's pictures has no distance to them.
                 distance = None if seen["psnr"] is None else seen["feature_distance"]
-                cells += [_shown(seen["psnr"], ".1f"), _shown(distance, ".4f"), _shown(seen["fd"], ".2f")]
+                cells += [shown(seen["psnr"], ".1f"), shown(distance, ".4f"), shown(seen["fd"], ".2f")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _shown(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def main() -> None:
@@ -160,7 +169,10 @@ def main() -> None:
     if args.table:
         if args.json is None or not args.json.exists():
             parser.error(f"--json: {args.json} is not allowed with --table, it must be a result")
-        write_table(args.json)
+        try:
+            write_table(args.json)
+        except ValueError as error:
+            parser.error(str(error))
         return
     if args.model is None and args.arch is None:
         parser.error("one of --model and --arch is needed")
@@ -191,6 +203,9 @@ def main() -> None:
         )
         packages = dict.fromkeys((*PACKAGES, *(kind.package for kind in PEERS.values())))
         found = run_bench(request, as_json=False, packages=tuple(packages))
+        if args.json is not None:
+            # Of older times.
+            quality_file(args.json).unlink(missing_ok=True)
         if args.quality is not None:
             timed = zip(request.variants, found, strict=True)
             compare(args, tuple(one for one, row in timed if row.error is None))

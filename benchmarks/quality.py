@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import torch
 
+from regrow.measure.prompts import named
 from regrow.zoo import guidance_of
 
 matplotlib.use("agg")
@@ -114,7 +115,7 @@ MEASURES = (
 )
 MARKERS = "osD^v*PXdh<"
 TIMES = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-# A curve has its end's value so little beyond it: 25 steps are not exactly twice as fast as 50.
+# Beyond its ends a curve keeps their value so far, in the logarithm: 25 steps are not quite twice as fast.
 NEAR = 0.01
 
 
@@ -290,7 +291,7 @@ def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
     """Every figure against the measured speed-up, a line for every curve."""
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(15, 5.4), layout="constrained")
     for axis, measure in zip(axes, MEASURES, strict=True):
-        for (name, curve), marker in zip(of_curves(found).items(), MARKERS, strict=False):
+        for (name, curve), marker in zip(of_curves(found).items(), itertools.cycle(MARKERS), strict=False):
             known = [(p.speedup, v) for p in curve if (v := getattr(p, measure.field)) is not None]
             xs, ys = zip(*sorted(known), strict=True)
             axis.plot(xs, ys, marker=marker, markersize=5, linewidth=1.3, label=name)
@@ -378,7 +379,7 @@ def times_of(file: Path, args: argparse.Namespace, names: Sequence[str]) -> dict
     timed = [row["name"] for row in speed["rows"]]
     for name in names:
         if name not in timed:
-            raise SystemExit(f"--only: {name} is not allowed, {file} has times of {', '.join(timed)}")
+            raise SystemExit(f"--times: {file} has no time of {name}, only of {', '.join(timed)}")
     return speed
 
 
@@ -402,11 +403,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     claim(
         args.work / "inputs.json",
         {"reference": str(args.reference)}
-        | {
-            name: getattr(args, name)
-            for name in ("model", "images", "rounds", "dtype", "device", "guidance")
-        },
+        | {name: getattr(args, name) for name in ("model", "dtype", "device", "guidance")},
     )
+    features = args.work / "reference.safetensors"
+    texts = None if args.prompts.isdecimal() or named(args.prompts) else Path(args.prompts)
+    # What is missing is missing before anything is timed.
+    for name, file in (("prompts", texts), ("reference", None if features.exists() else args.reference)):
+        if file is not None and not file.exists():
+            raise SystemExit(f"--{name}: {file} is not allowed, it must exist")
     if times is None:
         times = measured(regrow, common, every, speed, args)
     words = ["--prompts", args.prompts, "--out", str(pictures), "--batch", str(args.batch)]
@@ -415,7 +419,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         words += ["--against", ",".join(pair)] if set(pair) <= set(seen) else []
     words += [] if args.workers is None else ["--workers", str(args.workers)]
     words += ["--check-kept"] if args.check_kept else []
-    features = args.work / "reference.safetensors"
     if features.exists():
         words += ["--reference", str(features)]
     elif args.reference is not None:
@@ -431,13 +434,15 @@ def measured(
     """The times of all variants, of one run, which is kept in a file.
 
     Raises:
-        SystemExit: if the baseline could not be timed.
+        SystemExit: if the baseline could not be timed, or the file's are of another number of pictures.
     """
-    timed = json.loads(file.read_text())["rows"] if file.exists() else []
-    if sorted(row["name"] for row in timed) != sorted(every):
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    if sorted(row["name"] for row in found["rows"]) != sorted(every):
         words = ["--images", str(args.images), "--rounds", str(args.rounds), "--out", str(file)]
         subprocess.run([regrow, "bench", *common, *words, "--methods", ",".join(every)], check=True)
-    found: dict[str, Any] = json.loads(file.read_text())
+        found = json.loads(file.read_text())
+    if found["images"] != args.images:
+        raise SystemExit(f"--images: {args.images} is not allowed, {file} has times of {found['images']}")
     first = found["rows"][0]
     if first["error"] is not None:
         file.unlink()

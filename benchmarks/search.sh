@@ -12,19 +12,19 @@ cd "$(dirname "$0")/.."
 folder=${1:-work/search}
 minutes=${2:-18}
 staged=${3:-2} all=${4:-4} ratios=${5:-11}
-regrow=${REGROW:-.venv/bin/regrow}
+bin=${BIN:-.venv/bin}
 python=$(dirname "$regrow")/python
 beside=$(printf 'deepcache:%d,' 2 3 4 5 6 7 8 9 10)$(printf 'deepcache:%d+tome:0.5,' 2 3 5 8)
 beside+=dato:b1,dato:fast,steps:25,steps:16,steps:10,steps:5
 paper=(--model emoji --method dato --steps 50 --prompts 16 --dtype bfloat16 --engine ray --workers 2)
 common=("${paper[@]}" --choices ratio=0,0.3,0.5,0.7)
 
-$regrow search "${common[@]}" --budget "${minutes}m" --beside "$beside" --out "$folder/nsga2"
+"$bin/regrow" search "${common[@]}" --budget "${minutes}m" --beside "$beside" --out "$folder/nsga2"
 count=$("$python" -c 'import json, sys; print(len(json.load(open(sys.argv[1]))["history"]))' "$folder/nsga2/search.json")
-$regrow search "${common[@]}" --budget "$count" --algorithm random --no-plots --out "$folder/chance"
-$regrow search "${common[@]}" --budget "$staged" --algorithm staged --no-plots --out "$folder/staged"
-$regrow search "${common[@]}" --budget "$all" --rungs 16 --patience 0 --no-plots --out "$folder/every-plan-on-all"
-$regrow search "${paper[@]}" --budget "$ratios" --no-plots --out "$folder/paper-ratios"
+"$bin/regrow" search "${common[@]}" --budget "$count" --algorithm random --no-plots --out "$folder/chance"
+"$bin/regrow" search "${common[@]}" --budget "$staged" --algorithm staged --no-plots --out "$folder/staged"
+"$bin/regrow" search "${common[@]}" --budget "$all" --rungs 16 --patience 0 --no-plots --out "$folder/every-plan-on-all"
+"$bin/regrow" search "${paper[@]}" --budget "$ratios" --no-plots --out "$folder/paper-ratios"
 "$python" benchmarks/search_table.py "$folder/nsga2" --plot "$folder" --json benchmarks/results/search.json \
     --against "$folder/chance" "$folder/staged" "$folder/every-plan-on-all" "$folder/paper-ratios"
 for name in nsga2 chance staged every-plan-on-all paper-ratios; do

@@ -13,7 +13,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
-PLACE = re.compile(r"<!-- (\S+\.md): (.+?) -->\n(?:\n(?:\|.*\n)+)?")
+PLACE = re.compile(r"<!-- (\S+\.md): (.+?) -->\n*(?:\|.*(?:\n|$))*\n*")
 
 
 def table(result: str, title: str) -> str:
@@ -33,18 +33,25 @@ def table(result: str, title: str) -> str:
 
 
 def filled(page: str) -> str:
-    """A page with its tables as they are in the results."""
-    return PLACE.sub(
-        lambda found: f"<!-- {found[1]}: {found[2]} -->\n\n{table(found[1], found[2])}\n", page
-    )
+    """A page with its tables as they are in the results.
+
+    Raises:
+        ValueError: if a place is not written as it must be, or its table is not in the results.
+    """
+    for comment in re.findall(r"<!--.*?-->", page):
+        if ".md" in comment and not PLACE.match(comment):
+            raise ValueError(f"{comment}: it is not allowed, it must be <!-- RESULT.md: TITLE -->")
+    tables = PLACE.sub(lambda at: f"<!-- {at[1]}: {at[2]} -->\n\n{table(at[1], at[2])}\n\n", page)
+    return tables.rstrip("\n") + "\n"
 
 
 def main() -> None:
     """Write all pages."""
     for file in sorted(DOCS.glob("*.md")):
         page = file.read_text(encoding="utf-8")
-        if filled(page) != page:
-            file.write_text(filled(page), encoding="utf-8")
+        new = filled(page)
+        if new != page:
+            file.write_text(new, encoding="utf-8")
             print(file)
 
 

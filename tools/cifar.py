@@ -81,7 +81,8 @@ def write(files: Sequence[Path], count: int, out: Path) -> None:
     pictures, labels = read_cifar(files, test=True)
     if not 1 <= count <= len(pictures):
         raise ValueError(f"count: {count} is not allowed, it must be from 1 to {len(pictures)}")
-    if any(out.glob("*")):
+    # A killed run leaves its first photographs, which are written again.
+    if {file.name for file in out.glob("*")} - {f"{i:05d}.png" for i in range(count)}:
         raise ValueError(f"out: {out} is not empty")
     out.mkdir(parents=True, exist_ok=True)
     for i in track(range(count), "photographs"):

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peers_table
@@ -13,7 +14,7 @@ import pipelines
 import pytest
 import torch
 import transformer_pipelines
-from peers import PEERS, Peer, peer
+from peers import PEERS, Peer, always_computed, peer
 from torch import Tensor, nn
 
 from regrow.cli.bench import print_rows
@@ -335,7 +336,15 @@ def test_quality_is_of_those_that_work(
     _, own, other = found["rows"]
     assert [own["name"], other["name"]] == ["deepcache:2", "DeepCache:2"]
     lines = (tmp_path / "peers.md").read_text().splitlines()
-    assert lines[3].endswith(f"| {own['psnr']:.1f} | {own['feature_distance']:.4f} |  |")
+    assert lines[3].endswith(f"| {own['psnr']:.1f} | {own['feature_distance']:.4f} | - |")
+    kept = json.loads((tmp_path / "peers-quality.json").read_text())
+    for changed, said in (
+        ({"dtype": "float16"}, "another dtype"),
+        ({"rows": kept["rows"][:2]}, "without DeepC"),
+    ):
+        (tmp_path / "peers-quality.json").write_text(json.dumps(kept | changed))
+        with pytest.raises(ValueError, match=f"peers-quality.json is (of )?{said}"):
+            peers_table.write_table(tmp_path / "peers.json")
     # Both reuse the same features.
     assert other["psnr"] == pytest.approx(own["psnr"], abs=0.5)
     for wrong in (["--arch", "sd15"], ["--model", "emoji", "--compile"]):
@@ -361,9 +370,9 @@ def test_the_table_says_what_fails_or_changes_nothing() -> None:
     ]
     compared = [{"name": "steps:2", "psnr": None, "feature_distance": -1e-17, "fd": 170.834}]
     compared += [compared[0] | {"name": "taylorseer"}]
-    assert peers_table.table([row.to_dict() for row in rows], compared)[2:] == [
-        "| `steps:2` | 1.00x | 1.00 |  |  |  |  |  | 170.83 |",
-        "| `taylorseer`, changes nothing, disturbed | 0.99x | 1.25 | 1.00x |  |  |  |  | 170.83 |",
+    assert peers_table.table(rows, compared)[2:] == [
+        "| `steps:2` | 1.00x | 1.00 | - | - | - | - | - | 170.83 |",
+        "| `taylorseer` (changes nothing, disturbed) | 0.99x | 1.25 | 1.00x | - | - | - | - | 170.83 |",
         "| `firstblock` | fails: ValueError: one \\| two three |  |  |  |  |  |  |  |",
     ]
 
@@ -394,3 +403,19 @@ def test_a_table_of_nothing_is_refused(
     with pytest.raises(SystemExit, match="2"):
         peers_table.main()
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("counts", "first"),
+    [
+        ({}, 8),
+        ({"transformer_blocks": 24}, 8),
+        ({"transformer_blocks": 6}, 3),
+        ({"transformer_blocks": 1}, 1),
+        ({"blocks": 30}, 8),
+        ({"transformer_blocks": 19, "single_transformer_blocks": 4}, 2),
+    ],
+)
+def test_cache_dit_computes_its_default_or_half_of_few_blocks(counts: dict[str, int], first: int) -> None:
+    denoiser = SimpleNamespace(**{name: [None] * count for name, count in counts.items()})
+    assert always_computed(denoiser, 8) == first

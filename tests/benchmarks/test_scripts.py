@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -12,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import peers_table
 import pytest
 import quality
 import typer
 
 from regrow import cli
-from regrow.cli.ablations import ABLATIONS
+from regrow.cli.ablations import ABLATIONS, ablated
 from regrow.measure.architectures import architecture
 from regrow.measure.variants import variant
 
@@ -25,7 +27,7 @@ ROOT = Path(quality.__file__).parents[1]
 EMOJI_STAGES = {
     "bench": ["regrow bench"],
     "compiled": ["regrow bench"],
-    "eval": ["regrow eval", "python -"],
+    "eval": ["regrow eval"],
     "reference": ["python tools/compose_scenes.py"],
     "quality": ["python benchmarks/quality.py"],
     "quality-1008": ["python benchmarks/quality.py"],
@@ -33,7 +35,7 @@ EMOJI_STAGES = {
     "ablations": ["regrow eval"] * (len(ABLATIONS) - 1),
     "trace": ["regrow trace"],
 }
-"""And what they call. CAT Pruning is for transformers."""
+"""And what they call; of the ablations all but that of CAT Pruning, which is for transformers."""
 
 STAGES = {
     "check": ["noto.tgz"],
@@ -41,7 +43,7 @@ STAGES = {
     "reference": ["noto.tgz"],
     "quality": [],
     "speed": ["sdxl", "--compile"],
-    "speed-transformers": ["sd3-1024", "28"],
+    "speed-transformers": ["pixart-sigma-1024", "50"],
     "cifar-train": ["cifar.tar.gz"],
     "cifar-check": ["cifar.tar.gz"],
     "cifar-reference": ["cifar.tar.gz"],
@@ -60,7 +62,12 @@ def run_script(
         programs: that only write down how they are called.
         words: arguments of the script.
     """
-    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("*.json"))
+    shutil.copytree(
+        ROOT / "benchmarks",
+        folder / "benchmarks",
+        ignore=shutil.ignore_patterns("*.json"),
+        dirs_exist_ok=True,
+    )
     own, said = folder / "programs", folder / "said"
     own.mkdir()
     for name in programs:
@@ -108,11 +115,13 @@ def check(monkeypatch: pytest.MonkeyPatch, call: list[str]) -> None:
     """Whether a program takes its arguments."""
     if call[0] == "regrow":
         command = typer.main.get_command(cli.app).commands[call[1]]
-        methods = command.make_context(call[1], call[2:]).params["methods"]
-    elif call[1] == "-":
-        return
+        given = command.make_context(call[1], call[2:]).params
+        methods = given["methods"] or ",".join(ablated(given["ablation"], given["steps"]))
     else:
-        methods = getattr(parsed(monkeypatch, call[1], call[2:]), "methods", None)
+        args = parsed(monkeypatch, call[1], call[2:])
+        methods = getattr(args, "methods", None)
+        if hasattr(args, "peers"):
+            assert peers_table.rows(methods, args.peers, args.steps)
     if methods in (None, "unet"):
         return
     assert [variant(spec, 50).name for spec in methods.split(",")] == methods.split(",")
@@ -146,8 +155,8 @@ def test_a_stage_is_one_program_that_takes_its_arguments(
     for name in ("model", "start"):
         if "src/regrow" in str(getattr(args, name, "")):
             assert (ROOT / getattr(args, name) / "model_index.json").is_file()
-    if hasattr(args, "methods") and "," in args.methods:
-        assert all(variant(spec, args.steps).steps > 0 for spec in args.methods.split(","))
+    if hasattr(args, "peers"):
+        assert peers_table.rows(args.methods, args.peers, args.steps)
         assert architecture(args.arch)
 
 
@@ -160,10 +169,13 @@ def test_a_compiled_table_has_a_file_of_its_own(tmp_path: Path) -> None:
     assert changed == {"--compile", "benchmarks/results/peers-sd15-50-bfloat16-gpu-compiled.json"}
 
 
+def test_scenes_are_compared_as_the_autoencoder_shows_them(tmp_path: Path) -> None:
+    assert "--decoded" in called(tmp_path, "reference", "noto.tgz")[0]
+
+
 def test_quality_is_of_the_bundled_models_guidance(tmp_path: Path) -> None:
     words, _ = called(tmp_path, "quality")
     assert float(words[words.index("--guidance") + 1]) == quality.guidance_of("emoji", None)
-    assert "--decoded" in (ROOT / "benchmarks" / "gpu.sh").read_text()
 
 
 @pytest.mark.parametrize(
@@ -171,3 +183,11 @@ def test_quality_is_of_the_bundled_models_guidance(tmp_path: Path) -> None:
 )
 def test_a_stage_that_is_none_is_refused(tmp_path: Path, words: list[str], said: str) -> None:
     assert said in called(tmp_path, *words)[1]
+
+
+def test_how_long_an_evaluation_took_is_written_down(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    _, ended = run_script(tmp_path, "emoji.sh", ["regrow"], "eval")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "benchmarks" / "results" / "eval-emoji-time.json").read_text())
+    assert 0 <= found["minutes"] < 1

@@ -29,18 +29,26 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("results")
-@pytest.mark.parametrize("before", ["", "\n| a |\n|---|\n| 0 |\n"])
-def test_a_table_is_put_after_its_place_and_nothing_else_changes(before: str) -> None:
-    page = f"Above.\n\n<!-- new.md: a -->\n{before}\nBelow | a.\n"
-    done = "Above.\n\n<!-- new.md: a -->\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nBelow | a.\n"
+@pytest.mark.parametrize("below", ["\n", "\nBelow | a.\n"])
+@pytest.mark.parametrize("before", ["", "\n| a |\n|---|\n| 0 |\n", "| a |\n|---|\n| 0 |\n"])
+def test_a_table_is_put_after_its_place_and_nothing_else_changes(before: str, below: str) -> None:
+    page = f"Above.\n\n<!-- new.md: a -->\n{before}{below}"
+    rest = below if below.strip() else ""
+    done = f"Above.\n\n<!-- new.md: a -->\n\n| a | b |\n|---|---|\n| 1 | 2 |\n{rest}"
     assert filled(page) == done
+    assert filled(page.rstrip("\n")) == done
     assert filled(done) == done
 
 
 @pytest.mark.usefixtures("results")
 @pytest.mark.parametrize(
     ("place", "said"),
-    [("old.md: a", "old.md: it is not allowed"), ("new.md: b", "0 tables"), ("new.md: c", "2 tables")],
+    [
+        ("old.md: a", "old.md: it is not allowed"),
+        ("new.md: b", "0 tables"),
+        ("new.md: c", "2 tables"),
+        ("new.md a", "it must be <!-- RESULT.md: TITLE -->"),
+    ],
 )
 def test_a_table_that_is_not_there_is_refused(place: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):

@@ -136,7 +136,7 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
     table.add_column("method", no_wrap=True)
     for name in (
         "s each",
-        "a minute",
+        "images\na minute",
         "spread",
         f"speed-up\nover {baseline}",
         "fewer\nMACs",
@@ -149,14 +149,14 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
             table.add_row(row.name, "failed")
             continue
         table.add_row(
-            _noted(row),
+            noted(row),
             f"{row.seconds_per_image:.3f}",
             f"{60 * row.images_per_second:.1f}",
             f"{row.spread:.2f}",
-            _shown(row.speedup, ".2f", "x"),
-            _shown(row.macs_ratio, ".2f", "x"),
-            _shown(row.efficiency, ".2f"),
-            _shown(row.peak_mib, ".0f"),
+            shown(row.speedup, ".2f", "x"),
+            shown(row.macs_ratio, ".2f", "x"),
+            shown(row.efficiency, ".2f"),
+            shown(row.peak_mib, ".0f"),
         )
     console = Console()
     console.print(table)
@@ -166,19 +166,20 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
     calls = Table("method", "calls", "depth", "pruned", "ms a call")
     for row in rows:
         for kind in row.calls:
-            pruned, milliseconds = _shown(kind.ratio, ".0%"), f"{kind.seconds * 1e3:.1f}"
+            pruned, milliseconds = shown(kind.ratio, ".0%"), f"{kind.seconds * 1e3:.1f}"
             calls.add_row(row.name, str(kind.count), kind.depth or "-", pruned, milliseconds)
     console.print(calls)
 
 
-def _noted(row: BenchRow) -> str:
+def noted(row: BenchRow) -> str:
     """The name with what is to be known of the row."""
     notes = {"changes nothing": row.changes_nothing, "disturbed": row.disturbed}
     seen = ", ".join(note for note, holds in notes.items() if holds)
     return f"{row.name} ({seen})" if seen else row.name
 
 
-def _shown(value: float | None, form: str, unit: str = "") -> str:
+def shown(value: float | None, form: str, unit: str = "") -> str:
+    """A figure in a form and with its unit; a dash for what is not known."""
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
@@ -193,7 +194,7 @@ def draw_bars(rows: list[BenchRow], file: Path) -> None:
     place = range(len(rows))
     axis.barh([i + 0.2 for i in place], [r.macs_ratio or 0 for r in rows], 0.36, color="0.8", label="MACs")
     bars = axis.barh([i - 0.2 for i in place], [r.speedup or 0 for r in rows], 0.36, label="measured")
-    labels = ["failed" if r.error is not None else _shown(r.speedup, ".2f", "x") for r in rows]
+    labels = ["failed" if r.error is not None else shown(r.speedup, ".2f", "x") for r in rows]
     axis.bar_label(bars, labels, padding=3)
     axis.set_yticks(list(place), [r.name for r in rows])
     axis.invert_yaxis()

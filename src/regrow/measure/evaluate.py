@@ -35,7 +35,8 @@ from regrow.measure.sampling import make
 from regrow.measure.variants import Variant
 from regrow.workers import LocalWorkers, Workers
 
-# Goes up with every change of how a picture is measured, so that no older figure is taken for a new one.
+# Goes up with every change of how pictures, or sets of them, are measured, the formulas of quality.py
+# included: no older figure must be taken for a new one.
 _MEASURE = 1
 
 
@@ -425,6 +426,7 @@ def compare(
     errors: dict[str, Tensor] = {}
     base: _Seen | None = None
     data: tuple[FeatureSet, FeatureSet] | None = None
+    data_key = ""
     out = []
     for one in variants:
         seen = _Seen.of(pictures, one, variants[0], extractor, clip, on_shard)
@@ -434,13 +436,13 @@ def compare(
             if reference is None
             else (FeatureSet(reference.pooled), FeatureSet(reference.spatial))
         )
+        data_key = data_key or digest(x.features for x in data)
         errors[one.name] = seen.error
         over = against.get(one.name)
         gain = None if over is None else _gain(over, seen.error, errors[over])
-        compared = [*vars(seen.features).values(), *(x.features for x in data)]
         as_sets = kept(
             pictures.folder_of(one) / "measured" / f"{extractor.name}-all.safetensors",
-            f"{_MEASURE} {digest(compared)}",
+            f"{_MEASURE} {digest(vars(seen.features).values())} {data_key}",
             partial(_as_sets, seen, data),
         )
         out.append(_quality(one.name, seen, base, as_sets, gain))

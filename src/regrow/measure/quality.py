@@ -1,7 +1,8 @@
 """Distances between two sets of pictures, on features of any extractor. All in float64.
 
 Which network made the features decides what a number may be called: only the standard Inception network's
-give FID, KID and IS. With EfficientNet-Lite0 the Fréchet distance is FD-EffNet.
+give FID, KID and IS. With EfficientNet-Lite0 the Fréchet distance is FD-EffNet. Figures are kept: whoever
+changes a formula raises the number in `regrow.measure.evaluate` that they are kept under.
 """
 
 from __future__ import annotations
