@@ -163,9 +163,9 @@ def fewer_steps(result: dict[str, Any]) -> str:
     good = [f"{_steps(row)}" for row in rows if _steps(row) <= 10 and row["fd"] <= AS_GOOD * whole["fd"]]
     if good:
         verdict = (
-            f"{' and '.join(good)} steps are as good as {_steps(whole)} by FD-EffNet (within "
-            f"{AS_GOOD - 1:.0%}): no cache can win by it there. More objects, more of them in a scene and "
-            "a longer training would bend the paths more."
+            f"{' and '.join(good)} steps can't be told from {_steps(whole)} by FD-EffNet of so few "
+            f"pictures (within {AS_GOOD - 1:.0%}). More objects, more of them in a scene and a longer "
+            "training would bend the paths more."
         )
     else:
         verdict = (
