@@ -116,7 +116,7 @@ def table(timed: Sequence[BenchRow], compared: Sequence[Mapping[str, Any]]) -> l
     titles += ["PSNR dB", "feature distance", "FD-EffNet"] if quality else []
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in timed:
-        name = noted(row).replace(row.name, f"`{row.name}`")
+        name = noted(row).replace(row.name, f"`{row.name}`", 1)
         if row.error is not None:
             error = " ".join(row.error.split()).replace("|", "\\|")
             cells = [name, f"fails: {error}", *[""] * (len(titles) - 2)]

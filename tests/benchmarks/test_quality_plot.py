@@ -262,3 +262,31 @@ def test_no_two_curves_look_the_same() -> None:
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
     quality.draw(FOUND, tmp_path / "curves.png", "a model")
     assert Image.open(tmp_path / "curves.png").width > 800
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--prompts", "none.txt"), "--prompts: none.txt is not allowed, it must exist"),
+        (("--reference", "none"), "--reference: none is not allowed, it must exist"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: tuple[str, str], said: str
+) -> None:
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("something ran"))
+    monkeypatch.setattr("sys.argv", ["quality.py", "--work", str(tmp_path), *words])
+    with pytest.raises(SystemExit, match=said):
+        quality.run(quality.parse_arguments())
+
+
+def test_kept_times_of_another_number_of_pictures_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    every = [spec for specs in METHODS["unet"].values() for spec in specs]
+    rows = [{"name": name, "error": None} for name in every]
+    (tmp_path / "speed.json").write_text(json.dumps({"images": 2, "rows": rows}))
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("something ran"))
+    monkeypatch.setattr("sys.argv", ["quality.py", "--work", str(tmp_path), "--images", "3"])
+    with pytest.raises(SystemExit, match=r"--images: 3 is not allowed, .*speed\.json has times of 2"):
+        quality.run(quality.parse_arguments())

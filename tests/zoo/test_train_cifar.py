@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import train_cifar
-from cifar import CLASSES, read_cifar
+from cifar import CLASSES, read_cifar, write
 from diffusers import DiTPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -52,6 +52,15 @@ def test_the_binary_version_is_read(archive: Path, pictures: torch.Tensor) -> No
         found, labels = read_cifar([archive], test=test)
         assert torch.equal(found, pictures[list(expected)])
         assert labels.tolist() == list(expected)
+
+
+def test_photographs_are_written_over_those_of_a_killed_run_only(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "00000.png").touch()
+    write([archive], 2, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00000.png", "00001.png", "captions.txt"]
+    assert (tmp_path / "00000.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="is not empty"):
+        write([archive], 2, tmp_path)
 
 
 def test_the_parquet_form_is_read(pictures: torch.Tensor, tmp_path: Path) -> None:
