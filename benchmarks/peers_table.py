@@ -206,6 +206,8 @@ def main() -> None:
         if args.json is not None:
             # Of older times.
             quality_file(args.json).unlink(missing_ok=True)
+        if args.quality is not None and found[0].error is not None:
+            raise ValueError(f"methods: {found[0].name}, which all are compared with: {found[0].error}")
         if args.quality is not None:
             timed = zip(request.variants, found, strict=True)
             compare(args, tuple(one for one, row in timed if row.error is None))

@@ -327,7 +327,7 @@ def claim(file: Path, inputs: dict[str, Any]) -> None:
 # What two results must have alike before figures of both stand in one table.
 ALIKE = (
     *("what", "model", "model_key", "prompts", "prompts_key", "seed", "batch", "steps", "guidance"),
-    *("scheduler_given", "dtype", "features", "reference", "clip"),
+    *("scheduler_given", "height", "width", "dtype", "features", "reference", "reference_pictures", "clip"),
 )
 
 

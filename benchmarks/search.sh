@@ -13,7 +13,7 @@ folder=${1:-work/search}
 minutes=${2:-18}
 staged=${3:-2} all=${4:-4} ratios=${5:-11}
 bin=${BIN:-.venv/bin}
-python=$(dirname "$regrow")/python
+python=$bin/python
 beside=$(printf 'deepcache:%d,' 2 3 4 5 6 7 8 9 10)$(printf 'deepcache:%d+tome:0.5,' 2 3 5 8)
 beside+=dato:b1,dato:fast,steps:25,steps:16,steps:10,steps:5
 paper=(--model emoji --method dato --steps 50 --prompts 16 --dtype bfloat16 --engine ray --workers 2)

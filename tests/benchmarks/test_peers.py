@@ -354,6 +354,18 @@ def test_quality_is_of_those_that_work(
         assert "--quality: it needs --model, and goes without --compile" in capsys.readouterr().err
 
 
+def test_no_quality_is_compared_with_a_baseline_that_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = "--model emoji --steps 1 --methods toca:2,steps:1 --peers DeepCache:2 --rounds 1 --device cpu"
+    words += f" --quality {tmp_path / 'pictures'} --prompts 1"
+    monkeypatch.setattr("sys.argv", ["peers_table", *words.split()])
+    with pytest.raises(SystemExit, match="2"):
+        peers_table.main()
+    assert "peers_table: methods: toca:2, which all are compared with:" in capsys.readouterr().err
+    assert not (tmp_path / "pictures").exists()
+
+
 def test_all_peers_are_named_with_their_numbers() -> None:
     names = [one.name for one in peers_table.rows("steps:50", "all", 50)]
     assert names == ["steps:50", *(f"{name}:{kind.default}" for name, kind in PEERS.items())]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pipelines
 import pytest
+import torch
 from PIL import Image
 
 import regrow
@@ -33,12 +34,13 @@ from regrow import (
 )
 from regrow.cli.ablations import ABLATIONS, ablated, against
 from regrow.cli.bench import draw_bars, print_rows
+from regrow.compiling import compile_blocks
 from regrow.engine.inputs import without_data
 from regrow.macs import CallCounter, plain_macs
 from regrow.measure.bench import bench
 from regrow.measure.evaluate import check_against
 from regrow.measure.machine import model_key
-from regrow.measure.sampling import Moment, make
+from regrow.measure.sampling import Moment, make, moment
 from regrow.measure.variants import Variant, variant
 from regrow.methods.parts import MethodConfig
 
@@ -289,6 +291,65 @@ def test_plain_calls_are_counted_as_a_method_that_does_nothing_is() -> None:
     assert plain_macs(denoiser, calls) == sum(expected)
 
 
+def test_nothing_is_compiled_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append("compiled")
+        return graph.forward
+
+    def looked(pipeline: Any) -> Moment:
+        seen.append("looked")
+        return moment(pipeline)
+
+    monkeypatch.setattr("regrow.measure.bench.moment", looked)
+    torch._dynamo.reset()
+    pipe = pipelines.sd()
+    compile_blocks(pipe.unet, backend=backend)
+    variants = [variant(spec, 3) for spec in ("steps:3", "sito:d", "deepcache:2+tome:0.5")]
+    rows = bench(pipe, variants, PROMPTS, rounds=2, guidance=3.0)
+    assert [row.error for row in rows] == [None] * 3
+    # The clock is looked at before and after each timed call.
+    between = [seen[:i].count("looked") % 2 for i, what in enumerate(seen) if what == "compiled"]
+    assert not any(between)
+    first = seen.index("looked")
+    assert "compiled" in seen[first:], "every turn compiles anew, outside of what is timed"
+    torch._dynamo.reset()
+
+
+def test_calls_that_a_report_leaves_out_have_no_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        regrow.Run,
+        "report",
+        lambda run: SimpleNamespace(calls=[SimpleNamespace(depth=1, ratio=0.0)], macs=1),
+    )
+    (row,) = bench(pipelines.sd(), [variant("deepcache:2", 3)], PROMPTS, rounds=1)
+    assert row.error is None
+    assert row.macs is None
+    assert [(kind.depth, kind.ratio, kind.count) for kind in row.calls] == [(None, None, 3)]
+
+
+def test_another_number_of_calls_in_a_later_generation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = count(2)
+    monkeypatch.setattr(
+        "regrow.measure.bench.make",
+        lambda pipeline, prompts, **options: make(pipeline, prompts, **(options | {"steps": next(steps)})),
+    )
+    (row,) = bench(pipelines.sd(), [variant("steps:2", 2)], PROMPTS, rounds=1)
+    assert row.error == "ValueError: 3 calls of the denoiser where an earlier run had 2"
+
+
+@pytest.mark.parametrize("error", [KeyError("added"), TypeError("no data"), NotImplementedError("meta")])
+def test_what_can_not_be_counted_is_timed(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(denoiser: Any, inputs: Any) -> int:
+        raise error
+
+    monkeypatch.setattr("regrow.measure.bench.plain_macs", refuse)
+    (row,) = bench(pipelines.sd(), [variant("steps:2", 2)], PROMPTS, rounds=1)
+    assert (row.error, row.macs) == (None, None)
+    assert row.seconds > 0
+
+
 def test_a_pipeline_without_a_denoiser_is_refused_in_each_row() -> None:
     (row,) = bench(SimpleNamespace(), [variant("steps:2", 2)], PROMPTS, rounds=1)
     assert "UnsupportedModelError: model: SimpleNamespace has no denoiser" in (row.error or "")
@@ -326,6 +387,7 @@ def test_the_command_prints_what_it_writes(
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
     assert (printed["model"], printed["model_key"]) == ("emoji", model_key("emoji"))
+    assert (printed["height"], printed["width"], printed["rounds"]) == (None, None, 1)
     assert [row["name"] for row in printed["rows"]] == ["steps:2", "dato:b1"]
     assert printed["rows"][1]["macs_ratio"] > 1.5
 

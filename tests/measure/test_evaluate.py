@@ -206,7 +206,12 @@ def test_a_gain_over_what_comes_later_is_refused(pictures: Pictures) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"seed": 1}, "seed"), ({"shard": 3}, "shard"), ({"guidance": 1.0}, "guidance")],
+    [
+        ({"seed": 1}, "seed"),
+        ({"shard": 3}, "shard"),
+        ({"guidance": 1.0}, "guidance"),
+        ({"device": "cuda"}, "device"),
+    ],
 )
 def test_a_folder_of_another_setting_is_refused(
     pictures: Pictures, changes: dict[str, Any], named: str
@@ -274,6 +279,17 @@ def test_the_first_prompts_are_done_by_all_variants_first(tmp_path: Path) -> Non
     with LocalWorkers(lambda: ShardMaker(SETTING, pipelines.sd())) as workers:
         mine.make_all(workers, VARIANTS[1:], lambda one: order.append(one.name))
     assert order == [one.name for one in VARIANTS[1:]] * 2
+
+
+def test_too_many_pictures_for_the_device_are_told_with_their_method(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*args: Any, **options: Any) -> NoReturn:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("regrow.measure.evaluate.make", full)
+    with pytest.raises(MemoryError, match="batch: 2 pictures by steps:2 need more memory"):
+        Pictures(tmp_path, SETTING).make(pipelines.sd(), VARIANTS[1])
 
 
 def test_another_configuration_of_the_same_name_is_refused(pictures: Pictures) -> None:
@@ -385,7 +401,9 @@ def test_a_folder_from_before_model_and_code_were_kept_is_gone_on_with(tmp_path:
     made(tmp_path)
     for file in (tmp_path / "setting.json", tmp_path / "steps-2" / "variant.json"):
         said = json.loads(file.read_text())
-        file.write_text(json.dumps({k: v for k, v in said.items() if k not in ("model_key", "alike")}))
+        file.write_text(
+            json.dumps({k: v for k, v in said.items() if k not in ("model_key", "device", "alike")})
+        )
     later = Pictures(tmp_path, Setting(**(vars(SETTING) | {"model_key": "some"})))
     assert not any(map(later.missing, VARIANTS))
     assert not any(map(later.of_other_code, VARIANTS))
@@ -611,6 +629,7 @@ def test_the_command_goes_on_and_prints_what_it_writes(
     assert [row["name"] for row in result["rows"]] == ["steps:2", "dato:b1"]
     assert result["rows"][1]["psnr"] > 5
     assert result["rows"][0]["fd"] == pytest.approx(0, abs=1e-6)
+    assert [result[name] for name in ("height", "width", "reference_pictures")] == [None] * 3
     assert result["labels"]["fd"] == "FD-EffNet"
     assert result["rows"][1]["inception_score"] >= 1
 
@@ -628,7 +647,8 @@ def test_the_command_goes_on_and_prints_what_it_writes(
     assert "FID" not in shown
     assert command(monkeypatch, *SMALL, "--json", *out, "--reference", str(kept)) == 0
     again = json.loads(capsys.readouterr().out)
-    assert again["reference"] == "steps-2"
+    count = len(list((folder / "steps-2").glob("*.png")))
+    assert (again["reference"], again["reference_pictures"]) == ("steps-2", count)
     assert again["rows"][1]["sfd"] == pytest.approx(result["rows"][1]["sfd"], rel=1e-4)
 
     # Later code says that it did not make these, until it has looked.

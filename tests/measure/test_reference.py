@@ -45,6 +45,26 @@ def test_features_are_those_of_every_picture_in_order_and_are_kept(tmp_path: Pat
         load(kept, EffNet())
 
 
+def test_what_pictures_show_through_is_white(tmp_path: Path) -> None:
+    values = torch.zeros(8, 8, 4, dtype=torch.uint8)
+    values[4:, :, 3] = 255
+    values[:4, :, 0] = 200
+    Image.fromarray(values.numpy(), "RGBA").save(tmp_path / "a.png")
+    Image.fromarray(values[..., 3].numpy(), "L").save(tmp_path / "grey.png")
+    found = of_pictures("data", [tmp_path / "a.png", tmp_path / "grey.png"], Colours())
+    white, black = torch.ones(3, 1, 2), torch.zeros(3, 1, 2)
+    assert torch.equal(found.pooled[0].view(3, 2, 2), torch.cat([white, black], 1))
+    assert torch.equal(found.pooled[1].view(3, 2, 2), torch.cat([black, white], 1))
+
+
+@pytest.mark.parametrize("rest", [0, 20, 100])
+def test_a_broken_picture_is_named(tmp_path: Path, rest: int) -> None:
+    file = folder_of(tmp_path, 1) / "class-a" / "0.png"
+    file.write_bytes(file.read_bytes()[:rest])
+    with pytest.raises(OSError, match=r"reference: .*0\.png is no picture that can be read"):
+        of_pictures("data", [file], Colours())
+
+
 def test_what_is_no_reference_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds 3 pictures, it must be >= 4"):
         pictures_in(folder_of(tmp_path / "few", 3))

@@ -115,6 +115,7 @@ def test_any_token_method_goes_with_any_plan(pipe: Any, caching: Any, depth: str
         ({"center": 1.0}, "center"),
         ({"power": 0.5}, "power"),
         ({"power": float("nan")}, "power"),
+        ({"power": 1.2}, "power: 1.2 is not allowed without center"),
         ({"every": 3}, "every"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from regrow import zoo
 from regrow.cli.ablations import ABLATIONS, ablated, against, merged, pair
 from regrow.cli.engine import Engine, Where
+from regrow.cli.usual import usual
 from regrow.measure.extractors import Network
 from regrow.methods.catalogue import SYSTEMS
 from regrow.search.search import Algorithm
@@ -29,16 +31,14 @@ app = typer.Typer(
 # Names are those of diffusers, so that a user can look them up there.
 DTYPES = ("float32", "bfloat16", "float16")
 
-BENCHED = "sito:d,dato:b1,dato:fast,deepcache:5,tome:0.5"
-
-TRACED = "sito:d,dato:b1,deepcache:5"
+USUAL = "By default all steps, half, and what runs on the model."
 
 
-def _methods(given: Optional[str], steps: int, usual: str) -> tuple[str, ...]:
+def _methods(given: Optional[str], steps: int, usual: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
     """The names of methods that were asked for, or the usual ones beside all steps and half of them."""
     if given is None:
         fewer = [f"steps:{steps // 2}"] if steps > 1 else []
-        return (f"steps:{steps}", *fewer, *usual.split(","))
+        return (f"steps:{steps}", *fewer, *usual())
     names = tuple(name.strip() for name in given.split(","))
     for name in names:
         if names.count(name) > 1:
@@ -292,9 +292,7 @@ def profile(
 def bench(
     methods: Annotated[
         Optional[str],
-        typer.Option(
-            help=f"Comma-separated; the first is the baseline. By default all steps, half, {BENCHED}."
-        ),
+        typer.Option(help=f"Comma-separated; the first is the baseline. {USUAL}"),
     ] = None,
     model: Annotated[Optional[str], typer.Option(help="Bundled name, folder, or hub id.")] = None,
     arch: Annotated[
@@ -341,10 +339,13 @@ def bench(
     images = max(len(texts), 1) if images is None else images
     if len(texts) > images:
         raise ValueError(f"--prompt: {len(texts)} are not allowed with --images {images}")
+    if arch is None:
+        model = model or "emoji"
+    names = _methods(methods, steps, lambda: usual(model, arch).measured)
     rows = run_bench(
         Request(
-            variants=tuple(variant(name, steps) for name in _methods(methods, steps, BENCHED)),
-            model=None if arch else model or "emoji",
+            variants=tuple(variant(name, steps) for name in names),
+            model=model,
             arch=arch,
             prompts=tuple(texts),
             images=images,
@@ -370,9 +371,7 @@ def bench(
 def evaluate(
     methods: Annotated[
         Optional[str],
-        typer.Option(
-            help=f"Comma-separated; the first is the baseline. By default all steps, half, {BENCHED}."
-        ),
+        typer.Option(help=f"Comma-separated; the first is the baseline. {USUAL}"),
     ] = None,
     ablation: Annotated[Optional[str], typer.Option(help="Instead: " + ", ".join(ABLATIONS) + ".")] = None,
     pairs: Annotated[
@@ -444,7 +443,10 @@ def evaluate(
 
     if ablation is not None and methods is not None:
         raise ValueError("--ablation, --methods: only one of them is allowed")
-    names = _methods(methods, steps, BENCHED) if ablation is None else ablated(ablation, steps)
+    if ablation is None:
+        names = _methods(methods, steps, lambda: usual(model).measured)
+    else:
+        names = ablated(ablation, steps)
     run_eval(
         Request(
             variants=tuple(variant(name, steps) for name in names),
@@ -483,9 +485,7 @@ def evaluate(
 def trace(
     methods: Annotated[
         Optional[str],
-        typer.Option(
-            help=f"Comma-separated; the first is unaccelerated. By default all steps, half, {TRACED}."
-        ),
+        typer.Option(help=f"Comma-separated; the first is unaccelerated. {USUAL}"),
     ] = None,
     model: Model = "emoji",
     prompt: Annotated[Optional[list[str]], typer.Option(help="Prompt; give it again for more.")] = None,
@@ -517,7 +517,7 @@ def trace(
 
     run_trace(
         Request(
-            methods=_methods(methods, steps, TRACED),
+            methods=_methods(methods, steps, lambda: usual(model).traced),
             model=model,
             prompt=tuple(prompt or ()),
             prompts=prompts,
@@ -749,10 +749,15 @@ def share(
 
 def main() -> None:
     """Run the command; errors of the user become one line and exit code 2."""
+    from safetensors import SafetensorError
+
     from regrow.models import UnsupportedModelError
 
     try:
         app()
-    except (ValueError, OSError, UnsupportedModelError, ImportError) as error:
+    except (
+        *(ValueError, OSError, UnsupportedModelError, ImportError),
+        *(SafetensorError, MemoryError),
+    ) as error:
         print(f"regrow: {error}", file=sys.stderr)
         sys.exit(2)

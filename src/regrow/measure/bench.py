@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -134,6 +135,10 @@ def bench(
     each makes one more, in which memory is measured, when caches that are no method's are filled. A variant
     that fails gets a row with its error. From now on glibc keeps freed memory (`keep_freed_memory`).
 
+    Where blocks are compiled, all that the process compiled is dropped before each turn, and a generation
+    before the timed one compiles it again: hooks put on anew are other code to torch.compile, which at its
+    limit of recompilations goes on uncompiled.
+
     Args:
         pipeline: a diffusers pipeline; regrow's own methods may not support it, the plain one runs.
         variants: what to compare; the first is the baseline of the ratios.
@@ -193,6 +198,25 @@ def bench(
     ]
 
 
+@contextmanager
+def _applied(
+    pipeline: Any, one: Variant, prompts: Sequence[str], options: dict[str, Any]
+) -> Iterator[Run | None]:
+    """A variant on the pipeline; where blocks are compiled, compiled for it."""
+    compiled = _compiled(module_of(pipeline))
+    if compiled:
+        torch._dynamo.reset()
+    with one.applied(pipeline) as run:
+        if compiled:
+            make(pipeline, prompts, steps=one.steps, **options)
+        yield run
+
+
+def _compiled(denoiser: Any) -> bool:
+    """Whether any of its modules is."""
+    return any(module._compiled_call_impl is not None for module in denoiser.modules())
+
+
 def _hooked(
     pipeline: Any,
     one: Variant,
@@ -203,7 +227,7 @@ def _hooked(
 ) -> tuple[Run | None, float]:
     """One generation with hooks around the denoiser's calls, and its seconds."""
     denoiser = module_of(pipeline)
-    with one.applied(pipeline) as run:
+    with _applied(pipeline, one, prompts, options) as run:
         # Registered last, and so around the method's own.
         hooks = [
             denoiser.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
@@ -234,7 +258,11 @@ def _warm_up(
     timed.outputs = outputs.hexdigest()
     if run is not None:
         report = run.report()
-        timed.kinds, timed.macs = [(c.depth, c.ratio) for c in report.calls], report.macs
+        kinds = [(c.depth, c.ratio) for c in report.calls]
+        # A call that the clock could not place is in no report.
+        whole = len(kinds) == len(inputs)
+        timed.kinds = kinds if whole else [(None, None)] * len(inputs)
+        timed.macs = report.macs if whole else None
     elif one.config is None:
         timed.kinds = [("full", 0.0)] * len(inputs)
         timed.macs = _plain_macs(module_of(pipeline), inputs)
@@ -258,6 +286,8 @@ def _time(
 
     _, seconds = _hooked(pipeline, one, prompts, before, after, options)
     wait(pipeline)
+    if len(calls) != len(timed.kinds):
+        raise ValueError(f"{len(calls)} calls of the denoiser where an earlier run had {len(timed.kinds)}")
     taken = [begin.until(end) for begin, end in calls]
     timed.seconds.append(seconds)
     timed.denoiser.append(sum(taken))
@@ -268,17 +298,18 @@ def _measure_memory(
     pipeline: Any, one: Variant, prompts: Sequence[str], timed: _Timed, options: dict[str, Any]
 ) -> None:
     """Peak memory of one generation."""
-    with one.applied(pipeline):
+    with _applied(pipeline, one, prompts, options):
         with PeakMemory(pipeline.device) as memory:
             make(pipeline, prompts, steps=one.steps, **options)
         timed.peak = memory.mib
 
 
 def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
-    """MACs of plain calls; None if the forward pass looks at data, which the meta device lacks."""
+    """MACs of plain calls; None if the forward pass needs what the meta device lacks, such as data."""
     try:
         return plain_macs(denoiser, inputs)
-    except (NotImplementedError, RuntimeError, AttributeError):
+    except Exception:
+        # It ran on the device.
         return None
 
 
@@ -286,8 +317,7 @@ def _counted_macs(
     pipeline: Any, one: Variant, prompts: Sequence[str], options: dict[str, Any]
 ) -> int | None:
     """MACs of a method that does not tell them, counted in one more generation; None if they can't be."""
-    compiled = any(module._compiled_call_impl is not None for module in module_of(pipeline).modules())
-    if compiled or pipeline.device.type not in ("cpu", "cuda"):
+    if _compiled(module_of(pipeline)) or pipeline.device.type not in ("cpu", "cuda"):
         return None
     begun: list[int] = []
     flops: list[int] = []

@@ -53,6 +53,7 @@ class Setting:
         height: in pixels; None for the model's own.
         width: likewise.
         dtype: of the weights.
+        device: kind of device, such as ``cpu``, on which pictures differ in their last bits.
         model_key: of the model, where it is bundled or in a folder; empty for one of the hub.
         shard: pictures made in one batch and kept in one file. The batch a picture is made in may change
             its last bits, so a killed run repeats whole shards.
@@ -66,6 +67,7 @@ class Setting:
     height: int | None = None
     width: int | None = None
     dtype: str = "float32"
+    device: str = "cpu"
     model_key: str = ""
     shard: int = 16
 
@@ -106,17 +108,23 @@ class ShardMaker:
         """The content of the shard's file: its pictures, uint8 ``(B, 3, H, W)``, and seconds, ``(1,)``; as
         metadata `code_key` of what made them."""
         s = self.setting
-        # Anew for each shard: what a method keeps must not pass from one to the next.
-        with shard.variant.applied(self.pipeline):
-            made = make(
-                self.pipeline,
-                shard.prompts,
-                steps=shard.variant.steps,
-                guidance=s.guidance,
-                seed=s.seed + shard.number * s.shard,
-                height=s.height,
-                width=s.width,
-            )
+        try:
+            # Anew for each shard: what a method keeps must not pass from one to the next.
+            with shard.variant.applied(self.pipeline):
+                made = make(
+                    self.pipeline,
+                    shard.prompts,
+                    steps=shard.variant.steps,
+                    guidance=s.guidance,
+                    seed=s.seed + shard.number * s.shard,
+                    height=s.height,
+                    width=s.width,
+                )
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                f"batch: {s.shard} pictures by {shard.variant.name} need more memory than the device has; "
+                "use fewer, in another folder"
+            ) from error
         pictures = torch.stack([to_tensor(image) for image in made.images])
         tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}
         return save(tensors, metadata={"code": self.code})
@@ -152,9 +160,10 @@ class Pictures:
             shorter, longer = sorted((before["prompts"], now["prompts"]), key=len)
             if longer[: len(shorter)] == shorter:
                 before["prompts"] = now["prompts"] = longer
-            # Empty where the model is not at hand, and in folders from before it was kept.
+            # The key is empty where the model is not at hand; older folders have neither key nor device.
             before["model_key"] = before.get("model_key") or now["model_key"]
             now["model_key"] = now["model_key"] or before["model_key"]
+            before.setdefault("device", now["device"])
             for name, value in now.items():
                 if before.get(name) != value:
                     raise ValueError(

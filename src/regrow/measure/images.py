@@ -36,6 +36,14 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
+def on_white(picture: Image.Image) -> Image.Image:
+    """A picture in RGB; what it shows through is white."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    seen = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+
+
 def to_picture(pixels: torch.Tensor) -> Image.Image:
     """Values ``(3, H, W)`` in [0, 1] as a picture."""
     return Image.fromarray((pixels.permute(1, 2, 0).float().numpy() * 255).round().astype(np.uint8))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regrow.measure.extractors import Extractor
-from regrow.measure.images import to_tensor
+from regrow.measure.images import on_white, to_tensor
 from regrow.measure.keep import write_whole
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -61,7 +61,7 @@ def pictures_in(folder: Path) -> list[Path]:
 def of_pictures(
     name: str, files: list[Path], extractor: Extractor, on_picture: Callable[[], None] = lambda: None
 ) -> Reference:
-    """The features of pictures, whatever their sizes.
+    """The features of pictures, whatever their sizes, on white where they are transparent.
 
     Args:
         name: of the data.
@@ -74,8 +74,13 @@ def of_pictures(
     """
     pooled, spatial = [], []
     for file in files:
-        with Image.open(file) as picture:
-            features = extractor(to_tensor(picture)[None].float() / 255)
+        try:
+            with Image.open(file) as picture:
+                seen = on_white(picture)
+        except (OSError, SyntaxError) as error:
+            # A broken file's own error does not name it.
+            raise OSError(f"reference: {file} is no picture that can be read ({error})") from error
+        features = extractor(to_tensor(seen)[None].float() / 255)
         pooled.append(features.pooled)
         spatial.append(features.spatial)
         on_picture()

@@ -10,7 +10,8 @@ from functools import partial
 from math import ceil
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from regrow.methods.parts import MethodConfig, Parts, parts_of
 from regrow.schedule import Spaced
@@ -38,6 +39,12 @@ class DeepCache(MethodConfig):
     branch: int = Field(0, ge=0)
     center: float | None = Field(None, gt=0, lt=1)
     power: float = Field(1.4, ge=1)
+
+    @model_validator(mode="after")
+    def _power_needs_center(self) -> Self:
+        if self.center is None and self.power != type(self).model_fields["power"].default:
+            raise ValueError(f"power: {self.power:g} is not allowed without center, it would do nothing")
+        return self
 
     @classmethod
     def space(cls, calls: int) -> Space:

@@ -1,0 +1,57 @@
+"""Methods of commands that are told none: those that the denoiser can run."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from regrow import zoo
+
+
+class Usual(NamedTuple):
+    """Beside all steps and half of them.
+
+    Args:
+        measured: by ``bench`` and ``eval``.
+        traced: by ``trace``, whose plots show few well.
+    """
+
+    measured: tuple[str, ...]
+    traced: tuple[str, ...]
+
+
+_CACHING = ("deepcache:3", "fora:3")
+UNET = Usual(
+    ("sito:d", "dato:b1", "dato:fast", "deepcache:5", "tome:0.5"), ("sito:d", "dato:b1", "deepcache:5")
+)
+TRANSFORMER = Usual((*_CACHING, "toca:3", "cat:0.5"), ("deepcache:3", "toca:3", "cat:0.5"))
+VIDEO = Usual(_CACHING, _CACHING)
+
+
+def usual(model: str | None, arch: str | None = None) -> Usual:
+    """What runs on a denoiser, told by its class, without its weights.
+
+    Args:
+        model: bundled name, folder, or hub id.
+        arch: instead, name of an architecture.
+
+    Raises:
+        ValueError: if there is no such architecture.
+        OSError: if there is no such model.
+    """
+    from diffusers import DiffusionPipeline
+
+    from regrow.measure.architectures import CONFIGS, NAMES, TRANSFORMERS
+
+    if arch is not None and arch not in NAMES:
+        raise ValueError(f"arch: {arch!r} is not known; known are {', '.join(NAMES)}")
+    name = arch or model or ""
+    if arch is not None and name in CONFIGS:
+        return UNET
+    if arch is not None and name in TRANSFORMERS:
+        kind = TRANSFORMERS[name][0]
+    else:
+        index: Any = DiffusionPipeline.load_config(zoo.path(name) if zoo.bundles(name) else name)
+        if "unet" in index:
+            return UNET
+        kind = index.get("transformer", ("", ""))[1]
+    return VIDEO if kind == "WanTransformer3DModel" else TRANSFORMER

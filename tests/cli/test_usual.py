@@ -1,0 +1,60 @@
+"""Commands that are told no methods take those that the model can run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pipelines
+import pytest
+import transformer_pipelines
+
+from regrow import cli
+from regrow.cli.usual import TRANSFORMER, UNET, VIDEO, Usual, usual
+from regrow.measure.architectures import NAMES
+from regrow.measure.variants import variant
+
+
+@pytest.mark.parametrize(
+    ("found", "make"),
+    [
+        (UNET, pipelines.sd),
+        (UNET, pipelines.sdxl),
+        (TRANSFORMER, transformer_pipelines.dit),
+        (TRANSFORMER, transformer_pipelines.pixart_sigma),
+        (TRANSFORMER, transformer_pipelines.sd3),
+        (TRANSFORMER, transformer_pipelines.flux),
+        (VIDEO, transformer_pipelines.wan_of_texts),
+    ],
+)
+def test_all_go_on_models_that_have_them(tmp_path: Path, found: Usual, make: Any) -> None:
+    pipe = make()
+    pipe.save_pretrained(tmp_path)
+    assert usual(str(tmp_path)) == found
+    for name in (*found.measured, *found.traced):
+        variant(name, 50).check(pipe)
+
+
+def test_every_architecture_has_some() -> None:
+    kinds = {"sd15": UNET, "emoji": UNET, "cifar10": TRANSFORMER, "sd3-1024": TRANSFORMER}
+    kinds |= {name: VIDEO for name in NAMES if name.startswith("wan")}
+    for name, found in kinds.items():
+        assert usual(None, name) == found
+    assert all(usual(None, name) for name in NAMES)
+    with pytest.raises(ValueError, match="arch: 'sd9' is not known"):
+        usual(None, "sd9")
+
+
+def test_commands_take_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setattr("regrow.cli.bench.run_bench", lambda request, as_json: asked.append(request) or [])
+    monkeypatch.setattr("regrow.cli.evaluate.run_eval", lambda request, as_json: asked.append(request))
+    monkeypatch.setattr("regrow.cli.trace.run_trace", lambda request, as_json: asked.append(request))
+    for command in ("bench", "eval", "trace"):
+        monkeypatch.setattr("sys.argv", ["regrow", command, "--model", "cifar10", "--steps", "20"])
+        with pytest.raises(SystemExit):
+            cli.main()
+    both = ("steps:20", "steps:10")
+    for request in asked[:2]:
+        assert tuple(one.name for one in request.variants) == (*both, *TRANSFORMER.measured)
+    assert asked[2].methods == (*both, *TRANSFORMER.traced)
