@@ -15,7 +15,8 @@ def compile_blocks(denoiser: Any, **options: Any) -> None:
     """Compile the transformer blocks of a denoiser, also of those for which diffusers names none.
 
     Sets ``torch._dynamo.config.recompile_limit`` to 64 if it is lower: a method that picks single layers
-    makes a graph for each, and at torch's own limit of 8 the rest would stay uncompiled.
+    makes a graph for each, and at torch's own limit of 8 the rest would stay uncompiled. Every
+    `regrow.apply` puts on new hooks, which are compiled anew: apply once, and generate often.
 
     Args:
         denoiser: a model of diffusers, such as ``pipe.transformer``.
