@@ -206,6 +206,7 @@ def main() -> None:
         if args.json is not None:
             # Of older times.
             quality_file(args.json).unlink(missing_ok=True)
+            write_table(args.json)
         if args.quality is not None and found[0].error is not None:
             raise ValueError(f"methods: {found[0].name}, which all are compared with: {found[0].error}")
         if args.quality is not None:
@@ -213,7 +214,7 @@ def main() -> None:
             compare(args, tuple(one for one, row in timed if row.error is None))
         if args.json is not None:
             write_table(args.json)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"peers_table: {error}", file=sys.stderr)
         sys.exit(2)
 

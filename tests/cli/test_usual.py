@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_every_architecture_has_some() -> None:
     kinds |= {name: VIDEO for name in NAMES if name.startswith("wan")}
     for name, found in kinds.items():
         assert usual(None, name) == found
-    assert all(usual(None, name) for name in NAMES)
+    assert all(usual(None, name).measured for name in NAMES)
     with pytest.raises(ValueError, match="arch: 'sd9' is not known"):
         usual(None, "sd9")
 
@@ -58,3 +59,11 @@ def test_commands_take_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for request in asked[:2]:
         assert tuple(one.name for one in request.variants) == (*both, *TRANSFORMER.measured)
     assert asked[2].methods == (*both, *TRANSFORMER.traced)
+
+
+@pytest.mark.parametrize(
+    "index", [{"unet": ["diffusers", "Kandinsky3UNet"]}, {"transformer": ["diffusers", "X"]}, {}]
+)
+def test_what_is_not_supported_has_none(tmp_path: Path, index: dict[str, list[str]]) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Pipeline", **index}))
+    assert usual(str(tmp_path)) == Usual((), ())

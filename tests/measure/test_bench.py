@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pipelines
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from PIL import Image
 
 import regrow
@@ -314,6 +316,56 @@ def test_nothing_is_compiled_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) 
     assert not any(between)
     first = seen.index("looked")
     assert "compiled" in seen[first:], "every turn compiles anew, outside of what is timed"
+    torch._dynamo.reset()
+
+
+class Counting(ModelHook):
+    """A hook of diffusers with a state, such as those of its caches; remembers where generations began."""
+
+    _is_stateful = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.ends = 0, list[int]()
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return args, kwargs
+
+    def reset_state(self, module: Any) -> Any:
+        self.ends.append(self.calls)
+        self.calls = 0
+        return module
+
+
+@dataclass(frozen=True)
+class Hooked(Variant):
+    """A variant that is such a hook on the denoiser's last layer."""
+
+    seen: list[Counting] = field(default_factory=list)
+
+    @contextmanager
+    def applied(self, pipeline: Any) -> Iterator[None]:
+        registry = HookRegistry.check_if_exists_or_initialize(pipeline.unet.conv_out)
+        self.seen.append(Counting())
+        registry.register_hook(self.seen[-1], "counting")
+        try:
+            yield
+        finally:
+            registry.remove_hook("counting")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_compiles_leaves_hooks_of_diffusers_as_they_began(compiled: bool) -> None:
+    torch._dynamo.reset()
+    pipe, one = pipelines.sd(), Hooked("hooked", 1, 3)
+    if compiled:
+        compile_blocks(pipe.unet, backend="eager")
+    rows = bench(pipe, [variant("steps:3", 3), one], PROMPTS, rounds=1)
+    assert [row.error for row in rows] == [None, None]
+    for hook in one.seen:
+        assert hook.calls == 3
+        assert hook.ends == [3] * compiled
     torch._dynamo.reset()
 
 

@@ -210,7 +210,6 @@ def test_a_gain_over_what_comes_later_is_refused(pictures: Pictures) -> None:
         ({"seed": 1}, "seed"),
         ({"shard": 3}, "shard"),
         ({"guidance": 1.0}, "guidance"),
-        ({"device": "cuda"}, "device"),
     ],
 )
 def test_a_folder_of_another_setting_is_refused(
@@ -279,6 +278,17 @@ def test_the_first_prompts_are_done_by_all_variants_first(tmp_path: Path) -> Non
     with LocalWorkers(lambda: ShardMaker(SETTING, pipelines.sd())) as workers:
         mine.make_all(workers, VARIANTS[1:], lambda one: order.append(one.name))
     assert order == [one.name for one in VARIANTS[1:]] * 2
+
+
+def test_pictures_of_another_device_are_compared_but_not_gone_on_with(tmp_path: Path) -> None:
+    Pictures(tmp_path, SETTING, "cuda").make(pipelines.sd(), VARIANTS[1])
+    here = Pictures(tmp_path, SETTING)
+    assert not here.missing(VARIANTS[1])
+    (row,) = compare(here, VARIANTS[1:2], Colours())
+    assert row.ssim == 1
+    with pytest.raises(ValueError, match=r"device: cpu is not allowed for what .* of steps:4, the .* cuda"):
+        here.make(pipelines.sd(), VARIANTS[0])
+    Pictures(tmp_path, SETTING, "cuda").make(pipelines.sd(), VARIANTS[0])
 
 
 def test_too_many_pictures_for_the_device_are_told_with_their_method(

@@ -105,7 +105,6 @@ def run_eval(request: Request, as_json: bool) -> None:
         height=request.height,
         width=request.width,
         dtype=request.dtype,
-        device=torch.device(device).type,
         model_key=model_key(request.model),
         shard=request.batch,
     )
@@ -117,7 +116,7 @@ def run_eval(request: Request, as_json: bool) -> None:
     true_pictures = pictures_in(request.reference) if request.reference and reference is None else []
     with console.status("loading the CLIP model"):
         clip = None if request.clip is None else ClipScore(request.clip, device)
-    pictures = Pictures(request.out, setting)
+    pictures = Pictures(request.out, setting, torch.device(device).type)
     if true_pictures:
         reference = _reference(request, true_pictures, seer, console)
     _make(request, pictures, variants, device, console)

@@ -759,5 +759,5 @@ def main() -> None:
         *(ValueError, OSError, UnsupportedModelError, ImportError),
         *(SafetensorError, MemoryError),
     ) as error:
-        print(f"regrow: {error}", file=sys.stderr)
+        print(f"regrow: {error or type(error).__name__}", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from regrow import zoo
+from regrow.models.transformer import FAMILIES
 
 
 class Usual(NamedTuple):
@@ -25,10 +26,12 @@ UNET = Usual(
 )
 TRANSFORMER = Usual((*_CACHING, "toca:3", "cat:0.5"), ("deepcache:3", "toca:3", "cat:0.5"))
 VIDEO = Usual(_CACHING, _CACHING)
+_UNET = "UNet2DConditionModel"
+_USUAL = dict.fromkeys(FAMILIES, TRANSFORMER) | {_UNET: UNET, "WanTransformer3DModel": VIDEO}
 
 
 def usual(model: str | None, arch: str | None = None) -> Usual:
-    """What runs on a denoiser, told by its class, without its weights.
+    """What runs on a denoiser, told by its class, without its weights; nothing on one of others.
 
     Args:
         model: bundled name, folder, or hub id.
@@ -44,14 +47,12 @@ def usual(model: str | None, arch: str | None = None) -> Usual:
 
     if arch is not None and arch not in NAMES:
         raise ValueError(f"arch: {arch!r} is not known; known are {', '.join(NAMES)}")
-    name = arch or model or ""
-    if arch is not None and name in CONFIGS:
-        return UNET
-    if arch is not None and name in TRANSFORMERS:
-        kind = TRANSFORMERS[name][0]
+    if arch is not None and arch in CONFIGS:
+        kind = _UNET
+    elif arch is not None and arch in TRANSFORMERS:
+        kind = TRANSFORMERS[arch][0]
     else:
-        index: Any = DiffusionPipeline.load_config(zoo.path(name) if zoo.bundles(name) else name)
-        if "unet" in index:
-            return UNET
-        kind = index.get("transformer", ("", ""))[1]
-    return VIDEO if kind == "WanTransformer3DModel" else TRANSFORMER
+        name = arch or model or ""
+        index: Any = DiffusionPipeline.load_config(zoo.path(name) if arch or zoo.bundles(name) else name)
+        kind = (index.get("unet") or index.get("transformer") or ("", ""))[1]
+    return _USUAL.get(kind, Usual((), ()))

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from diffusers.hooks import HookRegistry
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from regrow.apply import Run
@@ -209,6 +210,10 @@ def _applied(
     with one.applied(pipeline) as run:
         if compiled:
             make(pipeline, prompts, steps=one.steps, **options)
+            # diffusers' own caches go on where they were, unless the denoiser has a cache mixin.
+            for module in module_of(pipeline).modules():
+                if isinstance(registry := getattr(module, "_diffusers_hook", None), HookRegistry):
+                    registry.reset_stateful_hooks(recurse=False)
         yield run
 
 

@@ -53,7 +53,6 @@ class Setting:
         height: in pixels; None for the model's own.
         width: likewise.
         dtype: of the weights.
-        device: kind of device, such as ``cpu``, on which pictures differ in their last bits.
         model_key: of the model, where it is bundled or in a folder; empty for one of the hub.
         shard: pictures made in one batch and kept in one file. The batch a picture is made in may change
             its last bits, so a killed run repeats whole shards.
@@ -67,7 +66,6 @@ class Setting:
     height: int | None = None
     width: int | None = None
     dtype: str = "float32"
-    device: str = "cpu"
     model_key: str = ""
     shard: int = 16
 
@@ -122,8 +120,8 @@ class ShardMaker:
                 )
         except torch.OutOfMemoryError as error:
             raise MemoryError(
-                f"batch: {s.shard} pictures by {shard.variant.name} need more memory than the device has; "
-                "use fewer, in another folder"
+                f"batch: {len(shard.prompts)} pictures by {shard.variant.name} need more memory than the "
+                "device has; use fewer, in another folder"
             ) from error
         pictures = torch.stack([to_tensor(image) for image in made.images])
         tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}
@@ -137,6 +135,8 @@ class Pictures:
         folder: made with the first pictures; that of an earlier run with the same setting is gone on with.
             The prompts may be more or fewer than then if one list begins the other with whole shards.
         setting: what the pictures are made of.
+        device: the kind that makes what is missing, such as ``cuda``. Pictures of another one can be
+            compared, but not gone on with: they differ from this one's by more than rounding.
 
     Attributes:
         setting: with the model's key, if only the folder knows it.
@@ -147,23 +147,25 @@ class Pictures:
             within a shard, or there is nothing to make.
     """
 
-    def __init__(self, folder: Path, setting: Setting) -> None:
+    def __init__(self, folder: Path, setting: Setting, device: str = "cpu") -> None:
         for name, value in (("prompts", len(setting.prompts)), ("shard", setting.shard)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
         check_writable("out", folder, folder=True)
-        self.folder, self.code = folder, code_key()
+        self.folder, self.code, self.device = folder, code_key(), device
+        made_on = device
         file = folder / "setting.json"
         now = json.loads(json.dumps(asdict(setting)))
         if file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
+            # Not there in older folders.
+            made_on = before.pop("device", device)
             shorter, longer = sorted((before["prompts"], now["prompts"]), key=len)
             if longer[: len(shorter)] == shorter:
                 before["prompts"] = now["prompts"] = longer
-            # The key is empty where the model is not at hand; older folders have neither key nor device.
+            # Empty where the model is not at hand, and in folders from before it was kept.
             before["model_key"] = before.get("model_key") or now["model_key"]
             now["model_key"] = now["model_key"] or before["model_key"]
-            before.setdefault("device", now["device"])
             for name, value in now.items():
                 if before.get(name) != value:
                     raise ValueError(
@@ -174,17 +176,24 @@ class Pictures:
                     f"prompts: {len(shorter)} and {len(longer)} can't share {folder}, the fewer must fill "
                     f"whole batches of {setting.shard}"
                 )
-        self._described = now
+        self._described = now | {"device": made_on}
         self.setting = replace(setting, model_key=now["model_key"])
 
     def missing(self, one: Variant) -> list[tuple[int, tuple[str, ...]]]:
         """The shards of a variant that are not made yet.
 
         Raises:
-            ValueError: if the folder holds pictures of another configuration under this name.
+            ValueError: if the folder holds pictures of another configuration under this name, or some are
+                missing and the others were made on another kind of device.
         """
         self._alike(one)
-        return [(n, prompts) for n, prompts in self.setting.shards() if not self._file(one, n).exists()]
+        found = [(n, prompts) for n, prompts in self.setting.shards() if not self._file(one, n).exists()]
+        if found and self.device != self._described["device"]:
+            raise ValueError(
+                f"device: {self.device} is not allowed for what is missing of {one.name}, the pictures in "
+                f"{self.folder} were made on {self._described['device']}; use another folder"
+            )
+        return found
 
     def of_other_code(self, one: Variant) -> list[int]:
         """The first shard of each other code, or set of packages, that made pictures of a variant.
