@@ -5,26 +5,22 @@
 #   npm pack @iconify-json/noto@1.2.9
 #   bash benchmarks/emoji.sh bench         # 8 minutes: speed and memory of a few methods, fp32
 #   bash benchmarks/emoji.sh compiled      # the same, its transformer blocks compiled (needs a C++ compiler)
-#   bash benchmarks/emoji.sh eval          # 12 to 18 minutes: their quality on 64 captions, and how long that took
+#   bash benchmarks/emoji.sh eval          # 12 minutes with AMX: their quality on 64 captions, and how long that took
 #   bash benchmarks/emoji.sh reference iconify-json-noto-1.2.9.tgz   # a minute: scenes that FD compares with, for all below
-#   bash benchmarks/emoji.sh quality       # 75 minutes: every method, its time, and its quality on 32 captions
-#   bash benchmarks/emoji.sh quality-1008  # 10 hours more: the same on 1,008 captions
+#   bash benchmarks/emoji.sh quality       # 13 hours: every method, its time, and its quality on 1,008 captions
 #   bash benchmarks/emoji.sh peers         # 15 minutes: public peers, pip install 'regrow[peers]'
 #   bash benchmarks/emoji.sh ablations     # an hour: the papers' ablations
 #   bash benchmarks/emoji.sh trace         # 3 minutes: a look inside generations
 #
-# Pictures that are killed go on when the stage is called again; times and traces begin anew. quality-1008 takes further
-# options of benchmarks/quality.py: --only steps:50,sito:d --also benchmarks/results/quality-emoji-1008.json adds a variant.
+# Pictures that are killed go on when the stage is called again; times and traces begin anew. quality takes further
+# options of benchmarks/quality.py: with --times R --also R --only steps:50,sito:d, where R is
+# benchmarks/results/quality-emoji.json, it makes one variant and leaves the others as they are in R; told picture by
+# picture from another (AGAINST in that file) only if that one is made too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin} results=benchmarks/results
 few=steps:50,steps:25,sito:d,dato:b1,dato:fast,deepcache:5,tome:0.5
-stages="bench, compiled, eval, reference, quality, quality-1008, peers, ablations, trace"
-
-quality() {
-    "$bin/python" benchmarks/quality.py --prompts "$1" --reference work/decoded --work work/quality --dtype bfloat16 \
-        --device cpu --engine ray --workers 2 --images 2 "${@:2}"
-}
+stages="bench, compiled, eval, reference, quality, peers, ablations, trace"
 
 case ${1:?one of $stages} in
 bench)
@@ -50,10 +46,8 @@ reference)
         --count 1000 --out work/decoded
     ;;
 quality)
-    quality 32
-    ;;
-quality-1008)
-    quality 1008 --times "$results/quality-emoji.json" --out "$results/quality-emoji-1008" "${@:2}"
+    "$bin/python" benchmarks/quality.py --prompts 1008 --reference work/decoded --work work/quality --dtype bfloat16 \
+        --device cpu --engine ray --workers 2 --images 2 --out "$results/quality-emoji" "${@:2}"
     ;;
 peers)
     "$bin/python" benchmarks/peers_table.py --model emoji --images 2 --dtype bfloat16 --device cpu --quality work/peers --prompts 32 \

@@ -293,6 +293,9 @@ def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
     for axis, measure in zip(axes, MEASURES, strict=True):
         for (name, curve), marker in zip(of_curves(found).items(), itertools.cycle(MARKERS), strict=False):
             known = [(p.speedup, v) for p in curve if (v := getattr(p, measure.field)) is not None]
+            if not known:
+                # The baseline alone is as far from itself as none.
+                continue
             xs, ys = zip(*sorted(known), strict=True)
             axis.plot(xs, ys, marker=marker, markersize=5, linewidth=1.3, label=name)
         axis.set_xscale("log")

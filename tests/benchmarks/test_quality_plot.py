@@ -216,7 +216,7 @@ def test_times_of_other_settings_are_refused(monkeypatch: pytest.MonkeyPatch, tm
     assert not args.work.exists(), "before any work"
 
 
-@pytest.mark.parametrize("name", ["quality-emoji", "quality-emoji-1008", "quality-cifar10"])
+@pytest.mark.parametrize("name", ["quality-emoji", "quality-emoji-32", "quality-cifar10"])
 def test_committed_tables_are_those_of_their_results(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:

@@ -30,7 +30,6 @@ EMOJI_STAGES = {
     "eval": ["regrow eval"],
     "reference": ["python tools/compose_scenes.py"],
     "quality": ["python benchmarks/quality.py"],
-    "quality-1008": ["python benchmarks/quality.py"],
     "peers": ["python benchmarks/peers_table.py"],
     "ablations": ["regrow eval"] * (len(ABLATIONS) - 1),
     "trace": ["regrow trace"],
@@ -72,7 +71,13 @@ def run_script(
     own.mkdir()
     for name in programs:
         # An argument a line, an empty one after the last.
-        (own / name).write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@" "" >>"{said}"\n')
+        # What is asked of Python itself is answered with a number.
+        lines = (
+            "#!/bin/bash",
+            '[ "$1" = -c ] && echo 7 && exit',
+            f'printf "%s\\n" {name} "$@" "" >>"{said}"',
+        )
+        (own / name).write_text("\n".join((*lines, "")))
         (own / name).chmod(0o755)
     ended = subprocess.run(
         ["bash", str(folder / "benchmarks" / script), *words],
@@ -116,13 +121,15 @@ def check(monkeypatch: pytest.MonkeyPatch, call: list[str]) -> None:
     if call[0] == "regrow":
         command = typer.main.get_command(cli.app).commands[call[1]]
         given = command.make_context(call[1], call[2:]).params
+        if call[1] == "search":
+            return
         methods = given["methods"] or ",".join(ablated(given["ablation"], given["steps"]))
     else:
         args = parsed(monkeypatch, call[1], call[2:])
         methods = getattr(args, "methods", None)
         if hasattr(args, "peers"):
             assert peers_table.rows(methods, args.peers, args.steps)
-    if methods in (None, "unet"):
+    if methods in (None, "unet", "transformer"):
         return
     assert [variant(spec, 50).name for spec in methods.split(",")] == methods.split(",")
 
@@ -138,6 +145,56 @@ def test_a_stage_on_the_bundled_model_calls_what_takes_its_arguments(
     calls, ended = run_script(tmp_path, "emoji.sh", ["python", "regrow"], stage, *words)
     assert ended.returncode == 0, ended.stderr
     assert [" ".join(call[:2]) for call in calls] == EMOJI_STAGES[stage]
+    for call in calls:
+        check(monkeypatch, call)
+
+
+def test_a_variant_is_added_to_the_quality_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--only", "steps:50,sito:d", "--times", "r.json", "--also", "r.json"]
+    (call,), ended = run_script(tmp_path, "emoji.sh", ["python"], "quality", *words)
+    assert ended.returncode == 0, ended.stderr
+    args = parsed(monkeypatch, call[1], call[2:])
+    assert (args.only, args.times, args.also) == ("steps:50,sito:d", Path("r.json"), [Path("r.json")])
+
+
+def test_the_search_is_called_with_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "work" / "search"
+    for name in ("nsga2/front", "chance", "staged", "every-plan-on-all", "paper-ratios"):
+        (made / name).mkdir(parents=True)
+        (made / name.split("/")[0] / "search.json").touch()
+    for name in ("evaluations.jsonl", "settings.json", "front.png", "plans.png"):
+        (made / "nsga2" / name).touch()
+    (made / "compare.png").touch()
+    (tmp_path / "docs").mkdir()
+    calls, ended = run_script(tmp_path, "search.sh", ["python", "regrow"])
+    assert ended.returncode == 0, ended.stderr
+    wanted = ["regrow search"] * 5 + ["python benchmarks/search_table.py"]
+    assert [" ".join(call[:2]) for call in calls] == wanted
+    assert calls[1][calls[1].index("--budget") + 1] == "7", "as many by chance as the first had"
+    for call in calls:
+        check(monkeypatch, call)
+    assert (tmp_path / "benchmarks" / "results" / "search" / "staged" / "search.json").exists()
+
+
+def test_the_model_of_photographs_is_measured_with_what_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "work" / "cifar10" / "quality" / "pictures"
+    kept.mkdir(parents=True)
+    (kept / "result.json").touch()
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    calls, ended = run_script(tmp_path, "cifar.sh", ["python", "regrow"], "cifar.tar.gz")
+    assert ended.returncode == 0, ended.stderr
+    assert [" ".join(call[:2]) for call in calls] == [
+        "python tools/cifar.py",
+        "python benchmarks/quality.py",
+        "regrow eval",
+        "python benchmarks/peers_table.py",
+        "regrow trace",
+        *["python tools/check_cifar.py"] * 2,
+    ]
     for call in calls:
         check(monkeypatch, call)
 
