@@ -513,14 +513,14 @@ def trace(
 
     Example: [b]regrow trace --methods steps:50,sito:d,dato:b1 --prompt "large owl on blue" --out trace[/b]
     """
-    from regrow.cli.trace import Request, run_trace
+    from regrow.cli.trace import Request, prompts_of, run_trace
 
+    texts = prompts_of(model, prompt or (), prompts)
     run_trace(
         Request(
             methods=_methods(methods, steps, lambda: usual(model).traced),
             model=model,
-            prompt=tuple(prompt or ()),
-            prompts=prompts,
+            prompts=texts,
             modules=tuple(module or ()),
             steps=steps,
             seed=seed,

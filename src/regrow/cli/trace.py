@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,11 @@ from regrow.measure.variants import variant
 
 @dataclass(frozen=True)
 class Request:
-    """What to look at; fields are the options of the command."""
+    """What to look at; fields are the options of the command, the prompts as texts."""
 
     methods: tuple[str, ...]
     model: str
-    prompt: tuple[str, ...]
-    prompts: int | None
+    prompts: tuple[str, ...]
     modules: tuple[str, ...]
     steps: int
     scheduler: str | None
@@ -46,7 +46,7 @@ class Request:
 def run_trace(request: Request, as_json: bool) -> None:
     """Look, save ``trace.json`` and the plots, and print a table."""
     variants = [variant(spec.strip(), request.steps) for spec in request.methods]
-    prompts = _prompts(request)
+    prompts = request.prompts
     if request.plots:
         # Missing before the pictures are made, not after it.
         check_matplotlib()
@@ -107,13 +107,13 @@ def run_trace(request: Request, as_json: bool) -> None:
         print(written)
 
 
-def _prompts(request: Request) -> tuple[str, ...]:
+def prompts_of(model: str, texts: Sequence[str], count: int | None) -> tuple[str, ...]:
     """The prompts given, or so many of the model's own, again from the first if there are fewer."""
-    if request.prompt and request.prompts is not None:
+    if texts and count is not None:
         raise ValueError("--prompt, --prompts: only one of them is allowed")
-    if request.prompt:
-        return request.prompt
-    return zoo.prompts_of(request.model, 1 if request.prompts is None else request.prompts, "give --prompt")
+    if texts:
+        return tuple(texts)
+    return zoo.prompts_of(model, 1 if count is None else count, "give --prompt")
 
 
 def print_trace(found: Trace) -> None:
