@@ -136,7 +136,7 @@ class Pictures:
             The prompts may be more or fewer than then if one list begins the other with whole shards.
         setting: what the pictures are made of.
         device: the kind that makes what is missing, such as ``cuda``. Pictures of another one can be
-            compared, but not gone on with: they differ from this one's by more than rounding.
+            compared, but not gone on with: they are rounded otherwise, and methods may draw otherwise.
 
     Attributes:
         setting: with the model's key, if only the folder knows it.
