@@ -4,11 +4,11 @@
 #
 #   npm pack @iconify-json/noto@1.2.9
 #   bash benchmarks/emoji.sh bench         # 8 minutes: speed and memory of a few methods, fp32
-#   bash benchmarks/emoji.sh compiled      # the same, its transformer blocks compiled (needs a C++ compiler)
+#   bash benchmarks/emoji.sh compiled      # 12 minutes: the same, its transformer blocks compiled (needs a C++ compiler)
 #   bash benchmarks/emoji.sh eval          # 12 minutes with AMX: their quality on 64 captions, and how long that took
 #   bash benchmarks/emoji.sh reference iconify-json-noto-1.2.9.tgz   # a minute: scenes that FD compares with, for all below
 #   bash benchmarks/emoji.sh quality       # 9 hours with AMX: every method, its time, and its quality on 1,008 captions
-#   bash benchmarks/emoji.sh peers         # 15 minutes: public peers, pip install 'regrow[peers]'
+#   bash benchmarks/emoji.sh peers         # 10 minutes: public peers, pip install 'regrow[peers]'
 #   bash benchmarks/emoji.sh ablations     # an hour: the papers' ablations
 #   bash benchmarks/emoji.sh trace         # 3 minutes: a look inside generations
 #
