@@ -278,11 +278,12 @@ def origin(machine: Mapping[str, Any]) -> str:
 def origins(quality: Mapping[str, Any]) -> dict[str, list[str]]:
     """The variants whose pictures were compared on a machine on a day, by `origin`.
 
-    One of which some pictures were made by other code, and not compared with those of this, is marked.
+    One of which some pictures were made by other code or elsewhere, and not compared with those of this,
+    is marked.
     """
     found: dict[str, list[str]] = {}
     for row in quality["rows"]:
-        mark = " (made by other code)" if row["of_other_code"] else ""
+        mark = " (some made by other code or elsewhere)" if row["made_otherwise"] else ""
         found.setdefault(origin(row["machine"]), []).append(f"`{row['name']}`{mark}")
     return found
 
@@ -357,8 +358,8 @@ def together(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> di
                 raise SystemExit(
                     f"--also: {row['name']} is not allowed, it must be one of {', '.join(order)}"
                 )
-            other_code = row["name"] in result["of_other_code"]
-            rows.setdefault(row["name"], {"machine": result["machine"], "of_other_code": other_code} | row)
+            otherwise = row["name"] in result["made_otherwise"]
+            rows.setdefault(row["name"], {"machine": result["machine"], "made_otherwise": otherwise} | row)
     found = sorted(rows.values(), key=lambda row: order.index(row["name"]))
     return {**here, "rows": found}
 
@@ -437,19 +438,25 @@ def measured(
     """The times of all variants, of one run, which is kept in a file.
 
     Raises:
-        SystemExit: if the baseline could not be timed, or the file's are of another number of pictures.
+        SystemExit: if the baseline could not be timed, or the file's are of another number of pictures or
+            rounds.
     """
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    if sorted(row["name"] for row in found["rows"]) != sorted(every):
+    there = sorted(row["name"] for row in found["rows"]) == sorted(every)
+    if not there:
         words = ["--images", str(args.images), "--rounds", str(args.rounds), "--out", str(file)]
         subprocess.run([regrow, "bench", *common, *words, "--methods", ",".join(every)], check=True)
         found = json.loads(file.read_text())
-    if found["images"] != args.images:
-        raise SystemExit(f"--images: {args.images} is not allowed, {file} has times of {found['images']}")
+    for name in ("images", "rounds"):
+        asked, kept = getattr(args, name), found.get(name)
+        if kept != asked:
+            raise SystemExit(f"--{name}: {asked} is not allowed, {file} has times of {kept}")
     first = found["rows"][0]
     if first["error"] is not None:
         file.unlink()
         raise SystemExit(f"{first['name']} could not be timed: {first['error']}")
+    if there:
+        print(f"times are those of {file}: {origin(found['machine'])}", file=sys.stderr)
     return found
 
 
@@ -509,6 +516,8 @@ def main() -> None:
     gains = gains_table(quality)
     lines += ["", *gains] if gains else []
     lines += ["", f"Times: {origin(timed)}."]
+    failed = [row for row in result["speed"]["rows"] if row["error"] is not None]
+    lines += [f"Not timed: `{row['name']}`, {row['error']}." for row in failed]
     lines += [f"Pictures of {', '.join(names)}: {where}." for where, names in origins(quality).items()]
     args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -168,14 +168,13 @@ def test_gains_have_their_errors() -> None:
 def result_of(processor: str, *rows: tuple[str, float], **changes: Any) -> dict[str, Any]:
     machine = {"gpu": None, "processor": processor, "date": "2026-11-23", "code": "abc"}
     found = [{"name": name, "fd": fd} for name, fd in rows]
-    return (
-        dict.fromkeys(quality.ALIKE, 1) | {"machine": machine, "of_other_code": [], "rows": found} | changes
-    )
+    own = {"machine": machine, "made_otherwise": [], "rows": found}
+    return dict.fromkeys(quality.ALIKE, 1) | own | changes
 
 
 def test_figures_of_several_days_stand_in_one_table() -> None:
     first = result_of("A", ("steps:50", 1.0), ("dato:3", 1.0))
-    second = result_of("B", ("dato:3", 2.0), ("steps:25", 2.0), of_other_code=["steps:25"])
+    second = result_of("B", ("dato:3", 2.0), ("steps:25", 2.0), made_otherwise=["steps:25"])
     both = quality.together(first, [second])
     assert [(row["name"], row["fd"]) for row in both["rows"]] == [
         ("steps:50", 1.0),
@@ -184,7 +183,7 @@ def test_figures_of_several_days_stand_in_one_table() -> None:
     ], "in the order of the curves; what both have is the first one's"
     origins = {
         "A, 2026-11-23, code abc": ["`steps:50`", "`dato:3`"],
-        "B, 2026-11-23, code abc": ["`steps:25` (made by other code)"],
+        "B, 2026-11-23, code abc": ["`steps:25` (some made by other code or elsewhere)"],
     }
     assert quality.origins(both) == origins
     again = quality.together(result_of("C", ("sito:a", 3.0)), [both])
@@ -280,13 +279,43 @@ def test_what_is_missing_is_said_before_anything_is_timed(
         quality.run(quality.parse_arguments())
 
 
-def test_kept_times_of_another_number_of_pictures_are_refused(
+def test_kept_times_of_another_number_of_pictures_or_rounds_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     every = [spec for specs in METHODS["unet"].values() for spec in specs]
     rows = [{"name": name, "error": None} for name in every]
-    (tmp_path / "speed.json").write_text(json.dumps({"images": 2, "rows": rows}))
+    (tmp_path / "speed.json").write_text(json.dumps({"images": 2, "rounds": 3, "rows": rows}))
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("something ran"))
-    monkeypatch.setattr("sys.argv", ["quality.py", "--work", str(tmp_path), "--images", "3"])
-    with pytest.raises(SystemExit, match=r"--images: 3 is not allowed, .*speed\.json has times of 2"):
-        quality.run(quality.parse_arguments())
+    for words, said in (
+        (("--images", "3"), r"--images: 3 is not allowed, .*speed\.json has times of 2"),
+        (("--images", "2", "--rounds", "5"), r"--rounds: 5 is not allowed, .*speed\.json has times of 3"),
+    ):
+        monkeypatch.setattr("sys.argv", ["quality.py", "--work", str(tmp_path), *words])
+        with pytest.raises(SystemExit, match=said):
+            quality.run(quality.parse_arguments())
+
+
+def test_kept_times_say_where_they_are_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    machine = {"gpu": None, "processor": "A", "date": "2026-11-23", "code": "abc"}
+    speed = {"images": 4, "rounds": 3, "machine": machine, "rows": [{"name": "steps:50", "error": None}]}
+    file = tmp_path / "speed.json"
+    file.write_text(json.dumps(speed))
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("something ran"))
+    monkeypatch.setattr("sys.argv", ["quality.py"])
+    assert quality.measured("regrow", [], ["steps:50"], file, quality.parse_arguments()) == speed
+    assert "speed.json: A, 2026-11-23, code abc" in capsys.readouterr().err
+
+
+def test_the_table_names_what_could_not_be_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    committed = Path(quality.__file__).with_name("results") / "quality-cifar10.json"
+    result = json.loads(committed.read_text())
+    failed = next(row for row in result["speed"]["rows"] if row["name"] == "toca:5")
+    failed["error"] = "too large"
+    (tmp_path / "of.json").write_text(json.dumps(result))
+    monkeypatch.setattr("sys.argv", ["quality.py", "--table", "--out", str(tmp_path / "of")])
+    quality.main()
+    shown = (tmp_path / "of.md").read_text()
+    assert "Not timed: `toca:5`, too large." in shown
+    assert "| `toca:5` | 2.40x" not in shown

@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from regrow import zoo
 from regrow.cli import main
+from regrow.measure.sampling import make
 from regrow.methods.catalogue import SYSTEMS
 from regrow.schedule import Schedule
 
@@ -352,6 +354,43 @@ def test_the_model_of_photographs_is_profiled_by_its_name(
     assert run(monkeypatch, "profile", "--arch", "cifar10", "--method", "cat:0.3", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [kind["ratio"] for kind in found["kinds"]] == [0.0, pytest.approx(0.7, abs=0.01)]
+
+
+@pytest.mark.parametrize(
+    ("words", "bad"),
+    [
+        (("demo",), "letter.txt"),
+        (("trace", "--methods", "steps:2,steps:1", "--prompts", "1"), "letter.txt"),
+        (("generate", "--prompt", "owl"), "letter.txt/owl.png"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    bad: str,
+) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    monkeypatch.setattr("regrow.cli.generate._load", lambda *_: pytest.fail("loaded"))
+    assert run(monkeypatch, *words, "--out", str(tmp_path / bad)) == 2
+    assert f"--out: {tmp_path / bad}" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_generate_warms_up_before_it_compares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        steps.append(options["steps"])
+        return make(*arguments, **options)
+
+    monkeypatch.setattr("regrow.cli.generate.make", counted)
+    words = ("generate", "--prompt", "owl", "--method", "dato", "--preset", "b1", "--steps", "3")
+    words += ("--device", "cpu", "--out", str(tmp_path / "owl.png"))
+    for compare, expected in (((), [3]), (("--compare",), [2, 3, 3])):
+        steps.clear()
+        assert run(monkeypatch, *words, *compare) == 0
+        assert steps == expected
 
 
 def test_demo_leaves_a_picture_and_a_table(

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import pipelines
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from scipy.spatial.distance import cosine
@@ -317,24 +318,24 @@ def checked(pictures: Pictures, variants: Sequence[Variant]) -> list[str]:
 
 def coded(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> Pictures:
     """The pictures of a folder as other code opens it."""
-    monkeypatch.setattr("regrow.measure.evaluate.code_key", lambda: code)
+    monkeypatch.setattr("regrow.measure.evaluate.maker_key", lambda *_: code)
     return Pictures(folder, SETTING)
 
 
-def test_pictures_of_other_code_are_as_good_if_they_come_out_as_they_were(
+def test_pictures_made_otherwise_are_as_good_if_they_come_out_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, one = made(tmp_path), VARIANTS[2]
-    assert not any(map(mine.of_other_code, VARIANTS))
+    assert not any(map(mine.made_otherwise, VARIANTS))
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     later = coded(monkeypatch, tmp_path, "later")
-    assert [later.of_other_code(v) for v in VARIANTS] == [[0], [0], [0]]
+    assert [later.made_otherwise(v) for v in VARIANTS] == [[0], [0], [0]]
     assert checked(later, VARIANTS[1:]) == [v.name for v in VARIANTS[1:]]
-    assert [later.of_other_code(v) for v in VARIANTS] == [[0], [], []]
+    assert [later.made_otherwise(v) for v in VARIANTS] == [[0], [], []]
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
     # Known to each other, not to others.
-    assert not any(map(mine.of_other_code, VARIANTS[1:]))
-    assert coded(monkeypatch, tmp_path, "latest").of_other_code(one) == [0]
+    assert not any(map(mine.made_otherwise, VARIANTS[1:]))
+    assert coded(monkeypatch, tmp_path, "latest").made_otherwise(one) == [0]
 
 
 def test_pictures_of_several_codes_in_one_folder_are_all_told(
@@ -349,9 +350,9 @@ def test_pictures_of_several_codes_in_one_folder_are_all_told(
         shard = Shard(one, number, dict(SETTING.shards())[number])
         content = ShardMaker(SETTING, pipelines.sd())(shard)
         (tmp_path / "steps-2" / f"{number:06d}.safetensors").write_bytes(content)
-    assert pictures.of_other_code(one) == [0, 1]
+    assert pictures.made_otherwise(one) == [0, 1]
     assert checked(pictures, [one]) == ["steps:2"] * 2
-    assert pictures.of_other_code(one) == []
+    assert pictures.made_otherwise(one) == []
 
 
 @pytest.mark.parametrize("change", ["pixel", "size"])
@@ -365,19 +366,40 @@ def test_pictures_that_this_code_makes_otherwise_are_refused_and_stay(
         tensors["pictures"][0, 0, 0, 0] += 1
     else:
         tensors["pictures"] = tensors["pictures"][..., 1:].contiguous()
-    save_file(tensors, file, {"code": machine.code_key()})
+    save_file(tensors, file, {"maker": machine.maker_key("cpu", torch.get_num_threads())})
     later, before = coded(monkeypatch, tmp_path, "later"), file.read_bytes()
     with pytest.raises(ValueError, match=r"deepcache:2\+tome:0.5 makes other pictures .*, batch 0; remove"):
         checked(later, [one])
-    assert later.of_other_code(one) == [0]
+    assert later.made_otherwise(one) == [0]
     assert file.read_bytes() == before
 
 
-def test_pictures_that_do_not_say_what_made_them_are_of_other_code(tmp_path: Path) -> None:
+def test_pictures_of_another_machine_or_number_of_threads_are_made_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, one = made(tmp_path), VARIANTS[1]
+    threads = torch.get_num_threads()
+    assert not Pictures(tmp_path, SETTING, threads=threads).made_otherwise(one)
+    assert Pictures(tmp_path, SETTING, threads=threads + 1).made_otherwise(one) == [0]
+    for name in ("processor", "_cpuinfo"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                machine, name, lambda: "a processor with amx_bf16 and avx512_bf16, and one without"
+            )
+            assert Pictures(tmp_path, SETTING).made_otherwise(one) == [0]
+    assert not mine.made_otherwise(one)
+
+
+def test_pictures_of_a_gpu_name_it_and_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    assert machine.maker_key("cuda", 1) == machine.maker_key("cuda", 2) == f"{machine.code_key()} on H100"
+
+
+def test_pictures_that_do_not_say_what_made_them_are_made_otherwise(tmp_path: Path) -> None:
     mine = made(tmp_path)
     file = mine.folder_of(VARIANTS[1]) / "000001.safetensors"
     save_file(load_file(file), file)
-    assert [mine.of_other_code(one) for one in VARIANTS] == [[], [1], []]
+    assert [mine.made_otherwise(one) for one in VARIANTS] == [[], [1], []]
     assert not mine.missing(VARIANTS[1])
 
 
@@ -416,7 +438,7 @@ def test_a_folder_from_before_model_and_code_were_kept_is_gone_on_with(tmp_path:
         )
     later = Pictures(tmp_path, Setting(**(vars(SETTING) | {"model_key": "some"})))
     assert not any(map(later.missing, VARIANTS))
-    assert not any(map(later.of_other_code, VARIANTS))
+    assert not any(map(later.made_otherwise, VARIANTS))
 
 
 def test_what_a_check_refused_the_next_one_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,10 +447,10 @@ def test_what_a_check_refused_the_next_one_refuses(tmp_path: Path, monkeypatch: 
     file = folder / "000001.safetensors"
     pictures = load_file(file)
     pictures["pictures"][0, 0, 0, 0] += 1
-    save_file(pictures, file, {"code": "earlier"})
+    save_file(pictures, file, {"maker": "earlier"})
     later = coded(monkeypatch, tmp_path, "later")
     for _ in range(2):
-        assert later.of_other_code(one) == [0, 1]
+        assert later.made_otherwise(one) == [0, 1]
         with pytest.raises(ValueError, match=r"steps:2 makes other pictures .*, batch 1; remove"):
             checked(later, [one])
 
@@ -662,12 +684,32 @@ def test_the_command_goes_on_and_prints_what_it_writes(
     assert again["rows"][1]["sfd"] == pytest.approx(result["rows"][1]["sfd"], rel=1e-4)
 
     # Later code says that it did not make these, until it has looked.
-    monkeypatch.setattr("regrow.measure.evaluate.code_key", lambda: "later")
+    monkeypatch.setattr("regrow.measure.evaluate.maker_key", lambda *_: "later")
     for words, others in (((), ["steps:2", "dato:b1"]), (("--check-kept",), [])):
         assert command(monkeypatch, *SMALL, "--json", *out, *words) == 0
         seen = capsys.readouterr()
         assert ("made by other code" in seen.err) == bool(others)
-        assert json.loads(seen.out)["of_other_code"] == others
+        assert json.loads(seen.out)["made_otherwise"] == others
+
+
+def test_what_cannot_be_made_costs_no_look_at_the_reference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for i in range(4):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
+    (tmp_path / "classes.txt").write_text("cat\nship\nlion\n")
+    monkeypatch.setattr("regrow.cli.evaluate.of_pictures", lambda *_, **__: pytest.fail("looked at"))
+    common = ("--model", "cifar10", "--batch", "1", "--device", "cpu", "--reference", str(tmp_path))
+    for words, said in (
+        (("--methods", "steps:2,sito:d", "--prompts", "4"), "methods: sito:d can't"),
+        (
+            ("--methods", "steps:2", "--prompts", str(tmp_path / "classes.txt")),
+            "prompt: 'lion' is not allowed",
+        ),
+    ):
+        assert command(monkeypatch, *common, *words, "--out", str(tmp_path / "eval")) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "eval").exists()
 
 
 @pytest.mark.parametrize(("after", "shows"), [(0.0, True), (2.0, False)])
@@ -705,6 +747,10 @@ def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
         (("--scores", "nowhere.json"), "nowhere.json"),
         (("--features", "inception"), "pip install torch-fidelity"),
         (("--export", "tests"), "export: tests holds something else"),
+        (
+            ("--save-reference", "Makefile/x.safetensors", "--reference", "docs"),
+            "--save-reference: Makefile/x.safetensors can't be written",
+        ),
         (("--workers", "2"), "--workers, --address: they go with --engine ray"),
         (("--against", "steps:2"), "--against: 'steps:2' is not allowed, it must be two methods, a comma"),
         (("--against", "sito:b,steps:2"), "against: sito:b is not known; allowed are steps:"),

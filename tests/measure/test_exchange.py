@@ -54,6 +54,13 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, pictures: Pi
     assert check_export(tmp_path / "png", SETTING) == {"steps-4": "steps:4"}
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("mine")
+    for folder in (tmp_path / "letter.txt", tmp_path / "letter.txt" / "png"):
+        with pytest.raises(ValueError, match=r"export: .*letter\.txt"):
+            check_export(folder, SETTING)
+
+
 def test_scores_of_several_files_are_merged(tmp_path: Path) -> None:
     one, other = tmp_path / "one.json", tmp_path / "other.json"
     one.write_text('{"steps:4": {"ImageReward": 1}, "steps:2": {"ImageReward": 0.5}}')

@@ -572,6 +572,8 @@ def test_what_can_not_be_applied_is_refused_before_the_first_picture(pipe: Any) 
     bad = method(SiTo(ratio=0.5, max_downsample=1))
     with pytest.raises(ValueError, match="leaves no layer"):
         trace(pipelines.sdxl(), [plain(2), bad], PROMPTS, on_step=never)
+    with pytest.raises(ValueError, match="prompt: 'lion' is not allowed, it must be the number of a class"):
+        trace(transformer_pipelines.dit(), [plain(2), plain(1)], ["1", "lion"], batch=1, on_step=never)
     with (
         regrow.apply(pipe, SiTo(ratio=0.5)),
         pytest.raises(ValueError, match="pipeline: a method is applied"),

@@ -73,7 +73,14 @@ def test_a_folder_goes_before_a_bundled_model_of_its_name(tmp_path, monkeypatch)
     assert zoo.guidance_of("a/model") is zoo.guidance_of(None) is None
     monkeypatch.chdir(tmp_path)
     (tmp_path / "emoji").mkdir()
+    # What a command with --out emoji leaves.
+    (tmp_path / "emoji" / "setting.json").write_text("{}")
+    assert zoo.bundles("emoji")
+    assert zoo.from_anywhere("emoji") == "emoji"
+    (tmp_path / "emoji" / "model_index.json").write_text("{}")
     assert not zoo.bundles("emoji")
+    assert zoo.from_anywhere("emoji") == str(tmp_path / "emoji")
+    assert zoo.from_anywhere("a/model") == "a/model"
     assert zoo.guidance_of("emoji") is None
     assert zoo.bundles("cifar10")
 

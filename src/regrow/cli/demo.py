@@ -17,6 +17,7 @@ from regrow.apply import apply
 from regrow.cli.generate import load_pipeline
 from regrow.measure import contact_sheet, feature_distances, mean_psnr
 from regrow.measure.features import MissingWeightsError
+from regrow.measure.keep import check_writable
 from regrow.measure.machine import machine
 from regrow.measure.sampling import Pictures, make
 from regrow.methods import DaTo, SiTo
@@ -54,6 +55,7 @@ class Row:
 
 def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
     """Generate the pictures, save ``demo.png`` and ``demo.json`` in ``out``, print the table."""
+    check_writable("--out", out, folder=True)
     console = Console(stderr=True)
     with console.status("loading the bundled model"):
         pipeline = load_pipeline("emoji", "cpu", torch.float32)

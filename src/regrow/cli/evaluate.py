@@ -32,10 +32,11 @@ from regrow.measure.evaluate import (
 )
 from regrow.measure.exchange import Scores, check_export, export, read_scores
 from regrow.measure.extractors import Extractor, Labels, Network, extractor
-from regrow.measure.keep import write_whole
+from regrow.measure.keep import check_writable, write_whole
 from regrow.measure.machine import machine, model_key, text_key
 from regrow.measure.prompts import PromptSet, fetch, named, read_prompts
 from regrow.measure.reference import Reference, load, of_pictures, pictures_in
+from regrow.measure.sampling import check_prompts
 from regrow.measure.variants import Variant
 
 
@@ -83,6 +84,8 @@ def run_eval(request: Request, as_json: bool) -> None:
         raise ValueError(
             f"--save-reference: {request.save_reference} is not allowed, it must end in .safetensors"
         )
+    if request.save_reference is not None:
+        check_writable("--save-reference", request.save_reference)
     check_against(variants, request.against)
     if not request.out.exists():
         # Pictures that are there need no model.
@@ -116,10 +119,11 @@ def run_eval(request: Request, as_json: bool) -> None:
     true_pictures = pictures_in(request.reference) if request.reference and reference is None else []
     with console.status("loading the CLIP model"):
         clip = None if request.clip is None else ClipScore(request.clip, device)
-    pictures = Pictures(request.out, setting, torch.device(device).type)
-    if true_pictures:
-        reference = _reference(request, true_pictures, seer, console)
+    pictures = Pictures(request.out, setting, torch.device(device).type, request.where.threads)
     _make(request, pictures, variants, device, console)
+    if true_pictures:
+        # After the pictures, which are kept: what refuses to be made must not cost a look at all of these.
+        reference = _reference(request, true_pictures, seer, console)
     shards = len(variants) * len(list(setting.shards()))
     with patient(console, "comparing", shards) as advance:
         rows = compare(pictures, variants, seer, reference, clip, request.against, on_shard=advance)
@@ -148,7 +152,7 @@ def run_eval(request: Request, as_json: bool) -> None:
         "engine": request.where.engine.value,
         "workers": request.where.workers,
         "machine": machine(device),
-        "of_other_code": [one.name for one in variants if pictures.of_other_code(one)],
+        "made_otherwise": [one.name for one in variants if pictures.made_otherwise(one)],
         "rows": [row.to_dict() | {"scores": scores[row.name]} for row in rows],
     }
     text = json.dumps(result, indent=1)
@@ -233,24 +237,21 @@ def _make(
     request: Request, pictures: Pictures, variants: Sequence[Variant], device: str, console: Console
 ) -> None:
     """Make what is missing; the model is loaded only if something is."""
-    others = [one for one in variants if pictures.of_other_code(one)]
+    others = [one for one in variants if pictures.made_otherwise(one)]
     if others and not request.check_kept:
         names = ", ".join(one.name for one in others)
         console.print(
-            f"made by other code, or on other packages: pictures of {names} in {pictures.folder}. "
-            "--check-kept makes a batch of each again and compares.",
+            "made by other code or packages, or on another processor or number of threads: pictures of "
+            f"{names} in {pictures.folder}. --check-kept makes a batch of each again and compares.",
             style="yellow",
             markup=False,
         )
     check = others if request.check_kept else []
-    jobs = sum(len(pictures.of_other_code(one)) for one in check)
+    jobs = sum(len(pictures.made_otherwise(one)) for one in check)
     jobs += sum(len(pictures.missing(one)) for one in variants)
     if not jobs:
         return
-    setting = pictures.setting
-    if Path(setting.model).exists():
-        # Processes of a cluster are in other folders.
-        setting = replace(setting, model=str(Path(setting.model).resolve()))
+    setting = replace(pictures.setting, model=zoo.from_anywhere(pictures.setting.model))
     asked = [one for one in variants if one in check or pictures.missing(one)]
     maker = partial(_maker, setting, device, asked)
     with request.where.open(maker, device) as workers, _bar(console) as progress:
@@ -268,6 +269,7 @@ def _maker(setting: Setting, device: str, variants: Sequence[Variant]) -> ShardM
     pipeline = load_pipeline(setting.model, device, getattr(torch, setting.dtype), setting.scheduler)
     for one in variants:
         one.check(pipeline)
+    check_prompts(pipeline, setting.prompts)
     return ShardMaker(setting, pipeline)
 
 

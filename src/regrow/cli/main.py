@@ -429,7 +429,8 @@ def evaluate(
         "eval"
     ),
     check_kept: Annotated[
-        bool, typer.Option("--check-kept", help="Make some pictures of other code again, and compare.")
+        bool,
+        typer.Option("--check-kept", help="Make some of other code or machines again and compare."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -72,9 +72,8 @@ class Request:
     def opening(self, device: str) -> Callable[[], Any]:
         """What opens the pipeline, here or in a worker, which has a working directory of its own."""
         s = self.settings
-        model = str(Path(s.model).resolve()) if Path(s.model).exists() else s.model
         dtype = getattr(torch, s.dtype)
-        return self.opened or partial(load_pipeline, model, device, dtype, s.scheduler)
+        return self.opened or partial(load_pipeline, zoo.from_anywhere(s.model), device, dtype, s.scheduler)
 
 
 @dataclass(frozen=True)

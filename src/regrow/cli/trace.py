@@ -16,6 +16,7 @@ from rich.table import Table
 from regrow import zoo
 from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.cli.trace_plots import draw
+from regrow.measure.keep import check_writable
 from regrow.measure.machine import machine, model_key
 from regrow.measure.plotting import check_matplotlib
 from regrow.measure.trace import Trace, trace
@@ -47,6 +48,7 @@ def run_trace(request: Request, as_json: bool) -> None:
     """Look, save ``trace.json`` and the plots, and print a table."""
     variants = [variant(spec.strip(), request.steps) for spec in request.methods]
     prompts = request.prompts
+    check_writable("--out", request.out, folder=True)
     if request.plots:
         # Missing before the pictures are made, not after it.
         check_matplotlib()

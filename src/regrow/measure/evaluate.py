@@ -22,7 +22,7 @@ from regrow.measure.clip import ClipScore
 from regrow.measure.extractors import Extractor, Features
 from regrow.measure.images import to_tensor
 from regrow.measure.keep import check_writable, digest, kept, write_whole
-from regrow.measure.machine import code_key
+from regrow.measure.machine import maker_key
 from regrow.measure.quality import (
     FeatureSet,
     frechet_distance,
@@ -100,11 +100,12 @@ class ShardMaker:
 
     def __init__(self, setting: Setting, pipeline: Any) -> None:
         # At once: files may change while pictures are made.
-        self.setting, self.pipeline, self.code = setting, pipeline, code_key()
+        self.setting, self.pipeline = setting, pipeline
+        self.maker = maker_key(pipeline.device, torch.get_num_threads())
 
     def __call__(self, shard: Shard) -> bytes:
         """The content of the shard's file: its pictures, uint8 ``(B, 3, H, W)``, and seconds, ``(1,)``; as
-        metadata `code_key` of what made them."""
+        metadata `maker_key` of what made them."""
         s = self.setting
         try:
             # Anew for each shard: what a method keeps must not pass from one to the next.
@@ -125,7 +126,7 @@ class ShardMaker:
             ) from error
         pictures = torch.stack([to_tensor(image) for image in made.images])
         tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}
-        return save(tensors, metadata={"code": self.code})
+        return save(tensors, metadata={"maker": self.maker})
 
 
 class Pictures:
@@ -137,22 +138,25 @@ class Pictures:
         setting: what the pictures are made of.
         device: the kind that makes what is missing, such as ``cuda``. Pictures of another one can be
             compared, but not gone on with: they are rounded otherwise, and methods may draw otherwise.
+        threads: with which what is missing is made; this process's if None.
 
     Attributes:
         setting: with the model's key, if only the folder knows it.
-        code: `code_key` of this process.
 
     Raises:
         ValueError: if the folder belongs to another setting or can't be written, the fewer prompts end
             within a shard, or there is nothing to make.
     """
 
-    def __init__(self, folder: Path, setting: Setting, device: str = "cpu") -> None:
+    def __init__(
+        self, folder: Path, setting: Setting, device: str = "cpu", threads: int | None = None
+    ) -> None:
         for name, value in (("prompts", len(setting.prompts)), ("shard", setting.shard)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
         check_writable("out", folder, folder=True)
-        self.folder, self.code, self.device = folder, code_key(), device
+        self.folder, self.device = folder, device
+        self._threads = threads or torch.get_num_threads()
         made_on = device
         file = folder / "setting.json"
         now = json.loads(json.dumps(asdict(setting)))
@@ -179,6 +183,11 @@ class Pictures:
         self._described = now | {"device": made_on}
         self.setting = replace(setting, model_key=now["model_key"])
 
+    @cached_property
+    def maker(self) -> str:
+        """`maker_key` of what makes what is missing."""
+        return maker_key(self.device, self._threads)
+
     def missing(self, one: Variant) -> list[tuple[int, tuple[str, ...]]]:
         """The shards of a variant that are not made yet.
 
@@ -195,23 +204,24 @@ class Pictures:
             )
         return found
 
-    def of_other_code(self, one: Variant) -> list[int]:
-        """The first shard of each other code, or set of packages, that made pictures of a variant.
+    def made_otherwise(self, one: Variant) -> list[int]:
+        """The first shard of each other code, set of packages, processor or number of threads that made
+        pictures of a variant.
 
-        Code that is known from `check` to make the same ones is no other.
+        What is known from `check` to make the same ones is no other.
 
         Raises:
             ValueError: if the folder holds pictures of another configuration under this name.
         """
         alike = self._alike(one)
-        known = alike if self.code in alike else [self.code]
+        known = alike if self.maker in alike else [self.maker]
         first: dict[str, int] = {}
         for number, _ in self.setting.shards():
             file = self._file(one, number)
             if file.exists():
                 with safe_open(file, "pt") as opened:
-                    first.setdefault((opened.metadata() or {}).get("code", ""), number)
-        return [number for code, number in first.items() if code not in known]
+                    first.setdefault(_maker_in(opened.metadata() or {}), number)
+        return [number for maker, number in first.items() if maker not in known]
 
     def check(
         self,
@@ -219,7 +229,7 @@ class Pictures:
         variants: Sequence[Variant],
         on_shard: Callable[[Variant], None],
     ) -> None:
-        """Make the shards of `of_other_code` again; code whose pictures come out as they were is no other.
+        """Make the shards of `made_otherwise` again; makers of those that come out as before are no others.
 
         Args:
             workers: of `ShardMaker` with this setting.
@@ -231,7 +241,7 @@ class Pictures:
                 under a variant's name.
         """
         prompts = dict(self.setting.shards())
-        jobs = [Shard(one, n, prompts[n]) for one in variants for n in self.of_other_code(one)]
+        jobs = [Shard(one, n, prompts[n]) for one in variants for n in self.made_otherwise(one)]
         alike: dict[str, set[str]] = {one.name: set() for one in variants}
         for index, content in workers.run(jobs):
             alike[jobs[index].variant.name] |= self._same(jobs[index], content)
@@ -299,7 +309,7 @@ class Pictures:
         return self.folder_of(one) / f"{number:06d}.safetensors"
 
     def _alike(self, one: Variant) -> list[str]:
-        """The code that is known to make the same pictures of a variant."""
+        """The makers that are known to make the same pictures of a variant."""
         file = self.folder_of(one) / "variant.json"
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else self._of(one)
         alike: list[str] = before.pop("alike", [])
@@ -314,7 +324,7 @@ class Pictures:
         return json.loads(json.dumps({"name": one.name, "steps": one.steps, "config": one.settings()}))
 
     def _keep(self, one: Variant, *alike: str) -> None:
-        """Write setting and configuration beside a variant's pictures, and code that makes the same."""
+        """Write setting and configuration beside a variant's pictures, and makers that make the same."""
         said = self._of(one) | {"alike": sorted({*self._alike(one), *alike})}
         folder = self.folder_of(one)
         folder.mkdir(parents=True, exist_ok=True)
@@ -327,7 +337,7 @@ class Pictures:
                 write_whole(file, partial(Path.write_text, data=text, encoding="utf-8"))
 
     def _same(self, job: Shard, content: bytes) -> set[str]:
-        """The code that made a kept shard, and this content of it, if both have equal pictures."""
+        """The makers of a kept shard, and of this content of it, if both have equal pictures."""
         file = self._file(job.variant, job.number)
         kept, made = file.read_bytes(), content
         if not torch.equal(load(kept)["pictures"], load(made)["pictures"]):
@@ -335,14 +345,19 @@ class Pictures:
                 f"methods: {job.variant.name} makes other pictures here and now than those in "
                 f"{file.parent}, batch {job.number}; remove them or use another folder"
             )
-        return {_code_of(kept), _code_of(made)}
+        return {_maker_of(kept), _maker_of(made)}
 
 
-def _code_of(shard: bytes) -> str:
-    """`code_key` of what made the content of a shard's file; empty if it does not say."""
+def _maker_of(shard: bytes) -> str:
+    """`_maker_in` of the content of a shard's file."""
     # Safetensors begin with the size of a head in JSON.
     size = int.from_bytes(shard[:8], "little")
-    return json.loads(shard[8 : 8 + size]).get("__metadata__", {}).get("code", "")
+    return _maker_in(json.loads(shard[8 : 8 + size]).get("__metadata__", {}))
+
+
+def _maker_in(metadata: Mapping[str, str]) -> str:
+    """`maker_key` of what made a shard, of older ones `code_key`; empty if it does not say."""
+    return metadata.get("maker", metadata.get("code", ""))
 
 
 @dataclass(frozen=True)

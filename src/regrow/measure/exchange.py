@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from regrow.measure.evaluate import Pictures, Setting
-from regrow.measure.keep import write_whole
+from regrow.measure.keep import check_writable, write_whole
 from regrow.measure.variants import Variant
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -25,8 +25,10 @@ def check_export(folder: Path, setting: Setting) -> dict[str, str]:
     """The variants that a folder already holds, by their subfolders.
 
     Raises:
-        ValueError: if the folder holds anything but an export of this setting's pictures.
+        ValueError: if the folder can't be written, or holds anything but an export of this setting's
+            pictures.
     """
+    check_writable("export", folder, folder=True)
     if not folder.exists() or not any(folder.iterdir()):
         return {}
     file = folder / _LIST

@@ -38,6 +38,20 @@ def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAG
     }
 
 
+def maker_key(device: torch.device | str, threads: int) -> str:
+    """What the last bits of pictures depend on, apart from what is asked for: `code_key` and where it runs.
+
+    Args:
+        device: that computes.
+        threads: of a processor; a GPU's pictures do not depend on them.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return f"{code_key()} on {torch.cuda.get_device_name(device)}"
+    bf16 = [name for name in ("avx512_bf16", "amx_bf16") if name in _cpuinfo()]
+    return f"{code_key()} on {device.type}: {' '.join([processor(), *bf16])}, threads: {threads}"
+
+
 @cache
 def code_key() -> str:
     """A few characters that change with regrow's files, but not its models, and with `PACKAGES`."""

@@ -170,6 +170,16 @@ def prompt_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
     return random_text(pipeline, len(prompts))
 
 
+def check_prompts(pipeline: Any, prompts: Sequence[str]) -> None:
+    """Look whether a pipeline takes all prompts.
+
+    Raises:
+        ValueError: if one is no class where one is needed.
+    """
+    if takes_classes(pipeline):
+        prompt_arguments(pipeline, prompts)
+
+
 def takes_classes(pipeline: Any) -> bool:
     """Whether a pipeline makes pictures of classes, not of texts."""
     return "class_labels" in inspect.signature(pipeline.__call__).parameters

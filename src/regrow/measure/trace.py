@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from regrow.apply import apply
 from regrow.hooks import is_hooked
 from regrow.measure.computed import ComputedCounter
-from regrow.measure.sampling import make
+from regrow.measure.sampling import check_prompts, make
 from regrow.measure.variants import Variant
 from regrow.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
 from regrow.models import denoiser_of, layout_of
@@ -190,8 +190,8 @@ def trace(
 
     Raises:
         ValueError: if there is nothing to compare, the first variant is a method, a method is applied to
-            the pipeline already, a module is not there or does not return tokens, or a variant can't be
-            applied.
+            the pipeline already, a module is not there or does not return tokens, a prompt is no class
+            where one is needed, or a variant can't be applied.
         UnsupportedModelError: if regrow has no table for the model.
     """
     for name, value, least in (
@@ -211,8 +211,9 @@ def trace(
     if is_hooked(denoiser):
         raise ValueError("pipeline: a method is applied to it already; call its run's remove() first")
     places = _chosen(denoiser, modules) if modules else _default_places(denoiser)
+    # Refused before any picture is made.
+    check_prompts(pipeline, prompts)
     for one in others:
-        # Refused before any picture is made.
         one.check(pipeline)
     parts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     looks: list[list[_Look]] = [[] for _ in variants]

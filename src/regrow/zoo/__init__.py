@@ -18,8 +18,13 @@ GUIDANCE = {"emoji": 3.0, "cifar10": 2.0}
 
 
 def bundles(model: str | None) -> bool:
-    """Whether a model is meant that comes with the package: by its name, and no folder is called so."""
-    return model in MODELS and not Path(model).exists()
+    """Whether a model of the package is meant: by its name, where no folder of that name holds another."""
+    return model in MODELS and not (Path(model) / "model_index.json").is_file()
+
+
+def from_anywhere(model: str) -> str:
+    """A model as processes with other working directories find it: a folder by its absolute path."""
+    return model if bundles(model) or not Path(model).exists() else str(Path(model).resolve())
 
 
 def guidance_of(model: str | None, guidance: float | None = None) -> float | None:
