@@ -11,6 +11,7 @@
 #   bash benchmarks/emoji.sh peers         # 10 minutes: public peers, pip install 'regrow[peers]'
 #   bash benchmarks/emoji.sh ablations     # an hour: the papers' ablations
 #   bash benchmarks/emoji.sh trace         # 3 minutes: a look inside generations
+#   bash benchmarks/emoji.sh check iconify-json-noto-1.2.9.tgz       # half an hour: the model itself, for its card
 #
 # Pictures that are killed go on when the stage is called again; times and traces begin anew. quality takes further
 # options of benchmarks/quality.py: with --times R --also R --only steps:50,sito:d, where R is
@@ -20,7 +21,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin} results=benchmarks/results
 few=steps:50,steps:25,sito:d,dato:b1,dato:fast,deepcache:5,tome:0.5
-stages="bench, compiled, eval, reference, quality, peers, ablations, trace"
+stages="bench, compiled, eval, reference, quality, peers, ablations, trace, check"
 
 case ${1:?one of $stages} in
 bench)
@@ -61,6 +62,13 @@ ablations)
 trace)
     "$bin/regrow" trace --model emoji --prompts 4 --device cpu --out "$results/trace-emoji" \
         --methods steps:50,steps:25,sito:d,dato:b1,dato:emoji-fast,deepcache:5
+    ;;
+check)
+    "$bin/python" tools/check_scenes.py --data "${2:?tarball}" --model src/regrow/zoo/emoji --steps 20 --guidance 3 --bf16 \
+        --json "$results/scenes-bar.json"
+    "$bin/regrow" eval --model emoji --methods steps:50,steps:25,steps:16,steps:10,steps:5 --prompts 64 --dtype bfloat16 \
+        --device cpu --reference work/decoded --out work/scenes-steps
+    cp work/scenes-steps/result.json "$results/scenes-steps.json"
     ;;
 *)
     echo "stage: $1 is not allowed, it must be one of $stages" >&2

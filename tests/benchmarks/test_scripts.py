@@ -33,6 +33,7 @@ EMOJI_STAGES = {
     "peers": ["python benchmarks/peers_table.py"],
     "ablations": ["regrow eval"] * (len(ABLATIONS) - 1),
     "trace": ["regrow trace"],
+    "check": ["python tools/check_scenes.py", "regrow eval"],
 }
 """And what they call; of the ablations all but that of CAT Pruning, which is for transformers."""
 
@@ -138,10 +139,10 @@ def check(monkeypatch: pytest.MonkeyPatch, call: list[str]) -> None:
 def test_a_stage_on_the_bundled_model_calls_what_takes_its_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    kept = tmp_path / "work" / "quality" / "pictures"
-    kept.mkdir(parents=True)
-    (kept / "result.json").touch()
-    words = ["noto.tgz"] if stage == "reference" else []
+    for kept in ("quality/pictures", "scenes-steps"):
+        (tmp_path / "work" / kept).mkdir(parents=True)
+        (tmp_path / "work" / kept / "result.json").touch()
+    words = ["noto.tgz"] if stage in ("reference", "check") else []
     calls, ended = run_script(tmp_path, "emoji.sh", ["python", "regrow"], stage, *words)
     assert ended.returncode == 0, ended.stderr
     assert [" ".join(call[:2]) for call in calls] == EMOJI_STAGES[stage]
