@@ -1,9 +1,9 @@
-"""MACs that the README names, by `regrow profile`: no weights, a minute or two.
+"""MACs that README and docs name, by `regrow profile`: no weights, a minute or two.
 
     python benchmarks/profiles.py
 
-writes profile-cat.json (CAT Pruning and AT-EDM, as the former's paper counts) and profile-plain.json, which
-has the plain calls and DaTo, into benchmarks/results/.
+writes into benchmarks/results/ profile-cat.json (CAT Pruning and AT-EDM, as the former's paper counts),
+profile-plain.json, which has the plain calls and DaTo, and profile-sito.json (where SiTo prunes).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.progress import track
 
+from regrow.cli.ablations import alternatives
 from regrow.measure.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +43,12 @@ PROFILES = {
         *(f"--arch sd15 --method dato --preset b1 --ratio {ratio}" for ratio in (0, 0.3, 0.5, 0.7)),
         "--arch sd15 --method dato --preset fast",
         "--arch emoji --method dato --preset b1 --ratio 0.5",
+    ],
+    "profile-sito": [
+        f"--arch emoji --method {spec}"
+        for ablation in ("where", "levels")
+        for group in alternatives(ablation)
+        for spec in group
     ],
 }
 

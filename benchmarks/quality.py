@@ -448,7 +448,9 @@ def measured(
         subprocess.run([regrow, "bench", *common, *words, "--methods", ",".join(every)], check=True)
         found = json.loads(file.read_text())
     for name in ("images", "rounds"):
-        asked, kept = getattr(args, name), found.get(name)
+        asked = getattr(args, name)
+        # Older files do not say their rounds.
+        kept = found.get(name, asked)
         if kept != asked:
             raise SystemExit(f"--{name}: {asked} is not allowed, {file} has times of {kept}")
     first = found["rows"][0]

@@ -381,13 +381,30 @@ def test_pictures_of_another_machine_or_number_of_threads_are_made_otherwise(
     threads = torch.get_num_threads()
     assert not Pictures(tmp_path, SETTING, threads=threads).made_otherwise(one)
     assert Pictures(tmp_path, SETTING, threads=threads + 1).made_otherwise(one) == [0]
-    for name in ("processor", "_cpuinfo"):
+    keys = set()
+    for seen in ("model name : A", "model name : B", "model name : A\nflags : amx_bf16 avx512_bf16"):
         with monkeypatch.context() as patch:
-            patch.setattr(
-                machine, name, lambda: "a processor with amx_bf16 and avx512_bf16, and one without"
-            )
-            assert Pictures(tmp_path, SETTING).made_otherwise(one) == [0]
+            patch.setattr(machine, "_cpuinfo", lambda seen=seen: seen)
+            elsewhere = Pictures(tmp_path, SETTING)
+            assert elsewhere.made_otherwise(one) == [0]
+            keys.add(elsewhere.maker)
+    assert len(keys) == 3
     assert not mine.made_otherwise(one)
+
+
+def test_workers_on_other_machines_settle_what_they_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = VARIANTS[1]
+    with monkeypatch.context() as patch:
+        patch.setattr("regrow.measure.evaluate.maker_key", lambda *_: "a node")
+        made(tmp_path)
+        worker = ShardMaker(SETTING, pipelines.sd())
+    here = Pictures(tmp_path, SETTING)
+    assert here.made_otherwise(one) == [0]
+    with LocalWorkers(lambda: worker) as workers:
+        here.check(workers, [one], lambda _: None)
+    assert not here.made_otherwise(one)
 
 
 def test_pictures_of_a_gpu_name_it_and_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +416,11 @@ def test_pictures_that_do_not_say_what_made_them_are_made_otherwise(tmp_path: Pa
     mine = made(tmp_path)
     file = mine.folder_of(VARIANTS[1]) / "000001.safetensors"
     save_file(load_file(file), file)
-    assert [mine.made_otherwise(one) for one in VARIANTS] == [[], [1], []]
+    # Older ones say the code alone.
+    for number, code in ((1, "earlier"), (2, "later")):
+        older = mine.folder_of(VARIANTS[2]) / f"{number:06d}.safetensors"
+        save_file(load_file(older), older, {"code": code})
+    assert [mine.made_otherwise(one) for one in VARIANTS] == [[], [1], [1, 2]]
     assert not mine.missing(VARIANTS[1])
 
 

@@ -119,7 +119,7 @@ def run_eval(request: Request, as_json: bool) -> None:
     true_pictures = pictures_in(request.reference) if request.reference and reference is None else []
     with console.status("loading the CLIP model"):
         clip = None if request.clip is None else ClipScore(request.clip, device)
-    pictures = Pictures(request.out, setting, torch.device(device).type, request.where.threads)
+    pictures = Pictures(request.out, setting, device, request.where.threads)
     _make(request, pictures, variants, device, console)
     if true_pictures:
         # After the pictures, which are kept: what refuses to be made must not cost a look at all of these.

@@ -136,8 +136,8 @@ class Pictures:
         folder: made with the first pictures; that of an earlier run with the same setting is gone on with.
             The prompts may be more or fewer than then if one list begins the other with whole shards.
         setting: what the pictures are made of.
-        device: the kind that makes what is missing, such as ``cuda``. Pictures of another one can be
-            compared, but not gone on with: they are rounded otherwise, and methods may draw otherwise.
+        device: that makes what is missing. Pictures of another kind of device can be compared, but not
+            gone on with: they are rounded otherwise, and methods may draw otherwise.
         threads: with which what is missing is made; this process's if None.
 
     Attributes:
@@ -155,15 +155,15 @@ class Pictures:
             if value < 1:
                 raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
         check_writable("out", folder, folder=True)
-        self.folder, self.device = folder, device
+        self.folder, self.device = folder, torch.device(device)
         self._threads = threads or torch.get_num_threads()
-        made_on = device
+        made_on = self.device.type
         file = folder / "setting.json"
         now = json.loads(json.dumps(asdict(setting)))
         if file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
             # Not there in older folders.
-            made_on = before.pop("device", device)
+            made_on = before.pop("device", made_on)
             shorter, longer = sorted((before["prompts"], now["prompts"]), key=len)
             if longer[: len(shorter)] == shorter:
                 before["prompts"] = now["prompts"] = longer
@@ -197,10 +197,10 @@ class Pictures:
         """
         self._alike(one)
         found = [(n, prompts) for n, prompts in self.setting.shards() if not self._file(one, n).exists()]
-        if found and self.device != self._described["device"]:
+        if found and self.device.type != self._described["device"]:
             raise ValueError(
-                f"device: {self.device} is not allowed for what is missing of {one.name}, the pictures in "
-                f"{self.folder} were made on {self._described['device']}; use another folder"
+                f"device: {self.device.type} is not allowed for what is missing of {one.name}, the "
+                f"pictures in {self.folder} were made on {self._described['device']}; use another folder"
             )
         return found
 
@@ -248,7 +248,9 @@ class Pictures:
             on_shard(jobs[index].variant)
         # Not before all were equal: the next check must find what this one found.
         for one in variants:
-            self._keep(one, *alike[one.name])
+            if alike[one.name]:
+                # Workers may be on other machines than this process.
+                self._keep(one, self.maker, *alike[one.name])
 
     def make(self, pipeline: Any, one: Variant, on_shard: Callable[[], None] = lambda: None) -> None:
         """Make what is missing of a variant in this process.

@@ -43,7 +43,7 @@ def maker_key(device: torch.device | str, threads: int) -> str:
 
     Args:
         device: that computes.
-        threads: of a processor; a GPU's pictures do not depend on them.
+        threads: of a processor; pictures of CUDA do not depend on them.
     """
     device = torch.device(device)
     if device.type == "cuda":
