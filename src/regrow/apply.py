@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,9 +11,9 @@ from torch import nn
 from regrow.clock import ManualClock, SchedulerClock
 from regrow.engine.call import Observer
 from regrow.engine.engine import Engine
-from regrow.hooks import Installed, is_hooked
+from regrow.installed import Installed, is_hooked
 from regrow.methods.parts import origin_of, parts_of
-from regrow.models import denoiser_of, layout_of
+from regrow.models import denoiser_of
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
 
@@ -115,8 +114,7 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     pipeline = None if target is denoiser else target
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
-    layout = layout_of(denoiser)
-    engine = Engine(denoiser, layout if keep_text else replace(layout, text={}), parts, None)
+    engine = Engine(denoiser, parts, keep_text=keep_text)
     _check_useful(engine, denoiser)
     engine.found = origin_of(config)
     for difference in _elsewhere(engine.found, denoiser, getattr(pipeline, "scheduler", scheduler)):
