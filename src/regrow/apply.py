@@ -142,6 +142,9 @@ def _elsewhere(found: Origin | None, denoiser: nn.Module, scheduler: Any) -> Ite
 
 def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     """Refuse what could only do nothing, warn of what is asked to do nothing."""
+    clash = engine.clash()
+    if clash:
+        raise ValueError(f"target: {clash}")
     pruning = engine.pruning
     asked = pruning is not None and engine.leaves_out
     if asked and pruning is not None and not pruning.blocks:

@@ -170,6 +170,7 @@ class SchedulerClock:
         self._displaced: _Loop | None = None
         self._place = self._index = self._total = 0
         self._ticks = self._ticks_before = 0
+        self._stepped = False
         self._batch: int | None = None
         self._owner = 0
         self._follow(scheduler())
@@ -210,7 +211,7 @@ class SchedulerClock:
             return
         known = isinstance(sample, torch.Tensor) and sample.ndim > 1
         self._batch = len(sample) if known else None
-        self._index = self._place + 1
+        self._index, self._stepped = self._place + 1, True
         self._ticks += 1
         # A panorama steps once a view: its last step is over when all views have had it.
         if self._index == self._total and self._ticks >= self._ticks_before:
@@ -235,7 +236,7 @@ class SchedulerClock:
             return Position(place, self._total, True, again=True)
         if place > self._place:
             self._ticks_before, self._ticks = self._ticks, 0
-        self._index = self._place = place
+        self._index, self._place, self._stepped = place, place, False
         return Position(place, self._total, False)
 
     def _begin(self, timestep: Any) -> None:
@@ -247,7 +248,9 @@ class SchedulerClock:
             begin = whole.place(timestep)
         else:
             # Timesteps set before `apply` may be of a generation long past.
-            old = timesteps is self._unproven and _is_part(timestep, timesteps.device)
+            stepped = getattr(self._scheduler, "step_index", None) is not None
+            other = stepped or _is_part(timestep, timesteps.device)
+            old = timesteps is self._unproven and other
             places = [i for i, value in enumerate(values) if self._matches(timestep, value)]
             if old or not places:
                 raise self._outside(timestep)
@@ -262,7 +265,7 @@ class SchedulerClock:
 
     def _set(self, place: int, owner: int | None) -> None:
         """Stand at the first call of a run over the timesteps."""
-        self._index = self._place = place
+        self._index, self._place, self._stepped = place, place, False
         self._ticks, self._ticks_before, self._batch = 0, 0, None
         self._owner = self._owner if owner is None else owner
 
@@ -270,7 +273,8 @@ class SchedulerClock:
         """The place of a timestep in the present generation.
 
         Elements of a loop's tensor are told by their place, which needs no wait for the device; others by
-        their value: it is that of the step that is due, of one behind it, or of the one just done.
+        their value: it is that of the step just done or, if the scheduler has stepped since and nobody else
+        has called the denoiser, of one behind it.
         """
         if self._loop is not None:
             if self._loop.holds(timestep):
@@ -278,9 +282,10 @@ class SchedulerClock:
             if _is_part(timestep):
                 raise self._outside(timestep)
         places = (*range(self._index, self._total), self._place) if self._values else ()
-        for place in places:
+        for place in places if self._stepped else places[-1:]:
             if self._matches(timestep, self._values[place]):
                 return place
+        self._stepped = False
         raise self._outside(timestep)
 
     def _matches(self, timestep: Any, value: float) -> bool:

@@ -263,16 +263,9 @@ class Engine:
                 "origin calls",
                 f"the plan was found for {self.found.calls} calls; this generation has {position.total}",
             )
-        whole = self._unfit or self._left_maps()
+        whole = self._unfit or self._left_maps() or self.clash()
         if whole:
-            self.warn_once(f"whole {whole}", f"all calls of this generation are computed in full: {whole}")
-        others = other_caches(self.denoiser)
-        if others:
-            self.warn_once(
-                "other caches",
-                f"{' and '.join(others)} of diffusers is on as well and leaves out work of its own, which "
-                "the report doesn't know of; switch it off with disable_cache() to see what regrow does",
-            )
+            self.warn_once(f"whole {whole}", f"all calls of a generation are computed in full: {whole}")
         generation = Generation(
             list(plan.steps()), self.cuts, _generator(device, seed), shape_of(self.denoiser), whole
         )
@@ -282,6 +275,24 @@ class Engine:
         if self.lean is not None and not whole:
             self.lean.warn_of_whole_calls(generation.steps[position.index :], self.cuts)
         return generation
+
+    def clash(self) -> str:
+        """Why the method can't act beside another cache; empty if it can, or if there is none."""
+        caches = " and ".join(other_caches(self.denoiser))
+        if not caches:
+            return ""
+        pruning = self.pruning is not None and self.leaves_out
+        if pruning or self.lean is not None or self.refreshing is not None:
+            return (
+                f"diffusers' {caches} is on, which would hand outputs for some tokens on to others; call "
+                "disable_cache() first"
+            )
+        self.warn_once(
+            "other caches",
+            f"diffusers' {caches} is on as well and leaves out work of its own, which the report doesn't "
+            "know of; call disable_cache() to see what regrow does",
+        )
+        return ""
 
     def _left_maps(self) -> str:
         """Why calls can't leave out attentions; empty if they can."""
