@@ -21,9 +21,9 @@ from regrow.run_report import RunReport, report_of
 class Run:
     """A method at work on a denoiser, from `apply` until `remove` or the end of the ``with`` block."""
 
-    def __init__(self, config: Any, engine: Engine, installed: Installed) -> None:
+    def __init__(self, config: Any, engine: Engine, installed: Installed, pipeline: Any = None) -> None:
         self.config = config
-        self._engine, self._installed = engine, installed
+        self._engine, self._installed, self._pipeline = engine, installed, pipeline
 
     def __enter__(self) -> Run:
         return self
@@ -36,6 +36,8 @@ class Run:
 
     def remove(self) -> None:
         """Take the method off; everything is as before. Removing twice is allowed."""
+        if self._installed.active and self._swapped:
+            self._engine.warn_once("swapped", self._swapped)
         self._installed.remove()
         if self._engine.clock is not None:
             self._engine.clock.detach()
@@ -80,7 +82,23 @@ class Run:
         Raises:
             RuntimeError: if nothing was generated yet.
         """
+        if self._engine.generation is None and self._swapped:
+            raise RuntimeError(f"there is nothing to report: {self._swapped}")
         return report_of(self._engine)
+
+    @property
+    def _swapped(self) -> str:
+        """What to say if the pipeline has another denoiser now; empty if it has the same."""
+        if self._pipeline is None:
+            return ""
+        denoiser = self._engine.denoiser
+        held = [name for name, part in self._pipeline.components.items() if part is denoiser]
+        if held:
+            return ""
+        return (
+            f"the pipeline's {type(denoiser).__name__} was replaced after regrow.apply, so the method is "
+            "on one that it no longer calls; call regrow.apply again"
+        )
 
 
 def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = True) -> Run:
@@ -131,7 +149,7 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     installed = Installed(engine)
     if source() is not None:
         engine.clock = SchedulerClock(source, engine.release, engine.layout.timestep_scale)
-    return Run(config, engine, installed)
+    return Run(config, engine, installed, pipeline)
 
 
 def _elsewhere(found: Origin | None, denoiser: nn.Module, scheduler: Any) -> Iterator[str]:

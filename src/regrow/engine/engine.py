@@ -253,7 +253,8 @@ class Engine:
     def _begin_generation(self, position: Position, device: torch.device) -> Generation:
         """The state of a generation whose first call begins now."""
         before = self.generation
-        if not position.again:
+        again = before is not None and (position.again or before.caller.is_same())
+        if not again:
             self.release()
         chooser = self.parts.tokens or self.parts.token_set
         seed = 0 if chooser is None else chooser.seed
@@ -269,7 +270,7 @@ class Engine:
         generation = Generation(
             list(plan.steps()), self.cuts, _generator(device, seed), shape_of(self.denoiser), whole
         )
-        if before is not None and position.again:
+        if before is not None and again:
             # Members of an ensemble: one report tells of all.
             generation.records = before.records
         if self.lean is not None and not whole:
@@ -304,8 +305,8 @@ class Engine:
         if not keepers:
             return ""
         return (
-            f"the processors of {len(keepers)} attentions ({keepers[0]} for one) keep attention maps that "
-            "somebody reads afterwards, and calls that leave attentions or tokens out make none"
+            f"attention processors, that of {keepers[0]} for one, keep attention maps that somebody reads "
+            "afterwards, and calls that leave attentions or tokens out make none"
         )
 
     def _finish(self, generation: Generation) -> None:
@@ -313,7 +314,7 @@ class Engine:
         known = [record for record in generation.records if record.position is not None]
         would = any(step.ratio or self.layout.cut(step.depth) is not None for step in self.kinds)
         saved = any(record.depth != FULL or record.ratio for record in known)
-        if not known or not would or saved or "whole" in self._warned:
+        if not known or not would or saved or generation.whole or "whole" in self._warned:
             return
         position = known[-1].position
         if position is None or position.index < position.total - 1:
