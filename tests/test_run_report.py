@@ -193,15 +193,17 @@ def test_calls_are_whole_where_somebody_reads_attention_maps(make: Any, config: 
     plain = edit()
     with regrow.apply(pipe, config) as run, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        if make is sag and isinstance(config, regrow.SiTo):
-            # It reads the middle's maps, and SiTo leaves the middle alone.
+        if isinstance(config, regrow.SiTo):
+            # They read the middle's maps, or those of the text, and SiTo leaves both alone.
             edit()
             assert not [text for text in said(seen) if "attention maps" in text]
             return
         # Inversion reads no maps and may be accelerated.
         assert torch.equal(edit(), plain) or make is ledits
     assert len([text for text in said(seen) if "attention maps" in text]) == 1
-    assert {c.depth for c in run.report().calls} == {"full"}
+    of_maps = [c for c in run.report().calls if "attention maps" in c.reason]
+    assert of_maps
+    assert {(c.depth, c.ratio) for c in of_maps} == {("full", 0.0)}
 
 
 def test_a_denoiser_swapped_after_apply_is_said(pipe: Any) -> None:

@@ -23,7 +23,7 @@ from regrow.engine.inputs import (
     without_data,
 )
 from regrow.engine.lean import Lean, streams
-from regrow.engine.others import map_keepers, other_caches, shape_of
+from regrow.engine.others import attentions_in, keeps_maps, other_caches, shape_of
 from regrow.engine.pruning import Pruning, runs
 from regrow.engine.refreshing import Refreshing
 from regrow.methods.parts import CallInfo, Parts, TokenRefresh
@@ -83,6 +83,19 @@ class Engine:
         self.cuts = self._used_cuts()
         self.pruning, self.lean, self.refreshing = self._pruning(), self._lean(), self._refreshing()
         self.rotary = self._rotary()
+        self._attentions = attentions_in(self.denoiser, self._acts_in())
+
+    def _acts_in(self) -> Iterator[str]:
+        """Paths of the modules in which calls leave something out; "" is the whole."""
+        if self.lean is not None or self.refreshing is not None:
+            yield ""
+        for cut in self.cuts.values():
+            yield from cut.skip
+        if self.pruning is not None:
+            where = self.pruning.rule.where
+            layers = {"attn1": where.self_attention, "attn2": where.cross_attention}
+            for block in self.pruning.blocks:
+                yield from (f"{block.name}.{layer}" for layer, wanted in layers.items() if wanted)
 
     def renew(self) -> bool:
         """Find the places anew, since the denoiser has other modules; False if the method no longer fits.
@@ -264,9 +277,7 @@ class Engine:
                 "origin calls",
                 f"the plan was found for {self.found.calls} calls; this generation has {position.total}",
             )
-        whole = self._unfit or self._left_maps() or self.clash()
-        if whole:
-            self.warn_once(f"whole {whole}", f"all calls of a generation are computed in full: {whole}")
+        whole = self._unfit or self.clash()
         generation = Generation(
             list(plan.steps()), self.cuts, _generator(device, seed), shape_of(self.denoiser), whole
         )
@@ -297,15 +308,11 @@ class Engine:
 
     def _left_maps(self) -> str:
         """Why calls can't leave out attentions; empty if they can."""
-        names = frozenset[str]().union(*(cut.skip for cut in self.cuts.values()))
-        reduced = () if self.pruning is None else self.pruning.blocks
-        all_of_them = self.lean is not None or self.refreshing is not None
-        whose = [""] if all_of_them else [*names, *(block.name for block in reduced)]
-        keepers = map_keepers(self.denoiser, whose)
-        if not keepers:
+        keeper = next((name for name, attention in self._attentions if keeps_maps(attention)), "")
+        if not keeper:
             return ""
         return (
-            f"attention processors, that of {keepers[0]} for one, keep attention maps that somebody reads "
+            f"attention processors, that of {keeper} for one, keep attention maps that somebody reads "
             "afterwards, and calls that leave attentions or tokens out make none"
         )
 
@@ -338,6 +345,11 @@ class Engine:
         generation = self.generation
         if position.begins or generation is None or not generation.steps:
             generation = self.generation = self._begin_generation(position, sample.device)
+        # Pipelines put such processors on when they will.
+        generation.whole = generation.whole or self._left_maps()
+        if generation.whole:
+            reason = generation.whole
+            self.warn_once(f"whole {reason}", f"calls of a generation are computed in full: {reason}")
         given = {k: v for k, v in inputs.items() if k not in (self.layout.sample, "timestep")}
         branch = generation.branches.find(given, position.index)
         slot = self._slot(generation, branch, sample, inputs, args, kwargs)
@@ -381,6 +393,8 @@ class Engine:
             self.call.remembers = True
             self.lean.leave_out(self.call, planned.ratio, kwargs)
         ratio = planned.ratio if counts or self.call.count else 0.0
+        if planned.ratio and generation.whole:
+            reason = generation.whole
         if self.refreshing is not None and cut is None:
             slot.observed = self.refreshing.rule.begin()
         if self.refreshing is not None and cut is self.layout.layers:
