@@ -490,8 +490,8 @@ def test_t0_counts_from_where_a_generation_begins(kind: str) -> None:
     assert [c.ratio > 0 for c in run.report().calls] == [False] * 3 + [True] * 3
 
 
-def test_a_projection_replaced_after_apply_is_said_and_all_tokens_are_computed() -> None:
-    """As peft does it: the old layer, with its hook, inside a new one that adds to it."""
+def test_a_projection_replaced_after_apply_is_as_one_replaced_before() -> None:
+    """As peft does it: the old layer inside a new one that adds to it."""
 
     class Adapted(torch.nn.Module):
         def __init__(self, base: torch.nn.Module) -> None:
@@ -502,12 +502,20 @@ def test_a_projection_replaced_after_apply_is_said_and_all_tokens_are_computed()
             return self.base(x) + x
 
     pipe = transformer_pipelines.sd3()
+    attention = pipe.transformer.transformer_blocks[1].attn
+    plain = attention.to_k
+    attention.to_k = Adapted(plain)
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)):
+        expected = generate(pipe)
+    attention.to_k = plain
     with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run:
-        attention = pipe.transformer.transformer_blocks[1].attn
-        attention.to_k = Adapted(attention.to_k)
-        with pytest.warns(UserWarning, match="projections were replaced or fused"):
-            generate(pipe)
-    assert {c.ratio for c in run.report().calls} == {0}
+        without = generate(pipe)
+        attention.to_k = Adapted(plain)
+        assert torch.equal(generate(pipe), expected)
+        attention.to_k = plain
+        assert torch.equal(generate(pipe), without)
+    assert not torch.equal(without, expected)
+    assert any(c.ratio for c in run.report().calls)
 
 
 def test_keys_of_a_part_of_the_batch_are_not_kept() -> None:

@@ -410,8 +410,8 @@ class Engine:
     def _cut(self, generation: Generation, slot: Slot, planned: Step, index: int) -> tuple[Cut | None, str]:
         """What a call leaves out, and why if that is less than planned."""
         cut = generation.cuts.get(planned.depth)
-        begins = self.lean is not None and self.lean.begins(slot)
         slot.calls += 1
+        begins = self.lean is not None and self.lean.begins(slot)
         if cut is None:
             return None, ""
         if generation.whole:
