@@ -332,7 +332,7 @@ def slow_choice(
 ) -> list[list[int]]:
     """The tokens of one sample in each call, token by token."""
     tokens, width = range(GRID.tokens), GRID.width
-    printed, released = (config.algorithm is a for a in (Algorithm.PRINTED, Algorithm.RELEASED))
+    released = config.algorithm is Algorithm.RELEASED
     members = [[n for n in tokens if labels[n] == k] for k in range(config.clusters)]
     near = [(n, m) for n in tokens for m in (n - 1, n - width) if m >= 0 and (m != n - 1 or n % width)]
     touch = {(labels[n], labels[m]) for pair in near for n, m in (pair, pair[::-1])}
@@ -340,12 +340,12 @@ def slow_choice(
         [j for j in range(config.clusters) if j == k or (k, j) in touch] for k in range(config.clusters)
     ]
     stale, chosen = [0.0] * GRID.tokens, []
-    for turn_of_call, (_, now) in enumerate(pairs):
-        begins = turn_of_call == 0 and (printed or released)
+    for _, now in pairs:
+        begins = not chosen
         noise = now[sample] - pairs[0][0][sample]
         moved = [float(noise[n].norm()) for n in tokens]
         pooled = noise
-        if printed:
+        if not released:
             pooled = torch.stack(
                 [noise[n] * config.noise_scale + place_of(n, noise.shape[1]) for n in tokens]
             )
@@ -388,7 +388,6 @@ CHOICES = {
     "paper": CATPruning(),
     "released": CATPruning.preset("released"),
     "released, half by clusters": CATPruning.preset("released", cluster_share=0.5, clusters=6),
-    "without positions": CATPruning(algorithm=Algorithm.UNPOSITIONED, cluster_share=0.5),
     "weak noise": CATPruning(noise_scale=0.05, cluster_share=0.75),
     "slowly forgotten": CATPruning(decay=0.9, cluster_share=0.5),
     "stalest alone": CATPruning(cluster_share=0),
@@ -415,17 +414,16 @@ def test_the_choice_is_that_of_a_slow_one(name: str, count: int) -> None:
         assert [chosen[sample].tolist() for chosen in tokens] == expected
 
 
-def test_the_first_choice_is_by_clusters_alone_and_positions_count_in_it() -> None:
+def test_positions_are_of_a_clusters_value_as_printed() -> None:
     """All tokens moved as much: the cluster at the end of rows and columns is of most value."""
     before = torch.zeros(1, GRID.tokens, 6)
     now = before + 0.01
-    config = CATPruning(clusters=4)
-    tokens, memories = select(config, [(before, now)], 10)
-    assert memories[0].clusters is not None
-    labels = memories[0].clusters[0][0]
-    assert (labels[tokens[0][0]] == labels[-1]).any()
-    far = CATPruning(clusters=4, algorithm=Algorithm.UNPOSITIONED, cluster_share=1)
-    assert not torch.equal(select(far, [(before, now)], 10)[0][0], tokens[0])
+    (tokens,), (memory,) = select(CATPruning(clusters=4), [(before, now)], 1)
+    assert memory.clusters is not None
+    labels = memory.clusters[0][0]
+    assert labels[tokens[0, 0]] == labels[-1]
+    (without,), _ = select(CATPruning(clusters=4, algorithm=Algorithm.RELEASED), [(before, now)], 1)
+    assert labels[without[0, 0]] == 0 != labels[-1]
 
 
 def test_a_file_without_the_algorithm_has_the_printed_one() -> None:

@@ -41,14 +41,7 @@ ABLATIONS: Mapping[str, tuple[Alternatives, ...]] = {
     "levels": (tuple(f"sito:d:max_downsample={level}" for level in (1, 2, 4, 8)),),
     "cat": (
         tuple(f"cat:0.3:choice={choice}" for choice in ("rows", "noise", "clusters")),
-        *(
-            (
-                f"cat:{alpha}:algorithm=printed",
-                f"cat:released:alpha={alpha}",
-                f"cat:{alpha}:algorithm=unpositioned",
-            )
-            for alpha in ("0.3", "0.5")
-        ),
+        *((f"cat:{alpha}:algorithm=printed", f"cat:released:alpha={alpha}") for alpha in ("0.3", "0.5")),
     ),
     "steps": (tuple(f"steps:{steps}" for steps in (25, 16, 10, 8, 5)),),
 }

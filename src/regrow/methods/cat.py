@@ -47,7 +47,10 @@ class TokenChoice(str, Enum):
 
 
 class Algorithm(str, Enum):
-    """How clusters are compared, and what each gives. In all of them the clusters are made once."""
+    """How clusters are compared, and what each gives. In both, clusters are made once.
+
+    On the bundled transformer neither is clearly better (docs/quality-transformer.md).
+    """
 
     PRINTED = "printed"
     """Algorithm 2 of the paper. A cluster's value is pooled from relative noise plus position, over the
@@ -55,9 +58,6 @@ class Algorithm(str, Enum):
     RELEASED = "released"
     """The released code's. Positions are left out of the pooling, and neighbours after the first choice.
     The stalest of a cluster come in addition to those that moved most, and not in the first cluster."""
-    UNPOSITIONED = "unpositioned"
-    """Ours: the printed one without positions in the pooling; the first choice is filled up as later
-    ones are."""
 
 
 class CATPruning(MethodConfig):
@@ -226,7 +226,7 @@ class _Rule:
     ) -> Tensor:
         """Tokens of the clusters that moved most, then the stalest of the others: ``(B, count)``."""
         c, clusters = self.config, touching.shape[1]
-        begins = memory.chosen is None and c.algorithm is not Algorithm.UNPOSITIONED
+        begins = memory.chosen is None
         share = count if begins else int(count * c.cluster_share)
         value = self._value(memory, labels, touching, now, grid, begins)
         cluster = rank_within(value, torch.zeros_like(value, dtype=torch.long)).gather(1, labels)
