@@ -56,8 +56,8 @@ class DaTo(MethodConfig):
         from_all_kept: copy from the most similar of all kept tokens (released code) instead of the
             most similar base token (the paper).
         nearby: look for similar base tokens in the surrounding 3 x 3 patches only.
-        exact: measure similarity of half-precision features in float32. Off, since it takes more than a
-            hundredth of a call (benchmarks/choice_precision.py).
+        exact: measure the similarity of half-precision features in float32, as for a float32 model; off,
+            since it takes more than a hundredth of a call (docs/pruning.md).
         score_weight: factor on DiffScore (released code: 0.1).
         score_noise: sigma of Gaussian noise added to the score (released code: 0.1).
         sign_flip: turn the score's sign by a fair coin each call (released code).

@@ -68,8 +68,8 @@ class SiTo(MethodConfig):
         alignment: give both halves of a guided batch the same base scores, as DaTo does (off in the
             paper).
         nearby: look for similar base tokens in the surrounding 3 x 3 patches only.
-        exact: measure similarity of half-precision features in float32. Off, since it takes more than a
-            hundredth of a call (benchmarks/choice_precision.py).
+        exact: measure the similarity of half-precision features in float32, as for a float32 model; off,
+            since it takes more than a hundredth of a call (docs/pruning.md).
         seed: seed of the run's generator.
 
     Raises:

@@ -45,8 +45,8 @@ class ToMeSD(MethodConfig):
         cross_attention: merge the queries of the cross-attention.
         feed_forward: merge in the feed-forward.
         max_downsample: deepest level that is merged (the default: the finest with attention).
-        exact: measure similarity of half-precision features in float32. Off, since it takes more than a
-            hundredth of a call (benchmarks/choice_precision.py).
+        exact: measure the similarity of half-precision features in float32, as for a float32 model; off,
+            since it takes more than a hundredth of a call (docs/pruning.md).
         seed: seed of the run's generator.
 
     Raises:

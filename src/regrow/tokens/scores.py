@@ -41,14 +41,14 @@ def sim_score(x: Tensor) -> Tensor:
     """SimScore of SiTo, ``sum_j cos(x_i, x_j)``, without the N x N matrix.
 
     ``sum_j cos(x_i, x_j) = x_i / ||x_i|| . sum_j x_j / ||x_j||``: two products of a matrix and a vector.
+    They are of float32 at least: half precision would round sums of thousands by more than SiTo's noise.
 
     Args:
         x: features ``(B, N, C)``.
     """
-    inverse = inverse_norm(x)
-    # The mean instead of the sum: products with the sum overflow in float16.
-    mean = (inverse[:, None].to(x.dtype) @ x).to(wide(x)) / x.shape[1]
-    return (x @ mean.to(x.dtype).transpose(1, 2)).squeeze(-1) * inverse * x.shape[1]
+    x, inverse = x.to(wide(x)), inverse_norm(x)
+    total = inverse[:, None] @ x
+    return (x @ total.transpose(1, 2)).squeeze(-1) * inverse
 
 
 def diff_score(last: Tensor, before: Tensor, grid: Grid) -> Tensor:
