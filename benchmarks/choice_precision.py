@@ -1,10 +1,10 @@
 """What measuring similarity in float32 costs a bfloat16 model, and what it gains (the option ``exact``).
 
 Time: choosing the tokens of one self-attention of Stable Diffusion 1.5 (4,096 tokens of 320 channels, a
-guided batch of 2), rounded and exact in turns (A B A B), on one thread, medians; a call has five of them.
-It stands beside the time of a call in ``results/unet-speed-sd15-bfloat16-cpu.json``, which may have had
-more threads. Gain: on the bundled U-Net in bfloat16, the share of tokens whose most similar base token is
-that of float64 arithmetic on the same features. The result goes to ``benchmarks/results/``.
+guided batch of 2), rounded and exact in turns (A B A B), on one thread, medians. A call has five of them,
+one of depth 1 has one. They stand beside the times of calls in ``results/unet-speed-sd15-bfloat16-cpu.json``,
+which may have had more threads. Gain: on the bundled U-Net in bfloat16, the share of tokens whose most
+similar base token is that of float64 arithmetic on the same features. The result goes to ``benchmarks/results/``.
 
     python benchmarks/choice_precision.py
 """
@@ -99,6 +99,7 @@ def main() -> None:
     torch.set_num_threads(1)
     speed = json.loads(args.speed.read_text())
     call, threads = speed["calls"]["full"]["seconds"], speed["machine"]["threads"]
+    shallow = speed["calls"]["depth 1 r=0.5 DaTo"]["seconds"]
     with torch.no_grad():
         chosen = seconds(args.rounds)
         right = agreement(features(args.steps))
@@ -113,12 +114,15 @@ def main() -> None:
         "threads_of_the_call": threads,
         "more_of_a_call_at_most": more / call,
         "more_of_a_call_if_threads_share_it": more / call / threads,
+        "seconds_of_a_call_of_depth_1": shallow,
+        "more_of_a_call_of_depth_1_at_most": more / ATTENTIONS / shallow,
         "same_source_as_float64": right,
     }
     args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"one attention: {1e3 * chosen['rounded']:.1f} ms rounded, {1e3 * chosen['exact']:.1f} ms exact; "
-        f"of a call {more / call / threads:.2%} to {more / call:.2%} more; source as in float64: "
+        f"of a call {more / call / threads:.2%} to {more / call:.2%} more, of one of depth 1 up to "
+        f"{more / ATTENTIONS / shallow:.1%}; source as in float64: "
         f"{right['rounded']:.1%} rounded, {right['exact']:.1%} exact"
     )
 
