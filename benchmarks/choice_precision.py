@@ -1,10 +1,11 @@
 """What measuring similarity in float32 costs a bfloat16 model, and what it gains (the option ``exact``).
 
 Time: choosing the tokens of one self-attention of Stable Diffusion 1.5 (4,096 tokens of 320 channels, a
-guided batch of 2), rounded and exact in turns (A B A B), on one thread, medians. A call has five of them,
-one of depth 1 has one. They stand beside the times of calls in ``results/unet-speed-sd15-bfloat16-cpu.json``,
-which may have had more threads. Gain: on the bundled U-Net in bfloat16, the share of tokens whose most
-similar base token is that of float64 arithmetic on the same features. The result goes to ``benchmarks/results/``.
+guided batch of 2), rounded and exact in turns (A B A B), on one thread, medians. A call has five of
+them, one of depth 1 has one. They stand beside the times of calls in ``results/unet-speed-
+sd15-bfloat16-cpu.json``, which may have had more threads. Gain: on the bundled U-Net in bfloat16, the
+share of tokens whose most similar base token is that of float64 arithmetic on the same features. The
+result goes to ``benchmarks/results/``.
 
     python benchmarks/choice_precision.py
 """

@@ -586,6 +586,7 @@ def test_presets_differ_where_the_code_differs_from_the_paper() -> None:
         "balance",
         "noise_scale",
         "absolute_noise",
+        "algorithm",
     }
     assert CATPruning() == CATPruning.preset("paper")
 
