@@ -16,6 +16,7 @@ from regrow.methods.parts import origin_of, parts_of
 from regrow.models import denoiser_of
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
+from regrow.schedule import LAYERS
 
 
 class Run:
@@ -165,29 +166,39 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         raise ValueError(f"target: {clash}")
     pruning = engine.pruning
     asked = pruning is not None and engine.leaves_out
-    if asked and pruning is not None and not pruning.blocks:
-        raise ValueError(
-            f"max_downsample: {pruning.rule.where.max_downsample} leaves no layer of "
-            f"{type(denoiser).__name__} to prune; its finest attention is at "
-            f"{engine.layout.top_level}"
-        )
     leaves_out = engine.lean is not None and engine.leaves_out
     _check_kinds(engine, denoiser)
     attends = engine.refreshing is not None and engine.refreshing.attending
     if leaves_out or attends or engine.watched:
         _check_attentions(engine, denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
-    if asked and not prunes:
-        engine.warn_once(
-            "nothing pruned",
-            "the schedule prunes only in calls in which none of the layers to prune is computed",
-        )
+    if asked:
+        _check_pruned(engine, denoiser)
     if not prunes and not engine.cuts:
         engine.warn_once(
             "nothing",
             "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
             f"call goes less deep than {engine.layout.depths} layers, and no ratio is above 0",
         )
+
+
+def _check_pruned(engine: Engine, denoiser: nn.Module) -> None:
+    """Warn of calls that should prune, but compute no layer that does."""
+    asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < LAYERS}
+    idle = sorted({s.depth for s in asked if not engine.prunes(s)})
+    if not idle or engine.pruning is None:
+        return
+    calls, deeper = engine.parts.plan.calls, engine.pruning.shallowest
+    pruned = "full calls only" if deeper is None else f"calls of depth {deeper} or more only"
+    if calls is not None:
+        steps = engine.parts.plan.resample(calls).steps()
+        pruned = f"{sum(engine.prunes(step) for step in steps)} of {calls} calls"
+    hint = f" (depth {deeper} in a schedule, branch={deeper - 1} of DeepCache)" if deeper else ""
+    engine.warn_once(
+        "idle",
+        f"tokens are pruned in {pruned}: those of depth {', '.join(map(str, idle))} compute no layer of "
+        f"{type(denoiser).__name__} that prunes; use a deeper branch{hint}",
+    )
 
 
 def _check_kinds(engine: Engine, denoiser: nn.Module) -> None:
