@@ -19,30 +19,40 @@ from typing_extensions import Self
 
 from regrow.words import offer, one_line, shown
 
-MOST_CALLS = 1000
-"""Calls of a generation: as many as the steps that denoisers are trained on."""
+MOST_CALLS = 10_000
+"""Calls of a generation: denoisers are trained on 1,000 steps, and samplers make several calls a step."""
 MOST_BLOCKS = 1000
 """More blocks, or up-path layers, than any denoiser has."""
+MOST_SIDE = 64
+"""Side of a patch, in tokens."""
+MOST_WEIGHT = 1000
+"""Factor on a score; half precision holds numbers to 65,504."""
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 """Seed of a generator."""
 Calls = Annotated[int, Field(ge=1, le=MOST_CALLS)]
 """Number of calls, or of steps."""
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Number of prompts, pictures or rounds."""
+Pixels = Annotated[int, Field(ge=1, le=2**16)]
+"""Side of a picture."""
+Guidance = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
+"""Guidance scale."""
 Block = Annotated[int, Field(ge=0, lt=MOST_BLOCKS)]
 """Index of a block, or of a branch."""
-Side = Annotated[int, Field(ge=2, le=64)]
+Side = Annotated[int, Field(ge=2, le=MOST_SIDE)]
 """Side of a patch, in tokens."""
 Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 """Share of tokens that is left out."""
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 """Part of a whole."""
-Weight = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
-"""Factor, or size of a noise; half precision holds numbers to 65,504."""
+Weight = Annotated[float, Field(ge=0, le=MOST_WEIGHT, allow_inf_nan=False)]
+"""Factor, or size of a noise."""
 
 # Of what is said: about a value, which is shown with it, or about fields and how they go together.
 _VALUE, _RULE = "not_allowed", "rule"
-# Errors shown of one configuration.
-_SHOWN = 4
+SHOWN = 4
+"""Errors that are shown of one configuration."""
 _SIGNS = {"ge": ">=", "gt": ">", "lt": "<", "le": "<="}
 _WHAT = {
     "int": "a whole number",
@@ -81,11 +91,16 @@ class Checked(BaseModel):
             raise ValidationError.from_exception_data(cls.__name__, issues) from None
 
 
+def not_allowed(message: str) -> PydanticCustomError:
+    """The error of a validator that refuses a value: ``it must be ...``."""
+    return PydanticCustomError(_VALUE, message)
+
+
 def explain(error: ValidationError) -> str:
     """A validation error in one line: field, value and what is allowed."""
     issues = error.errors(include_url=False)
-    more = len(issues) - _SHOWN
-    lines = [explained(issue) for issue in issues[:_SHOWN]]
+    more = len(issues) - SHOWN
+    lines = [explained(issue) for issue in issues[:SHOWN]]
     return one_line("; ".join([*lines, f"and {more} more"] if more > 0 else lines))
 
 
@@ -126,9 +141,9 @@ def _allowed(model: type[BaseModel], issue: Any) -> str:
     if kind in ("enum", "literal_error"):
         return f"be {context['expected']}{offer(issue['input'], _quoted(context['expected']))}"
     if kind == "too_short":
-        return f"have at least {context['min_length']} entries"
+        return f"have >= {context['min_length']} entries"
     if kind == "too_long":
-        return f"have at most {context['max_length']} entries"
+        return f"have <= {context['max_length']} entries"
     if kind.startswith("union_tag"):
         names = _quoted(context.get("expected_tags", ""))
         return f"be one of {', '.join(names)}{offer(context.get('tag'), names)}" if names else "be a method"

@@ -21,6 +21,7 @@ from regrow import zoo
 from regrow.apply import apply
 from regrow.cli.engine import Engine, Where
 from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.fields import explain
 from regrow.measure.bench import bench
 from regrow.measure.machine import machine
 from regrow.measure.macs import PlanCounter
@@ -28,7 +29,6 @@ from regrow.measure.plotting import check_matplotlib
 from regrow.measure.prompts import read_prompts
 from regrow.measure.sampling import make
 from regrow.measure.variants import Variant, variant
-from regrow.methods.catalogue import explain
 from regrow.models import denoiser_of
 from regrow.schedule import FULL
 from regrow.search.evaluation import Candidate, Evaluator, Facts

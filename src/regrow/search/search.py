@@ -9,8 +9,9 @@ from enum import Enum
 from math import inf, isfinite
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from regrow.fields import Checked, Count
 from regrow.search.evaluation import QUARTERS, Candidate, Job, Outcome, outcome_from, record_of
 from regrow.search.log import Log
 from regrow.search.objectives import Cost, Objective, Quality, minimised
@@ -43,7 +44,7 @@ class AllFailedError(ValueError):
     """No plan could be run."""
 
 
-class Economy(BaseModel):
+class Economy(Checked):
     """How evaluations are saved.
 
     Args:
@@ -54,10 +55,8 @@ class Economy(BaseModel):
             its deviation is so many times the last one of a plan that costs no more. None lets all finish.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    prompts: tuple[int, ...] = Field(min_length=1)
-    patience: float | None = Field(None, gt=1)
+    prompts: tuple[Count, ...] = Field(min_length=1, max_length=100)
+    patience: float | None = Field(None, gt=1, le=1_000_000)
 
     @model_validator(mode="after")
     def _ascending(self) -> Economy:
