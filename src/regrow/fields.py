@@ -27,16 +27,24 @@ MOST_SIDE = 64
 """Side of a patch, in tokens."""
 MOST_WEIGHT = 1000
 """Factor on a score; half precision holds numbers to 65,504."""
+MOST_SEED = 2**63 - 1
+"""Seed that a generator of torch and one of numpy take."""
+MOST_COUNT = 1_000_000
+"""Prompts, pictures or rounds."""
+MOST_PIXELS = 2**16
+"""Side of a picture."""
+MOST_GUIDANCE = 1000
+"""Guidance scale."""
 
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
 """Seed of a generator."""
 Calls = Annotated[int, Field(ge=1, le=MOST_CALLS)]
 """Number of calls, or of steps."""
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
 """Number of prompts, pictures or rounds."""
-Pixels = Annotated[int, Field(ge=1, le=2**16)]
+Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
 """Side of a picture."""
-Guidance = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
+Guidance = Annotated[float, Field(ge=-MOST_GUIDANCE, le=MOST_GUIDANCE, allow_inf_nan=False)]
 """Guidance scale."""
 Block = Annotated[int, Field(ge=0, lt=MOST_BLOCKS)]
 """Index of a block, or of a branch."""
@@ -89,6 +97,17 @@ class Checked(BaseModel):
                 if not _follows(issue)
             ]
             raise ValidationError.from_exception_data(cls.__name__, issues) from None
+
+
+def check_within(name: str, value: float, least: float, most: float) -> None:
+    """Refuse a number outside of bounds, and what is no number.
+
+    Raises:
+        ValueError: naming it, its value and what is allowed.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and least <= value <= most):
+        raise ValueError(f"{name}: {shown(value)} is not allowed, it must be >= {least} and <= {most}")
 
 
 def not_allowed(message: str) -> PydanticCustomError:

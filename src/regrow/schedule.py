@@ -24,6 +24,7 @@ from regrow.fields import (
     SHOWN,
     Checked,
     Ratio,
+    check_within,
     explained,
     not_allowed,
 )
@@ -126,10 +127,7 @@ class Schedule(Checked):
     @classmethod
     def every(cls, interval: int, calls: int, *, depth: int = 1, ratio: float = 0.0) -> Schedule:
         """A full call every ``interval`` calls and calls of ``depth`` between, for ``calls`` calls."""
-        if not 1 <= interval <= MOST_CALLS:
-            raise ValueError(
-                f"interval: {shown(interval)} is not allowed, it must be >= 1 and <= {MOST_CALLS}"
-            )
+        check_within("interval", interval, 1, MOST_CALLS)
         depths = tuple(FULL if i % interval == 0 else depth for i in range(calls))
         return cls(depth=depths, ratio=(ratio,) * calls, name=f"every {interval}")
 
@@ -165,8 +163,7 @@ class Schedule(Checked):
         Args:
             calls: number of calls of the denoiser in a generation, >= 1.
         """
-        if calls < 1:
-            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
+        check_within("calls", calls, 1, MOST_CALLS)
         depth = (FULL, *self.depth[1:])
         places: dict[int, list[int]] = {}
         for place, d in enumerate(depth):
@@ -275,8 +272,7 @@ class Spaced:
         Raises:
             ValueError: if ``calls < 1``.
         """
-        if calls < 1:
-            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
+        check_within("calls", calls, 1, MOST_CALLS)
         even = self.full is None or self.interval == 1
         full = set(range(0, calls, self.interval)) if even or self.full is None else self.full(calls)
         depth = tuple(FULL if i in full else self.depth for i in range(calls))

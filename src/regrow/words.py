@@ -40,6 +40,9 @@ def one_line(text: str, longest: int = LONGEST) -> str:
 
 def offer(name: Any, known: Iterable[str]) -> str:
     """What to say of a name that is not known: ``"; did you mean 'dato'?"``, or nothing."""
-    names = {one.lower(): one for one in known}
-    close = difflib.get_close_matches(str(name)[:100].lower(), names, n=1)
+    names = {one.lower(): one for one in known if one != name}
+    given = name[:100].lower() if isinstance(name, str) else ""
+    # difflib finds exchanged letters of a short name unlike.
+    exchanged = [one for one in names if sorted(one) == sorted(given)]
+    close = exchanged or difflib.get_close_matches(given, names, n=1)
     return f"; did you mean {names[close[0]]!r}?" if close else ""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import typer
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,6 +22,7 @@ from regrow.apply import apply
 from regrow.cli.engine import Engine, Where
 from regrow.cli.generate import best_device, check_device, load_pipeline
 from regrow.fields import explain
+from regrow.files import damaged, read_kept
 from regrow.measure.bench import bench
 from regrow.measure.machine import machine
 from regrow.measure.macs import PlanCounter
@@ -112,9 +113,15 @@ class Asked:
     @classmethod
     def of(cls, folder: Path) -> Asked:
         """What was asked last."""
-        fields = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
-        return cls(fields["budget"], tuple(fields["beside"]), fields["weight"])
+        file = folder / "asked.json"
+        fields = read_kept(file, "use another folder")
+        try:
+            return _ASKED.validate_python(fields)
+        except ValidationError as error:
+            raise damaged(file, "use another folder") from error
 
+
+_ASKED = TypeAdapter(Asked)
 
 # What may be said again of a search that goes on.
 _AGAIN = (

@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from regrow.fields import MOST_CALLS, Block, Ratio
+from regrow.fields import MOST_CALLS, Block, Ratio, check_within
 from regrow.methods.parts import (
     After,
     Alignment,
@@ -280,8 +280,7 @@ class _Plan:
         Raises:
             ValueError: if ``calls < 1``.
         """
-        if calls < 1:
-            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
+        check_within("calls", calls, 1, MOST_CALLS)
         early = round(self.early * calls) if self.early < 1 else min(int(self.early), calls)
         ratio = tuple(
             0.0 if i < self.whole else self.early_ratio if i < early else self.ratio for i in range(calls)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
-from regrow.fields import Calls, Checked, Count, Guidance, Pixels, Seed
+from regrow.fields import Calls, Checked, Count, Guidance, Pixels, Seed, explain
+from regrow.files import FileError, read_kept, said
 from regrow.measure.evaluate import Setting
 from regrow.measure.machine import model_key
 from regrow.methods.catalogue import space_of
@@ -149,7 +150,7 @@ class SearchSettings(Checked):
         """
         file = folder / "settings.json"
         now = {**json.loads(self.model_dump_json()), **({"facts": dict(facts)} if facts else {})}
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
+        before = read_kept(file, "use another folder") if file.exists() else now
         # Empty where the model was not at hand, and in folders from before it was kept.
         key, known = model_key(self.model), before.get("model_key")
         if key and known and key != known:
@@ -175,15 +176,19 @@ class SearchSettings(Checked):
         """Those of the search in a folder.
 
         Raises:
-            OSError: if there is none.
+            FileError: if they are damaged.
+            OSError: if there are none.
         """
         file = folder / "settings.json"
         if not file.exists():
             raise FileNotFoundError(f"--resume: {folder} holds no search")
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = read_kept(file, "use another folder")
         for known in ("facts", "model_key"):
             fields.pop(known, None)
-        return cls.model_validate(fields)
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise FileError(f"{said(file)}: {explain(error)}; use another folder") from error
 
 
 def doubled(prompts: int) -> tuple[int, ...]:
