@@ -21,7 +21,7 @@ from regrow import zoo
 from regrow.apply import apply
 from regrow.cli.engine import Engine, Where
 from regrow.cli.generate import best_device, check_device, load_pipeline
-from regrow.fields import explain
+from regrow.fields import MOST_COUNT, check_within, explain
 from regrow.files import damaged, read_kept
 from regrow.measure.bench import bench
 from regrow.measure.machine import machine
@@ -42,6 +42,7 @@ from regrow.search.result import Found, figures, found, to_dict, write_front, wr
 from regrow.search.search import Budget, Known, Search, may_give_up
 from regrow.search.search import Progress as Step
 from regrow.search.settings import SearchSettings, doubled
+from regrow.words import shown
 
 SHOWN_PLANS, SHOWN_PROMPTS = 6, 4
 PATIENCE = 2.0
@@ -167,10 +168,11 @@ def parse_budget(text: str) -> Budget:
         ValueError: if it is neither.
     """
     number, minutes = text.removesuffix("m"), text.endswith("m")
-    if not number.isdecimal() or int(number) < 1:
+    # A million minutes are two years.
+    if not number.isdecimal() or len(number) > 6 or int(number) < 1:
         raise ValueError(
-            f"budget: {text!r} is not allowed, it must be a number of generations such as 30, or minutes "
-            "such as 30m"
+            f"budget: {shown(text)} is not allowed, it must be a number of generations such as 30, or "
+            "minutes such as 30m"
         )
     return Budget(seconds=60.0 * int(number)) if minutes else Budget(generations=int(number))
 
@@ -182,8 +184,8 @@ def parse_steps(text: str) -> tuple[int, int]:
         ValueError: if it is neither.
     """
     parts = text.split("..")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"steps: {text!r} is not allowed, it must be a number such as 50, or 12..50")
+    if len(parts) > 2 or not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise ValueError(f"steps: {shown(text)} is not allowed, it must be a number such as 50, or 12..50")
     return int(parts[0]), int(parts[-1])
 
 
@@ -208,8 +210,10 @@ def parse_economy(
         together = f"quality:{Quality.FD.value}" in objectives
         return {"prompts": (prompts,) if together else doubled(prompts), "patience": patience}
     parts = rungs.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"rungs: {rungs!r} is not allowed, it must be numbers of prompts such as 2,4,8,16")
+    if not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise ValueError(
+            f"rungs: {shown(rungs)} is not allowed, it must be numbers of prompts such as 2,4,8,16"
+        )
     return {"prompts": tuple(int(part) for part in parts), "patience": patience}
 
 
@@ -222,6 +226,7 @@ def prompts_of(model: str, text: str) -> tuple[str, ...]:
     """
     if not text.isdecimal():
         return tuple(read_prompts(Path(text), "{}", 1))
+    check_within("prompts", int(text[:20]), 1, MOST_COUNT)
     return zoo.prompts_of(model, int(text), "give a file")
 
 
@@ -236,7 +241,7 @@ def parse_choices(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     for text in texts:
         name, equals, values = text.partition("=")
         if not equals or not values:
-            raise ValueError(f"choices: {text!r} is not allowed, it must be of the form ratio=0,0.5")
+            raise ValueError(f"choices: {shown(text)} is not allowed, it must be of the form ratio=0,0.5")
         out[name] = tuple(named[v] if v in named else _number(v) for v in values.split(","))
     return out
 
@@ -245,7 +250,9 @@ def _number(text: str) -> float | int:
     try:
         return int(text) if text.lstrip("-").isdecimal() else float(text)
     except ValueError as error:
-        raise ValueError(f"choices: {text!r} is not allowed, it must be a number, full or none") from error
+        raise ValueError(
+            f"choices: {shown(text)} is not allowed, it must be a number, full or none"
+        ) from error
 
 
 def settings_of(**fields: Any) -> SearchSettings:
