@@ -32,10 +32,14 @@ def one_line(text: str, longest: int = LONGEST) -> str:
         text: any.
         longest: characters that are kept; of a longer text the middle is left out.
     """
-    if len(text) > longest:
-        head, tail = longest * 2 // 3, longest // 3 - 5
-        text = f"{text[:head]} ... {text[-tail:]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in _cut(text, longest))
+    return _cut(safe, longest)
+
+
+def _cut(text: str, longest: int) -> str:
+    """A text, without its middle if it is longer."""
+    head, tail = longest * 2 // 3, longest // 3 - 5
+    return text if len(text) <= longest else f"{text[:head]} ... {text[-tail:]}"
 
 
 def offer(name: Any, known: Iterable[str]) -> str:

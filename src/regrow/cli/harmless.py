@@ -25,7 +25,7 @@ _SAID = (
 
 
 def harmless(text: object) -> str:
-    """Text of others for rich's tables, bars and prints: no markup in it counts, and no control character."""
+    """Text of others for rich's tables and prints: no markup in it counts, and no control character."""
     return escape(one_line(str(text)))
 
 
