@@ -21,6 +21,7 @@ from regrow.fields import MOST_CALLS, MOST_COUNT, MOST_SEED
 from regrow.measure.extractors import Network
 from regrow.methods.catalogue import SYSTEMS
 from regrow.search.search import Algorithm
+from regrow.words import offer, shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,7 +54,9 @@ def _methods(given: Optional[str], steps: int, usual: Callable[[], tuple[str, ..
 
 def _known_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
+        raise ValueError(
+            f"dtype: {shown(dtype)} is not allowed; allowed are {', '.join(DTYPES)}{offer(dtype, DTYPES)}"
+        )
     return dtype
 
 
