@@ -85,9 +85,7 @@ Searched = Annotated[str, typer.Option(help="See [b]regrow methods[/b]; or two, 
 Steps = Annotated[int, typer.Option(help="Sampler steps.", min=1, max=MOST_CALLS)]
 MethodSteps = Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1, max=MOST_CALLS)]
 StepRange = Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")]
-Seed = Annotated[
-    int, typer.Option(help="Seed of the first prompt; the others follow.", min=0, max=MOST_SEED)
-]
+Seed = Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")]
 Scheduler = Annotated[
     Optional[str],
     typer.Option(
