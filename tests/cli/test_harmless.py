@@ -7,13 +7,17 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from safetensors.torch import save
 
 from regrow.cli import main
 from regrow.cli.harmless import harmless
+from regrow.files import FileError
 from regrow.measure.evaluate import Pictures, Setting
+from regrow.measure.variants import Variant
 from regrow.schedule import Schedule
 from regrow.search.log import Log
 from regrow.search.settings import SearchSettings
@@ -120,6 +124,23 @@ def test_a_damaged_folder_of_pictures_is_named(tmp_path: Path, content: str) -> 
     with pytest.raises(ValueError, match=r"setting\.json.*; use another folder$") as refused:
         Pictures(tmp_path, Setting("emoji", ("a",)))
     assert "\n" not in str(refused.value)
+
+
+def test_damaged_pictures_are_named_with_what_to_do(tmp_path: Path) -> None:
+    pictures, one = Pictures(tmp_path, Setting("emoji", ("a",))), Variant("steps:2", None, 2)
+    folder = pictures.folder_of(one)
+    folder.mkdir()
+    made = {"pictures": torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "seconds": torch.ones(1)}
+    whole = save(made, {"maker": "m"})
+    (folder / "000000.safetensors").write_bytes(whole[:-50])
+    for look in (pictures.shard, lambda one, _: pictures.made_otherwise(one)):
+        with pytest.raises(FileError, match=r"000000\.safetensors: it is damaged .*; remove it, and it is"):
+            look(one, 0)
+    (folder / "000000.safetensors").write_bytes(whole)
+    assert torch.equal(pictures.shard(one, 0), made["pictures"])
+    (folder / "variant.json").write_text('{"alike": 3}')
+    with pytest.raises(FileError, match=r"variant\.json: .*; remove its folder, and the pictures are made"):
+        pictures.missing(one)
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", '{"prompts": []}', '{"sede": 1}'])

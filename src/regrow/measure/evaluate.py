@@ -22,7 +22,7 @@ from regrow.files import damaged, read_kept
 from regrow.measure.clip import ClipScore
 from regrow.measure.extractors import Extractor, Features
 from regrow.measure.images import to_tensor
-from regrow.measure.keep import REMOVE, check_writable, digest, kept, opened_kept, write_whole
+from regrow.measure.keep import check_writable, digest, kept, opened_kept, write_whole
 from regrow.measure.machine import maker_key
 from regrow.measure.quality import (
     FeatureSet,
@@ -326,10 +326,11 @@ class Pictures:
     def _alike(self, one: Variant) -> list[str]:
         """The makers that are known to make the same pictures of a variant."""
         file = self.folder_of(one) / "variant.json"
-        before = read_kept(file, REMOVE) if file.exists() else self._of(one)
+        anew = "remove its folder, and the pictures are made again"
+        before = read_kept(file, anew) if file.exists() else self._of(one)
         alike: list[str] = before.pop("alike", [])
         if not isinstance(alike, list) or not all(isinstance(maker, str) for maker in alike):
-            raise damaged(file, REMOVE)
+            raise damaged(file, anew)
         if before != self._of(one):
             raise ValueError(
                 f"methods: {file.parent} holds pictures of another {one.name}; use another folder"
@@ -356,9 +357,10 @@ class Pictures:
     def _same(self, job: Shard, content: bytes) -> set[str]:
         """The makers of a kept shard, and of this content of it, if both have equal pictures."""
         file = self._file(job.variant, job.number)
-        with opened_kept(file):
-            kept, made = file.read_bytes(), content
-        if not torch.equal(load(kept)["pictures"], load(made)["pictures"]):
+        with opened_kept(file) as opened:
+            before = opened.get_tensor("pictures")
+        kept, made = file.read_bytes(), content
+        if not torch.equal(before, load(made)["pictures"]):
             raise ValueError(
                 f"methods: {job.variant.name} makes other pictures here and now than those in "
                 f"{file.parent}, batch {job.number}; remove them or use another folder"
