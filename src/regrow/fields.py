@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from regrow.words import offer, one_line, shown
 
-MOST_CALLS = 10_000
+MOST_CALLS = 4000
 """Calls of a generation: denoisers are trained on 1,000 steps, and samplers make several calls a step."""
 MOST_BLOCKS = 1000
 """More blocks, or up-path layers, than any denoiser has."""

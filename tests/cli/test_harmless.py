@@ -65,7 +65,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
     ("words", "said"),
     [
         (("--interval", "0"), "--interval: '0' is not allowed, it must be >= 1"),
-        (("--interval=1" + "0" * 30,), "it must be <= 10000"),
+        (("--interval=1" + "0" * 30,), "it must be <= 4000"),
         (("--interval", "many"), "--interval: 'many' is not allowed, it must be a whole number"),
         (("--ratio", "half"), "--ratio: 'half' is not allowed, it must be a number"),
         (("--ratio", "nan"), "ratio.0: nan is not allowed, it must be a finite number >= 0 and < 1"),
@@ -76,7 +76,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
         (("--method", "tome:0.5:pach=2"), "did you mean 'patch'?"),
         (("--method", "cat:1e-17"), "alpha: 1e-17 is not allowed, it must be >= 1e-06 and <= 1"),
         (("--method", "deepcache:2:branch=999998"), "branch: 999998 is not allowed"),
-        (("--method", "deepcache:" + "9" * 5000), "a whole number >= 1 and <= 10000"),
+        (("--method", "deepcache:" + "9" * 5000), "a whole number >= 1 and <= 4000"),
         (("--arch", "emoij", "--preset", "b1"), "did you mean 'emoji'?"),
         (("--scheduel", "x"), "--schedule"),
     ],

@@ -107,6 +107,10 @@ class Asked:
     beside: tuple[str, ...] = ()
     weight: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.weight is not None:
+            check_within("w_ps", self.weight, -1e9, 1e9)
+
     def save(self, folder: Path) -> None:
         """Keep it in the folder of a search."""
         write_json(folder / "asked.json", asdict(self))
@@ -479,6 +483,9 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+_MOST_WISHED = 1000
+
+
 @dataclass(frozen=True)
 class Wish:
     """What a calibrated plan must meet: one of the two.
@@ -497,10 +504,14 @@ class Wish:
     def __post_init__(self) -> None:
         if (self.speedup is None) == (self.max_deviation is None):
             raise ValueError("--speedup, --max-deviation: one of them must be given, and only one")
-        if self.speedup is not None and self.speedup <= 1:
-            raise ValueError(f"--speedup: {self.speedup} is not allowed, it must be > 1")
-        if self.max_deviation is not None and self.max_deviation <= 0:
-            raise ValueError(f"--max-deviation: {self.max_deviation} is not allowed, it must be > 0")
+        for option, value, least in (
+            ("speedup", self.speedup, 1),
+            ("max-deviation", self.max_deviation, 0),
+        ):
+            if value is not None and not least < value <= _MOST_WISHED:
+                raise ValueError(
+                    f"--{option}: {value} is not allowed, it must be > {least} and <= {_MOST_WISHED}"
+                )
 
     def choose(self, plans: Sequence[Found], cost: Cost) -> tuple[Found, bool]:
         """The best plan that meets it, or the nearest to it, and whether it does.
