@@ -191,6 +191,12 @@ def test_schedules_made_in_python_are_checked_too(fields: dict[str, Any], named:
         Schedule(**fields)
 
 
+def test_entries_that_are_refused_do_not_make_the_list_too_short() -> None:
+    with pytest.raises(ValidationError) as refused:
+        Schedule(depth=(depth for depth in (-1,)), ratio=[0.0])
+    assert [issue["loc"] for issue in refused.value.errors()] == [("depth", 0)]
+
+
 def test_changing_the_ratio_checks_it() -> None:
     assert Schedule.every(2, 4).with_ratio(0.5).ratio == (0.5,) * 4
     assert Schedule.every(2, 4).with_ratio(0.5).depth == Schedule.every(2, 4).depth

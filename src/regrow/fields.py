@@ -91,10 +91,11 @@ class Checked(BaseModel):
         try:
             return handler(data)
         except ValidationError as error:
+            found = error.errors(include_url=False)
             issues = [
                 InitErrorDetails(type=_worded(cls, issue), loc=issue["loc"], input=issue["input"])
-                for issue in error.errors(include_url=False)
-                if not _follows(issue)
+                for issue in found
+                if not _follows(issue, found)
             ]
             raise ValidationError.from_exception_data(cls.__name__, issues) from None
 
@@ -133,9 +134,11 @@ def explained(issue: Any) -> str:
     return f"{one_line(field, 100)}: {value}{message}"
 
 
-def _follows(issue: Any) -> bool:
-    """Whether an issue only follows from another one: of a list whose entries are refused none is left."""
-    return issue["type"] == "too_short" and len(issue["input"]) >= issue["ctx"]["min_length"]
+def _follows(issue: Any, found: Sequence[Any]) -> bool:
+    """Whether an issue only follows from another one: a list is too short without its refused entries."""
+    where = issue["loc"]
+    inside = (one["loc"][: len(where)] == where != one["loc"] for one in found)
+    return issue["type"] == "too_short" and any(inside)
 
 
 def _worded(model: type[BaseModel], issue: Any) -> PydanticCustomError:
