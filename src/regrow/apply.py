@@ -171,6 +171,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     attends = engine.refreshing is not None and engine.refreshing.attending
     if leaves_out or attends or engine.watched:
         _check_attentions(engine, denoiser)
+    _check_depths(engine, denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
     if asked:
         _check_pruned(engine, denoiser)
@@ -179,6 +180,18 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             "nothing",
             "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
             f"call goes less deep than {engine.layout.depths} layers, and no ratio is above 0",
+        )
+
+
+def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
+    """Warn of depths that the model does not have."""
+    deepest = engine.layout.depths
+    beyond = sorted({s.depth for s in engine.kinds if deepest <= s.depth < LAYERS})
+    if beyond and engine.cuts:
+        engine.warn_once(
+            "depths",
+            f"calls of depth {', '.join(map(str, beyond))} are full: {type(denoiser).__name__} has {deepest} "
+            f"layers to count, so that a depth (a branch, plus 1) must be below {deepest} to leave some out",
         )
 
 

@@ -1,6 +1,7 @@
 """``regrow search`` and ``regrow calibrate``, as a user types them, on a small pipeline in a folder."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -272,7 +273,8 @@ def test_options_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("speedup", "deviation"), [(None, None), (2.0, 0.1), (1.0, None), (None, 0.0), (0.5, None)]
+    ("speedup", "deviation"),
+    [(None, None), (2.0, 0.1), (1.0, None), (None, 0.0), (0.5, None), (math.nan, None), (None, math.inf)],
 )
 def test_wishes_are_checked(speedup: float | None, deviation: float | None) -> None:
     with pytest.raises(ValueError, match=r"--speedup|--max-deviation"):

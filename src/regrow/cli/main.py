@@ -15,10 +15,13 @@ from rich.table import Table
 from regrow import zoo
 from regrow.cli.ablations import ABLATIONS, ablated, against, merged, pair
 from regrow.cli.engine import Engine, Where
+from regrow.cli.harmless import in_one_line, in_plain_words
 from regrow.cli.usual import usual
+from regrow.fields import MOST_CALLS, MOST_COUNT, MOST_SEED
 from regrow.measure.extractors import Network
 from regrow.methods.catalogue import SYSTEMS
 from regrow.search.search import Algorithm
+from regrow.words import offer, shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Faster diffusion sampling by computing fewer tokens at fewer steps.",
 )
+
+# Where typer has it from differs between its versions.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 # Names are those of diffusers, so that a user can look them up there.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,7 +54,9 @@ def _methods(given: Optional[str], steps: int, usual: Callable[[], tuple[str, ..
 
 def _known_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
+        raise ValueError(
+            f"dtype: {shown(dtype)} is not allowed; allowed are {', '.join(DTYPES)}{offer(dtype, DTYPES)}"
+        )
     return dtype
 
 
@@ -70,10 +78,12 @@ ScheduleFile = Annotated[
     Optional[Path], typer.Option(help="Schedule file, YAML or JSON, or hub:owner/name/file.")
 ]
 Ratio = Annotated[Optional[float], typer.Option(help="One pruning ratio for all calls.")]
-Interval = Annotated[Optional[int], typer.Option(help="A full call every N, depth 1 between.")]
+Interval = Annotated[
+    Optional[int], typer.Option(help="A full call every N, depth 1 between.", min=1, max=MOST_CALLS)
+]
 Searched = Annotated[str, typer.Option(help="See [b]regrow methods[/b]; or two, as deepcache+tome.")]
-Steps = Annotated[int, typer.Option(help="Sampler steps.", min=1)]
-MethodSteps = Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)]
+Steps = Annotated[int, typer.Option(help="Sampler steps.", min=1, max=MOST_CALLS)]
+MethodSteps = Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1, max=MOST_CALLS)]
 StepRange = Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")]
 Scheduler = Annotated[
@@ -88,7 +98,7 @@ Height = Annotated[Optional[int], typer.Option(help="Height in pixels; the model
 Width = Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")]
 Dtype = Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".", callback=_known_dtype)]
-Batch = Annotated[int, typer.Option(help="Pictures in one batch.", min=1)]
+Batch = Annotated[int, typer.Option(help="Pictures in one batch.", min=1, max=MOST_COUNT)]
 EngineChoice = Annotated[Engine, typer.Option(help="What does the work: this process, or a Ray cluster.")]
 WorkerCount = Annotated[Optional[int], typer.Option(help="Workers on the cluster; as many as fit.", min=1)]
 Address = Annotated[
@@ -213,7 +223,7 @@ def profile(
     schedule: ScheduleFile = None,
     ratio: Ratio = None,
     interval: Interval = None,
-    steps: Annotated[int, typer.Option(help="Calls of the denoiser.", min=1)] = 50,
+    steps: Annotated[int, typer.Option(help="Calls of the denoiser.", min=1, max=MOST_CALLS)] = 50,
     exclude_attention: Annotated[
         bool, typer.Option("--exclude-attention", help="Leave out products of queries, keys and values.")
     ] = False,
@@ -586,7 +596,7 @@ def search(
         Optional[str], typer.Option(help="Methods to stand beside the front, as deepcache:5,dato:b1.")
     ] = None,
     seed: Seed = 0,
-    search_seed: Annotated[int, typer.Option(help="Seed of the search.", min=0)] = 0,
+    search_seed: Annotated[int, typer.Option(help="Seed of the search.", min=0, max=MOST_SEED)] = 0,
     scheduler: Scheduler = None,
     guidance: Guidance = None,
     height: Height = None,
@@ -755,10 +765,14 @@ def main() -> None:
     from regrow.models import UnsupportedModelError
 
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except _UsageError as error:
+        if message := in_plain_words(error, sys.argv):
+            print(f"regrow: {message}", file=sys.stderr)
+        sys.exit(2)
     except (
         *(ValueError, OSError, UnsupportedModelError, ImportError),
         *(SafetensorError, MemoryError),
     ) as error:
-        print(f"regrow: {error or type(error).__name__}", file=sys.stderr)
+        print(f"regrow: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)

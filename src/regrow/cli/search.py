@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import typer
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,6 +21,8 @@ from regrow import zoo
 from regrow.apply import apply
 from regrow.cli.engine import Engine, Where
 from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.fields import MOST_COUNT, check_within, explain
+from regrow.files import damaged, read_kept
 from regrow.measure.bench import bench
 from regrow.measure.machine import machine
 from regrow.measure.macs import PlanCounter
@@ -28,7 +30,6 @@ from regrow.measure.plotting import check_matplotlib
 from regrow.measure.prompts import read_prompts
 from regrow.measure.sampling import make
 from regrow.measure.variants import Variant, variant
-from regrow.methods.catalogue import explain
 from regrow.models import denoiser_of
 from regrow.schedule import FULL
 from regrow.search.evaluation import Candidate, Evaluator, Facts
@@ -41,6 +42,7 @@ from regrow.search.result import Found, figures, found, to_dict, write_front, wr
 from regrow.search.search import Budget, Known, Search, may_give_up
 from regrow.search.search import Progress as Step
 from regrow.search.settings import SearchSettings, doubled
+from regrow.words import shown
 
 SHOWN_PLANS, SHOWN_PROMPTS = 6, 4
 PATIENCE = 2.0
@@ -105,6 +107,10 @@ class Asked:
     beside: tuple[str, ...] = ()
     weight: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.weight is not None:
+            check_within("w_ps", self.weight, -1e9, 1e9)
+
     def save(self, folder: Path) -> None:
         """Keep it in the folder of a search."""
         write_json(folder / "asked.json", asdict(self))
@@ -112,9 +118,15 @@ class Asked:
     @classmethod
     def of(cls, folder: Path) -> Asked:
         """What was asked last."""
-        fields = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
-        return cls(fields["budget"], tuple(fields["beside"]), fields["weight"])
+        file = folder / "asked.json"
+        fields = read_kept(file, "use another folder")
+        try:
+            return _ASKED.validate_python(fields)
+        except ValidationError as error:
+            raise damaged(file, "use another folder") from error
 
+
+_ASKED = TypeAdapter(Asked)
 
 # What may be said again of a search that goes on.
 _AGAIN = (
@@ -160,10 +172,11 @@ def parse_budget(text: str) -> Budget:
         ValueError: if it is neither.
     """
     number, minutes = text.removesuffix("m"), text.endswith("m")
-    if not number.isdecimal() or int(number) < 1:
+    # A million minutes are two years.
+    if not number.isdecimal() or len(number) > 6 or int(number) < 1:
         raise ValueError(
-            f"budget: {text!r} is not allowed, it must be a number of generations such as 30, or minutes "
-            "such as 30m"
+            f"budget: {shown(text)} is not allowed, it must be a number of generations such as 30, or "
+            "minutes such as 30m"
         )
     return Budget(seconds=60.0 * int(number)) if minutes else Budget(generations=int(number))
 
@@ -175,8 +188,8 @@ def parse_steps(text: str) -> tuple[int, int]:
         ValueError: if it is neither.
     """
     parts = text.split("..")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"steps: {text!r} is not allowed, it must be a number such as 50, or 12..50")
+    if len(parts) > 2 or not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise ValueError(f"steps: {shown(text)} is not allowed, it must be a number such as 50, or 12..50")
     return int(parts[0]), int(parts[-1])
 
 
@@ -201,8 +214,10 @@ def parse_economy(
         together = f"quality:{Quality.FD.value}" in objectives
         return {"prompts": (prompts,) if together else doubled(prompts), "patience": patience}
     parts = rungs.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"rungs: {rungs!r} is not allowed, it must be numbers of prompts such as 2,4,8,16")
+    if not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise ValueError(
+            f"rungs: {shown(rungs)} is not allowed, it must be numbers of prompts such as 2,4,8,16"
+        )
     return {"prompts": tuple(int(part) for part in parts), "patience": patience}
 
 
@@ -215,6 +230,7 @@ def prompts_of(model: str, text: str) -> tuple[str, ...]:
     """
     if not text.isdecimal():
         return tuple(read_prompts(Path(text), "{}", 1))
+    check_within("prompts", int(text[:20]), 1, MOST_COUNT)
     return zoo.prompts_of(model, int(text), "give a file")
 
 
@@ -229,7 +245,7 @@ def parse_choices(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     for text in texts:
         name, equals, values = text.partition("=")
         if not equals or not values:
-            raise ValueError(f"choices: {text!r} is not allowed, it must be of the form ratio=0,0.5")
+            raise ValueError(f"choices: {shown(text)} is not allowed, it must be of the form ratio=0,0.5")
         out[name] = tuple(named[v] if v in named else _number(v) for v in values.split(","))
     return out
 
@@ -238,7 +254,9 @@ def _number(text: str) -> float | int:
     try:
         return int(text) if text.lstrip("-").isdecimal() else float(text)
     except ValueError as error:
-        raise ValueError(f"choices: {text!r} is not allowed, it must be a number, full or none") from error
+        raise ValueError(
+            f"choices: {shown(text)} is not allowed, it must be a number, full or none"
+        ) from error
 
 
 def settings_of(**fields: Any) -> SearchSettings:
@@ -465,6 +483,9 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+_MOST_WISHED = 1000
+
+
 @dataclass(frozen=True)
 class Wish:
     """What a calibrated plan must meet: one of the two.
@@ -483,10 +504,14 @@ class Wish:
     def __post_init__(self) -> None:
         if (self.speedup is None) == (self.max_deviation is None):
             raise ValueError("--speedup, --max-deviation: one of them must be given, and only one")
-        if self.speedup is not None and self.speedup <= 1:
-            raise ValueError(f"--speedup: {self.speedup} is not allowed, it must be > 1")
-        if self.max_deviation is not None and self.max_deviation <= 0:
-            raise ValueError(f"--max-deviation: {self.max_deviation} is not allowed, it must be > 0")
+        for option, value, least in (
+            ("speedup", self.speedup, 1),
+            ("max-deviation", self.max_deviation, 0),
+        ):
+            if value is not None and not least < value <= _MOST_WISHED:
+                raise ValueError(
+                    f"--{option}: {value} is not allowed, it must be > {least} and <= {_MOST_WISHED}"
+                )
 
     def choose(self, plans: Sequence[Found], cost: Cost) -> tuple[Found, bool]:
         """The best plan that meets it, or the nearest to it, and whether it does.

@@ -277,6 +277,13 @@ class Engine:
                 "origin calls",
                 f"the plan was found for {self.found.calls} calls; this generation has {position.total}",
             )
+        planned = self.parts.plan.calls
+        if planned is not None and 2 * position.total < planned:
+            self.warn_once(
+                "resampled",
+                f"the schedule is for {planned} calls and is resampled to {position.total}; so few calls may "
+                "need another one: find it by regrow search --steps, or use a method without a schedule",
+            )
         whole = self._unfit or self.clash()
         generation = Generation(
             list(plan.steps()), self.cuts, _generator(device, seed), shape_of(self.denoiser), whole

@@ -11,10 +11,12 @@ from typing import Any
 
 from regrow import hub
 from regrow.apply import Run, apply
+from regrow.fields import MOST_CALLS
 from regrow.methods import ATEDM, FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToCa, ToMeSD
 from regrow.methods.catalogue import configured
 from regrow.methods.parts import MethodConfig
 from regrow.schedule import Schedule
+from regrow.words import shown
 
 PLANS = (".json", ".yaml", ".yml")
 
@@ -154,7 +156,7 @@ def plain(text: str) -> Any:
     """A number or a truth value where it is one, else the text."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -177,9 +179,14 @@ _METHODS: dict[str, Callable[[str, str, int], Any]] = {
 
 
 def _whole(spec: str, value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"methods: {spec!r} is not allowed; after the colon comes a whole number >= 1")
-    return int(value)
+    # Python reads no number of thousands of digits.
+    number = int(value) if value.isdecimal() and len(value) < 20 else 0
+    if not 1 <= number <= MOST_CALLS:
+        raise ValueError(
+            f"methods: {shown(spec)} is not allowed; after the colon comes a whole number >= 1 and <= "
+            f"{MOST_CALLS}"
+        )
+    return number
 
 
 def _share(spec: str, value: str) -> float:
