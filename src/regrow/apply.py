@@ -191,7 +191,7 @@ def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
         engine.warn_once(
             "depths",
             f"calls of depth {', '.join(map(str, beyond))} are full: {type(denoiser).__name__} has {deepest} "
-            f"layers to count, so that a depth (a branch, plus 1) must be below {deepest} to leave some out",
+            f"layers to count; a depth (a branch, plus 1) must be below {deepest} to leave some out",
         )
 
 
