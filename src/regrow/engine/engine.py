@@ -281,8 +281,8 @@ class Engine:
         if planned is not None and 2 * position.total < planned:
             self.warn_once(
                 "resampled",
-                f"the schedule is for {planned} calls and is resampled to {position.total}; so few may need "
-                "another: find one by regrow search --steps, or use a method without a schedule",
+                f"the schedule is for {planned} calls and is resampled to {position.total}; so few may "
+                "need another: find one by regrow search --steps, or use a method without a schedule",
             )
         whole = self._unfit or self.clash()
         generation = Generation(
