@@ -190,8 +190,8 @@ def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
     if beyond and engine.cuts:
         engine.warn_once(
             "depths",
-            f"calls of depth {', '.join(map(str, beyond))} are full: a depth (a branch, plus 1) must be below "
-            f"{deepest} to leave layers of {type(denoiser).__name__} out",
+            f"calls of depth {', '.join(map(str, beyond))} are full: a depth (a branch, plus 1) must be "
+            f"below {deepest} to leave layers of {type(denoiser).__name__} out",
         )
 
 
