@@ -93,8 +93,9 @@ class Run:
         if self._pipeline is None:
             return ""
         denoiser = self._engine.denoiser
-        held = [name for name, part in self._pipeline.components.items() if part is denoiser]
-        if held:
+        # Compiled as a whole, it is inside what the pipeline holds.
+        parts = self._pipeline.components.values()
+        if any(denoiser in (part, getattr(part, "_orig_mod", None)) for part in parts):
             return ""
         return (
             f"the pipeline's {type(denoiser).__name__} was replaced after regrow.apply, so the method is "
