@@ -19,6 +19,7 @@ from regrow.clock import Position
 from regrow.engine.branches import Branches
 from regrow.engine.call import Call
 from regrow.engine.engine import Engine
+from regrow.engine.others import grounding_of
 from regrow.installed import Installed
 from regrow.layers import Layer, LayerKind
 from regrow.meta import meta_copy
@@ -163,7 +164,7 @@ class _Refreshing:
         self._inputs, self._knows_text = inputs, knows_text
         plan, clock = Schedule(depth=(FULL, LAYERS), ratio=(0.0, 0.0)), _Here()
         parts = Parts(plan, refresh=self._rule)
-        self._engine = Engine(denoiser, parts, clock)
+        self._engine = Engine(denoiser, parts, clock, quiet=True)
         Installed(self._engine)
         with torch.no_grad():
             denoiser(*inputs[0], **inputs[1])
@@ -207,6 +208,12 @@ class CallCounter:
         self._instead = instead
         self._known: dict[Any, Macs] = {}
         self._refreshing: dict[Any, _Refreshing] = {}
+        self._grounding = grounding_of(self._model)
+
+    def attend_to_boxes(self, grounded: bool) -> None:
+        """Count calls from now on with or without the layers that attend to boxes (GLIGEN)."""
+        for module in self._grounding:
+            module.enabled = grounded
 
     def count(self, depth: int, ratio: float, inputs: tuple[Any, Any], *, knows_text: bool = False) -> Macs:
         """MACs of a call.
@@ -217,7 +224,8 @@ class CallCounter:
             inputs: positional and keyword arguments on the meta device.
             knows_text: whether what depends on the text alone was computed before.
         """
-        key = (depth, ratio if depth else 0.0, knows_text, _signature(inputs))
+        grounded = any(module.enabled for module in self._grounding)
+        key = (depth, ratio if depth else 0.0, knows_text, grounded, _signature(inputs))
         if key not in self._known:
             self._known[key] = self._count(depth, ratio, inputs, knows_text)
         return self._known[key]
@@ -241,7 +249,7 @@ class CallCounter:
             ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * after,
         )
         parts = Parts(plan, self._rule, first, refresh, self._instead)
-        engine = Engine(self._model, parts)
+        engine = Engine(self._model, parts, quiet=True)
         selected: list[_Selected] = []
 
         def select(call: Call, name: str, x: Tensor) -> Selection:

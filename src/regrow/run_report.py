@@ -120,20 +120,22 @@ def report_of(engine: Engine) -> RunReport:
     if generation is None:
         raise RuntimeError("there is nothing to report: no generation has begun since regrow.apply")
     notes = []
-    unknown = unknown_attentions(engine.denoiser)
+    twin = generation.twin
+    model = engine.denoiser if twin.model is None else twin.model
+    unknown = unknown_attentions(engine.denoiser) if twin.model is None else twin.unknown
     if unknown:
         notes.append(
             f"{len(unknown)} attentions, {unknown[0]} for one, have processors that are not of diffusers; "
             "they are counted as if they had the model's own"
         )
-    if shape_of(engine.denoiser) != generation.shape:
+    if twin.model is None and shape_of(engine.denoiser) != twin.shape:
         notes.append(
             "the denoiser's modules or attention processors were replaced since that generation; the "
             "figures are of those that it has now"
         )
     parts = engine.parts
     try:
-        counter = CallCounter(engine.denoiser, parts.tokens, parts.token_set, engine.refresh)
+        counter = CallCounter(model, parts.tokens, parts.token_set, engine.refresh)
         rows = [_row(record, engine.layout.depths, counter) for record in generation.records]
     except Exception as error:
         # Whatever a module of somebody's own says to tensors without data.
@@ -147,6 +149,7 @@ def report_of(engine: Engine) -> RunReport:
 def _row(record: CallRecord, depths: int, counter: CallCounter | None) -> CallRow:
     macs = selection = full = 0
     if counter is not None:
+        counter.attend_to_boxes(record.grounded)
         counted = counter.count(record.depth, record.ratio, record.inputs, knows_text=record.knew_text)
         macs, selection = counted.denoiser, counted.selection
         full = counter.count(FULL, 0.0, record.inputs).denoiser

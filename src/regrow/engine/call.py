@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regrow.clock import Position
 from regrow.engine.branches import Branches
 from regrow.engine.caller import Caller
+from regrow.engine.twin import Twin
 from regrow.methods.parts import Attention, CallInfo
 from regrow.models.table import Cut, Rows
 from regrow.reuse.depth import Slot
@@ -38,6 +39,7 @@ class CallRecord:
         knew_text: whether what depends on the text alone was not computed again.
         age: how many steps old the features are that it reused; 0 if it reused none.
         reason: why it did something else than planned; empty if it did as planned.
+        grounded: whether boxes were attended to (GLIGEN), which pipelines do in their first calls.
     """
 
     position: Position | None
@@ -49,6 +51,7 @@ class CallRecord:
     knew_text: bool = False
     age: int = 0
     reason: str = ""
+    grounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Generation:
         steps: what each call does, by the plan; empty if the calls belong to no generation that is known.
         cuts: what is skipped at each depth.
         generator: of the choice of tokens.
-        shape: what the denoiser's modules were when it began.
+        twin: what the denoiser was when it began.
         whole: why all of its calls are computed in full; empty if they are not.
         branches: of guidance.
         slots: the memory of each branch, by its number.
@@ -97,7 +100,7 @@ class Generation:
     steps: list[Step]
     cuts: Mapping[int, Cut]
     generator: torch.Generator
-    shape: int
+    twin: Twin
     whole: str = ""
     branches: Branches = field(default_factory=Branches)
     slots: dict[int, Slot] = field(default_factory=dict)

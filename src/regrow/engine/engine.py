@@ -23,9 +23,10 @@ from regrow.engine.inputs import (
     without_data,
 )
 from regrow.engine.lean import Lean, streams
-from regrow.engine.others import attentions_in, keeps_maps, other_caches, shape_of
+from regrow.engine.others import attentions_in, grounding_of, keeps_maps, other_caches, shape_of
 from regrow.engine.pruning import Pruning, runs
 from regrow.engine.refreshing import Refreshing
+from regrow.engine.twin import Twin
 from regrow.methods.parts import CallInfo, Parts, TokenRefresh
 from regrow.models import layout_of
 from regrow.models.table import Cut, Rotary, Rows
@@ -47,6 +48,7 @@ class Engine:
         parts: the method.
         clock: where calls stand; None until a generation is opened by hand.
         keep_text: compute what depends on the text alone once for each text.
+        quiet: warn of nothing.
 
     Raises:
         UnsupportedModelError: if the method needs what the model has not, saying what.
@@ -60,9 +62,11 @@ class Engine:
         clock: Clock | None = None,
         *,
         keep_text: bool = True,
+        quiet: bool = False,
     ) -> None:
         self.denoiser, self.parts, self.clock = denoiser, parts, clock
-        self._keep_text = keep_text
+        self._keep_text, self._quiet = keep_text, quiet
+        self._shape, self._twin = shape_of(denoiser), Twin.none()
         self.kinds = parts.plan.kinds()
         self.names = arguments_of(denoiser)
         self._warned: set[str] = set()
@@ -84,6 +88,7 @@ class Engine:
         self.pruning, self.lean, self.refreshing = self._pruning(), self._lean(), self._refreshing()
         self.rotary = self._rotary()
         self._attentions = attentions_in(self.denoiser, self._acts_in())
+        self._grounding = grounding_of(self.denoiser)
 
     def _acts_in(self) -> Iterator[str]:
         """Paths of the modules in which calls leave something out; "" is the whole."""
@@ -196,7 +201,7 @@ class Engine:
 
     def warn_once(self, about: str, message: str) -> None:
         """Warn, the first time for this run."""
-        if about not in self._warned:
+        if about not in self._warned and not self._quiet:
             self._warned.add(about)
             warnings.warn(message, stacklevel=2)
 
@@ -257,7 +262,7 @@ class Engine:
         self.warn_once("outside", f"a call of the denoiser is computed in full: {reason}")
         if self.generation is None or self.generation.ended:
             none = _generator(torch.device("cpu"), 0)
-            self.generation = Generation([], {}, none, shape_of(self.denoiser))
+            self.generation = Generation([], {}, none, self._look())
         records = self.generation.records
         if len(records) < MOST_RECORDS:
             inputs = (without_data(args), without_data(dict(kwargs)))
@@ -286,7 +291,7 @@ class Engine:
             )
         whole = self._unfit or self.clash()
         generation = Generation(
-            list(plan.steps()), self.cuts, _generator(device, seed), shape_of(self.denoiser), whole
+            list(plan.steps()), self.cuts, _generator(device, seed), self._look(), whole
         )
         if before is not None and again:
             # Members of an ensemble: one report tells of all.
@@ -294,6 +299,23 @@ class Engine:
         if self.lean is not None and not whole:
             self.lean.warn_of_whole_calls(generation.steps[position.index :], self.cuts)
         return generation
+
+    def _look(self) -> Twin:
+        """What the denoiser is now, with a model to count by if it is not what the method was applied to.
+
+        Pipelines put processors on for the time of a generation (perturbed-attention guidance).
+        """
+        shape = shape_of(self.denoiser)
+        if shape == self._shape or self._is_bare:
+            return Twin(shape)
+        if shape != self._twin.shape:
+            self._twin = Twin.of(self.denoiser, shape)
+        return self._twin
+
+    @property
+    def _is_bare(self) -> bool:
+        """Whether the denoiser has no weights, as one that calls are counted by."""
+        return next(self.denoiser.parameters()).is_meta
 
     def clash(self) -> str:
         """Why the method can't act beside another cache; empty if it can, or if there is none."""
@@ -410,7 +432,16 @@ class Engine:
             ratio = planned.ratio if self.call.refresh else 1.0
         generation.records.append(
             CallRecord(
-                position, branch, depth, ratio, planned, slot.inputs, self.call.knows_text, age, reason
+                position,
+                branch,
+                depth,
+                ratio,
+                planned,
+                slot.inputs,
+                self.call.knows_text,
+                age,
+                reason,
+                grounded=any(module.enabled for module in self._grounding),
             )
         )
 

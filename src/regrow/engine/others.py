@@ -70,6 +70,11 @@ def is_of_diffusers(processor: Any) -> bool:
 _HARMLESS = (bool, int, float, str, type(None), nn.Module, torch.dtype, torch.device)
 
 
+def grounding_of(denoiser: nn.Module) -> list[Any]:
+    """The layers that attend to boxes (GLIGEN), each of which is switched on and off."""
+    return [m for m in denoiser.modules() if type(m).__name__ == "GatedSelfAttentionDense"]
+
+
 def shape_of(denoiser: nn.Module) -> int:
     """A number that another structure of modules, or other processors, would give otherwise."""
     return hash(tuple(_parts(denoiser)))

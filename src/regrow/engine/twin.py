@@ -1,0 +1,35 @@
+"""What a denoiser was, to count its calls by afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from regrow.meta import meta_copy, unknown_attentions
+
+
+@dataclass(frozen=True)
+class Twin:
+    """What a denoiser was at some time.
+
+    Args:
+        shape: of its modules and processors: see `shape_of`.
+        model: it, without weights; None if none was made.
+        unknown: its attentions whose processors are somebody's own.
+    """
+
+    shape: int
+    model: Any = None
+    unknown: tuple[str, ...] = ()
+
+    @classmethod
+    def none(cls) -> Twin:
+        """Of no denoiser."""
+        return cls(0)
+
+    @classmethod
+    def of(cls, denoiser: nn.Module, shape: int) -> Twin:
+        """What a denoiser is now, with a model to count by."""
+        return cls(shape, meta_copy(denoiser), tuple(unknown_attentions(denoiser)))
