@@ -101,17 +101,15 @@ def test_a_preset_of_toca_goes_with_another_interval(
         (("profile", "--arch", "sd15", "--ratio", "0.5"), "need --method"),
         (("profile", "--arch", "sd15", "--method", "magic"), "method: 'magic' is not known; allowed: dato"),
         (("profile", "--arch", "sd15", "--method", "l2c"), "method: 'l2c' is not built yet"),
-        (("profile", "--arch", "sd15", "--method", "toca"), "toca needs --interval, --preset or --ratio"),
         (
             ("profile", "--arch", "sd15", "--method", "toca", "--interval", "3"),
             "UNet2DConditionModel has no layer that can compute some of its tokens by themselves",
         ),
-        (("profile", "--arch", "sd15", "--method", "atedm"), "atedm needs --preset or --ratio"),
+        (("profile", "--arch", "sd15", "--method", "atedm"), "it needs a choice such as atedm:paper, at"),
         (
             ("profile", "--arch", "dit-xl-256", "--method", "atedm", "--ratio", "0.5"),
             "recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt, DiT and Flux",
         ),
-        (("profile", "--arch", "sd15", "--method", "cat"), "cat needs --preset or --ratio"),
         (
             ("profile", "--arch", "sd15", "--method", "sito:d", "--ratio", "0.5"),
             "--ratio: not allowed with --method sito:d",
@@ -129,7 +127,7 @@ def test_a_preset_of_toca_goes_with_another_interval(
         (("profile", "--arch", "emoji", "--method", "sito", "--preset", "z"), "preset: 'z' is not known"),
         (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "0.9"), "ratio: 0.9 is not allowed"),
         (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "-1"), "ratio: .* -1"),
-        (("profile", "--arch", "emoji", "--method", "dato"), "needs --preset, --schedule"),
+        (("profile", "--arch", "emoji", "--method", "dato"), "it needs a choice such as dato:b1"),
         (("profile", "--arch", "emoji", "--method", "dato", "--schedule", "none.yaml"), "none.yaml"),
         (
             ("bench", "--scheduler", "EulerMaruyama"),

@@ -44,6 +44,8 @@ class System:
         status: how far it is here.
         models: model families it runs on.
         config: its configuration, if it works.
+        default: the preset that its name alone means; None where one must be chosen, or there is none and
+            the defaults of its fields are meant.
     """
 
     name: str
@@ -52,6 +54,7 @@ class System:
     status: Status
     models: str
     config: type[MethodConfig] | None = None
+    default: str | None = None
 
 
 _UNETS = "U-Nets: SD 1, SD 2, SDXL"
@@ -74,6 +77,7 @@ SYSTEMS = (
         Status.WORKS,
         "transformers: SD3, PixArt, DiT, Flux",
         CATPruning,
+        default="paper",
     ),
     System("tokencache", "TokenCache", "a learned predictor of what to cache", Status.NOT_YET, "-"),
     System("tome", "ToMeSD", "merge similar tokens", Status.WORKS, _UNETS, ToMeSD),
@@ -86,6 +90,7 @@ SYSTEMS = (
         Status.WORKS,
         "transformers: SD3, PixArt, DiT, Flux",
         ToCa,
+        default="paper",
     ),
     System(
         "atedm",
@@ -187,3 +192,19 @@ def configured(name: str) -> type[MethodConfig]:
     working = ", ".join(s.name for s in SYSTEMS if s.config is not None)
     known = any(s.name == name for s in SYSTEMS)
     raise ValueError(f"method: {name!r} is {'not built yet' if known else 'not known'}; allowed: {working}")
+
+
+def default_of(name: str) -> MethodConfig:
+    """What the name of a system alone means, where it has one obvious configuration.
+
+    Raises:
+        ValueError: if there is no such system, it does not work yet, or something must be chosen.
+    """
+    kind = configured(name)
+    default = next(system.default for system in SYSTEMS if system.name == name)
+    if default is not None:
+        return kind.preset(default)
+    if kind.presets():
+        choices = ", ".join(f"{name}:{preset}" for preset in kind.presets())
+        raise ValueError(f"method: {name!r} alone is not allowed, it needs a choice such as {choices}")
+    return kind()
