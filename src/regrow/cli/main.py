@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import platform
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from regrow import zoo
+from regrow import __version__, zoo
 from regrow.cli.ablations import ABLATIONS, ablated, against, merged, pair
 from regrow.cli.engine import Engine, Where
 from regrow.cli.usual import usual
@@ -21,15 +27,27 @@ from regrow.methods.catalogue import SYSTEMS
 from regrow.search.search import Algorithm
 
 app = typer.Typer(
-    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Faster diffusion sampling by computing fewer tokens at fewer steps.",
 )
+
+STOPPED = 130
+"""Exit code of a command that was stopped by Ctrl-C."""
+_RESUMABLE = frozenset({"calibrate", "eval", "search"})
+# typer exports no more of the classes of what it raises for options it can't read.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+_FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 # Names are those of diffusers, so that a user can look them up there.
 DTYPES = ("float32", "bfloat16", "float16")
+
+SIDE = 8
+"""Pixels of which a picture's sides are multiples."""
+MOST_GUIDANCE = 1000
+MOST_SEED = 2**62
+"""Above all seeds; there is room for those of the pictures that follow."""
 
 USUAL = "By default all steps, half, and what runs on the model."
 
@@ -60,6 +78,27 @@ def _known_scheduler(text: Optional[str]) -> Optional[str]:
     return text
 
 
+def _known_guidance(value: Optional[float]) -> Optional[float]:
+    if value is not None and not 0 <= value <= MOST_GUIDANCE:
+        raise ValueError(f"guidance: {value} is not allowed, it must be from 0 to {MOST_GUIDANCE}")
+    return value
+
+
+def _known_side(option: typer.CallbackParam, value: Optional[int]) -> Optional[int]:
+    if value is not None and (value < SIDE or value % SIDE):
+        low = max(value // SIDE, 1) * SIDE
+        raise ValueError(
+            f"{option.name}: {value} is not allowed, it must be a multiple of {SIDE}, such as {low}"
+        )
+    return value
+
+
+def _known_seed(value: int) -> int:
+    if not 0 <= value < MOST_SEED:
+        raise ValueError(f"seed: {value} is not allowed, it must be from 0 to {MOST_SEED - 1}")
+    return value
+
+
 Model = Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")]
 Method = Annotated[
     Optional[str],
@@ -75,7 +114,10 @@ Searched = Annotated[str, typer.Option(help="See [b]regrow methods[/b]; or two, 
 Steps = Annotated[int, typer.Option(help="Sampler steps.", min=1)]
 MethodSteps = Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)]
 StepRange = Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")]
-Seed = Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")]
+Seed = Annotated[
+    int,
+    typer.Option(help="Seed of the first prompt; the others follow.", callback=_known_seed),
+]
 Scheduler = Annotated[
     Optional[str],
     typer.Option(
@@ -83,9 +125,16 @@ Scheduler = Annotated[
         callback=_known_scheduler,
     ),
 ]
-Guidance = Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")]
-Height = Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")]
-Width = Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")]
+Guidance = Annotated[
+    Optional[float],
+    typer.Option(help="Guidance scale; the pipeline's own.", callback=_known_guidance),
+]
+Height = Annotated[
+    Optional[int], typer.Option(help="Height in pixels; the model's own.", callback=_known_side)
+]
+Width = Annotated[
+    Optional[int], typer.Option(help="Width in pixels; the model's own.", callback=_known_side)
+]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")]
 Dtype = Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".", callback=_known_dtype)]
 Batch = Annotated[int, typer.Option(help="Pictures in one batch.", min=1)]
@@ -96,6 +145,25 @@ Address = Annotated[
     typer.Option(help="Address of the cluster, or auto; one is started on this machine if none."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("diffusers", "torch"))
+        print(f"regrow {__version__} ({versions}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def regrow(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Faster diffusion sampling by computing fewer tokens at fewer steps."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -749,16 +817,58 @@ def share(
 
 
 def main() -> None:
-    """Run the command; errors of the user become one line and exit code 2."""
+    """Run the command. A mistake of the user becomes one line and exit code 2, Ctrl-C one and 130."""
     from safetensors import SafetensorError
 
     from regrow.models import UnsupportedModelError
 
+    with warnings.catch_warnings(), _library_remarks():
+        warnings.showwarning = _warn
+        for kind in _FOR_DEVELOPERS:
+            warnings.simplefilter("ignore", kind)
+        try:
+            code = app(prog_name="regrow", standalone_mode=False) or 0
+        except (KeyboardInterrupt, typer.Abort):
+            code = STOPPED
+        except _UsageError as error:
+            said = error.format_message().rstrip(".")
+            where = f"; see {error.ctx.command_path} --help" if error.ctx is not None else ""
+            _fail(f"{said}{where}")
+        except BrokenPipeError:
+            # Whoever read the output wanted no more of it; nothing must be flushed into it at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except (
+            *(ValueError, OSError, UnsupportedModelError, ImportError),
+            *(SafetensorError, MemoryError),
+        ) as error:
+            _fail(str(error) or type(error).__name__)
+    if code == STOPPED:
+        again = "type the same command to "
+        again += "go on where it was" if {*sys.argv[1:2]} & _RESUMABLE else "begin again"
+        print(f"regrow: stopped; {again}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"regrow: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning in one line."""
+    print(f"regrow: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+@contextmanager
+def _library_remarks() -> Iterator[None]:
+    """Have the remarks of diffusers and transformers look like regrow's warnings."""
+    handlers = [h for name in ("diffusers", "transformers") for h in logging.getLogger(name).handlers]
+    before = [handler.formatter for handler in handlers]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("regrow: warning: %(message)s"))
     try:
-        app()
-    except (
-        *(ValueError, OSError, UnsupportedModelError, ImportError),
-        *(SafetensorError, MemoryError),
-    ) as error:
-        print(f"regrow: {error or type(error).__name__}", file=sys.stderr)
-        sys.exit(2)
+        yield
+    finally:
+        for handler, formatter in zip(handlers, before, strict=True):
+            handler.setFormatter(formatter)
