@@ -370,7 +370,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     bad: str,
 ) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    monkeypatch.setattr("regrow.cli.generate._load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("regrow.cli.models._load", lambda *_: pytest.fail("loaded"))
     assert run(monkeypatch, *words, "--out", str(tmp_path / bad)) == 2
     assert f"--out: {tmp_path / bad}" in capsys.readouterr().err.replace("\n", "")
 

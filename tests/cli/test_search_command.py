@@ -10,7 +10,7 @@ import torch
 
 from regrow.cli import main
 from regrow.cli.engine import Where
-from regrow.cli.generate import load_pipeline
+from regrow.cli.models import load_pipeline
 from regrow.cli.search import Asked, Request, Wish, parse_budget, parse_choices, parse_steps, run_search
 from regrow.measure.machine import model_key
 from regrow.schedule import FULL, Schedule

@@ -39,7 +39,7 @@ def test_version_and_short_help(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("generate",), "regrow: Missing option '--prompt'; see regrow generate --help"),
+        (("share",), "regrow: Missing argument '"),
         (("profile", "--archh", "sd15"), "regrow: No such option: --archh"),
         (("bench", "--rounds", "many"), "regrow: Invalid value for '--rounds'"),
         (("frob",), "regrow: No such command 'frob'; see regrow --help"),

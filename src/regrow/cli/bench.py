@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from regrow import zoo
-from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.cli.models import best_device, check_device, load_pipeline
 from regrow.compiling import compile_blocks
 from regrow.measure.bench import BenchRow, bench
 from regrow.measure.keep import check_writable

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from regrow import zoo
 from regrow.apply import apply
-from regrow.cli.generate import load_pipeline
+from regrow.cli.models import load_pipeline
 from regrow.measure import contact_sheet, feature_distances, mean_psnr
 from regrow.measure.features import MissingWeightsError
 from regrow.measure.keep import check_writable

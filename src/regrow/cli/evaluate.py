@@ -19,7 +19,7 @@ from rich.table import Table
 
 from regrow import zoo
 from regrow.cli.engine import Where
-from regrow.cli.generate import best_device, check_device, check_pictures, check_scheduler, load_pipeline
+from regrow.cli.models import best_device, check_device, check_pictures, check_scheduler, load_pipeline
 from regrow.measure.clip import ClipScore
 from regrow.measure.evaluate import (
     Gain,

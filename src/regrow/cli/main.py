@@ -35,6 +35,8 @@ app = typer.Typer(
 
 STOPPED = 130
 """Exit code of a command that was stopped by Ctrl-C."""
+LONGEST = 2000
+"""Characters of an error that are shown."""
 _RESUMABLE = frozenset({"calibrate", "eval", "search"})
 # typer exports no more of the classes of what it raises for options it can't read.
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -99,7 +101,7 @@ def _known_seed(value: int) -> int:
     return value
 
 
-Model = Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")]
+Model = Annotated[str, typer.Option(help="Bundled name, folder, file of weights, or hub id.")]
 Method = Annotated[
     Optional[str],
     typer.Option(help="Method; see [b]regrow methods[/b]. Or with settings: cat:0.3+deepcache:2."),
@@ -186,7 +188,21 @@ def demo(
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str], typer.Option(help="Prompt, or class; give it again for more pictures.")],
+    prompt: Annotated[
+        Optional[list[str]], typer.Option(help="Prompt, or class; give it again for more pictures.")
+    ] = None,
+    prompts: Annotated[
+        Optional[Path], typer.Option(help="Instead: a file of prompts, .txt with one a line; see eval.")
+    ] = None,
+    negative_prompt: Annotated[
+        Optional[str], typer.Option(help="What the pictures shall not show.")
+    ] = None,
+    image: Annotated[
+        Optional[Path], typer.Option(help="Picture to begin with, scaled to about the model's size.")
+    ] = None,
+    strength: Annotated[
+        Optional[float], typer.Option(help="How much of --image is made anew, up to 1; the pipeline's own.")
+    ] = None,
     model: Model = "emoji",
     method: Method = None,
     preset: Preset = None,
@@ -202,15 +218,19 @@ def generate(
     out: Annotated[Path, typer.Option(help="Picture file; more prompts get numbers.")] = Path("out.png"),
     device: Device = None,
     dtype: Dtype = "float32",
+    batch: Batch = 16,
     compare: Annotated[bool, typer.Option(help="Also unaccelerated, side by side.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make pictures from texts or classes with a diffusers model, accelerated by a method.
 
+    Beside the picture a JSON file of its name says what made it: versions, prompts, seed, method, settings.
+
     Example: [b]regrow generate --prompt "large owl on blue" --method dato --preset b1 --compare[/b]
     """
     from regrow.cli.generate import Request, run_generate
     from regrow.cli.options import method_config, method_label
+    from regrow.measure.prompts import read_prompts
 
     config, label = None, "unaccelerated"
     if method is None and schedule is not None:
@@ -222,20 +242,26 @@ def generate(
         label = method_label(method, preset, schedule, ratio, interval)
     elif any(value is not None for value in (preset, ratio, interval)):
         raise ValueError("--preset, --ratio, --interval: need --method")
+    if bool(prompt) == (prompts is not None):
+        raise ValueError("--prompt, --prompts: one of them must be given, and only one")
     run_generate(
         Request(
-            model,
-            tuple(prompt),
-            steps,
-            scheduler,
-            guidance,
-            seed,
-            height,
-            width,
-            out,
-            device,
-            dtype,
-            compare,
+            model=model,
+            prompts=tuple(prompt or read_prompts(prompts or Path())),
+            negative_prompt=negative_prompt,
+            image=image,
+            strength=strength,
+            steps=steps,
+            scheduler=scheduler,
+            guidance=guidance,
+            seed=seed,
+            height=height,
+            width=width,
+            batch=batch,
+            out=out,
+            device=device,
+            dtype=dtype,
+            compare=compare,
         ),
         config,
         label,
@@ -842,12 +868,21 @@ def main() -> None:
             *(ValueError, OSError, UnsupportedModelError, ImportError),
             *(SafetensorError, MemoryError),
         ) as error:
-            _fail(str(error) or type(error).__name__)
+            _fail(_words(error))
     if code == STOPPED:
         again = "type the same command to "
         again += "go on where it was" if {*sys.argv[1:2]} & _RESUMABLE else "begin again"
         print(f"regrow: stopped; {again}", file=sys.stderr)
     sys.exit(code)
+
+
+def _words(error: BaseException) -> str:
+    """An error in one line: what others wrote into it may be long."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = "; ".join(lines) or type(error).__name__
+    return said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
 
 
 def _fail(message: str) -> NoReturn:
@@ -862,13 +897,20 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 
 @contextmanager
 def _library_remarks() -> Iterator[None]:
-    """Have the remarks of diffusers and transformers look like regrow's warnings."""
-    handlers = [h for name in ("diffusers", "transformers") for h in logging.getLogger(name).handlers]
+    """Have remarks of diffusers look like regrow's warnings, and no one see those of transformers.
+
+    They are about processors of pictures and the like, which a user of a pipeline does not choose.
+    """
+    transformers = logging.getLogger("transformers")
+    level = transformers.level
+    transformers.setLevel(logging.ERROR)
+    handlers = logging.getLogger("diffusers").handlers
     before = [handler.formatter for handler in handlers]
     for handler in handlers:
         handler.setFormatter(logging.Formatter("regrow: warning: %(message)s"))
     try:
         yield
     finally:
-        for handler, formatter in zip(handlers, before, strict=True):
+        transformers.setLevel(level)
+        for handler, formatter in zip(handlers, before, strict=False):
             handler.setFormatter(formatter)

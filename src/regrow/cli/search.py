@@ -20,7 +20,7 @@ from rich.table import Table
 from regrow import zoo
 from regrow.apply import apply
 from regrow.cli.engine import Engine, Where
-from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.cli.models import best_device, check_device, load_pipeline
 from regrow.measure.bench import bench
 from regrow.measure.machine import machine
 from regrow.measure.macs import PlanCounter

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from regrow import zoo
-from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.cli.models import best_device, check_device, load_pipeline
 from regrow.cli.trace_plots import draw
 from regrow.measure.keep import check_writable
 from regrow.measure.machine import machine, model_key

@@ -1,0 +1,114 @@
+"""How commands speak: tables, progress, and texts of others, which are printed as they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+EVERY = 30.0
+"""Seconds between the lines of a progress that nobody watches."""
+
+
+def output() -> Console:
+    """What a command is asked for: standard output. No text is taken for markup."""
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def remarks() -> Console:
+    """What a command says on its way: standard error. No text is taken for markup."""
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+@contextmanager
+def busy(console: Console, what: str) -> Iterator[None]:
+    """Say what is done for as long as it lasts; in a log file once, where it begins."""
+    if console.is_terminal:
+        with console.status(Text(what)):
+            yield
+    else:
+        console.print(what, soft_wrap=True)
+        yield
+
+
+class Bar(Progress):
+    """A progress bar; where nobody watches, as in a log file, a plain line now and then.
+
+    Args:
+        console: where it shows.
+        columns: the parts of the bar; what is done, the bar, numbers and time left by default.
+        after: seconds before it shows; what takes less time shows none.
+        every: seconds between plain lines.
+        options: of rich's `Progress`.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *columns: ProgressColumn,
+        after: float = 0.0,
+        every: float = EVERY,
+        **options: Any,
+    ) -> None:
+        watched = console.is_terminal
+        # What a command prints must not be sent to the console of a bar where that is another place.
+        seen: dict[str, Any] = {
+            "console": console,
+            "disable": not watched,
+            "redirect_stdout": output().is_terminal,
+        }
+        super().__init__(*columns, **seen, **options)
+        self._watched, self._after, self._every = watched, after, every
+        self._begin = self._said = time.monotonic()
+
+    @classmethod
+    def get_default_columns(cls) -> tuple[ProgressColumn, ...]:
+        """What is done, the bar, numbers and the time left."""
+        return named("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+
+    def __enter__(self) -> Bar:
+        if not self._after:
+            self.start()
+        return self
+
+    def update(self, task_id: TaskID, **options: Any) -> None:
+        """As rich's, and a plain line where it is time for one."""
+        super().update(task_id, **options)
+        self._say(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """As rich's, and a plain line where it is time for one."""
+        super().advance(task_id, advance)
+        self._say(task_id)
+
+    def _say(self, task_id: TaskID) -> None:
+        now = time.monotonic()
+        if self._watched:
+            if not self.live.is_started and now - self._begin > self._after:
+                self.start()
+            return
+        if now - self._said < self._every:
+            return
+        self._said = now
+        task = self._tasks[task_id]
+        done = f"{task.percentage:.0f}%" if task.total else f"{task.completed:g}"
+        minutes, seconds = divmod(int(now - self._begin), 60)
+        self.console.print(f"{task.description}: {done} after {minutes}:{seconds:02}", soft_wrap=True)
+
+
+def named(form: str) -> TextColumn:
+    """A column of text that is taken as it is."""
+    return TextColumn(form, markup=False)
