@@ -33,6 +33,7 @@ from regrow.measure.evaluate import (
 from regrow.measure.exchange import Scores, check_export, export, read_scores
 from regrow.measure.extractors import Extractor, Labels, Network, extractor
 from regrow.measure.keep import check_writable, write_whole
+from regrow.measure.lock import locked
 from regrow.measure.machine import machine, model_key, text_key
 from regrow.measure.prompts import PromptSet, fetch, named, read_prompts
 from regrow.measure.reference import Reference, load, of_pictures, pictures_in
@@ -76,7 +77,18 @@ class Request:
 
 
 def run_eval(request: Request, as_json: bool) -> None:
-    """Make what is missing, compare, save ``result.json``, and print a table."""
+    """Make what is missing, compare, save ``result.json`` and a contact sheet, and print a table.
+
+    Raises:
+        ValueError: if an option is not allowed, or another process is at work in the folder.
+    """
+    check_writable("--out", request.out, folder=True)
+    with locked("--out", request.out):
+        _evaluate(request, as_json)
+
+
+def _evaluate(request: Request, as_json: bool) -> None:
+    """`run_eval` in a folder that nobody else writes."""
     variants = request.variants
     if request.save_reference is not None and (request.reference is None or request.reference.is_file()):
         raise ValueError("--save-reference: it needs --reference with a folder of pictures")
@@ -87,7 +99,7 @@ def run_eval(request: Request, as_json: bool) -> None:
     if request.save_reference is not None:
         check_writable("--save-reference", request.save_reference)
     check_against(variants, request.against)
-    if not request.out.exists():
+    if not (request.out / "setting.json").exists():
         # Pictures that are there need no model.
         check_pictures(request.model)
     scores = read_scores(request.scores, variants)

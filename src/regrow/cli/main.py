@@ -757,15 +757,20 @@ def search(
         print(json.dumps(outcome.result))
     else:
         command.print_search(outcome, request)
+    if outcome.stopped:
+        raise typer.Exit(STOPPED)
 
 
 @app.command()
 def calibrate(
     speedup: Annotated[
-        Optional[float], typer.Option(help="Fewer MACs by this factor; or, with --latency, less time.")
+        Optional[float], typer.Option(help="Less time by this factor, as measured on this machine.")
+    ] = None,
+    fewer_macs: Annotated[
+        Optional[float], typer.Option(help="Instead: fewer MACs of the denoiser by this factor.")
     ] = None,
     max_deviation: Annotated[
-        Optional[float], typer.Option(help="Mean absolute error of the last latents, at most.")
+        Optional[float], typer.Option(help="Instead: mean absolute error of the last latents, at most.")
     ] = None,
     model: Model = "emoji",
     method: Searched = "dato",
@@ -774,7 +779,10 @@ def calibrate(
     budget: Annotated[
         str, typer.Option(help="Minutes such as 15m, or generations of plans such as 30.")
     ] = "15m",
-    latency: Annotated[bool, typer.Option(help="Search for time on this machine instead of MACs.")] = False,
+    latency: Annotated[
+        bool,
+        typer.Option(help="Time every plan of the search, not only those near the wish; takes longer."),
+    ] = False,
     seed: Seed = 0,
     scheduler: Scheduler = None,
     guidance: Guidance = None,
@@ -788,11 +796,13 @@ def calibrate(
 ) -> None:
     """A quarter of an hour for one schedule that meets a wish. Exit code 1 if none was found that does.
 
+    Plans are searched by deviation and MACs; timing some of those found tells the best that is fast enough.
+
     Example: [b]regrow calibrate --model emoji --speedup 3[/b]
     """
     from regrow.cli import search as command
 
-    wish = command.Wish(speedup, max_deviation)
+    wish = command.Wish(speedup, fewer_macs, max_deviation)
     texts = command.prompts_of(model, prompts)
     objectives = ("quality:deviation", "cost:latency" if latency else "cost:macs")
     settings = command.settings_of(
