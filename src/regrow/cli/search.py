@@ -348,8 +348,8 @@ def _search(request: Request) -> Outcome:
     if request.plots:
         with busy(console, "drawing"):
             plots = draw(result, request.out)
-        pictures = {} if stopped else _pictures(here, plans, console)
-        text = page(result, plots, pictures, s.prompts[:SHOWN_PROMPTS])
+        shown_pictures = {} if stopped else _pictures(here, plans, console)
+        text = page(result, plots, shown_pictures, s.prompts[:SHOWN_PROMPTS])
         (request.out / "search.html").write_text(text, encoding="utf-8")
     return Outcome(plans, result, stopped)
 
