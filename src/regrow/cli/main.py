@@ -418,6 +418,9 @@ def bench(
     Methods: steps:25, sito:d, tome:0.5, deepcache:5, dato:b1, dato:FILE, deepcache:5+tome:0.5. Also of a
     pipeline of videos from text.
 
+    What is known is printed after each timed generation, and --out holds it. --json prints one object: its
+    "timed" grows by a line a generation, its "rows" come last; "complete" is false if it was stopped.
+
     Example: [b]regrow bench --model emoji --methods steps:50,sito:d,dato:b1 --images 4[/b]
     """
     from regrow.cli.bench import Request, run_bench

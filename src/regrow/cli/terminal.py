@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 EVERY = 30.0
@@ -42,6 +44,25 @@ def busy(console: Console, what: str) -> Iterator[None]:
     else:
         console.print(what, soft_wrap=True)
         yield
+
+
+def table(caption: str, first: str, *numbers: str, title: str = "") -> Table:
+    """A table that fits into 80 columns: long names are folded, numbers are not.
+
+    Args:
+        caption: below it.
+        first: head of the column of names.
+        numbers: heads of the others; line breaks are kept.
+        title: above it.
+    """
+    made = Table(
+        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption or None, title=title or None
+    )
+    made.caption_justify = made.title_justify = "left"
+    made.add_column(first, overflow="fold")
+    for name in numbers:
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
 
 
 class Bar(Progress):
