@@ -196,6 +196,34 @@ def test_methods_lists_every_system(
     assert presets["sito"] == ["a", "b", "c", "d", "e"]
     searched = ["emoji-quality", "emoji-balanced", "emoji-fast"]
     assert presets["dato"] == ["b1", "fast", "b1-released", *searched]
+    assert run(monkeypatch, "methods") == 0
+    blocks = capsys.readouterr().out
+    assert max(map(len, blocks.splitlines())) <= 80
+    assert "\natedm: AT-EDM (arXiv 2405.05252), partly\n" in blocks
+
+
+def test_methods_says_all_of_one_system(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for system in SYSTEMS:
+        assert run(monkeypatch, "methods", system.name) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80
+        assert run(monkeypatch, "methods", system.name, "--json") == 0
+        fields = json.loads(capsys.readouterr().out)["fields"]
+        own = [] if system.config is None else [*system.config.model_fields]
+        assert [field["name"] for field in fields] == [
+            n for n in own if n not in ("found", "method", "version")
+        ]
+        assert all(field["about"] for field in fields)
+        assert all(f"    {field['name']} (" in shown for field in fields)
+    assert run(monkeypatch, "methods", "cat") == 0
+    shown = capsys.readouterr().out
+    for said in ("alone: --method cat, the preset paper", "alpha (default 0.3)", "paper: the defaults"):
+        assert said in shown
+    assert "released: balance=0.5, noise_scale=0.05, absolute_noise=True" in shown
+    assert run(monkeypatch, "methods", "sita") == 2
+    assert "name: 'sita' is not known, did you mean sito; allowed: dato" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from diffusers import AutoPipelineForImage2Image
 from PIL import Image, UnidentifiedImageError
-from rich.table import Table
 
 from regrow import __version__, zoo
 from regrow.apply import apply
 from regrow.cli.models import best_device, check_device, check_pictures, check_room, load_pipeline
-from regrow.cli.terminal import Bar, busy, output, remarks
+from regrow.cli.terminal import Bar, busy, output, remarks, table
 from regrow.measure import contact_sheet, mean_psnr
 from regrow.measure.images import on_white
 from regrow.measure.keep import check_writable
@@ -315,16 +314,16 @@ def _said(request: Request) -> dict[str, Any]:
 
 
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = Table("method", "s an image", "speed-up", "MACs", "PSNR dB")
+    shown = table("", "method", "s an image", "speed-up", "MACs", "PSNR dB")
     for row in rows:
-        table.add_row(
+        shown.add_row(
             row["method"],
             f"{row['seconds_per_image']:.2f}",
             f"{row['speedup']:.2f}x" if "speedup" in row else "-",
             f"{row['macs_ratio']:.2f}x fewer" if "macs_ratio" in row else "-",
             ("equal" if row["psnr"] is None else f"{row['psnr']:.1f}") if "psnr" in row else "-",
         )
-    output().print(table)
+    output().print(shown)
 
 
 def _save(request: Request, images: list[Image.Image]) -> list[Path]:

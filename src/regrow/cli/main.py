@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from regrow import __version__, zoo
 from regrow.cli.ablations import ABLATIONS, ablated, against, merged, pair
 from regrow.cli.engine import Engine, Where
+from regrow.cli.terminal import busy, output, remarks, table
 from regrow.cli.usual import usual
 from regrow.measure.extractors import Network
-from regrow.methods.catalogue import SYSTEMS
 from regrow.search.search import Algorithm
 
 app = typer.Typer(
@@ -270,30 +268,18 @@ def generate(
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
-    """The table of systems: what each does, where it works, its presets.
+def methods(
+    name: Annotated[Optional[str], typer.Argument(help="A system: all its fields and presets.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The systems: what each does, where it works, its presets; or all of one.
 
     Example: [b]regrow methods[/b]
+    or [b]regrow methods dato[/b]
     """
-    rows: list[dict[str, Any]] = [
-        {
-            "name": s.name,
-            "title": s.title,
-            "what": s.what,
-            "status": s.status.value,
-            "models": s.models,
-            "presets": list(s.config.presets()) if s.config else [],
-        }
-        for s in SYSTEMS
-    ]
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    table = Table("name", "system", "what it does", "state", "models", "presets")
-    for row in rows:
-        presets = ", ".join(row["presets"]) or "-"
-        table.add_row(row["name"], row["title"], row["what"], row["status"], row["models"], presets)
-    Console().print(table)
+    from regrow.cli.methods import run_methods
+
+    run_methods(name, as_json)
 
 
 @app.command()
@@ -346,8 +332,7 @@ def profile(
         label = method_label(method, preset, schedule, ratio, interval)
     elif any(value is not None for value in (preset, schedule, ratio, interval)):
         raise ValueError("--preset, --schedule, --ratio, --interval: need --method")
-    console = Console(stderr=True)
-    with console.status("counting MACs"):
+    with busy(remarks(), "counting MACs"):
         what = architecture(arch) if arch is not None else architecture_of(model or "")
         result = count(
             what,
@@ -363,11 +348,11 @@ def profile(
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
         return
-    table = Table("calls", "depth", "pruned", "GMACs a call", "of full", "choosing tokens")
+    shown = table("", "calls", "depth", "pruned", "GMACs a call", "of full", "choosing tokens")
     for kind in result.kinds:
         share = kind.macs / result.baseline_macs_per_call
         chosen = f"{kind.selection_macs / 1e9:.2f}" if kind.selection_macs else "-"
-        table.add_row(
+        shown.add_row(
             str(kind.count),
             kind.depth,
             f"{kind.ratio:.0%}",
@@ -375,7 +360,7 @@ def profile(
             f"{share:.2%}",
             chosen,
         )
-    Console().print(table)
+    output().print(shown)
     print(
         f"{result.arch}, {result.method}: {result.macs / 1e9:.1f} of {result.baseline_macs / 1e9:.1f} "
         f"GMACs in {result.calls} calls, {result.macs_ratio:.2f}x fewer"

@@ -17,13 +17,12 @@ from PIL import Image
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
-from rich.table import Table
 
 from regrow import zoo
 from regrow.apply import apply
 from regrow.cli.engine import Engine, Where
 from regrow.cli.models import best_device, check_device, check_room, load_pipeline
-from regrow.cli.terminal import Bar, busy, named, output, remarks
+from regrow.cli.terminal import Bar, busy, named, output, remarks, table
 from regrow.measure.bench import bench
 from regrow.measure.keep import check_writable
 from regrow.measure.lock import locked
@@ -442,23 +441,23 @@ def print_search(outcome: Outcome, request: Request) -> None:
     """The table of the front and of what stands beside it."""
     objectives = request.settings.objectives
     result = outcome.result
-    table = Table(
-        caption=f"{result['evaluated']} plans, {result['pictures']} pictures; {len(result['history'])} "
+    shown = table(
+        f"{result['evaluated']} plans, {result['pictures']} pictures; {len(result['history'])} "
         f"generations in {result['seconds']:.0f} s; "
-        f"shares are of {request.settings.steps[1]} unaccelerated steps"
+        f"shares are of {request.settings.steps[1]} unaccelerated steps",
+        "plan",
+        *(label(kind).replace(":", "\n", 1) for kind in objectives),
+        *("steps", "picked for"),
     )
-    table.add_column("plan", no_wrap=True)
-    for name in (*map(label, objectives), "steps", "picked for"):
-        table.add_column(name, justify="right")
     for plan in outcome.plans:
         row = figures(plan.known, objectives)
-        table.add_row(
+        shown.add_row(
             plan.name, *map(_shown, row.values()), str(plan.known.candidate.steps), ", ".join(plan.picked)
         )
     for row in result["beside"]:
-        table.add_row(row["name"], *map(_shown, row["values"].values()), "", "", style="dim")
+        shown.add_row(row["name"], *map(_shown, row["values"].values()), "", "", style="dim")
     console = output()
-    console.print(table)
+    console.print(shown)
     _print_failed(result, console)
     volume = result["hypervolume"]
     if result["beside"]:

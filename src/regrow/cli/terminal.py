@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -93,7 +93,7 @@ class Bar(Progress):
         }
         super().__init__(*columns, **seen, **options)
         self._watched, self._after, self._every = watched, after, every
-        self._begin = self._said = time.monotonic()
+        self._begin = self._said = monotonic()
 
     @classmethod
     def get_default_columns(cls) -> tuple[ProgressColumn, ...]:
@@ -116,7 +116,7 @@ class Bar(Progress):
         self._say(task_id)
 
     def _say(self, task_id: TaskID) -> None:
-        now = time.monotonic()
+        now = monotonic()
         if self._watched:
             if not self.live.is_started and now - self._begin > self._after:
                 self.start()
