@@ -28,7 +28,7 @@ from rich.table import Table
 
 from regrow.engine.call import Call
 from regrow.engine.engine import Engine
-from regrow.hooks import Installed
+from regrow.installed import Installed
 from regrow.macs import CallCounter, free_selection
 from regrow.measure.architectures import CONFIGS, architecture
 from regrow.measure.machine import PACKAGES, machine
@@ -36,7 +36,6 @@ from regrow.memory import PeakMemory, keep_freed_memory
 from regrow.methods.dato import DaTo
 from regrow.methods.parts import Parts, TokenRule, parts_of
 from regrow.methods.sito import SiTo
-from regrow.models import layout_of
 from regrow.schedule import FULL, Schedule
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,7 +77,7 @@ class Ours:
             # Hooks for pruning and for skipping are all in place and have nothing to do.
             kinds = [(FULL, 0.0)] * CALLS_AT_MOST + [(1, ratio)]
         schedule = Schedule(depth=tuple(d for d, _ in kinds), ratio=tuple(r for _, r in kinds))
-        self.engine = Engine(unet, layout_of(unet), Parts(schedule, rule), None)
+        self.engine = Engine(unet, Parts(schedule, rule))
         if free:
             known: dict[int, Any] = {}
 

@@ -232,17 +232,17 @@ def unet_inputs(
     seed: int = 0,
     timestep: int = 500,
 ) -> dict[str, Any]:
-    """Keyword arguments of a call of a U-Net, of its own type."""
-    g = torch.Generator().manual_seed(seed)
+    """Keyword arguments of a call of a U-Net, of its own type; the text is the same for all seeds."""
+    g, of_text = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1)
     c, dtype = denoiser.config, denoiser.dtype
     inputs: dict[str, Any] = {
         "sample": torch.randn(batch, c.in_channels, height, width, generator=g).to(dtype),
         "timestep": torch.tensor(timestep),
-        "encoder_hidden_states": torch.randn(batch, 7, c.cross_attention_dim, generator=g).to(dtype),
+        "encoder_hidden_states": torch.randn(batch, 7, c.cross_attention_dim, generator=of_text).to(dtype),
     }
     if c.addition_embed_type == "text_time":
         inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.randn(batch, TEXT, generator=g).to(dtype),
+            "text_embeds": torch.randn(batch, TEXT, generator=of_text).to(dtype),
             "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * batch),
         }
     return inputs

@@ -46,7 +46,7 @@ def records(run: regrow.Run) -> Any:
 
 
 def places(run: regrow.Run) -> list[tuple[int, int]]:
-    return [(r.position.index, r.position.branch) for r in records(run)]
+    return [(r.position.index, r.branch) for r in records(run)]
 
 
 def depths(run: regrow.Run) -> list[int]:

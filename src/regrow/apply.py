@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,10 +11,10 @@ from torch import nn
 from regrow.clock import ManualClock, SchedulerClock
 from regrow.engine.call import Observer
 from regrow.engine.engine import Engine
-from regrow.hooks import Installed, is_hooked
+from regrow.installed import Installed, is_hooked
 from regrow.methods.names import method_of
 from regrow.methods.parts import origin_of, parts_of
-from regrow.models import denoiser_of, layout_of
+from regrow.models import denoiser_of
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
 
@@ -118,8 +117,7 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     pipeline = None if target is denoiser else target
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
-    layout = layout_of(denoiser)
-    engine = Engine(denoiser, layout if keep_text else replace(layout, text={}), parts, None)
+    engine = Engine(denoiser, parts, keep_text=keep_text)
     _check_useful(engine, denoiser)
     engine.found = origin_of(config)
     for difference in _elsewhere(engine.found, denoiser, getattr(pipeline, "scheduler", scheduler)):
@@ -147,6 +145,9 @@ def _elsewhere(found: Origin | None, denoiser: nn.Module, scheduler: Any) -> Ite
 
 def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     """Refuse what could only do nothing, warn of what is asked to do nothing."""
+    clash = engine.clash()
+    if clash:
+        raise ValueError(f"target: {clash}")
     pruning = engine.pruning
     asked = pruning is not None and engine.leaves_out
     if asked and pruning is not None and not pruning.blocks:

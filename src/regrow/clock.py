@@ -1,16 +1,16 @@
-"""Where are we: which generation, which call of how many, which guidance branch.
+"""Where are we: which generation, and which step of how many.
 
-There is one clock a run. It is told of a new generation by the scheduler, whose ``timesteps`` is a
-new object after every ``set_timesteps``, and of the next step by ``scheduler.step``. That holds for
-samplers that call the denoiser twice a step, for guidance in one call or several, for runs that start
-late (image-to-image) and for runs that were interrupted.
+There is one clock a run. A generation is known by the scheduler's ``timesteps``, a new object after every
+``set_timesteps``; a step by the place of its timestep in the tensor that the loop runs over, or else by the
+timestep's value and by ``scheduler.step``. That holds for samplers that call the denoiser twice a step, for
+guidance in one call or several, for runs that start late (image-to-image), for runs that were interrupted,
+for loops that never call ``scheduler.step``, and for those that call it once a view (panoramas).
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -28,19 +28,23 @@ class ConcurrentGenerationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Position:
-    """A call of the denoiser.
+    """A step of a generation.
 
     Args:
-        index: step of the sampler this call belongs to, from 0; a run that starts late starts above 0.
+        index: of the sampler's step, from 0; a run that starts late starts above 0.
         total: number of steps of the whole trajectory.
-        branch: number of calls already made at this step (separate guidance calls).
-        first: whether it is the first call of its generation.
+        begins: whether its call is the first of a run over the trajectory.
+        again: whether that run is over the same timesteps as the one before (members of an ensemble).
     """
 
     index: int
     total: int
-    branch: int
-    first: bool
+    begins: bool
+    again: bool = False
+
+
+class OutsideError(LookupError):
+    """A call belongs to no generation that the clock knows; the message says why."""
 
 
 class Clock(Protocol):
@@ -50,8 +54,16 @@ class Clock(Protocol):
     def batch(self) -> int | None:
         """Samples in the last step of this generation, None if it is not known."""
 
-    def read(self, timestep: Any) -> Position | None:
-        """The position of the call that begins now, or None if it belongs to no known generation."""
+    def read(self, timestep: Any) -> Position:
+        """The position of the call that begins now.
+
+        Raises:
+            OutsideError: if it belongs to no known generation.
+            ConcurrentGenerationError: if another thread is generating.
+        """
+
+    def called(self) -> None:
+        """A call of the denoiser is over; the sampler may step next."""
 
     def detach(self) -> None:
         """Leave everything as it was."""
@@ -69,8 +81,8 @@ class ManualClock:
         if total < 1:
             raise ValueError(f"num_steps: {total} is not allowed, it must be >= 1")
         self._total, self._on_end = total, on_end
-        self._index = self._branch = 0
-        self._first = True
+        self._index = 0
+        self._begins = True
 
     @property
     def batch(self) -> None:
@@ -80,57 +92,57 @@ class ManualClock:
     def step(self) -> None:
         """The sampler's step is done; the next call of the denoiser belongs to the next one."""
         self._index += 1
-        self._branch = 0
         if self._index == self._total:
             self._on_end()
 
-    def read(self, timestep: Any) -> Position | None:
+    def read(self, timestep: Any) -> Position:
         if self._index >= self._total:
-            return None
-        here = Position(self._index, self._total, self._branch, self._first)
-        self._branch += 1
-        self._first = False
+            raise OutsideError(f"the denoiser was called after the last of the {self._total} steps")
+        here = Position(self._index, self._total, self._begins)
+        self._begins = False
         return here
+
+    def called(self) -> None:
+        """Only the caller says when a step ends."""
 
     def detach(self) -> None:
         self._index = self._total
 
 
 class _Step:
-    """Stands in for ``scheduler.step``: steps, then ticks the clock."""
+    """Stands in for ``scheduler.step`` between a call of the denoiser and the next step.
+
+    It is taken off before the scheduler steps, so that whoever copies or pickles the scheduler between
+    steps finds it as it was.
+    """
 
     def __init__(self, scheduler: Any, tick: Callable[[Any], None]) -> None:
         # Pipelines read the parameters of `step` from its signature.
         functools.update_wrapper(self, scheduler.step)
-        self._scheduler, self._step = scheduler, scheduler.step
+        self.scheduler, self._step, self._tick = scheduler, scheduler.step, tick
         self._below = scheduler.__dict__.get("step")
-        self._tick: Callable[[Any], None] | None = tick
         scheduler.step = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mine = self.scheduler.__dict__.get("step") is self
+        self.remove()
         out = self._step(*args, **kwargs)
-        if self._tick is not None:
+        if mine:
             self._tick(kwargs.get("sample", args[2] if len(args) > 2 else None))
         return out
 
     def remove(self) -> None:
-        """Tick no more; the scheduler is as before, unless something else lies on top."""
-        self._tick = None
-        top = self._scheduler.__dict__.get("step")
-        while isinstance(top, _Step) and top._tick is None:
-            top = top._below
-        if top is None:
-            self._scheduler.__dict__.pop("step", None)
-        else:
-            self._scheduler.step = top
+        """Leave the scheduler as it was, unless something else lies on top."""
+        if self.scheduler.__dict__.get("step") is self:
+            if self._below is None:
+                del self.scheduler.step
+            else:
+                self.scheduler.step = self._below
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._scheduler))
-        if copied is None:
-            # Panorama pipelines copy the state of a scheduler and put it back.
-            return self
         # A copied scheduler is another sampler: it must step itself and not this clock.
-        return MethodType(type(copied).step, copied)
+        copied = memo.get(id(self.scheduler))
+        return self if copied is None else MethodType(type(copied).step, copied)
 
 
 class SchedulerClock:
@@ -152,102 +164,129 @@ class SchedulerClock:
         self._scheduler: Any = None
         self._step: _Step | None = None
         self._timesteps: Any = None
-        self._values: list[float] = []
         self._unproven: Any = None
+        self._values: list[float] = []
         self._loop: _Loop | None = None
         self._displaced: _Loop | None = None
-        self._index = self._total = self._branch = 0
-        self._first = True
+        self._place = self._index = self._total = 0
+        self._ticks = self._ticks_before = 0
+        self._stepped = False
         self._batch: int | None = None
         self._owner = 0
-        self._warned = False
-        self._attach(scheduler())
+        self._follow(scheduler())
 
-    def _attach(self, scheduler: Any) -> None:
+    def _follow(self, scheduler: Any) -> None:
+        """Wait for a generation of a scheduler."""
         self.detach()
         self._scheduler = scheduler
-        self._step = _Step(scheduler, self._tick)
-        if _is_set(scheduler):
-            self._unproven = scheduler.timesteps
-        else:
-            self._timesteps = scheduler.timesteps
+        # Timesteps set before may be of a generation long past, or of one that begins now.
+        self._unproven = scheduler.timesteps if _is_set(scheduler) else None
+        self._timesteps = None if _is_set(scheduler) else scheduler.timesteps
 
     def detach(self) -> None:
-        if self._step is not None:
-            self._step.remove()
-        self._scheduler = self._step = self._timesteps = self._unproven = None
+        self._unwatch()
+        self._scheduler = self._timesteps = self._unproven = self._batch = None
         self._loop = self._displaced = None
-        self._index = self._total = 0
+        self._values = []
+        self._place = self._index = self._total = 0
+        self._ticks = self._ticks_before = 0
 
     @property
     def batch(self) -> int | None:
         """Samples in the last step of this generation, None before it."""
         return self._batch
 
-    def _tick(self, sample: Any) -> None:
-        if threading.get_ident() == self._owner:
-            known = isinstance(sample, torch.Tensor) and sample.ndim > 1
-            self._batch = len(sample) if known else None
-            self._index += 1
-            self._branch = 0
-            if self._index == self._total:
-                self._on_end()
+    def called(self) -> None:
+        self._unwatch()
+        if self._scheduler is not None:
+            self._step = _Step(self._scheduler, self._tick)
 
-    def read(self, timestep: Any) -> Position | None:
+    def _unwatch(self) -> None:
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
+
+    def _tick(self, sample: Any) -> None:
+        if threading.get_ident() != self._owner:
+            return
+        known = isinstance(sample, torch.Tensor) and sample.ndim > 1
+        self._batch = len(sample) if known else None
+        self._index, self._stepped = self._place + 1, True
+        self._ticks += 1
+        # A panorama steps once a view: its last step is over when all views have had it.
+        if self._index == self._total and self._ticks >= self._ticks_before:
+            self._on_end()
+
+    def read(self, timestep: Any) -> Position:
         if self._current() is not self._scheduler:
-            self._attach(self._current())
+            self._follow(self._current())
         if self._displaced is not None and self._displaced.holds(timestep):
             raise _concurrent("has begun a generation")
         known = self._loop is not None and self._loop.holds(timestep)
         if not known and self._scheduler.timesteps is not self._timesteps:
-            if not self._begin(timestep):
-                self._warn_foreign()
-                return None
-        elif self._index >= self._total or not self._is_next(timestep):
-            self._warn_foreign()
-            return None
-        elif threading.get_ident() != self._owner:
-            raise _concurrent("is generating")
-        here = Position(self._index, self._total, self._branch, self._first)
-        self._branch += 1
-        self._first = False
-        return here
+            self._begin(timestep)
+            return Position(self._place, self._total, True)
+        place = self._find(timestep)
+        if threading.get_ident() != self._owner:
+            if self._index < self._total:
+                raise _concurrent("is generating")
+            self._owner = threading.get_ident()
+        if place < self._place:
+            self._set(place, None)
+            return Position(place, self._total, True, again=True)
+        if place > self._place:
+            self._ticks_before, self._ticks = self._ticks, 0
+        self._index, self._place, self._stepped = place, place, False
+        return Position(place, self._total, False)
 
-    def _begin(self, timestep: Any) -> bool:
-        """Begin a generation at its first call, at index 0, or later for image-to-image; False if the
-        call is not one of the scheduler's."""
+    def _begin(self, timestep: Any) -> None:
+        """Begin a generation at its first call, at index 0, or later for image-to-image."""
         timesteps = self._scheduler.timesteps
-        loop: _Loop | None = _Loop.over(timesteps)
-        values = timesteps.tolist()
-        if loop is not None and loop.holds(timestep):
-            begin = loop.place(timestep)
+        values, whole = timesteps.tolist(), _Loop.over(timesteps)
+        loop: _Loop | None = whole
+        if whole.holds(timestep):
+            begin = whole.place(timestep)
         else:
             # Timesteps set before `apply` may be of a generation long past.
-            if timesteps is self._unproven and _is_part(timestep, timesteps.device):
-                return False
+            stepped = getattr(self._scheduler, "step_index", None) is not None
+            other = stepped or _is_part(timestep, timesteps.device)
+            old = timesteps is self._unproven and other
             places = [i for i, value in enumerate(values) if self._matches(timestep, value)]
-            if not places:
-                return False
+            if old or not places:
+                raise self._outside(timestep)
             begin = getattr(self._scheduler, "begin_index", None) or 0
             begin = begin if begin in places else places[0]
             loop = _Loop.around(timestep, timesteps, begin)
-        me = threading.get_ident()
-        unfinished = self._index < self._total and self._owner != me
+        unfinished = self._index < self._total and self._owner != threading.get_ident()
         self._displaced = self._loop if unfinished else None
         self._timesteps, self._values, self._total = timesteps, values, len(values)
         self._loop, self._unproven = loop, None
-        self._index, self._branch, self._first, self._owner = begin, 0, True, me
-        self._batch = None
-        return True
+        self._set(begin, threading.get_ident())
 
-    def _is_next(self, timestep: Any) -> bool:
-        """Whether a timestep is that of the step that is due. Elements of a loop's tensor are told by
-        their place, which needs no wait for the device."""
-        if self._loop is not None and self._loop.holds(timestep):
-            return self._loop.place(timestep) == self._index
-        if self._loop is not None and _is_part(timestep):
-            return False
-        return self._matches(timestep, self._values[self._index])
+    def _set(self, place: int, owner: int | None) -> None:
+        """Stand at the first call of a run over the timesteps."""
+        self._index, self._place, self._stepped = place, place, False
+        self._ticks, self._ticks_before, self._batch = 0, 0, None
+        self._owner = self._owner if owner is None else owner
+
+    def _find(self, timestep: Any) -> int:
+        """The place of a timestep in the present generation.
+
+        Elements of a loop's tensor are told by their place, which needs no wait for the device; others by
+        their value: it is that of the step just done or, if the scheduler has stepped since and nobody else
+        has called the denoiser, of one behind it.
+        """
+        if self._loop is not None:
+            if self._loop.holds(timestep):
+                return self._loop.place(timestep)
+            if _is_part(timestep):
+                raise self._outside(timestep)
+        places = (*range(self._index, self._total), self._place) if self._values else ()
+        for place in places if self._stepped else places[-1:]:
+            if self._matches(timestep, self._values[place]):
+                return place
+        self._stepped = False
+        raise self._outside(timestep)
 
     def _matches(self, timestep: Any, value: float) -> bool:
         """Whether a timestep has a value; a scaled one may have been rounded.
@@ -259,15 +298,17 @@ class SchedulerClock:
             return given == value
         return abs(given * self._scale - value) <= ROUNDING * self._scale
 
-    def _warn_foreign(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "the denoiser was called outside a generation of the pipeline regrow was applied to "
-                "(another pipeline with a scheduler of its own, or a loop that does not call "
-                "scheduler.set_timesteps); such calls are computed in full",
-                stacklevel=2,
+    def _outside(self, timestep: Any) -> OutsideError:
+        name = type(self._scheduler).__name__
+        if self._timesteps is self._scheduler.timesteps and not self._values:
+            return OutsideError(
+                f"no generation of this pipeline's {name} has begun: the loop around the denoiser does not "
+                "call its set_timesteps, or it is another pipeline with a scheduler of its own"
             )
+        return OutsideError(
+            f"its timestep is not the next one of this pipeline's {name}: it is called by another pipeline "
+            "with a scheduler of its own, or in a loop over other timesteps"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,15 @@
-"""The hooks that carry out what the engine decided, and their removal without a trace.
+"""What the layers of a denoiser do in a call that was decided at its root.
 
-The root is watched by native module hooks, which survive CPU offload; layers are wrapped by diffusers'
-model hooks, which can leave a layer out.
+Each hook is called in place of a module's forward method, with the module and the forward method that it
+lies around. `regrow.installed` puts hooks on modules for as long as a call of the denoiser lasts.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
@@ -21,30 +19,39 @@ from regrow.engine.lean import Lean
 from regrow.engine.pruning import Pruning
 from regrow.engine.refreshing import Refreshing
 from regrow.layers import Layer
-from regrow.methods.parts import Attention, Features, Recovery
-from regrow.models.table import Cut, Returns, Rotary, Skippable, TokenBlock, TokenLayer, Turned
+from regrow.methods.parts import Attention
+from regrow.models.table import Cut, Returns, Skippable, TokenBlock, Turned
 from regrow.reuse.depth import placeholders
 from regrow.tokens.recover import keep, keep_merged, recover
 from regrow.tokens.select import put_rows, rows_of, take_rows
 
-
-def original(hook: ModelHook) -> Callable[..., Any]:
-    """The forward method that a hook wraps."""
-    reference: Any = hook.fn_ref
-    return reference.original_forward
+Forward = Callable[..., Any]
 
 
-class SkipHook(ModelHook):
+class Hook(Protocol):
+    """Stands in for a module's forward method."""
+
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """What the module hands on.
+
+        Args:
+            module: the module.
+            forward: its forward method, or the hook that lies inside this one.
+            args: what the module was called with.
+            kwargs: the same, by name.
+        """
+
+
+class SkipHook:
     """A module that cached calls leave out."""
 
     def __init__(self, engine: Engine, place: Skippable) -> None:
-        super().__init__()
         self.engine, self.place = engine, place
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         call, name = self.engine.call, self.place.name
         if call is None:
-            return original(self)(*args, **kwargs)
+            return forward(*args, **kwargs)
         for cut in (*call.store, *([] if call.cut is None else [call.cut])):
             if name == cut.entry:
                 call.entered[cut] = _taken(args, kwargs)
@@ -52,18 +59,20 @@ class SkipHook(ModelHook):
         if name in call.parts:
             # Its own hook, which is inside, sees to it that some of the tokens are computed.
             call.restored += 1
-            return original(self)(*args, **kwargs)
+            return forward(*args, **kwargs)
         if name in call.whole:
-            out = call.slot.features[name] = original(self)(*args, **kwargs)
+            out = call.slot.features[name] = forward(*args, **kwargs)
             return out
         if call.cut is not None and name in call.cut.skip:
             if name not in call.cut.restore:
+                call.stood_in.add(name)
                 return self._stand_in(call, args, kwargs)
             # A layer that the last full call left out (skip-layer guidance) has nothing to hand on.
             if _turn(call.cut.key(name), turn) in call.slot.features:
                 call.restored += 1
+                call.stood_in = {other for other in call.stood_in if not call.cut.feeds(other, name)}
                 return self._restored(call, call.cut)
-        out = original(self)(*args, **kwargs)
+        out = forward(*args, **kwargs)
         if call.cut is None:
             call.slot.shapes[name] = [t.shape for t in self._tensors(out) if isinstance(t, Tensor)]
         for cut in call.store:
@@ -160,37 +169,39 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-class SelectHook(ModelHook):
+class SelectHook:
     """Selects the tokens of a transformer block from the input of the module it is on."""
 
     def __init__(self, engine: Engine, pruning: Pruning, block: TokenBlock) -> None:
-        super().__init__()
         self.engine, self.pruning, self.block = engine, pruning, block
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
         self.pruning.select_from(self.engine.call, self.block.name, x)
-        return args, kwargs
+        return forward(*args, **kwargs)
 
 
-class KeepHook(ModelHook):
+class KeepHook:
     """A layer that computes the kept tokens only and recovers the others."""
 
     def __init__(self, engine: Engine, block: TokenBlock, merge: bool) -> None:
-        super().__init__()
         self.engine, self.block = engine, block
         self.reduce = keep_merged if merge else keep
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         call = self.engine.call
         selection = None if call is None else call.selections.get(self.block.name)
         x = args[0] if args else kwargs["hidden_states"]
         # IP-Adapter masks, which every attention is handed, speak of all tokens to the cross-attention.
         masked = module is self.block.cross_attention and kwargs.get("ip_adapter_masks") is not None
-        # Chunked feed-forwards get a part of the tokens.
-        if selection is None or x.shape[1] != selection.tokens or masked:
-            return original(self)(*args, **kwargs)
-        assert call is not None
+        if call is None or selection is None or masked:
+            return forward(*args, **kwargs)
+        if x.shape[1] != selection.tokens:
+            call.unpruned = (
+                f"they are given {x.shape[1]} tokens where their grid has {selection.tokens} (another "
+                "library, such as tomesd, merges tokens, or a feed-forward is computed in chunks)"
+            )
+            return forward(*args, **kwargs)
         call.pruned += 1
         if args:
             args = (self.reduce(x, selection), *args[1:])
@@ -200,17 +211,17 @@ class KeepHook(ModelHook):
         if mask is not None and module is self.block.self_attention:
             index = selection.kept.view(len(selection.kept), *[1] * (mask.ndim - 2), -1)
             kwargs["attention_mask"] = mask.gather(-1, index.expand(*mask.shape[:-1], -1))
-        return recover(original(self)(*args, **kwargs), selection)
+        return recover(forward(*args, **kwargs), selection)
 
 
-class NarrowHook(ModelHook):
+class NarrowHook:
     """Hands on those of the image's tokens that the call computes from here on."""
 
     def __init__(self, engine: Engine, lean: Lean) -> None:
-        super().__init__()
         self.engine, self.lean = engine, lean
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
         tokens = self.lean.narrow(self.engine.call)
         if tokens is None:
             return output
@@ -220,14 +231,14 @@ class NarrowHook(ModelHook):
         return rows_of(output, tokens)
 
 
-class MemoryHook(ModelHook):
+class MemoryHook:
     """Completes what a module gives for some tokens with what it last gave for the others."""
 
     def __init__(self, engine: Engine, lean: Lean, key: str) -> None:
-        super().__init__()
         self.engine, self.lean, self.key = engine, lean, key
 
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        output = forward(*args, **kwargs)
         call = self.engine.call
         if call is None or not call.remembers:
             return output
@@ -249,28 +260,28 @@ class MemoryHook(ModelHook):
         return features[self.key].clone() if self.key == OUTPUT else features[self.key]
 
 
-class PositionHook(ModelHook):
+class PositionHook:
     """Keeps the table of rotary embeddings of all tokens."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__()
         self.engine = engine
 
-    def post_forward(self, module: nn.Module, output: Sequence[Tensor]) -> Sequence[Tensor]:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
+        output = forward(*args, **kwargs)
         call = self.engine.call
         if call is not None:
             call.positions = output
         return output
 
 
-class TurnHook(ModelHook):
+class TurnHook:
     """Turns queries or keys by the positions of their tokens, where they are made."""
 
     def __init__(self, engine: Engine, turned: Turned) -> None:
-        super().__init__()
         self.engine, self.attention, self.rows = engine, turned.attention, turned.rows
 
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        output = forward(*args, **kwargs)
         call = self.engine.call
         if call is None or not call.tells_apart:
             return output
@@ -281,44 +292,44 @@ class TurnHook(ModelHook):
         return cast(Tensor, turned.view(output.shape))
 
 
-class UnturnedHook(ModelHook):
+class UnturnedHook:
     """An attention that is handed queries and keys which are turned already."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__()
         self.engine = engine
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         call = self.engine.call
         if call is not None and call.tells_apart:
             kwargs["image_rotary_emb"] = None
-        return args, kwargs
+        return forward(*args, **kwargs)
 
 
-class TakeHook(ModelHook):
+class TakeHook:
     """Hands a layer those of its tokens that it computes."""
 
     def __init__(self, engine: Engine, refreshing: Refreshing, layer: Layer) -> None:
-        super().__init__()
         self.engine, self.refreshing, self.layer = engine, refreshing, layer
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         call = self.engine.call
         if call is None or self.layer.name not in call.refresh:
-            return args, kwargs
+            return forward(*args, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]
         short = take_rows(x, self.refreshing.tokens(call, self.layer).rows(x.shape[1]))
-        return ((short, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": short})
+        if args:
+            return forward(short, *args[1:], **kwargs)
+        return forward(**kwargs | {"hidden_states": short})
 
 
-class PutHook(ModelHook):
+class PutHook:
     """Hands on the tokens that a layer computed among those of its last output."""
 
     def __init__(self, engine: Engine, refreshing: Refreshing, layer: Layer) -> None:
-        super().__init__()
         self.engine, self.refreshing, self.layer = engine, refreshing, layer
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
         call, name = self.engine.call, self.layer.name
         if call is None or name not in call.refresh:
             return output
@@ -334,32 +345,31 @@ class PutHook(ModelHook):
         return last
 
 
-class BesideHook(ModelHook):
+class BesideHook:
     """An attention that hands on its last output for the tokens that the layer beside it computes."""
 
     def __init__(self, engine: Engine, refreshing: Refreshing, key: str, layer: Layer) -> None:
-        super().__init__()
         self.engine, self.refreshing, self.key, self.layer = engine, refreshing, key, layer
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         call = self.engine.call
         if call is not None and self.layer.name in call.refresh:
             last = call.slot.features[self.key]
             return take_rows(last, self.refreshing.tokens(call, self.layer).rows(last.shape[1]))
-        out = original(self)(*args, **kwargs)
+        out = forward(*args, **kwargs)
         if call is not None and call.cut is None:
             call.slot.features[self.key] = out
         return out
 
 
-class LayerMemoryHook(ModelHook):
+class LayerMemoryHook:
     """Completes the keys or values of the tokens that a layer computes with its last ones of the others."""
 
     def __init__(self, engine: Engine, refreshing: Refreshing, key: str, layer: Layer) -> None:
-        super().__init__()
         self.engine, self.refreshing, self.key, self.layer = engine, refreshing, key, layer
 
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        output = forward(*args, **kwargs)
         call = self.engine.call
         if call is None:
             return output
@@ -376,29 +386,28 @@ class LayerMemoryHook(ModelHook):
         return output
 
 
-class CatchHook(ModelHook):
+class CatchHook:
     """Keeps what a projection of a watched attention, or its norm, gives until the attention is done."""
 
     def __init__(self, engine: Engine, watched: Watched, projection: str) -> None:
-        super().__init__()
         self.engine, self.watched, self.key = engine, watched, f"{watched.name}.{projection}"
 
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        output = forward(*args, **kwargs)
         call = self.engine.call
         if call is not None and self.watched.wanted(call):
             call.caught[self.key] = output
         return output
 
 
-class ObserveHook(ModelHook):
+class ObserveHook:
     """Tells the choice of tokens what an attention multiplied."""
 
     def __init__(self, engine: Engine, watched: Watched) -> None:
-        super().__init__()
         self.engine, self.watched = engine, watched
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        out = original(self)(*args, **kwargs)
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
         call, watched = self.engine.call, self.watched
         if call is None or not watched.wanted(call):
             return out
@@ -452,162 +461,17 @@ def _heads(
     return both.roll(-text, 2) if text else both
 
 
-class TextHook(ModelHook):
+class TextHook:
     """Computes what depends on the text alone once for each text."""
 
     def __init__(self, engine: Engine, name: str) -> None:
-        super().__init__()
         self.engine, self.name = engine, name
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         call = self.engine.call
         if call is not None and call.knows_text and self.name in call.slot.features:
             return call.slot.features[self.name]
-        out = original(self)(*args, **kwargs)
+        out = forward(*args, **kwargs)
         if call is not None:
             call.slot.features[self.name] = out
         return out
-
-
-class RootHook:
-    """Lets the engine decide before a call of the denoiser, and look at its output."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.engine.begin(args, kwargs)
-
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.engine.end(output)
-
-
-class Installed:
-    """The hooks of one engine, in place until `remove`."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._undo: list[Callable[[], None]] = []
-        self._forwards: dict[nn.Module, Any] = {}
-        try:
-            self._install(engine)
-        except BaseException:
-            self.remove()
-            raise
-
-    @property
-    def active(self) -> bool:
-        """Whether the hooks are in place."""
-        return bool(self._undo)
-
-    def remove(self) -> None:
-        """Leave every module as it was before."""
-        covered = [m for m, forward in self._forwards.items() if m.__dict__.get("forward") is not forward]
-        if covered:
-            warnings.warn(
-                f"something replaced the forward methods of {len(covered)} modules after regrow.apply; it "
-                "is lost with the removal. Enable offload before regrow.apply, or remove regrow first",
-                stacklevel=3,
-            )
-        self._forwards.clear()
-        while self._undo:
-            self._undo.pop()()
-
-    def _install(self, engine: Engine) -> None:
-        if engine.pruning is not None:
-            for block in engine.pruning.blocks:
-                self._hook_block(engine, engine.pruning, block)
-        for name, module in engine.layout.text.items():
-            self._hook(module, TextHook(engine, name), "regrow-text")
-        if engine.rotary is not None:
-            # Registered before what keeps and catches keys, so that those are turned.
-            self._hook_rotary(engine, engine.rotary)
-        if engine.lean is not None and engine.layout.stream is not None:
-            lean = engine.lean
-            self._hook(lean.behind, NarrowHook(engine, lean), "regrow-narrow")
-            for name, module in lean.memory.items():
-                self._hook(module, MemoryHook(engine, lean, name), "regrow-memory")
-            self._hook(engine.layout.stream.output, MemoryHook(engine, lean, OUTPUT), "regrow-memory")
-        if engine.refreshing is not None:
-            for place in engine.refreshing.places:
-                self._hook_refreshing(engine, engine.refreshing, place)
-        for watched in engine.watched:
-            self._hook_watched(engine, watched)
-        # Registered last, so that what is skipped is neither selected from nor pruned.
-        for name in sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values()))):
-            skippable = engine.layout.skippable[name]
-            self._hook(skippable.module, SkipHook(engine, skippable), "regrow-skip")
-        denoiser, root = engine.denoiser, RootHook(engine)
-        before = denoiser.register_forward_pre_hook(root.before, with_kwargs=True)
-        self._undo.append(before.remove)
-        after = denoiser.register_forward_hook(root.after, with_kwargs=True, always_call=True)
-        self._undo.append(after.remove)
-
-    def _hook_rotary(self, engine: Engine, rotary: Rotary) -> None:
-        self._hook(rotary.positions, PositionHook(engine), "regrow-positions")
-        for attention in rotary.attentions.values():
-            self._hook(attention, UnturnedHook(engine), "regrow-unturned")
-        for turned in rotary.turned:
-            self._hook(turned.module, TurnHook(engine, turned), "regrow-turn")
-
-    def _hook_refreshing(self, engine: Engine, refreshing: Refreshing, place: TokenLayer) -> None:
-        layer, attention = place.layer, place.attention
-        self._hook(place.first or place.module, TakeHook(engine, refreshing, layer), "regrow-take")
-        if attention.layer.name in refreshing.attending:
-            for name, module in attention.memory.items():
-                self._hook(module, LayerMemoryHook(engine, refreshing, name, layer), "regrow-memory")
-        if place.beside is not None:
-            name = place.beside.layer.name
-            beside: ModelHook = BesideHook(engine, refreshing, name, layer)
-            if name in refreshing.attending:
-                beside = TakeHook(engine, refreshing, layer)
-            self._hook(place.beside.module, beside, "regrow-beside")
-        self._hook(place.module, PutHook(engine, refreshing, layer), "regrow-put")
-
-    def _hook_block(self, engine: Engine, pruning: Pruning, block: TokenBlock) -> None:
-        where = pruning.rule.where
-        layers = {
-            block.self_attention: where.self_attention,
-            block.cross_attention: where.cross_attention,
-            block.feed_forward: where.feed_forward,
-        }
-        for layer, wanted in layers.items():
-            if layer is not None and wanted:
-                merge = where.recovery is Recovery.MEAN
-                self._hook(layer, KeepHook(engine, block, merge), "regrow-keep")
-        reads = {Features.BLOCK_INPUT: block.block, Features.NORM1: block.self_attention}.get(
-            where.features
-        )
-        if reads is not None:
-            # Registered after the layer's own hook, so that it runs before it.
-            self._hook(reads, SelectHook(engine, pruning, block), "regrow-select")
-
-    def _hook_watched(self, engine: Engine, watched: Watched) -> None:
-        for projection, norm in (*QUERIES, *KEYS):
-            # Norms give what is turned by position.
-            part = getattr(watched.module, projection if engine.rotary is None else norm, None)
-            if part is not None:
-                self._hook(part, CatchHook(engine, watched, projection), "regrow-catch")
-        self._hook(watched.module, ObserveHook(engine, watched), "regrow-observe")
-
-    def _hook(self, module: nn.Module, hook: ModelHook, name: str) -> None:
-        had_registry, had_forward = hasattr(module, "_diffusers_hook"), "forward" in module.__dict__
-        registry = HookRegistry.check_if_exists_or_initialize(module)
-        registry.register_hook(hook, name)
-        self._forwards[module] = module.forward
-
-        def undo() -> None:
-            registry.remove_hook(name, recurse=False)
-            # diffusers leaves its registry and an instance-level forward behind.
-            if not registry.hooks:
-                if not had_forward:
-                    module.__dict__.pop("forward", None)
-                if not had_registry:
-                    del module._diffusers_hook
-
-        self._undo.append(undo)
-
-
-def is_hooked(denoiser: nn.Module) -> bool:
-    """Whether an engine's hooks are on a denoiser already."""
-    hooks = denoiser._forward_pre_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), RootHook) for hook in hooks)

@@ -16,21 +16,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.clock import Position
+from regrow.engine.branches import Branches
 from regrow.engine.call import Call
 from regrow.engine.engine import Engine
-from regrow.hooks import Installed
+from regrow.installed import Installed
 from regrow.layers import Layer, LayerKind
+from regrow.meta import meta_copy
 from regrow.methods.parts import Attention, CallInfo, Parts, TokenRefresh, TokenRule, TokenSet
-from regrow.models import layout_of
 from regrow.schedule import FULL, LAYERS, Schedule
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
-
-
-def meta_copy(denoiser: Any) -> Any:
-    """A denoiser of the same configuration without weights."""
-    with torch.device("meta"):
-        return type(denoiser).from_config(denoiser.config).eval()
 
 
 def free_selection(x: Tensor, count: int) -> Selection:
@@ -140,7 +135,10 @@ class _Here:
 
     def read(self, timestep: Any) -> Position:
         """The first of two calls, or the second."""
-        return Position(self.index, 2, 0, self.index == 0)
+        return Position(self.index, 2, self.index == 0)
+
+    def called(self) -> None:
+        """Nobody steps."""
 
     def detach(self) -> None:
         """There is nothing to leave."""
@@ -165,7 +163,8 @@ class _Refreshing:
         self._inputs, self._knows_text = inputs, knows_text
         plan, clock = Schedule(depth=(FULL, LAYERS), ratio=(0.0, 0.0)), _Here()
         parts = Parts(plan, refresh=self._rule)
-        Installed(Engine(denoiser, layout_of(denoiser), parts, clock))
+        self._engine = Engine(denoiser, parts, clock)
+        Installed(self._engine)
         with torch.no_grad():
             denoiser(*inputs[0], **inputs[1])
         clock.index = 1
@@ -173,6 +172,9 @@ class _Refreshing:
     def count(self, ratio: float) -> Macs:
         """MACs of a call."""
         self._rule.ratio = ratio
+        assert self._engine.generation is not None
+        # The second step again, not another branch of it.
+        self._engine.generation.branches = Branches()
         args, kwargs = self._inputs if self._knows_text else _with_another_text(self._inputs)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self._denoiser(*args, **kwargs)
@@ -239,7 +241,7 @@ class CallCounter:
             ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * after,
         )
         parts = Parts(plan, self._rule, first, refresh, self._instead)
-        engine = Engine(self._model, layout_of(self._model), parts, None)
+        engine = Engine(self._model, parts)
         selected: list[_Selected] = []
 
         def select(call: Call, name: str, x: Tensor) -> Selection:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from regrow.engine.call import CallRecord
 from regrow.engine.engine import Engine
+from regrow.engine.others import shape_of
 from regrow.macs import CallCounter
+from regrow.meta import unknown_attentions
 from regrow.schedule import FULL, LAYERS
 
 
@@ -15,17 +18,19 @@ class CallRow:
     """One call of the denoiser.
 
     Args:
-        step: step of the sampler, from 0.
-        branch: separate guidance call of that step, from 0.
+        step: step of the sampler, from 0; None if the call belongs to no generation that is known.
+        branch: of guidance, in the order in which they first came, from 0.
         depth: what was computed: ``"full"`` or a number of up-path layers.
-        planned: what the schedule asked for; differs where nothing was cached yet.
+        planned: what the schedule asked for.
         ratio: share of tokens pruned where the method prunes.
         macs: MACs of the call, the whole batch, attention counted.
         selection_macs: MACs of choosing tokens.
         full_macs: MACs of the same call without the method.
+        age: how many steps old the features are that the call reused; 0 if it reused none.
+        reason: why it did something else than planned; empty if it did as planned.
     """
 
-    step: int
+    step: int | None
     branch: int
     depth: str
     planned: str
@@ -33,13 +38,21 @@ class CallRow:
     macs: int
     selection_macs: int
     full_macs: int
+    age: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """All calls of a generation; as text, a table and a sum."""
+    """All calls of a generation; as text, a table and a sum.
+
+    Args:
+        calls: in their order.
+        notes: what the figures do not know of, such as attention processors that are not of diffusers.
+    """
 
     calls: tuple[CallRow, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int:
@@ -63,23 +76,31 @@ class RunReport:
             "full_macs": self.full_macs,
             "selection_macs": self.selection_macs,
             "calls": [asdict(c) for c in self.calls],
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
-        lines = ["step  depth  pruned    GMACs   of full"]
+        lines = ["step  depth  age  pruned    GMACs   of full"]
+        reasons: list[str] = []
         for c in self.calls:
-            note = "" if c.depth == c.planned else f"  (planned {c.planned}: nothing cached yet)"
-            step = f"{c.step}" if c.branch == 0 else f"{c.step}.{c.branch}"
+            mark = ""
+            if c.reason:
+                reasons += [] if c.reason in reasons else [c.reason]
+                asked = "" if c.planned == c.depth else f"planned {c.planned}, "
+                mark = f"  ({asked}see {reasons.index(c.reason) + 1})"
+            step = "-" if c.step is None else f"{c.step}" if c.branch == 0 else f"{c.step}.{c.branch}"
+            share = c.macs / c.full_macs if c.full_macs else 0.0
             lines.append(
-                f"{step:>4}  {c.depth:>5}  {c.ratio:6.0%}  {c.macs / 1e9:7.2f}  "
-                f"{c.macs / c.full_macs:8.1%}{note}"
+                f"{step:>4}  {c.depth:>5}  {c.age or '':>3}  {c.ratio:6.0%}  {c.macs / 1e9:7.2f}"
+                f"  {share:8.1%}{mark}"
             )
+        lines += [f"({i}) {reason}" for i, reason in enumerate(reasons, 1)]
         ratio = self.full_macs / self.macs if self.macs else float("inf")
         lines.append(
             f"{len(self.calls)} calls: {self.macs / 1e9:.1f} of {self.full_macs / 1e9:.1f} GMACs, "
             f"{ratio:.2f}x fewer; choosing tokens {self.selection_macs / 1e9:.2f} GMACs"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
 def depth_name(depth: int, depths: int) -> str:
@@ -95,24 +116,50 @@ def report_of(engine: Engine) -> RunReport:
     Raises:
         RuntimeError: if there was none.
     """
-    if engine.generation is None:
+    generation = engine.generation
+    if generation is None:
         raise RuntimeError("there is nothing to report: no generation has begun since regrow.apply")
-    parts = engine.parts
-    counter = CallCounter(engine.denoiser, parts.tokens, parts.token_set, engine.refresh)
-    depths = engine.layout.depths
-    rows = []
-    for record in engine.generation.records:
-        counted = counter.count(record.depth, record.ratio, record.inputs, knows_text=record.knew_text)
-        rows.append(
-            CallRow(
-                record.position.index,
-                record.position.branch,
-                depth_name(record.depth, depths),
-                depth_name(record.planned.depth, depths),
-                record.ratio,
-                counted.denoiser,
-                counted.selection,
-                counter.count(FULL, 0.0, record.inputs).denoiser,
-            )
+    notes = []
+    unknown = unknown_attentions(engine.denoiser)
+    if unknown:
+        notes.append(
+            f"{len(unknown)} attentions, {unknown[0]} for one, have processors that are not of diffusers; "
+            "they are counted as if they had the model's own"
         )
-    return RunReport(tuple(rows))
+    if shape_of(engine.denoiser) != generation.shape:
+        notes.append(
+            "the denoiser's modules or attention processors were replaced since that generation; the "
+            "figures are of those that it has now"
+        )
+    parts = engine.parts
+    try:
+        counter = CallCounter(engine.denoiser, parts.tokens, parts.token_set, engine.refresh)
+        rows = [_row(record, engine.layout.depths, counter) for record in generation.records]
+    except Exception as error:
+        # Whatever a module of somebody's own says to tensors without data.
+        notes.append(
+            f"nothing is counted: the denoiser can't run without data ({type(error).__name__}: {error})"
+        )
+        rows = [_row(record, engine.layout.depths, None) for record in generation.records]
+    return RunReport(tuple(rows), tuple(notes))
+
+
+def _row(record: CallRecord, depths: int, counter: CallCounter | None) -> CallRow:
+    macs = selection = full = 0
+    if counter is not None:
+        counted = counter.count(record.depth, record.ratio, record.inputs, knows_text=record.knew_text)
+        macs, selection = counted.denoiser, counted.selection
+        full = counter.count(FULL, 0.0, record.inputs).denoiser
+    planned = FULL if record.planned is None else record.planned.depth
+    return CallRow(
+        None if record.position is None else record.position.index,
+        record.branch,
+        depth_name(record.depth, depths),
+        depth_name(planned, depths),
+        record.ratio,
+        macs,
+        selection,
+        full,
+        record.age,
+        record.reason,
+    )

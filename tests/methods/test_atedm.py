@@ -23,9 +23,9 @@ from whole_unet import assert_near, guided_inputs, outputs
 import regrow
 from regrow import ATEDM, After, Combined, DeepCache, Restored, Similarity
 from regrow.engine.inputs import without_data
-from regrow.macs import meta_copy
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
+from regrow.meta import meta_copy
 from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
 from regrow.schedule import Schedule
 from regrow.tokens.grid import Grid

@@ -672,7 +672,7 @@ def test_another_negative_prompt_changes_no_token_of_the_positive_call() -> None
         with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run, run.observed(seen.append):
             generate(pipe, **options)
         tokens = [None if o.tokens is None else o.tokens.tolist() for o in seen]
-        assert [o.record.position.branch for o in seen] == [0, 1] * 5
+        assert [o.record.branch for o in seen] == [0, 1] * 5
         return tokens[::2], tokens[1::2]
 
     first, second = chosen("a pizza"), chosen("a")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Position
+from regrow.engine.branches import Branches
 from regrow.methods.parts import Attention, CallInfo
 from regrow.models.table import Cut, Rows
 from regrow.reuse.depth import Slot
@@ -26,21 +27,27 @@ class CallRecord:
     """What a call of the denoiser did.
 
     Args:
-        position: where in the generation it stood.
+        position: where in the generation it stood; None if that is not known.
+        branch: of guidance, in the order in which they first came.
         depth: up-path layers computed; `FULL` for a full call.
         ratio: share of tokens pruned where the method prunes; 1 if layers in which tokens should have been
             computed again handed on all they had.
-        planned: what the schedule asked for; something else was done where nothing was cached yet.
+        planned: what the schedule asked for; None if no plan holds for the call.
         inputs: its positional and keyword arguments on the meta device, enough to count its MACs.
         knew_text: whether what depends on the text alone was not computed again.
+        age: how many steps old the features are that it reused; 0 if it reused none.
+        reason: why it did something else than planned; empty if it did as planned.
     """
 
-    position: Position
+    position: Position | None
+    branch: int
     depth: int
     ratio: float
-    planned: Step
+    planned: Step | None
     inputs: tuple[Any, Any]
     knew_text: bool = False
+    age: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,18 +81,34 @@ class Generation:
     """The state of one generation. It is dropped when the next one begins.
 
     Args:
-        steps: what each call does, by the plan.
-        cuts: what is skipped at each depth; none if modules that they name were replaced.
+        steps: what each call does, by the plan; empty if the calls belong to no generation that is known.
+        cuts: what is skipped at each depth.
         generator: of the choice of tokens.
-        slots: the memory of each branch of guidance.
+        shape: what the denoiser's modules were when it began.
+        whole: why all of its calls are computed in full; empty if they are not.
+        branches: of guidance.
+        slots: the memory of each branch, by its number.
         records: what the calls did.
+        ended: whether its last step is done.
     """
 
     steps: list[Step]
     cuts: Mapping[int, Cut]
     generator: torch.Generator
+    shape: int
+    whole: str = ""
+    branches: Branches = field(default_factory=Branches)
     slots: dict[int, Slot] = field(default_factory=dict)
     records: list[CallRecord] = field(default_factory=list)
+    ended: bool = False
+
+    def due(self, cut: Cut, index: int) -> int:
+        """The last step before one whose call, by the plan, keeps what a cut restores; -1 if none does."""
+        for step in range(index - 1, -1, -1):
+            other = self.cuts.get(self.steps[step].depth)
+            if other is None or (cut.final and not other.final):
+                return step
+        return -1
 
 
 @dataclass
@@ -105,6 +128,7 @@ class Call:
         prepared: what the rule made ready for each grid.
         selections: the selection of the block that runs, by its name.
         restored: how many modules handed on what is cached.
+        stood_in: modules that handed on what nobody may read, for which no module has restored yet.
         entered: what the first module of a cut was given in this call.
         count: how many tokens the whole call computes; 0 if it computes all.
         chosen: which they are, once that is known.
@@ -118,6 +142,7 @@ class Call:
         turns: how often modules that may be skipped were called before in this call.
         knows_text: whether the text is that of the last call.
         pruned: how many blocks pruned, or layers computed some tokens.
+        unpruned: why a layer that should leave tokens out did not.
         refresh: by the name of a layer that hands on its last output, how many tokens it computes; those
             that compute none are left out.
         parts: the modules that these layers are made of.
@@ -135,7 +160,9 @@ class Call:
     prepared: Mapping[Grid, Tensor]
     selections: dict[str, Selection] = field(default_factory=dict)
     restored: int = 0
+    stood_in: set[str] = field(default_factory=set)
     pruned: int = 0
+    unpruned: str = ""
     entered: dict[Cut, list[Any]] = field(default_factory=dict)
     count: int = 0
     chosen: Tensor | None = None

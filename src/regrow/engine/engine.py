@@ -13,19 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, Position
+from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
 from regrow.engine.call import Call, CallRecord, Generation, Observation, Observer, Watched
-from regrow.engine.inputs import adds_to_layers, countable, is_of_no_class, may_be_guided, without_data
+from regrow.engine.inputs import (
+    adds_to_layers,
+    arguments_of,
+    is_of_no_class,
+    may_be_guided,
+    without_data,
+)
 from regrow.engine.lean import Lean, streams
+from regrow.engine.others import map_keepers, other_caches, shape_of
 from regrow.engine.pruning import Pruning, runs
 from regrow.engine.refreshing import Refreshing
 from regrow.methods.parts import CallInfo, Parts, TokenRefresh
-from regrow.models.table import Cut, Layout, Rotary, Rows
+from regrow.models import layout_of
+from regrow.models.table import Cut, Rotary, Rows
 from regrow.origin import Origin
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, LAYERS, Step
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Subset, behind
+
+# Calls of a generation that are noted, so that a loop of training with a method applied fills no memory.
+MOST_RECORDS = 10_000
 
 
 class Engine:
@@ -33,9 +44,9 @@ class Engine:
 
     Args:
         denoiser: the module.
-        layout: its table.
         parts: the method.
         clock: where calls stand; None until a generation is opened by hand.
+        keep_text: compute what depends on the text alone once for each text.
 
     Raises:
         UnsupportedModelError: if the method needs what the model has not, saying what.
@@ -45,23 +56,51 @@ class Engine:
     def __init__(
         self,
         denoiser: nn.Module,
-        layout: Layout,
         parts: Parts,
-        clock: Clock | None,
+        clock: Clock | None = None,
+        *,
+        keep_text: bool = True,
     ) -> None:
-        self.denoiser, self.layout, self.parts = denoiser, layout, parts
-        self.clock = clock
+        self.denoiser, self.parts, self.clock = denoiser, parts, clock
+        self._keep_text = keep_text
         self.kinds = parts.plan.kinds()
-        self.cuts = self._used_cuts()
+        self.names = arguments_of(denoiser)
         self._warned: set[str] = set()
-        self.pruning, self.lean, self.refreshing = self._pruning(), self._lean(), self._refreshing()
-        self.rotary = self._rotary()
+        self._read()
         self.call: Call | None = None
         self.generation: Generation | None = None
         self.observers: list[Observer] = []
         self.found: Origin | None = None
         self._busy: int | None = None
+        self._aside = False
+        self._unfit = ""
         self._lock = threading.Lock()
+
+    def _read(self) -> None:
+        """Find the places in which the method acts."""
+        layout = layout_of(self.denoiser)
+        self.layout = layout if self._keep_text else replace(layout, text={})
+        self.cuts = self._used_cuts()
+        self.pruning, self.lean, self.refreshing = self._pruning(), self._lean(), self._refreshing()
+        self.rotary = self._rotary()
+
+    def renew(self) -> bool:
+        """Find the places anew, since the denoiser has other modules; False if the method no longer fits.
+
+        What was kept is dropped: it is of the modules of before.
+        """
+        before = self.layout, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary
+        try:
+            self._read()
+        except (ValueError, TypeError, AttributeError) as error:
+            self.layout, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary = before
+            self._unfit = f"the denoiser's modules were replaced, and the method no longer fits: {error}"
+            return False
+        self._unfit = ""
+        if self.generation is not None:
+            self.generation.slots.clear()
+            self.generation.cuts = self.cuts
+        return True
 
     @property
     def leaves_out(self) -> bool:
@@ -148,8 +187,12 @@ class Engine:
             self._warned.add(about)
             warnings.warn(message, stacklevel=2)
 
-    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Decide what the call that begins now does."""
+    def enter(self) -> None:
+        """A call of the denoiser begins.
+
+        Raises:
+            ConcurrentGenerationError: if another thread is in one.
+        """
         me = threading.get_ident()
         with self._lock:
             if self._busy not in (None, me) and _is_inside(self._busy, self.denoiser):
@@ -159,49 +202,151 @@ class Engine:
                 )
             self._busy = me
         self.call = None
-        if torch.is_grad_enabled():
-            self.warn_once("grad", "regrow steps aside while gradients are recorded; use torch.no_grad()")
+
+    def is_inside(self) -> bool:
+        """Whether this thread is in a call of the denoiser."""
+        return self._busy == threading.get_ident()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Calls are computed as if nothing were applied, for as long as this lasts."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Decide what the call that begins now does."""
+        if self._aside:
             return
-        sample = args[0] if args else kwargs.get(self.layout.sample)
-        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+        inputs = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        sample, timestep = inputs.get(self.layout.sample), inputs.get("timestep")
         if sample is None or timestep is None:
             return  # The denoiser says itself what it misses.
-        if self.clock is None:
-            self.warn_once(
-                "clock",
-                "the denoiser is used without a pipeline and outside run.generation(num_steps); its "
-                "calls are computed in full",
-            )
+        if torch.is_grad_enabled():
+            reason = "regrow steps aside while gradients are recorded; use torch.no_grad()"
+            self._leave_alone(reason, args, kwargs)
             return
-        position = self.clock.read(timestep)
-        if position is not None:
-            self._decide(position, sample, args, kwargs)
+        if self.clock is None:
+            reason = "the denoiser is used without a pipeline and outside run.generation(num_steps)"
+            self._leave_alone(reason, args, kwargs)
+            return
+        try:
+            position = self.clock.read(timestep)
+        except OutsideError as outside:
+            self._leave_alone(str(outside), args, kwargs)
+            return
+        self._decide(position, sample, inputs, args, kwargs)
+
+    def _leave_alone(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Compute a call in full that belongs to no generation, say so, and note it."""
+        self.warn_once("outside", f"a call of the denoiser is computed in full: {reason}")
+        if self.generation is None or self.generation.ended:
+            none = _generator(torch.device("cpu"), 0)
+            self.generation = Generation([], {}, none, shape_of(self.denoiser))
+        records = self.generation.records
+        if len(records) < MOST_RECORDS:
+            inputs = (without_data(args), without_data(dict(kwargs)))
+            records.append(CallRecord(None, 0, FULL, 0.0, None, inputs, reason=reason))
+
+    def _begin_generation(self, position: Position, device: torch.device) -> Generation:
+        """The state of a generation whose first call begins now."""
+        before = self.generation
+        if not position.again:
+            self.release()
+        chooser = self.parts.tokens or self.parts.token_set
+        seed = 0 if chooser is None else chooser.seed
+        plan = self.parts.plan.resample(position.total)
+        if self.found is not None and self.found.calls != position.total:
+            self.warn_once(
+                "origin calls",
+                f"the plan was found for {self.found.calls} calls; this generation has {position.total}",
+            )
+        whole = self._unfit or self._left_maps() or self.clash()
+        if whole:
+            self.warn_once(f"whole {whole}", f"all calls of a generation are computed in full: {whole}")
+        generation = Generation(
+            list(plan.steps()), self.cuts, _generator(device, seed), shape_of(self.denoiser), whole
+        )
+        if before is not None and position.again:
+            # Members of an ensemble: one report tells of all.
+            generation.records = before.records
+        if self.lean is not None and not whole:
+            self.lean.warn_of_whole_calls(generation.steps[position.index :], self.cuts)
+        return generation
+
+    def clash(self) -> str:
+        """Why the method can't act beside another cache; empty if it can, or if there is none."""
+        caches = " and ".join(other_caches(self.denoiser))
+        if not caches:
+            return ""
+        pruning = self.pruning is not None and self.leaves_out
+        if pruning or self.lean is not None or self.refreshing is not None:
+            return (
+                f"diffusers' {caches} is on, which would hand outputs for some tokens on to others; call "
+                "disable_cache() first"
+            )
+        self.warn_once(
+            "other caches",
+            f"diffusers' {caches} is on as well and leaves out work of its own, which the report doesn't "
+            "know of; call disable_cache() to see what regrow does",
+        )
+        return ""
+
+    def _left_maps(self) -> str:
+        """Why calls can't leave out attentions; empty if they can."""
+        names = frozenset[str]().union(*(cut.skip for cut in self.cuts.values()))
+        reduced = () if self.pruning is None else self.pruning.blocks
+        all_of_them = self.lean is not None or self.refreshing is not None
+        whose = [""] if all_of_them else [*names, *(block.name for block in reduced)]
+        keepers = map_keepers(self.denoiser, whose)
+        if not keepers:
+            return ""
+        return (
+            f"the processors of {len(keepers)} attentions ({keepers[0]} for one) keep attention maps that "
+            "somebody reads afterwards, and calls that leave attentions or tokens out make none"
+        )
+
+    def _finish(self, generation: Generation) -> None:
+        """Say if a generation that is over saved nothing though the method would."""
+        known = [record for record in generation.records if record.position is not None]
+        would = any(step.ratio or self.layout.cut(step.depth) is not None for step in self.kinds)
+        saved = any(record.depth != FULL or record.ratio for record in known)
+        if not known or not would or saved or "whole" in self._warned:
+            return
+        position = known[-1].position
+        if position is None or position.index < position.total - 1:
+            # Interrupted.
+            return
+        reasons = [record.reason for record in known if record.reason]
+        reason = max(set(reasons), key=reasons.count) if reasons else "the first call of a run always is"
+        self.warn_once(
+            "saved nothing",
+            f"a generation saved nothing: all of its {len(known)} calls were computed in full ({reason})",
+        )
 
     def _decide(
-        self, position: Position, sample: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        position: Position,
+        sample: Tensor,
+        inputs: Mapping[str, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> None:
-        if position.first or self.generation is None:
-            chooser = self.parts.tokens or self.parts.token_set
-            seed = 0 if chooser is None else chooser.seed
-            plan = self.parts.plan.resample(position.total)
-            if self.found is not None and self.found.calls != position.total:
-                self.warn_once(
-                    "origin calls",
-                    f"the plan was found for {self.found.calls} calls; this generation has "
-                    f"{position.total}",
-                )
-            cuts = {} if self._is_replaced() else self.cuts
-            self.generation = Generation(list(plan.steps()), cuts, _generator(sample.device, seed))
-            if self.lean is not None:
-                self.lean.warn_of_whole_calls(self.generation.steps[position.index :], self.cuts)
         generation = self.generation
-        slot = self._slot(generation, position.branch, sample, args, kwargs)
-        slot.calls += 1
+        if position.begins or generation is None or not generation.steps:
+            generation = self.generation = self._begin_generation(position, sample.device)
+        given = {k: v for k, v in inputs.items() if k not in (self.layout.sample, "timestep")}
+        branch = generation.branches.find(given, position.index)
+        slot = self._slot(generation, branch, sample, inputs, args, kwargs)
         planned = generation.steps[position.index]
-        cut = generation.cuts.get(planned.depth)
-        begins = self.lean is not None and self.lean.begins(slot)
-        if cut is not None and (begins or not any(cut.key(n) in slot.features for n in cut.restore)):
-            cut = None
+        cut, reason = self._cut(generation, slot, planned, position.index)
+        age = 0 if cut is None else position.index - slot.stored[cut]
+        if 0 <= slot.last < position.index - 1:
+            # Differences to outputs of long ago tell nothing.
+            slot.outputs.clear()
+        slot.last = position.index
         depth = FULL if cut is None else planned.depth
         info = CallInfo(
             sample.shape[0],
@@ -213,7 +358,7 @@ class Engine:
         )
         counts: dict[str, tuple[Grid, int]] = {}
         prepared: Mapping[Grid, Tensor] = {}
-        if self.pruning is not None:
+        if self.pruning is not None and not generation.whole:
             counts = self.pruning.counts(sample, planned.ratio, cut)
             prepared = {} if sample.is_meta else self.pruning.prepared(counts, info)
         self.call = Call(
@@ -225,12 +370,12 @@ class Engine:
             counts=counts,
             prepared=prepared,
         )
-        self.call.knows_text = bool(self.layout.text) and slot.knows(kwargs.get("encoder_hidden_states"))
+        self.call.knows_text = bool(self.layout.text) and slot.knows(inputs.get("encoder_hidden_states"))
         if not self.call.knows_text:
             # A module that this call skips must not hand on another text's output later.
             for name in self.layout.text:
                 slot.features.pop(name, None)
-        self.call.tells_apart = self._tells_apart(slot)
+        self.call.tells_apart = not generation.whole and self._tells_apart(slot)
         if self.lean is not None and self.call.tells_apart and streams(cut):
             self.call.remembers = True
             self.lean.leave_out(self.call, planned.ratio, kwargs)
@@ -242,41 +387,51 @@ class Engine:
                 self.refreshing.decide(self.call, planned.ratio, kwargs)
             ratio = planned.ratio if self.call.refresh else 1.0
         generation.records.append(
-            CallRecord(position, depth, ratio, planned, slot.inputs, self.call.knows_text)
+            CallRecord(
+                position, branch, depth, ratio, planned, slot.inputs, self.call.knows_text, age, reason
+            )
         )
 
-    def _is_replaced(self) -> bool:
-        """Whether modules that the plan skips are others than at first: hooks are on the old ones."""
-        names = frozenset[str]().union(*(cut.skip for cut in self.cuts.values()))
-        skippable = self.layout.skippable
-        replaced = [n for n in names if self.denoiser.get_submodule(n) is not skippable[n].module]
-        if replaced:
-            self.warn_once(
-                "replaced",
-                f"{len(replaced)} modules that cached calls skip were replaced after regrow.apply (LoRA), "
-                f"{min(replaced)} for one, so nothing is reused; apply regrow last",
-            )
-        return bool(replaced)
+    def _cut(self, generation: Generation, slot: Slot, planned: Step, index: int) -> tuple[Cut | None, str]:
+        """What a call leaves out, and why if that is less than planned."""
+        cut = generation.cuts.get(planned.depth)
+        begins = self.lean is not None and self.lean.begins(slot)
+        slot.calls += 1
+        if cut is None:
+            return None, ""
+        if generation.whole:
+            return None, generation.whole
+        if begins:
+            return None, "the first calls of a generation are full"
+        if not any(cut.key(name) in slot.features for name in cut.restore):
+            return None, "nothing was kept yet of what it would reuse"
+        kept = slot.stored.get(cut, -1)
+        if kept < generation.due(cut, index):
+            return None, f"what it would reuse is of step {kept}, older than the plan means"
+        return cut, ""
 
     def _slot(
         self,
         generation: Generation,
         branch: int,
         sample: Tensor,
+        inputs: Mapping[str, Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Slot:
         """The memory of a branch; a new one if the batch is another."""
-        text = kwargs.get("encoder_hidden_states")
+        for gone in generation.slots.keys() - generation.branches.numbers:
+            del generation.slots[gone]
+        text = inputs.get("encoder_hidden_states")
         key = (sample.shape, sample.dtype, sample.device, None if text is None else text.shape)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
             chooser = self.parts.tokens or self.parts.token_set or self.refresh
             wanted = chooser is not None and chooser.aligns
-            inputs = (without_data(args), without_data(countable(kwargs)))
-            slot = Slot(key, inputs, wanted and self._may_be_guided(sample, kwargs))
+            bare = (without_data(args), without_data(dict(kwargs)))
+            slot = Slot(key, bare, wanted and self._may_be_guided(sample, inputs))
             if self.layout.stream is not None:
-                slot.grid = self.layout.stream.grid(sample, kwargs)
+                slot.grid = self.layout.stream.grid(sample, inputs)
             generation.slots[branch] = slot
         return slot
 
@@ -317,40 +472,44 @@ class Engine:
         slot.outputs.clear()
         return False
 
-    def end(self, output: Any) -> None:
-        """The call is over; ``output`` is None if it raised."""
-        if self._busy != threading.get_ident():
-            return
+    def end(self, output: Any) -> bool:
+        """The call is over; False if its output must not be used.
+
+        Args:
+            output: the denoiser's; None if it raised.
+        """
         call, self.call, self._busy = self.call, None, None
         if call is None or output is None or self.generation is None:
-            return
+            return True
+        records = self.generation.records
+        if self.clock is not None:
+            self.clock.called()
+        if call.stood_in:
+            reason = f"{min(call.stood_in)} was left out, but nothing was reused in its place"
+            self.warn_once("restored", f"a call of the denoiser is computed again, in full: {reason}")
+            records[-1] = replace(records[-1], depth=FULL, ratio=0.0, age=0, reason=reason)
+            return False
         if call.cut is not None and not call.restored:
-            self.warn_once(
-                "hooks",
-                "a cached call was computed in full, because something replaced the forward methods of "
-                "the denoiser's blocks after regrow.apply; apply regrow last",
-            )
-        if call.counts and not call.pruned:
-            self.warn_once(
-                "prune",
-                f"none of the {len(call.counts)} layers that should prune tokens did, because something "
-                "replaced their forward methods after regrow.apply; apply regrow last",
-            )
-        if call.refresh and not call.pruned:
-            self.warn_once(
-                "refresh",
-                f"none of the {len(call.refresh)} layers that should compute some of their tokens did, "
-                "because something replaced their forward methods after regrow.apply; apply regrow last",
-            )
+            reason = "the modules that would reuse were not called"
+            self.warn_once("hooks", f"a cached call was computed in full: {reason}")
+            records[-1] = replace(records[-1], depth=FULL, age=0, reason=reason)
+        call.slot.stored |= dict.fromkeys(call.store, call.slot.last)
+        if (call.counts or call.refresh) and not call.pruned:
+            layers = len(call.counts or call.refresh)
+            reason = call.unpruned or "they were not called"
+            what = f"none of the {layers} layers that should leave tokens out did"
+            self.warn_once("prune", f"{what}: {reason}")
+            records[-1] = replace(records[-1], reason=reason)
         if (call.count and call.tokens is None) or (call.counts and not call.pruned):
             # Nothing was left out: an attention to choose by did not run (skip-layer guidance), for one.
-            self.generation.records[-1] = replace(self.generation.records[-1], ratio=0.0)
+            records[-1] = replace(records[-1], ratio=0.0)
         if self.lean is not None:
             self.lean.end(call)
         reads = self.pruning is not None and self.pruning.rule.reads_outputs
         if reads and (call.cut is None or not call.cut.final):
             call.slot.remember(output[0])
-        self._tell(call, self.generation.records[-1])
+        self._tell(call, records[-1])
+        return True
 
     def _tell(self, call: Call, record: CallRecord) -> None:
         """Tell the observers what a call computed."""
@@ -367,8 +526,10 @@ class Engine:
     def release(self) -> None:
         """Drop what is cached; the records of the last generation stay for the report."""
         self.call = None
-        if self.generation is not None:
+        if self.generation is not None and not self.generation.ended:
             self.generation.slots.clear()
+            self._finish(self.generation)
+            self.generation.ended = True
 
     @contextmanager
     def manual(self, num_steps: int) -> Iterator[ManualClock]:

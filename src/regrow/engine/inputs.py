@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Arguments by which a ControlNet adds to the tokens of all blocks of a transformer.
 RESIDUALS = (
@@ -29,13 +30,10 @@ def without_data(value: Any) -> Any:
     return value
 
 
-def countable(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with which a model without adapters can be run; an IP-Adapter's part is not counted."""
-    out = dict(kwargs)
-    if out.get("joint_attention_kwargs"):
-        kept = out["joint_attention_kwargs"].items()
-        out["joint_attention_kwargs"] = {k: v for k, v in kept if not k.startswith("ip_")}
-    return out
+def arguments_of(denoiser: nn.Module) -> tuple[str, ...]:
+    """The names of what a denoiser takes, in their order."""
+    # Not of the module: others may have wrapped its forward method.
+    return tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
 
 
 def may_be_guided(sample: Tensor) -> bool:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from regrow.apply import apply
-from regrow.hooks import is_hooked
+from regrow.installed import is_hooked
 from regrow.measure.computed import ComputedCounter
 from regrow.measure.sampling import check_prompts, make
 from regrow.measure.variants import Variant

@@ -92,6 +92,11 @@ class Cut:
         """What the cached feature of a restoring module is kept under."""
         return name if self.entry is None else f"{self.entry} to {name}"
 
+    def feeds(self, name: str, restoring: str) -> bool:
+        """Whether what a skipped module hands on reaches nobody but a restoring one."""
+        # With several, each restores what is in its own block.
+        return len(self.restore) == 1 or name.rpartition(".")[0] == restoring.rpartition(".")[0]
+
 
 class Rows(Enum):
     """Which tokens the rows of a module's output are."""

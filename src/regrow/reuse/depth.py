@@ -30,6 +30,8 @@ class Slot:
             full call.
         text: the text of the last call and its version, which writing to it changes.
         calls: how many calls the slot has seen.
+        last: step of its last call; -1 if there was none.
+        stored: by cut, the step in which what it restores was kept.
         grid: of the image's tokens, where a call can compute some of them only.
     """
 
@@ -43,6 +45,8 @@ class Slot:
     observed: Any = None
     text: tuple[Tensor, int] | None = None
     calls: int = 0
+    last: int = -1
+    stored: dict[Any, int] = field(default_factory=dict)
     grid: Grid | None = None
 
     def knows(self, text: Tensor | None) -> bool:

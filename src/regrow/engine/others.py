@@ -1,0 +1,78 @@
+"""What others have put on a denoiser that changes what its calls may leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+# Of diffusers, the modules whose model hooks leave out work.
+_CACHES = {
+    "pyramid_attention_broadcast": "PyramidAttentionBroadcast",
+    "first_block_cache": "FirstBlockCache",
+    "faster_cache": "FasterCache",
+    "taylorseer_cache": "TaylorSeer",
+    "mag_cache": "MagCache",
+    "sea_cache": "SeaCache",
+    "text_kv_cache": "the text cache",
+}
+
+
+def other_caches(denoiser: nn.Module) -> list[str]:
+    """The caches of diffusers that are on, by name."""
+    found = set()
+    for module in denoiser.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        for hook in () if registry is None else registry.hooks.values():
+            home = type(hook).__module__
+            if home.startswith("diffusers.hooks."):
+                found.add(_CACHES.get(home.rpartition(".")[2], ""))
+    return sorted(found - {""})
+
+
+def map_keepers(denoiser: nn.Module, names: Iterable[str]) -> list[str]:
+    """The attentions within some modules whose processors keep maps for somebody to read.
+
+    That is the case of processors that pipelines bring with them (self-attention guidance, LEDITS++), and
+    of those of somebody's own that hold more than numbers and modules.
+
+    Args:
+        denoiser: the denoiser.
+        names: paths of the modules that calls leave out or shorten; "" is the whole.
+    """
+    found = set()
+    for name in names:
+        for path, module in denoiser.get_submodule(name).named_modules(prefix=name):
+            processor = module.__dict__.get("processor") or module._modules.get("processor")
+            if processor is not None and _keeps(processor):
+                found.add(path)
+    return sorted(found)
+
+
+def is_of_diffusers(processor: Any) -> bool:
+    """Whether an attention processor is one that diffusers' models come with."""
+    return type(processor).__module__.startswith(("diffusers.models.", "diffusers.loaders."))
+
+
+def _keeps(processor: Any) -> bool:
+    if is_of_diffusers(processor):
+        return False
+    own = (v for k, v in vars(processor).items() if not isinstance(processor, nn.Module) or k[0] != "_")
+    return type(processor).__module__.startswith("diffusers.pipelines.") or not all(
+        isinstance(value, _HARMLESS) for value in own
+    )
+
+
+_HARMLESS = (bool, int, float, str, type(None), nn.Module, torch.dtype, torch.device)
+
+
+def shape_of(denoiser: nn.Module) -> int:
+    """A number that another structure of modules, or other processors, would give otherwise."""
+    return hash(tuple(_parts(denoiser)))
+
+
+def _parts(denoiser: nn.Module) -> Iterator[tuple[type, type, int]]:
+    for module in denoiser.modules():
+        yield type(module), type(module.__dict__.get("processor")), id(module)

@@ -1,0 +1,291 @@
+"""Puts the hooks of a run on a denoiser for as long as one of its calls lasts, and takes them off again.
+
+Between calls nothing of regrow is on any module but two native hooks on the denoiser itself. So others
+(diffusers' caches, offload, adapters, other accelerators) may wrap or replace modules whenever no call is
+running, in any order: a call finds the modules as they are, lies around them, and leaves them as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from regrow.engine.call import OUTPUT, Watched
+from regrow.engine.engine import Engine
+from regrow.engine.pruning import Pruning
+from regrow.engine.refreshing import Refreshing
+from regrow.hooks import (
+    KEYS,
+    QUERIES,
+    BesideHook,
+    CatchHook,
+    Forward,
+    Hook,
+    KeepHook,
+    LayerMemoryHook,
+    MemoryHook,
+    NarrowHook,
+    ObserveHook,
+    PositionHook,
+    PutHook,
+    SelectHook,
+    SkipHook,
+    TakeHook,
+    TextHook,
+    TurnHook,
+    UnturnedHook,
+)
+from regrow.methods.parts import Features, Recovery
+from regrow.models.table import Rotary, TokenBlock, TokenLayer
+
+
+class _Around:
+    """A module's forward method with hooks around it.
+
+    Args:
+        module: the module.
+        hooks: the innermost first.
+        below: the forward method that somebody gave this very module; None if it has its class's.
+    """
+
+    def __init__(self, module: nn.Module, hooks: Sequence[Hook], below: Forward | None) -> None:
+        self.kind, self.below, self.retired = type(module), below, False
+        self.inner: Forward = functools.partial(self.kind.forward, module) if below is None else below
+        self.hooked = self.inner
+        for hook in hooks:
+            self.hooked = functools.partial(hook, module, self.hooked)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs) if self.retired else self.hooked(*args, **kwargs)
+
+
+class _Place:
+    """A module that hooks lie around while a call of the denoiser lasts."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.hooks: list[Hook] = []
+        self._around: _Around | None = None
+
+    def attach(self) -> None:
+        """Lie around the forward method that the module has now."""
+        below: Forward | None = self.module.__dict__.get("forward")
+        while isinstance(below, _Around):
+            # An interrupted call left it behind, and somebody who kept it put it back.
+            below = below.below
+        last = self._around
+        # One object as long as nothing changes: compiled blocks would be compiled anew for another.
+        if last is None or last.below is not below or last.kind is not type(self.module):
+            self.retire()
+            self._around = _Around(self.module, self.hooks, below)
+        self.module.__dict__["forward"] = self._around
+
+    def detach(self) -> None:
+        """Leave the module as it was, unless somebody replaced its forward method within the call."""
+        around = self._around
+        if around is None:
+            return
+        state, below = self.module.__dict__, around.below
+        if state.get("forward") is not around:
+            return
+        if below is None:
+            del state["forward"]
+        else:
+            state["forward"] = below
+
+    def retire(self) -> None:
+        """Let what others may have kept of this place pass everything through from now on."""
+        if self._around is not None:
+            self._around.retired = True
+
+
+class Installed:
+    """The hooks of one engine, on the denoiser until `remove`, on its modules while it runs."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._attached: list[_Place] = []
+        self._build()
+        denoiser = engine.denoiser
+        root = RootHook(self, engine)
+        self._handles = [
+            denoiser.register_forward_pre_hook(root.before, with_kwargs=True),
+            denoiser.register_forward_hook(root.after, with_kwargs=True, always_call=True),
+        ]
+
+    @property
+    def active(self) -> bool:
+        """Whether the hooks are in place."""
+        return bool(self._handles)
+
+    def remove(self) -> None:
+        """Leave every module as it was before."""
+        self.detach()
+        for place in self._places.values():
+            place.retire()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def attach(self) -> None:
+        """Put the hooks that the present call needs on the modules."""
+        call = self._engine.call
+        assert call is not None
+        # A call that hands on the last output runs none of the modules within those it leaves out.
+        final = call.cut is not None and call.cut.final
+        wanted = self._skipping if final else self._places
+        for name, place in wanted.items():
+            if not final or (call.cut is not None and name in call.cut.skip):
+                place.attach()
+                self._attached.append(place)
+
+    def detach(self) -> None:
+        """Take them off again."""
+        while self._attached:
+            self._attached.pop().detach()
+
+    def is_current(self) -> bool:
+        """Whether the denoiser still has the modules that the hooks are for."""
+        return all(children.get(name) is module for children, name, module in self._edges)
+
+    def renew(self) -> None:
+        """Make the hooks for the modules that the denoiser has now."""
+        for place in self._places.values():
+            place.retire()
+        self._build()
+
+    def _build(self) -> None:
+        engine = self._engine
+        self._names = {module: name for name, module in engine.denoiser.named_modules()}
+        self._places: dict[str, _Place] = {}
+        if engine.pruning is not None:
+            for block in engine.pruning.blocks:
+                self._hook_block(engine, engine.pruning, block)
+        for name, module in engine.layout.text.items():
+            self._hook(module, TextHook(engine, name))
+        if engine.rotary is not None:
+            # Inside what keeps and catches keys, so that those are turned.
+            self._hook_rotary(engine, engine.rotary)
+        if engine.lean is not None and engine.layout.stream is not None:
+            lean = engine.lean
+            self._hook(lean.behind, NarrowHook(engine, lean))
+            for name, module in lean.memory.items():
+                self._hook(module, MemoryHook(engine, lean, name))
+            self._hook(engine.layout.stream.output, MemoryHook(engine, lean, OUTPUT))
+        if engine.refreshing is not None:
+            for place in engine.refreshing.places:
+                self._hook_refreshing(engine, engine.refreshing, place)
+        for watched in engine.watched:
+            self._hook_watched(engine, watched)
+        # Outside all others, so that what is skipped is neither selected from nor pruned.
+        skipped = sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values())))
+        for name in skipped:
+            skippable = engine.layout.skippable[name]
+            self._hook(skippable.module, SkipHook(engine, skippable))
+        self._skipping = {name: self._places[name] for name in skipped}
+        self._edges = list(_edges(engine.denoiser, self._places))
+
+    def _hook_rotary(self, engine: Engine, rotary: Rotary) -> None:
+        self._hook(rotary.positions, PositionHook(engine))
+        for attention in rotary.attentions.values():
+            self._hook(attention, UnturnedHook(engine))
+        for turned in rotary.turned:
+            self._hook(turned.module, TurnHook(engine, turned))
+
+    def _hook_refreshing(self, engine: Engine, refreshing: Refreshing, place: TokenLayer) -> None:
+        layer, attention = place.layer, place.attention
+        self._hook(place.first or place.module, TakeHook(engine, refreshing, layer))
+        if attention.layer.name in refreshing.attending:
+            for name, module in attention.memory.items():
+                self._hook(module, LayerMemoryHook(engine, refreshing, name, layer))
+        if place.beside is not None:
+            name = place.beside.layer.name
+            attends = name in refreshing.attending
+            self._hook(
+                place.beside.module,
+                TakeHook(engine, refreshing, layer)
+                if attends
+                else BesideHook(engine, refreshing, name, layer),
+            )
+        self._hook(place.module, PutHook(engine, refreshing, layer))
+
+    def _hook_block(self, engine: Engine, pruning: Pruning, block: TokenBlock) -> None:
+        where = pruning.rule.where
+        layers = {
+            block.self_attention: where.self_attention,
+            block.cross_attention: where.cross_attention,
+            block.feed_forward: where.feed_forward,
+        }
+        for layer, wanted in layers.items():
+            if layer is not None and wanted:
+                self._hook(layer, KeepHook(engine, block, where.recovery is Recovery.MEAN))
+        reads = {Features.BLOCK_INPUT: block.block, Features.NORM1: block.self_attention}.get(
+            where.features
+        )
+        if reads is not None:
+            # Outside the layer's own hook, so that it runs before it.
+            self._hook(reads, SelectHook(engine, pruning, block))
+
+    def _hook_watched(self, engine: Engine, watched: Watched) -> None:
+        for projection, norm in (*QUERIES, *KEYS):
+            # Norms give what is turned by position.
+            part = getattr(watched.module, projection if engine.rotary is None else norm, None)
+            if part is not None:
+                self._hook(part, CatchHook(engine, watched, projection))
+        self._hook(watched.module, ObserveHook(engine, watched))
+
+    def _hook(self, module: nn.Module, hook: Hook) -> None:
+        self._places.setdefault(self._names[module], _Place(module)).hooks.append(hook)
+
+
+def _edges(
+    denoiser: nn.Module, names: Iterable[str]
+) -> Iterator[tuple[Mapping[str, nn.Module | None], str, nn.Module]]:
+    """The ways from the denoiser to modules: a module's children, the name of one of them, and that one."""
+    known: set[str] = set()
+    for name in names:
+        module, path = denoiser, ""
+        for child in name.split("."):
+            path = f"{path}.{child}"
+            below = module._modules[child]
+            assert below is not None
+            if path not in known:
+                known.add(path)
+                yield module._modules, child, below
+            module = below
+
+
+class RootHook:
+    """Lets the engine decide before a call of the denoiser, and look at its output."""
+
+    def __init__(self, installed: Installed, engine: Engine) -> None:
+        self._installed, self._engine = installed, engine
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Decide, then put the hooks on."""
+        self._engine.enter()
+        # Those of a call that was interrupted.
+        self._installed.detach()
+        if not self._installed.is_current() and self._engine.renew():
+            self._installed.renew()
+        self._engine.begin(args, kwargs)
+        if self._engine.call is not None:
+            self._installed.attach()
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Take the hooks off; the output of a call that went wrong is computed again, in full."""
+        if not self._engine.is_inside():
+            return None
+        self._installed.detach()
+        if self._engine.end(output):
+            return None
+        with self._engine.aside():
+            return module(*args, **kwargs)
+
+
+def is_hooked(denoiser: nn.Module) -> bool:
+    """Whether an engine's hooks are on a denoiser already."""
+    hooks = denoiser._forward_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), RootHook) for hook in hooks)

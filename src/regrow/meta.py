@@ -1,0 +1,91 @@
+"""A denoiser's twin without weights, to count what its calls compute."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+
+from regrow.engine.others import is_of_diffusers
+
+# What others, and torch, leave on modules that has no part in what they compute.
+_WRAPPINGS = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def meta_copy(denoiser: Any) -> Any:
+    """The same modules on the meta device, in float32, with adapters, fused projections and processors.
+
+    Hooks, offload, compiled code and attention backends are left out. A processor that is not of diffusers
+    is replaced by the one that the model comes with: see `unknown_attentions`.
+
+    Args:
+        denoiser: a model of diffusers; it is not changed.
+    """
+    memo: dict[int, Any] = {}
+    for module in denoiser.modules():
+        state = module.__dict__
+        memo |= {id(state[name]): None for name in _WRAPPINGS if name in state}
+        memo |= {id(state[name]): OrderedDict() for name in _HOOKS if name in state}
+        memo |= {id(tensor): _bare(tensor) for tensor in _tensors(state)}
+    memo |= {id(attention.processor): _stock(attention) for _, attention in _with_unknown(denoiser)}
+    model = copy.deepcopy(denoiser, memo)
+    for module in model.modules():
+        for name in _WRAPPINGS:
+            if name in module.__dict__:
+                del module.__dict__[name]
+        processor = module.__dict__.get("processor")
+        if hasattr(processor, "_attention_backend"):
+            # Kernels take no tensors without data; products are as many in each.
+            processor._attention_backend = AttentionBackendName.NATIVE
+    return model.eval()
+
+
+def unknown_attentions(denoiser: nn.Module) -> list[str]:
+    """The attentions whose processors are somebody's own, so that what they compute is not known."""
+    return [name for name, attention in _with_unknown(denoiser) if not _is_xformers(attention.processor)]
+
+
+def _with_unknown(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in denoiser.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is not None and (not is_of_diffusers(processor) or _is_xformers(processor)):
+            yield name, module
+
+
+def _is_xformers(processor: Any) -> bool:
+    """Whether a processor multiplies the same in kernels that take no tensors without data."""
+    return is_of_diffusers(processor) and "XFormers" in type(processor).__name__
+
+
+def _stock(attention: Any) -> Any:
+    """The processor that an attention comes with."""
+    return getattr(type(attention), "_default_processor_cls", AttnProcessor2_0)()
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors of a module: parameters, buffers, and those that are plain attributes."""
+    for value in (*state.values(), *state["_parameters"].values(), *state["_buffers"].values()):
+        held = value if isinstance(value, (list, tuple)) else (value,)
+        yield from (tensor for tensor in held if isinstance(tensor, Tensor))
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    # Models without weights are float32.
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    bare = torch.empty(tensor.shape, dtype=dtype, device="meta")
+    return nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
