@@ -131,7 +131,9 @@ def test_a_shared_plan_is_a_method_by_its_address(
     ("text", "said"),
     [
         ("{", "it is no JSON"),
-        ("[" * 100_000, "it is no JSON"),
+        ("[" * 100_000, "more than 32 lists or mappings inside each other"),
+        ('{"method": "sito", "method": "tome"}', "the key 'method' is there twice"),
+        ('{"method": "dota"}', "did you mean 'dato'"),
         ("[1]", "neither a schedule nor the configuration of a method"),
         ('{"ratio": [0.5]}', "neither a schedule nor the configuration of a method"),
         ('{"method": "sito", "ratio": 2}', "ratio: "),

@@ -6,12 +6,17 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from math import isfinite
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from regrow.fields import Calls, Checked, Count, Guidance, Pixels, Seed
+
+# The PSNR of equal pictures is infinite.
+Figure = Annotated[float, Field(allow_inf_nan=True)]
 
 
-class Origin(BaseModel):
+class Origin(Checked):
     """What a plan was searched on.
 
     Args:
@@ -32,21 +37,19 @@ class Origin(BaseModel):
         date: of that day, ISO 8601.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     model: str
     denoiser: str
     scheduler: str
     scheduler_key: str = ""
-    steps: int = Field(ge=1)
-    calls: int = Field(ge=1)
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
-    prompts: int = Field(ge=1)
-    seed: int = 0
-    quality: Mapping[str, float] = {}
-    cost: Mapping[str, float] = {}
+    steps: Calls
+    calls: Calls
+    guidance: Guidance | None = None
+    height: Pixels | None = None
+    width: Pixels | None = None
+    prompts: Count
+    seed: Seed = 0
+    quality: Mapping[str, Figure] = {}
+    cost: Mapping[str, Figure] = {}
     regrow: str = ""
     date: str = ""
 

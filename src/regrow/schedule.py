@@ -15,11 +15,22 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from regrow.fields import (
+    MOST_BLOCKS,
+    MOST_CALLS,
+    SHOWN,
+    Checked,
+    Ratio,
+    check_within,
+    explained,
+    not_allowed,
+)
+from regrow.files import PLAN, FileError, parse_yaml, read_text, said
 from regrow.origin import Origin
+from regrow.words import offer, shown
 
 # Deeper than any model: a call at this depth computes everything.
 FULL = 1_000_000
@@ -27,7 +38,7 @@ FULL = 1_000_000
 LAYERS = FULL - 1
 
 
-class ScheduleError(ValueError):
+class ScheduleError(FileError):
     """A schedule file that can't be used; the message is ``file:line: field: what is wrong``."""
 
 
@@ -62,21 +73,26 @@ class Plan(Protocol):
 _NAMED = {"full": FULL, "layers": LAYERS}
 
 
-def _depth(value: Any) -> Any:
-    return _NAMED.get(value, value) if isinstance(value, str) else value
+def _depth(value: Any) -> int:
+    depth: Any = _NAMED.get(value, value) if isinstance(value, str) else value
+    whole = isinstance(depth, int) and not isinstance(depth, bool)
+    if whole and (0 <= depth <= MOST_BLOCKS or depth in _NAMED.values()):
+        return int(depth)
+    raise not_allowed(
+        f"it must be a whole number >= 0 and <= {MOST_BLOCKS}, 'full' or 'layers'{offer(value, _NAMED)}"
+    )
 
 
-Depth = Annotated[int, BeforeValidator(_depth), Field(ge=0, strict=True)]
-Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Depth = Annotated[int, BeforeValidator(_depth)]
 
 
-class Schedule(BaseModel):
+class Schedule(Checked):
     """Depth and pruning ratio of every call.
 
     Args:
-        depth: a depth for each call: an integer >= 0, ``"full"``, or ``"layers"``, a call of all blocks in
-            which every attention and feed-forward hands on its last output. Depths at or above the number
-            of up-path layers of a model are full there (12 for Stable Diffusion 1.5).
+        depth: a depth for each call: a whole number from 0 to 1000, ``"full"``, or ``"layers"``, a call of
+            all blocks in which every attention and feed-forward hands on its last output. Depths at or
+            above the number of up-path layers of a model are full there (12 for Stable Diffusion 1.5).
         ratio: a pruning ratio for each call, 0 <= ratio < 1; as many as depths.
         name: a name for tables.
         note: where the schedule comes from.
@@ -86,14 +102,12 @@ class Schedule(BaseModel):
         pydantic.ValidationError: with the field and the value, if one is not allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     format: Literal["regrow-schedule"] = "regrow-schedule"
     version: Literal[1] = 1
     name: str = ""
     note: str = ""
-    depth: tuple[Depth, ...] = Field(min_length=1)
-    ratio: tuple[Ratio, ...] = Field(min_length=1)
+    depth: tuple[Depth, ...] = Field(min_length=1, max_length=MOST_CALLS)
+    ratio: tuple[Ratio, ...] = Field(min_length=1, max_length=MOST_CALLS)
     found: Origin | None = None
 
     @model_validator(mode="after")
@@ -113,8 +127,7 @@ class Schedule(BaseModel):
     @classmethod
     def every(cls, interval: int, calls: int, *, depth: int = 1, ratio: float = 0.0) -> Schedule:
         """A full call every ``interval`` calls and calls of ``depth`` between, for ``calls`` calls."""
-        if interval < 1:
-            raise ValueError(f"interval: {interval} is not allowed, it must be >= 1")
+        check_within("interval", interval, 1, MOST_CALLS)
         depths = tuple(FULL if i % interval == 0 else depth for i in range(calls))
         return cls(depth=depths, ratio=(ratio,) * calls, name=f"every {interval}")
 
@@ -150,8 +163,7 @@ class Schedule(BaseModel):
         Args:
             calls: number of calls of the denoiser in a generation, >= 1.
         """
-        if calls < 1:
-            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
+        check_within("calls", calls, 1, MOST_CALLS)
         depth = (FULL, *self.depth[1:])
         places: dict[int, list[int]] = {}
         for place, d in enumerate(depth):
@@ -185,30 +197,28 @@ class Schedule(BaseModel):
             ScheduleError: with file, line, field and reason.
             OSError: if the file can't be read.
         """
-        return cls.parse(Path(path).read_text(encoding="utf-8"), str(path))
+        try:
+            text = read_text(Path(path), PLAN)
+        except FileError as error:
+            raise ScheduleError(str(error)) from error
+        return cls.parse(text, said(path))
 
     @classmethod
     def parse(cls, text: str, file: str = "schedule") -> Schedule:
         """As `load`, from a text; ``file`` is the name errors carry."""
         try:
-            data = YAML(typ="rt").load(text)
-        except MarkedYAMLError as error:
-            mark = error.problem_mark
-            line = mark.line + 1 if mark else 1
-            raise ScheduleError(f"{file}:{line}: {error.problem}") from error
-        except (YAMLError, ValueError) as error:
-            raise ScheduleError(f"{file}:1: {str(error).splitlines()[0]}") from error
+            data = parse_yaml(text, file)
+        except FileError as error:
+            raise ScheduleError(str(error)) from error
         if not isinstance(data, dict):
             raise ScheduleError(f"{file}:1: expected fields such as 'depth' and 'ratio'")
         try:
             return cls.model_validate(_plain(data))
         except ValidationError as error:
-            lines = []
-            for issue in error.errors():
-                where = issue["loc"]
-                field = ".".join(str(part) for part in where) or "schedule"
-                lines.append(f"{file}:{_line(data, where)}: {field}: {_reason(issue)}")
-            raise ScheduleError("\n".join(lines)) from error
+            issues = error.errors(include_url=False)
+            lines = [f"{file}:{_line(data, one['loc'])}: {explained(one)}" for one in issues[:SHOWN]]
+            more = [f"{file}: and {len(issues) - SHOWN} more"] if len(issues) > SHOWN else []
+            raise ScheduleError("\n".join(lines + more)) from error
 
     def dump(self, *, as_json: bool = False) -> str:
         """The schedule as YAML (or JSON) text that `parse` reads back."""
@@ -262,8 +272,7 @@ class Spaced:
         Raises:
             ValueError: if ``calls < 1``.
         """
-        if calls < 1:
-            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
+        check_within("calls", calls, 1, MOST_CALLS)
         even = self.full is None or self.interval == 1
         full = set(range(0, calls, self.interval)) if even or self.full is None else self.full(calls)
         depth = tuple(FULL if i in full else self.depth for i in range(calls))
@@ -342,7 +351,7 @@ def _shares(weights: Sequence[int], total: int) -> list[int]:
 def _plain(value: Any) -> Any:
     """ruamel's containers as dict and list."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {k if isinstance(k, str) else shown(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_plain(v) for v in value]
     if isinstance(value, str):
@@ -362,13 +371,3 @@ def _line(document: Any, where: Sequence[int | str]) -> int:
         except (AttributeError, KeyError, TypeError, IndexError):
             break
     return line + 1
-
-
-def _reason(issue: Any) -> str:
-    """What is wrong, with the value that was given."""
-    if issue["type"] in ("missing", "extra_forbidden"):
-        known = ", ".join(Schedule.model_fields)
-        return f"{issue['msg'].lower()} (fields are {known})"
-    given = issue["input"]
-    shown = "" if isinstance(given, dict) else f", got {given!r}"
-    return f"{issue['msg']}{shown}"

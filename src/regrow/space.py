@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from regrow.words import offer, shown
+
 
 @dataclass(frozen=True)
 class Variable:
@@ -73,7 +75,10 @@ class Space:
             ValueError: if there is no such kind, or no choice.
         """
         if name not in self.names:
-            raise ValueError(f"choices: {name!r} is not known, it must be one of {', '.join(self.names)}")
+            raise ValueError(
+                f"choices: {shown(name)} is not known, it must be one of {', '.join(self.names)}"
+                f"{offer(name, self.names)}"
+            )
         allowed = tuple(dict.fromkeys(choices))
         if not allowed:
             raise ValueError(f"choices: {name} must have at least one choice")

@@ -11,6 +11,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from typing_extensions import Self
 
+from regrow.fields import check_within
+
+# Workers, and what one may have of a machine.
+_MOST = 10_000
+
 Job = TypeVar("Job", contravariant=True)
 Result = TypeVar("Result", covariant=True)
 
@@ -84,7 +89,7 @@ class RayWorkers(Workers[Job, Result], Generic[Job, Result]):
         address: of a running cluster, ``"auto"`` for that of this machine. None for the one that this
             process is connected to, which stays connected, or else for one that is started on this machine
             and ended by closing.
-        cpus: for each worker, > 0.
+        cpus: for each worker, >= 0.001.
         gpus: for each worker.
         attempts: how many workers one job may lose, >= 1.
 
@@ -103,14 +108,11 @@ class RayWorkers(Workers[Job, Result], Generic[Job, Result]):
         gpus: float = 0,
         attempts: int = 3,
     ) -> None:
-        for name, value, right, allowed in (
-            ("count", count, count is None or count >= 1, ">= 1"),
-            ("cpus", cpus, cpus > 0, "> 0"),
-            ("gpus", gpus, gpus >= 0, ">= 0"),
-            ("attempts", attempts, attempts >= 1, ">= 1"),
-        ):
-            if not right:
-                raise ValueError(f"{name}: {value} is not allowed, it must be {allowed}")
+        if count is not None:
+            check_within("count", count, 1, _MOST)
+        check_within("cpus", cpus, 0.001, _MOST)
+        check_within("gpus", gpus, 0, _MOST)
+        check_within("attempts", attempts, 1, 100)
         ray = import_ray()
         self._own = not ray.is_initialized()
         if address is not None and not self._own:

@@ -134,14 +134,14 @@ def test_a_picture_to_begin_with_and_a_negative_prompt(
         ),
         (("--prompt", "a", "--height", "64"), "width: must be given together with height"),
         (
-            ("--prompt", "a", "--height", "200000", "--width", "200000"),
-            "height, width, batch: 1 picture of 200000 x 200000 by emoji in float32 need more than",
+            ("--prompt", "a", "--height", "65536", "--width", "65536"),
+            "height, width, batch: 1 picture of 65536 x 65536 by emoji in float32 need more than",
         ),
         (
             ("--prompt", "a", "--model", "emojy"),
-            "model: 'emojy' is not there, did you mean emoji; it must be",
+            "model: 'emojy' is not there, it must be",
         ),
-        (("--prompt", "a", "--model", "./none"), "model: './none' is not there; it must be"),
+        (("--prompt", "a", "--model", "./none"), "model: './none' is not there, it must be"),
         (
             ("--prompt", "a", "--model", "broken.safetensors"),
             "model: broken.safetensors can't be read as wei",

@@ -299,6 +299,7 @@ def test_options_are_read() -> None:
         {"speedup": float("nan")},
         {"fewer_macs": 0.5},
         {"max_deviation": 0.0},
+        {"max_deviation": float("inf")},
         {"max_deviation": float("nan")},
     ],
 )

@@ -39,23 +39,29 @@ def test_version_and_short_help(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("share",), "regrow: Missing argument '"),
-        (("profile", "--archh", "sd15"), "regrow: No such option: --archh"),
-        (("bench", "--rounds", "many"), "regrow: Invalid value for '--rounds'"),
-        (("frob",), "regrow: No such command 'frob'; see regrow --help"),
-        (("generate", "--prompt", "a", "--guidance", "nan"), "regrow: guidance: nan is not allowed, it"),
-        (("eval", "--guidance", "-1"), "regrow: guidance: -1.0 is not allowed, it must be from 0 to 1000"),
+        (("share",), "regrow: missing argument 'file'; see regrow share --help"),
+        (("profile", "--archh", "sd15"), "regrow: no such option: --archh"),
+        (
+            ("bench", "--rounds", "many"),
+            "regrow: --rounds: 'many' is not allowed, it must be a whole number",
+        ),
+        (("frob",), "regrow: no such command 'frob'; see regrow --help"),
+        (
+            ("generate", "--prompt", "a", "--guidance", "nan"),
+            "regrow: guidance: nan is not allowed, it must be >= 0 and <= 1000",
+        ),
+        (("eval", "--guidance", "-1"), "regrow: guidance: -1.0 is not allowed, it must be >= 0"),
         (
             ("search", "--height", "100"),
             "regrow: height: 100 is not allowed, it must be a multiple of 8, s",
         ),
         (
             ("trace", "--width", "0"),
-            "regrow: width: 0 is not allowed, it must be a multiple of 8, such as 8",
+            "regrow: width: 0 is not allowed, it must be >= 8 and <= ",
         ),
         (
             ("calibrate", "--seed", str(2**63)),
-            f"regrow: seed: {2**63} is not allowed, it must be from 0 to",
+            f"regrow: seed: {2**63} is not allowed, it must be >= 0 and <= ",
         ),
     ],
 )

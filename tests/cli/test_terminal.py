@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 
 import pytest
-from rich.console import Console
 
 from regrow.cli import terminal
-from regrow.cli.terminal import Bar, busy, output, table
+from regrow.cli.terminal import Bar, Plain, busy, output, table
 
 
 def test_a_log_file_gets_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(terminal, "monotonic", lambda: now[0])
     text = io.StringIO()
-    console = Console(file=text, width=80, markup=False)
+    console = Plain(file=text, width=80)
     with busy(console, "loading [/red]"), Bar(console, every=30) as bar:
         task = bar.add_task("sito:d", total=8)
         for second in (10, 31, 40, 61, 70, 95):
@@ -34,7 +33,7 @@ def test_a_log_file_gets_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatc
 
 def test_a_screen_gets_a_bar() -> None:
     text = io.StringIO()
-    console = Console(file=text, force_terminal=True, width=80, markup=False)
+    console = Plain(file=text, force_terminal=True, width=80)
     with Bar(console) as bar:
         bar.advance(bar.add_task("[/b]:cat:", total=8), 4)
     assert "[/b]:cat:" in text.getvalue()

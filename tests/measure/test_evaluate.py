@@ -771,7 +771,7 @@ def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
         ),
         (("--prompts", "vbench"), "'vbench' is neither a file nor a number nor one of coco, parti"),
         (("--reference", "nowhere"), "nowhere is neither a folder nor a .safetensors"),
-        (("--reference", "nowhere.safetensors"), "nowhere.safetensors is not there"),
+        (("--reference", "nowhere.safetensors"), "nowhere.safetensors: there is no such file"),
         (("--scores", "nowhere.json"), "nowhere.json"),
         (("--features", "inception"), "pip install torch-fidelity"),
         (("--export", "tests"), "export: tests holds something else"),

@@ -43,9 +43,9 @@ def test_prompt_files_of_the_public_formats_are_read(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("a.txt", "\n", "holds none"),
-        ("a.json", "{", "neither a list"),
+        ("a.json", "{", "a.json: it is no JSON"),
         ("a.json", '{"images": []}', "neither a list"),
-        ("a.json", '[{"prompt": "a cat"}]', "neither a list of texts .* something else than texts"),
+        ("a.json", '[{"prompt": "a cat"}]', "a list of something else than texts"),
         ("a.csv", "Prompt,x\na cat, red,x\n", "line 2 of .* more fields than its head"),
         ("a.tsv", 'x\tPrompt\nx\t"a cat\nand a dog"\n', "line 3 of .*a.tsv ends before its Prompt"),
         ("a.tsv", 'Prompt\n"a\tcat"\n', "line 2 of .* more fields .* not allowed in a .tsv"),

@@ -86,5 +86,7 @@ def test_a_folder_goes_before_a_bundled_model_of_its_name(tmp_path, monkeypatch)
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="no bundled model 'emojis'; there is: emoji, cifar10"):
+    with pytest.raises(
+        ValueError, match=r"'emojis' is not bundled; .* emoji, cifar10; did you mean 'emoji'"
+    ):
         zoo.path("emojis")

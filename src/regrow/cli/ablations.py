@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import chain
 
+from regrow.words import offer, shown
+
 _RATIOS = ("0.3", "0.5", "0.7")
 
 Alternatives = tuple[str, ...]
@@ -54,7 +56,10 @@ def alternatives(name: str) -> tuple[Alternatives, ...]:
         ValueError: if there is no such ablation.
     """
     if name not in ABLATIONS:
-        raise ValueError(f"ablation: {name!r} is not known; allowed are {', '.join(ABLATIONS)}")
+        raise ValueError(
+            f"ablation: {shown(name)} is not known; allowed are {', '.join(ABLATIONS)}"
+            f"{offer(name, ABLATIONS)}"
+        )
     return ABLATIONS[name]
 
 

@@ -19,10 +19,13 @@ import typer
 from regrow import __version__, zoo
 from regrow.cli.ablations import ABLATIONS, ablated, against, merged, pair
 from regrow.cli.engine import Engine, Where
+from regrow.cli.harmless import in_one_line, in_plain_words
 from regrow.cli.terminal import busy, output, remarks, table
 from regrow.cli.usual import usual
+from regrow.fields import MOST_CALLS, MOST_COUNT, MOST_GUIDANCE, MOST_PIXELS, MOST_SEED, check_within
 from regrow.measure.extractors import Network
 from regrow.search.search import Algorithm
+from regrow.words import offer, one_line, shown
 
 app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,8 +36,6 @@ app = typer.Typer(
 
 STOPPED = 130
 """Exit code of a command that was stopped by Ctrl-C."""
-LONGEST = 2000
-"""Characters of an error that are shown."""
 _RESUMABLE = frozenset({"calibrate", "eval", "search"})
 # typer exports no more of the classes of what it raises for options it can't read.
 _UsageError: Any = typer.BadParameter.__bases__[0]
@@ -45,9 +46,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 SIDE = 8
 """Pixels of which a picture's sides are multiples."""
-MOST_GUIDANCE = 1000
-MOST_SEED = 2**62
-"""Above all seeds; there is room for those of the pictures that follow."""
 
 USUAL = "By default all steps, half, and what runs on the model."
 
@@ -66,7 +64,9 @@ def _methods(given: Optional[str], steps: int, usual: Callable[[], tuple[str, ..
 
 def _known_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not allowed; allowed are {', '.join(DTYPES)}")
+        raise ValueError(
+            f"dtype: {shown(dtype)} is not allowed; allowed are {', '.join(DTYPES)}{offer(dtype, DTYPES)}"
+        )
     return dtype
 
 
@@ -79,23 +79,25 @@ def _known_scheduler(text: Optional[str]) -> Optional[str]:
 
 
 def _known_guidance(value: Optional[float]) -> Optional[float]:
-    if value is not None and not 0 <= value <= MOST_GUIDANCE:
-        raise ValueError(f"guidance: {value} is not allowed, it must be from 0 to {MOST_GUIDANCE}")
+    if value is not None:
+        check_within("guidance", value, 0, MOST_GUIDANCE)
     return value
 
 
 def _known_side(option: typer.CallbackParam, value: Optional[int]) -> Optional[int]:
-    if value is not None and (value < SIDE or value % SIDE):
-        low = max(value // SIDE, 1) * SIDE
-        raise ValueError(
-            f"{option.name}: {value} is not allowed, it must be a multiple of {SIDE}, such as {low}"
-        )
+    if value is not None:
+        check_within(str(option.name), value, SIDE, MOST_PIXELS)
+        if value % SIDE:
+            raise ValueError(
+                f"{option.name}: {value} is not allowed, it must be a multiple of {SIDE}, such as "
+                f"{value - value % SIDE}"
+            )
     return value
 
 
 def _known_seed(value: int) -> int:
-    if not 0 <= value < MOST_SEED:
-        raise ValueError(f"seed: {value} is not allowed, it must be from 0 to {MOST_SEED - 1}")
+    # Those of the pictures follow it.
+    check_within("seed", value, 0, MOST_SEED - MOST_COUNT)
     return value
 
 
@@ -109,10 +111,12 @@ ScheduleFile = Annotated[
     Optional[Path], typer.Option(help="Schedule file, YAML or JSON, or hub:owner/name/file.")
 ]
 Ratio = Annotated[Optional[float], typer.Option(help="One pruning ratio for all calls.")]
-Interval = Annotated[Optional[int], typer.Option(help="A full call every N, depth 1 between.")]
+Interval = Annotated[
+    Optional[int], typer.Option(help="A full call every N, depth 1 between.", min=1, max=MOST_CALLS)
+]
 Searched = Annotated[str, typer.Option(help="See [b]regrow methods[/b]; or two, as deepcache+tome.")]
-Steps = Annotated[int, typer.Option(help="Sampler steps.", min=1)]
-MethodSteps = Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1)]
+Steps = Annotated[int, typer.Option(help="Sampler steps.", min=1, max=MOST_CALLS)]
+MethodSteps = Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1, max=MOST_CALLS)]
 StepRange = Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")]
 Seed = Annotated[
     int,
@@ -137,7 +141,7 @@ Width = Annotated[
 ]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")]
 Dtype = Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".", callback=_known_dtype)]
-Batch = Annotated[int, typer.Option(help="Pictures in one batch.", min=1)]
+Batch = Annotated[int, typer.Option(help="Pictures in one batch.", min=1, max=MOST_COUNT)]
 EngineChoice = Annotated[Engine, typer.Option(help="What does the work: this process, or a Ray cluster.")]
 WorkerCount = Annotated[Optional[int], typer.Option(help="Workers on the cluster; as many as fit.", min=1)]
 Address = Annotated[
@@ -293,7 +297,7 @@ def profile(
     schedule: ScheduleFile = None,
     ratio: Ratio = None,
     interval: Interval = None,
-    steps: Annotated[int, typer.Option(help="Calls of the denoiser.", min=1)] = 50,
+    steps: Annotated[int, typer.Option(help="Calls of the denoiser.", min=1, max=MOST_CALLS)] = 50,
     exclude_attention: Annotated[
         bool, typer.Option("--exclude-attention", help="Leave out products of queries, keys and values.")
     ] = False,
@@ -318,6 +322,7 @@ def profile(
     or [b]regrow profile --arch sd3-1024 --steps 28 --exclude-attention --per-guided-image[/b]
     The second is how the CAT Pruning paper counts.
     """
+    from regrow.cli.models import config_of
     from regrow.cli.options import method_config, method_label
     from regrow.measure import architecture, architecture_of
     from regrow.measure import profile as count
@@ -332,8 +337,8 @@ def profile(
         label = method_label(method, preset, schedule, ratio, interval)
     elif any(value is not None for value in (preset, schedule, ratio, interval)):
         raise ValueError("--preset, --schedule, --ratio, --interval: need --method")
+    what = architecture(arch) if arch is not None else architecture_of(config_of(model or ""))
     with busy(remarks(), "counting MACs"):
-        what = architecture(arch) if arch is not None else architecture_of(model or "")
         result = count(
             what,
             config,
@@ -668,7 +673,7 @@ def search(
         Optional[str], typer.Option(help="Methods to stand beside the front, as deepcache:5,dato:b1.")
     ] = None,
     seed: Seed = 0,
-    search_seed: Annotated[int, typer.Option(help="Seed of the search.", min=0)] = 0,
+    search_seed: Annotated[int, typer.Option(help="Seed of the search.", min=0, max=MOST_SEED)] = 0,
     scheduler: Scheduler = None,
     guidance: Guidance = None,
     height: Height = None,
@@ -855,9 +860,8 @@ def main() -> None:
         except (KeyboardInterrupt, typer.Abort):
             code = STOPPED
         except _UsageError as error:
-            said = error.format_message().rstrip(".")
             where = f"; see {error.ctx.command_path} --help" if error.ctx is not None else ""
-            _fail(f"{said}{where}")
+            _fail(f"{in_plain_words(error, sys.argv)}{where}")
         except BrokenPipeError:
             # Whoever read the output wanted no more of it; nothing must be flushed into it at the end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -866,21 +870,12 @@ def main() -> None:
             *(ValueError, OSError, UnsupportedModelError, ImportError),
             *(SafetensorError, MemoryError),
         ) as error:
-            _fail(_words(error))
+            _fail(in_one_line(error))
     if code == STOPPED:
         again = "type the same command to "
         again += "go on where it was" if {*sys.argv[1:2]} & _RESUMABLE else "begin again"
         print(f"regrow: stopped; {again}", file=sys.stderr)
     sys.exit(code)
-
-
-def _words(error: BaseException) -> str:
-    """An error in one line: what others wrote into it may be long."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = "; ".join(lines) or type(error).__name__
-    return said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
 
 
 def _fail(message: str) -> NoReturn:
@@ -890,7 +885,7 @@ def _fail(message: str) -> NoReturn:
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning in one line."""
-    print(f"regrow: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"regrow: warning: {one_line(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 @contextmanager

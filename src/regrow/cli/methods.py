@@ -7,13 +7,13 @@ import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
 from regrow.methods.catalogue import SYSTEMS, System, default_of
 from regrow.methods.parts import MethodConfig
 from regrow.schedule import Schedule
+from regrow.words import offer, shown
 
 WIDTH = 80
 
@@ -34,9 +34,9 @@ def run_methods(name: str | None, as_json: bool) -> None:
     system = next((one for one in SYSTEMS if one.name == name), None)
     if system is None:
         names = [one.name for one in SYSTEMS]
-        near = get_close_matches(name, names, 1)
-        meant = f", did you mean {near[0]}" if near else ""
-        raise ValueError(f"name: {name!r} is not known{meant}; allowed: {', '.join(names)}")
+        raise ValueError(
+            f"name: {shown(name)} is not known; allowed: {', '.join(names)}{offer(name, names)}"
+        )
     if as_json:
         fields = [] if system.config is None else list(fields_of(system.config))
         print(json.dumps(summary(system) | {"fields": fields}, indent=1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from regrow.measure.architectures import architecture_of, decoder_channels
 from regrow.measure.samplers import Sampler
 from regrow.measure.sampling import makes_videos
 from regrow.memory import keep_freed_memory
+from regrow.words import offer, shown
 
 SINGLE = (".safetensors", ".ckpt")
 """Endings of a single file that holds all weights of a pipeline."""
@@ -90,11 +90,9 @@ def config_of(model: str) -> str:
         here = next((folder for folder in beside if (folder / "model_index.json").is_file()), None)
         return str(here) if here is not None else _config_on_hub(file)
     if not Path(model).exists() and (model.count("/") != 1 or model.startswith((".", "~"))):
-        near = get_close_matches(model, zoo.MODELS, 1)
-        meant = f", did you mean {near[0]}" if near else ""
         raise ValueError(
-            f"model: {model!r} is not there{meant}; it must be {' or '.join(zoo.MODELS)} (bundled), "
-            "a folder, a file of weights, or owner/name on the hub"
+            f"model: {shown(model)} is not there, it must be {' or '.join(zoo.MODELS)} (bundled), "
+            f"a folder, a file of weights, or owner/name on the hub{offer(model, zoo.MODELS)}"
         )
     return model
 

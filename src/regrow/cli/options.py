@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from regrow import hub
+from regrow.fields import explain
 from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
-from regrow.methods.catalogue import configured, default_of, explain
+from regrow.methods.catalogue import configured, default_of
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA

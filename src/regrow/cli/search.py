@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import inf
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 import typer
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
@@ -23,6 +22,8 @@ from regrow.apply import apply
 from regrow.cli.engine import Engine, Where
 from regrow.cli.models import best_device, check_device, check_room, load_pipeline
 from regrow.cli.terminal import Bar, busy, named, output, remarks, table
+from regrow.fields import MOST_COUNT, check_within, explain
+from regrow.files import damaged, read_kept
 from regrow.measure.bench import bench
 from regrow.measure.keep import check_writable
 from regrow.measure.lock import locked
@@ -32,7 +33,6 @@ from regrow.measure.plotting import check_matplotlib
 from regrow.measure.prompts import read_prompts
 from regrow.measure.sampling import make
 from regrow.measure.variants import Variant, variant
-from regrow.methods.catalogue import explain
 from regrow.models import denoiser_of
 from regrow.schedule import FULL
 from regrow.search.evaluation import Candidate, Evaluator, Facts
@@ -45,6 +45,7 @@ from regrow.search.result import Found, figures, found, to_dict, write_front, wr
 from regrow.search.search import Budget, Known, Search, may_give_up
 from regrow.search.search import Progress as Step
 from regrow.search.settings import SearchSettings, doubled
+from regrow.words import shown
 
 SHOWN_PLANS, SHOWN_PROMPTS = 6, 4
 PATIENCE = 2.0
@@ -109,6 +110,10 @@ class Asked:
     beside: tuple[str, ...] = ()
     weight: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.weight is not None:
+            check_within("w_ps", self.weight, -1e9, 1e9)
+
     def save(self, folder: Path) -> None:
         """Keep it in the folder of a search."""
         write_json(folder / "asked.json", asdict(self))
@@ -116,9 +121,15 @@ class Asked:
     @classmethod
     def of(cls, folder: Path) -> Asked:
         """What was asked last."""
-        fields = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
-        return cls(fields["budget"], tuple(fields["beside"]), fields["weight"])
+        file = folder / "asked.json"
+        fields = read_kept(file, "use another folder")
+        try:
+            return _ASKED.validate_python(fields)
+        except ValidationError as error:
+            raise damaged(file, "use another folder") from error
 
+
+_ASKED = TypeAdapter(Asked)
 
 # What may be said again of a search that goes on.
 _AGAIN = (
@@ -164,10 +175,11 @@ def parse_budget(text: str) -> Budget:
         ValueError: if it is neither.
     """
     number, minutes = text.removesuffix("m"), text.endswith("m")
-    if not number.isdecimal() or int(number) < 1:
+    # A million minutes are two years.
+    if not number.isdecimal() or len(number) > 6 or int(number) < 1:
         raise ValueError(
-            f"budget: {text!r} is not allowed, it must be a number of generations such as 30, or minutes "
-            "such as 30m"
+            f"budget: {shown(text)} is not allowed, it must be a number of generations such as 30, or "
+            "minutes such as 30m"
         )
     return Budget(seconds=60.0 * int(number)) if minutes else Budget(generations=int(number))
 
@@ -179,8 +191,8 @@ def parse_steps(text: str) -> tuple[int, int]:
         ValueError: if it is neither.
     """
     parts = text.split("..")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"steps: {text!r} is not allowed, it must be a number such as 50, or 12..50")
+    if len(parts) > 2 or not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise ValueError(f"steps: {shown(text)} is not allowed, it must be a number such as 50, or 12..50")
     return int(parts[0]), int(parts[-1])
 
 
@@ -205,8 +217,10 @@ def parse_economy(
         together = f"quality:{Quality.FD.value}" in objectives
         return {"prompts": (prompts,) if together else doubled(prompts), "patience": patience}
     parts = rungs.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"rungs: {rungs!r} is not allowed, it must be numbers of prompts such as 2,4,8,16")
+    if not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise ValueError(
+            f"rungs: {shown(rungs)} is not allowed, it must be numbers of prompts such as 2,4,8,16"
+        )
     return {"prompts": tuple(int(part) for part in parts), "patience": patience}
 
 
@@ -219,6 +233,7 @@ def prompts_of(model: str, text: str) -> tuple[str, ...]:
     """
     if not text.isdecimal():
         return tuple(read_prompts(Path(text), "{}", 1))
+    check_within("prompts", int(text[:20]), 1, MOST_COUNT)
     return zoo.prompts_of(model, int(text), "give a file")
 
 
@@ -233,7 +248,7 @@ def parse_choices(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     for text in texts:
         name, equals, values = text.partition("=")
         if not equals or not values:
-            raise ValueError(f"choices: {text!r} is not allowed, it must be of the form ratio=0,0.5")
+            raise ValueError(f"choices: {shown(text)} is not allowed, it must be of the form ratio=0,0.5")
         out[name] = tuple(named[v] if v in named else _number(v) for v in values.split(","))
     return out
 
@@ -242,7 +257,9 @@ def _number(text: str) -> float | int:
     try:
         return int(text) if text.lstrip("-").isdecimal() else float(text)
     except ValueError as error:
-        raise ValueError(f"choices: {text!r} is not allowed, it must be a number, full or none") from error
+        raise ValueError(
+            f"choices: {shown(text)} is not allowed, it must be a number, full or none"
+        ) from error
 
 
 def settings_of(**fields: Any) -> SearchSettings:
@@ -508,6 +525,9 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+_MOST_WISHED = 1000
+
+
 @dataclass(frozen=True)
 class Wish:
     """What a calibrated plan must meet: one of the three.
@@ -526,18 +546,19 @@ class Wish:
     max_deviation: float | None = None
 
     def __post_init__(self) -> None:
-        given = [
-            value for value in (self.speedup, self.fewer_macs, self.max_deviation) if value is not None
-        ]
-        if len(given) != 1:
-            raise ValueError(
-                "--speedup, --fewer-macs, --max-deviation: one of them must be given, and only one"
-            )
-        for option, factor in (("--speedup", self.speedup), ("--fewer-macs", self.fewer_macs)):
-            if factor is not None and not 1 < factor < inf:
-                raise ValueError(f"{option}: {factor} is not allowed, it must be > 1")
-        if self.max_deviation is not None and not 0 < self.max_deviation < inf:
-            raise ValueError(f"--max-deviation: {self.max_deviation} is not allowed, it must be > 0")
+        wishes = (
+            ("speedup", self.speedup, 1),
+            ("fewer-macs", self.fewer_macs, 1),
+            ("max-deviation", self.max_deviation, 0),
+        )
+        if sum(value is not None for _, value, _ in wishes) != 1:
+            options = ", ".join(f"--{option}" for option, *_ in wishes)
+            raise ValueError(f"{options}: one of them must be given, and only one")
+        for option, value, least in wishes:
+            if value is not None and not least < value <= _MOST_WISHED:
+                raise ValueError(
+                    f"--{option}: {value} is not allowed, it must be > {least} and <= {_MOST_WISHED}"
+                )
 
     def choose(
         self, plans: Sequence[Found], cost: Cost, measure: Callable[[Found], float]

@@ -14,6 +14,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -21,29 +22,49 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from regrow.words import one_line
+
 EVERY = 30.0
 """Seconds between the lines of a progress that nobody watches."""
 
 
+class Plain(Console):
+    """A console that takes no text for markup and hands no control character on."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text as it is, line by line."""
+        return super().render_str("\n".join(one_line(line) for line in text.split("\n")), **options)
+
+
 def output() -> Console:
-    """What a command is asked for: standard output. No text is taken for markup."""
-    return Console(markup=False, emoji=False, highlight=False)
+    """What a command is asked for: standard output."""
+    return Plain()
 
 
 def remarks() -> Console:
-    """What a command says on its way: standard error. No text is taken for markup."""
-    return Console(stderr=True, markup=False, emoji=False, highlight=False)
+    """What a command says on its way: standard error."""
+    return Plain(stderr=True)
 
 
 @contextmanager
 def busy(console: Console, what: str) -> Iterator[None]:
     """Say what is done for as long as it lasts; in a log file once, where it begins."""
     if console.is_terminal:
-        with console.status(Text(what)):
+        with console.status(Text(one_line(what))):
             yield
     else:
         console.print(what, soft_wrap=True)
         yield
+
+
+class _Table(Table):
+    """A table whose cells are one line each."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*map(one_line, cells), **options)
 
 
 def table(caption: str, first: str, *numbers: str, title: str = "") -> Table:
@@ -55,7 +76,7 @@ def table(caption: str, first: str, *numbers: str, title: str = "") -> Table:
         numbers: heads of the others; line breaks are kept.
         title: above it.
     """
-    made = Table(
+    made = _Table(
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption or None, title=title or None
     )
     made.caption_justify = made.title_justify = "left"
@@ -127,9 +148,15 @@ class Bar(Progress):
         task = self._tasks[task_id]
         done = f"{task.percentage:.0f}%" if task.total else f"{task.completed:g}"
         minutes, seconds = divmod(int(now - self._begin), 60)
-        self.console.print(f"{task.description}: {done} after {minutes}:{seconds:02}", soft_wrap=True)
+        said = f"{task.description}: {done} after {minutes}:{seconds:02}"
+        self.console.print(one_line(said), soft_wrap=True)
+
+
+class _Named(TextColumn):
+    def render(self, task: Task) -> Text:
+        return Text(one_line(self.text_format.format(task=task)))
 
 
 def named(form: str) -> TextColumn:
     """A column of text that is taken as it is."""
-    return TextColumn(form, markup=False)
+    return _Named(form)

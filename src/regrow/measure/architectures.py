@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import CLIPTextConfig
 
 from regrow import zoo
+from regrow.words import offer, shown
 
 _SD = {
     "sample_size": 64,
@@ -226,7 +227,9 @@ def architecture(name: str) -> Architecture:
         ValueError: if the name is not one of `NAMES`.
     """
     if name not in NAMES:
-        raise ValueError(f"arch: {name!r} is not known; known are {', '.join(NAMES)}")
+        raise ValueError(
+            f"arch: {shown(name)} is not known; known are {', '.join(NAMES)}{offer(name, NAMES)}"
+        )
     if name in CONFIGS:
         return Architecture(name, _without_weights("UNet2DConditionModel", CONFIGS[name]))
     if name in TRANSFORMERS:

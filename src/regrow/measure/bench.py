@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from regrow.apply import Run
 from regrow.engine.inputs import without_data
+from regrow.fields import MOST_COUNT, check_within
 from regrow.macs import plain_macs
 from regrow.measure.sampling import Moment, check_frames, make, moment, wait
 from regrow.measure.variants import Variant
@@ -159,8 +160,7 @@ def bench(
         ValueError: if there is no variant, no prompt or no round, or frames are given and no video is made.
     """
     for name, value in (("methods", len(variants)), ("images", len(prompts)), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
+        check_within(name, value, 1, MOST_COUNT)
     check_frames(pipeline, frames)
     options = {"guidance": guidance, "height": height, "width": width, "frames": frames}
     found = [_Timed() for _ in variants]

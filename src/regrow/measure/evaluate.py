@@ -14,14 +14,15 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
+from regrow.fields import MOST_COUNT, MOST_GUIDANCE, MOST_PIXELS, MOST_SEED, check_within
+from regrow.files import damaged, read_kept
 from regrow.measure.clip import ClipScore
 from regrow.measure.extractors import Extractor, Features
 from regrow.measure.images import to_tensor
-from regrow.measure.keep import check_writable, digest, kept, write_whole
+from regrow.measure.keep import check_writable, digest, kept, opened_kept, write_whole
 from regrow.measure.machine import maker_key
 from regrow.measure.quality import (
     FeatureSet,
@@ -151,9 +152,14 @@ class Pictures:
     def __init__(
         self, folder: Path, setting: Setting, device: str = "cpu", threads: int | None = None
     ) -> None:
-        for name, value in (("prompts", len(setting.prompts)), ("shard", setting.shard)):
-            if value < 1:
-                raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
+        check_within("prompts", len(setting.prompts), 1, MOST_COUNT)
+        check_within("shard", setting.shard, 1, MOST_COUNT)
+        check_within("seed", setting.seed, 0, MOST_SEED)
+        if setting.guidance is not None:
+            check_within("guidance", setting.guidance, -MOST_GUIDANCE, MOST_GUIDANCE)
+        for name, side in (("height", setting.height), ("width", setting.width)):
+            if side is not None:
+                check_within(name, side, 1, MOST_PIXELS)
         check_writable("out", folder, folder=True)
         self.folder, self.device = folder, torch.device(device)
         self._threads = threads or torch.get_num_threads()
@@ -161,10 +167,13 @@ class Pictures:
         file = folder / "setting.json"
         now = json.loads(json.dumps(asdict(setting)))
         if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = read_kept(file, "use another folder")
+            theirs = before.get("prompts")
+            if not isinstance(theirs, list) or not all(isinstance(prompt, str) for prompt in theirs):
+                raise damaged(file, "use another folder")
             # Not there in older folders.
             made_on = before.pop("device", made_on)
-            shorter, longer = sorted((before["prompts"], now["prompts"]), key=len)
+            shorter, longer = sorted((theirs, now["prompts"]), key=len)
             if longer[: len(shorter)] == shorter:
                 before["prompts"] = now["prompts"] = longer
             # Empty where the model is not at hand, and in folders from before it was kept.
@@ -219,7 +228,7 @@ class Pictures:
         for number, _ in self.setting.shards():
             file = self._file(one, number)
             if file.exists():
-                with safe_open(file, "pt") as opened:
+                with opened_kept(file) as opened:
                     first.setdefault(_maker_in(opened.metadata() or {}), number)
         return [number for maker, number in first.items() if maker not in known]
 
@@ -296,12 +305,16 @@ class Pictures:
 
     def shard(self, one: Variant, number: int) -> Tensor:
         """The pictures of one shard: uint8 ``(B, 3, H, W)``."""
-        return load_file(self._file(one, number))["pictures"]
+        with opened_kept(self._file(one, number)) as opened:
+            return opened.get_tensor("pictures")
 
     def seconds(self, one: Variant) -> float:
         """Median seconds a picture, over the shards; of a machine that may have done other things."""
-        shards = [load_file(self._file(one, number)) for number, _ in self.setting.shards()]
-        return statistics.median(float(s["seconds"]) / len(s["pictures"]) for s in shards)
+        each = []
+        for number, _ in self.setting.shards():
+            with opened_kept(self._file(one, number)) as opened:
+                each.append(float(opened.get_tensor("seconds")) / len(opened.get_tensor("pictures")))
+        return statistics.median(each)
 
     def folder_of(self, one: Variant) -> Path:
         """Where a variant's pictures are kept, and what was measured on them."""
@@ -313,8 +326,11 @@ class Pictures:
     def _alike(self, one: Variant) -> list[str]:
         """The makers that are known to make the same pictures of a variant."""
         file = self.folder_of(one) / "variant.json"
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else self._of(one)
+        anew = "remove its folder, and the pictures are made again"
+        before = read_kept(file, anew) if file.exists() else self._of(one)
         alike: list[str] = before.pop("alike", [])
+        if not isinstance(alike, list) or not all(isinstance(maker, str) for maker in alike):
+            raise damaged(file, anew)
         if before != self._of(one):
             raise ValueError(
                 f"methods: {file.parent} holds pictures of another {one.name}; use another folder"
@@ -341,8 +357,10 @@ class Pictures:
     def _same(self, job: Shard, content: bytes) -> set[str]:
         """The makers of a kept shard, and of this content of it, if both have equal pictures."""
         file = self._file(job.variant, job.number)
+        with opened_kept(file) as opened:
+            before = opened.get_tensor("pictures")
         kept, made = file.read_bytes(), content
-        if not torch.equal(load(kept)["pictures"], load(made)["pictures"]):
+        if not torch.equal(before, load(made)["pictures"]):
             raise ValueError(
                 f"methods: {job.variant.name} makes other pictures here and now than those in "
                 f"{file.parent}, batch {job.number}; remove them or use another folder"

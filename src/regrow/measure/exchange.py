@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from regrow.files import read_json, read_kept, said
 from regrow.measure.evaluate import Pictures, Setting
 from regrow.measure.keep import check_writable, write_whole
 from regrow.measure.variants import Variant
+from regrow.words import offer, one_line, shown
 
 Scores = Mapping[str, Mapping[str, float]]
 """Of each variant, by its name: metrics by theirs."""
@@ -33,9 +35,9 @@ def check_export(folder: Path, setting: Setting) -> dict[str, str]:
         return {}
     file = folder / _LIST
     if file.is_file():
-        held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if held.get("setting") == _plain(setting):
-            found: dict[str, str] = held["variants"]
+        held = read_kept(file, "use another folder")
+        found = held.get("variants")
+        if held.get("setting") == _plain(setting) and isinstance(found, dict):
             return found
     raise ValueError(f"export: {folder} holds something else; use another folder")
 
@@ -94,23 +96,22 @@ def read_scores(files: Iterable[Path], variants: Sequence[Variant]) -> Scores:
     known = [one.name for one in variants]
     found: dict[str, dict[str, float]] = {name: {} for name in known}
     for file in files:
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"scores: {file} is no JSON ({error})") from error
+        data, where = read_json(file), said(file)
         if not isinstance(data, dict) or not all(isinstance(own, dict) for own in data.values()):
-            raise ValueError(f"scores: {file} is not of the form {{variant: {{metric: number}}}}")
+            raise ValueError(f"scores: {where} is not of the form {{variant: {{metric: number}}}}")
         for name, own in data.items():
             if name not in found:
                 raise ValueError(
-                    f"scores: {name!r} in {file} is not allowed; allowed are {', '.join(known)}"
+                    f"scores: {shown(name)} in {where} is not allowed; allowed are "
+                    f"{', '.join(known)}{offer(name, known)}"
                 )
             for metric, value in own.items():
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                if not number or not math.isfinite(value):
-                    raise ValueError(f"scores: {value!r} of {name}, {metric} in {file} is no finite number")
+                if not number or not abs(value) <= sys.float_info.max:
+                    which = f"{shown(value)} of {name}, {one_line(metric, 100)}"
+                    raise ValueError(f"scores: {which} in {where} is no finite number")
                 if metric in found[name]:
-                    raise ValueError(f"scores: {metric!r} of {name} is given twice, again in {file}")
+                    raise ValueError(f"scores: {shown(metric)} of {name} is given twice, again in {where}")
                 found[name][metric] = float(value)
     return found
 

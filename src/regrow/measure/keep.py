@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from regrow.files import check_file, damaged
+
+REMOVE = "remove it, and it is made again"
+"""What to do about a kept file that is damaged."""
+# Bytes of a kept file: shards of pictures may be large.
+_MOST = 1 << 36
+
 
 def write_whole(file: Path, write: Callable[[Path], Any], writer: str = "") -> None:
-    """Write a file so that it is whole or not there.
+    """Write a file so that it is whole or not there, also after the power was cut.
 
     Args:
         file: the file.
@@ -24,8 +32,44 @@ def write_whole(file: Path, write: Callable[[Path], Any], writer: str = "") -> N
         writer: whose, where several may write the same file at once.
     """
     unfinished = file.with_name(f"{file.name}{writer}.partial")
-    write(unfinished)
-    os.replace(unfinished, file)
+    try:
+        write(unfinished)
+        _to_disk(unfinished)
+        os.replace(unfinished, file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        _to_disk(file.parent)
+
+
+def _to_disk(place: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    opened = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def opened_kept(file: Path, instead: str = REMOVE) -> Iterator[Any]:
+    """A ``.safetensors`` that regrow kept, as `safe_open` gives it.
+
+    Args:
+        file: the file.
+        instead: what to do if it is damaged.
+
+    Raises:
+        FileError: naming it, if it is damaged, or holds other tensors than are asked of it.
+        OSError: if it can't be read.
+    """
+    check_file(file, _MOST)
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise damaged(file, instead) from error
 
 
 def check_writable(name: str, place: Path, *, folder: bool = False) -> None:
@@ -56,9 +100,12 @@ def kept(
         key: all that the tensors depend on.
         compute: makes them.
         writer: whose, where several may write the same file at once.
+
+    Raises:
+        FileError: naming the file, if it is damaged.
     """
     if file.exists():
-        with safe_open(file, "pt") as opened:
+        with opened_kept(file) as opened:
             if opened.metadata() == {"key": key}:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     tensors = {name: tensor.contiguous() for name, tensor in compute().items()}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from regrow import zoo
+from regrow.files import read_kept
 
 PACKAGES = ("torch", "diffusers", "transformers")
 _MODEL = (".safetensors", ".bin", ".json", ".txt", ".model")
@@ -84,7 +85,9 @@ def model_key(model: str) -> str:
     if not index.is_file():
         return ""
     found = hashlib.sha256(index.read_bytes())
-    parts = [folder / name for name in json.loads(index.read_text(encoding="utf-8"))]
+    named = read_kept(index, "give the folder of a pipeline")
+    # Parts are arguments of the pipeline's class; any other name may lead out of the folder.
+    parts = [folder / name for name in named if name.isidentifier() and len(name) < 64]
     files = [file for part in parts if part.is_dir() for file in part.iterdir()]
     for file in sorted(file for file in files if file.suffix in _MODEL):
         size = file.stat().st_size

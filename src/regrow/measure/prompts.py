@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from regrow.fields import MOST_COUNT, check_within
+from regrow.files import PROMPTS, FileError, check_file, read_json, read_text, said
+from regrow.words import shown
 
 # Columns of the published tables: PartiPrompts, DrawBench.
 _COLUMNS = ("Prompt", "Prompts", "prompt", "caption")
@@ -108,10 +111,10 @@ def read_prompts(
         ImportError: if it is a ``.parquet`` and pyarrow is not installed.
     """
     if template is not None and "{}" not in template:
-        raise ValueError(f"template: {template!r} is not allowed, it must hold {{}}")
+        raise ValueError(f"template: {shown(template)} is not allowed, it must hold {{}}")
     for name, value in (("each", each), ("first", first)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: {value} is not allowed, it must be >= 1")
+        if value is not None:
+            check_within(name, value, 1, MOST_COUNT)
     readers = {
         ".txt": _of_text,
         ".json": _of_json,
@@ -121,21 +124,23 @@ def read_prompts(
     }
     if file.suffix not in readers:
         allowed = " ".join(readers)
-        raise ValueError(f"prompts: {file.suffix or file.name!r} is not allowed; allowed are {allowed}")
+        raise ValueError(
+            f"prompts: {shown(file.suffix or said(file))} is not allowed; allowed are {allowed}"
+        )
+    check_file(file, PROMPTS)
     found, usual = readers[file.suffix](file)
     texts = filter(None, (prompt.strip() for prompt in found))
     template, each = usual.template if template is None else template, usual.each if each is None else each
     prompts = [template.replace("{}", prompt) for prompt in texts for _ in range(each)]
     if not prompts:
-        raise ValueError(f"prompts: {file} holds none")
+        raise ValueError(f"prompts: {said(file)} holds none")
     if first is not None and first > len(prompts):
-        raise ValueError(f"first: {first} is not allowed, {file} holds {len(prompts)} prompts")
+        raise ValueError(f"first: {first} is not allowed, {said(file)} holds {len(prompts)} prompts")
     return prompts[:first]
 
 
 def _text(file: Path) -> str:
-    # Tables saved by office programs begin with a byte order mark.
-    return file.read_text(encoding="utf-8-sig")
+    return read_text(file, PROMPTS)
 
 
 def _of_text(file: Path) -> tuple[list[str], Usual]:
@@ -143,22 +148,20 @@ def _of_text(file: Path) -> tuple[list[str], Usual]:
 
 
 def _of_json(file: Path) -> tuple[list[str], Usual]:
-    text = _text(file)
+    data = read_json(file, PROMPTS)
+    if isinstance(data, list):
+        if not all(isinstance(prompt, str) for prompt in data):
+            raise FileError(f"prompts: {said(file)} is a list of something else than texts")
+        return data, Usual()
     try:
-        data = json.loads(text)
-        if isinstance(data, list):
-            if not all(isinstance(prompt, str) for prompt in data):
-                raise TypeError("a list of something else than texts")
-            return data, Usual()
         if data and all(key.isdecimal() for key in data):
             return [_class_name(data[key]) for key in sorted(data, key=int)], CLASSES
         first: dict[int, str] = {}
         for entry in data["annotations"]:
             first.setdefault(entry["image_id"], str(entry["caption"]))
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(
-            f"prompts: {file} is neither a list of texts nor COCO's captions nor ImageNet's classes "
-            f"({error!r})"
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise FileError(
+            f"prompts: {said(file)} is neither a list of texts nor COCO's captions nor ImageNet's classes"
         ) from error
     return list(first.values()), Usual()
 
@@ -176,16 +179,24 @@ def _of_table(file: Path) -> tuple[list[str], Usual]:
     rows = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter, quoting=quoting)
     column = _column(file, rows.fieldnames or ())
     texts = []
-    for row in rows:
+    for row in _rows(file, rows):
         if None in row:
             raise ValueError(
-                f"prompts: line {rows.line_num} of {file} has more fields than its head; a prompt with "
-                f"{delimiter!r} in it " + ("is not allowed in a .tsv" if raw else "must be in quotes")
+                f"prompts: line {rows.line_num} of {said(file)} has more fields than its head; a prompt "
+                f"with {delimiter!r} in it " + ("is not allowed in a .tsv" if raw else "must be in quotes")
             )
         if row[column] is None:
-            raise ValueError(f"prompts: line {rows.line_num} of {file} ends before its {column}")
+            raise ValueError(f"prompts: line {rows.line_num} of {said(file)} ends before its {column}")
         texts.append(_unquoted(row[column]) if raw else row[column])
     return texts, Usual()
+
+
+def _rows(file: Path, rows: csv.DictReader[str]) -> Iterator[dict[Any, Any]]:
+    """The rows of a table; what csv says of a broken one names no file."""
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise FileError(f"prompts: line {rows.line_num} of {said(file)} can't be read") from error
 
 
 def _unquoted(text: str) -> str:
@@ -197,17 +208,17 @@ def _unquoted(text: str) -> str:
 
 def _of_parquet(file: Path) -> tuple[list[str], Usual]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ImportError(f"prompts: {file.name} needs pyarrow: pip install 'regrow[prompts]'") from error
     try:
         table = parquet.read_table(file)
-    except ArrowInvalid as error:
-        raise ValueError(f"prompts: {file} is no Parquet file ({error})") from error
+    except ArrowException as error:
+        raise FileError(f"prompts: {said(file)} is no Parquet file that can be read") from error
     name = _column(file, table.column_names)
     texts = table[name].to_pylist()
     if not all(text is None or isinstance(text, str) for text in texts):
-        raise ValueError(f"prompts: the column {name} of {file} holds something else than texts")
+        raise ValueError(f"prompts: the column {name} of {said(file)} holds something else than texts")
     return [text or "" for text in texts], Usual()
 
 
@@ -215,5 +226,5 @@ def _column(file: Path, names: Sequence[str]) -> str:
     """The column of the prompts among those of a table."""
     column = next((c for c in _COLUMNS if c in names), None)
     if column is None:
-        raise ValueError(f"prompts: {file} has no column {' or '.join(_COLUMNS)}")
+        raise ValueError(f"prompts: {said(file)} has no column {' or '.join(_COLUMNS)}")
     return column

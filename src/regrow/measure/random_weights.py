@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, FlowMatchEu
 from torch import Tensor
 
 from regrow.measure.architectures import CONFIGS, TRANSFORMERS
+from regrow.words import offer, shown
 
 
 def random_pipeline(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
@@ -31,7 +32,9 @@ def random_pipeline(name: str, device: str = "cpu", dtype: torch.dtype = torch.f
         ValueError: if the name is not one of these.
     """
     if name not in NAMES:
-        raise ValueError(f"arch: {name!r} is not known; known are {', '.join(NAMES)}")
+        raise ValueError(
+            f"arch: {shown(name)} is not known; known are {', '.join(NAMES)}{offer(name, NAMES)}"
+        )
     kind, config = ("UNet2DConditionModel", CONFIGS.get(name))
     if config is None:
         kind, _, config = TRANSFORMERS[name]

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from regrow.files import said
 from regrow.measure.extractors import Extractor
 from regrow.measure.images import on_white, to_tensor
-from regrow.measure.keep import write_whole
+from regrow.measure.keep import opened_kept, write_whole
+from regrow.words import shown
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMAT = "regrow-reference"
@@ -51,10 +52,10 @@ def pictures_in(folder: Path) -> list[Path]:
         OSError: if the folder can't be read.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"reference: {folder} is neither a folder nor a .safetensors")
+        raise FileNotFoundError(f"reference: {said(folder)} is neither a folder nor a .safetensors")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS)
     if len(files) < 4:
-        raise ValueError(f"reference: {folder} holds {len(files)} pictures, it must be >= 4")
+        raise ValueError(f"reference: {said(folder)} holds {len(files)} pictures, it must be >= 4")
     return files
 
 
@@ -77,9 +78,9 @@ def of_pictures(
         try:
             with Image.open(file) as picture:
                 seen = on_white(picture)
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             # A broken file's own error does not name it.
-            raise OSError(f"reference: {file} is no picture that can be read ({error})") from error
+            raise OSError(f"reference: {said(file)} is no picture that can be read") from error
         features = extractor(to_tensor(seen)[None].float() / 255)
         pooled.append(features.pooled)
         spatial.append(features.spatial)
@@ -94,18 +95,15 @@ def load(file: Path, extractor: Extractor) -> Reference:
         ValueError: if the file is no such file, or of another extractor.
         OSError: if it can't be read.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"reference: {file} is not there")
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            if metadata.get("format") != _FORMAT or metadata.get("version") != "1":
-                raise ValueError(f"reference: {file} was not written by --save-reference")
-            if metadata["features"] != extractor.name:
-                raise ValueError(
-                    f"reference: {file} holds features of {metadata['features']!r}, "
-                    f"it must be those of {extractor.name!r}"
-                )
-            return Reference(metadata["name"], opened.get_tensor("pooled"), opened.get_tensor("spatial"))
-    except SafetensorError as error:
-        raise ValueError(f"reference: {file} is no safetensors file ({error})") from error
+    with opened_kept(file, "write it by --save-reference") as opened:
+        metadata = opened.metadata() or {}
+        of = metadata.get("features")
+        if (metadata.get("format"), metadata.get("version")) != (_FORMAT, "1") or of is None:
+            raise ValueError(f"reference: {said(file)} was not written by --save-reference")
+        if of != extractor.name:
+            raise ValueError(
+                f"reference: {said(file)} holds features of {shown(of)}, it must be those of "
+                f"{extractor.name!r}"
+            )
+        name = metadata.get("name", file.stem)
+        return Reference(name, opened.get_tensor("pooled"), opened.get_tensor("spatial"))

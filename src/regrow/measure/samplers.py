@@ -12,6 +12,7 @@ import diffusers
 from diffusers.utils import DummyObject
 
 from regrow.methods.names import plain
+from regrow.words import offer, shown
 
 STEPS = 10
 """For which a scheduler is tried."""
@@ -44,8 +45,8 @@ class Sampler:
             kind.from_config({})
         if not _is_scheduler(kind):
             raise ValueError(
-                f"scheduler: {name!r} is not allowed, it must be a class of diffusers such as "
-                "EulerDiscreteScheduler"
+                f"scheduler: {shown(name)} is not allowed, it must be a class of diffusers such as "
+                f"EulerDiscreteScheduler{offer(name, _names())}"
             )
         taken = inspect.signature(kind).parameters
         options: dict[str, Any] = {}
@@ -53,8 +54,8 @@ class Sampler:
             key, equals, value = part.partition("=")
             if not equals or key not in taken or key in options:
                 raise ValueError(
-                    f"scheduler: {part!r} is not allowed, it must be NAME=VALUE with a setting of "
-                    f"{kind.__name__}, each once: {', '.join(taken)}"
+                    f"scheduler: {shown(part)} is not allowed, it must be NAME=VALUE with a setting of "
+                    f"{kind.__name__}, each once: {', '.join(taken)}{offer(key, taken)}"
                 )
             options[key] = plain(value)
             usual = taken[key].default
@@ -91,6 +92,12 @@ class Sampler:
             # NotImplementedError is a RuntimeError.
             raise ValueError(f"scheduler: {self.kind.__name__} with {self.options}: {error}") from error
         return made
+
+
+def _names() -> list[str]:
+    """Schedulers of diffusers, by their names with and without the ending."""
+    names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+    return [*names, *(name.removesuffix("Scheduler") for name in names)]
 
 
 def _is_scheduler(kind: Any) -> bool:

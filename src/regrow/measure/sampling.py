@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from regrow.fields import check_within
 from regrow.measure.random_weights import random_text
 
 SHOWN_CLASSES = 10
@@ -112,8 +113,7 @@ def check_frames(pipeline: Any, frames: int | None) -> None:
         return
     if not makes_videos(type(pipeline)):
         raise ValueError(f"frames: {type(pipeline).__name__} makes pictures, it must not be given")
-    if frames < 1:
-        raise ValueError(f"frames: {frames} is not allowed, it must be >= 1")
+    check_within("frames", frames, 1, 10_000)
 
 
 def makes_videos(kind: type) -> bool:

@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from regrow.fields import MOST_CALLS, Block, Ratio, check_within
 from regrow.methods.parts import (
     After,
     Alignment,
@@ -98,16 +99,16 @@ class ATEDM(MethodConfig):
 
     method: Literal["atedm"] = "atedm"
     version: Literal[1] = 1
-    ratio: float = Field(0.63, ge=0, lt=1)
-    early: float = Field(0.3, ge=0)
-    early_ratio: float = Field(0.0, ge=0, lt=1)
+    ratio: Ratio = 0.63
+    early: float = Field(0.3, ge=0, le=MOST_CALLS)
+    early_ratio: Ratio = 0.0
     recovery: Restored = Restored.COPY
-    iterations: int = Field(5, ge=1)
+    iterations: int = Field(5, ge=1, le=100)
     heads: Heads = Heads.ROOT_MEAN_SQUARE
     after: After = After.SELF_ATTENTION
     max_downsample: Level = 8
     similarity: Similarity = Similarity.ATTENTION
-    block: int = Field(0, ge=0)
+    block: Block = 0
     alignment: Alignment = Alignment.OFF
 
     @model_validator(mode="after")
@@ -279,8 +280,7 @@ class _Plan:
         Raises:
             ValueError: if ``calls < 1``.
         """
-        if calls < 1:
-            raise ValueError(f"calls: {calls} is not allowed, it must be >= 1")
+        check_within("calls", calls, 1, MOST_CALLS)
         early = round(self.early * calls) if self.early < 1 else min(int(self.early), calls)
         ratio = tuple(
             0.0 if i < self.whole else self.early_ratio if i < early else self.ratio for i in range(calls)

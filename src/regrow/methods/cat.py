@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from regrow.fields import MOST_CALLS, Seed, Share, Weight
 from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
 from regrow.schedule import After, Schedule
 from regrow.space import Space, Variable, free
@@ -76,17 +77,17 @@ class CATPruning(MethodConfig):
 
     method: Literal["cat"] = "cat"
     version: Literal[1] = 1
-    alpha: float = Field(0.3, gt=0, le=1)
-    t0: int = Field(8, ge=2)
+    alpha: float = Field(0.3, ge=1e-6, le=1)
+    t0: int = Field(8, ge=2, le=MOST_CALLS)
     choice: TokenChoice = TokenChoice.CLUSTERS
-    clusters: int = Field(20, ge=1)
+    clusters: int = Field(20, ge=1, le=1024)
     decay: float = Field(0.5, ge=0, lt=1)
-    cluster_share: float = Field(0.25, ge=0, le=1)
-    balance: float = Field(0.0, ge=0, le=1)
-    noise_scale: float = Field(1.0, ge=0)
+    cluster_share: Share = 0.25
+    balance: Share = 0.0
+    noise_scale: Weight = 1.0
     absolute_noise: bool = False
     alignment: Alignment = Alignment.CONDITIONAL
-    seed: int = 0
+    seed: Seed = 0
 
     @classmethod
     def space(cls, calls: int) -> Space:

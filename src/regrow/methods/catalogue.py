@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -11,6 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from regrow.fields import explain
+from regrow.files import PLAN, FileError, read_json, said
 from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
 from regrow.methods.combined import Combined
@@ -23,6 +24,7 @@ from regrow.methods.toca import ToCa
 from regrow.methods.tome import ToMeSD
 from regrow.schedule import Schedule
 from regrow.space import Space, product
+from regrow.words import offer, shown
 
 
 class Status(str, Enum):
@@ -198,8 +200,11 @@ def config_from(data: Mapping[str, Any]) -> MethodConfig:
     for kind in kinds:
         if data.get("method") == kind.model_fields["method"].default:
             return kind.model_validate(data)
-    known = ", ".join(kind.model_fields["method"].default for kind in kinds)
-    raise ValueError(f"method: {data.get('method')!r} is not known; allowed: {known}")
+    known = [kind.model_fields["method"].default for kind in kinds]
+    given = data.get("method")
+    raise ValueError(
+        f"method: {shown(given)} is not known; allowed: {', '.join(known)}{offer(given, known)}"
+    )
 
 
 def load_plan(file: Path) -> Schedule | MethodConfig:
@@ -211,30 +216,17 @@ def load_plan(file: Path) -> Schedule | MethodConfig:
     """
     if file.suffix != ".json":
         return Schedule.load(file)
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: it is no JSON: {error}") from error
+    data = read_json(file, PLAN)
     if isinstance(data, dict) and "method" in data:
         try:
             return config_from(data)
         except ValidationError as error:
-            raise ValueError(f"{file}: {explain(error)}") from error
+            raise FileError(f"{said(file)}: {explain(error)}") from error
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise FileError(f"{said(file)}: {error}") from error
     if not isinstance(data, dict) or "depth" not in data:
-        raise ValueError(f"{file}: it is neither a schedule nor the configuration of a method")
+        raise FileError(f"{said(file)}: it is neither a schedule nor the configuration of a method")
     return Schedule.load(file)
-
-
-def explain(error: ValidationError) -> str:
-    """A validation error in one line a field."""
-    lines = []
-    for issue in error.errors():
-        field = ".".join(str(part) for part in issue["loc"])
-        message = issue["msg"].removeprefix("Value error, ")
-        lines.append(f"{field}: {message} (got {issue['input']!r})" if field else message)
-    return "; ".join(lines)
 
 
 def configured(name: str) -> type[MethodConfig]:
@@ -246,9 +238,11 @@ def configured(name: str) -> type[MethodConfig]:
     for system in SYSTEMS:
         if system.name == name and system.config is not None:
             return system.config
-    working = ", ".join(s.name for s in SYSTEMS if s.config is not None)
-    known = any(s.name == name for s in SYSTEMS)
-    raise ValueError(f"method: {name!r} is {'not built yet' if known else 'not known'}; allowed: {working}")
+    working = [s.name for s in SYSTEMS if s.config is not None]
+    state = "not built yet" if any(s.name == name for s in SYSTEMS) else "not known"
+    raise ValueError(
+        f"method: {shown(name)} is {state}; allowed: {', '.join(working)}{offer(name, working)}"
+    )
 
 
 def default_of(name: str) -> MethodConfig:

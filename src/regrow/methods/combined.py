@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
@@ -15,6 +16,13 @@ from regrow.methods.parts import MethodConfig, Parts, parts_of
 from regrow.methods.sito import SiTo
 from regrow.methods.tome import ToMeSD
 from regrow.schedule import LAYERS, After, Both, Plan, Schedule
+
+
+def _kind(caching: Any) -> Any:
+    """The method of a caching method or its data; ``"schedule"`` where there is none."""
+    if isinstance(caching, Mapping):
+        return caching.get("method", "schedule")
+    return getattr(caching, "method", "schedule")
 
 
 class Combined(MethodConfig):
@@ -37,7 +45,12 @@ class Combined(MethodConfig):
 
     method: Literal["combined"] = "combined"
     version: Literal[1] = 1
-    caching: Annotated[DeepCache | FORA, Field(discriminator="method")] | Schedule
+    caching: Annotated[
+        Annotated[DeepCache, Tag("deepcache")]
+        | Annotated[FORA, Tag("fora")]
+        | Annotated[Schedule, Tag("schedule")],
+        Discriminator(_kind),
+    ]
     tokens: Annotated[SiTo | ToMeSD | CATPruning | ATEDM, Field(discriminator="method")]
 
     @model_validator(mode="after")

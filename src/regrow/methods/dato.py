@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from regrow.fields import MOST_WEIGHT, Seed, Side, Weight
 from regrow.methods.parts import (
     Alignment,
     CallInfo,
@@ -85,18 +86,18 @@ class DaTo(MethodConfig):
     method: Literal["dato"] = "dato"
     version: Literal[1] = 1
     schedule: Schedule
-    patch: int = Field(2, ge=2)
+    patch: Side = 2
     score: Score = Score.DIFF
     alignment: Alignment = Alignment.CONDITIONAL
     features: Features = Features.BLOCK_INPUT
     recovery: Recovery = Recovery.COPY
     from_all_kept: bool = False
     nearby: bool = False
-    score_weight: float = Field(1.0, gt=0)
-    score_noise: float = Field(0.0, ge=0)
+    score_weight: float = Field(1.0, gt=0, le=MOST_WEIGHT)
+    score_noise: Weight = 0.0
     sign_flip: bool = False
     max_downsample: Level = "top"
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _ratios(self) -> DaTo:

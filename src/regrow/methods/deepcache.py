@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from regrow.fields import Block, Calls
 from regrow.methods.parts import MethodConfig, Parts, parts_of
 from regrow.schedule import Spaced
 from regrow.space import Space, Variable, free
@@ -35,10 +36,10 @@ class DeepCache(MethodConfig):
 
     method: Literal["deepcache"] = "deepcache"
     version: Literal[1] = 1
-    interval: int = Field(5, ge=1)
-    branch: int = Field(0, ge=0)
+    interval: Calls = 5
+    branch: Block = 0
     center: float | None = Field(None, gt=0, lt=1)
-    power: float = Field(1.4, ge=1)
+    power: float = Field(1.4, ge=1, le=100)
 
     @model_validator(mode="after")
     def _power_needs_center(self) -> Self:

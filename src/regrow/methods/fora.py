@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
+from regrow.fields import Calls
 from regrow.methods.parts import MethodConfig, Parts, parts_of
 from regrow.schedule import LAYERS, Spaced
 from regrow.space import Space, Variable, free
@@ -27,7 +26,7 @@ class FORA(MethodConfig):
 
     method: Literal["fora"] = "fora"
     version: Literal[1] = 1
-    interval: int = Field(3, ge=1)
+    interval: Calls = 3
 
     @classmethod
     def space(cls, calls: int) -> Space:

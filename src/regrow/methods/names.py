@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from regrow import hub
+from regrow.fields import MOST_CALLS, explain
 from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
-from regrow.methods.catalogue import configured, default_of, explain
+from regrow.methods.catalogue import configured, default_of
 from regrow.methods.combined import Combined
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
@@ -23,6 +23,7 @@ from regrow.methods.sito import SiTo
 from regrow.methods.toca import ToCa
 from regrow.methods.tome import ToMeSD
 from regrow.schedule import Schedule
+from regrow.words import offer, shown
 
 PLANS = (".json", ".yaml", ".yml")
 CALLS = 50
@@ -54,8 +55,8 @@ def method_of(name: str, calls: int = CALLS) -> Any:
     """
     if any(part.startswith("steps:") for part in name.split("+")):
         raise ValueError(
-            f"method: {name!r} is not allowed, it must be a method without steps: the pipeline's call sets "
-            "num_inference_steps"
+            f"method: {shown(name)} is not allowed, it must be a method without steps: the pipeline's "
+            "call sets num_inference_steps"
         )
     return named(name, calls).config
 
@@ -86,19 +87,19 @@ def named(name: str, steps: int) -> Named:
     parts = name.split("+")
     own = [part for part in parts if part.startswith("steps:")]
     if len(own) > 1:
-        raise ValueError(f"method: {name!r} is not allowed; steps: comes once")
+        raise ValueError(f"method: {shown(name)} is not allowed; steps: comes once")
     for part in own:
         steps = _whole(part, part.partition(":")[2])
         parts.remove(part)
     if len(parts) > 2:
         raise ValueError(
-            f"method: {name!r} is not allowed; at most two methods, as in deepcache:5+tome:0.5"
+            f"method: {shown(name)} is not allowed; at most two methods, as in deepcache:5+tome:0.5"
         )
     try:
         configs = [_config(part, steps) for part in parts]
         return Named(_both(name, configs) if len(configs) == 2 else configs[0] if configs else None, steps)
     except ValidationError as error:
-        raise ValueError(f"method: {name!r}: {explain(error)}") from error
+        raise ValueError(f"method: {shown(name)}: {explain(error)}") from error
 
 
 def _both(name: str, configs: list[Any]) -> Combined:
@@ -109,12 +110,12 @@ def _both(name: str, configs: list[Any]) -> Combined:
     caching = [c for c in configs if isinstance(c, (DeepCache, FORA, DaTo))]
     if not tokens or not caching:
         raise ValueError(
-            f"method: {name!r} is not allowed; one side of the '+' must be deepcache, fora or dato, the "
-            "other sito, tome, cat or atedm"
+            f"method: {shown(name)} is not allowed; one side of the '+' must be deepcache, fora or dato, "
+            "the other sito, tome, cat or atedm"
         )
     if isinstance(caching[0], DaTo) and caching[0] != DaTo(schedule=caching[0].schedule):
         raise ValueError(
-            f"method: {name!r} is not allowed; of dato only its schedule goes with another method, "
+            f"method: {shown(name)} is not allowed; of dato only its schedule goes with another method, "
             "without further fields"
         )
     plan = caching[0].schedule if isinstance(caching[0], DaTo) else caching[0]
@@ -128,18 +129,21 @@ def _config(spec: str, steps: int) -> Any:
         plan = hub.load(spec)
         return DaTo(schedule=plan) if isinstance(plan, Schedule) else plan
     if kind not in _METHODS:
-        near = get_close_matches(kind, _METHODS, 1)
-        meant = f", did you mean {near[0]}" if near else ""
-        known = ", ".join(("steps", *_METHODS))
-        raise ValueError(f"method: {spec!r} is not known{meant}; before the colon comes one of {known}")
+        known = ("steps", *_METHODS)
+        raise ValueError(
+            f"method: {shown(spec)} is not known; before the colon comes one of {', '.join(known)}"
+            f"{offer(kind, known)}"
+        )
     value, *fields = rest.split(":")
     changes: dict[str, Any] = {}
     for field in fields:
         name, equals, text = field.partition("=")
         if not equals:
-            raise ValueError(f"method: {spec!r} is not allowed; {field!r} is not of the form field=value")
+            raise ValueError(
+                f"method: {shown(spec)} is not allowed; {shown(field)} is not of the form field=value"
+            )
         if name in changes:
-            raise ValueError(f"method: {spec!r} is not allowed; {name} is there twice")
+            raise ValueError(f"method: {shown(spec)} is not allowed; {name} is there twice")
         changes[name] = plain(text)
     config = default_of(kind) if not value else _preset(kind, value) or _METHODS[kind](spec, value, steps)
     if not changes:
@@ -160,7 +164,7 @@ def plain(text: str) -> Any:
     """A number or a truth value where it is one, else the text."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -169,7 +173,7 @@ def _dato(spec: str, value: str, steps: int) -> DaTo:
         return DaTo(schedule=Schedule.every(_whole(spec, value), steps, ratio=0.5))
     if not value.startswith(hub.PREFIX) and not value.endswith(PLANS) and not Path(value).exists():
         raise ValueError(
-            f"method: {spec!r} is not allowed; after the colon comes an interval, a schedule file or "
+            f"method: {shown(spec)} is not allowed; after the colon comes an interval, a schedule file or "
             f"{', '.join(DaTo.presets())}"
         )
     return DaTo(schedule=hub.load_schedule(value))
@@ -188,9 +192,14 @@ _METHODS: dict[str, Callable[[str, str, int], Any]] = {
 
 
 def _whole(spec: str, value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"method: {spec!r} is not allowed; after the colon comes a whole number >= 1")
-    return int(value)
+    # Python reads no number of thousands of digits.
+    number = int(value) if value.isdecimal() and len(value) < 20 else 0
+    if not 1 <= number <= MOST_CALLS:
+        raise ValueError(
+            f"method: {shown(spec)} is not allowed; after the colon comes a whole number >= 1 and <= "
+            f"{MOST_CALLS}"
+        )
+    return number
 
 
 def _share(spec: str, value: str) -> float:
@@ -199,4 +208,6 @@ def _share(spec: str, value: str) -> float:
     try:
         return float(value)
     except ValueError as error:
-        raise ValueError(f"method: {spec!r} is not allowed; after the colon comes {allowed}") from error
+        raise ValueError(
+            f"method: {shown(spec)} is not allowed; after the colon comes {allowed}"
+        ) from error

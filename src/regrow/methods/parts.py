@@ -10,16 +10,18 @@ from functools import singledispatch
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from typing_extensions import Self
 
+from regrow.fields import Checked
 from regrow.layers import Layer, LayerKind
 from regrow.origin import Origin
 from regrow.schedule import Plan, Schedule
 from regrow.space import Space
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
+from regrow.words import offer, shown
 
 
 class Features(str, Enum):
@@ -257,7 +259,7 @@ class Parts:
     instead: str = ""
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Checked):
     """A frozen, validated, versioned configuration that equals, hashes and goes to JSON and back.
 
     Args:
@@ -265,8 +267,6 @@ class MethodConfig(BaseModel):
             ``model_dump`` leaves it out: it changes nothing that the method does. Of a method whose plan
             is a schedule, the schedule's own counts.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {}
 
@@ -290,7 +290,10 @@ class MethodConfig(BaseModel):
         """
         if name not in cls.PRESETS:
             allowed = ", ".join(cls.PRESETS) or "none"
-            raise ValueError(f"preset: {name!r} is not known for {cls.__name__}; known are {allowed}")
+            raise ValueError(
+                f"preset: {shown(name)} is not known for {cls.__name__}; known are {allowed}"
+                f"{offer(name, cls.PRESETS)}"
+            )
         config = cls.PRESETS[name]()
         return cls.model_validate(config.model_dump() | changes) if changes else config
 

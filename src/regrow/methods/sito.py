@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
+from regrow.fields import Ratio, Seed, Side, Weight
 from regrow.methods.parts import (
     Alignment,
     CallInfo,
@@ -84,10 +85,10 @@ class SiTo(MethodConfig):
 
     method: Literal["sito"] = "sito"
     version: Literal[1] = 1
-    ratio: float = Field(ge=0, lt=1)
+    ratio: Ratio
     base: BaseChoice = BaseChoice.NOISY_BEST_IN_PATCH
-    patch: int = Field(2, ge=2)
-    noise: float = Field(0.1, ge=0)
+    patch: Side = 2
+    noise: Weight = 0.1
     recovery: Recovery = Recovery.COPY
     self_attention: bool = True
     cross_attention: bool = False
@@ -96,7 +97,7 @@ class SiTo(MethodConfig):
     features: Features = Features.BLOCK_INPUT
     alignment: Alignment = Alignment.OFF
     nearby: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _allowed(self) -> SiTo:

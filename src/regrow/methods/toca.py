@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from typing_extensions import Self
 
+from regrow.fields import MOST_SIDE, Calls, Share, Weight
 from regrow.layers import Layer, LayerKind
 from regrow.methods.parts import Alignment, Attention, CallInfo, MethodConfig, Parts, align, parts_of
 from regrow.schedule import FULL, LAYERS, Schedule, Spaced, Step
@@ -72,19 +73,19 @@ class ToCa(MethodConfig):
 
     method: Literal["toca"] = "toca"
     version: Literal[1] = 1
-    interval: int = Field(3, ge=1)
-    ratio: float = Field(0.825, ge=0, le=1)
-    self_attention: float = Field(0.0, ge=0)
-    cross_attention: float = Field(0.0, ge=0)
-    feed_forward: float = Field(1.0, ge=0)
+    interval: Calls = 3
+    ratio: Share = 0.825
+    self_attention: Weight = 0.0
+    cross_attention: Weight = 0.0
+    feed_forward: Weight = 1.0
     layer_weight: float = Field(0.8, ge=-1, le=1)
     step_weight: float = Field(0.4, gt=-1, lt=1)
-    influence: float = Field(1.0, ge=0)
-    control: float = Field(1.0, ge=0)
-    staleness: float = Field(0.25, ge=0)
-    spread: float = Field(0.6, ge=0)
-    cell: int = Field(2, ge=1)
-    queries: int | None = Field(64, ge=1)
+    influence: Weight = 1.0
+    control: Weight = 1.0
+    staleness: Weight = 0.25
+    spread: Weight = 0.6
+    cell: int = Field(2, ge=1, le=MOST_SIDE)
+    queries: int | None = Field(64, ge=1, le=2**20)
     alignment: Alignment = Alignment.MEAN
 
     @model_validator(mode="after")

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
+from regrow.fields import Ratio, Seed, Side
 from regrow.methods.parts import (
     CallInfo,
     Features,
@@ -53,15 +54,15 @@ class ToMeSD(MethodConfig):
 
     method: Literal["tome"] = "tome"
     version: Literal[1] = 1
-    ratio: float = Field(0.5, ge=0, lt=1)
-    patch: int = Field(2, ge=2)
+    ratio: Ratio = 0.5
+    patch: Side = 2
     random: bool = True
     recovery: Recovery = Recovery.MEAN
     self_attention: bool = True
     cross_attention: bool = False
     feed_forward: bool = False
     max_downsample: Level = "top"
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _allowed(self) -> ToMeSD:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
+from regrow.words import offer, shown
+
 
 class Quality(str, Enum):
     """How good a plan's pictures are."""
@@ -69,7 +71,9 @@ def objective(text: str) -> Objective:
         if kind == label and name in {v.value for v in values}:
             return values(name)
     known = [f"quality:{q.value}" for q in Quality] + [f"cost:{c.value}" for c in Cost]
-    raise ValueError(f"objective: {text!r} is not known; allowed are {', '.join(known)}")
+    raise ValueError(
+        f"objective: {shown(text)} is not known; allowed are {', '.join(known)}{offer(text, known)}"
+    )
 
 
 def check_objectives(objectives: Sequence[Objective]) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from regrow.fields import Checked, Share
 
 Genes = tuple[int, ...]
 
@@ -21,7 +23,7 @@ class Proposals(Protocol):
         """The objectives of what was asked last, less is better, in the same order."""
 
 
-class Operators(BaseModel):
+class Operators(Checked):
     """Settings of NSGA-II; defaults are those of DaTo's paper.
 
     Args:
@@ -34,14 +36,12 @@ class Operators(BaseModel):
             them in without saying how many).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    population: int = Field(20, ge=2)
-    crossover: float = Field(0.7, ge=0, le=1)
-    crossover_eta: float = Field(7.0, gt=0)
-    mutation: float = Field(0.4, ge=0, le=1)
-    mutation_eta: float = Field(15.0, gt=0)
-    uniform: float = Field(0.5, ge=0, le=1)
+    population: int = Field(20, ge=2, le=10_000)
+    crossover: Share = 0.7
+    crossover_eta: float = Field(7.0, gt=0, le=1000)
+    mutation: Share = 0.4
+    mutation_eta: float = Field(15.0, gt=0, le=1000)
+    uniform: Share = 0.5
 
 
 class Nsga2:

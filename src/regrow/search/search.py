@@ -9,8 +9,10 @@ from enum import Enum
 from math import inf, isfinite
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from typing_extensions import NotRequired, TypedDict
 
+from regrow.fields import Checked, Count
 from regrow.search.evaluation import QUARTERS, Candidate, Job, Outcome, outcome_from, record_of
 from regrow.search.log import Log
 from regrow.search.objectives import Cost, Objective, Quality, minimised
@@ -39,11 +41,34 @@ class Algorithm(str, Enum):
     """By chance."""
 
 
+class _Evaluated(TypedDict):
+    """An evaluation in the log."""
+
+    key: str
+    start: int
+    stop: int
+    quality: dict[str, list[float]]
+    cost: dict[str, float]
+    curve: list[float]
+    seconds: float
+    error: NotRequired[str | None]
+
+
+class _Ended(TypedDict):
+    """The end of a generation in the log."""
+
+    generation: int
+    seconds: float
+
+
+_LINE = TypeAdapter[_Evaluated | _Ended](_Evaluated | _Ended)
+
+
 class AllFailedError(ValueError):
     """No plan could be run."""
 
 
-class Economy(BaseModel):
+class Economy(Checked):
     """How evaluations are saved.
 
     Args:
@@ -54,10 +79,8 @@ class Economy(BaseModel):
             its deviation is so many times the last one of a plan that costs no more. None lets all finish.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    prompts: tuple[int, ...] = Field(min_length=1)
-    patience: float | None = Field(None, gt=1)
+    prompts: tuple[Count, ...] = Field(min_length=1, max_length=100)
+    patience: float | None = Field(None, gt=1, le=1_000_000)
 
     @model_validator(mode="after")
     def _ascending(self) -> Economy:
@@ -201,6 +224,11 @@ class Search:
         """Generated so far."""
         self._macs, self._workers, self._log, self._on_progress = macs, workers, log, on_progress
         records = log.records
+        for number, record in enumerate(records, 1):
+            try:
+                _LINE.validate_python(record)
+            except ValidationError as error:
+                raise log.damaged(number) from error
         # What failed may have failed for a reason that is gone.
         done = [r for r in records if "key" in r and r.get("error") is None]
         self._logged = {(r["key"], r["start"], r["stop"]): r for r in done}

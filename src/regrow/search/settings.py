@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
+from regrow.fields import Calls, Checked, Count, Guidance, Pixels, Seed, explain
+from regrow.files import FileError, read_kept, said
 from regrow.measure.evaluate import Setting
 from regrow.measure.machine import model_key
 from regrow.methods.catalogue import space_of
@@ -26,7 +28,7 @@ Named = Annotated[
 ]
 
 
-class SearchSettings(BaseModel):
+class SearchSettings(Checked):
     """What is searched, and how.
 
     Args:
@@ -55,28 +57,26 @@ class SearchSettings(BaseModel):
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     model: str = "emoji"
     method: str = "dato"
-    steps: tuple[int, int] = (50, 50)
+    steps: tuple[Calls, Calls] = (50, 50)
     prompts: tuple[str, ...] = Field(min_length=1)
     objectives: tuple[Named, ...] = (Quality.DEVIATION, Cost.MACS)
     algorithm: Algorithm = Algorithm.NSGA2
     budget: str | None = None
     operators: Operators = Operators()
     economy: Economy
-    choices: dict[str, tuple[Any, ...]] = {}
-    search_seed: int = Field(0, ge=0)
-    seed: int = 0
+    choices: Mapping[str, tuple[Any, ...]] = {}
+    search_seed: Seed = 0
+    seed: Seed = 0
     scheduler: str | None = None
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
+    guidance: Guidance | None = None
+    height: Pixels | None = None
+    width: Pixels | None = None
     dtype: str = "float32"
-    batch: int = Field(16, ge=1)
+    batch: Count = 16
     clip: str | None = None
-    rounds: int = Field(3, ge=1)
+    rounds: Count = 3
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchSettings:
@@ -150,7 +150,7 @@ class SearchSettings(BaseModel):
         """
         file = folder / "settings.json"
         now = {**json.loads(self.model_dump_json()), **({"facts": dict(facts)} if facts else {})}
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
+        before = read_kept(file, "use another folder") if file.exists() else now
         # Empty where the model was not at hand, and in folders from before it was kept.
         key, known = model_key(self.model), before.get("model_key")
         if key and known and key != known:
@@ -176,15 +176,19 @@ class SearchSettings(BaseModel):
         """Those of the search in a folder.
 
         Raises:
-            OSError: if there is none.
+            FileError: if they are damaged.
+            OSError: if there are none.
         """
         file = folder / "settings.json"
         if not file.exists():
             raise FileNotFoundError(f"--resume: {folder} holds no search")
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = read_kept(file, "use another folder")
         for known in ("facts", "model_key"):
             fields.pop(known, None)
-        return cls.model_validate(fields)
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise FileError(f"{said(file)}: {explain(error)}; use another folder") from error
 
 
 def doubled(prompts: int) -> tuple[int, ...]:

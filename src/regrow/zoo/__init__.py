@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -11,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from regrow.files import FileError, read_json, said
+from regrow.words import offer, shown
 
 MODELS = ("emoji", "cifar10")
 GUIDANCE = {"emoji": 3.0, "cifar10": 2.0}
@@ -35,7 +37,9 @@ def guidance_of(model: str | None, guidance: float | None = None) -> float | Non
 def path(name: str) -> Path:
     """The folder of a bundled model, as `from_pretrained` takes it."""
     if name not in MODELS:
-        raise ValueError(f"no bundled model {name!r}; there is: {', '.join(MODELS)}")
+        raise ValueError(
+            f"model: {shown(name)} is not bundled; bundled are {', '.join(MODELS)}{offer(name, MODELS)}"
+        )
     return Path(str(resources.files("regrow.zoo") / name))
 
 
@@ -46,7 +50,10 @@ def captions(name: str) -> list[str]:
 
 def captions_in(folder: Path) -> list[str]:
     """Captions that a model of this kind can draw, from its folder."""
-    found: list[str] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    file = folder / "captions.json"
+    found = read_json(file)
+    if not isinstance(found, list) or not all(isinstance(caption, str) for caption in found) or not found:
+        raise FileError(f"{said(file)}: it must be a list of texts")
     return found
 
 
