@@ -126,7 +126,7 @@ def test_a_preset_of_toca_goes_with_another_interval(
         ),
         (("profile", "--arch", "emoji", "--method", "sito", "--preset", "z"), "preset: 'z' is not known"),
         (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "0.9"), "ratio: 0.9 is not allowed"),
-        (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "-1"), "ratio: .* -1"),
+        (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "-1"), "ratio: -1.0 is not allowed"),
         (("profile", "--arch", "emoji", "--method", "dato"), "it needs a choice such as dato:b1"),
         (("profile", "--arch", "emoji", "--method", "dato", "--schedule", "none.yaml"), "none.yaml"),
         (
