@@ -116,7 +116,7 @@ def test_a_picture_to_begin_with_and_a_negative_prompt(
             ("--prompt", "a", "--prompts", "b.txt"),
             "--prompt, --prompts: one of them must be given, and only",
         ),
-        (("--prompts", "b.txt"), "b.txt: No such file"),
+        (("--prompts", "b.txt"), "b.txt: there is no such file"),
         (("--prompt", "a", "--strength", "0.5"), "--strength: it goes with --image"),
         (
             ("--prompt", "a", "--image", "text.txt", "--strength", "2"),
