@@ -3,7 +3,8 @@
     python benchmarks/profiles.py
 
 writes into benchmarks/results/ profile-cat.json (CAT Pruning and AT-EDM, as the former's paper counts),
-profile-plain.json, which has the plain calls and DaTo, and profile-sito.json (where SiTo prunes).
+profile-plain.json, which has the plain calls and DaTo, profile-sito.json (where SiTo prunes), and
+profile-choosing.json (what docs/choosing.md names).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from rich.progress import track
 from regrow.cli.ablations import alternatives
 from regrow.measure.machine import machine
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 AS_THE_PAPER = "--exclude-attention --per-guided-image"
 ARCHITECTURES = (
     "sd15",
@@ -30,6 +32,16 @@ ARCHITECTURES = (
     "pixart-sigma-1024",
     "sd3-1024",
     "flux-1024",
+)
+STARTS = (
+    "sd15",
+    "sd2",
+    "sdxl",
+    "sd3-1024",
+    "pixart-sigma-1024",
+    "dit-xl-256",
+    "flux-1024",
+    "wan-1.3b-480",
 )
 PROFILES = {
     "profile-cat": [
@@ -50,6 +62,21 @@ PROFILES = {
         for group in alternatives(ablation)
         for spec in group
     ],
+    "profile-choosing": [
+        *(f"--arch {arch} --method deepcache:3" for arch in STARTS),
+        *(
+            f"--arch sdxl --method {method}"
+            for method in (
+                "dato --preset b1",
+                "dato --schedule docs/sdxl-depth-4.yaml",
+                "deepcache:5",
+                "deepcache:5:branch=3",
+                "deepcache:5:branch=3+tome:0.5",
+                "tome:0.5",
+                "tome:0.5:max_downsample=4",
+            )
+        ),
+    ],
 }
 
 
@@ -57,7 +84,7 @@ def profile(words: str) -> dict[str, object]:
     """What `regrow profile` prints, with its command, without the list of all calls."""
     regrow = str(Path(sys.executable).with_name("regrow"))
     printed = subprocess.run(
-        [regrow, "profile", *words.split(), "--json"], check=True, capture_output=True, text=True
+        [regrow, "profile", *words.split(), "--json"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
     found = json.loads(printed)
     found.pop("per_call", None)

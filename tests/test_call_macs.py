@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pipelines
@@ -155,9 +156,31 @@ def test_calls_that_compute_no_layer_to_prune_say_so() -> None:
     """SDXL has no attention in its last up block, which is all that depth 1 computes."""
     pipe = pipelines.make("sdxl")
     schedule = regrow.Schedule(depth=(FULL, 1, FULL, 1), ratio=(0.0, 0.5, 0.5, 0.5))
-    with regrow.apply(pipe, regrow.DaTo(schedule=schedule)) as run:
+    said = r"pruned in 1 of 4 calls: those of depth 1 compute no layer .*; use a deeper branch \(depth 4 in"
+    with (
+        pytest.warns(UserWarning, match=said),
+        regrow.apply(pipe, regrow.DaTo(schedule=schedule)) as run,
+    ):
         pipelines.generate(pipe, kind="sdxl")
     assert [c.ratio for c in run.report().calls] == [0.0, 0.0, 0.5, 0.0]
     never = regrow.Schedule(depth=(FULL, 1), ratio=(0.0, 0.5))
-    with pytest.warns(UserWarning, match="prunes only in calls in which none"):
+    with pytest.warns(UserWarning, match="pruned in 0 of 2 calls"):
         regrow.apply(pipe, regrow.DaTo(schedule=never)).remove()
+    both = regrow.Combined(caching=regrow.DeepCache(), tokens=regrow.SiTo(ratio=0.5))
+    with pytest.warns(UserWarning, match="pruned in calls of depth 4 or more only"):
+        regrow.apply(pipe, both).remove()
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        ("sdxl", regrow.DaTo(schedule=regrow.Schedule(depth=(FULL, 4), ratio=(0.5, 0.5)))),
+        ("sdxl", regrow.Combined(caching=regrow.DeepCache(branch=3), tokens=regrow.SiTo(ratio=0.5))),
+        ("sdxl", regrow.Combined(caching=regrow.FORA(), tokens=regrow.SiTo(ratio=0.5))),
+        ("sd1", regrow.DaTo.preset("b1")),
+    ],
+)
+def test_plans_whose_calls_all_prune_where_they_should_are_not_warned_of(make: str, config: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        regrow.apply(pipelines.make(make), config).remove()

@@ -9,6 +9,8 @@ from typing import Any
 import pipelines
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
 import regrow
@@ -199,11 +201,63 @@ def test_copying_an_accelerated_denoiser_is_refused_clearly(pipe: Any) -> None:
             pickle.dumps(pipe.unet)
 
 
-def test_forward_methods_replaced_after_apply_are_spoken_of_on_removal(pipe: Any) -> None:
+def test_a_forward_method_put_on_after_apply_is_called_and_stays(pipe: Any) -> None:
+    with regrow.apply(pipe, REUSE):
+        expected = pipelines.generate(pipe)
+    counted = []
     run = regrow.apply(pipe, REUSE)
-    module = next(iter(run._installed._forwards))
-    wrapped = module.forward
-    module.forward = lambda *args: wrapped(*args)
-    with pytest.warns(UserWarning, match="replaced the forward methods of 1 modules"):
-        run.remove()
+    module = pipe.unet.up_blocks[-1].resnets[-1]
+    plain = module.forward
+
+    def counting(*args: Any) -> Any:
+        counted.append(1)
+        return plain(*args)
+
+    module.forward = counting
+    assert torch.equal(pipelines.generate(pipe), expected)
+    assert len(counted) == 4
+    run.remove()
+    assert module.forward is counting
+    del module.forward
     assert_untouched(pipe)
+
+
+def test_nothing_is_on_the_modules_and_the_scheduler_between_calls(pipe: Any) -> None:
+    def look(*_: Any) -> dict[str, Any]:
+        assert not [name for name, m in pipe.unet.named_modules() if "forward" in m.__dict__]
+        assert "step" not in pipe.scheduler.__dict__
+        assert pickle.loads(pickle.dumps(pipe.scheduler)).config == pipe.scheduler.config
+        return {}
+
+    with regrow.apply(pipe, REUSE) as run:
+        look()
+        pipelines.generate(pipe, callback_on_step_end=look)
+        look()
+        assert run.report().macs < run.report().full_macs
+
+
+def test_what_an_interrupt_leaves_and_others_keep_passes_through(pipe: Any) -> None:
+    """An interrupt lands in the middle of a call, and others wrap what is there before the next one."""
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with regrow.apply(pipe, REUSE):
+        expected = pipelines.generate(pipe)
+    plain = pipelines.generate(pipe)
+    run = regrow.apply(pipe, REUSE)
+    hook = pipe.unet.mid_block.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pipelines.generate(pipe)
+    hook.remove()
+    left = [m for m in pipe.unet.modules() if "forward" in m.__dict__]
+    assert left
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    assert torch.equal(pipelines.generate(pipe), expected)
+    run.remove()
+    assert torch.equal(pipelines.generate(pipe), plain)
+    remove_hook_from_module(pipe.unet, recurse=True)
+    assert torch.equal(pipelines.generate(pipe), plain)
+    with regrow.apply(pipe, REUSE):
+        assert torch.equal(pipelines.generate(pipe), expected)
+    assert not [m for m in left if type(m.__dict__.get("forward")).__module__.startswith("regrow")]

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from regrow import FULL, Schedule, ScheduleError
+from regrow import ATEDM, FULL, Schedule, ScheduleError, ToCa
+from regrow.methods.parts import parts_of
 from regrow.schedule import After, Both, Spaced, Step
 
 depths = st.one_of(st.just(FULL), st.integers(0, 4))
@@ -331,3 +332,16 @@ def test_a_plan_after_full_calls_keeps_its_own_places() -> None:
     assert plan.kinds() == {Step(FULL, 0.0), Step(FULL, 0.5), Step(1, 0.5)}
     with pytest.raises(ValueError, match="calls: 0"):
         plan.resample(0)
+
+
+def test_plans_tell_for_how_many_calls_they_are() -> None:
+    uneven = Schedule(depth=(FULL, 1, 1), ratio=(0.0, 0.5, 0.5))
+    assert uneven.calls == 3
+    assert Schedule.constant(0.5).calls is None
+    assert Schedule(depth=(FULL,) * 4, ratio=(0.5,) * 4).calls is None
+    assert Spaced(5, 1).calls is None
+    assert After(2, uneven).calls == 3
+    assert Both(Spaced(5, 1), uneven).calls == 3
+    assert Both(Spaced(5, 1), Schedule.constant()).calls is None
+    assert parts_of(ATEDM()).plan.calls is None
+    assert parts_of(ToCa()).plan.calls is None

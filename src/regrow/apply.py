@@ -17,14 +17,15 @@ from regrow.methods.parts import origin_of, parts_of
 from regrow.models import denoiser_of
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
+from regrow.schedule import LAYERS
 
 
 class Run:
     """A method at work on a denoiser, from `apply` until `remove` or the end of the ``with`` block."""
 
-    def __init__(self, config: Any, engine: Engine, installed: Installed) -> None:
+    def __init__(self, config: Any, engine: Engine, installed: Installed, pipeline: Any = None) -> None:
         self.config = config
-        self._engine, self._installed = engine, installed
+        self._engine, self._installed, self._pipeline = engine, installed, pipeline
 
     def __enter__(self) -> Run:
         return self
@@ -37,6 +38,8 @@ class Run:
 
     def remove(self) -> None:
         """Take the method off; everything is as before. Removing twice is allowed."""
+        if self._installed.active and self._swapped:
+            self._engine.warn_once("swapped", self._swapped)
         self._installed.remove()
         if self._engine.clock is not None:
             self._engine.clock.detach()
@@ -81,7 +84,23 @@ class Run:
         Raises:
             RuntimeError: if nothing was generated yet.
         """
+        if self._engine.generation is None and self._swapped:
+            raise RuntimeError(f"there is nothing to report: {self._swapped}")
         return report_of(self._engine)
+
+    @property
+    def _swapped(self) -> str:
+        """What to say if the pipeline has another denoiser now; empty if it has the same."""
+        if self._pipeline is None:
+            return ""
+        denoiser = self._engine.denoiser
+        held = [name for name, part in self._pipeline.components.items() if part is denoiser]
+        if held:
+            return ""
+        return (
+            f"the pipeline's {type(denoiser).__name__} was replaced after regrow.apply, so the method is "
+            "on one that it no longer calls; call regrow.apply again"
+        )
 
 
 def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = True) -> Run:
@@ -134,7 +153,7 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     installed = Installed(engine)
     if source() is not None:
         engine.clock = SchedulerClock(source, engine.release, engine.layout.timestep_scale)
-    return Run(config, engine, installed)
+    return Run(config, engine, installed, pipeline)
 
 
 def _elsewhere(found: Origin | None, denoiser: nn.Module, scheduler: Any) -> Iterator[str]:
@@ -150,29 +169,52 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         raise ValueError(f"target: {clash}")
     pruning = engine.pruning
     asked = pruning is not None and engine.leaves_out
-    if asked and pruning is not None and not pruning.blocks:
-        raise ValueError(
-            f"max_downsample: {pruning.rule.where.max_downsample} leaves no layer of "
-            f"{type(denoiser).__name__} to prune; its finest attention is at "
-            f"{engine.layout.top_level}"
-        )
     leaves_out = engine.lean is not None and engine.leaves_out
     _check_kinds(engine, denoiser)
     attends = engine.refreshing is not None and engine.refreshing.attending
     if leaves_out or attends or engine.watched:
         _check_attentions(engine, denoiser)
+    _check_depths(engine, denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
-    if asked and not prunes:
-        engine.warn_once(
-            "nothing pruned",
-            "the schedule prunes only in calls in which none of the layers to prune is computed",
-        )
+    if asked:
+        _check_pruned(engine, denoiser)
     if not prunes and not engine.cuts:
         engine.warn_once(
             "nothing",
             "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
             f"call goes less deep than {engine.layout.depths} layers, and no ratio is above 0",
         )
+
+
+def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
+    """Warn of depths that the model does not have."""
+    deepest = engine.layout.depths
+    beyond = sorted({s.depth for s in engine.kinds if deepest <= s.depth < LAYERS})
+    if beyond and engine.cuts:
+        engine.warn_once(
+            "depths",
+            f"calls of depth {', '.join(map(str, beyond))} are full: {type(denoiser).__name__} has {deepest} "
+            f"layers to count; a depth (a branch, plus 1) must be below {deepest} to leave some out",
+        )
+
+
+def _check_pruned(engine: Engine, denoiser: nn.Module) -> None:
+    """Warn of calls that should prune, but compute no layer that does."""
+    asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < LAYERS}
+    idle = sorted({s.depth for s in asked if not engine.prunes(s)})
+    if not idle or engine.pruning is None:
+        return
+    calls, deeper = engine.parts.plan.calls, engine.pruning.shallowest
+    pruned = "full calls only" if deeper is None else f"calls of depth {deeper} or more only"
+    if calls is not None:
+        steps = engine.parts.plan.resample(calls).steps()
+        pruned = f"{sum(engine.prunes(step) for step in steps)} of {calls} calls"
+    hint = f" (depth {deeper} in a schedule, branch={deeper - 1} of DeepCache)" if deeper else ""
+    engine.warn_once(
+        "idle",
+        f"tokens are pruned in {pruned}: those of depth {', '.join(map(str, idle))} compute no layer of "
+        f"{type(denoiser).__name__} that prunes; use a deeper branch{hint}",
+    )
 
 
 def _check_kinds(engine: Engine, denoiser: nn.Module) -> None:

@@ -306,8 +306,8 @@ class SchedulerClock:
                 "call its set_timesteps, or it is another pipeline with a scheduler of its own"
             )
         return OutsideError(
-            f"its timestep is not the next one of this pipeline's {name}: it is called by another pipeline "
-            "with a scheduler of its own, or in a loop over other timesteps"
+            f"its timestep is not the next one of this pipeline's {name}: the call is of another pipeline "
+            "with a scheduler of its own, or of a loop over other timesteps or without scheduler.step"
         )
 
 

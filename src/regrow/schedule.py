@@ -63,6 +63,10 @@ class Step:
 class Plan(Protocol):
     """What says what each call does, for any number of calls."""
 
+    @property
+    def calls(self) -> int | None:
+        """For how many calls each was planned by itself; None if for any number."""
+
     def kinds(self) -> frozenset[Step]:
         """Every step that may occur."""
 
@@ -137,6 +141,11 @@ class Schedule(Checked):
     def steps(self) -> Iterator[Step]:
         """The steps in order."""
         return (Step(d, r) for d, r in zip(self.depth, self.ratio, strict=True))
+
+    @property
+    def calls(self) -> int | None:
+        """Its number of calls; None if they are all the same, as in `constant`."""
+        return len(self) if len(set(self.steps())) > 1 else None
 
     def kinds(self) -> frozenset[Step]:
         """Every step that may occur; the first one is full whatever the plan says."""
@@ -261,6 +270,11 @@ class Spaced:
     depth: int
     full: Callable[[int], set[int]] | None = None
 
+    @property
+    def calls(self) -> None:
+        """Any number."""
+        return None
+
     def kinds(self) -> frozenset[Step]:
         """Full calls and the others."""
         full = {Step(FULL, 0.0)}
@@ -291,6 +305,11 @@ class Both:
     depths: Plan
     ratios: Plan
 
+    @property
+    def calls(self) -> int | None:
+        """The larger of both numbers, if there is one."""
+        return max((n for n in (self.depths.calls, self.ratios.calls) if n is not None), default=None)
+
     def kinds(self) -> frozenset[Step]:
         """Every depth with every ratio."""
         return frozenset(Step(d.depth, r.ratio) for d in self.depths.kinds() for r in self.ratios.kinds())
@@ -316,6 +335,11 @@ class After:
 
     full: int
     plan: Plan
+
+    @property
+    def calls(self) -> int | None:
+        """Those of the plan."""
+        return self.plan.calls
 
     def kinds(self) -> frozenset[Step]:
         """Full calls and those of the plan."""

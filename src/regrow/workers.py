@@ -89,7 +89,7 @@ class RayWorkers(Workers[Job, Result], Generic[Job, Result]):
         address: of a running cluster, ``"auto"`` for that of this machine. None for the one that this
             process is connected to, which stays connected, or else for one that is started on this machine
             and ended by closing.
-        cpus: for each worker, >= 0.001.
+        cpus: for each worker, > 0.
         gpus: for each worker.
         attempts: how many workers one job may lose, >= 1.
 
@@ -110,7 +110,8 @@ class RayWorkers(Workers[Job, Result], Generic[Job, Result]):
     ) -> None:
         if count is not None:
             check_within("count", count, 1, _MOST)
-        check_within("cpus", cpus, 0.001, _MOST)
+        if not 0 < cpus <= _MOST:
+            raise ValueError(f"cpus: {cpus} is not allowed, it must be > 0 and <= {_MOST}")
         check_within("gpus", gpus, 0, _MOST)
         check_within("attempts", attempts, 1, 100)
         ray = import_ray()

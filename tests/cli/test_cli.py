@@ -426,6 +426,8 @@ def test_demo_leaves_a_picture_and_a_table(
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "demo.json").read_text())
     searched = [f"DaTo emoji-{name}" for name in ("quality", "balanced", "fast")]
-    assert [r["method"] for r in printed["rows"]] == ["unaccelerated", "SiTo d", "DaTo b1", *searched]
+    shown = ["unaccelerated", "1 steps", "SiTo d", "DaTo b1", *searched]
+    assert [r["method"] for r in printed["rows"]] == shown
     assert all(r["psnr"] > 5 for r in printed["rows"][1:])
-    assert Image.open(tmp_path / "demo.png").width > 6 * 128
+    assert [r["macs_ratio"] for r in printed["rows"][:2]] == [1, 2]
+    assert Image.open(tmp_path / "demo.png").width > len(shown) * 128

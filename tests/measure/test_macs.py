@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pipelines
 import pytest
 import transformer_pipelines
 
+from regrow.engine.inputs import without_data
 from regrow.measure import architecture, architecture_of, profile
+from regrow.measure.macs import PlanCounter
 from regrow.methods import FORA, DaTo, SiTo
-from regrow.schedule import Schedule
+from regrow.schedule import FULL, Schedule
 
 PUBLISHED = {
     "sd15": (401.64, 338.61),
@@ -113,3 +116,14 @@ def test_an_unknown_architecture_is_refused() -> None:
 def test_steps_must_be_positive() -> None:
     with pytest.raises(ValueError, match="steps: 0"):
         profile(architecture("emoji"), DaTo(schedule=Schedule.constant(0.5)), 0)
+
+
+def test_calls_that_compute_no_layer_to_prune_are_shown_with_nothing_pruned() -> None:
+    """SDXL's outermost branch has no attention."""
+    unet = pipelines.sdxl_unet()
+    counter = PlanCounter(unet, without_data(((), pipelines.unet_inputs(unet))))
+    plan = [kind for kind, _ in counter.calls(DaTo.preset("b1"), 50)]
+    assert {ratio for depth, ratio in plan if depth < FULL} == {0.0}
+    assert sum(ratio > 0 for _, ratio in plan) == 6
+    deeper = DaTo(schedule=Schedule(depth=(FULL, 4, 4), ratio=(0.5, 0.5, 0.0)))
+    assert [kind for kind, _ in counter.calls(deeper, 3)] == [(FULL, 0.5), (4, 0.5), (4, 0.0)]

@@ -18,7 +18,7 @@ from waiting import NoWaiting
 import regrow
 from regrow import CATPruning, TokenChoice
 from regrow.measure import architecture, profile
-from regrow.methods.cat import Memory
+from regrow.methods.cat import Algorithm, Memory
 from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
 from regrow.schedule import Schedule
 from regrow.tokens.cluster import k_means
@@ -311,13 +311,20 @@ def test_clusters_give_the_tokens_that_moved_most_in_the_cluster_that_moved_most
     for k, n in enumerate(corner):
         now[0, n] = 5 + k
     config = CATPruning(clusters=6, cluster_share=1, balance=0, noise_scale=1)
-    tokens, memories = select(config, [(before, now)], 5)
+    tokens, memories = select(config, [(before, now), (now, now)], 5)
     assert memories[0].clusters is not None
     label = memories[0].clusters[0][0]
     strongest = label[corner[-1]]
     members = [n for n in corner if label[n] == strongest]
     best = sorted(members, key=lambda n: -float(now[0, n].norm()))[: min(3, len(members))]
-    assert set(best) <= set(tokens[0][0].tolist())
+    assert set(best) <= set(tokens[1][0].tolist())
+
+
+def place_of(token: int, channels: int) -> Tensor:
+    """The paper's pos_enc of one token."""
+    row, column = divmod(token, GRID.width)
+    half = channels // 2
+    return torch.tensor([row / GRID.height] * half + [column / GRID.width] * (channels - half))
 
 
 def slow_choice(
@@ -325,6 +332,7 @@ def slow_choice(
 ) -> list[list[int]]:
     """The tokens of one sample in each call, token by token."""
     tokens, width = range(GRID.tokens), GRID.width
+    released = config.algorithm is Algorithm.RELEASED
     members = [[n for n in tokens if labels[n] == k] for k in range(config.clusters)]
     near = [(n, m) for n in tokens for m in (n - 1, n - width) if m >= 0 and (m != n - 1 or n % width)]
     touch = {(labels[n], labels[m]) for pair in near for n, m in (pair, pair[::-1])}
@@ -333,29 +341,42 @@ def slow_choice(
     ]
     stale, chosen = [0.0] * GRID.tokens, []
     for _, now in pairs:
+        begins = not chosen
         noise = now[sample] - pairs[0][0][sample]
         moved = [float(noise[n].norm()) for n in tokens]
-        largest = [noise[own].max(0).values if own else torch.zeros(noise.shape[1]) for own in members]
-        value = [
-            float(sum(largest[j] for j in around[k]).norm() / len(around[k])) for k in range(len(members))
-        ]
-        share = int(count * config.cluster_share)
+        pooled = noise
+        if not released:
+            pooled = torch.stack(
+                [noise[n] * config.noise_scale + place_of(n, noise.shape[1]) for n in tokens]
+            )
+        largest = [pooled[own].max(0).values if own else torch.zeros(noise.shape[1]) for own in members]
+        counted = [[k] if released and not begins else around[k] for k in range(len(members))]
+        value = [float(sum(largest[j] for j in own).norm() / len(own)) for own in counted]
+        share = count if begins else int(count * config.cluster_share)
         early: list[int] = []
         late: list[int] = []
         for place, k in enumerate(sorted(range(len(members)), key=lambda k: -value[k])):
             by_moved = sorted(members[k], key=lambda n: -moved[n])
             by_stale = sorted(members[k], key=lambda n: stale[n])
-            turn = {
-                n: min(
-                    by_moved.index(n) / (1 - config.balance) if config.balance < 1 else GRID.tokens,
-                    (by_stale.index(n) + 0.5) / config.balance if config.balance else GRID.tokens,
-                )
-                for n in members[k]
-            }
-            own = by_moved if config.balance == 0 else sorted(members[k], key=lambda n: turn[n])
             quota = max(share // 5, 1) * max(3 - place, 1)
-            early += own[:quota]
-            late += own[quota:]
+            own = by_moved
+            if begins:
+                given = set(by_moved[: max(share // 10, 1)])
+            elif released:
+                also = by_stale[: int(quota * config.balance)] if place > 0 else []
+                given = {*by_moved[:quota], *also}
+            else:
+                turn = {
+                    n: min(
+                        by_moved.index(n) / (1 - config.balance) if config.balance < 1 else GRID.tokens,
+                        (by_stale.index(n) + 0.5) / config.balance if config.balance else GRID.tokens,
+                    )
+                    for n in members[k]
+                }
+                own = by_moved if config.balance == 0 else sorted(members[k], key=lambda n: turn[n])
+                given = set(own[:quota])
+            early += [n for n in own if n in given]
+            late += [n for n in own if n not in given]
         first = (early + late)[:share]
         rest = sorted((n for n in tokens if n not in first), key=lambda n: (stale[n], -moved[n]))
         chosen.append(sorted(first + rest[: count - share]))
@@ -366,6 +387,8 @@ def slow_choice(
 CHOICES = {
     "paper": CATPruning(),
     "released": CATPruning.preset("released"),
+    "released, half by clusters": CATPruning.preset("released", cluster_share=0.5, clusters=6),
+    "weak noise": CATPruning(noise_scale=0.05, cluster_share=0.75),
     "slowly forgotten": CATPruning(decay=0.9, cluster_share=0.5),
     "stalest alone": CATPruning(cluster_share=0),
     "clusters alone": CATPruning(cluster_share=1, clusters=7),
@@ -383,15 +406,30 @@ def test_the_choice_is_that_of_a_slow_one(name: str, count: int) -> None:
     tokens, memories = select(config, pairs, count)
     assert memories[0].clusters is not None
     noise = pairs[0][1] if config.absolute_noise else pairs[0][1] - pairs[0][0]
-    n = torch.arange(GRID.tokens)
-    place = torch.stack([n // GRID.width / GRID.height, n % GRID.width / GRID.width], 1).repeat_interleave(
-        3, 1
-    )
+    place = torch.stack([place_of(n, noise.shape[2]) for n in range(GRID.tokens)])
     drawn = torch.Generator().manual_seed(config.seed)
     labels = k_means(noise * config.noise_scale + place, config.clusters, drawn)
     for sample in range(2):
         expected = slow_choice(config, pairs, count, sample, labels[sample].tolist())
         assert [chosen[sample].tolist() for chosen in tokens] == expected
+
+
+def test_positions_are_of_a_clusters_value_as_printed() -> None:
+    """All tokens moved as much: the cluster at the end of rows and columns is of most value."""
+    before = torch.zeros(1, GRID.tokens, 6)
+    now = before + 0.01
+    (tokens,), (memory,) = select(CATPruning(clusters=4), [(before, now)], 1)
+    assert memory.clusters is not None
+    labels = memory.clusters[0][0]
+    assert labels[tokens[0, 0]] == labels[-1]
+    (without,), _ = select(CATPruning(clusters=4, algorithm=Algorithm.RELEASED), [(before, now)], 1)
+    assert labels[without[0, 0]] == 0 != labels[-1]
+
+
+def test_a_file_without_the_algorithm_has_the_printed_one() -> None:
+    old = CATPruning().model_dump(mode="json")
+    del old["algorithm"]
+    assert CATPruning.model_validate(old) == CATPruning(algorithm=Algorithm.PRINTED)
 
 
 def test_where_clusters_begin_is_drawn_by_the_seed() -> None:
@@ -490,8 +528,8 @@ def test_t0_counts_from_where_a_generation_begins(kind: str) -> None:
     assert [c.ratio > 0 for c in run.report().calls] == [False] * 3 + [True] * 3
 
 
-def test_a_projection_replaced_after_apply_is_said_and_all_tokens_are_computed() -> None:
-    """As peft does it: the old layer, with its hook, inside a new one that adds to it."""
+def test_a_projection_replaced_after_apply_is_as_one_replaced_before() -> None:
+    """As peft does it: the old layer inside a new one that adds to it."""
 
     class Adapted(torch.nn.Module):
         def __init__(self, base: torch.nn.Module) -> None:
@@ -502,12 +540,20 @@ def test_a_projection_replaced_after_apply_is_said_and_all_tokens_are_computed()
             return self.base(x) + x
 
     pipe = transformer_pipelines.sd3()
+    attention = pipe.transformer.transformer_blocks[1].attn
+    plain = attention.to_k
+    attention.to_k = Adapted(plain)
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)):
+        expected = generate(pipe)
+    attention.to_k = plain
     with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run:
-        attention = pipe.transformer.transformer_blocks[1].attn
-        attention.to_k = Adapted(attention.to_k)
-        with pytest.warns(UserWarning, match="projections were replaced or fused"):
-            generate(pipe)
-    assert {c.ratio for c in run.report().calls} == {0}
+        without = generate(pipe)
+        attention.to_k = Adapted(plain)
+        assert torch.equal(generate(pipe), expected)
+        attention.to_k = plain
+        assert torch.equal(generate(pipe), without)
+    assert not torch.equal(without, expected)
+    assert any(c.ratio for c in run.report().calls)
 
 
 def test_keys_of_a_part_of_the_batch_are_not_kept() -> None:
@@ -548,6 +594,7 @@ def test_presets_differ_where_the_code_differs_from_the_paper() -> None:
         "balance",
         "noise_scale",
         "absolute_noise",
+        "algorithm",
     }
     assert CATPruning() == CATPruning.preset("paper")
 

@@ -663,13 +663,18 @@ class Adapted(torch.nn.Module):
         ("flux", "single_transformer_blocks.1.attn", "to_v"),
     ],
 )
-def test_projections_replaced_after_apply_are_said(kind: str, name: str, projection: str) -> None:
+def test_projections_replaced_after_apply_are_as_before(kind: str, name: str, projection: str) -> None:
     pipe = transformer_pipelines.KINDS[kind]()
     attention = pipe.transformer.get_submodule(name)
+    plain = getattr(attention, projection)
+    with regrow.apply(pipe, ToCa(ratio=0.6, **EVERYWHERE)) as run:
+        without = generate(pipe)
+        setattr(attention, projection, Adapted(plain))
+        after = generate(pipe)
+        assert any(c.depth == "layers" for c in run.report().calls)
     with regrow.apply(pipe, ToCa(ratio=0.6, **EVERYWHERE)):
-        setattr(attention, projection, Adapted(getattr(attention, projection)))
-        with pytest.warns(UserWarning, match="projections were replaced or fused"):
-            assert generate(pipe).isfinite().all()
+        assert torch.equal(generate(pipe), after)
+    assert not torch.equal(after, without)
 
 
 def test_fused_projections_are_refused() -> None:
@@ -754,21 +759,37 @@ class Added(nn.Module):
 
 @pytest.mark.parametrize("config", [FORA(interval=2), ToCa(interval=2, ratio=0.5)], ids=["fora", "toca"])
 @pytest.mark.parametrize("part", ["proj_mlp", "proj_out"])
-def test_nothing_is_reused_where_a_layer_was_replaced_after_apply(config: Any, part: str) -> None:
+def test_a_layer_replaced_after_apply_is_as_one_replaced_before(config: Any, part: str) -> None:
     pipe = transformer_pipelines.flux()
     block = pipe.transformer.single_transformer_blocks[0]
     base = getattr(block, part)
     setattr(block, part, Added(base))
-    plain = generate(pipe)
+    with regrow.apply(pipe, config):
+        expected = generate(pipe)
     setattr(block, part, base)
     with regrow.apply(pipe, config) as run:
         reused = generate(pipe)
         setattr(block, part, Added(base))
-        with pytest.warns(UserWarning, match=f"0.{part} for one, so nothing is reused"):
-            assert torch.equal(generate(pipe), plain)
-        assert {call.depth for call in run.report().calls} == {"full"}
+        assert torch.equal(generate(pipe), expected)
+        assert {call.depth for call in run.report().calls} == {"full", "layers"}
         setattr(block, part, base)
         assert torch.equal(generate(pipe), reused)
+    assert not torch.equal(reused, expected)
+
+
+def test_a_layer_replaced_within_a_generation_makes_its_next_call_full() -> None:
+    pipe = transformer_pipelines.flux()
+    block = pipe.transformer.single_transformer_blocks[0]
+
+    def replace(_: Any, step: int, *__: Any) -> dict[str, Any]:
+        if step == 0:
+            block.proj_out = Added(block.proj_out)
+        return {}
+
+    with regrow.apply(pipe, FORA(interval=9)) as run:
+        generate(pipe, callback_on_step_end=replace)
+        depths = [c.depth for c in run.report().calls if c.branch == 0]
+    assert depths == ["full", "full", *["layers"] * (len(depths) - 2)]
 
 
 def test_self_attentions_of_a_part_of_the_batch_hand_on_their_last_output() -> None:

@@ -40,9 +40,9 @@ def test_positions_are_shares_of_the_sides(grid: Grid) -> None:
 def test_k_means_is_scipys_from_the_same_beginning(rounds: int) -> None:
     x = torch.randn(2, 60, 3, generator=torch.Generator().manual_seed(1))
     labels = k_means(x, 4, torch.Generator().manual_seed(2), rounds)
-    draw = torch.rand(2, 60, generator=torch.Generator().manual_seed(2))
+    draw = torch.rand(60, generator=torch.Generator().manual_seed(2))
     for b in range(2):
-        begin = x[b, draw[b].topk(4).indices].double().numpy()
+        begin = x[b, draw.topk(4).indices].double().numpy()
         _, expected = kmeans2(x[b].double().numpy(), begin, iter=rounds + 1, minit="matrix")
         np.testing.assert_array_equal(labels[b].numpy(), expected)
 

@@ -73,24 +73,23 @@ def test_diff_score_of_half_precision_outputs_subtracts_in_float32() -> None:
 
 
 def test_random_numbers_come_from_the_generator_alone() -> None:
-    grid, shape = Grid(4, 4), torch.Size((2, 16))
 
     def draw(seed: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        return random_score(2, grid, generator), noise(shape, 0.1, generator)
+        return random_score(16, generator), noise(16, 0.1, generator)
 
     torch.manual_seed(1)
     first = draw(0)
     torch.manual_seed(2)
     again, other = draw(0), draw(1)
     for a, b, c in zip(first, again, other, strict=True):
-        assert a.shape == shape
+        assert a.shape == (1, 16)
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
 
 
 def test_noise_has_the_sigma_asked_for() -> None:
-    sample = noise(torch.Size((1, 20_000)), 0.1, torch.Generator().manual_seed(0))
+    sample = noise(20_000, 0.1, torch.Generator().manual_seed(0))
     assert abs(float(sample.std()) - 0.1) < 0.005
     assert abs(float(sample.mean())) < 0.005
 
@@ -101,7 +100,7 @@ def test_sim_score_does_not_overflow_in_float16(norm: float) -> None:
     x = (x / x.norm(dim=-1, keepdim=True) * norm).half()
     score = sim_score(x)
     assert score.isfinite().all()
-    torch.testing.assert_close(score, sim_score(x.float()), rtol=5e-3, atol=1.0)
+    assert torch.equal(score, sim_score(x.float()))
 
 
 def attention(queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:

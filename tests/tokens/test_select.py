@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import features
 import pytest
@@ -199,3 +200,30 @@ def test_top_share_takes_the_highest_of_each_sample() -> None:
     score = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     for row, chosen in zip(score, top_share(score, 6), strict=True):
         assert set(chosen.tolist()) == set(row.argsort(descending=True)[:6].tolist())
+
+
+def shared_and_own(dtype: torch.dtype) -> Tensor:
+    """Tokens that differ little from what all have in common."""
+    g = torch.Generator().manual_seed(0)
+    return (4 * torch.randn(1, 1, 32, generator=g) + torch.randn(2, 64, 32, generator=g)).to(dtype)
+
+
+@pytest.mark.parametrize("nearby", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_exact_similarities_of_half_precision_are_those_of_float32(
+    dtype: torch.dtype, nearby: bool
+) -> None:
+    x, grid = shared_and_own(dtype), Grid(8, 8)
+    base = base_of(x, grid)
+    rest = complement(base, 64)
+    similar: Callable[..., tuple[Tensor, Tensor]] = most_similar
+    if nearby:
+        similar = partial(most_similar_nearby, grid=grid)
+    value, index = similar(x, rest, base, exact=True)
+    expected, right = similar(x.float(), rest, base)
+    assert torch.equal(index, right)
+    assert torch.equal(value, expected)
+    # Products of the features as they are would choose 77% of them in bfloat16.
+    value, index = similar(x, rest, base)
+    assert (index == right).float().mean() > 0.95
+    torch.testing.assert_close(value, expected, rtol=0, atol=2e-3)

@@ -41,12 +41,15 @@ ABLATIONS: Mapping[str, tuple[Alternatives, ...]] = {
         ),
     ),
     "levels": (tuple(f"sito:d:max_downsample={level}" for level in (1, 2, 4, 8)),),
-    "cat": (tuple(f"cat:0.3:choice={choice}" for choice in ("rows", "noise", "clusters")),),
+    "cat": (
+        tuple(f"cat:0.3:choice={choice}" for choice in ("rows", "noise", "clusters")),
+        *((f"cat:{alpha}:choice=clusters", f"cat:released:alpha={alpha}") for alpha in ("0.3", "0.5")),
+    ),
     "steps": (tuple(f"steps:{steps}" for steps in (25, 16, 10, 8, 5)),),
 }
 """SiTo's base choices I to VI and its noise; DaTo's CFG alignment over r, with or without DiffScore, and
 its choice of tokens against ToMeSD's in the same calls; prune or merge; patch size; layers; levels; CAT
-Pruning's choice of tokens; fewer steps."""
+Pruning's choice of tokens, and how its clusters choose; fewer steps."""
 
 
 def alternatives(name: str) -> tuple[Alternatives, ...]:
@@ -66,7 +69,7 @@ def alternatives(name: str) -> tuple[Alternatives, ...]:
 def ablated(name: str, steps: int) -> tuple[str, ...]:
     """The variants of an ablation, the unaccelerated pipeline first; see `alternatives`."""
     first = f"steps:{steps}"
-    return (first, *(one for group in alternatives(name) for one in group if one != first))
+    return tuple(dict.fromkeys((first, *chain(*alternatives(name)))))
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -213,7 +213,7 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
             times.add_row(row.name, "failed")
             continue
         times.add_row(
-            noted(row),
+            row.name,
             f"{row.seconds_per_image:.3f}",
             f"{60 * row.images_per_second:.1f}",
             f"{row.spread:.2f}",
@@ -227,6 +227,8 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
     for row in rows:
         if row.error is not None:
             console.print(f"{row.name}: {row.error}", soft_wrap=True)
+        elif noted(row) != row.name:
+            console.print(noted(row), soft_wrap=True)
     calls = table("", "method", "calls", "depth", "pruned", "ms a call")
     for row in rows:
         for kind in row.calls:

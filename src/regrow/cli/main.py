@@ -177,7 +177,7 @@ def demo(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Six prompts, unaccelerated beside SiTo d, DaTo b1 and three plans that were searched for this model.
+    """Six prompts: unaccelerated, fewer steps, SiTo d, DaTo b1, three plans searched for this model.
 
     No download, under three minutes on two CPU cores.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regrow.clock import Position
 from regrow.engine.branches import Branches
+from regrow.engine.caller import Caller
 from regrow.methods.parts import Attention, CallInfo
 from regrow.models.table import Cut, Rows
 from regrow.reuse.depth import Slot
@@ -90,6 +91,7 @@ class Generation:
         slots: the memory of each branch, by its number.
         records: what the calls did.
         ended: whether its last step is done.
+        caller: the call of a pipeline that it is part of.
     """
 
     steps: list[Step]
@@ -101,6 +103,7 @@ class Generation:
     slots: dict[int, Slot] = field(default_factory=dict)
     records: list[CallRecord] = field(default_factory=list)
     ended: bool = False
+    caller: Caller = field(default_factory=Caller)
 
     def due(self, cut: Cut, index: int) -> int:
         """The last step before one whose call, by the plan, keeps what a cut restores; -1 if none does."""

@@ -23,7 +23,7 @@ from regrow.engine.inputs import (
     without_data,
 )
 from regrow.engine.lean import Lean, streams
-from regrow.engine.others import map_keepers, other_caches, shape_of
+from regrow.engine.others import attentions_in, keeps_maps, other_caches, shape_of
 from regrow.engine.pruning import Pruning, runs
 from regrow.engine.refreshing import Refreshing
 from regrow.methods.parts import CallInfo, Parts, TokenRefresh
@@ -83,6 +83,19 @@ class Engine:
         self.cuts = self._used_cuts()
         self.pruning, self.lean, self.refreshing = self._pruning(), self._lean(), self._refreshing()
         self.rotary = self._rotary()
+        self._attentions = attentions_in(self.denoiser, self._acts_in())
+
+    def _acts_in(self) -> Iterator[str]:
+        """Paths of the modules in which calls leave something out; "" is the whole."""
+        if self.lean is not None or self.refreshing is not None:
+            yield ""
+        for cut in self.cuts.values():
+            yield from cut.skip
+        if self.pruning is not None:
+            where = self.pruning.rule.where
+            layers = {"attn1": where.self_attention, "attn2": where.cross_attention}
+            for block in self.pruning.blocks:
+                yield from (f"{block.name}.{layer}" for layer, wanted in layers.items() if wanted)
 
     def renew(self) -> bool:
         """Find the places anew, since the denoiser has other modules; False if the method no longer fits.
@@ -253,7 +266,8 @@ class Engine:
     def _begin_generation(self, position: Position, device: torch.device) -> Generation:
         """The state of a generation whose first call begins now."""
         before = self.generation
-        if not position.again:
+        again = before is not None and (position.again or before.caller.is_same())
+        if not again:
             self.release()
         chooser = self.parts.tokens or self.parts.token_set
         seed = 0 if chooser is None else chooser.seed
@@ -263,13 +277,18 @@ class Engine:
                 "origin calls",
                 f"the plan was found for {self.found.calls} calls; this generation has {position.total}",
             )
-        whole = self._unfit or self._left_maps() or self.clash()
-        if whole:
-            self.warn_once(f"whole {whole}", f"all calls of a generation are computed in full: {whole}")
+        planned = self.parts.plan.calls
+        if planned is not None and 2 * position.total < planned:
+            self.warn_once(
+                "resampled",
+                f"the schedule is for {planned} calls and is resampled to {position.total}; so few may "
+                "need another: find one by regrow search --steps, or use a method without a schedule",
+            )
+        whole = self._unfit or self.clash()
         generation = Generation(
             list(plan.steps()), self.cuts, _generator(device, seed), shape_of(self.denoiser), whole
         )
-        if before is not None and position.again:
+        if before is not None and again:
             # Members of an ensemble: one report tells of all.
             generation.records = before.records
         if self.lean is not None and not whole:
@@ -296,16 +315,12 @@ class Engine:
 
     def _left_maps(self) -> str:
         """Why calls can't leave out attentions; empty if they can."""
-        names = frozenset[str]().union(*(cut.skip for cut in self.cuts.values()))
-        reduced = () if self.pruning is None else self.pruning.blocks
-        all_of_them = self.lean is not None or self.refreshing is not None
-        whose = [""] if all_of_them else [*names, *(block.name for block in reduced)]
-        keepers = map_keepers(self.denoiser, whose)
-        if not keepers:
+        keeper = next((name for name, attention in self._attentions if keeps_maps(attention)), "")
+        if not keeper:
             return ""
         return (
-            f"the processors of {len(keepers)} attentions ({keepers[0]} for one) keep attention maps that "
-            "somebody reads afterwards, and calls that leave attentions or tokens out make none"
+            f"attention processors, that of {keeper} for one, keep attention maps that somebody reads "
+            "afterwards, and calls that leave attentions or tokens out make none"
         )
 
     def _finish(self, generation: Generation) -> None:
@@ -313,7 +328,7 @@ class Engine:
         known = [record for record in generation.records if record.position is not None]
         would = any(step.ratio or self.layout.cut(step.depth) is not None for step in self.kinds)
         saved = any(record.depth != FULL or record.ratio for record in known)
-        if not known or not would or saved or "whole" in self._warned:
+        if not known or not would or saved or generation.whole or "whole" in self._warned:
             return
         position = known[-1].position
         if position is None or position.index < position.total - 1:
@@ -337,6 +352,11 @@ class Engine:
         generation = self.generation
         if position.begins or generation is None or not generation.steps:
             generation = self.generation = self._begin_generation(position, sample.device)
+        # Pipelines put such processors on when they will.
+        generation.whole = generation.whole or self._left_maps()
+        if generation.whole:
+            reason = generation.whole
+            self.warn_once(f"whole {reason}", f"calls of a generation are computed in full: {reason}")
         given = {k: v for k, v in inputs.items() if k not in (self.layout.sample, "timestep")}
         branch = generation.branches.find(given, position.index)
         slot = self._slot(generation, branch, sample, inputs, args, kwargs)
@@ -380,6 +400,8 @@ class Engine:
             self.call.remembers = True
             self.lean.leave_out(self.call, planned.ratio, kwargs)
         ratio = planned.ratio if counts or self.call.count else 0.0
+        if planned.ratio and generation.whole:
+            reason = generation.whole
         if self.refreshing is not None and cut is None:
             slot.observed = self.refreshing.rule.begin()
         if self.refreshing is not None and cut is self.layout.layers:
@@ -395,8 +417,8 @@ class Engine:
     def _cut(self, generation: Generation, slot: Slot, planned: Step, index: int) -> tuple[Cut | None, str]:
         """What a call leaves out, and why if that is less than planned."""
         cut = generation.cuts.get(planned.depth)
-        begins = self.lean is not None and self.lean.begins(slot)
         slot.calls += 1
+        begins = self.lean is not None and self.lean.begins(slot)
         if cut is None:
             return None, ""
         if generation.whole:

@@ -32,37 +32,39 @@ def other_caches(denoiser: nn.Module) -> list[str]:
     return sorted(found - {""})
 
 
-def map_keepers(denoiser: nn.Module, names: Iterable[str]) -> list[str]:
-    """The attentions within some modules whose processors keep maps for somebody to read.
-
-    That is the case of processors that pipelines bring with them (self-attention guidance, LEDITS++), and
-    of those of somebody's own that hold more than numbers and modules.
+def attentions_in(denoiser: nn.Module, names: Iterable[str]) -> list[tuple[str, nn.Module]]:
+    """The attentions within some modules, with their paths.
 
     Args:
         denoiser: the denoiser.
-        names: paths of the modules that calls leave out or shorten; "" is the whole.
+        names: paths of the modules; "" is the whole.
     """
-    found = set()
+    found = {}
     for name in names:
         for path, module in denoiser.get_submodule(name).named_modules(prefix=name):
-            processor = module.__dict__.get("processor") or module._modules.get("processor")
-            if processor is not None and _keeps(processor):
-                found.add(path)
-    return sorted(found)
+            if getattr(module, "processor", None) is not None:
+                found[path] = module
+    return sorted(found.items())
 
 
-def is_of_diffusers(processor: Any) -> bool:
-    """Whether an attention processor is one that diffusers' models come with."""
-    return type(processor).__module__.startswith(("diffusers.models.", "diffusers.loaders."))
+def keeps_maps(attention: Any) -> bool:
+    """Whether the processor of an attention keeps maps for somebody to read.
 
-
-def _keeps(processor: Any) -> bool:
+    That is the case of processors that pipelines bring with them (self-attention guidance, LEDITS++), and
+    of those of somebody's own that hold more than numbers and modules.
+    """
+    processor = attention.processor
     if is_of_diffusers(processor):
         return False
     own = (v for k, v in vars(processor).items() if not isinstance(processor, nn.Module) or k[0] != "_")
     return type(processor).__module__.startswith("diffusers.pipelines.") or not all(
         isinstance(value, _HARMLESS) for value in own
     )
+
+
+def is_of_diffusers(processor: Any) -> bool:
+    """Whether an attention processor is one that diffusers' models come with."""
+    return type(processor).__module__.startswith(("diffusers.models.", "diffusers.loaders."))
 
 
 _HARMLESS = (bool, int, float, str, type(None), nn.Module, torch.dtype, torch.device)

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from regrow.engine.call import Call, Watched
-from regrow.methods.parts import After, Attention, CallInfo, Features, TokenRule
+from regrow.methods.parts import After, Attention, CallInfo, Features, TokenRule, Where
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Cut, Layout, TokenBlock
 from regrow.tokens.grid import Grid
@@ -29,8 +29,9 @@ class Pruning:
         warn_once: takes what a warning is about, and the warning.
 
     Raises:
-        UnsupportedModelError: if the model has no layers that can leave tokens out.
-        ValueError: if the rule is after the first block, and no block has another behind it.
+        UnsupportedModelError: if the model has no blocks whose tokens can be left out.
+        ValueError: if none of them has a layer that the rule prunes, or the rule is after the first block,
+            and no block has another behind it.
     """
 
     def __init__(
@@ -59,6 +60,15 @@ class Pruning:
     def in_call(self, cut: Cut | None) -> tuple[TokenBlock, ...]:
         """The blocks that prune in a call with that cut."""
         return self._running[cut]
+
+    @property
+    def shallowest(self) -> int | None:
+        """The lowest depth of a cached call that computes a layer to prune; None if only full calls do."""
+        for depth in range(1, self._layout.depths):
+            cut = self._layout.cut(depth)
+            if any(runs(block, cut) for block in self.blocks):
+                return depth
+        return None
 
     def counts(self, sample: Tensor, ratio: float, cut: Cut | None) -> dict[str, tuple[Grid, int]]:
         """For each block that prunes in a call, its grid and how many tokens go."""
@@ -119,25 +129,68 @@ class Pruning:
 
 
 def _served(rule: TokenRule, layout: Layout, model: str) -> dict[str, tuple[TokenBlock, ...]]:
-    """By the name of each block from which tokens are selected, the blocks that leave them out."""
+    """By the name of each block from which tokens are selected, the blocks that leave them out.
+
+    Raises:
+        ValueError: if no block has a layer to leave them out of, or none comes behind one that decides.
+    """
     where = rule.where
     limit = where.max_downsample
     deepest = layout.top_level if limit == "top" else limit
     blocks = [b for b in layout.blocks if b.downsample <= deepest]
+    served: dict[str, tuple[TokenBlock, ...]]
     if where.features is not Features.ATTENTION:
-        return {block.name: (block,) for block in blocks}
+        served = {block.name: (block,) for block in blocks if _holds(block, where)}
+        if not served:
+            raise ValueError(_lack(where, layout, model))
+        return served
     stages: dict[str, list[TokenBlock]] = {}
     for block in blocks:
         if block.stage in stages or block.self_attention is not None:
             stages.setdefault(block.stage, []).append(block)
+    if not stages:
+        raise ValueError(_lack(where, layout, model))
     first = 0 if where.after is After.SELF_ATTENTION else 1
-    served = {stage[0].name: tuple(stage[first:]) for stage in stages.values() if stage[first:]}
-    if stages and not served:
+    served = {
+        stage[0].name: holding
+        for stage in stages.values()
+        if (holding := tuple(block for block in stage[first:] if _holds(block, where)))
+    }
+    if not served:
         raise ValueError(
             f"after: {where.after.value} is not allowed on {model}, in which no block comes right behind "
             f"another; it must be {After.SELF_ATTENTION.value}"
         )
     return served
+
+
+def _holds(block: TokenBlock, where: Where) -> bool:
+    """Whether a block has a layer to leave tokens out of, and what its tokens are selected from."""
+    if where.features is Features.NORM1 and block.self_attention is None:
+        return False
+    return any(getattr(block, name) is not None for name in _layers(where))
+
+
+def _layers(where: Where) -> list[str]:
+    """Which layers of a block leave tokens out, by the names of their switches."""
+    return [n for n in ("self_attention", "cross_attention", "feed_forward") if getattr(where, n)]
+
+
+def _lack(where: Where, layout: Layout, model: str) -> str:
+    """Why a model has no layer that can leave tokens out."""
+    if where.features is Features.ATTENTION:
+        levels = [block.downsample for block in layout.blocks if block.self_attention is not None]
+    else:
+        levels = [block.downsample for block in layout.blocks if _holds(block, where)]
+    if levels:
+        return (
+            f"max_downsample: {where.max_downsample} leaves no layer of {model} to prune; the finest is at "
+            f"{min(levels)}"
+        )
+    return (
+        f"{', '.join(_layers(where))}: {model} has no such layer whose tokens could be pruned; its "
+        "attentions are all to the text"
+    )
 
 
 def runs(block: TokenBlock, cut: Cut | None) -> bool:

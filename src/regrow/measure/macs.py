@@ -88,7 +88,7 @@ class PlanCounter:
         return self._counter(Parts(Schedule.constant())).count(FULL, 0.0, self._inputs)
 
     def calls(self, config: Any, calls: int) -> list[tuple[tuple[int, float], Macs]]:
-        """Depth, ratio and MACs of every call of a generation.
+        """Depth, ratio and MACs of every call of a generation; the ratio is 0 where nothing is pruned.
 
         Args:
             config: the method's configuration; None for the unaccelerated denoiser.
@@ -105,7 +105,12 @@ class PlanCounter:
             ratio = step.ratio if depth and prunes else 0.0
             whole = depth == FULL and ratio == 0
             known = bool(self.layout.text) and i > 0 and (self._text_once or not whole)
-            out.append(((depth, ratio), counter.count(depth, ratio, self._inputs, knows_text=known)))
+            counted = counter.count(depth, ratio, self._inputs, knows_text=known)
+            if ratio and parts.tokens is not None:
+                without = counter.count(depth, 0.0, self._inputs, knows_text=known)
+                # No layer that prunes is computed in such a call.
+                ratio = ratio if counted.denoiser < without.denoiser else 0.0
+            out.append(((depth, ratio), counted))
         return out
 
     def _counter(self, parts: Parts) -> CallCounter:

@@ -269,6 +269,11 @@ class _Plan:
     ratio: float
     whole: int
 
+    @property
+    def calls(self) -> None:
+        """Any number."""
+        return None
+
     def kinds(self) -> frozenset[Step]:
         """Calls with either ratio."""
         ratios = {0.0, self.early_ratio, self.ratio}

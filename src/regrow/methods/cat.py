@@ -33,6 +33,7 @@ from regrow.tokens.cluster import (
     rank_within,
 )
 from regrow.tokens.grid import Grid
+from regrow.tokens.scores import wide
 
 
 class TokenChoice(str, Enum):
@@ -46,25 +47,38 @@ class TokenChoice(str, Enum):
     """Ablation: rows of tokens in turn."""
 
 
+class Algorithm(str, Enum):
+    """How clusters are compared, and what each gives. In both, clusters are made once.
+
+    On the bundled transformer neither is clearly better (docs/quality-transformer.md).
+    """
+
+    PRINTED = "printed"
+    """Algorithm 2 of the paper. A cluster's value is pooled from relative noise plus position, over the
+    cluster and its neighbours. The first choice is by clusters alone."""
+    RELEASED = "released"
+    """The released code's. Positions are left out of the pooling, and neighbours after the first choice.
+    The stalest of a cluster come in addition to those that moved most, and not in the first cluster."""
+
+
 class CATPruning(MethodConfig):
     """CAT Pruning's configuration; defaults are the paper's, or the released code's where it is silent.
 
-    The preset ``released`` has the numbers of the code, which besides chooses a little otherwise: its first
-    choice has a tenth of the tokens from each cluster and no stale ones, and only there clusters are pooled
-    with their neighbours; the stalest of a cluster come in addition to those that moved most, and not in
-    the first cluster; a token may count as both, so that fewer are computed; and staleness begins anew
-    until every token was computed and some cluster twice.
+    The preset ``released`` is the code's choice, except that it always computes as many tokens as were
+    asked for: in the code a token may be chosen twice, and then fewer are computed.
 
     Args:
         alpha: share of the image's tokens that a call computes (the paper: 0.3).
         t0: full calls at the beginning of a generation, at least 2 (the paper: 8).
         choice: which tokens are computed.
+        algorithm: how the clusters choose them.
         clusters: number of clusters n (the paper: 20).
         decay: a of the staleness ``f_n = a f_(n-1) + I_n`` (the code: 0.5).
-        cluster_share: share of the computed tokens that the clusters give; the others are the stalest
-            (the code: 0.25).
-        balance: share of a cluster's tokens that are its stalest instead of its most moved (the paper: 0;
-            the code: 0.5).
+        cluster_share: share of the computed tokens that the clusters give after the first choice; the
+            others are the stalest (the code: 0.25).
+        balance: share of a cluster's tokens that are its stalest instead of its most moved. Section 3.4 of
+            the paper chooses by both and gives no number; Algorithm 2 leaves that out for simplicity (0);
+            the code has 0.5.
         noise_scale: weight of the noise beside the position in the clusters' features (the paper: 1; the
             code: 0.05).
         absolute_noise: make the clusters of the noise itself (the code), not of the relative noise.
@@ -80,6 +94,7 @@ class CATPruning(MethodConfig):
     alpha: float = Field(0.3, ge=1e-6, le=1)
     t0: int = Field(8, ge=2, le=MOST_CALLS)
     choice: TokenChoice = TokenChoice.CLUSTERS
+    algorithm: Algorithm = Algorithm.PRINTED
     clusters: int = Field(20, ge=1, le=1024)
     decay: float = Field(0.5, ge=0, lt=1)
     cluster_share: Share = 0.25
@@ -105,7 +120,9 @@ class CATPruning(MethodConfig):
 
 CATPruning.PRESETS = {
     "paper": CATPruning,
-    "released": lambda: CATPruning(balance=0.5, noise_scale=0.05, absolute_noise=True),
+    "released": lambda: CATPruning(
+        algorithm=Algorithm.RELEASED, balance=0.5, noise_scale=0.05, absolute_noise=True
+    ),
 }
 
 
@@ -165,7 +182,7 @@ class _Rule:
             return memory.chosen, memory
         halves = call.guided and c.alignment is not Alignment.OFF
         # Half precision could not tell norms apart.
-        both = (n.float() for n in call.outputs)
+        both = (n.to(wide(n)) for n in call.outputs)
         before, now = (one_half(n, c.alignment, call) if halves else n for n in both)
         if memory is None:
             memory = self._begin(before, now, grid, call.generator)
@@ -178,7 +195,7 @@ class _Rule:
             chosen = moved.topk(count, dim=1).indices
         else:
             assert memory.clusters is not None
-            chosen = self._of_clusters(memory, *memory.clusters, now, moved, count)
+            chosen = self._of_clusters(memory, *memory.clusters, now, moved, grid, count)
         tokens = chosen.sort(1).values.repeat(2 if halves else 1, 1)
         memory.calls += 1
         if not call.cached:
@@ -199,39 +216,77 @@ class _Rule:
         return Memory(before, staleness, (labels, neighbours(labels, grid, clusters).to(now.dtype)))
 
     def _of_clusters(
-        self, memory: Memory, labels: Tensor, touching: Tensor, now: Tensor, moved: Tensor, count: int
+        self,
+        memory: Memory,
+        labels: Tensor,
+        touching: Tensor,
+        now: Tensor,
+        moved: Tensor,
+        grid: Grid,
+        count: int,
     ) -> Tensor:
         """Tokens of the clusters that moved most, then the stalest of the others: ``(B, count)``."""
         c, clusters = self.config, touching.shape[1]
-        pooled = pool_clusters(now - memory.reference, labels, clusters)
-        value = pool_graph(pooled, touching).norm(dim=2)
-        place = torch.empty_like(value, dtype=torch.long)
-        order = value.argsort(stable=True, dim=1, descending=True)
-        place.scatter_(1, order, torch.arange(clusters, device=now.device).expand_as(order))
-        rank = self._rank(moved, memory.staleness, labels)
-        of_clusters = int(count * c.cluster_share)
-        # A fifth of the share to a cluster, and three and two times as much to the first two.
-        cluster = place.gather(1, labels)
-        quota = max(of_clusters // 5, 1) * (3 - cluster).clamp_min(1)
-        tokens = now.shape[1]
-        key = cluster * tokens + rank + torch.where(rank < quota, 0, clusters * tokens)
-        first = key.topk(of_clusters, dim=1, largest=False).indices
+        begins = memory.chosen is None
+        share = count if begins else int(count * c.cluster_share)
+        value = self._value(memory, labels, touching, now, grid, begins)
+        cluster = rank_within(value, torch.zeros_like(value, dtype=torch.long)).gather(1, labels)
+        rank, given = self._given(memory, labels, cluster, moved, share, begins)
+        key = cluster * grid.tokens + rank + torch.where(given, 0, clusters * grid.tokens)
+        first = key.topk(share, dim=1, largest=False).indices
         stale = memory.staleness.scatter(1, first, torch.inf)
         # Of equally stale tokens those that moved most come first.
         by_moved = moved.argsort(stable=True, dim=1, descending=True)
-        rest = stale.gather(1, by_moved).argsort(stable=True, dim=1)[:, : count - of_clusters]
+        rest = stale.gather(1, by_moved).argsort(stable=True, dim=1)[:, : count - share]
         return torch.cat([first, by_moved.gather(1, rest)], 1)
 
-    def _rank(self, moved: Tensor, staleness: Tensor, labels: Tensor) -> Tensor:
-        """Place of each token in its cluster: by movement and by staleness in turn, by their shares."""
-        by_moved, by_stale = rank_within(moved, labels), rank_within(-staleness, labels)
-        balance = self.config.balance
-        if balance == 0:
-            return by_moved
-        if balance == 1:
-            return by_stale
-        turn = torch.minimum(by_moved / (1 - balance), (by_stale + 0.5) / balance)
-        return rank_within(-turn, labels)
+    def _value(
+        self, memory: Memory, labels: Tensor, touching: Tensor, now: Tensor, grid: Grid, begins: bool
+    ) -> Tensor:
+        """How much each cluster moved ``(B, n)``."""
+        algorithm = self.config.algorithm
+        features = now - memory.reference
+        if algorithm is Algorithm.PRINTED:
+            place = positions(grid, now.shape[2], now.device)
+            features = features * self.config.noise_scale + place
+        pooled = pool_clusters(features, labels, touching.shape[1])
+        alone = algorithm is Algorithm.RELEASED and not begins
+        return (pooled if alone else pool_graph(pooled, touching)).norm(dim=2)
+
+    def _given(
+        self, memory: Memory, labels: Tensor, cluster: Tensor, moved: Tensor, share: int, begins: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The place of each token in its cluster, and whether it is one that the cluster gives: ``(B, N)``.
+
+        Args:
+            memory: what is remembered.
+            labels: the cluster of each token.
+            cluster: the place of that cluster among all, 0 for the one that moved most.
+            moved: how much each token moved.
+            share: how many tokens all clusters give.
+            begins: whether no token is staler than another yet.
+        """
+        by_moved = rank_within(moved, labels)
+        if begins:
+            return by_moved, by_moved < max(share // 10, 1)
+        # A fifth of the share to a cluster, and three and two times as much to the first two.
+        quota = max(share // 5, 1) * (3 - cluster).clamp_min(1)
+        by_stale, balance = rank_within(-memory.staleness, labels), self.config.balance
+        if self.config.algorithm is Algorithm.RELEASED:
+            stalest = (by_stale < (quota * balance).long()) & (cluster > 0)
+            return by_moved, (by_moved < quota) | stalest
+        rank = _in_turn(by_moved, by_stale, balance, labels)
+        return rank, rank < quota
+
+
+def _in_turn(by_moved: Tensor, by_stale: Tensor, balance: float, labels: Tensor) -> Tensor:
+    """The place of each token in its cluster: by movement and by staleness in turn, by their shares."""
+    if balance == 0:
+        return by_moved
+    if balance == 1:
+        return by_stale
+    turn = torch.minimum(by_moved / (1 - balance), (by_stale + 0.5) / balance)
+    return rank_within(-turn, labels)
 
 
 def one_half(noise: Tensor, alignment: Alignment, call: CallInfo) -> Tensor:

@@ -57,6 +57,8 @@ class DaTo(MethodConfig):
         from_all_kept: copy from the most similar of all kept tokens (released code) instead of the
             most similar base token (the paper).
         nearby: look for similar base tokens in the surrounding 3 x 3 patches only.
+        exact: measure the similarity of half-precision features in float32, as for a float32 model; off,
+            since it takes more than a hundredth of a call (docs/pruning.md).
         score_weight: factor on DiffScore (released code: 0.1).
         score_noise: sigma of Gaussian noise added to the score (released code: 0.1).
         sign_flip: turn the score's sign by a fair coin each call (released code).
@@ -93,6 +95,7 @@ class DaTo(MethodConfig):
     recovery: Recovery = Recovery.COPY
     from_all_kept: bool = False
     nearby: bool = False
+    exact: bool = False
     score_weight: float = Field(1.0, gt=0, le=MOST_WEIGHT)
     score_noise: Weight = 0.0
     sign_flip: bool = False
@@ -170,14 +173,14 @@ class _Rule:
         """The aligned score ``(B, N)``; random as long as there are no two outputs to compare."""
         c = self.config
         if c.score is Score.RANDOM or len(call.outputs) < 2:
-            score = random_score(call.batch, grid, call.generator)
+            score = random_score(grid.tokens, call.generator).expand(call.batch, -1)
         else:
             score = c.score_weight * diff_score(call.outputs[-1], call.outputs[-2], grid)
             if c.sign_flip:
-                coin = random_score(1, Grid(1, 1), call.generator)
+                coin = random_score(1, call.generator)
                 score = score * (coin < 0.5).to(score.dtype).mul(2).sub(1)
             if c.score_noise:
-                score = score + noise(score.shape, c.score_noise, call.generator)
+                score = score + noise(grid.tokens, c.score_noise, call.generator)
         return align(score, c.alignment, call.guided)
 
     def select(
@@ -186,7 +189,8 @@ class _Rule:
         """Steps 4 and 5: prune what is most similar to a base token."""
         assert prepared is not None
         c = self.config
-        return prune_similar(x, prepared, grid, count, nearby=c.nearby, from_all_kept=c.from_all_kept)
+        options = {"nearby": c.nearby, "from_all_kept": c.from_all_kept, "exact": c.exact}
+        return prune_similar(x, prepared, grid, count, **options)
 
 
 @parts_of.register

@@ -69,6 +69,8 @@ class SiTo(MethodConfig):
         alignment: give both halves of a guided batch the same base scores, as DaTo does (off in the
             paper).
         nearby: look for similar base tokens in the surrounding 3 x 3 patches only.
+        exact: measure the similarity of half-precision features in float32, as for a float32 model; off,
+            since it takes more than a hundredth of a call (docs/pruning.md).
         seed: seed of the run's generator.
 
     Raises:
@@ -97,6 +99,7 @@ class SiTo(MethodConfig):
     features: Features = Features.BLOCK_INPUT
     alignment: Alignment = Alignment.OFF
     nearby: bool = False
+    exact: bool = False
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -155,13 +158,12 @@ class _Rule:
         return self.config.alignment is not Alignment.OFF
 
     def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
-        """What chance decides, drawn once a call for all layers of a grid: scores ``(B, N)``."""
+        """What chance decides, drawn once a call for all layers of a grid and all samples ``(1, N)``."""
         c = self.config
         if c.base in (BaseChoice.RANDOM, BaseChoice.RANDOM_IN_PATCH):
-            return {grid: random_score(call.batch, grid, call.generator) for grid in grids}
+            return {grid: random_score(grid.tokens, call.generator) for grid in grids}
         if c.base is BaseChoice.NOISY_BEST_IN_PATCH and c.noise:
-            size = call.batch
-            return {grid: noise((size, grid.tokens), c.noise, call.generator) for grid in grids}
+            return {grid: noise(grid.tokens, c.noise, call.generator) for grid in grids}
         return {}
 
     def select(
@@ -169,7 +171,8 @@ class _Rule:
     ) -> Selection:
         """Choose the layer's base tokens, then prune what is most similar to one."""
         base = self.base_tokens(x, grid, prepared, call.guided)
-        return prune_similar(x, base, grid, count, nearby=self.config.nearby)
+        c = self.config
+        return prune_similar(x, base, grid, count, nearby=c.nearby, exact=c.exact)
 
     def base_tokens(self, x: Tensor, grid: Grid, chance: Tensor | None, guided: bool) -> Tensor:
         """The base tokens ``(B, m)``, by one of the choices I to VI.
@@ -177,14 +180,14 @@ class _Rule:
         Args:
             x: features ``(B, N, C)``.
             grid: the grid of the N tokens.
-            chance: random scores (II, IV) or noise on SimScore (VI), ``(B, N)``.
+            chance: random scores (II, IV) or noise on SimScore (VI), ``(1, N)``.
             guided: whether the batch is two halves of guidance.
         """
         c = self.config
         if c.base is BaseChoice.TOP_LEFT:
             return tokens_of_patch(grid, x.device)[:, 0].expand(x.shape[0], -1)
         if c.base in (BaseChoice.RANDOM, BaseChoice.RANDOM_IN_PATCH) and chance is not None:
-            score = chance
+            score = chance.expand(len(x), -1)
         else:
             score = sim_score(x) if chance is None else sim_score(x) + chance
         score = align(score, c.alignment, guided)

@@ -257,6 +257,11 @@ class _Plan:
     ratio: float
     weight: float
 
+    @property
+    def calls(self) -> None:
+        """Any number."""
+        return None
+
     def kinds(self) -> frozenset[Step]:
         """Full calls and the others, all with the mean ratio."""
         full = {Step(FULL, 0.0)}

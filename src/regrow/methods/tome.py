@@ -46,6 +46,8 @@ class ToMeSD(MethodConfig):
         cross_attention: merge the queries of the cross-attention.
         feed_forward: merge in the feed-forward.
         max_downsample: deepest level that is merged (the default: the finest with attention).
+        exact: measure the similarity of half-precision features in float32, as for a float32 model; off,
+            since it takes more than a hundredth of a call (docs/pruning.md).
         seed: seed of the run's generator.
 
     Raises:
@@ -62,6 +64,7 @@ class ToMeSD(MethodConfig):
     cross_attention: bool = False
     feed_forward: bool = False
     max_downsample: Level = "top"
+    exact: bool = False
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -123,12 +126,13 @@ class _Rule:
     ) -> Selection:
         """Merge the tokens that are most similar to a destination into it."""
         assert prepared is not None
-        return prune_similar(x, prepared.to(x.device).expand(x.shape[0], -1), grid, count)
+        base = prepared.to(x.device).expand(x.shape[0], -1)
+        return prune_similar(x, base, grid, count, exact=self.config.exact)
 
     def destinations(self, grid: Grid, generator: torch.Generator) -> Tensor:
         """One token of each patch ``(1, patches)``, the same for the whole batch."""
         if self.config.random:
-            return best_of_patch(random_score(1, grid, generator), grid)
+            return best_of_patch(random_score(grid.tokens, generator), grid)
         return tokens_of_patch(grid, generator.device)[None, :, 0]
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.tokens.grid import Grid
+from regrow.tokens.scores import random_score, wide
 
 
 def positions(grid: Grid, channels: int, device: torch.device) -> Tensor:
@@ -24,16 +25,15 @@ def k_means(x: Tensor, clusters: int, generator: torch.Generator, rounds: int = 
     Args:
         x: ``(B, N, C)``.
         clusters: how many, <= N.
-        generator: draws the tokens that the clusters begin at.
+        generator: draws the tokens that the clusters begin at, the same in all samples.
         rounds: of assignment and averaging.
 
     Returns:
         ``(B, N)``, the cluster of each token. A cluster may be empty.
     """
-    batch, tokens, _ = x.shape
-    x = x.float()
-    first = torch.rand(batch, tokens, generator=generator, device=generator.device).to(x.device)
-    centres = _rows(x, first.topk(clusters, dim=1).indices)
+    x = x.to(wide(x))
+    first = random_score(x.shape[1], generator).to(x.device).topk(clusters, dim=1).indices
+    centres = _rows(x, first.expand(len(x), -1))
     labels = _nearest(x, centres)
     every = torch.arange(clusters, device=x.device)
     for _ in range(rounds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from regrow.tokens.scores import wide
 from regrow.tokens.select import Selection
 
 
@@ -19,9 +20,9 @@ def keep_merged(x: Tensor, selection: Selection) -> Tensor:
     """As `keep`, but each kept row is the mean of itself and the pruned rows that copy from it."""
     batch, _, channels = x.shape
     rows = selection.kept.numel()
-    total = x.new_zeros(rows, channels, dtype=torch.float32)
-    total.index_add_(0, selection.source_rows, x.reshape(-1, channels).float())
-    count = torch.zeros(rows, device=x.device)
+    total = x.new_zeros(rows, channels, dtype=wide(x))
+    total.index_add_(0, selection.source_rows, x.reshape(-1, channels).to(wide(x)))
+    count = x.new_zeros(rows, dtype=wide(x))
     count.index_add_(0, selection.source_rows, torch.ones_like(selection.source_rows, dtype=count.dtype))
     return (total / count[:, None]).to(x.dtype).view(batch, -1, channels)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from enum import Enum
 
 import torch
@@ -26,9 +26,14 @@ class Heads(str, Enum):
     """Their mean."""
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """The precision in which sums over ``x`` are taken: float32, or float64 if it is in that."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def inverse_norm(x: Tensor) -> Tensor:
-    """``1 / ||x_i||`` of each token of ``x: (B, N, C)``, in float32 or float64; 0 for a token of zeros."""
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    """``1 / ||x_i||`` of each token of ``x: (B, N, C)``, at least in float32; 0 for a token of zeros."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=wide(x))
     return torch.where(norm > 0, 1 / norm, 0.0)
 
 
@@ -36,14 +41,14 @@ def sim_score(x: Tensor) -> Tensor:
     """SimScore of SiTo, ``sum_j cos(x_i, x_j)``, without the N x N matrix.
 
     ``sum_j cos(x_i, x_j) = x_i / ||x_i|| . sum_j x_j / ||x_j||``: two products of a matrix and a vector.
+    They are of float32 at least: half precision would round sums of thousands by more than SiTo's noise.
 
     Args:
         x: features ``(B, N, C)``.
     """
-    inverse = inverse_norm(x)
-    # The mean instead of the sum: products with the sum overflow in float16.
-    mean = (inverse[:, None].to(x.dtype) @ x).float() / x.shape[1]
-    return (x @ mean.to(x.dtype).transpose(1, 2)).squeeze(-1).float() * inverse * x.shape[1]
+    x, inverse = x.to(wide(x)), inverse_norm(x)
+    total = inverse[:, None] @ x
+    return (x @ total.transpose(1, 2)).squeeze(-1) * inverse
 
 
 def diff_score(last: Tensor, before: Tensor, grid: Grid) -> Tensor:
@@ -54,21 +59,24 @@ def diff_score(last: Tensor, before: Tensor, grid: Grid) -> Tensor:
         before: the output before that, same shape.
         grid: the grid of the layer; a coarser one than H x W takes the mean of the area it covers.
     """
-    difference = (last.float() - before.float()).abs().mean(1, keepdim=True)
+    difference = (last.to(wide(last)) - before.to(wide(before))).abs().mean(1, keepdim=True)
     if difference.shape[-2:] != (grid.height, grid.width):
         size = (grid.height, grid.width)
         difference = torch.nn.functional.adaptive_avg_pool2d(difference, size)
     return difference.flatten(1)
 
 
-def random_score(batch: int, grid: Grid, generator: torch.Generator) -> Tensor:
-    """Uniform random scores from a seeded generator, on its device."""
-    return torch.rand(batch, grid.tokens, generator=generator, device=generator.device)
+def random_score(tokens: int, generator: torch.Generator) -> Tensor:
+    """Draw uniform scores ``(1, N)``, on the generator's device.
+
+    All samples share them: chance drawn for each would depend on the batch that a picture is made in.
+    """
+    return torch.rand(1, tokens, generator=generator, device=generator.device)
 
 
-def noise(shape: Sequence[int], sigma: float, generator: torch.Generator) -> Tensor:
-    """``sigma * N(0, 1)`` from a seeded generator, on its device."""
-    return sigma * torch.randn(shape, generator=generator, device=generator.device)
+def noise(tokens: int, sigma: float, generator: torch.Generator) -> Tensor:
+    """Draw ``sigma * N(0, 1)`` for each token ``(1, N)``; as in `random_score`, all samples share it."""
+    return sigma * torch.randn(1, tokens, generator=generator, device=generator.device)
 
 
 def attention_influence(
@@ -85,7 +93,7 @@ def attention_influence(
         bias: added to the products; it broadcasts to ``(B, heads, n, m)``.
 
     Returns:
-        ``(B, m)`` in float32; the sum over tokens is n.
+        ``(B, m)``, at least in float32; the sum over tokens is n.
     """
     count = query.shape[2]
     if queries is not None and queries < count:
@@ -93,7 +101,7 @@ def attention_influence(
         query = query.index_select(2, place)
         if bias is not None and bias.shape[-2] == count:
             bias = bias.index_select(-2, place)
-    total = torch.zeros(key.shape[0], key.shape[2], device=key.device)
+    total = torch.zeros(key.shape[0], key.shape[2], device=key.device, dtype=wide(key))
     for weights in _attention_weights(query, key, bias):
         total += weights.mean(1).sum(1)
     return total * (count / query.shape[2])
@@ -121,10 +129,10 @@ def attention_page_rank(
         bias: added to the products; it broadcasts to ``(B, heads, n, n)``.
 
     Returns:
-        ``(B, n)`` in float32; of each head the scores sum to 1.
+        ``(B, n)``, at least in float32; of each head the scores sum to 1.
     """
     batch, count, tokens = query.shape[:3]
-    score = torch.full((batch, count, tokens), 1 / tokens, device=query.device)
+    score = torch.full((batch, count, tokens), 1 / tokens, device=query.device, dtype=wide(query))
     together = max(WEIGHTS // tokens**2, 1)
     for b in range(batch):
         for first in range(0, count, together):
@@ -187,14 +195,14 @@ def attention_entropy(query: Tensor, key: Tensor, bias: Tensor | None = None) ->
         bias: added to the products; it broadcasts to ``(B, heads, n, m)``.
 
     Returns:
-        ``(B, n)`` in float32.
+        ``(B, n)``, at least in float32.
     """
     parts = [w.mean(1) for w in _attention_weights(query, key, bias)]
     return torch.cat([torch.special.entr(w).sum(-1) for w in parts], dim=1)
 
 
 def _attention_weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
-    """The attention map ``(B, heads, n, m)`` in float32, a block of queries at a time."""
+    """The attention map ``(B, heads, n, m)``, at least in float32, a block of queries at a time."""
     batch, heads, count, channels = query.shape
     rows = max(WEIGHTS // (batch * heads * key.shape[2]), 1)
     target = key.transpose(2, 3)
@@ -203,4 +211,4 @@ def _attention_weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Itera
         if bias is not None:
             whole = bias.shape[-2] == 1
             product = product + (bias if whole else bias[..., start : start + rows, :])
-        yield product.softmax(-1, dtype=torch.float32)
+        yield product.softmax(-1, dtype=wide(query))

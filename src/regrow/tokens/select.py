@@ -150,7 +150,9 @@ class Subset:
         return self._rows[length]
 
 
-def most_similar(x: Tensor, query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+def most_similar(
+    x: Tensor, query: Tensor, candidate: Tensor, *, exact: bool = False
+) -> tuple[Tensor, Tensor]:
     """For each query token, the candidate token of highest cosine similarity.
 
     Similarities are formed a block of ``ROWS`` queries at a time and reduced at once; nothing of size
@@ -160,23 +162,45 @@ def most_similar(x: Tensor, query: Tensor, candidate: Tensor) -> tuple[Tensor, T
         x: features ``(B, N, C)``.
         query: ``(B, n)`` token indices.
         candidate: ``(B, m)`` token indices.
+        exact: multiply half-precision features in float32.
 
     Returns:
         The similarity ``(B, n)``, at least in float32, and the position in ``candidate`` ``(B, n)``.
     """
     inverse = inverse_norm(x)
     # Scaling the query by its norm changes its similarities but not their order, so it waits.
-    target = rows_of(x, candidate) * inverse.gather(1, candidate)[..., None].to(x.dtype)
+    target, mean = _targets(x, candidate, inverse, exact)
     asked = rows_of(x, query)
-    value = torch.empty(query.shape, dtype=x.dtype, device=x.device)
-    index = torch.empty_like(query)
+    value, index = inverse.new_empty(query.shape), torch.empty_like(query)
     for start in range(0, query.shape[1], ROWS):
         part = slice(start, start + ROWS)
-        value[:, part], index[:, part] = (asked[:, part] @ target.transpose(1, 2)).max(-1)
-    return value.float() * inverse.gather(1, query), index
+        rows = asked[:, part].to(target.dtype)
+        best, index[:, part] = (rows @ target.transpose(1, 2)).max(-1)
+        value[:, part] = best + _shared(rows, mean)
+    return value * inverse.gather(1, query), index
 
 
-def most_similar_nearby(x: Tensor, query: Tensor, base: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _targets(x: Tensor, candidate: Tensor, inverse: Tensor, exact: bool) -> tuple[Tensor, Tensor | None]:
+    """The candidates at length 1, in the precision of the products, and the mean taken from them.
+
+    What they have in common adds the same to all similarities of a query. Without it the products are
+    smaller, and half precision rounds them less. In other precisions nothing is taken.
+    """
+    target = rows_of(x, candidate) * inverse.gather(1, candidate)[..., None]
+    if exact or x.dtype is target.dtype:
+        return target, None
+    mean = target.mean(1, keepdim=True)
+    return (target - mean).to(x.dtype), mean
+
+
+def _shared(query: Tensor, mean: Tensor | None) -> Tensor | float:
+    """The products ``(B, n)`` of queries and the mean that `_targets` took."""
+    return 0.0 if mean is None else (query.to(mean.dtype) @ mean.transpose(1, 2)).squeeze(2)
+
+
+def most_similar_nearby(
+    x: Tensor, query: Tensor, base: Tensor, grid: Grid, *, exact: bool = False
+) -> tuple[Tensor, Tensor]:
     """As `most_similar` with one base token a patch, but only those of the 3 x 3 patches around.
 
     Args:
@@ -184,13 +208,14 @@ def most_similar_nearby(x: Tensor, query: Tensor, base: Tensor, grid: Grid) -> t
         query: ``(B, n)`` token indices.
         base: ``(B, patches)``, the base token of each patch.
         grid: the grid of the N tokens.
+        exact: multiply half-precision features in float32.
     """
     batch, _, channels = x.shape
     inverse = inverse_norm(x)
     members, around = tokens_of_patch(grid, x.device), surrounding_patches(grid, x.device)
-    target = rows_of(x, base) * inverse.gather(1, base)[..., None].to(x.dtype)
+    target, mean = _targets(x, base, inverse, exact)
     near = target[:, around.clamp(min=0).flatten()].view(batch * grid.patches, 9, channels)
-    asked = x[:, members.clamp(min=0).flatten()].view(batch * grid.patches, -1, channels)
+    asked = x[:, members.clamp(min=0).flatten()].view(batch * grid.patches, -1, channels).to(near.dtype)
     similarity = (asked @ near.transpose(1, 2)).view(batch, grid.patches, -1, 9)
     similarity = similarity.masked_fill((around < 0)[:, None], -torch.inf)
     best, which = similarity.max(-1)
@@ -199,7 +224,7 @@ def most_similar_nearby(x: Tensor, query: Tensor, base: Tensor, grid: Grid) -> t
     token = torch.arange(grid.tokens, device=x.device)
     row, column = token // grid.width % grid.patch, token % grid.width % grid.patch
     slot = patch * grid.patch**2 + row * grid.patch + column
-    value = best.flatten(1)[:, slot].float() * inverse
+    value = (best.flatten(1)[:, slot] + _shared(x, mean)) * inverse
     index = around.flatten()[(patch * 9) + which.flatten(1)[:, slot]]
     return value.gather(1, query), index.gather(1, query)
 
@@ -212,6 +237,7 @@ def prune_similar(
     *,
     nearby: bool = False,
     from_all_kept: bool = False,
+    exact: bool = False,
 ) -> Selection:
     """Prune the ``count`` tokens that are most similar to a base token.
 
@@ -227,15 +253,16 @@ def prune_similar(
             patch, in the order of the patches.
         from_all_kept: a pruned token takes the value of the most similar of ALL kept tokens, as the
             released code does, instead of the most similar base token.
+        exact: measure similarity of half-precision features in float32.
     """
     rest = complement(base, x.shape[1])
     if nearby:
-        similarity, match = most_similar_nearby(x, rest, base, grid)
+        similarity, match = most_similar_nearby(x, rest, base, grid, exact=exact)
     else:
-        similarity, match = most_similar(x, rest, base)
+        similarity, match = most_similar(x, rest, base, exact=exact)
     order = similarity.argsort(dim=1, descending=True)
     gone, stay = order[:, :count], order[:, count:]
     pruned = rest.gather(1, gone)
     kept = torch.cat([base, rest.gather(1, stay)], dim=1)
-    match = most_similar(x, pruned, kept)[1] if from_all_kept else match.gather(1, gone)
+    match = most_similar(x, pruned, kept, exact=exact)[1] if from_all_kept else match.gather(1, gone)
     return Selection.matched(kept, pruned, match)

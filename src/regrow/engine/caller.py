@@ -1,0 +1,42 @@
+"""Whether two generations are of one call of a pipeline, as the members of an ensemble are."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from types import FrameType
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+
+class Caller:
+    """The call of a pipeline that is in progress, known by tensors that live no longer than it."""
+
+    def __init__(self) -> None:
+        self._made = {name: weakref.ref(tensor) for name, tensor in _made_by(_pipeline_call()).items()}
+
+    def is_same(self) -> bool:
+        """Whether that call is still in progress, and the caller."""
+        now = _made_by(_pipeline_call())
+        return any(now.get(name) is ref() is not None for name, ref in self._made.items())
+
+
+def _pipeline_call() -> FrameType | None:
+    """The nearest frame that a pipeline runs in."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+        frame = frame.f_back
+    return frame
+
+
+def _made_by(frame: FrameType | None) -> dict[str, Any]:
+    """The tensors that a function has made, by the names it gave them; not those it was given."""
+    if frame is None:
+        return {}
+    given = inspect.getargvalues(frame)
+    # Those of a scheduler are as old as its timesteps.
+    passed = {*given.args, given.varargs, given.keywords, "timesteps", "t"}
+    return {k: v for k, v in given.locals.items() if isinstance(v, Tensor) and k not in passed}

@@ -1,0 +1,341 @@
+"""The report tells what ran: every call, what it reused, how old that was, and why it did otherwise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pipelines
+import pytest
+import torch
+import transformer_pipelines
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    LEditsPPPipelineStableDiffusion,
+    MarigoldDepthPipeline,
+    StableDiffusionPanoramaPipeline,
+    StableDiffusionSAGPipeline,
+)
+from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import regrow
+from regrow.meta import meta_copy
+
+EVERY_SECOND = regrow.DeepCache(interval=2)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def said(seen: list[warnings.WarningMessage]) -> list[str]:
+    return [str(w.message) for w in seen if w.category is UserWarning]
+
+
+@pytest.mark.parametrize("config", [regrow.FORA(interval=3), regrow.DeepCache(interval=3, branch=1)])
+def test_nothing_is_older_than_the_plan_means_where_guidance_comes_and_goes(config: Any) -> None:
+    pipe = transformer_pipelines.wan_of_texts()
+
+    def guide(pipeline: Any, step: int, *_: Any) -> dict[str, Any]:
+        pipeline._guidance_scale = 4.0 if step + 1 >= 7 else 1.0
+        return {}
+
+    with regrow.apply(pipe, config) as run:
+        pipe(
+            prompt="a penguin",
+            negative_prompt="a pizza",
+            height=32,
+            width=32,
+            num_frames=5,
+            num_inference_steps=9,
+            guidance_scale=4.0,
+            output_type="latent",
+            generator=generator(),
+            callback_on_step_end=guide,
+        )
+        rows = run.report().calls
+    assert max(c.age for c in rows) == 2
+    late = [c for c in rows if c.branch == 1 and c.step == 7]
+    assert [c.depth for c in late] == ["full"]
+    assert "older than the plan means" in late[0].reason
+    assert "older than the plan means" in str(run.report())
+
+
+def by_hand(unet: Any, order: Callable[[Tensor, Tensor], tuple[Tensor, ...]], config: Any) -> Tensor:
+    """A loop with two calls a step, in some order, the second half of it without guidance."""
+    g = generator()
+    x, positive, negative = (torch.randn(s, generator=g) for s in ((1, 4, 16, 16), (1, 7, 32), (1, 7, 32)))
+    sampler = pipelines.scheduler()
+    with regrow.apply(unet, config, scheduler=sampler), torch.no_grad():
+        sampler.set_timesteps(8)
+        for i, t in enumerate(sampler.timesteps):
+            texts = order(positive, negative) if i < 3 else (positive,)
+            out = [unet(x, t, encoder_hidden_states=text).sample for text in texts]
+            noise = out[[torch.equal(text, positive) for text in texts].index(True)]
+            if len(out) == 2:
+                noise = 6 * noise - sum(out)
+            x = sampler.step(noise, t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize(
+    "config", [EVERY_SECOND, regrow.FORA(interval=2), regrow.SiTo(ratio=0.5, base="V")]
+)
+def test_a_branch_is_known_by_its_text_and_not_by_its_number(config: Any) -> None:
+    unet = pipelines.sd1_unet()
+    first = by_hand(unet, lambda positive, negative: (negative, positive), config)
+    assert torch.equal(first, by_hand(unet, lambda positive, negative: (positive, negative), config))
+    # Made anew for each step, they are known by what they hold.
+    copied = by_hand(unet, lambda positive, negative: (negative.clone(), positive), config)
+    assert torch.equal(first, copied)
+
+
+def test_another_text_is_computed_in_full(pipe: Any) -> None:
+    other = torch.randn(2, 7, 32, generator=generator())
+
+    def change(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": other} if step == 2 else {}
+
+    with regrow.apply(pipe, regrow.DeepCache(interval=6)) as run:
+        options: dict[str, Any] = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+        pipelines.generate(pipe, num_inference_steps=6, callback_on_step_end=change, **options)
+        rows = run.report().calls
+    assert [c.depth for c in rows] == ["full", "1", "1", "full", "1", "1"]
+    assert [c.age for c in rows] == [0, 1, 2, 0, 1, 2]
+    assert rows[3].reason
+
+
+def test_a_panorama_reuses_in_each_of_its_views(pipe: Any) -> None:
+    panorama = pipelines.quiet(
+        StableDiffusionPanoramaPipeline(**pipe.components, requires_safety_checker=False)
+    )
+    options: dict[str, Any] = {
+        "height": 512,
+        "width": 640,
+        "num_inference_steps": 4,
+        "output_type": "latent",
+    }
+    with regrow.apply(panorama, EVERY_SECOND) as run, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        first = panorama("a penguin", generator=generator(), **options).images
+        rows = run.report().calls
+        assert [(c.step, c.depth) for c in rows] == [
+            (step, depth) for step, depth in enumerate(["full", "1"] * 2) for _ in range(3)
+        ]
+        assert [c.branch for c in rows] == [0, 1, 2] * 4
+        assert not run._engine.generation.slots  # type: ignore[union-attr]
+        assert torch.equal(panorama("a penguin", generator=generator(), **options).images, first)
+
+
+def test_a_loop_that_never_steps_its_scheduler_is_followed(pipe: Any) -> None:
+    x, text = torch.randn(1, 4, 16, 16), torch.ones(1, 7, 32)
+    with regrow.apply(pipe, EVERY_SECOND) as run, torch.no_grad():
+        pipe.scheduler.set_timesteps(6)
+        for t in pipe.scheduler.timesteps:
+            x = x - 0.1 * pipe.unet(x, t, encoder_hidden_states=text).sample
+        assert [c.depth for c in run.report().calls] == ["full", "1"] * 3
+
+
+def test_a_transformer_may_be_called_by_position() -> None:
+    pipe = transformer_pipelines.sd3()
+    model, sampler = pipe.transformer, pipe.scheduler
+    text, pooled = torch.randn(1, 8, 64, generator=generator()), torch.ones(1, 64)
+
+    def loop(call: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, list[str]]:
+        x = torch.randn(1, 4, 16, 16, generator=generator())
+        with regrow.apply(model, regrow.FORA(interval=2), scheduler=sampler) as run, torch.no_grad():
+            sampler.set_timesteps(4)
+            for t in sampler.timesteps:
+                x = sampler.step(call(x, t.expand(1)), t, x).prev_sample
+            return x, [c.depth for c in run.report().calls]
+
+    by_position = loop(lambda x, t: model(x, text, pooled, t).sample)
+    by_name = loop(
+        lambda x, t: (
+            model(hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample
+        )
+    )
+    assert by_position[1] == by_name[1] == ["full", "layers"] * 2
+    assert torch.equal(by_position[0], by_name[0])
+
+
+def sag(base: Any) -> Callable[[], Any]:
+    pipe = pipelines.quiet(StableDiffusionSAGPipeline(**base.components, requires_safety_checker=False))
+    options: dict[str, Any] = {"height": 64, "width": 64, "output_type": "latent", "num_inference_steps": 4}
+    return lambda: pipe("a penguin", sag_scale=0.75, generator=generator(), **options).images
+
+
+def ledits(base: Any) -> Callable[[], Any]:
+    parts = {k: v for k, v in base.components.items() if k != "image_encoder"}
+    pipe = pipelines.quiet(LEditsPPPipelineStableDiffusion(**parts, requires_safety_checker=False))
+    base.scheduler = pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipe.scheduler.config, algorithm_type="sde-dpmsolver++", solver_order=2
+    )
+    options: dict[str, Any] = {"edit_guidance_scale": 5.0, "edit_threshold": 0.75, "output_type": "latent"}
+
+    def edit() -> Any:
+        picture = pipelines.picture()
+        pipe.invert(picture, num_inversion_steps=6, skip=0.2, generator=generator(), height=64, width=64)
+        return pipe(editing_prompt=["a pizza"], generator=generator(), **options).images
+
+    return edit
+
+
+@pytest.mark.parametrize("make", [sag, ledits])
+@pytest.mark.parametrize("config", [EVERY_SECOND, regrow.FORA(interval=2), regrow.SiTo(ratio=0.5)])
+def test_calls_are_whole_where_somebody_reads_attention_maps(make: Any, config: Any) -> None:
+    pipe = pipelines.sd(pipelines.sd1_unet())
+    edit = make(pipe)
+    plain = edit()
+    with regrow.apply(pipe, config) as run, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        if isinstance(config, regrow.SiTo):
+            # They read the middle's maps, or those of the text, and SiTo leaves both alone.
+            edit()
+            assert not [text for text in said(seen) if "attention maps" in text]
+            return
+        # Inversion reads no maps and may be accelerated.
+        assert torch.equal(edit(), plain) or make is ledits
+    assert len([text for text in said(seen) if "attention maps" in text]) == 1
+    of_maps = [c for c in run.report().calls if "attention maps" in c.reason]
+    assert of_maps
+    assert {(c.depth, c.ratio) for c in of_maps} == {("full", 0.0)}
+
+
+def test_a_denoiser_swapped_after_apply_is_said(pipe: Any) -> None:
+    run = regrow.apply(pipe, EVERY_SECOND)
+    pipe.unet = pipelines.sd1_unet()
+    pipelines.generate(pipe)
+    with pytest.raises(RuntimeError, match=r"UNet2DConditionModel was replaced after regrow\.apply"):
+        run.report()
+    with pytest.warns(UserWarning, match=r"UNet2DConditionModel was replaced after regrow\.apply"):
+        run.remove()
+
+
+@pytest.mark.parametrize("config", [EVERY_SECOND, regrow.FORA(interval=3)])
+@pytest.mark.parametrize("kind", ["sd1", "img2img"])
+def test_a_generation_that_saved_nothing_says_so_once(config: Any, kind: str) -> None:
+    pipe = pipelines.make(kind)
+    short = {"num_inference_steps": 1} if kind == "sd1" else {"num_inference_steps": 6, "strength": 0.2}
+    with regrow.apply(pipe, config), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            pipelines.generate(pipe, kind=kind, **short)
+    assert len([text for text in said(seen) if "saved nothing: all of its 1 calls" in text]) == 1
+
+
+def test_a_call_in_which_nothing_took_a_placeholders_place_is_computed_again() -> None:
+    pipe = transformer_pipelines.flux()
+    plain = transformer_pipelines.generate(pipe, num_inference_steps=2)
+    with regrow.apply(pipe, regrow.FORA(interval=2)) as run:
+        run._installed._places["single_transformer_blocks.3.proj_out"].hooks.clear()
+        with pytest.warns(UserWarning, match="is computed again, in full"):
+            got = transformer_pipelines.generate(pipe, num_inference_steps=2)
+        assert [c.depth for c in run.report().calls if c.branch == 0] == ["full", "full"]
+    assert torch.equal(got, plain)
+
+
+def marigold() -> Any:
+    base = pipelines.sd(pipelines.sd1_unet(in_channels=8, out_channels=4))
+    parts = {k: base.components[k] for k in ("unet", "vae", "scheduler", "text_encoder", "tokenizer")}
+    return pipelines.quiet(
+        MarigoldDepthPipeline(**parts, default_denoising_steps=2, default_processing_resolution=64)
+    )
+
+
+def test_the_report_of_an_ensemble_covers_all_of_its_members() -> None:
+    pipe = marigold()
+    with regrow.apply(pipe, EVERY_SECOND) as run, torch.no_grad():
+        pipe(
+            pipelines.picture(), ensemble_size=3, batch_size=1, num_inference_steps=2, generator=generator()
+        )
+        rows = run.report().calls
+    assert [(c.step, c.depth) for c in rows] == [(0, "full"), (1, "1")] * 3
+
+
+def counted(denoiser: Any, inputs: dict[str, Any]) -> int:
+    """MACs of a call of a denoiser with all that is on it, by another way: on tensors with data."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        meta_copy(denoiser)(**{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()})
+    return counter.get_total_flops() // 2
+
+
+def test_adapters_and_fused_projections_are_counted() -> None:
+    unet = pipelines.sd1_unet()
+    inputs = pipelines.unet_inputs(unet)
+    plain = counted(unet, inputs)
+    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+    added = sum(
+        # Both halves, all tokens: down to rank 4, and up again.
+        2 * tokens * 4 * (layer.in_features + layer.out_features)
+        for name, layer in unet.named_modules()
+        if name.endswith("to_q")
+        for tokens in [tokens_of(name)]
+    )
+    assert counted(unet, inputs) == plain + added
+    with regrow.apply(unet, regrow.FORA(interval=2)) as run, run.generation(1), torch.no_grad():
+        unet(**inputs)
+    assert run.report().full_macs == plain + added
+
+
+def tokens_of(name: str) -> int:
+    """Of the layer with that path, in a latent of 16 x 16."""
+    where, number = name.split(".")[:2] if not name.startswith("mid") else ("mid", "0")
+    level = {"down_blocks": int(number), "up_blocks": 3 - int(number), "mid": 3}[where]
+    return (16 // 2**level) ** 2
+
+
+class Own(AttnProcessor):
+    """Somebody's own processor."""
+
+
+def test_processors_that_are_not_of_diffusers_are_named(pipe: Any) -> None:
+    with regrow.apply(pipe, EVERY_SECOND) as run:
+        pipelines.generate(pipe)
+        exact = run.report()
+        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor = Own()
+        pipelines.generate(pipe)
+        report = run.report()
+    assert exact.notes == ()
+    assert report.macs == exact.macs
+    assert "mid_block.attentions.0.transformer_blocks.0.attn1" in report.notes[0]
+    assert "Note: " in str(report)
+    assert report.to_dict()["notes"] == list(report.notes)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_the_attention_backend_is_not_the_reports(kind: str) -> None:
+    pipe = getattr(transformer_pipelines, kind)()
+    with regrow.apply(pipe, regrow.FORA(interval=2)) as run:
+        transformer_pipelines.generate(pipe)
+        expected = run.report().macs
+        try:
+            # Its kernels take no tensors without data; it is set for the whole process.
+            pipe.transformer.set_attention_backend("flex")
+            assert run.report().macs == expected
+        finally:
+            pipe.transformer.reset_attention_backend()
+
+
+def test_what_is_on_beside_a_method_is_named() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = transformer_pipelines.flux()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+    with pytest.raises(ValueError, match=r"target: diffusers' FirstBlockCache is on"):
+        regrow.apply(pipe, regrow.CATPruning(t0=2))
+    with pytest.warns(UserWarning, match="FirstBlockCache is on as well"):
+        run = regrow.apply(pipe, regrow.FORA(interval=2))
+    run.remove()
+    pipe.transformer.disable_cache()
+    with regrow.apply(pipe, regrow.CATPruning(t0=2, alpha=0.5)) as run:
+        transformer_pipelines.generate(pipe)
+        assert run.report().macs < run.report().full_macs
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+        with pytest.warns(UserWarning, match="computed in full: diffusers' FirstBlockCache is on"):
+            transformer_pipelines.generate(pipe)
+        assert {(c.depth, c.ratio) for c in run.report().calls} == {("full", 0.0)}
