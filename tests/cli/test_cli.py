@@ -221,7 +221,7 @@ def test_methods_says_all_of_one_system(
     shown = capsys.readouterr().out
     for said in ("alone: --method cat, the preset paper", "alpha (default 0.3)", "paper: the defaults"):
         assert said in shown
-    assert "released: balance=0.5, noise_scale=0.05, absolute_noise=True" in shown
+    assert "balance=0.5, noise_scale=0.05" in shown
     assert run(monkeypatch, "methods", "sita") == 2
     assert "name: 'sita' is not known; allowed: dato" in capsys.readouterr().err
 
