@@ -111,3 +111,22 @@ def test_ip_adapter_masks_keep_only_the_cross_attention_from_pruning(pipe):
     plain, with_masks = outputs(regrow.SiTo(ratio=0.5, self_attention=False, cross_attention=True))
     assert not torch.equal(plain, full)
     assert torch.equal(with_masks, full)
+
+
+@pytest.mark.parametrize("compile_first", [True, False])
+def test_blocks_may_be_compiled_before_and_after_a_method_is_applied(compile_first):
+    pipe = transformer_pipelines.sd3()
+    plain = transformer_pipelines.generate(pipe)
+    config = regrow.FORA(interval=2)
+    with regrow.apply(pipe, config):
+        expected = transformer_pipelines.generate(pipe)
+    torch._dynamo.reset()
+    if compile_first:
+        compile_blocks(pipe.transformer, backend="eager")
+    run = regrow.apply(pipe, config)
+    transformer_pipelines.generate(pipe)
+    if not compile_first:
+        compile_blocks(pipe.transformer, backend="eager")
+    assert torch.allclose(transformer_pipelines.generate(pipe), expected, atol=1e-4)
+    run.remove()
+    assert torch.allclose(transformer_pipelines.generate(pipe), plain, atol=1e-4)

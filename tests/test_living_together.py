@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 import regrow
 
@@ -60,6 +60,11 @@ FLUX_METHODS = (
 
 def denoiser_of(pipe: Any) -> Any:
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a method's hooks are on a module."""
+    return type(module.__dict__.get("forward")).__module__.startswith("regrow")
 
 
 def adapter(make: Callable[[], Any], prefix: str) -> dict[str, Tensor]:
@@ -236,9 +241,7 @@ class Together(RuleBasedStateMachine):
             return
         if not self.on:
             twin = copy.deepcopy(denoiser_of(self.pipe))
-            assert all(
-                "forward" not in m.__dict__ or "_diffusers_hook" in m.__dict__ for m in twin.modules()
-            )
+            assert not [m for m in twin.modules() if is_ours(m)]
 
     @precondition(lambda self: "offload" not in self.on)
     @rule()
@@ -336,7 +339,7 @@ class Together(RuleBasedStateMachine):
             self.run = None
             self.check()
         model, plain = denoiser_of(self.pipe), denoiser_of(self.plain)
-        assert not [m for m in model.modules() if "regrow" in type(m.__dict__.get("forward")).__module__]
+        assert not [m for m in model.modules() if is_ours(m)]
         assert len(model._forward_hooks) == len(plain._forward_hooks)
         assert len(model._forward_pre_hooks) == len(plain._forward_pre_hooks)
         assert "step" not in self.pipe.scheduler.__dict__

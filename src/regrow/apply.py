@@ -94,8 +94,9 @@ class Run:
         if self._pipeline is None:
             return ""
         denoiser = self._engine.denoiser
-        held = [name for name, part in self._pipeline.components.items() if part is denoiser]
-        if held:
+        # Compiled as a whole, it is inside what the pipeline holds.
+        parts = self._pipeline.components.values()
+        if any(denoiser in (part, getattr(part, "_orig_mod", None)) for part in parts):
             return ""
         return (
             f"the pipeline's {type(denoiser).__name__} was replaced after regrow.apply, so the method is "
@@ -193,8 +194,8 @@ def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
     if beyond and engine.cuts:
         engine.warn_once(
             "depths",
-            f"calls of depth {', '.join(map(str, beyond))} are full: {type(denoiser).__name__} has {deepest} "
-            f"layers to count; a depth (a branch, plus 1) must be below {deepest} to leave some out",
+            f"calls of depth {', '.join(map(str, beyond))} are full: a depth (a branch, plus 1) must be "
+            f"below {deepest} to leave layers of {type(denoiser).__name__} out",
         )
 
 

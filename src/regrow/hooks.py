@@ -194,7 +194,10 @@ class KeepHook:
         x = args[0] if args else kwargs["hidden_states"]
         # IP-Adapter masks, which every attention is handed, speak of all tokens to the cross-attention.
         masked = module is self.block.cross_attention and kwargs.get("ip_adapter_masks") is not None
-        if call is None or selection is None or masked:
+        if call is None or selection is None:
+            return forward(*args, **kwargs)
+        if masked:
+            call.unpruned = "they are given the masks of an IP-Adapter, which are of all tokens"
             return forward(*args, **kwargs)
         if x.shape[1] != selection.tokens:
             call.unpruned = (
