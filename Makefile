@@ -4,13 +4,23 @@ BIN := .venv/bin
 
 .PHONY: demo test check bench clean
 
-.venv/installed: pyproject.toml constraints.txt
+INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
+
+.venv/made:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[measure,plot,peers,cluster,train,test,dev,search]"
 	touch $@
 
-demo: .venv/installed
+# What the demo needs, and no more.
+.venv/demo: .venv/made pyproject.toml constraints.txt
+	$(INSTALL) ".[measure]"
+	touch $@
+
+.venv/installed: .venv/made pyproject.toml constraints.txt
+	$(INSTALL) ".[measure,plot,peers,cluster,train,test,dev,search]"
+	touch $@ .venv/demo
+
+demo: .venv/demo
 	$(BIN)/regrow demo --out demo-out
 
 test: .venv/installed

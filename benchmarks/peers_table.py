@@ -23,7 +23,7 @@ from peers import PEERS, peer
 from regrow.cli import evaluate
 from regrow.cli.bench import Request, noted, run_bench, shown
 from regrow.cli.engine import Engine, Where
-from regrow.cli.generate import check_pictures
+from regrow.cli.models import check_pictures
 from regrow.measure.bench import BenchRow
 from regrow.measure.extractors import Network
 from regrow.measure.machine import PACKAGES

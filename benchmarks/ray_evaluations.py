@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from regrow import zoo
-from regrow.cli.generate import load_pipeline
+from regrow.cli.models import load_pipeline
 from regrow.measure.evaluate import Setting
 from regrow.measure.keep import write_whole
 from regrow.measure.machine import PACKAGES, machine

@@ -24,7 +24,7 @@ count=$("$python" -c 'import json, sys; print(len(json.load(open(sys.argv[1]))["
 "$bin/regrow" search "${common[@]}" --budget "$count" --algorithm random --no-plots --out "$folder/chance"
 "$bin/regrow" search "${common[@]}" --budget "$staged" --algorithm staged --no-plots --out "$folder/staged"
 "$bin/regrow" search "${common[@]}" --budget "$all" --rungs 16 --patience 0 --no-plots --out "$folder/every-plan-on-all"
-"$bin/regrow" search "${paper[@]}" --budget "$ratios" --no-plots --out "$folder/paper-ratios"
+"$bin/regrow" search "${paper[@]}" --choices ratio=0.3,0.4,0.5,0.6,0.7 --budget "$ratios" --no-plots --out "$folder/paper-ratios"
 "$python" benchmarks/search_table.py "$folder/nsga2" --plot "$folder" --json benchmarks/results/search.json \
     --against "$folder/chance" "$folder/staged" "$folder/every-plan-on-all" "$folder/paper-ratios"
 for name in nsga2 chance staged every-plan-on-all paper-ratios; do

@@ -1,7 +1,8 @@
-"""Put tables of results into the documentation.
+"""Put tables of results, and the table of systems, into the documentation.
 
     python benchmarks/tables_in_docs.py
 
+The README has between ``<!-- systems -->`` and ``<!-- /systems -->`` what `regrow.methods.catalogue` says.
 Where a page says ``<!-- RESULT.md: TITLE -->``, the table after it is replaced by that table of
 benchmarks/results/RESULT.md whose first cell begins with TITLE.
 """
@@ -11,8 +12,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from regrow.methods.catalogue import SYSTEMS, Status, System
+
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- systems -->", "<!-- /systems -->"
 PLACE = re.compile(r"<!-- (\S+\.md): (.+?) -->\n*(?:\|.*(?:\n|$))*\n*")
 
 
@@ -45,8 +50,37 @@ def filled(page: str) -> str:
     return tables.rstrip("\n") + "\n"
 
 
+def with_systems(page: str) -> str:
+    """A page with its table of systems as the catalogue has them.
+
+    Raises:
+        ValueError: if it has not one place for it.
+    """
+    if (page.count(BEGIN), page.count(END)) != (1, 1):
+        raise ValueError(f"README.md: it must have {BEGIN} and {END} once each")
+    head, rest = page.split(BEGIN)
+    tail = rest.split(END)[1]
+    rows = "\n".join(map(row, SYSTEMS))
+    return f"{head}{BEGIN}\n\n| System | What it does | State |\n|---|---|---|\n{rows}\n\n{END}{tail}"
+
+
+def row(system: System) -> str:
+    """The row of a system."""
+    number = system.paper.removeprefix("arXiv ")
+    link = system.paper if number == system.paper else f"[{number}](https://arxiv.org/abs/{number})"
+    title = f"{system.title} ({link})" if link else system.title
+    state = system.status.value
+    if system.status is not Status.NOT_YET:
+        state = f"**{state}** on {system.models}" + (f"; {system.note}" if system.note else "")
+    return f"| {title} | {system.what} | {state} |"
+
+
 def main() -> None:
     """Write all pages."""
+    page = README.read_text(encoding="utf-8")
+    if with_systems(page) != page:
+        README.write_text(with_systems(page), encoding="utf-8")
+        print(README)
     for file in sorted(DOCS.glob("*.md")):
         page = file.read_text(encoding="utf-8")
         new = filled(page)

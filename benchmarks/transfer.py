@@ -29,7 +29,7 @@ from rich.table import Table
 
 from regrow import zoo
 from regrow.cli.engine import Engine, Where
-from regrow.cli.generate import load_pipeline
+from regrow.cli.models import load_pipeline
 from regrow.cli.search import PATIENCE, Asked, Request, run_search
 from regrow.measure.evaluate import Setting
 from regrow.measure.machine import machine, model_key

@@ -166,9 +166,15 @@ def assert_as_before(pipe: Any, expected: torch.Tensor) -> None:
     assert torch.equal(pipelines.generate(pipe), expected)
 
 
-@pytest.mark.parametrize(
-    "config", [None, "b1", {"ratio": 0.5}, 0.5, SiTo, Schedule.constant(0.5)], ids=repr
-)
+@pytest.mark.parametrize("name", ["", "b1", "dato:b9", "steps:5"])
+def test_a_name_of_no_method_is_refused(pipe: Any, name: str) -> None:
+    expected = pipelines.generate(pipe)
+    with refused(ValueError, "method", repr(name)):
+        regrow.apply(pipe, name)
+    assert_as_before(pipe, expected)
+
+
+@pytest.mark.parametrize("config", [None, {"ratio": 0.5}, 0.5, SiTo, Schedule.constant(0.5)], ids=repr)
 def test_what_is_no_method_is_refused_with_the_methods(pipe: Any, config: Any) -> None:
     expected = pipelines.generate(pipe)
     with refused(TypeError, "config", type(config).__name__, "DaTo", "SiTo"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.cli import generate
+from regrow.cli import models
 from regrow.memory import PeakMemory, keep_freed_memory
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_another_library_is_left_alone(monkeypatch: pytest.MonkeyPatch, library:
 @pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("meta", 0)])
 def test_commands_keep_it_on_a_processor(monkeypatch: pytest.MonkeyPatch, device: str, kept: int) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(generate, "_load", lambda *_: calls.append("loaded"))
-    monkeypatch.setattr(generate, "keep_freed_memory", lambda: calls.append("kept"))
-    generate.load_pipeline("emoji", device, torch.float32)
+    monkeypatch.setattr(models, "_load", lambda *_: calls.append("loaded"))
+    monkeypatch.setattr(models, "keep_freed_memory", lambda: calls.append("kept"))
+    models.load_pipeline("emoji", device, torch.float32)
     assert calls == ["loaded", *["kept"] * kept], "what loading left over is given back"

@@ -32,10 +32,11 @@ def test_every_method_has_plans_that_are_configurations(name: str) -> None:
         assert config_from(config.model_dump(mode="json")) == config
 
 
-def test_plans_of_dato_are_the_papers() -> None:
+def test_plans_of_dato_are_the_papers_and_may_prune_nothing() -> None:
     space = DaTo.space(4)
     assert space.names == ("depth", "ratio")
-    assert [set(v.choices) for v in space.variables] == [{0, 1, FULL}] * 3 + [{0.3, 0.4, 0.5, 0.6, 0.7}] * 4
+    ratios = {0.0, 0.3, 0.4, 0.5, 0.6, 0.7}
+    assert [set(v.choices) for v in space.variables] == [{0, 1, FULL}] * 3 + [ratios] * 4
     config = space.config(space.genes((0, 1, FULL, 0.3, 0.4, 0.5, 0.6)))
     assert config.schedule == Schedule(depth=(FULL, 0, 1, FULL), ratio=(0.3, 0.0, 0.5, 0.6))
 
@@ -52,11 +53,11 @@ def test_uniform_plans_of_dato_have_one_ratio_and_one_depth_between_full_calls()
         assert len({d for d in depth if d != FULL}) <= 1
         intervals.add(interval)
     assert intervals == set(range(1, 11))
-    assert len(set(space.uniform)) == len(space.uniform) == (1 + 9 * 2) * 5
+    assert len(set(space.uniform)) == len(space.uniform) == (1 + 9 * 2) * 6
 
 
 def test_depths_of_plans_of_one_call_are_full() -> None:
-    assert DaTo.space(1).config((2,)).schedule == Schedule(depth=(FULL,), ratio=(0.5,))
+    assert DaTo.space(1).config((3,)).schedule == Schedule(depth=(FULL,), ratio=(0.5,))
 
 
 def test_plans_that_choose_tokens_alike_are_counted_together() -> None:
@@ -123,7 +124,7 @@ def test_data_of_no_method_are_refused() -> None:
 
 
 def test_wider_choices_bring_in_regular_plans_that_were_not_allowed() -> None:
-    narrow = DaTo.space(6)
+    narrow = DaTo.space(6).with_choices("ratio", (0.3, 0.5))
     wide = narrow.with_choices("ratio", (0.0, 0.5))
     assert not any(0.0 in plan[5:] for plan in narrow.uniform)
     assert {plan[-1] for plan in wide.uniform} == {0.0, 0.5}

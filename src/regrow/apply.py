@@ -12,6 +12,7 @@ from regrow.clock import ManualClock, SchedulerClock
 from regrow.engine.call import Observer
 from regrow.engine.engine import Engine
 from regrow.installed import Installed, is_hooked
+from regrow.methods.names import method_of
 from regrow.methods.parts import origin_of, parts_of
 from regrow.models import denoiser_of
 from regrow.origin import Origin
@@ -108,7 +109,8 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
 
     Args:
         target: a diffusers pipeline, or its denoiser.
-        config: the configuration of a method, such as `DaTo` or `SiTo`.
+        config: the configuration of a method, such as `DaTo` or `SiTo`, or its short name, such as
+            ``"dato:b1"``: those of the command line, see `regrow.methods.names.method_of`.
         scheduler: with a bare denoiser, the scheduler whose steps are followed; without one, use
             `Run.generation`.
         keep_text: in a transformer compute what depends on the text alone (PixArt's projected captions and
@@ -121,9 +123,10 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     Raises:
         UnsupportedModelError: if regrow has no table for the model.
         TypeError: if ``config`` is no method's configuration.
-        ValueError: if the model has no layer the method could prune, a method is applied already, or a
-            scheduler is given with a pipeline.
+        ValueError: if the short name is not known, the model has no layer the method could prune, a method
+            is applied already, or a scheduler is given with a pipeline.
     """
+    config = method_of(config) if isinstance(config, str) else config
     denoiser = denoiser_of(target)
     parts = parts_of(config)
     if is_hooked(denoiser):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tables_in_docs
-from tables_in_docs import DOCS, PLACE, filled
+from tables_in_docs import DOCS, PLACE, README, filled, with_systems
 
 PAGES = [file for file in sorted(DOCS.glob("*.md")) if PLACE.search(file.read_text(encoding="utf-8"))]
 
@@ -53,3 +53,18 @@ def test_a_table_is_put_after_its_place_and_nothing_else_changes(before: str, be
 def test_a_table_that_is_not_there_is_refused(place: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         filled(f"<!-- {place} -->\n")
+
+
+def test_the_readmes_table_of_systems_is_the_catalogues() -> None:
+    page = README.read_text(encoding="utf-8")
+    assert with_systems(page) == page
+
+
+def test_a_page_without_one_place_for_the_systems_is_refused() -> None:
+    table = with_systems("Above.\n<!-- systems -->old<!-- /systems -->\nBelow.")
+    assert table.startswith("Above.\n<!-- systems -->\n\n| System |")
+    assert "old" not in table
+    assert "**partly** on U-Nets" in next(line for line in table.splitlines() if "AT-EDM" in line)
+    for page in ("", table + table):
+        with pytest.raises(ValueError, match="once each"):
+            with_systems(page)

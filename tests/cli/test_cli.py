@@ -101,17 +101,15 @@ def test_a_preset_of_toca_goes_with_another_interval(
         (("profile", "--arch", "sd15", "--ratio", "0.5"), "need --method"),
         (("profile", "--arch", "sd15", "--method", "magic"), "method: 'magic' is not known; allowed: dato"),
         (("profile", "--arch", "sd15", "--method", "l2c"), "method: 'l2c' is not built yet"),
-        (("profile", "--arch", "sd15", "--method", "toca"), "toca needs --interval, --preset or --ratio"),
         (
             ("profile", "--arch", "sd15", "--method", "toca", "--interval", "3"),
             "UNet2DConditionModel has no layer that can compute some of its tokens by themselves",
         ),
-        (("profile", "--arch", "sd15", "--method", "atedm"), "atedm needs --preset or --ratio"),
+        (("profile", "--arch", "sd15", "--method", "atedm"), "it needs a choice such as atedm:paper, at"),
         (
             ("profile", "--arch", "dit-xl-256", "--method", "atedm", "--ratio", "0.5"),
             "recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt, DiT and Flux",
         ),
-        (("profile", "--arch", "sd15", "--method", "cat"), "cat needs --preset or --ratio"),
         (
             ("profile", "--arch", "sd15", "--method", "sito:d", "--ratio", "0.5"),
             "--ratio: not allowed with --method sito:d",
@@ -128,11 +126,8 @@ def test_a_preset_of_toca_goes_with_another_interval(
         ),
         (("profile", "--arch", "emoji", "--method", "sito", "--preset", "z"), "preset: 'z' is not known"),
         (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "0.9"), "ratio: 0.9 is not allowed"),
-        (
-            ("profile", "--arch", "emoji", "--method", "sito", "--ratio", "-1"),
-            "ratio: -1.0 is not allowed, it must be >= 0 and < 1",
-        ),
-        (("profile", "--arch", "emoji", "--method", "dato"), "needs --preset, --schedule"),
+        (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "-1"), "ratio: -1.0 is not allowed"),
+        (("profile", "--arch", "emoji", "--method", "dato"), "it needs a choice such as dato:b1"),
         (("profile", "--arch", "emoji", "--method", "dato", "--schedule", "none.yaml"), "none.yaml"),
         (
             ("bench", "--scheduler", "EulerMaruyama"),
@@ -201,6 +196,34 @@ def test_methods_lists_every_system(
     assert presets["sito"] == ["a", "b", "c", "d", "e"]
     searched = ["emoji-quality", "emoji-balanced", "emoji-fast"]
     assert presets["dato"] == ["b1", "fast", "b1-released", *searched]
+    assert run(monkeypatch, "methods") == 0
+    blocks = capsys.readouterr().out
+    assert max(map(len, blocks.splitlines())) <= 80
+    assert "\natedm: AT-EDM (arXiv 2405.05252), partly\n" in blocks
+
+
+def test_methods_says_all_of_one_system(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for system in SYSTEMS:
+        assert run(monkeypatch, "methods", system.name) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80
+        assert run(monkeypatch, "methods", system.name, "--json") == 0
+        fields = json.loads(capsys.readouterr().out)["fields"]
+        own = [] if system.config is None else [*system.config.model_fields]
+        assert [field["name"] for field in fields] == [
+            n for n in own if n not in ("found", "method", "version")
+        ]
+        assert all(field["about"] for field in fields)
+        assert all(f"    {field['name']} (" in shown for field in fields)
+    assert run(monkeypatch, "methods", "cat") == 0
+    shown = capsys.readouterr().out
+    for said in ("alone: --method cat, the preset paper", "alpha (default 0.3)", "paper: the defaults"):
+        assert said in shown
+    assert "balance=0.5, noise_scale=0.05" in shown
+    assert run(monkeypatch, "methods", "sita") == 2
+    assert "name: 'sita' is not known; allowed: dato" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -375,7 +398,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     bad: str,
 ) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    monkeypatch.setattr("regrow.cli.generate._load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("regrow.cli.models._load", lambda *_: pytest.fail("loaded"))
     assert run(monkeypatch, *words, "--out", str(tmp_path / bad)) == 2
     assert f"--out: {tmp_path / bad}" in capsys.readouterr().err.replace("\n", "")
 

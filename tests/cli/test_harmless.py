@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from safetensors.torch import save
 
 from regrow.cli import main
-from regrow.cli.harmless import harmless
+from regrow.cli.terminal import Bar, Plain, busy, table
 from regrow.files import FileError
 from regrow.measure.evaluate import Pictures, Setting
 from regrow.measure.variants import Variant
@@ -38,14 +35,17 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_names_of_others_are_shown_as_they_are(name: str) -> None:
     said = name.replace("\x1b", r"\x1b").replace("\n", r"\n")
-    table, out = Table("name"), StringIO()
-    table.add_row(harmless(name))
-    console = Console(file=out, width=60, force_terminal=False)
-    console.print(table)
-    console.print(harmless(name))
-    with Progress(console=console) as progress:
-        progress.add_task(harmless(name), total=1, completed=1)
+    names, out = table("", "name"), StringIO()
+    names.add_row(name)
+    console = Plain(file=out, width=60, force_terminal=True, color_system=None)
+    console.print(names)
+    with busy(console, name), Bar(console) as bar:
+        bar.add_task(name, total=1, completed=1)
     assert out.getvalue().count(said) >= 3
+    out = StringIO()
+    with busy(Plain(file=out), name), Bar(Plain(file=out), every=0) as bar:
+        bar.advance(bar.add_task(name, total=1))
+    assert out.getvalue().count(said) >= 1 + ("\n" not in name)
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:

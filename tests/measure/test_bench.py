@@ -35,11 +35,11 @@ from regrow import (
     cli,
 )
 from regrow.cli.ablations import ABLATIONS, ablated, against
-from regrow.cli.bench import draw_bars, print_rows
+from regrow.cli.bench import Written, draw_bars, print_rows
 from regrow.compiling import compile_blocks
 from regrow.engine.inputs import without_data
 from regrow.macs import CallCounter, plain_macs
-from regrow.measure.bench import bench
+from regrow.measure.bench import BenchRow, bench
 from regrow.measure.evaluate import check_against
 from regrow.measure.machine import model_key
 from regrow.measure.sampling import Moment, make, moment
@@ -442,6 +442,9 @@ def test_the_command_prints_what_it_writes(
     assert (printed["height"], printed["width"], printed["rounds"]) == (None, None, 1)
     assert [row["name"] for row in printed["rows"]] == ["steps:2", "dato:b1"]
     assert printed["rows"][1]["macs_ratio"] > 1.5
+    assert [(one["round"], one["method"]) for one in printed["timed"]] == [(1, "steps:2"), (1, "dato:b1")]
+    assert [one["seconds"] for one in printed["timed"]] == [row["rounds"][0] for row in printed["rows"]]
+    assert printed["complete"]
 
 
 def test_fields_may_follow_a_method() -> None:
@@ -504,3 +507,47 @@ def test_an_ablation_of_fewer_steps_begins_with_as_many() -> None:
         names = ablated("steps", steps)
         assert names.count(f"steps:{steps}") == 1
         check_against([variant(name, steps) for name in names], against("steps", steps))
+
+
+def test_a_measurement_is_written_as_it_goes_and_whole_when_it_is_stopped(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "bench.json"
+    head = {"what": "time"}
+    seen = []
+
+    def stop_in_the_second_round(number: int, row: BenchRow) -> None:
+        written.timed(number, row)
+        kept = json.loads(out.read_text())
+        seen.append((number, row.name, [r["name"] for r in kept["rows"]], kept["complete"]))
+        if number == 1:
+            raise KeyboardInterrupt
+
+    variants = [variant("steps:2", 2), variant("cat:0.3", 2), variant("steps:1", 1)]
+    with pytest.raises(KeyboardInterrupt), Written(head, out, as_json=True) as written:
+        bench(pipelines.sd(), variants, PROMPTS[:1], rounds=2, on_timed=stop_in_the_second_round)
+    names = [one.name for one in variants]
+    assert seen == [
+        *((0, names[i], names[: i + 1], False) for i in range(3)),
+        (1, names[0], names, False),
+    ]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    assert [row["name"] for row in printed["rows"]] == names
+    assert len(printed["rows"][0]["rounds"]) >= 2
+    assert "can't compute some of its tokens" in printed["rows"][1]["error"]
+    assert not printed["complete"]
+
+
+def test_tables_fit_into_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        BenchRow(
+            name, 100.0, 100.0, 123.4, 1.23, speedup=12.34, macs_ratio=12.34, efficiency=1.0, peak_mib=1e5
+        )
+        for name in ("steps:50", "dato:b1:ratio=0.5:alignment=conditional+sito:d", "[/red]:cat:")
+    ]
+    print_rows(rows, "dato:b1:ratio=0.5:alignment=conditional")
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert printed.count("12.34x") == 6
+    assert "[/red]:cat:" in printed

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from regrow import cli
 from regrow.cli.ablations import ABLATIONS, ablated
-from regrow.cli.evaluate import patient
+from regrow.cli.evaluate import patient, print_rows
 from regrow.measure import machine
-from regrow.measure.evaluate import Gain, Pictures, Setting, Shard, ShardMaker, compare
+from regrow.measure.evaluate import Gain, Pictures, Quality, Setting, Shard, ShardMaker, compare
 from regrow.measure.extractors import Features, Labels
 from regrow.measure.quality import frechet_distance, inception_score
 from regrow.measure.reference import Reference
@@ -695,9 +695,16 @@ def test_the_command_goes_on_and_prints_what_it_writes(
     reference = ("--reference", str(folder / "steps-2"), "--save-reference", str(kept))
     assert command(monkeypatch, *SMALL, *out, *reference, "--scores", str(scores)) == 0
     shown = capsys.readouterr().out
-    for text in ("FD-EffNet", "sFD-EffNet", "KD-EffNet", "IS-EffNet", "ImageReward", "0.5000"):
+    count = result["prompts"]
+    assert shown.startswith(
+        f"Only {count} pictures: small differences are chance, and figures of sets (FD-E"
+    )
+    for text in ("distance", "ImageReward", "0.5000"):
         assert text in shown
-    assert "FID" not in shown
+    assert "recall" not in shown
+    sheet = Image.open(tmp_path / "eval" / "contact-sheet.png")
+    assert sheet.width > 2 * 128
+    assert sheet.height > count * 128
     assert command(monkeypatch, *SMALL, "--json", *out, "--reference", str(kept)) == 0
     again = json.loads(capsys.readouterr().out)
     count = len(list((folder / "steps-2").glob("*.png")))
@@ -839,3 +846,21 @@ def test_gains_over_several_methods_name_them(
     for row in json.loads((tmp_path / "result.json").read_text())["rows"][2:]:
         gain = row["gain"]
         assert f"{gain['psnr']:.2f} ± {gain['error']:.2f} over {gain['over']}" in shown
+
+
+@pytest.mark.parametrize("pictures", [255, 256])
+def test_figures_of_sets_are_shown_of_enough_pictures_and_tables_fit_into_80_columns(
+    capsys: pytest.CaptureFixture[str], pictures: int
+) -> None:
+    names = ("steps:50", "dato:b1:ratio=0.5:alignment=conditional")
+    figures = dict.fromkeys(("fd", "sfd", "kd", "precision", "recall", "inception_score"), 123.4)
+    rows = [Quality(name, 12.3, 0.5, 0.1, **figures, clip_score=30.0, gain=None) for name in names]
+    labels = Labels("effnet", "FD-EffNet", "sFD-EffNet", "KD-EffNet", "IS-EffNet")
+    print_rows(
+        rows, dict.fromkeys(names, 12.345), "steps:50", labels, {name: {} for name in names}, pictures
+    )
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("Only"))
+    for name in (labels.fd, "recall", labels.inception_score):
+        assert (f" {name}" in printed) == (pictures == 256)
+    assert printed.startswith("Only 255 pictures") == (pictures == 255)

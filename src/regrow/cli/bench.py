@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from regrow import zoo
-from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.cli.models import best_device, check_device, check_room, load_pipeline
+from regrow.cli.terminal import Bar, busy, output, remarks, table
 from regrow.compiling import compile_blocks
 from regrow.measure.bench import BenchRow, bench
-from regrow.measure.keep import check_writable
+from regrow.measure.keep import check_writable, write_whole
 from regrow.measure.machine import PACKAGES, machine, model_key
 from regrow.measure.random_weights import random_pipeline
 from regrow.measure.samplers import Sampler
@@ -52,6 +50,8 @@ class Request:
 def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGES) -> list[BenchRow]:
     """Measure, save, and print a table; returns its rows.
 
+    Each timed generation is printed, and the file written anew, as soon as it is known.
+
     Args:
         request: what to measure.
         as_json: print the result instead of the table.
@@ -67,11 +67,14 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
     for option, file in (("--out", request.out), ("--plot", request.plot)):
         if file is not None:
             check_writable(option, file)
-    console = Console(stderr=True)
+    console = remarks()
     device = check_device(request.device) if request.device else best_device()
     dtype = getattr(torch, request.dtype)
-    key = model_key(request.model) if request.model else ""
-    with console.status(f"loading {request.model or request.arch}"):
+    key = ""
+    if request.model is not None:
+        key = model_key(request.model)
+        check_room(request.model, request.height, request.width, request.images, device, dtype)
+    with busy(console, f"loading {request.model or request.arch}"):
         if request.model is None:
             pipeline = random_pipeline(request.arch or "", device, dtype)
         else:
@@ -84,26 +87,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
     known: Sequence[str] = ("0",) if takes_classes(pipeline) else ("a photo",)
     if request.model is not None and zoo.bundles(request.model):
         known = zoo.captions(request.model)
-    columns = (
-        TextColumn("{task.description:24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("warming up", total=len(request.variants) * (request.rounds + 2))
-        rows = bench(
-            pipeline,
-            request.variants,
-            list(islice(cycle(request.prompts or known), request.images)),
-            rounds=request.rounds,
-            guidance=guidance,
-            height=request.height,
-            width=request.width,
-            frames=request.frames,
-            on_generation=lambda name: progress.update(task, advance=1, description=name),
-        )
-    result: dict[str, Any] = {
+    head: dict[str, Any] = {
         "what": "time and memory of generations",
         "model": request.model or f"{request.arch}, random weights",
         "model_key": key,
@@ -118,41 +102,118 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
         "scheduler_given": request.scheduler,
         "compiled": request.compiled,
         "machine": machine(device, packages),
-        "rows": [row.to_dict() for row in rows],
     }
-    text = json.dumps(result, indent=1)
-    if request.out is not None:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        request.out.write_text(text + "\n", encoding="utf-8")
+    with Written(head, request.out, as_json) as written, Bar(console) as bar:
+        task = bar.add_task("warming up", total=len(request.variants) * (request.rounds + 2))
+        rows = bench(
+            pipeline,
+            request.variants,
+            list(islice(cycle(request.prompts or known), request.images)),
+            rounds=request.rounds,
+            guidance=guidance,
+            height=request.height,
+            width=request.width,
+            frames=request.frames,
+            on_generation=lambda name: bar.update(task, advance=1, description=name),
+            on_timed=written.timed,
+        )
+        written.all(rows)
     if request.plot is not None:
         draw_bars(rows, request.plot)
-    if as_json:
-        print(text)
-    else:
+    if not as_json:
         print_rows(rows, request.variants[0].name)
     return rows
 
 
+class Written:
+    """The result of a measurement, written as it is known.
+
+    As JSON it is one object: what was measured, ``timed``, a line for each timed generation as soon as it
+    is known, whether it is ``complete``, and ``rows``. Stopped by Ctrl-C, it is ended with the rows so far.
+    The file is whole at any moment.
+
+    Args:
+        head: what was measured.
+        file: written anew after each generation, if given.
+        as_json: print the object instead of a line a generation.
+    """
+
+    def __init__(self, head: Mapping[str, Any], file: Path | None, as_json: bool) -> None:
+        self._head, self._file, self._as_json = head, file, as_json
+        self._timed: list[dict[str, Any]] = []
+        self._rows: dict[str, BenchRow] = {}
+        self._complete = False
+
+    def __enter__(self) -> Written:
+        if self._as_json:
+            begun = json.dumps(self._head, indent=1).removesuffix("\n}")
+            print(f'{begun},\n "timed": [', end="", flush=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._save()
+        if self._as_json:
+            end = json.dumps({"complete": self._complete, "rows": self._plain()}, indent=1)
+            print("\n ],\n" + end.removeprefix("{\n"), flush=True)
+
+    def timed(self, number: int, row: BenchRow) -> None:
+        """A variant was timed in a round, or failed.
+
+        Args:
+            number: of the round, from 0.
+            row: of the variant, as far as it is known.
+        """
+        before = self._rows.get(row.name)
+        if row.error is not None and before is not None and before.error is not None:
+            return
+        self._rows[row.name] = row
+        said = {
+            "round": number + 1,
+            "method": row.name,
+            "seconds": None,
+            "speedup": None,
+            "error": row.error,
+        }
+        if row.error is None:
+            said |= {"seconds": row.rounds[-1], "speedup": row.speedup}
+        self._timed.append(said)
+        if self._as_json:
+            print(f"{',' if len(self._timed) > 1 else ''}\n  {json.dumps(said)}", end="", flush=True)
+        else:
+            figures = f"{row.seconds_per_image:.3f} s each, {shown(row.speedup, '.2f', 'x')}"
+            print(f"round {number + 1}  {row.name}: {row.error or figures}", flush=True)
+        self._save()
+
+    def all(self, rows: Sequence[BenchRow]) -> None:
+        """Everything was measured."""
+        self._rows, self._complete = {row.name: row for row in rows}, True
+
+    def _plain(self) -> list[dict[str, Any]]:
+        return [row.to_dict() for row in self._rows.values()]
+
+    def _save(self) -> None:
+        if self._file is None or not self._timed:
+            return
+        whole = {**self._head, "timed": self._timed, "complete": self._complete, "rows": self._plain()}
+        text = json.dumps(whole, indent=1) + "\n"
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._file, lambda to: to.write_text(text, encoding="utf-8"))
+
+
 def print_rows(rows: list[BenchRow], baseline: str) -> None:
     """The table of a measurement."""
-    table = Table()
-    table.add_column("method", no_wrap=True)
-    for name in (
-        "s each",
-        "images\na minute",
-        "spread",
-        f"speed-up\nover {baseline}",
-        "fewer\nMACs",
-        "efficiency\nof calls",
-        "peak MiB",
-    ):
-        table.add_column(name, justify="right")
+    times = table(
+        f"speed-up over {baseline}",
+        "method",
+        *("s each", "images\na minute", "spread", "speed-up"),
+        *("fewer\nMACs", "efficiency\nof calls", "peak\nMiB"),
+    )
     for row in rows:
         if row.error is not None:
-            table.add_row(row.name, "failed")
+            times.add_row(row.name, "failed")
             continue
-        table.add_row(
-            noted(row),
+        times.add_row(
+            row.name,
             f"{row.seconds_per_image:.3f}",
             f"{60 * row.images_per_second:.1f}",
             f"{row.spread:.2f}",
@@ -161,12 +222,14 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
             shown(row.efficiency, ".2f"),
             shown(row.peak_mib, ".0f"),
         )
-    console = Console()
-    console.print(table)
+    console = output()
+    console.print(times)
     for row in rows:
         if row.error is not None:
-            console.print(f"{row.name}: {row.error}", markup=False, soft_wrap=True)
-    calls = Table("method", "calls", "depth", "pruned", "ms a call")
+            console.print(f"{row.name}: {row.error}", soft_wrap=True)
+        elif noted(row) != row.name:
+            console.print(noted(row), soft_wrap=True)
+    calls = table("", "method", "calls", "depth", "pruned", "ms a call")
     for row in rows:
         for kind in row.calls:
             pruned, milliseconds = shown(kind.ratio, ".0%"), f"{kind.seconds * 1e3:.1f}"

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
 from regrow import zoo
 from regrow.apply import apply
-from regrow.cli.generate import load_pipeline
+from regrow.cli.models import load_pipeline
+from regrow.cli.terminal import Bar, busy, output, remarks, table
 from regrow.measure import contact_sheet, feature_distances, mean_psnr
 from regrow.measure.features import MissingWeightsError
 from regrow.measure.keep import check_writable
@@ -56,8 +54,8 @@ class Row:
 def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
     """Generate the pictures, save ``demo.png`` and ``demo.json`` in ``out``, print the table."""
     check_writable("--out", out, folder=True)
-    console = Console(stderr=True)
-    with console.status("loading the bundled model"):
+    console = remarks()
+    with busy(console, "loading the bundled model"):
         pipeline = load_pipeline("emoji", "cpu", torch.float32)
         # Threads and memory are set up in the first calls; they belong to no method.
         make(pipeline, PROMPTS, steps=1, guidance=zoo.GUIDANCE["emoji"])
@@ -73,18 +71,12 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
     ]
     pictures: dict[str, Pictures] = {}
     ratios: dict[str, float] = {}
-    columns = (
-        TextColumn("{task.description:19}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        tasks = {name: progress.add_task(name, total=own) for name, _, own in variants}
+    with Bar(console) as bar:
+        tasks = {name: bar.add_task(name, total=own) for name, _, own in variants}
         for name, config, own in variants:
 
             def step(task: Any = tasks[name]) -> None:
-                progress.advance(task)
+                bar.advance(task)
 
             options: dict[str, Any] = {
                 "steps": own,
@@ -99,7 +91,7 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
                 pictures[name] = make(pipeline, PROMPTS, **options)
             report = run.report()
             ratios[name] = report.full_macs / report.macs
-    with console.status("comparing the pictures"):
+    with busy(console, "comparing the pictures"):
         rows = [_row(name, pictures, ratio) for name, ratio in ratios.items()]
     out.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(
@@ -114,10 +106,9 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
     if as_json:
         print(text)
         return
-    method = Column("method", no_wrap=True)
-    table = Table(method, "s an image", "speed-up", "MACs", "PSNR dB", "feature distance")
+    shown = table("", "method", "s an\nimage", "speed-up", "MACs", "PSNR\ndB", "feature\ndistance")
     for r in rows:
-        table.add_row(
+        shown.add_row(
             r.method,
             f"{r.seconds:.2f}",
             f"{r.speedup:.2f}x",
@@ -125,7 +116,7 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
             "-" if r.psnr is None else f"{r.psnr:.1f}",
             "-" if r.feature_distance is None else f"{r.feature_distance:.3f}",
         )
-    Console().print(table)
+    output().print(shown)
     if rows[-1].feature_distance is None:
         print("feature distance: needs the extractor, pip install 'regrow[measure]'")
     print(out / "demo.png")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -14,12 +13,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from regrow import zoo
 from regrow.cli.engine import Where
-from regrow.cli.generate import best_device, check_device, check_pictures, check_scheduler, load_pipeline
+from regrow.cli.models import (
+    best_device,
+    check_device,
+    check_pictures,
+    check_room,
+    check_scheduler,
+    load_pipeline,
+)
+from regrow.cli.terminal import Bar, busy, output, remarks, table
+from regrow.measure import contact_sheet
 from regrow.measure.clip import ClipScore
 from regrow.measure.evaluate import (
     Gain,
@@ -32,12 +39,19 @@ from regrow.measure.evaluate import (
 )
 from regrow.measure.exchange import Scores, check_export, export, read_scores
 from regrow.measure.extractors import Extractor, Labels, Network, extractor
+from regrow.measure.images import to_picture
 from regrow.measure.keep import check_writable, write_whole
+from regrow.measure.lock import locked
 from regrow.measure.machine import machine, model_key, text_key
 from regrow.measure.prompts import PromptSet, fetch, named, read_prompts
 from regrow.measure.reference import Reference, load, of_pictures, pictures_in
 from regrow.measure.sampling import check_prompts
 from regrow.measure.variants import Variant
+
+FEW = 256
+"""Pictures below which figures of sets say nothing."""
+SHEET = 8
+"""Prompts on the contact sheet."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,18 @@ class Request:
 
 
 def run_eval(request: Request, as_json: bool) -> None:
-    """Make what is missing, compare, save ``result.json``, and print a table."""
+    """Make what is missing, compare, save ``result.json`` and a contact sheet, and print a table.
+
+    Raises:
+        ValueError: if an option is not allowed, or another process is at work in the folder.
+    """
+    check_writable("--out", request.out, folder=True)
+    with locked("--out", request.out):
+        _evaluate(request, as_json)
+
+
+def _evaluate(request: Request, as_json: bool) -> None:
+    """`run_eval` in a folder that nobody else writes."""
     variants = request.variants
     if request.save_reference is not None and (request.reference is None or request.reference.is_file()):
         raise ValueError("--save-reference: it needs --reference with a folder of pictures")
@@ -87,13 +112,13 @@ def run_eval(request: Request, as_json: bool) -> None:
     if request.save_reference is not None:
         check_writable("--save-reference", request.save_reference)
     check_against(variants, request.against)
-    if not request.out.exists():
+    if not (request.out / "setting.json").exists():
         # Pictures that are there need no model.
         check_pictures(request.model)
     scores = read_scores(request.scores, variants)
     device = check_device(request.device) if request.device else best_device()
     request.where.check(device)
-    console = Console(stderr=True)
+    console = remarks()
     # What is missing is missing before the pictures are made, not after it.
     seer = extractor(request.features, device)
     if find_spec("skimage") is None:
@@ -117,7 +142,7 @@ def run_eval(request: Request, as_json: bool) -> None:
         check_export(request.export, setting)
     reference = _reference_file(request.reference, seer)
     true_pictures = pictures_in(request.reference) if request.reference and reference is None else []
-    with console.status("loading the CLIP model"):
+    with busy(console, "loading the CLIP model") if request.clip is not None else nullcontext():
         clip = None if request.clip is None else ClipScore(request.clip, device)
     pictures = Pictures(request.out, setting, device, request.where.threads)
     _make(request, pictures, variants, device, console)
@@ -157,11 +182,14 @@ def run_eval(request: Request, as_json: bool) -> None:
     }
     text = json.dumps(result, indent=1)
     write_whole(request.out / "result.json", lambda to: to.write_text(text + "\n", encoding="utf-8"))
+    sheet = _sheet(pictures, variants)
     if as_json:
         print(text)
         return
     seconds = {one.name: pictures.seconds(one) for one in variants}
-    print_rows(rows, seconds, result["reference"], seer.labels, scores)
+    print_rows(rows, seconds, result["reference"], seer.labels, scores, len(setting.prompts))
+    for file in (request.out / "result.json", sheet):
+        print(file)
 
 
 def _prompts(request: Request) -> tuple[str, ...]:
@@ -207,30 +235,9 @@ def patient(console: Console, what: str, total: int, after: float = 2.0) -> Iter
     Yields:
         What advances it by one.
     """
-    bar = _bar(console)
-    task = bar.add_task(what, total=total)
-    begin = time.monotonic()
-
-    def advance() -> None:
-        bar.advance(task)
-        if not bar.live.is_started and time.monotonic() - begin > after:
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            bar.stop()
-
-
-def _bar(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description:24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console)
+    with Bar(console, after=after) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
 
 
 def _make(
@@ -241,20 +248,23 @@ def _make(
     if others and not request.check_kept:
         names = ", ".join(one.name for one in others)
         console.print(
-            "made by other code or packages, or on another processor or number of threads: pictures of "
-            f"{names} in {pictures.folder}. --check-kept makes a batch of each again and compares.",
+            "regrow: warning: made by other code or packages, or on another processor or number of "
+            f"threads: pictures of {names} in {pictures.folder}. --check-kept makes a batch of each again "
+            "and compares.",
             style="yellow",
-            markup=False,
+            soft_wrap=True,
         )
     check = others if request.check_kept else []
     jobs = sum(len(pictures.made_otherwise(one)) for one in check)
     jobs += sum(len(pictures.missing(one)) for one in variants)
     if not jobs:
         return
+    s = pictures.setting
+    check_room(s.model, s.height, s.width, min(s.shard, len(s.prompts)), device, getattr(torch, s.dtype))
     setting = replace(pictures.setting, model=zoo.from_anywhere(pictures.setting.model))
     asked = [one for one in variants if one in check or pictures.missing(one)]
     maker = partial(_maker, setting, device, asked)
-    with request.where.open(maker, device) as workers, _bar(console) as progress:
+    with request.where.open(maker, device) as workers, Bar(console) as progress:
         task = progress.add_task(f"loading {request.model}", total=jobs)
 
         def advance(one: Variant) -> None:
@@ -274,29 +284,43 @@ def _maker(setting: Setting, device: str, variants: Sequence[Variant]) -> ShardM
 
 
 def print_rows(
-    rows: Sequence[Quality], seconds: dict[str, float], reference: str, labels: Labels, scores: Scores
+    rows: Sequence[Quality],
+    seconds: dict[str, float],
+    reference: str,
+    labels: Labels,
+    scores: Scores,
+    pictures: int,
 ) -> None:
-    """Two tables: each picture by itself, and all of them as a set."""
+    """Two tables: each picture by itself, and all of them as a set, if they are enough for that."""
+    console = output()
+    if pictures < FEW:
+        console.print(
+            f"Only {pictures} pictures: small differences are chance, and figures of sets "
+            f"({labels.fd} and so on) are left out below {FEW}.",
+            soft_wrap=True,
+        )
+    console.print(_single(rows, seconds, scores))
+    if pictures >= FEW:
+        console.print(_together(rows, reference, labels))
+
+
+def _single(rows: Sequence[Quality], seconds: dict[str, float], scores: Scores) -> Table:
+    """What each picture is by itself, the mean or median over all."""
     metrics = list(dict.fromkeys(metric for own in scores.values() for metric in own))
     clip = any(row.clip_score is not None for row in rows)
     gains = any(row.gain is not None for row in rows)
     others = list(dict.fromkeys(row.gain.over for row in rows if row.gain is not None))
-    single = _table(
+    made = table(
         f"PSNR, SSIM, distance: to {rows[0].name}"
         + (f"\ngain: PSNR more than {' or '.join(others)}, mean and its standard error" if gains else ""),
-        [
-            *("s an image", "PSNR dB", "SSIM", "distance"),
-            *(["gain dB"] if gains else []),
-            *(["CLIP score"] if clip else []),
-            *metrics,
-        ],
-    )
-    together = _table(
-        f"All pictures beside {reference}; {labels.inception_score} beside none",
-        [labels.fd, labels.sfd, labels.kd, "precision", "recall", labels.inception_score],
+        "method",
+        *("s an\nimage", "PSNR\ndB", "SSIM", "distance"),
+        *(["gain dB"] if gains else []),
+        *(["CLIP\nscore"] if clip else []),
+        *metrics,
     )
     for row in rows:
-        single.add_row(
+        made.add_row(
             row.name,
             f"{seconds[row.name]:.3f}",
             _shown(row.psnr, 1),
@@ -306,7 +330,19 @@ def print_rows(
             *([_shown(row.clip_score, 2)] if clip else []),
             *(_shown(scores[row.name].get(metric), 4) for metric in metrics),
         )
-        together.add_row(
+    return made
+
+
+def _together(rows: Sequence[Quality], reference: str, labels: Labels) -> Table:
+    """What all pictures are as a set."""
+    names = (labels.fd, labels.sfd, labels.kd, "precision", "recall", labels.inception_score)
+    made = table(
+        f"All pictures beside {reference}; {labels.inception_score} beside none",
+        "method",
+        *names,
+    )
+    for row in rows:
+        made.add_row(
             row.name,
             _shown(row.fd, 2),
             _shown(row.sfd, 2),
@@ -315,17 +351,23 @@ def print_rows(
             _shown(row.recall, 3),
             _shown(row.inception_score, 2),
         )
-    console = Console()
-    console.print(single)
-    console.print(together)
+    return made
 
 
-def _table(caption: str, columns: Sequence[str]) -> Table:
-    table = Table(caption=caption, pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", overflow="fold")
-    return table
+def _sheet(pictures: Pictures, variants: Sequence[Variant]) -> Path:
+    """The first pictures of all variants side by side, as a file."""
+    prompts = pictures.setting.prompts[: min(SHEET, pictures.setting.shard)]
+    columns = [
+        [to_picture(p.float() / 255) for p in pictures.shard(one, 0)[: len(prompts)]] for one in variants
+    ]
+    sheet = contact_sheet(
+        list(zip(*columns, strict=True)),
+        columns=[one.name.replace("+", "\n+").replace(":", ":\n", 1) for one in variants],
+        labels=[text if len(text) <= 40 else f"{text[:38]} ..." for text in prompts],
+    )
+    file = pictures.folder / "contact-sheet.png"
+    write_whole(file, lambda to: sheet.save(to, "PNG"))
+    return file
 
 
 def _shown(value: float | None, digits: int) -> str:

@@ -4,223 +4,326 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from diffusers import AutoPipelineForImage2Image
+from PIL import Image, UnidentifiedImageError
 
-from regrow import zoo
+from regrow import __version__, zoo
 from regrow.apply import apply
+from regrow.cli.models import best_device, check_device, check_pictures, check_room, load_pipeline
+from regrow.cli.terminal import Bar, busy, output, remarks, table
 from regrow.measure import contact_sheet, mean_psnr
+from regrow.measure.images import on_white
 from regrow.measure.keep import check_writable
-from regrow.measure.samplers import Sampler
-from regrow.measure.sampling import Pictures, make, makes_videos
-from regrow.memory import keep_freed_memory
+from regrow.measure.machine import machine, model_key
+from regrow.measure.sampling import Pictures, check_prompts, make
 
 # Steps; some schedulers have no single one.
 WARM_UP = 2
+SIDE = 8
+"""Pixels of which a picture's sides are multiples."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate; fields are the options of the command."""
+    """What to generate; fields are the options of the command, the prompts as texts."""
 
     model: str
     prompts: tuple[str, ...]
+    negative_prompt: str | None
+    image: Path | None
+    strength: float | None
     steps: int
     scheduler: str | None
     guidance: float | None
     seed: int
     height: int | None
     width: int | None
+    batch: int
     out: Path
     device: str | None
     dtype: str
     compare: bool
 
 
-def best_device() -> str:
-    """The fastest device of this machine."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def check_device(name: str) -> str:
-    """The name of a device that is there.
-
-    Raises:
-        ValueError: if torch does not know the device, or it is not there.
-    """
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device: {name!r} can't be used; best here is {best_device()} ({reason})"
-        ) from error
-    return name
-
-
-def load_pipeline(
-    model: str, device: str, dtype: torch.dtype, scheduler: str | None = None, *, videos: bool = False
-) -> Any:
-    """A pipeline of pictures from text or classes: bundled by name, from a folder, or from the hub.
+@dataclass(frozen=True)
+class Made:
+    """What one method made of all prompts.
 
     Args:
-        model: name, folder or hub id.
-        device: to run on; on a CPU, with `keep_freed_memory`.
-        dtype: of the weights.
-        scheduler: another one than the model's own, as `Sampler.parse` takes it.
-        videos: also a pipeline of videos from text.
-
-    Raises:
-        ValueError: if there is no such scheduler, or the model can't be sampled by it, or it makes videos.
+        images: one a prompt.
+        seconds: for all of them.
+        macs: of the denoiser in all calls, and what they would be without the method; None of the plain
+            pipeline.
     """
-    sampler = Sampler.parse(scheduler) if scheduler is not None else None
-    pipeline = _load(model, device, dtype, videos)
-    if sampler is not None:
-        sampler.put_into(pipeline)
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()
-    return pipeline
 
-
-def check_scheduler(model: str, scheduler: str) -> None:
-    """Look whether a model can be sampled by a scheduler, without its weights.
-
-    Raises:
-        ValueError: if there is no such scheduler, or the model can't be sampled by it.
-    """
-    where: Any = zoo.path(model) if zoo.bundles(model) else model
-    sampler = Sampler.parse(scheduler)
-    _, name = diffusers.DiffusionPipeline.load_config(where).get("scheduler", (None, None))
-    kind = getattr(diffusers, name or "", None)
-    if kind is None:
-        raise ValueError(f"scheduler: {model} has none of diffusers that could be replaced")
-    sampler.instead_of(kind.from_pretrained(where, subfolder="scheduler"))
-
-
-def _load(model: str, device: str, dtype: torch.dtype, videos: bool) -> Any:
-    if zoo.bundles(model):
-        return zoo.load(model, dtype=dtype, device=device)
-    pipeline: Any = _kind(model, videos).from_pretrained(model, dtype=dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def check_pictures(model: str) -> None:
-    """Look whether a model makes pictures, without its weights.
-
-    Raises:
-        ValueError: if it makes videos.
-        OSError: if there is no such model.
-    """
-    if not zoo.bundles(model):
-        _kind(model, videos=False)
-
-
-def _kind(model: str, videos: bool) -> Any:
-    """The class by which a model's pipeline is opened."""
-    config: Any = diffusers.DiffusionPipeline.load_config(model)
-    name = config["_class_name"]
-    own = getattr(diffusers, name, None)
-    if own is diffusers.DiTPipeline:
-        return own
-    if own is None or not makes_videos(own):
-        # The automatic choice knows pipelines of pictures from text only.
-        return diffusers.AutoPipelineForText2Image
-    if not videos:
-        raise ValueError(f"model: {model} makes videos ({name}); only regrow bench takes them")
-    given = {"image", "video"} & set(inspect.signature(own.__call__).parameters)
-    if given:
-        raise ValueError(f"model: {model} ({name}) needs {' and '.join(sorted(given))}, not a text alone")
-    return own
+    images: list[Image.Image]
+    seconds: float
+    macs: tuple[int, int] | None
 
 
 def run_generate(request: Request, config: Any, label: str, as_json: bool) -> None:
-    """Generate, save, and say what it took."""
+    """Generate, save pictures and what made them, and say what it took."""
+    source = _check(request, config)
+    console = remarks()
+    device = check_device(request.device) if request.device else best_device()
+    dtype = getattr(torch, request.dtype)
+    check_pictures(request.model)
+    pictures = min(request.batch, len(request.prompts))
+    sides = (request.height, request.width) if source is None or request.height else (None, None)
+    check_room(request.model, *sides, pictures, device, dtype)
+    with busy(console, f"loading {request.model}"):
+        pipeline = load_pipeline(request.model, device, dtype, request.scheduler)
+    check_prompts(pipeline, request.prompts)
+    options = _options(request, pipeline)
+    if source is not None:
+        pipeline, options = _from_image(request, pipeline, source, options)
+    if request.compare:
+        # What is set up in the first calls, a GPU's libraries too, belongs to no method.
+        with busy(console, "warming up"):
+            _make(pipeline, request.prompts[:pictures], options | {"steps": _few(request)})
+    variants = [("unaccelerated", None)] if request.compare or config is None else []
+    variants += [] if config is None else [(label, config)]
+    results: dict[str, Made] = {}
+    with Bar(console) as bar:
+        for name, method in variants:
+            task = bar.add_task(name, total=None)
+
+            def step(task: Any = task) -> None:
+                batches = -(-len(request.prompts) // request.batch)
+                bar.update(task, total=len(pipeline.scheduler.timesteps) * batches, advance=1)
+
+            results[name] = _all(request, pipeline, method, options | {"on_step": step})
+    files = _save(request, results[variants[-1][0]].images)
+    rows = _rows(request, results)
+    if request.compare:
+        files.append(_sheet(request, results))
+    record = {
+        "what": "generated pictures",
+        "regrow": __version__,
+        "files": [file.name for file in files],
+        **_said(request),
+        "model_key": model_key(request.model),
+        "guidance": options["guidance"],
+        "scheduler": type(pipeline.scheduler).__name__,
+        "pipeline": type(pipeline).__name__,
+        "method": label if config is not None else None,
+        "config": None if config is None else config.model_dump(mode="json"),
+        "machine": machine(device),
+        "results": rows,
+    }
+    beside = request.out.with_suffix(".json")
+    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        print(
+            json.dumps(
+                {"files": [str(f) for f in files], "methods": rows, "made_by": str(beside)}, indent=1
+            )
+        )
+        return
+    _print(rows)
+    for file in (*files, beside):
+        print(file)
+
+
+def _check(request: Request, config: Any) -> Image.Image | None:
+    """Refuse before any work what is not allowed; returns the picture to begin with, if there is one."""
     known = Image.registered_extensions()
     if known.get(request.out.suffix.lower()) not in Image.SAVE:
         raise ValueError(
             f"--out: {request.out} is not allowed, it must end like a picture: .png, .jpg, .webp"
         )
     check_writable("--out", request.out)
+    check_writable("--out", request.out.with_suffix(".json"))
     if request.compare and config is None:
         raise ValueError("--compare: it needs --method, which it compares with the unaccelerated run")
-    console = Console(stderr=True)
-    device = check_device(request.device) if request.device else best_device()
-    with console.status(f"loading {request.model}"):
-        pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype), request.scheduler)
     guidance = zoo.guidance_of(request.model, request.guidance)
-    size: dict[str, Any] = {"guidance": guidance, "height": request.height, "width": request.width}
-    if request.compare:
-        # What is set up in the first calls, a GPU's libraries too, belongs to no method.
-        with console.status("warming up"):
-            make(pipeline, request.prompts, steps=min(request.steps, WARM_UP), **size)
-    variants = [("unaccelerated", None)] if request.compare or config is None else []
-    variants += [] if config is None else [(label, config)]
-    results: dict[str, Pictures] = {}
-    ran = None
-    with Progress(console=console) as progress:
-        for name, method in variants:
-            task = progress.add_task(name, total=None)
-
-            def step(task: Any = task) -> None:
-                progress.update(task, total=len(pipeline.scheduler.timesteps), advance=1)
-
-            options: dict[str, Any] = {
-                "steps": request.steps,
-                "seed": request.seed,
-                "on_step": step,
-                **size,
-            }
-            if method is None:
-                results[name] = make(pipeline, request.prompts, **options)
-            else:
-                with apply(pipeline, method) as ran:
-                    results[name] = make(pipeline, request.prompts, **options)
-    files = _save(request, results[variants[-1][0]].images)
-    rows: list[dict[str, Any]] = [
-        {"method": name, "seconds_per_image": r.seconds / len(r.images)} for name, r in results.items()
-    ]
-    if ran is not None:
-        report = ran.report()
-        rows[-1]["macs_ratio"] = report.full_macs / report.macs
-    if request.compare:
-        plain, fast = (results[name] for name, _ in variants)
-        rows[-1]["speedup"] = plain.seconds / fast.seconds
-        rows[-1]["psnr"] = mean_psnr(zip(plain.images, fast.images, strict=True))
-        sheet = contact_sheet(
-            list(zip(plain.images, fast.images, strict=True)),
-            columns=["unaccelerated", label],
-            labels=list(request.prompts),
-            side=min(plain.images[0].width * 2, 512),
+    if request.negative_prompt is not None and guidance is not None and guidance <= 1:
+        raise ValueError(
+            f"--negative-prompt: it does nothing with --guidance {guidance:g}, which must be > 1"
         )
-        file = request.out.with_stem(request.out.stem + "-compare")
-        sheet.save(file)
-        files.append(file)
-    if as_json:
-        print(json.dumps({"files": [str(f) for f in files], "methods": rows}, indent=1))
-        return
-    table = Table("method", "s an image", "speed-up", "MACs", "PSNR dB")
+    if request.strength is not None:
+        if request.image is None:
+            raise ValueError("--strength: it goes with --image")
+        if not 0 < request.strength <= 1 or int(request.steps * request.strength) < 1:
+            raise ValueError(
+                f"--strength: {request.strength:g} is not allowed, it must be from {1 / request.steps:.2g} "
+                f"to 1: at least one of {request.steps} steps"
+            )
+    if request.image is None:
+        return None
+    try:
+        return on_white(Image.open(request.image))
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"--image: {request.image} can't be read as a picture") from error
+
+
+def _options(request: Request, pipeline: Any) -> dict[str, Any]:
+    """The arguments of `make` that all batches have.
+
+    Raises:
+        ValueError: if the pipeline takes no negative prompt.
+    """
+    takes = inspect.signature(pipeline.__call__).parameters
+    # Pipelines with a true guidance scale listen to a negative prompt above 1 only, which is not their own.
+    if request.negative_prompt is not None and (
+        "negative_prompt" not in takes or "true_cfg_scale" in takes or "class_labels" in takes
+    ):
+        raise ValueError(f"--negative-prompt: {type(pipeline).__name__} takes none")
+    return {
+        "steps": request.steps,
+        "guidance": zoo.guidance_of(request.model, request.guidance),
+        "height": request.height,
+        "width": request.width,
+        "more": {},
+    }
+
+
+def _from_image(
+    request: Request, pipeline: Any, source: Image.Image, options: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline that begins with a picture, and what it takes.
+
+    Raises:
+        ValueError: if there is none of this model's kind.
+    """
+    own = _own_side(pipeline)
+    try:
+        changed: Any = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        raise ValueError(f"--image: diffusers has no {type(pipeline).__name__} that takes one") from error
+    changed.set_progress_bar_config(disable=True)
+    size = (request.width, request.height) if request.width and request.height else _size(source, own)
+    more: dict[str, Any] = {"image": source.resize(size, Image.Resampling.LANCZOS)}
+    more |= {} if request.strength is None else {"strength": request.strength}
+    takes = "height" in inspect.signature(changed.__call__).parameters
+    width, height = size if takes else (None, None)
+    return changed, {**options, "height": height, "width": width, "more": more}
+
+
+def _own_side(pipeline: Any) -> int:
+    """The side in pixels of the square pictures that a pipeline was made for."""
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    return int(getattr(denoiser.config, "sample_size", None) or 128) * int(
+        getattr(pipeline, "vae_scale_factor", SIDE)
+    )
+
+
+def _size(source: Image.Image, own: int) -> tuple[int, int]:
+    """Width and height of a picture's shape and about the model's own area, in multiples of `SIDE`."""
+    scale = own / sqrt(source.width * source.height)
+    width, height = (max(round(side * scale / SIDE), 1) * SIDE for side in source.size)
+    return width, height
+
+
+def _few(request: Request) -> int:
+    """Steps of a warm-up, of which a run from a picture makes one at least."""
+    return min(request.steps, max(WARM_UP, ceil(1 / (request.strength or 1))))
+
+
+def _batches(request: Request) -> Iterator[tuple[int, Sequence[str]]]:
+    """Number of the first prompt, and the prompts of a batch."""
+    for start in range(0, len(request.prompts), request.batch):
+        yield start, request.prompts[start : start + request.batch]
+
+
+def _all(request: Request, pipeline: Any, method: Any, options: Mapping[str, Any]) -> Made:
+    """The pictures of all prompts by one method."""
+    made: list[Pictures] = []
+
+    def run(after: Callable[[], None] = lambda: None) -> None:
+        for start, prompts in _batches(request):
+            seeded = {**options, "seed": request.seed + start}
+            made.append(_make(pipeline, prompts, seeded, request.negative_prompt))
+            after()
+
+    macs = None
+    if method is None:
+        run()
+    else:
+        sums: list[tuple[int, int]] = []
+        with apply(pipeline, method) as applied:
+
+            def count() -> None:
+                report = applied.report()
+                sums.append((report.macs, report.full_macs))
+
+            run(count)
+        macs = (sum(own for own, _ in sums), sum(full for _, full in sums))
+    images = [image for pictures in made for image in pictures.images]
+    return Made(images, sum(pictures.seconds for pictures in made), macs)
+
+
+def _make(
+    pipeline: Any, prompts: Sequence[str], options: Mapping[str, Any], negative: str | None = None
+) -> Pictures:
+    """One batch."""
+    more = dict(options["more"])
+    if negative is not None:
+        more["negative_prompt"] = [negative] * len(prompts)
+    if "image" in more:
+        more["image"] = [more["image"]] * len(prompts)
+    return make(pipeline, prompts, **{**options, "more": more})
+
+
+def _rows(request: Request, results: Mapping[str, Made]) -> list[dict[str, Any]]:
+    """What each method took, and how far its pictures are from the first one's."""
+    rows: list[dict[str, Any]] = [
+        {"method": name, "seconds_per_image": made.seconds / len(made.images)}
+        for name, made in results.items()
+    ]
+    last = list(results.values())[-1]
+    if last.macs is not None:
+        own, full = last.macs
+        rows[-1] |= {"macs": own, "full_macs": full, "macs_ratio": full / own}
+    if request.compare:
+        plain = next(iter(results.values()))
+        rows[-1]["speedup"] = plain.seconds / last.seconds
+        rows[-1]["psnr"] = mean_psnr(zip(plain.images, last.images, strict=True))
+    return rows
+
+
+def _sheet(request: Request, results: Mapping[str, Made]) -> Path:
+    """Both methods' pictures side by side, as a file."""
+    images = [made.images for made in results.values()]
+    sheet = contact_sheet(
+        list(zip(*images, strict=True)),
+        columns=list(results),
+        labels=list(request.prompts),
+        side=min(images[0][0].width * 2, 512),
+    )
+    file = request.out.with_stem(request.out.stem + "-compare")
+    sheet.save(file)
+    return file
+
+
+def _said(request: Request) -> dict[str, Any]:
+    """The options as plain data, but for where the pictures are."""
+    said = {
+        name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()
+    }
+    return {
+        name: value for name, value in said.items() if name not in ("out", "device", "compare", "scheduler")
+    } | {"scheduler_given": request.scheduler}
+
+
+def _print(rows: Sequence[Mapping[str, Any]]) -> None:
+    shown = table("", "method", "s an image", "speed-up", "MACs", "PSNR dB")
     for row in rows:
-        table.add_row(
+        shown.add_row(
             row["method"],
             f"{row['seconds_per_image']:.2f}",
             f"{row['speedup']:.2f}x" if "speedup" in row else "-",
             f"{row['macs_ratio']:.2f}x fewer" if "macs_ratio" in row else "-",
             ("equal" if row["psnr"] is None else f"{row['psnr']:.1f}") if "psnr" in row else "-",
         )
-    Console().print(table)
-    for file in files:
-        print(file)
+    output().print(shown)
 
 
 def _save(request: Request, images: list[Image.Image]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What the command line shows of others: their names and paths as they are, their errors in our words."""
+"""What the command line says of errors of others: one line, in our words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any
 
 from pydantic import ValidationError
-from rich.markup import escape
 
 from regrow.fields import explain
 from regrow.words import one_line, shown
@@ -24,14 +23,10 @@ _SAID = (
 )
 
 
-def harmless(text: object) -> str:
-    """Text of others for rich's tables and prints: no markup in it counts, and no control character."""
-    # rich knows no other way to leave :smile: alone in what it takes for markup.
-    return re.sub(r":(?=[\w-]+:)", ":[none][/none]", escape(one_line(str(text))))
-
-
 def in_one_line(error: BaseException) -> str:
     """What an error says, in one line of at most 1,000 characters."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return one_line(f"{error.filename}: {error.strerror}")
     text = explain(error) if isinstance(error, ValidationError) else str(error)
     return one_line("; ".join(line for line in text.splitlines() if line) or type(error).__name__)
 

@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import platform
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from regrow import zoo
+from regrow import __version__, zoo
 from regrow.cli.ablations import ABLATIONS, ablated, against, merged, pair
 from regrow.cli.engine import Engine, Where
 from regrow.cli.harmless import in_one_line, in_plain_words
+from regrow.cli.terminal import busy, output, remarks, table
 from regrow.cli.usual import usual
-from regrow.fields import MOST_CALLS, MOST_COUNT, MOST_SEED
+from regrow.fields import MOST_CALLS, MOST_COUNT, MOST_GUIDANCE, MOST_PIXELS, MOST_SEED, check_within
 from regrow.measure.extractors import Network
-from regrow.methods.catalogue import SYSTEMS
 from regrow.search.search import Algorithm
-from regrow.words import offer, shown
+from regrow.words import offer, one_line, shown
 
 app = typer.Typer(
-    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Faster diffusion sampling by computing fewer tokens at fewer steps.",
 )
 
-# Where typer has it from differs between its versions.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+STOPPED = 130
+"""Exit code of a command that was stopped by Ctrl-C."""
+_RESUMABLE = frozenset({"calibrate", "eval", "search"})
+# typer exports no more of the classes of what it raises for options it can't read.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+_FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 # Names are those of diffusers, so that a user can look them up there.
 DTYPES = ("float32", "bfloat16", "float16")
+
+SIDE = 8
+"""Pixels of which a picture's sides are multiples."""
 
 USUAL = "By default all steps, half, and what runs on the model."
 
@@ -68,7 +78,30 @@ def _known_scheduler(text: Optional[str]) -> Optional[str]:
     return text
 
 
-Model = Annotated[str, typer.Option(help="Bundled name, folder, or hub id.")]
+def _known_guidance(value: Optional[float]) -> Optional[float]:
+    if value is not None:
+        check_within("guidance", value, 0, MOST_GUIDANCE)
+    return value
+
+
+def _known_side(option: typer.CallbackParam, value: Optional[int]) -> Optional[int]:
+    if value is not None:
+        check_within(str(option.name), value, SIDE, MOST_PIXELS)
+        if value % SIDE:
+            raise ValueError(
+                f"{option.name}: {value} is not allowed, it must be a multiple of {SIDE}, such as "
+                f"{value - value % SIDE}"
+            )
+    return value
+
+
+def _known_seed(value: int) -> int:
+    # Those of the pictures follow it.
+    check_within("seed", value, 0, MOST_SEED - MOST_COUNT)
+    return value
+
+
+Model = Annotated[str, typer.Option(help="Bundled name, folder, file of weights, or hub id.")]
 Method = Annotated[
     Optional[str],
     typer.Option(help="Method; see [b]regrow methods[/b]. Or with settings: cat:0.3+deepcache:2."),
@@ -85,7 +118,10 @@ Searched = Annotated[str, typer.Option(help="See [b]regrow methods[/b]; or two, 
 Steps = Annotated[int, typer.Option(help="Sampler steps.", min=1, max=MOST_CALLS)]
 MethodSteps = Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1, max=MOST_CALLS)]
 StepRange = Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")]
-Seed = Annotated[int, typer.Option(help="Seed of the first prompt; the others follow.")]
+Seed = Annotated[
+    int,
+    typer.Option(help="Seed of the first prompt; the others follow.", callback=_known_seed),
+]
 Scheduler = Annotated[
     Optional[str],
     typer.Option(
@@ -93,9 +129,16 @@ Scheduler = Annotated[
         callback=_known_scheduler,
     ),
 ]
-Guidance = Annotated[Optional[float], typer.Option(help="Guidance scale; the pipeline's own.")]
-Height = Annotated[Optional[int], typer.Option(help="Height in pixels; the model's own.")]
-Width = Annotated[Optional[int], typer.Option(help="Width in pixels; the model's own.")]
+Guidance = Annotated[
+    Optional[float],
+    typer.Option(help="Guidance scale; the pipeline's own.", callback=_known_guidance),
+]
+Height = Annotated[
+    Optional[int], typer.Option(help="Height in pixels; the model's own.", callback=_known_side)
+]
+Width = Annotated[
+    Optional[int], typer.Option(help="Width in pixels; the model's own.", callback=_known_side)
+]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; the best there is.")]
 Dtype = Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".", callback=_known_dtype)]
 Batch = Annotated[int, typer.Option(help="Pictures in one batch.", min=1, max=MOST_COUNT)]
@@ -106,6 +149,25 @@ Address = Annotated[
     typer.Option(help="Address of the cluster, or auto; one is started on this machine if none."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("diffusers", "torch"))
+        print(f"regrow {__version__} ({versions}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def regrow(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Faster diffusion sampling by computing fewer tokens at fewer steps."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -128,7 +190,21 @@ def demo(
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str], typer.Option(help="Prompt, or class; give it again for more pictures.")],
+    prompt: Annotated[
+        Optional[list[str]], typer.Option(help="Prompt, or class; give it again for more pictures.")
+    ] = None,
+    prompts: Annotated[
+        Optional[Path], typer.Option(help="Instead: a file of prompts, .txt with one a line; see eval.")
+    ] = None,
+    negative_prompt: Annotated[
+        Optional[str], typer.Option(help="What the pictures shall not show.")
+    ] = None,
+    image: Annotated[
+        Optional[Path], typer.Option(help="Picture to begin with, scaled to about the model's size.")
+    ] = None,
+    strength: Annotated[
+        Optional[float], typer.Option(help="How much of --image is made anew, up to 1; the pipeline's own.")
+    ] = None,
     model: Model = "emoji",
     method: Method = None,
     preset: Preset = None,
@@ -144,15 +220,19 @@ def generate(
     out: Annotated[Path, typer.Option(help="Picture file; more prompts get numbers.")] = Path("out.png"),
     device: Device = None,
     dtype: Dtype = "float32",
+    batch: Batch = 16,
     compare: Annotated[bool, typer.Option(help="Also unaccelerated, side by side.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make pictures from texts or classes with a diffusers model, accelerated by a method.
 
+    Beside the picture a JSON file of its name says what made it: versions, prompts, seed, method, settings.
+
     Example: [b]regrow generate --prompt "large owl on blue" --method dato --preset b1 --compare[/b]
     """
     from regrow.cli.generate import Request, run_generate
     from regrow.cli.options import method_config, method_label
+    from regrow.measure.prompts import read_prompts
 
     config, label = None, "unaccelerated"
     if method is None and schedule is not None:
@@ -164,20 +244,26 @@ def generate(
         label = method_label(method, preset, schedule, ratio, interval)
     elif any(value is not None for value in (preset, ratio, interval)):
         raise ValueError("--preset, --ratio, --interval: need --method")
+    if bool(prompt) == (prompts is not None):
+        raise ValueError("--prompt, --prompts: one of them must be given, and only one")
     run_generate(
         Request(
-            model,
-            tuple(prompt),
-            steps,
-            scheduler,
-            guidance,
-            seed,
-            height,
-            width,
-            out,
-            device,
-            dtype,
-            compare,
+            model=model,
+            prompts=tuple(prompt or read_prompts(prompts or Path())),
+            negative_prompt=negative_prompt,
+            image=image,
+            strength=strength,
+            steps=steps,
+            scheduler=scheduler,
+            guidance=guidance,
+            seed=seed,
+            height=height,
+            width=width,
+            batch=batch,
+            out=out,
+            device=device,
+            dtype=dtype,
+            compare=compare,
         ),
         config,
         label,
@@ -186,30 +272,18 @@ def generate(
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
-    """The table of systems: what each does, where it works, its presets.
+def methods(
+    name: Annotated[Optional[str], typer.Argument(help="A system: all its fields and presets.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The systems: what each does, where it works, its presets; or all of one.
 
     Example: [b]regrow methods[/b]
+    or [b]regrow methods dato[/b]
     """
-    rows: list[dict[str, Any]] = [
-        {
-            "name": s.name,
-            "title": s.title,
-            "what": s.what,
-            "status": s.status.value,
-            "models": s.models,
-            "presets": list(s.config.presets()) if s.config else [],
-        }
-        for s in SYSTEMS
-    ]
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    table = Table("name", "system", "what it does", "state", "models", "presets")
-    for row in rows:
-        presets = ", ".join(row["presets"]) or "-"
-        table.add_row(row["name"], row["title"], row["what"], row["status"], row["models"], presets)
-    Console().print(table)
+    from regrow.cli.methods import run_methods
+
+    run_methods(name, as_json)
 
 
 @app.command()
@@ -248,6 +322,7 @@ def profile(
     or [b]regrow profile --arch sd3-1024 --steps 28 --exclude-attention --per-guided-image[/b]
     The second is how the CAT Pruning paper counts.
     """
+    from regrow.cli.models import config_of
     from regrow.cli.options import method_config, method_label
     from regrow.measure import architecture, architecture_of
     from regrow.measure import profile as count
@@ -262,9 +337,8 @@ def profile(
         label = method_label(method, preset, schedule, ratio, interval)
     elif any(value is not None for value in (preset, schedule, ratio, interval)):
         raise ValueError("--preset, --schedule, --ratio, --interval: need --method")
-    console = Console(stderr=True)
-    with console.status("counting MACs"):
-        what = architecture(arch) if arch is not None else architecture_of(model or "")
+    what = architecture(arch) if arch is not None else architecture_of(config_of(model or ""))
+    with busy(remarks(), "counting MACs"):
         result = count(
             what,
             config,
@@ -279,11 +353,11 @@ def profile(
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
         return
-    table = Table("calls", "depth", "pruned", "GMACs a call", "of full", "choosing tokens")
+    shown = table("", "calls", "depth", "pruned", "GMACs a call", "of full", "choosing tokens")
     for kind in result.kinds:
         share = kind.macs / result.baseline_macs_per_call
         chosen = f"{kind.selection_macs / 1e9:.2f}" if kind.selection_macs else "-"
-        table.add_row(
+        shown.add_row(
             str(kind.count),
             kind.depth,
             f"{kind.ratio:.0%}",
@@ -291,7 +365,7 @@ def profile(
             f"{share:.2%}",
             chosen,
         )
-    Console().print(table)
+    output().print(shown)
     print(
         f"{result.arch}, {result.method}: {result.macs / 1e9:.1f} of {result.baseline_macs / 1e9:.1f} "
         f"GMACs in {result.calls} calls, {result.macs_ratio:.2f}x fewer"
@@ -333,6 +407,9 @@ def bench(
 
     Methods: steps:25, sito:d, tome:0.5, deepcache:5, dato:b1, dato:FILE, deepcache:5+tome:0.5. Also of a
     pipeline of videos from text.
+
+    What is known is printed after each timed generation, and --out holds it. --json prints one object: its
+    "timed" grows by a line a generation, its "rows" come last; "complete" is false if it was stopped.
 
     Example: [b]regrow bench --model emoji --methods steps:50,sito:d,dato:b1 --images 4[/b]
     """
@@ -673,15 +750,20 @@ def search(
         print(json.dumps(outcome.result))
     else:
         command.print_search(outcome, request)
+    if outcome.stopped:
+        raise typer.Exit(STOPPED)
 
 
 @app.command()
 def calibrate(
     speedup: Annotated[
-        Optional[float], typer.Option(help="Fewer MACs by this factor; or, with --latency, less time.")
+        Optional[float], typer.Option(help="Less time by this factor, as measured on this machine.")
+    ] = None,
+    fewer_macs: Annotated[
+        Optional[float], typer.Option(help="Instead: fewer MACs of the denoiser by this factor.")
     ] = None,
     max_deviation: Annotated[
-        Optional[float], typer.Option(help="Mean absolute error of the last latents, at most.")
+        Optional[float], typer.Option(help="Instead: mean absolute error of the last latents, at most.")
     ] = None,
     model: Model = "emoji",
     method: Searched = "dato",
@@ -690,7 +772,10 @@ def calibrate(
     budget: Annotated[
         str, typer.Option(help="Minutes such as 15m, or generations of plans such as 30.")
     ] = "15m",
-    latency: Annotated[bool, typer.Option(help="Search for time on this machine instead of MACs.")] = False,
+    latency: Annotated[
+        bool,
+        typer.Option(help="Time every plan of the search, not only those near the wish; takes longer."),
+    ] = False,
     seed: Seed = 0,
     scheduler: Scheduler = None,
     guidance: Guidance = None,
@@ -704,11 +789,13 @@ def calibrate(
 ) -> None:
     """A quarter of an hour for one schedule that meets a wish. Exit code 1 if none was found that does.
 
+    Plans are searched by deviation and MACs; timing some of those found tells the best that is fast enough.
+
     Example: [b]regrow calibrate --model emoji --speedup 3[/b]
     """
     from regrow.cli import search as command
 
-    wish = command.Wish(speedup, max_deviation)
+    wish = command.Wish(speedup, fewer_macs, max_deviation)
     texts = command.prompts_of(model, prompts)
     objectives = ("quality:deviation", "cost:latency" if latency else "cost:macs")
     settings = command.settings_of(
@@ -759,20 +846,64 @@ def share(
 
 
 def main() -> None:
-    """Run the command; errors of the user become one line and exit code 2."""
+    """Run the command. A mistake of the user becomes one line and exit code 2, Ctrl-C one and 130."""
     from safetensors import SafetensorError
 
     from regrow.models import UnsupportedModelError
 
+    with warnings.catch_warnings(), _library_remarks():
+        warnings.showwarning = _warn
+        for kind in _FOR_DEVELOPERS:
+            warnings.simplefilter("ignore", kind)
+        try:
+            code = app(prog_name="regrow", standalone_mode=False) or 0
+        except (KeyboardInterrupt, typer.Abort):
+            code = STOPPED
+        except _UsageError as error:
+            where = f"; see {error.ctx.command_path} --help" if error.ctx is not None else ""
+            _fail(f"{in_plain_words(error, sys.argv)}{where}")
+        except BrokenPipeError:
+            # Whoever read the output wanted no more of it; nothing must be flushed into it at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except (
+            *(ValueError, OSError, UnsupportedModelError, ImportError),
+            *(SafetensorError, MemoryError),
+        ) as error:
+            _fail(in_one_line(error))
+    if code == STOPPED:
+        again = "type the same command to "
+        again += "go on where it was" if {*sys.argv[1:2]} & _RESUMABLE else "begin again"
+        print(f"regrow: stopped; {again}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"regrow: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning in one line."""
+    print(f"regrow: warning: {one_line(' '.join(str(message).split()))}", file=sys.stderr)
+
+
+@contextmanager
+def _library_remarks() -> Iterator[None]:
+    """Have remarks of diffusers look like regrow's warnings, and no one see those of transformers.
+
+    They are about processors of pictures and the like, which a user of a pipeline does not choose.
+    """
+    transformers = logging.getLogger("transformers")
+    level = transformers.level
+    transformers.setLevel(logging.ERROR)
+    handlers = logging.getLogger("diffusers").handlers
+    before = [handler.formatter for handler in handlers]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("regrow: warning: %(message)s"))
     try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except _UsageError as error:
-        if message := in_plain_words(error, sys.argv):
-            print(f"regrow: {message}", file=sys.stderr)
-        sys.exit(2)
-    except (
-        *(ValueError, OSError, UnsupportedModelError, ImportError),
-        *(SafetensorError, MemoryError),
-    ) as error:
-        print(f"regrow: {in_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        yield
+    finally:
+        transformers.setLevel(level)
+        for handler, formatter in zip(handlers, before, strict=False):
+            handler.setFormatter(formatter)

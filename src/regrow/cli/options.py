@@ -9,13 +9,13 @@ from pydantic import ValidationError
 
 from regrow import hub
 from regrow.fields import explain
-from regrow.measure.variants import PLANS, variant
 from regrow.methods.atedm import ATEDM
 from regrow.methods.cat import CATPruning
-from regrow.methods.catalogue import configured
+from regrow.methods.catalogue import configured, default_of
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
+from regrow.methods.names import PLANS, named
 from regrow.methods.parts import MethodConfig
 from regrow.methods.sito import SiTo
 from regrow.methods.toca import ToCa
@@ -35,7 +35,8 @@ def method_config(
     """The configuration a user asked for.
 
     Args:
-        name: of the method, or its short name with settings, such as ``cat:0.3+deepcache:2``.
+        name: of the method, or its short name with settings, such as ``cat:0.3+deepcache:2``. With none of
+            the options below, what the name alone means.
         preset: name of a preset.
         schedule: a schedule file.
         ratio: one pruning ratio for all calls.
@@ -49,7 +50,7 @@ def method_config(
     """
     options = {"--preset": preset, "--schedule": schedule, "--ratio": ratio, "--interval": interval}
     given = [option for option, value in options.items() if value is not None]
-    if ":" in name or name.endswith(PLANS):
+    if ":" in name or "+" in name or name.endswith(PLANS):
         return _with_settings(name, given, steps)
     kind = configured(name)
     taken = _OPTIONS[kind]
@@ -57,8 +58,7 @@ def method_config(
         if option not in taken:
             raise ValueError(f"{option}: {name} does not take it; allowed are {', '.join(taken)}")
     if not given:
-        choice = " or ".join(filter(None, (", ".join(taken[:-1]), taken[-1])))
-        raise ValueError(f"{name} needs {choice}")
+        return default_of(name)
     try:
         if kind in (DeepCache, FORA):
             return kind(interval=interval or 0)
@@ -81,11 +81,10 @@ def _with_settings(name: str, given: list[str], steps: int) -> Any:
     """The configuration of a short name, which says everything itself."""
     if given:
         raise ValueError(f"{', '.join(given)}: not allowed with --method {name}, which has its settings")
-    found = variant(name, steps)
-    config = found.config
-    if config is None or found.steps != steps:
+    found = named(name, steps)
+    if found.config is None or found.steps != steps:
         raise ValueError(f"method: {name!r} is not allowed, it must be a method; steps are --steps")
-    return config
+    return found.config
 
 
 _OPTIONS: dict[type[MethodConfig], tuple[str, ...]] = {

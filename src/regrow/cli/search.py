@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -14,16 +15,18 @@ import typer
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
 from regrow import zoo
 from regrow.apply import apply
 from regrow.cli.engine import Engine, Where
-from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.cli.models import best_device, check_device, check_room, load_pipeline
+from regrow.cli.terminal import Bar, busy, named, output, remarks, table
 from regrow.fields import MOST_COUNT, check_within, explain
 from regrow.files import damaged, read_kept
 from regrow.measure.bench import bench
+from regrow.measure.keep import check_writable
+from regrow.measure.lock import locked
 from regrow.measure.machine import machine
 from regrow.measure.macs import PlanCounter
 from regrow.measure.plotting import check_matplotlib
@@ -272,12 +275,27 @@ def settings_of(**fields: Any) -> SearchSettings:
 
 
 def run_search(request: Request) -> Outcome:
-    """Search, and write what was found: front, ``search.json``, plots and a page."""
+    """Search, and write what was found: front, ``search.json``, plots and a page.
+
+    Raises:
+        ValueError: if an option is not allowed, or another process is at work in the folder.
+        KeyboardInterrupt: if it was stopped before any plan was measured on all prompts.
+    """
+    check_writable("--out", request.out, folder=True)
+    with locked("--out", request.out):
+        return _search(request)
+
+
+def _search(request: Request) -> Outcome:
+    """`run_search` in a folder that nobody else writes."""
     s = request.settings
     most, budget = s.steps[1], parse_budget(request.asked.budget)
-    console = Console(stderr=True)
+    console = remarks()
     device = check_device(request.device) if request.device else best_device()
     request.where.check(device)
+    if request.opened is None:
+        pictures = min(s.batch, len(s.prompts))
+        check_room(s.model, s.height, s.width, pictures, device, getattr(torch, s.dtype))
     if request.plots:
         # Missing before the search, not after it.
         check_matplotlib()
@@ -288,7 +306,7 @@ def run_search(request: Request) -> Outcome:
     baseline = request.out.resolve() / "baseline"
     opened = request.opening(device)
     evaluator = partial(Evaluator, opened, setting, most, s.objectives, baseline, s.clip, s.rounds)
-    with console.status(f"loading {s.model}"):
+    with busy(console, f"loading {s.model}"):
         here = evaluator()
         facts = here.facts()
     s.claim(request.out, facts.claim())
@@ -322,6 +340,8 @@ def run_search(request: Request) -> Outcome:
     finally:
         log.close()
     plans = found(search, facts, setting, request.asked.weight)
+    if not plans and stopped:
+        raise KeyboardInterrupt
     if not plans:
         errors = [known.error for known in search.known.values() if known.error is not None]
         why = f"; {len(errors)} could not be run, the last one: {errors[-1]}" if errors else ""
@@ -342,10 +362,10 @@ def run_search(request: Request) -> Outcome:
     }
     write_json(request.out / "search.json", result)
     if request.plots:
-        with console.status("drawing"):
+        with busy(console, "drawing"):
             plots = draw(result, request.out)
-        pictures = {} if stopped else _pictures(here, plans, console)
-        text = page(result, plots, pictures, s.prompts[:SHOWN_PROMPTS])
+        shown_pictures = {} if stopped else _pictures(here, plans, console)
+        text = page(result, plots, shown_pictures, s.prompts[:SHOWN_PROMPTS])
         (request.out / "search.html").write_text(text, encoding="utf-8")
     return Outcome(plans, result, stopped)
 
@@ -387,7 +407,7 @@ def _pictures(
                 width=s.width,
             ).images
 
-        with console.status(f"pictures of {name}"):
+        with busy(console, f"pictures of {name}"):
             if candidate.config is None:
                 out[name] = run()
             else:
@@ -401,14 +421,14 @@ class _Shown:
 
     def __init__(self, console: Console, objectives: Sequence[Objective]) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            named("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[front]}"),
+            named("{task.fields[front]}"),
         )
         # Times of generations of plans are minutes.
-        self._bar = Progress(*columns, console=console, speed_estimate_period=600)
+        self._bar = Bar(console, *columns, speed_estimate_period=600)
         self._task = self._bar.add_task("comparing", total=1.0, front="")
         self._objectives = objectives
 
@@ -438,45 +458,67 @@ def print_search(outcome: Outcome, request: Request) -> None:
     """The table of the front and of what stands beside it."""
     objectives = request.settings.objectives
     result = outcome.result
-    table = Table(
-        caption=f"{result['evaluated']} plans, {result['pictures']} pictures; {len(result['history'])} "
+    shown = table(
+        f"{result['evaluated']} plans, {result['pictures']} pictures; {len(result['history'])} "
         f"generations in {result['seconds']:.0f} s; "
-        f"shares are of {request.settings.steps[1]} unaccelerated steps"
+        f"shares are of {request.settings.steps[1]} unaccelerated steps",
+        "plan",
+        *(label(kind).replace(":", "\n", 1) for kind in objectives),
+        *("steps", "picked for"),
     )
-    table.add_column("plan", no_wrap=True)
-    for name in (*map(label, objectives), "steps", "picked for"):
-        table.add_column(name, justify="right")
     for plan in outcome.plans:
         row = figures(plan.known, objectives)
-        table.add_row(
+        shown.add_row(
             plan.name, *map(_shown, row.values()), str(plan.known.candidate.steps), ", ".join(plan.picked)
         )
     for row in result["beside"]:
-        table.add_row(row["name"], *map(_shown, row["values"].values()), "", "", style="dim")
-    console = Console()
-    console.print(table)
-    for row in (*result["beside"], *result["plans"]):
-        if row["error"] is not None:
-            console.print(
-                f"{row.get('name', row.get('key'))} could not be run: {row['error']}", markup=False
-            )
+        shown.add_row(row["name"], *map(_shown, row["values"].values()), "", "", style="dim")
+    console = output()
+    console.print(shown)
+    _print_failed(result, console)
     volume = result["hypervolume"]
     if result["beside"]:
         console.print(
             f"hypervolume: front {volume['front']:.4g}, what it is compared with {volume['beside']:.4g}"
         )
-    if outcome.stopped:
-        console.print(f"stopped; go on with: regrow search --resume {request.out}", soft_wrap=True)
-    console.print(f"{request.out / 'front'}, {request.out / 'search.json'}", soft_wrap=True)
+    page = request.out / ("search.html" if request.plots else "search.json")
+    console.print(f"plans: {request.out / 'front'}\npage:  {page}", soft_wrap=True)
+    good = next((plan for plan in outcome.plans if "balanced" in plan.picked), outcome.plans[0])
+    console.print(f"next:  {_next_command(request, _file(request, outcome, good), good)}", soft_wrap=True)
+
+
+def _file(request: Request, outcome: Outcome, plan: Found) -> Path:
+    """The file of a plan of the front."""
+    return request.out / outcome.result["front"][outcome.plans.index(plan)]["file"]
+
+
+def _next_command(request: Request, file: Path, plan: Found) -> str:
+    """What to type to see pictures by a plan."""
+    s = request.settings
+    option = "--method" if file.suffix == ".json" else "--schedule"
+    given = {"scheduler": s.scheduler, "guidance": s.guidance, "height": s.height, "width": s.width}
+    own = zoo.guidance_of(s.model)
+    words = [
+        "regrow generate --model",
+        s.model,
+        option,
+        str(file),
+        "--steps",
+        str(plan.known.candidate.steps),
+    ]
+    for name, value in given.items():
+        if value is not None and (name, value) != ("guidance", own):
+            words += [f"--{name}", str(value)]
+    words += [] if s.dtype == "float32" else ["--dtype", s.dtype]
+    head, *rest = words
+    return " ".join((head, *map(quote, rest), "--prompt", quote(s.prompts[0]), "--compare"))
 
 
 def _print_failed(result: Mapping[str, Any], console: Console) -> None:
     """Name the plans that could not be run, and say why."""
     for row in (*result["beside"], *result["plans"]):
         if row["error"] is not None:
-            console.print(
-                f"{row.get('name', row.get('key'))} could not be run: {row['error']}", markup=False
-            )
+            console.print(f"{row.get('name', row.get('key'))} could not be run: {row['error']}")
 
 
 def _shown(value: float | None) -> str:
@@ -488,91 +530,124 @@ _MOST_WISHED = 1000
 
 @dataclass(frozen=True)
 class Wish:
-    """What a calibrated plan must meet: one of the two.
+    """What a calibrated plan must meet: one of the three.
 
     Args:
-        speedup: in MACs, or in latency where that is what was searched for.
+        speedup: as measured here: time of the unaccelerated run over the plan's.
+        fewer_macs: the same of the denoiser's MACs.
         max_deviation: mean absolute error of the last latents.
 
     Raises:
-        ValueError: if none, or both, are given, or one is not allowed.
+        ValueError: if none, or more than one, is given, or it is not allowed.
     """
 
     speedup: float | None = None
+    fewer_macs: float | None = None
     max_deviation: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.speedup is None) == (self.max_deviation is None):
-            raise ValueError("--speedup, --max-deviation: one of them must be given, and only one")
-        for option, value, least in (
+        wishes = (
             ("speedup", self.speedup, 1),
+            ("fewer-macs", self.fewer_macs, 1),
             ("max-deviation", self.max_deviation, 0),
-        ):
+        )
+        if sum(value is not None for _, value, _ in wishes) != 1:
+            options = ", ".join(f"--{option}" for option, *_ in wishes)
+            raise ValueError(f"{options}: one of them must be given, and only one")
+        for option, value, least in wishes:
             if value is not None and not least < value <= _MOST_WISHED:
                 raise ValueError(
                     f"--{option}: {value} is not allowed, it must be > {least} and <= {_MOST_WISHED}"
                 )
 
-    def choose(self, plans: Sequence[Found], cost: Cost) -> tuple[Found, bool]:
+    def choose(
+        self, plans: Sequence[Found], cost: Cost, measure: Callable[[Found], float]
+    ) -> tuple[Found, bool]:
         """The best plan that meets it, or the nearest to it, and whether it does.
 
         Args:
             plans: of a front, at least one.
-            cost: the share that the speed-up is of.
+            cost: what they were searched for besides quality.
+            measure: a plan's measured speed-up; of a front some few are asked for.
         """
         by_cost = sorted(plans, key=lambda p: p.known.value(cost))
-        by_quality = sorted(plans, key=lambda p: p.known.value(Quality.DEVIATION))
         if self.speedup is not None:
-            most = 1 / self.speedup
-            good = [p for p in by_quality if p.known.value(cost) <= most]
-            return (good[0], True) if good else (by_cost[0], False)
+            return _fast_enough(by_cost[::-1], self.speedup, measure)
+        by_quality = sorted(plans, key=lambda p: p.known.value(Quality.DEVIATION))
+        if self.fewer_macs is not None:
+            good = [p for p in by_quality if p.known.macs <= 1 / self.fewer_macs]
+            return (good[0], True) if good else (min(plans, key=lambda p: p.known.macs), False)
         limit = self.max_deviation or 0.0
         good = [p for p in by_cost if p.known.value(Quality.DEVIATION) <= limit]
         return (good[0], True) if good else (by_quality[0], False)
 
 
+def _fast_enough(
+    plans: Sequence[Found], speedup: float, measure: Callable[[Found], float]
+) -> tuple[Found, bool]:
+    """The first of the plans of a front, dearest first, that is fast enough; else the last one.
+
+    A cheaper plan is a faster one, but for chance, so that halving finds it with few measurements.
+    """
+    below, above = -1, len(plans)
+    while above - below > 1:
+        middle = (below + above) // 2
+        if measure(plans[middle]) >= speedup:
+            above = middle
+        else:
+            below = middle
+    return (plans[above], True) if above < len(plans) else (plans[-1], False)
+
+
 def run_calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
-    """Search, choose the plan that meets the wish, measure its speed, and write its schedule.
+    """Search, choose the plan that meets the wish by its measured speed, and write its schedule.
 
     Returns:
         whether the wish is met.
+
+    Raises:
+        ValueError: as `run_search`, or if a plan could not be timed.
+        KeyboardInterrupt: if the search was stopped.
     """
+    check_writable("--out", request.out, folder=True)
+    with locked("--out", request.out):
+        return _calibrate(request, wish, as_json)
+
+
+def _calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
+    """`run_calibrate` in a folder that nobody else writes."""
     cost = _first(request.settings.objectives, Cost)
     assert isinstance(cost, Cost)
-    outcome = run_search(request)
+    outcome = _search(request)
     if outcome.stopped:
-        raise ValueError(f"budget: stopped before its end; the front so far is in {request.out / 'front'}")
-    plan, met = wish.choose(outcome.plans, cost)
-    source = request.out / outcome.result["front"][outcome.plans.index(plan)]["file"]
+        raise KeyboardInterrupt
+    device = request.device or best_device()
+    measured: dict[str, float] = {}
+    pipeline = None
+
+    def measure(plan: Found) -> float:
+        nonlocal pipeline
+        if plan.name not in measured:
+            pipeline = pipeline or request.opening(device)()
+            measured[plan.name] = _speedup(request, pipeline, plan)
+        return measured[plan.name]
+
+    with busy(remarks(), "measuring how fast plans are"):
+        plan, met = wish.choose(outcome.plans, cost, measure)
+        speedup = measure(plan)
+    source = _file(request, outcome, plan)
     file = (request.out / "calibrated").with_suffix(source.suffix)
     file.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    s = request.settings
-    device = request.device or best_device()
-    console = Console(stderr=True)
-    with console.status("measuring its speed"):
-        pipeline = request.opening(device)()
-        candidate = plan.known.candidate
-        rows = bench(
-            pipeline,
-            [
-                Variant("unaccelerated", None, s.steps[1]),
-                Variant("plan", candidate.config, candidate.steps),
-            ],
-            s.prompts[:SHOWN_PROMPTS],
-            guidance=s.guidance,
-            height=s.height,
-            width=s.width,
-        )
-    for row in rows:
-        if row.error is not None:
-            raise ValueError(f"{row.name}: it could not be timed ({row.error})")
-    values = figures(plan.known, s.objectives)
+    candidate = plan.known.candidate
+    values = figures(plan.known, request.settings.objectives)
     result = {
         "met": met,
         "file": str(file),
         "steps": candidate.steps,
         "values": values,
-        "measured_speedup": round(rows[1].speedup or 0.0, 3),
+        "fewer_macs": round(1 / plan.known.macs, 3),
+        "measured_speedup": round(speedup, 3),
+        "measured": {name: round(value, 3) for name, value in measured.items()},
         "machine": machine(device),
     }
     write_json(request.out / "calibrated-result.json", result)
@@ -580,12 +655,34 @@ def run_calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
         print(json.dumps(result, indent=1))
         return met
     said_values = ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
-    said = Console()
+    said = output()
     _print_failed(outcome.result, said)
     said.print(
         f"{'this plan meets the wish' if met else 'the wish is not met; the nearest plan found'}: "
-        f"{candidate.steps} steps, {said_values}; measured {rows[1].speedup:.2f}x faster",
+        f"{candidate.steps} steps, {said_values}; measured {speedup:.2f}x faster",
         soft_wrap=True,
     )
-    said.print(str(file), soft_wrap=True)
+    said.print(f"plan: {file}\nnext: {_next_command(request, file, plan)}", soft_wrap=True)
     return met
+
+
+def _speedup(request: Request, pipeline: Any, plan: Found) -> float:
+    """How many times as fast as the unaccelerated run a plan is.
+
+    Raises:
+        ValueError: if one of both could not be timed.
+    """
+    s = request.settings
+    candidate = plan.known.candidate
+    rows = bench(
+        pipeline,
+        [Variant("unaccelerated", None, s.steps[1]), Variant(plan.name, candidate.config, candidate.steps)],
+        s.prompts[:SHOWN_PROMPTS],
+        guidance=s.guidance,
+        height=s.height,
+        width=s.width,
+    )
+    for row in rows:
+        if row.error is not None:
+            raise ValueError(f"{row.name}: it could not be timed ({row.error})")
+    return rows[1].speedup or 0.0

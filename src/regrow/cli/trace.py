@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
 from regrow import zoo
-from regrow.cli.generate import best_device, check_device, load_pipeline
+from regrow.cli.models import best_device, check_device, check_room, load_pipeline
+from regrow.cli.terminal import Bar, busy, named, output, remarks, table
 from regrow.cli.trace_plots import draw
 from regrow.measure.keep import check_writable
 from regrow.measure.machine import machine, model_key
@@ -52,20 +51,18 @@ def run_trace(request: Request, as_json: bool) -> None:
     if request.plots:
         # Missing before the pictures are made, not after it.
         check_matplotlib()
-    console = Console(stderr=True)
+    console = remarks()
     device = check_device(request.device) if request.device else best_device()
+    dtype = getattr(torch, request.dtype)
+    pictures = min(request.batch, len(prompts))
+    check_room(request.model, request.height, request.width, pictures, device, dtype)
     key = model_key(request.model)
-    with console.status(f"loading {request.model}"):
-        pipeline = load_pipeline(request.model, device, getattr(torch, request.dtype), request.scheduler)
+    with busy(console, f"loading {request.model}"):
+        pipeline = load_pipeline(request.model, device, dtype, request.scheduler)
     guidance = zoo.guidance_of(request.model, request.guidance)
-    columns = (
-        TextColumn("{task.description:24}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        tasks = {one.name: progress.add_task(one.name, total=1.0) for one in variants}
+    columns = (named("{task.description:24}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bar(console, *columns) as bar:
+        tasks = {one.name: bar.add_task(one.name, total=1.0) for one in variants}
         found = trace(
             pipeline,
             variants,
@@ -76,11 +73,11 @@ def run_trace(request: Request, as_json: bool) -> None:
             height=request.height,
             width=request.width,
             batch=request.batch,
-            on_step=lambda name, done: progress.update(tasks[name], completed=done),
+            on_step=lambda name, done: bar.update(tasks[name], completed=done),
         )
     request.out.mkdir(parents=True, exist_ok=True)
     if request.plots:
-        with console.status("drawing"):
+        with busy(console, "drawing"):
             files = draw(found, prompts, request.out)
     else:
         files = []
@@ -120,22 +117,22 @@ def prompts_of(model: str, texts: Sequence[str], count: int | None) -> tuple[str
 
 def print_trace(found: Trace) -> None:
     """The table of a trace: where each method ends, and where it expected something else on the way."""
-    table = Table(caption=f"mean absolute error to {found.baseline}; computed: tokens at the finest level")
-    table.add_column("method", no_wrap=True)
-    for name in ("x_t at the end", "x_0 at worst", "at timestep", "computed"):
-        table.add_column(name, justify="right")
+    shown = table(
+        f"mean absolute error to {found.baseline}; computed: tokens at the finest level",
+        *("method", "x_t at the end", "x_0 at worst", "at timestep", "computed"),
+    )
     for one in found.variants:
         d = one.deviation
         worst = max(zip(d.x0 or (), d.timestep, strict=False), default=None)
         share = None if one.computed is None else float(one.computed[min(one.computed)].mean())
-        table.add_row(
+        shown.add_row(
             one.name,
             f"{d.x[-1]:.4f}",
             "-" if worst is None else f"{worst[0]:.4f}",
             "-" if worst is None else f"{worst[1]:.0f}",
             "all" if share is None else f"{share:.1%}",
         )
-    console = Console()
-    console.print(table)
+    console = output()
+    console.print(shown)
     if found.x0_unknown is not None:
-        console.print(f"no predicted x_0: {found.x0_unknown}", markup=False, soft_wrap=True)
+        console.print(f"no predicted x_0: {found.x0_unknown}", soft_wrap=True)

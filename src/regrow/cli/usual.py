@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from regrow import zoo
 from regrow.models.transformer import FAMILIES
 
 
@@ -38,11 +37,9 @@ def usual(model: str | None, arch: str | None = None) -> Usual:
         arch: instead, name of an architecture.
 
     Raises:
-        ValueError: if there is no such architecture.
-        OSError: if there is no such model.
+        ValueError: if there is no such architecture or model.
     """
-    from diffusers import DiffusionPipeline
-
+    from regrow.cli.models import index_of
     from regrow.measure.architectures import CONFIGS, NAMES, TRANSFORMERS
 
     if arch is not None and arch not in NAMES:
@@ -52,7 +49,6 @@ def usual(model: str | None, arch: str | None = None) -> Usual:
     elif arch is not None and arch in TRANSFORMERS:
         kind = TRANSFORMERS[arch][0]
     else:
-        name = arch or model or ""
-        index: Any = DiffusionPipeline.load_config(zoo.path(name) if arch or zoo.bundles(name) else name)
+        index = index_of(arch or model or "")
         kind = (index.get("unet") or index.get("transformer") or ("", ""))[1]
     return _USUAL.get(kind, Usual((), ()))

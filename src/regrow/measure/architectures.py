@@ -109,6 +109,12 @@ class Architecture:
     scale: int = 8
     text_tokens: int = 77
 
+    def own_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the pictures the model was made for."""
+        size = getattr(self.denoiser.config, "sample_size", None)
+        rows, columns = (size, size) if size else _SIZES[type(self.denoiser).__name__]
+        return rows * self.scale, columns * self.scale
+
     def inputs(
         self, height: int | None = None, width: int | None = None, batch: int = 1
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -123,11 +129,9 @@ class Architecture:
             ValueError: if a side is no positive multiple of ``scale``.
         """
         config = self.denoiser.config
-        size = getattr(config, "sample_size", None)
-        own = (size, size) if size else _SIZES[type(self.denoiser).__name__]
         sides = []
-        for name, side, latent in (("height", height, own[0]), ("width", width, own[1])):
-            side = latent * self.scale if side is None else side
+        for name, side, own in zip(("height", "width"), (height, width), self.own_size(), strict=True):
+            side = own if side is None else side
             if side < self.scale or side % self.scale:
                 raise ValueError(f"{name}: {side} is not allowed, it must be a multiple of {self.scale}")
             sides.append(side // self.scale)
@@ -254,11 +258,27 @@ def _of_path(name: str, path: str) -> Architecture:
         )
     config: Any = getattr(diffusers, kind).load_config(path, subfolder=part)
     vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
-    names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+    names = (*_CHANNELS, "dim_mult")
     levels = next(vae[name] for name in names if vae.get(name))
     return Architecture(
         name, _without_weights(kind, config), 2 ** (len(levels) - 1), _text_tokens(path, index, kind)
     )
+
+
+_CHANNELS = ("block_out_channels", "encoder_block_out_channels")
+
+
+def decoder_channels(path: str) -> int:
+    """Channels of the decoder of a pipeline where its features are as large as the picture; 1 if not known.
+
+    Args:
+        path: folder or hub id.
+
+    Raises:
+        OSError: if there is no decoder.
+    """
+    vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
+    return int(next((vae[name][0] for name in _CHANNELS if vae.get(name)), 1))
 
 
 def _text_tokens(path: str, index: Any, kind: str) -> int:

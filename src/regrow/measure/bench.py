@@ -127,6 +127,7 @@ def bench(
     width: int | None = None,
     frames: int | None = None,
     on_generation: Callable[[str], None] = lambda name: None,
+    on_timed: Callable[[int, BenchRow], None] = lambda number, row: None,
 ) -> list[BenchRow]:
     """Time variants in turns: round by round, each variant once.
 
@@ -152,6 +153,8 @@ def bench(
         frames: of a video; the pipeline's own if not given.
         on_generation: called with each variant's name after it was warmed up, after its turn in each round,
             and after its memory was measured.
+        on_timed: called after each turn in a round with the round's number, from 0, and the variant's row
+            as far as it is known then.
 
     Raises:
         ValueError: if there is no variant, no prompt or no round, or frames are given and no video is made.
@@ -175,9 +178,15 @@ def bench(
     for one, timed in rows:
         turn(_warm_up, one, timed)
         on_generation(one.name)
-    for _ in range(rounds):
+
+    def row(one: Variant, timed: _Timed) -> BenchRow:
+        plain = {v.steps: t.outputs for v, t in rows if v.config is None and t.error is None}
+        return _row(one, timed, base, len(prompts), None if one.config is None else plain.get(one.steps))
+
+    for number in range(rounds):
         turn(_time, *rows[0])
         on_generation(variants[0].name)
+        on_timed(number, row(*rows[0]))
         since = 0.0
         for one, timed in rows[1:]:
             if base.error is None and since >= base.seconds[-1]:
@@ -187,16 +196,13 @@ def bench(
             turn(_time, one, timed)
             since += timed.seconds[-1] if timed.error is None else 0.0
             on_generation(one.name)
+            on_timed(number, row(one, timed))
     if len(rows) > 1:
         turn(_time, *rows[0])
     for one, timed in rows:
         turn(_measure_memory, one, timed)
         on_generation(one.name)
-    plain = {one.steps: timed.outputs for one, timed in rows if one.config is None and timed.error is None}
-    return [
-        _row(one, timed, base, len(prompts), None if one.config is None else plain.get(one.steps))
-        for one, timed in rows
-    ]
+    return [row(one, timed) for one, timed in rows]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 from diffusers.utils import DummyObject
 
-from regrow.measure.variants import plain
+from regrow.methods.names import plain
 from regrow.words import offer, shown
 
 STEPS = 10

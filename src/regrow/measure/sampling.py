@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def make(
     frames: int | None = None,
     latents: bool = False,
     on_step: Callable[[], None] | None = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Pictures:
     """One batch of pictures, prompt number i from seed ``seed + i``.
 
@@ -58,6 +60,7 @@ def make(
         frames: of a video.
         latents: leave them undecoded; the images are a tensor then.
         on_step: called without arguments after each step.
+        more: arguments of the pipeline's call that others have no use for, such as a negative prompt.
 
     Raises:
         ValueError: if a prompt is no class where one is needed, only one side is given, or the
@@ -92,7 +95,8 @@ def make(
         num_inference_steps=steps,
         generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
         **{name: value for name, value in options.items() if value is not None}
-        | prompt_arguments(pipeline, prompts),
+        | prompt_arguments(pipeline, prompts)
+        | dict(more),
     )
     wait(pipeline)
     images = made.frames if makes_videos(type(pipeline)) else made.images

@@ -46,6 +46,10 @@ class System:
         status: how far it is here.
         models: model families it runs on.
         config: its configuration, if it works.
+        default: the preset that its name alone means; None where one must be chosen, or there is none and
+            the defaults of its fields are meant.
+        paper: where it was published.
+        note: what else a user must know of its state, in one line.
     """
 
     name: str
@@ -54,10 +58,15 @@ class System:
     status: Status
     models: str
     config: type[MethodConfig] | None = None
+    default: str | None = None
+    paper: str = ""
+    note: str = ""
 
 
 _UNETS = "U-Nets: SD 1, SD 2, SDXL"
 _ALL = f"{_UNETS}; transformers: DiT, PixArt, SD3, Flux, Wan"
+
+_BLOCKS = "transformers: SD3, PixArt, DiT, Flux"
 
 SYSTEMS = (
     System(
@@ -67,38 +76,91 @@ SYSTEMS = (
         Status.WORKS,
         _UNETS,
         DaTo,
+        paper="arXiv 2501.00375",
+        note="regrow search and calibrate find schedules",
     ),
-    System("sito", "SiTo", "prune tokens similar to others in every call", Status.WORKS, _UNETS, SiTo),
+    System(
+        "sito",
+        "SiTo",
+        "prune tokens similar to others in every call",
+        Status.WORKS,
+        _UNETS,
+        SiTo,
+        paper="AAAI 2025",
+    ),
     System(
         "cat",
         "CAT Pruning",
         "compute the tokens that change, in clusters",
         Status.WORKS,
-        "transformers: SD3, PixArt, DiT, Flux",
+        _BLOCKS,
         CATPruning,
+        default="paper",
+        paper="arXiv 2502.00433",
+        note="also with block caching: cat:0.3+deepcache:2",
     ),
-    System("tokencache", "TokenCache", "a learned predictor of what to cache", Status.NOT_YET, "-"),
-    System("tome", "ToMeSD", "merge similar tokens", Status.WORKS, _UNETS, ToMeSD),
-    System("deepcache", "DeepCache", "reuse deep features every N calls", Status.WORKS, _ALL, DeepCache),
-    System("fora", "FORA", "reuse attention and MLP outputs every N calls", Status.WORKS, _ALL, FORA),
+    System(
+        "tokencache",
+        "TokenCache",
+        "a learned predictor of what to cache",
+        Status.NOT_YET,
+        "-",
+        paper="arXiv 2409.18523",
+    ),
+    System(
+        "tome", "ToMeSD", "merge similar tokens", Status.WORKS, _UNETS, ToMeSD, paper="arXiv 2303.17604"
+    ),
+    System(
+        "deepcache",
+        "DeepCache",
+        "reuse deep features every N calls",
+        Status.WORKS,
+        _ALL,
+        DeepCache,
+        paper="arXiv 2312.00858",
+        note="on transformers it caches blocks",
+    ),
+    System(
+        "fora",
+        "FORA",
+        "reuse attention and MLP outputs every N calls",
+        Status.WORKS,
+        _ALL,
+        FORA,
+        paper="arXiv 2407.01425",
+        note="on U-Nets inside their transformer blocks",
+    ),
     System(
         "toca",
         "ToCa",
         "reuse attention and MLP outputs every N calls, but for the tokens of highest score in the MLPs",
         Status.WORKS,
-        "transformers: SD3, PixArt, DiT, Flux",
+        _BLOCKS,
         ToCa,
+        default="paper",
+        paper="arXiv 2410.05317",
+        note="the preset paper scores by all queries, toca:N by 64",
     ),
     System(
         "atedm",
         "AT-EDM",
         "prune the tokens that matter least in attention graphs",
-        Status.WORKS,
-        f"{_UNETS}; transformers: SD3, PixArt, DiT, Flux",
+        Status.PARTLY,
+        f"{_UNETS}; {_BLOCKS}",
         ATEDM,
+        paper="arXiv 2405.05252",
+        note="on U-Nets three differences from the paper; on transformers with a cache, as the CAT Pruning "
+        "paper ran it",
     ),
     System("l2c", "Learning-to-Cache", "a learned table of layers to reuse", Status.NOT_YET, "-"),
-    System("steps", "Fewer steps", "the same sampler with fewer steps", Status.WORKS, "any"),
+    System(
+        "steps",
+        "Fewer steps",
+        "the same sampler with fewer steps",
+        Status.WORKS,
+        "any model",
+        note="steps:N among the methods of a comparison, --steps elsewhere",
+    ),
 )
 """All systems, the main ones first. The command line takes its names from here."""
 
@@ -181,3 +243,19 @@ def configured(name: str) -> type[MethodConfig]:
     raise ValueError(
         f"method: {shown(name)} is {state}; allowed: {', '.join(working)}{offer(name, working)}"
     )
+
+
+def default_of(name: str) -> MethodConfig:
+    """What the name of a system alone means, where it has one obvious configuration.
+
+    Raises:
+        ValueError: if there is no such system, it does not work yet, or something must be chosen.
+    """
+    kind = configured(name)
+    default = next(system.default for system in SYSTEMS if system.name == name)
+    if default is not None:
+        return kind.preset(default)
+    if kind.presets():
+        choices = ", ".join(f"{name}:{preset}" for preset in kind.presets())
+        raise ValueError(f"method: {name!r} alone is not allowed, it needs a choice such as {choices}")
+    return kind()

@@ -109,18 +109,17 @@ class DaTo(MethodConfig):
 
     @classmethod
     def space(cls, calls: int) -> Space:
-        """The paper's choices: for each call a depth of 0, 1 or full, and a ratio of .3 to .7.
+        """For each call a depth of 0, 1 or full, and a ratio of 0 or .3 to .7 (the paper: .3 to .7).
 
         The first call is full. A call of depth 0 computes nothing, and so its ratio is 0. Plans that are
-        the same at every step: every N-th call full, N up to 10, the others of one depth, one ratio, which
-        is also 0 where that is allowed.
+        the same at every step: every N-th call full, N up to 10, the others of one depth, one ratio.
         """
-        depths, ratios = (0, 1, FULL), (0.3, 0.4, 0.5, 0.6, 0.7)
+        depths, ratios = (0, 1, FULL), (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
         plans = [(n, d) for n in range(1, min(calls, 10) + 1) for d in ((FULL,) if n == 1 else (0, 1))]
         regular = (
             (*(FULL if i % n == 0 else d for i in range(1, calls)), *(r,) * calls)
             for n, d in plans
-            for r in (0.0, *ratios)
+            for r in ratios
         )
 
         def decode(values: tuple[Any, ...]) -> DaTo:

@@ -420,7 +420,7 @@ def _part(space: Space, name: str, found: Sequence[Genes]) -> _Stage:
         name: of the kind.
         found: plans; if there are none, every other variable has its middle choice.
     """
-    bases = [*found] or [tuple((size - 1) // 2 for size in space.sizes)]
+    bases = [*found] or [tuple(size // 2 for size in space.sizes)]
     places = [i for i, variable in enumerate(space.variables) if variable.name == name]
 
     def expand(genes: Genes) -> Genes:

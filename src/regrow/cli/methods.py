@@ -1,0 +1,127 @@
+"""``regrow methods``: the systems in blocks, or one of them in full."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from typing import Any
+
+from regrow.methods.catalogue import SYSTEMS, System, default_of
+from regrow.methods.parts import MethodConfig
+from regrow.schedule import Schedule
+from regrow.words import offer, shown
+
+WIDTH = 80
+
+
+def run_methods(name: str | None, as_json: bool) -> None:
+    """Print all systems, or one with its fields and presets.
+
+    Raises:
+        ValueError: if there is no system of that name.
+    """
+    if name is None:
+        if as_json:
+            print(json.dumps([summary(system) for system in SYSTEMS], indent=1))
+            return
+        print("\n\n".join("\n".join(block(system)) for system in SYSTEMS))
+        print("\nregrow methods NAME says all of one: its fields, defaults and presets.")
+        return
+    system = next((one for one in SYSTEMS if one.name == name), None)
+    if system is None:
+        names = [one.name for one in SYSTEMS]
+        raise ValueError(
+            f"name: {shown(name)} is not known; allowed: {', '.join(names)}{offer(name, names)}"
+        )
+    if as_json:
+        fields = [] if system.config is None else list(fields_of(system.config))
+        print(json.dumps(summary(system) | {"fields": fields}, indent=1))
+        return
+    print("\n".join(block(system)))
+    if system.config is not None:
+        print("\n".join(in_full(system, system.config)))
+
+
+def summary(system: System) -> dict[str, Any]:
+    """A system as plain data."""
+    return {
+        "name": system.name,
+        "title": system.title,
+        "paper": system.paper,
+        "what": system.what,
+        "status": system.status.value,
+        "models": system.models,
+        "note": system.note,
+        "presets": list(system.config.presets()) if system.config else [],
+    }
+
+
+def block(system: System) -> Iterator[str]:
+    """The lines of a system."""
+    paper = f" ({system.paper})" if system.paper else ""
+    yield f"{system.name}: {system.title}{paper}, {system.status.value}"
+    presets = ", ".join(system.config.presets()) if system.config else ""
+    rows = {"": system.what, "on ": system.models, "note: ": system.note, "presets: ": presets}
+    for head, text in rows.items():
+        if text and text != "-":
+            yield from _wrapped(head + text, 4)
+
+
+def in_full(system: System, config: type[MethodConfig]) -> Iterator[str]:
+    """The lines of a system's name alone, fields and presets."""
+    try:
+        default_of(system.name)
+        preset = f", the preset {system.default}" if system.default else ""
+        yield from _wrapped(f"alone: --method {system.name}{preset}", 4)
+    except ValueError:
+        pass
+    yield "\nfields"
+    for field in fields_of(config):
+        default = "must be given" if field["required"] else f"default {field['default']}"
+        yield f"    {field['name']} ({default})"
+        yield from _wrapped(field["about"], 8)
+    if config.presets():
+        yield "\npresets"
+    for name in config.presets():
+        said = ", ".join(_changes(config, config.preset(name))) or "the defaults"
+        yield from _wrapped(f"{name}: {said}", 4)
+
+
+def fields_of(config: type[MethodConfig]) -> Iterator[dict[str, Any]]:
+    """Name, default and meaning of each field that a user sets."""
+    about = _arguments(config)
+    for name, info in config.model_fields.items():
+        if name not in ("method", "version", "found"):
+            required = info.is_required()
+            default = None if required else _plain(info.default)
+            yield {"name": name, "required": required, "default": default, "about": about.get(name, "")}
+
+
+def _arguments(config: type[MethodConfig]) -> dict[str, str]:
+    """What a class's docstring says of each field."""
+    lines = (inspect.getdoc(config) or "").partition("Args:\n")[2].partition("\nRaises:")[0]
+    found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", lines, re.MULTILINE)
+    return {name: " ".join(text.replace("``", "").split()) for name, text in found}
+
+
+def _changes(config: type[MethodConfig], preset: MethodConfig) -> Iterator[str]:
+    """The fields of a preset that are not the defaults."""
+    for name, info in config.model_fields.items():
+        value = getattr(preset, name)
+        if value != info.default and name not in ("method", "version", "found"):
+            yield f"{name}={_plain(value)}"
+
+
+def _plain(value: Any) -> Any:
+    """A value as it is typed; a schedule by its name."""
+    if isinstance(value, Schedule):
+        return value.name or f"a schedule of {len(value)} calls"
+    return value.value if isinstance(value, Enum) else value
+
+
+def _wrapped(text: str, indent: int) -> Iterable[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2))
