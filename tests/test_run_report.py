@@ -20,6 +20,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import regrow
@@ -339,3 +340,98 @@ def test_what_is_on_beside_a_method_is_named() -> None:
         with pytest.warns(UserWarning, match="computed in full: diffusers' FirstBlockCache is on"):
             transformer_pipelines.generate(pipe)
         assert {(c.depth, c.ratio) for c in run.report().calls} == {("full", 0.0)}
+
+
+def lora(model: Any) -> None:
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "proj_out"], init_lora_weights=False))
+
+
+def chunk(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "set_chunk_feed_forward"):
+            module.set_chunk_feed_forward(4, dim=1)
+
+
+def boxes(model: Any) -> dict[str, Any]:
+    """What GLIGEN's pipelines give beside the text."""
+    given = {
+        "boxes": torch.rand(2, 3, 4, generator=generator()),
+        "positive_embeddings": torch.randn(2, 3, model.config.cross_attention_dim, generator=generator()),
+        "masks": torch.ones(2, 3),
+    }
+    return {"cross_attention_kwargs": {"gligen": given}}
+
+
+CHANGED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "plain": (pipelines.sd1_unet, lambda model: None),
+    "adapter": (pipelines.sd1_unet, lora),
+    "fused": (pipelines.sd1_unet, lambda model: model.fuse_qkv_projections()),
+    "chunked": (pipelines.sd1_unet, chunk),
+    "boxes": (lambda: pipelines.sd1_unet(attention_type="gated"), lambda model: None),
+    "attention by hand": (pipelines.sd1_unet, lambda model: model.set_attn_processor(AttnProcessor())),
+}
+
+
+@pytest.mark.parametrize("config", [EVERY_SECOND, regrow.FORA(interval=2)])
+@pytest.mark.parametrize("kind", CHANGED)
+def test_the_report_counts_what_ran(kind: str, config: Any) -> None:
+    """The products of matrices and convolutions of the calls themselves, counted while they run."""
+    make, change = CHANGED[kind]
+    model = make()
+    change(model)
+    inputs = pipelines.unet_inputs(model) | (boxes(model) if kind == "boxes" else {})
+    grounding = [m for m in model.modules() if type(m).__name__ == "GatedSelfAttentionDense"]
+    with (
+        torch.no_grad(),
+        regrow.apply(model, config) as run,
+        run.generation(4) as clock,
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        for step in range(4):
+            for module in grounding:
+                module.enabled = step < 2
+            model(**inputs)
+            clock.step()
+    report = run.report()
+    assert not report.notes
+    assert report.macs == counter.get_total_flops() // 2
+    assert report.macs < report.full_macs
+
+
+def test_fused_projections_of_a_transformer_are_counted_as_they_ran() -> None:
+    """The text's keys and values are then made in every call."""
+    pipe = transformer_pipelines.pixart()
+    model, got = pipe.transformer, {}
+    text = {
+        "encoder_hidden_states": torch.randn(2, 6, model.config.caption_channels, generator=generator()),
+        "timestep": torch.tensor([500, 500]),
+    }
+    latents = torch.randn(2, 4, model.config.sample_size, model.config.sample_size, generator=generator())
+    for fused in (False, True):
+        if fused:
+            model.fuse_qkv_projections()
+        with (
+            torch.no_grad(),
+            regrow.apply(model, regrow.FORA(interval=2)) as run,
+            run.generation(4) as clock,
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            for _ in range(4):
+                model(latents, added_cond_kwargs={"resolution": None, "aspect_ratio": None}, **text)
+                clock.step()
+        assert run.report().macs == counter.get_total_flops() // 2
+        got[fused] = run.report().macs
+    assert got[True] >= got[False]
+
+
+def test_processors_for_the_time_of_a_generation_are_counted() -> None:
+    """Perturbed-attention guidance puts its own on for a call of the pipeline, and takes them off."""
+    pipe = transformer_pipelines.sd3_perturbed()
+    with regrow.apply(pipe, regrow.FORA(interval=2)) as run:
+        transformer_pipelines.generate(pipe, max_sequence_length=16, pag_scale=3.0)
+        report = run.report()
+        assert "perturbed" not in str(pipe.transformer.attn_processors).lower()
+    assert not report.notes
+    assert report.calls[1].macs < report.calls[1].full_macs
