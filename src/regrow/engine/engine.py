@@ -114,7 +114,6 @@ class Engine:
             self.layout, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary = before
             self._unfit = f"the denoiser's modules were replaced, and the method no longer fits: {error}"
             return False
-        self._unfit = ""
         if self.generation is not None:
             self.generation.slots.clear()
             self.generation.cuts = self.cuts
@@ -219,7 +218,7 @@ class Engine:
                     "generation at a time. Give each thread a pipeline with a denoiser of its own."
                 )
             self._busy = me
-        self.call = None
+        self.call, self._unfit = None, ""
 
     def is_inside(self) -> bool:
         """Whether this thread is in a call of the denoiser."""
@@ -289,7 +288,7 @@ class Engine:
                 f"the schedule is for {planned} calls and is resampled to {position.total}; so few may "
                 "need another: find one by regrow search --steps, or use a method without a schedule",
             )
-        whole = self._unfit or self.clash()
+        whole = self.clash()
         generation = Generation(
             list(plan.steps()), self.cuts, _generator(device, seed), self._look(), whole
         )
@@ -374,8 +373,8 @@ class Engine:
         generation = self.generation
         if position.begins or generation is None or not generation.steps:
             generation = self.generation = self._begin_generation(position, sample.device)
-        # Pipelines put such processors on when they will.
-        generation.whole = generation.whole or self._left_maps()
+        # Adapters come within a generation, and pipelines put processors on when they will.
+        generation.whole = generation.whole or self._unfit or self._left_maps()
         if generation.whole:
             reason = generation.whole
             self.warn_once(f"whole {reason}", f"calls of a generation are computed in full: {reason}")

@@ -31,5 +31,9 @@ class Twin:
 
     @classmethod
     def of(cls, denoiser: nn.Module, shape: int) -> Twin:
-        """What a denoiser is now, with a model to count by."""
-        return cls(shape, meta_copy(denoiser), tuple(unknown_attentions(denoiser)))
+        """What a denoiser is now, with a model to count by, or without if it can't be copied."""
+        try:
+            return cls(shape, meta_copy(denoiser), tuple(unknown_attentions(denoiser)))
+        except Exception:
+            # Whatever a module of somebody's own holds: the report says that it does not know.
+            return cls(shape)
