@@ -14,7 +14,7 @@ from regrow.engine.engine import Engine
 from regrow.installed import Installed, is_hooked
 from regrow.methods.names import method_of
 from regrow.methods.parts import origin_of, parts_of
-from regrow.models import denoiser_of
+from regrow.models import DENOISERS, denoiser_of
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
 from regrow.schedule import LAYERS
@@ -38,12 +38,13 @@ class Run:
 
     def remove(self) -> None:
         """Take the method off; everything is as before. Removing twice is allowed."""
-        if self._installed.active and self._swapped:
-            self._engine.warn_once("swapped", self._swapped)
+        active = self._installed.active
         self._installed.remove()
         if self._engine.clock is not None:
             self._engine.clock.detach()
         self._engine.release()
+        if active and self._engine.generation is None and self._swapped:
+            self._engine.warn_once("swapped", self._swapped)
 
     @contextmanager
     def generation(self, num_steps: int) -> Iterator[ManualClock]:
@@ -94,9 +95,9 @@ class Run:
         if self._pipeline is None:
             return ""
         denoiser = self._engine.denoiser
-        # Compiled as a whole, it is inside what the pipeline holds.
-        parts = self._pipeline.components.values()
-        if any(denoiser in (part, getattr(part, "_orig_mod", None)) for part in parts):
+        held = (getattr(self._pipeline, name, None) for name in DENOISERS)
+        # Compiled as a whole, or wrapped, it is inside what the pipeline holds.
+        if any(denoiser in part.modules() for part in held if isinstance(part, nn.Module)):
             return ""
         return (
             f"the pipeline's {type(denoiser).__name__} was replaced after regrow.apply, so the method is "

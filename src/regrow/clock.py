@@ -13,7 +13,6 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -109,40 +108,48 @@ class ManualClock:
         self._index = self._total
 
 
-class _Step:
-    """Stands in for ``scheduler.step`` between a call of the denoiser and the next step.
+class _Watch:
+    """Ticks when a scheduler steps next.
 
-    It is taken off before the scheduler steps, so that whoever copies or pickles the scheduler between
-    steps finds it as it was.
+    It is on the scheduler's class, until that scheduler has stepped: whoever copies or pickles the
+    scheduler meanwhile finds nothing on it, and a copy steps itself.
     """
 
-    def __init__(self, scheduler: Any, tick: Callable[[Any], None]) -> None:
-        # Pipelines read the parameters of `step` from its signature.
-        functools.update_wrapper(self, scheduler.step)
-        self.scheduler, self._step, self._tick = scheduler, scheduler.step, tick
-        self._below = scheduler.__dict__.get("step")
-        scheduler.step = self
+    _lock = threading.Lock()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mine = self.scheduler.__dict__.get("step") is self
-        self.remove()
-        out = self._step(*args, **kwargs)
-        if mine:
-            self._tick(kwargs.get("sample", args[2] if len(args) > 2 else None))
-        return out
+    def __init__(self, scheduler: Any, tick: Callable[[Any], None]) -> None:
+        self._kind, self._tick = type(scheduler), tick
+        self._scheduler = scheduler
+
+        with self._lock:
+            # None if the class inherits it.
+            self._below = self._kind.__dict__.get("step")
+            below = self._kind.step
+
+            @functools.wraps(below)
+            def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+                mine = scheduler is self._scheduler
+                if mine:
+                    self.remove()
+                out = below(scheduler, *args, **kwargs)
+                if mine:
+                    self._tick(kwargs.get("sample", args[2] if len(args) > 2 else None))
+                return out
+
+            step.__dict__["watch"] = self
+            self._kind.step = step
 
     def remove(self) -> None:
-        """Leave the scheduler as it was, unless something else lies on top."""
-        if self.scheduler.__dict__.get("step") is self:
-            if self._below is None:
-                del self.scheduler.step
-            else:
-                self.scheduler.step = self._below
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copied scheduler is another sampler: it must step itself and not this clock.
-        copied = memo.get(id(self.scheduler))
-        return self if copied is None else MethodType(type(copied).step, copied)
+        """Leave the class as it was, or, below the watch of another clock, let steps pass."""
+        self._scheduler = None
+        with self._lock:
+            top = self._kind.__dict__.get("step")
+            while isinstance(watch := getattr(top, "watch", None), _Watch) and watch._scheduler is None:
+                top = watch._below
+            if top is not None:
+                self._kind.step = top
+            elif "step" in self._kind.__dict__:
+                del self._kind.step
 
 
 class SchedulerClock:
@@ -162,7 +169,7 @@ class SchedulerClock:
     ) -> None:
         self._current, self._on_end, self._scale = scheduler, on_end, scale
         self._scheduler: Any = None
-        self._step: _Step | None = None
+        self._watch: _Watch | None = None
         self._timesteps: Any = None
         self._unproven: Any = None
         self._values: list[float] = []
@@ -199,12 +206,12 @@ class SchedulerClock:
     def called(self) -> None:
         self._unwatch()
         if self._scheduler is not None:
-            self._step = _Step(self._scheduler, self._tick)
+            self._watch = _Watch(self._scheduler, self._tick)
 
     def _unwatch(self) -> None:
-        if self._step is not None:
-            self._step.remove()
-            self._step = None
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def _tick(self, sample: Any) -> None:
         if threading.get_ident() != self._owner:

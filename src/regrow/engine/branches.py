@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# What branches of guidance differ in: the text, whole and pooled, the picture, the class.
+CONDITIONS = (
+    "encoder_hidden_states",
+    "encoder_hidden_states_image",
+    "pooled_projections",
+    "class_labels",
+    "added_cond_kwargs",
+)
 
 
 @dataclass(frozen=True)
@@ -15,43 +24,35 @@ class Condition:
     """What a call of the denoiser is given besides the latent and the time.
 
     Args:
-        text: the text, or the class labels; None if the denoiser is given neither.
-        version: of its contents, which writing to it changes; -1 if that is not known.
+        tensors: those of its `CONDITIONS`.
+        versions: of their contents, which writing to one changes; -1 where that is not known.
         options: its arguments that are plain data, such as the layers that skip-layer guidance leaves out.
     """
 
-    text: Tensor | None
-    version: int
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
     options: tuple[tuple[str, Any], ...]
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> Condition:
         """The condition of a call with these arguments."""
-        text = inputs.get("encoder_hidden_states")
-        text = inputs.get("class_labels") if text is None else text
-        text = text if isinstance(text, Tensor) else None
+        tensors = tuple(tensor for name in CONDITIONS for tensor in _tensors_in(inputs.get(name)))
         # A tensor made in inference mode does not tell.
-        version = -1 if text is None or text.is_inference() else text._version
+        versions = tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
         plain = ((k, _plain(v)) for k, v in sorted(inputs.items()) if k != "timestep")
-        return cls(text, version, tuple((k, v) for k, v in plain if v is not None))
+        return cls(tensors, versions, tuple((k, v) for k, v in plain if v is not None))
 
     def is_very(self, other: Condition) -> bool:
-        """Whether both have the very same text, unchanged, and equal options."""
-        if self.text is None or other.text is None:
-            return self.text is other.text and self.options == other.options
-        same = self.options == other.options and self.version == other.version
-        return same and _place(self.text) == _place(other.text)
+        """Whether both have the very same tensors, unchanged, and equal options."""
+        same = self.options == other.options and self.versions == other.versions
+        return same and [*map(_place, self.tensors)] == [*map(_place, other.tensors)]
 
     def equals(self, other: Condition) -> bool:
-        """Whether both have texts of equal contents, and equal options. That waits for the device."""
-        mine, others = self.text, other.text
-        if mine is None or others is None or self.options != other.options:
+        """Whether both have tensors of equal contents, and equal options. That waits for the device."""
+        if self.options != other.options or len(self.tensors) != len(other.tensors):
             return False
-        if (mine.shape, mine.dtype, mine.device) != (others.shape, others.dtype, others.device):
-            return False
-        # Of a text that was written to, what it was before is not known.
-        known = _place(mine) != _place(others)
-        return known and (mine.is_meta or bool(torch.equal(mine, others)))
+        both = zip(self.tensors, other.tensors, self.versions, other.versions, strict=True)
+        return all(_equal(*pair) for pair in both)
 
 
 @dataclass
@@ -106,6 +107,27 @@ class Branches:
         """Forget branches that stayed away, if they are more than those that came: of texts that change."""
         if len(self._known) > 2 * max(len(self._seen), 1):
             self._known = list(self._seen)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of an argument: itself, or those of a list or a mapping."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            yield from _tensors_in(value[key])
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors_in(one)
+
+
+def _equal(mine: Tensor, others: Tensor, version: int, before: int) -> bool:
+    """Whether two tensors hold the same; of one that was written to, what it held is not known."""
+    if _place(mine) == _place(others):
+        return version == before
+    if (mine.shape, mine.dtype, mine.device) != (others.shape, others.dtype, others.device):
+        return False
+    return mine.is_meta or bool(torch.equal(mine, others))
 
 
 def _plain(value: Any) -> Any:

@@ -26,10 +26,16 @@ class Caller:
 
 def _pipeline_call() -> FrameType | None:
     """The nearest frame that a pipeline runs in."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+    # From the caller on: a frame that asks itself for its variables keeps them, and all below it.
+    frame: FrameType | None = sys._getframe().f_back
+    while frame is not None and not _is_of_a_pipeline(frame):
         frame = frame.f_back
     return frame
+
+
+def _is_of_a_pipeline(frame: FrameType) -> bool:
+    method = frame.f_code.co_varnames[:1] == ("self",)
+    return method and isinstance(frame.f_locals.get("self"), DiffusionPipeline)
 
 
 def _made_by(frame: FrameType | None) -> dict[str, Any]:
@@ -39,4 +45,8 @@ def _made_by(frame: FrameType | None) -> dict[str, Any]:
     given = inspect.getargvalues(frame)
     # Those of a scheduler are as old as its timesteps.
     passed = {*given.args, given.varargs, given.keywords, "timesteps", "t"}
-    return {k: v for k, v in given.locals.items() if isinstance(v, Tensor) and k not in passed}
+    tensors = {k: v for k, v in given.locals.items() if isinstance(v, Tensor)}
+    theirs = {v.untyped_storage().data_ptr() for k, v in tensors.items() if k in passed}
+    return {
+        k: v for k, v in tensors.items() if k not in passed and v.untyped_storage().data_ptr() not in theirs
+    }

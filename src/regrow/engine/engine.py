@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
+from regrow.engine.branches import Branches
 from regrow.engine.call import Call, CallRecord, Generation, Observation, Observer, Watched
 from regrow.engine.inputs import (
     adds_to_layers,
@@ -23,7 +24,14 @@ from regrow.engine.inputs import (
     without_data,
 )
 from regrow.engine.lean import Lean, streams
-from regrow.engine.others import attentions_in, grounding_of, keeps_maps, other_caches, shape_of
+from regrow.engine.others import (
+    adapter_state,
+    attentions_in,
+    grounding_of,
+    keeps_maps,
+    other_caches,
+    shape_of,
+)
 from regrow.engine.pruning import Pruning, runs
 from regrow.engine.refreshing import Refreshing
 from regrow.engine.twin import Twin
@@ -70,6 +78,7 @@ class Engine:
         self.kinds = parts.plan.kinds()
         self.names = arguments_of(denoiser)
         self._warned: set[str] = set()
+        self._said = ""
         self._read()
         self.call: Call | None = None
         self.generation: Generation | None = None
@@ -200,6 +209,7 @@ class Engine:
 
     def warn_once(self, about: str, message: str) -> None:
         """Warn, the first time for this run."""
+        self._said = message
         if about not in self._warned and not self._quiet:
             self._warned.add(about)
             warnings.warn(message, stacklevel=2)
@@ -270,7 +280,7 @@ class Engine:
     def _begin_generation(self, position: Position, device: torch.device) -> Generation:
         """The state of a generation whose first call begins now."""
         before = self.generation
-        again = before is not None and (position.again or before.caller.is_same())
+        again = before is not None and before.caller.is_same()
         if not again:
             self.release()
         chooser = self.parts.tokens or self.parts.token_set
@@ -356,10 +366,13 @@ class Engine:
             # Interrupted.
             return
         reasons = [record.reason for record in known if record.reason]
-        reason = max(set(reasons), key=reasons.count) if reasons else "the first call of a run always is"
+        reason = max(set(reasons), key=reasons.count) if reasons else ""
+        if len(known) == 1:
+            reason = "the first call of a run always is"
         self.warn_once(
             "saved nothing",
-            f"a generation saved nothing: all of its {len(known)} calls were computed in full ({reason})",
+            f"a generation saved nothing: all of its {len(known)} calls were computed in full"
+            + (f" ({reason})" if reason else ""),
         )
 
     def _decide(
@@ -402,16 +415,18 @@ class Engine:
         if self.pruning is not None and not generation.whole:
             counts = self.pruning.counts(sample, planned.ratio, cut)
             prepared = {} if sample.is_meta else self.pruning.prepared(counts, info)
+        self._said = ""
         self.call = Call(
             slot=slot,
             cut=cut,
             store=tuple(c for c in generation.cuts.values() if cut is None or (c.final and not cut.final)),
-            dense=adds_to_layers(kwargs) or _freeu(self.denoiser),
+            dense=adds_to_layers(inputs) or _freeu(self.denoiser),
             info=info,
             counts=counts,
             prepared=prepared,
         )
-        self.call.knows_text = bool(self.layout.text) and slot.knows(inputs.get("encoder_hidden_states"))
+        state = tuple(adapter_state(module) for module in self.layout.text.values())
+        self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
         if not self.call.knows_text:
             # A module that this call skips must not hand on another text's output later.
             for name in self.layout.text:
@@ -419,16 +434,16 @@ class Engine:
         self.call.tells_apart = not generation.whole and self._tells_apart(slot)
         if self.lean is not None and self.call.tells_apart and streams(cut):
             self.call.remembers = True
-            self.lean.leave_out(self.call, planned.ratio, kwargs)
+            self.lean.leave_out(self.call, planned.ratio, inputs)
         ratio = planned.ratio if counts or self.call.count else 0.0
-        if planned.ratio and generation.whole:
-            reason = generation.whole
         if self.refreshing is not None and cut is None:
             slot.observed = self.refreshing.rule.begin()
         if self.refreshing is not None and cut is self.layout.layers:
             if self.call.tells_apart:
-                self.refreshing.decide(self.call, planned.ratio, kwargs)
+                self.refreshing.decide(self.call, planned.ratio, inputs)
             ratio = planned.ratio if self.call.refresh else 1.0
+        if planned.ratio and not reason and not (counts or self.call.count or self.call.refresh):
+            reason = generation.whole or self._said
         generation.records.append(
             CallRecord(
                 position,
@@ -456,6 +471,8 @@ class Engine:
         if begins:
             return None, "the first calls of a generation are full"
         if not any(cut.key(name) in slot.features for name in cut.restore):
+            if slot.calls == 1 and generation.records:
+                return None, "it is given another text, batch or picture than the calls before it"
             return None, "nothing was kept yet of what it would reuse"
         kept = slot.stored.get(cut, -1)
         if kept < generation.due(cut, index):
@@ -580,6 +597,7 @@ class Engine:
         self.call = None
         if self.generation is not None and not self.generation.ended:
             self.generation.slots.clear()
+            self.generation.branches = Branches()
             self._finish(self.generation)
             self.generation.ended = True
 

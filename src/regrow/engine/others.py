@@ -62,12 +62,38 @@ def keeps_maps(attention: Any) -> bool:
     )
 
 
+def hooked_by_others(denoiser: nn.Module, names: Iterable[str]) -> str:
+    """A module, in or among some, with a forward hook of somebody's own, who wants its output; or ""."""
+    for name in names:
+        for path, module in denoiser.get_submodule(name).named_modules(prefix=name):
+            if any(not _is_known(hook) for hook in module._forward_hooks.values()):
+                return path
+    return ""
+
+
+def wrapped_by_others(denoiser: nn.Module, names: Iterable[str]) -> str:
+    """A module, in or among some, with a forward method of somebody's own; or "" if there is none."""
+    for name in names:
+        for path, module in denoiser.get_submodule(name).named_modules(prefix=name):
+            forward = module.__dict__.get("forward")
+            if forward is not None and not _is_known(forward):
+                return path
+    return ""
+
+
+def _is_known(function: Any) -> bool:
+    """Whether a function is of a library that wraps modules and reads nothing of what they give."""
+    function = getattr(function, "func", getattr(function, "__func__", function))
+    home = getattr(function, "__module__", None) or type(function).__module__
+    return home.partition(".")[0] in ("torch", "accelerate", "diffusers", "peft", "DeepCache", "regrow")
+
+
 def is_of_diffusers(processor: Any) -> bool:
     """Whether an attention processor is one that diffusers' models come with."""
     return type(processor).__module__.startswith(("diffusers.models.", "diffusers.loaders."))
 
 
-_HARMLESS = (bool, int, float, str, type(None), nn.Module, torch.dtype, torch.device)
+_HARMLESS = (bool, int, float, str, type(None), nn.Module, torch.Tensor, torch.dtype, torch.device)
 
 
 def grounding_of(denoiser: nn.Module) -> list[Any]:
@@ -75,11 +101,21 @@ def grounding_of(denoiser: nn.Module) -> list[Any]:
     return [m for m in denoiser.modules() if type(m).__name__ == "GatedSelfAttentionDense"]
 
 
+def adapter_state(module: nn.Module) -> tuple[Any, ...] | None:
+    """What an adapter on a module is set to: which are active, how strong, merged or not; None without."""
+    layer: Any = module
+    if not hasattr(layer, "base_layer") or not hasattr(layer, "scaling"):
+        return None
+    scaling = tuple(sorted(layer.scaling.items()))
+    return tuple(layer.active_adapters), scaling, layer.merged, layer.disable_adapters
+
+
 def shape_of(denoiser: nn.Module) -> int:
     """A number that another structure of modules, or other processors, would give otherwise."""
     return hash(tuple(_parts(denoiser)))
 
 
-def _parts(denoiser: nn.Module) -> Iterator[tuple[type, type, int]]:
+def _parts(denoiser: nn.Module) -> Iterator[tuple[Any, ...]]:
     for module in denoiser.modules():
-        yield type(module), type(module.__dict__.get("processor")), id(module)
+        processor = type(module.__dict__.get("processor"))
+        yield type(module), processor, id(module), adapter_state(module)

@@ -14,6 +14,9 @@ from regrow.models.unet import unet_layout
 
 __all__ = ["Layout", "TokenBlock", "UnsupportedModelError", "denoiser_of", "layout_of", "module_of"]
 
+# What pipelines call them.
+DENOISERS = ("unet", "transformer")
+
 # Class names, so that no model family is imported before somebody uses it.
 _LAYOUTS: Mapping[str, Callable[[Any], Layout]] = {
     "UNet2DConditionModel": unet_layout,
@@ -40,7 +43,7 @@ def module_of(target: Any) -> nn.Module:
     """
     candidates: Sequence[Any] = [target]
     if not isinstance(target, nn.Module):
-        candidates = [getattr(target, name, None) for name in ("unet", "transformer")]
+        candidates = [getattr(target, name, None) for name in DENOISERS]
     for module in candidates:
         if isinstance(module, nn.Module):
             if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:

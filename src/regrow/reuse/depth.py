@@ -29,6 +29,7 @@ class Slot:
         observed: what the choice of tokens for layers that hand on their last output remembers of the last
             full call.
         text: the text of the last call and its version, which writing to it changes.
+        adapters: what state adapters on the modules that read the text were in.
         calls: how many calls the slot has seen.
         last: step of its last call; -1 if there was none.
         stored: by cut, the step in which what it restores was kept.
@@ -44,19 +45,26 @@ class Slot:
     chosen: Any = None
     observed: Any = None
     text: tuple[Tensor, int] | None = None
+    adapters: Any = None
     calls: int = 0
     last: int = -1
     stored: dict[Any, int] = field(default_factory=dict)
     grid: Grid | None = None
 
-    def knows(self, text: Tensor | None) -> bool:
-        """Whether the text is that of the last call, the very tensor; remembers it."""
+    def knows(self, text: Tensor | None, adapters: Any = None) -> bool:
+        """Whether the text is that of the last call, the very tensor; remembers it.
+
+        Args:
+            text: the text.
+            adapters: the state of adapters on the modules that read it; with another it is not known.
+        """
+        same, self.adapters = adapters == self.adapters, adapters
         if text is None:
             return False
         # A tensor made in inference mode does not tell.
         version = -1 if text.is_inference() else text._version
         before, self.text = self.text, (text, version)
-        return before is not None and before[0] is text and before[1] == version != -1
+        return same and before is not None and before[0] is text and before[1] == version != -1
 
     def remember(self, output: Tensor) -> None:
         """Keep a copy of a computed output; the caller's tensor stays the caller's."""
