@@ -375,8 +375,17 @@ def test_no_warning_is_given_in_ordinary_use(pipe: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         with regrow.apply(pipe, REUSE):
-            generate(pipe)
-            generate(pipe, num_inference_steps=3)
+            generate(pipe, num_inference_steps=10)
+            generate(pipe, num_inference_steps=5)
+
+
+def test_a_schedule_resampled_to_less_than_half_says_so_once(pipe: Any) -> None:
+    with regrow.apply(pipe, REUSE), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for steps in (5, 4, 3):
+            generate(pipe, num_inference_steps=steps)
+    assert len(foreign(seen, "is for 10 calls and is resampled to 4")) == 1
+    assert not foreign(seen, "resampled to 3")
 
 
 def test_schedulers_without_step_are_refused(pipe: Any) -> None:

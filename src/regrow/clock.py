@@ -112,44 +112,45 @@ class _Watch:
     """Ticks when a scheduler steps next.
 
     It is on the scheduler's class, until that scheduler has stepped: whoever copies or pickles the
-    scheduler meanwhile finds nothing on it, and a copy steps itself.
+    scheduler meanwhile finds nothing on it, and a copy steps itself. Only where somebody gave the scheduler
+    a ``step`` of its own, it is on that.
     """
 
     _lock = threading.Lock()
 
     def __init__(self, scheduler: Any, tick: Callable[[Any], None]) -> None:
-        self._kind, self._tick = type(scheduler), tick
-        self._scheduler = scheduler
-
+        own = "step" in vars(scheduler)
+        self._holder: Any = scheduler if own else type(scheduler)
+        self._scheduler, first = scheduler, 0 if own else 1
         with self._lock:
             # None if the class inherits it.
-            self._below = self._kind.__dict__.get("step")
-            below = self._kind.step
+            self._below = vars(self._holder).get("step")
+            below = self._holder.step
 
             @functools.wraps(below)
-            def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-                mine = scheduler is self._scheduler
+            def step(*args: Any, **kwargs: Any) -> Any:
+                mine = self._scheduler is not None and (own or args[0] is self._scheduler)
                 if mine:
                     self.remove()
-                out = below(scheduler, *args, **kwargs)
+                out = below(*args, **kwargs)
                 if mine:
-                    self._tick(kwargs.get("sample", args[2] if len(args) > 2 else None))
+                    tick(kwargs.get("sample", args[first + 2] if len(args) > first + 2 else None))
                 return out
 
             step.__dict__["watch"] = self
-            self._kind.step = step
+            self._holder.step = step
 
     def remove(self) -> None:
-        """Leave the class as it was, or, below the watch of another clock, let steps pass."""
+        """Leave all as it was, or, below the watch of another clock, let steps pass."""
         self._scheduler = None
         with self._lock:
-            top = self._kind.__dict__.get("step")
+            top = vars(self._holder).get("step")
             while isinstance(watch := getattr(top, "watch", None), _Watch) and watch._scheduler is None:
                 top = watch._below
             if top is not None:
-                self._kind.step = top
-            elif "step" in self._kind.__dict__:
-                del self._kind.step
+                self._holder.step = top
+            elif "step" in vars(self._holder):
+                del self._holder.step
 
 
 class SchedulerClock:

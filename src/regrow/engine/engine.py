@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,9 +28,11 @@ from regrow.engine.others import (
     adapter_state,
     attentions_in,
     grounding_of,
+    hooked_by_others,
     keeps_maps,
     other_caches,
     shape_of,
+    wrapped_by_others,
 )
 from regrow.engine.pruning import Pruning, runs
 from regrow.engine.refreshing import Refreshing
@@ -298,7 +300,15 @@ class Engine:
                 f"the schedule is for {planned} calls and is resampled to {position.total}; so few may "
                 "need another: find one by regrow search --steps, or use a method without a schedule",
             )
-        whole = self.clash()
+        skipped = sorted(frozenset().union(*(cut.skip for cut in self.cuts.values())))
+        whole = self.clash() or self._listened(skipped)
+        wrapped = wrapped_by_others(self.denoiser, skipped)
+        if wrapped and not whole:
+            self.warn_once(
+                "wrapped",
+                f"{wrapped}, for one, has a forward method of somebody's own, which is not called in calls "
+                "that leave that module out",
+            )
         generation = Generation(
             list(plan.steps()), self.cuts, _generator(device, seed), self._look(), whole
         )
@@ -308,6 +318,13 @@ class Engine:
         if self.lean is not None and not whole:
             self.lean.warn_of_whole_calls(generation.steps[position.index :], self.cuts)
         return generation
+
+    def _listened(self, skipped: Sequence[str]) -> str:
+        """Why modules can't be left out that somebody listens to; empty if nobody does."""
+        module = hooked_by_others(self.denoiser, skipped)
+        if not module:
+            return ""
+        return f"{module}, for one, has a forward hook, whose owner would get nothing to read of it"
 
     def _look(self) -> Twin:
         """What the denoiser is now, with a model to count by if it is not what the method was applied to.
