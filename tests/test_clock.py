@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,14 @@ import diffusers
 import pipelines
 import pytest
 import torch
+import transformer_pipelines
 from pipelines import generate, scheduler
 from torch import Tensor
 
 import regrow
 from regrow import FULL
+from regrow.clock import _Watch
+from regrow.schedule import LAYERS
 
 SAMPLERS: dict[str, Callable[[], Any]] = {
     "ddim": scheduler,
@@ -164,6 +168,53 @@ def test_a_copied_scheduler_steps_itself_and_ticks_nothing(pipe: Any) -> None:
             return {}
 
         assert torch.equal(generate(pipe, callback_on_step_end=step_a_copy), expected)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++"])
+def test_a_scheduler_may_be_copied_after_a_call_that_no_step_followed(sampler: str) -> None:
+    pipe = pipeline(sampler)
+    plain = generate(pipe, num_inference_steps=6)
+    run = regrow.apply(pipe, REUSE)
+    pipe.scheduler.set_timesteps(6)
+    inputs = pipelines.unet_inputs(pipe.unet) | {"timestep": pipe.scheduler.timesteps[0]}
+    with torch.no_grad():
+        pipe.unet(**inputs)
+    copies = [copy.copy(pipe.scheduler), copy.deepcopy(pipe.scheduler)]
+    copies.append(pickle.loads(pickle.dumps(pipe.scheduler)))
+    run.remove()
+    for other in copies:
+        assert torch.equal(generate(pipelines.sd(pipe.unet, sampler=other), num_inference_steps=6), plain)
+    assert "watch" not in vars(type(pipe.scheduler).step)
+
+
+def test_watches_of_two_clocks_on_one_class_are_taken_off_in_any_order() -> None:
+    class Sampler(diffusers.DDIMScheduler):
+        """With its step inherited."""
+
+    ticks: list[int] = []
+    for order in ((0, 1), (1, 0)):
+        both = [Sampler(), Sampler()]
+        watches = [_Watch(one, lambda _, i=i: ticks.append(i)) for i, one in enumerate(both)]
+        sample, noise = torch.randn(2, 1, 4, 8, 8)
+        for one in both:
+            one.set_timesteps(4)
+        for i in order:
+            both[i].step(noise, both[i].timesteps[0], sample)
+        assert ticks == list(order)
+        assert "step" not in vars(Sampler)
+        ticks.clear()
+        for i in order:
+            watches[i].remove()
+        assert "step" not in vars(Sampler)
+
+
+def test_a_step_that_somebody_put_on_the_scheduler_is_followed() -> None:
+    pipe = transformer_pipelines.flux()
+    plain = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **kwargs: plain(*args, **kwargs)
+    with regrow.apply(pipe, regrow.FORA(interval=2)) as run:
+        transformer_pipelines.generate(pipe, num_inference_steps=4)
+        assert {r.depth for r in records(run)} == {FULL, LAYERS}
 
 
 def test_a_pipelines_options_of_step_still_reach_it(pipe: Any) -> None:

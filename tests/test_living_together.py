@@ -171,7 +171,7 @@ class Together(RuleBasedStateMachine):
     def check(self, **changes: Any) -> None:
         got, expected = self.outcome(self.pipe, **changes), self.expected(**changes)
         if isinstance(expected, str) or isinstance(got, str):
-            assert isinstance(got, type(expected)), (got, expected, self.on, self.config)
+            assert str(got).partition(":")[0] == str(expected).partition(":")[0], (got, expected, self.on)
             return
         assert torch.equal(got, expected), (float((got - expected).abs().max()), self.on, self.config)
         assert got.isfinite().all() == expected.isfinite().all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -434,3 +436,123 @@ def test_processors_for_the_time_of_a_generation_are_counted() -> None:
         assert "perturbed" not in str(pipe.transformer.attn_processors).lower()
     assert not report.notes
     assert report.calls[1].macs < report.calls[1].full_macs
+
+
+@pytest.mark.parametrize("config", [EVERY_SECOND, regrow.FORA(interval=2)])
+def test_modules_that_somebody_listens_to_are_computed(pipe: Any, config: Any) -> None:
+    """As those who edit or keep deep features do."""
+    heard: list[torch.Size] = []
+    module = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+
+    def listen(_: Any, args: Any, output: Tensor) -> Tensor:
+        heard.append(output.shape)
+        return output + 0.1
+
+    hook = module.register_forward_hook(listen)
+    plain = pipelines.generate(pipe)
+    with regrow.apply(pipe, config) as run:
+        with pytest.warns(UserWarning, match="has a forward hook, whose owner would get nothing"):
+            assert torch.equal(pipelines.generate(pipe), plain)
+        assert len(heard) == 8
+        assert {c.depth for c in run.report().calls} == {"full"}
+        hook.remove()
+        pipelines.generate(pipe)
+        assert {c.depth for c in run.report().calls} != {"full"}
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_what_a_controlnet_adds_may_be_given_by_position(by_position: bool) -> None:
+    unet = pipelines.sd1_unet()
+    inputs = pipelines.unet_inputs(unet)
+    shapes: list[torch.Size] = []
+    hooks = [
+        block.register_forward_hook(lambda m, a, out: shapes.extend(x.shape for x in out[1]))
+        for block in unet.down_blocks
+    ]
+    with torch.no_grad():
+        unet(**inputs)
+    for hook in hooks:
+        hook.remove()
+    added = tuple(0.1 * torch.ones(shape) for shape in (torch.Size((2, 16, 16, 16)), *shapes))
+    middle = torch.zeros_like(added[-1])
+    given = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"])
+    out = []
+    with torch.no_grad(), regrow.apply(unet, EVERY_SECOND) as run, run.generation(4) as clock:
+        for _ in range(4):
+            if by_position:
+                out.append(unet(*given, None, None, None, None, None, added, middle).sample)
+            else:
+                names = {"down_block_additional_residuals": added, "mid_block_additional_residual": middle}
+                out.append(unet(*given, **names).sample)
+            clock.step()
+        assert [c.depth for c in run.report().calls] == ["full", "1"] * 2
+    assert all(x.isfinite().all() for x in out)
+
+
+def test_branches_that_differ_in_their_pooled_text_alone_are_two() -> None:
+    unet = pipelines.sdxl_unet()
+    inputs = pipelines.unet_inputs(unet, batch=1)
+    other = inputs | {
+        "added_cond_kwargs": inputs["added_cond_kwargs"]
+        | {"text_embeds": 1 + inputs["added_cond_kwargs"]["text_embeds"]}
+    }
+    with torch.no_grad(), regrow.apply(unet, regrow.FORA(interval=9)) as run, run.generation(4) as clock:
+        for order in ((inputs, other), (other, inputs), (other,), (inputs,)):
+            for one in order:
+                unet(**one)
+            clock.step()
+        rows = [(c.step, c.branch, c.depth) for c in run.report().calls]
+    assert rows == [
+        (0, 0, "full"),
+        (0, 1, "full"),
+        (1, 1, "layers"),
+        (1, 0, "layers"),
+        (2, 1, "layers"),
+        (3, 0, "layers"),
+    ]
+
+
+def test_a_generation_holds_nothing_of_the_pipelines_call_when_it_is_over(pipe: Any) -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def look(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        alive.extend(weakref.ref(tensor) for tensor in tensors.values())
+        return {}
+
+    names = ["latents", "prompt_embeds"]
+    gc.collect()
+    gc.disable()
+    try:
+        with regrow.apply(pipe, EVERY_SECOND):
+            pipelines.generate(pipe, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names)
+            assert len(alive) == 8
+            assert not [ref for ref in alive if ref() is not None]
+    finally:
+        gc.enable()
+
+
+def test_a_strength_of_an_adapter_set_within_a_generation_reaches_the_texts_layers() -> None:
+    pipe = transformer_pipelines.wan_of_texts()
+    config = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config, adapter_name="a")
+
+    def stronger(pipeline: Any, step: int, *_: Any) -> dict[str, Any]:
+        pipeline.transformer.set_adapters(["a"], [1.0 + 4.0 * (step > 0)])
+        return {}
+
+    def made() -> Tensor:
+        pipe.transformer.set_adapters(["a"], [1.0])
+        return pipe(
+            prompt="a penguin",
+            height=32,
+            width=32,
+            num_frames=5,
+            num_inference_steps=4,
+            output_type="latent",
+            generator=generator(),
+            callback_on_step_end=stronger,
+        ).frames
+
+    plain = made()
+    with pytest.warns(UserWarning, match="prunes nothing"), regrow.apply(pipe, regrow.FORA(interval=1)):
+        assert torch.equal(made(), plain)

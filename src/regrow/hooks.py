@@ -423,8 +423,8 @@ class ObserveHook:
             self.engine.warn_once(
                 "observe",
                 "attentions that tokens are chosen by can't be looked at, because their projections were "
-                "replaced or fused after regrow.apply (LoRA, fuse_qkv_projections; apply regrow last), or "
-                "their processors project a part of the batch only (perturbed-attention guidance)",
+                "fused (call unfuse_qkv_projections()), or their processors project a part of the batch "
+                "only (perturbed-attention guidance)",
             )
             return out
         bias = kwargs.get("attention_mask")

@@ -459,7 +459,7 @@ def test_an_attention_that_cant_be_seen_is_said_and_nothing_is_left_out(kind: st
     plain = picture()
     with regrow.apply(pipe, config) as run:
         (pipe.unet if kind == "sdxl" else pipe.transformer).fuse_qkv_projections()
-        with pytest.warns(UserWarning, match="projections were replaced or fused"):
+        with pytest.warns(UserWarning, match="projections were fused"):
             out = picture()
     torch.testing.assert_close(out, plain, rtol=1e-3, atol=1e-3)
     assert {c.ratio for c in run.report().calls} == {0}

@@ -611,7 +611,7 @@ def test_fused_projections_are_refused_and_noticed_later(kind: str) -> None:
     pipe = KINDS[kind]()
     with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run:
         pipe.transformer.fuse_qkv_projections()
-        with pytest.warns(UserWarning, match="projections were replaced or fused"):
+        with pytest.warns(UserWarning, match="projections were fused"):
             generate(pipe)
     assert {c.ratio for c in run.report().calls} == {0}
     with pytest.raises(ValueError, match="unfuse_qkv_projections"):

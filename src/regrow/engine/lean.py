@@ -132,13 +132,11 @@ class Lean:
             return
         if len(slot.outputs) < 2 or self.begins(slot):
             return
-        if not all(
-            self._denoiser.get_submodule(name) is module for name, module in self.memory.items()
-        ) or not any(name in slot.features for name in self.memory if name.endswith("to_v")):
+        if not any(name in slot.features for name in self.memory if name.endswith("to_v")):
             self._warn_once(
                 "memory",
-                "all tokens are computed, because the attentions' projections were replaced or fused after "
-                "regrow.apply (LoRA, fuse_qkv_projections), so that keys can't be kept; apply regrow last",
+                "all tokens are computed, because the attentions' projections were fused, so that keys "
+                "can't be kept; call unfuse_qkv_projections()",
             )
             return
         assert slot.grid is not None
@@ -179,8 +177,8 @@ class Lean:
         if call.chosen is not None and call.tokens is None:
             self._warn_once(
                 "narrow",
-                "all tokens are computed, because something replaced the forward method of the module "
-                "behind which some should be left out after regrow.apply; apply regrow last",
+                "all tokens are computed, because the module behind which some should be left out was not "
+                "called",
             )
         if call.remembers and OUTPUT in call.slot.features:
             assert self._layout.stream is not None

@@ -38,7 +38,7 @@ class Refreshing:
         warn_once: Callable[[str, str], None],
     ) -> None:
         self.rule = rule
-        self._denoiser, self._layout, self._warn_once = denoiser, layout, warn_once
+        self._layout, self._warn_once = layout, warn_once
         self.places = tuple(t for t in layout.token_layers if t.layer.kind in rule.kinds)
         """The layers that compute some of their tokens where they hand on their last output."""
         if not self.places:
@@ -96,17 +96,14 @@ class Refreshing:
         attention = place.attention
         if attention.layer.name not in self.attending:
             return place.beside is None or attention.layer.name in slot.features
-        known = all(
-            name in slot.features and self._denoiser.get_submodule(name) is module
-            for name, module in attention.memory.items()
-        )
+        known = all(name in slot.features for name in attention.memory)
         if not known or kwargs.get("attention_mask") is not None:
             self._warn_once(
                 "memory",
                 "self-attentions, and what is computed with them, hand on their last output whole, because "
-                "their projections were replaced or fused after regrow.apply (LoRA, fuse_qkv_projections), "
-                "so that keys can't be kept, or their processors project a part of the batch only "
-                "(perturbed-attention guidance), or their tokens are masked; apply regrow last",
+                "their projections were fused (call unfuse_qkv_projections()), so that keys can't be kept, "
+                "or their processors project a part of the batch only (perturbed-attention guidance), or "
+                "their tokens are masked",
             )
             return False
         return True
