@@ -203,7 +203,7 @@ class Together(RuleBasedStateMachine):
         self.run = None
         self.check()
 
-    @rule(steps=st.integers(2, 4))
+    @rule(steps=st.integers(2, 3))
     def generate(self, steps: int) -> None:
         self.check(num_inference_steps=steps)
 
@@ -359,7 +359,7 @@ class WithUnet(Together):
     def pictures(self, pipe: Any, **changes: Any) -> Tensor:
         if "image" in self.on:
             changes["ip_adapter_image_embeds"] = [torch.ones(2, 1, 8)]
-        return pipelines.generate(pipe, **{"num_inference_steps": 3} | changes)
+        return pipelines.generate(pipe, **{"num_inference_steps": 2} | changes)
 
     @precondition(lambda self: "pab" not in self.on)
     @rule()
@@ -449,7 +449,7 @@ class WithFlux(Together):
         return transformer_pipelines.flux()
 
     def pictures(self, pipe: Any, **changes: Any) -> Tensor:
-        return transformer_pipelines.generate(pipe, **{"num_inference_steps": 4} | changes)
+        return transformer_pipelines.generate(pipe, **{"num_inference_steps": 3} | changes)
 
     @precondition(lambda self: "cache" not in self.on)
     @rule(config=st.sampled_from([PAB, FirstBlockCacheConfig(threshold=0.05)]))
@@ -480,7 +480,7 @@ def test_each_that_is_on_works_and_each_that_is_off_is_gone(machine: type[Togeth
         machine,
         settings=settings(
             max_examples=SEQUENCES // 2,
-            stateful_step_count=7,
+            stateful_step_count=6,
             deadline=None,
             derandomize="REGROW_SEQUENCES" not in os.environ,
             database=None,

@@ -306,7 +306,7 @@ def test_nothing_is_compiled_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("regrow.measure.bench.moment", looked)
     torch._dynamo.reset()
-    pipe = pipelines.sd()
+    pipe = pipelines.sd(pipelines.unet(layers_per_block=1))
     compile_blocks(pipe.unet, backend=backend)
     variants = [variant(spec, 3) for spec in ("steps:3", "sito:d", "deepcache:2+tome:0.5")]
     rows = bench(pipe, variants, PROMPTS, rounds=2, guidance=3.0)

@@ -239,9 +239,10 @@ def configured(name: str) -> type[MethodConfig]:
         if system.name == name and system.config is not None:
             return system.config
     working = [s.name for s in SYSTEMS if s.config is not None]
-    state = "not built yet" if any(s.name == name for s in SYSTEMS) else "not known"
+    if any(system.name == name for system in SYSTEMS):
+        raise ValueError(f"method: {shown(name)} is not built yet; allowed: {', '.join(working)}")
     raise ValueError(
-        f"method: {shown(name)} is {state}; allowed: {', '.join(working)}{offer(name, working)}"
+        f"method: {shown(name)} is not known; allowed: {', '.join(working)}{offer(name, working)}"
     )
 
 

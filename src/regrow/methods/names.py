@@ -174,7 +174,7 @@ def _dato(spec: str, value: str, steps: int) -> DaTo:
     if not value.startswith(hub.PREFIX) and not value.endswith(PLANS) and not Path(value).exists():
         raise ValueError(
             f"method: {shown(spec)} is not allowed; after the colon comes an interval, a schedule file or "
-            f"{', '.join(DaTo.presets())}"
+            f"{', '.join(DaTo.presets())}{offer(value, DaTo.presets())}"
         )
     return DaTo(schedule=hub.load_schedule(value))
 
@@ -209,5 +209,5 @@ def _share(spec: str, value: str) -> float:
         return float(value)
     except ValueError as error:
         raise ValueError(
-            f"method: {shown(spec)} is not allowed; after the colon comes {allowed}"
+            f"method: {shown(spec)} is not allowed; after the colon comes {allowed}{offer(value, presets)}"
         ) from error
