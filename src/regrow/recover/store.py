@@ -1,0 +1,173 @@
+"""What one guidance branch keeps of each site, from which later calls recover it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.recover.time import TimeRecovery, Weights, cached_split
+
+Value = Any
+"""A tensor, or tensors in tuples, lists and mappings; everything else in them is of the last value."""
+
+
+@dataclass
+class _History:
+    """The computed values of a site.
+
+    Args:
+        times: the steps of all of them.
+        values: the last ones, the newest last.
+        sums: by recovery, the sums that it keeps instead of all values.
+    """
+
+    times: list[int] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    sums: dict[TimeRecovery, list[Value]] = field(default_factory=dict)
+
+
+class Store:
+    """By the key of a site, the values that its calls computed.
+
+    Args:
+        recoveries: those that the plan uses; as many values are kept as they need.
+        total: number of steps of the run.
+    """
+
+    def __init__(self, recoveries: Iterable[TimeRecovery], total: int) -> None:
+        self._recoveries, self._total = tuple(recoveries), total
+        self._window = max([1, *(r.window for r in self._recoveries)])
+        self._kept: dict[str, _History] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._kept
+
+    def keep(self, key: str, value: Value) -> None:
+        """Keep a value alone, whatever its site had before."""
+        self._kept[key] = _History([0], [value])
+
+    def add(self, key: str, step: int, value: Value) -> None:
+        """Keep a value that was computed in a step.
+
+        Values of other shapes before it are dropped, and one of the same step is replaced.
+        """
+        history = self._kept.get(key)
+        if history is None or _shapes(history.values[-1]) != _shapes(value) or history.times[-1] >= step:
+            # A step that is computed again begins a run, or another call of the same step.
+            history = self._kept[key] = _History()
+        history.times.append(step)
+        history.values = [*history.values, value][-self._window :]
+        for recovery in self._recoveries:
+            factors = recovery.basis(step, self._total)
+            before = history.sums.get(recovery)
+            if factors:
+                history.sums[recovery] = [
+                    combine([value], [f]) if before is None else combine([before[i], value], [1.0, f])
+                    for i, f in enumerate(factors)
+                ]
+
+    def last(self, key: str) -> Value:
+        """The last computed value itself; who writes to it changes what is kept."""
+        return self._kept[key].values[-1]
+
+    def at(self, key: str, step: int, recovery: TimeRecovery) -> Value:
+        """What a recovery makes of the computed values for a step.
+
+        With the weight 1 for the last value and 0 for the others it is the last value itself.
+        """
+        history = self._kept[key]
+        of_sums, of_values = cached_split(recovery, tuple(history.times), step, self._total)
+        if not any(of_sums) and of_values[-1] == 1 and not any(of_values[:-1]):
+            return history.values[-1]
+        sums = history.sums.get(recovery, [])
+        values = history.values[-len(of_values) :]
+        return combine([*values, *sums], [*of_values, *of_sums[: len(sums)]], like=values[-1])
+
+    def knows(self, key: str, step: int, recovery: TimeRecovery) -> bool:
+        """Whether a recovery was made for this step from the values that there are."""
+        return recovery.knows(self._kept[key].times, step, self._total)
+
+    def drop(self, *keys: str) -> None:
+        """Forget sites, if they are known."""
+        for key in keys:
+            self._kept.pop(key, None)
+
+
+def combine(values: Sequence[Value], weights: Weights | Sequence[float], like: Value = None) -> Value:
+    """The weighted sum of values; tensors of less than 32 bits are summed in float32.
+
+    Args:
+        values: of one form.
+        weights: as many.
+        like: a value whose types the sum has; without one, tensors that were summed in float32 stay so.
+    """
+    pairs = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight]
+    if not pairs:
+        pairs = [(values[-1], 0.0)]
+    leaves = [flatten(value)[0] for value, _ in pairs]
+    types, rebuild = flatten(values[-1] if like is None else like)
+    summed = []
+    for i, model in enumerate(types):
+        total = _weighted([(leaf[i], weight) for leaf, (_, weight) in zip(leaves, pairs, strict=True)])
+        summed.append(total if like is None else total.to(model.dtype))
+    return rebuild(summed)
+
+
+def _weighted(pairs: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """The weighted sum of tensors."""
+    first, weight = pairs[0]
+    wide = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
+    total = first.to(wide) * weight
+    for tensor, factor in pairs[1:]:
+        total.add_(tensor.to(wide), alpha=factor)
+    return total
+
+
+def flatten(value: Value) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Value]]:
+    """The tensors of floating point in a value, and what puts others in their place.
+
+    Args:
+        value: tensors in tuples, lists and mappings, such as the outputs of diffusers.
+    """
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return [value], lambda tensors: tensors[0]
+    if isinstance(value, dict):
+        names, parts = list(value), [flatten(v) for v in value.values()]
+        kind: Any = type(value)
+        return _joined(parts, lambda made: kind(**dict(zip(names, made, strict=True))))
+    if isinstance(value, (tuple, list)):
+        sequence: Any = type(value)
+        make = sequence._make if hasattr(sequence, "_make") else sequence
+        return _joined([flatten(v) for v in value], make)
+    return [], lambda tensors: value
+
+
+def _joined(
+    parts: Sequence[tuple[list[Tensor], Callable[[Sequence[Tensor]], Value]]],
+    make: Callable[[list[Value]], Value],
+) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Value]]:
+    """Several flattened values as one."""
+    counts = [len(tensors) for tensors, _ in parts]
+
+    def rebuild(tensors: Sequence[Tensor]) -> Value:
+        rest, made = list(tensors), []
+        for count, (_, part) in zip(counts, parts, strict=True):
+            made.append(part(rest[:count]))
+            rest = rest[count:]
+        return make(made)
+
+    return [tensor for tensors, _ in parts for tensor in tensors], rebuild
+
+
+def copied(value: Value) -> Value:
+    """A value whose tensors nobody else holds."""
+    tensors, rebuild = flatten(value)
+    return rebuild([tensor.clone() for tensor in tensors])
+
+
+def _shapes(value: Value) -> list[torch.Size]:
+    return [tensor.shape for tensor in flatten(value)[0]]

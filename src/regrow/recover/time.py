@@ -1,0 +1,260 @@
+"""Recoveries in time: what stands in for a value that a call does not compute, from those of earlier calls.
+
+Every recovery here is linear in what was computed: ``value(t) = sum_k w_k(t; t_1 .. t_n) value(t_k)``. The
+weights depend on the steps alone, so one small function gives them, for a site of any shape.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
+
+from regrow.fields import MOST_CALLS, MOST_WEIGHT, Calls, Checked, Share, not_allowed
+from regrow.words import offer, shown
+
+MOST_ORDER = 8
+"""Highest order or degree of a forecast; rounding of the values outweighs what more would add."""
+
+Weights = tuple[float, ...]
+
+
+class TimeRecovery(Checked):
+    """A recovery in time."""
+
+    @property
+    def window(self) -> int:
+        """How many of the last computed values it needs."""
+        return 1
+
+    def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
+        """The weight of each computed value in the value of step ``t``.
+
+        Args:
+            times: the steps of the computed values, ascending, >= 1 of them, all below ``t``.
+            t: the step wanted.
+            total: number of steps of the run.
+        """
+        raise NotImplementedError
+
+    def basis(self, t: int, total: int) -> Weights:
+        """Instead of all values, sums of them may be kept: the factor of one computed at ``t`` in each."""
+        return ()
+
+    def split(self, times: Sequence[int], t: int, total: int) -> tuple[Weights, Weights]:
+        """`weights`, as factors of the sums that are kept and of the last `window` values."""
+        return (), self.weights(times, t, total)[-self.window :]
+
+    def knows(self, times: Sequence[int], t: int, total: int) -> bool:
+        """Whether it was made for this step; if not, `weights` are those of ``Taylor(order=1)``."""
+        return True
+
+
+class Reuse(TimeRecovery):
+    """The last computed value."""
+
+    kind: Literal["reuse"] = "reuse"
+
+    def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
+        """All of the last."""
+        return (0.0,) * (len(times) - 1) + (1.0,)
+
+
+class Taylor(TimeRecovery):
+    """The polynomial through the last ``order + 1`` computed values, at any spacing.
+
+    It continues every polynomial of that degree exactly. With fewer values the order is as high as they
+    allow.
+
+    Args:
+        order: degree of the polynomial; 1 continues the line through the last two values.
+    """
+
+    kind: Literal["taylor"] = "taylor"
+    order: int = Field(1, ge=1, le=MOST_ORDER)
+
+    @property
+    def window(self) -> int:
+        """One more than the order."""
+        return self.order + 1
+
+    def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
+        """Lagrange's weights."""
+        last = times[-self.window :]
+        own = [_product((t - other) / (time - other) for other in last if other != time) for time in last]
+        return (0.0,) * (len(times) - len(last)) + tuple(own)
+
+
+class Chebyshev(TimeRecovery):
+    """Spectrum's forecast (arXiv 2603.01623): Chebyshev polynomials of the step, fitted to all values.
+
+    With ``phi(t) = (T_0(tau) .. T_M(tau))`` and ``tau = 2 t / T - 1`` for the step t of T, the spectral
+    forecast is ``phi(t) (X'X + lambda I)^-1 X'H`` of the rows X of phi and H of values at the computed steps.
+    It is mixed with the line through the last two values: ``w spectral + (1 - w) local``. Kept are the M + 1
+    rows of ``X'H`` and the last two values, however many were computed.
+
+    Args:
+        degree: M (the paper: 4).
+        ridge: lambda > 0 (the paper: 0.1).
+        mix: w (the paper: 1).
+    """
+
+    kind: Literal["chebyshev"] = "chebyshev"
+    degree: int = Field(4, ge=1, le=MOST_ORDER)
+    ridge: float = Field(0.1, gt=0, le=MOST_WEIGHT)
+    mix: Share = 1.0
+
+    @property
+    def window(self) -> int:
+        """Two, for the line."""
+        return 2
+
+    def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
+        """Those of the spectral and the local forecast together; of a single value, all of it."""
+        spectral, local = self.split(times, t, total)
+        phi = [self.basis(time, total) for time in times]
+        sums = [sum(a * b for a, b in zip(spectral, row, strict=False)) for row in phi]
+        before = len(times) - len(local)
+        return tuple(w + (local[k - before] if k >= before else 0.0) for k, w in enumerate(sums))
+
+    def basis(self, t: int, total: int) -> Weights:
+        """``phi(t)``."""
+        angle = math.acos(min(max(2 * t / total - 1, -1.0), 1.0))
+        return tuple(math.cos(m * angle) for m in range(self.degree + 1))
+
+    def split(self, times: Sequence[int], t: int, total: int) -> tuple[Weights, Weights]:
+        """``w phi(t) (X'X + lambda I)^-1`` for the rows of X'H, and the rest for the line."""
+        if len(times) < 2:
+            return (0.0,) * (self.degree + 1), (1.0,)
+        x = np.array([self.basis(time, total) for time in times])
+        gram = x.T @ x + self.ridge * np.eye(self.degree + 1)
+        spectral = self.mix * np.linalg.solve(gram, np.array(self.basis(t, total)))
+        line = Taylor(order=1).weights(times[-2:], t, total)
+        return tuple(spectral.tolist()), tuple((1 - self.mix) * w for w in line)
+
+
+class FittedStep(Checked):
+    """The weights of one step.
+
+    Args:
+        step: the step.
+        sources: the steps of the values that it is made of, ascending, all below ``step``.
+        weights: their weights.
+    """
+
+    step: int = Field(ge=1, le=MOST_CALLS)
+    sources: tuple[Annotated[int, Field(ge=0, le=MOST_CALLS)], ...] = Field(
+        min_length=1, max_length=MOST_CALLS
+    )
+    weights: tuple[Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)], ...]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if len(self.sources) != len(self.weights):
+            raise ValueError(f"weights: {len(self.weights)} entries for {len(self.sources)} sources")
+        ascending = list(self.sources) == sorted(set(self.sources))
+        if not ascending or self.sources[-1] >= self.step:
+            raise ValueError(
+                f"sources: {shown(self.sources)} is not allowed, they must ascend and be below {self.step}"
+            )
+        return self
+
+
+class Fitted(TimeRecovery):
+    """Weights for each step, fitted to recorded runs (`regrow.calibrate`; L2P, arXiv 2604.26365).
+
+    Where a run has other steps, or has not computed the values that a step is made of, the forecast is that of
+    ``Taylor(order=1)``.
+
+    Args:
+        total: number of steps of the runs.
+        steps: the weights of the steps that are not computed.
+    """
+
+    kind: Literal["fitted"] = "fitted"
+    total: Calls
+    steps: tuple[FittedStep, ...] = Field(max_length=MOST_CALLS)
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        places = [one.step for one in self.steps]
+        if len(set(places)) != len(places):
+            raise ValueError("steps: a step is there twice")
+        return self
+
+    @property
+    def window(self) -> int:
+        """As many values as are computed from the first source of some step to the last."""
+        computed = sorted({source for one in self.steps for source in one.sources})
+        spans = [sum(one.sources[0] <= k < one.step for k in computed) for one in self.steps]
+        return max([2, *spans])
+
+    def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
+        """Those of the step, or of the line through the last two values."""
+        own = self._of(times, t, total)
+        if own is None:
+            return Taylor(order=1).weights(times, t, total)
+        found = dict(zip(own.sources, own.weights, strict=True))
+        return tuple(found.get(time, 0.0) for time in times)
+
+    def knows(self, times: Sequence[int], t: int, total: int) -> bool:
+        """Whether the step has weights for values that were computed."""
+        return self._of(times, t, total) is not None
+
+    def _of(self, times: Sequence[int], t: int, total: int) -> FittedStep | None:
+        own = next((one for one in self.steps if one.step == t), None)
+        return own if own and total == self.total and set(own.sources) <= set(times) else None
+
+
+RecoveryField = Annotated[
+    Annotated[Reuse | Taylor | Chebyshev | Fitted, Field(discriminator="kind")],
+    BeforeValidator(lambda value: named_recovery(value) if isinstance(value, str) else value),
+]
+"""A field that holds a recovery in time; ``"taylor"``, ``"taylor2"`` and ``"chebyshev"`` are short for some."""
+
+_NAMED: Mapping[str, Callable[[int | None], Any]] = MappingProxyType(
+    {
+        "reuse": lambda order: Reuse(),
+        "taylor": lambda order: Taylor(order=order or 1),
+        "chebyshev": lambda order: Chebyshev(degree=order or 4),
+    }
+)
+
+
+def named_recovery(name: str) -> Reuse | Taylor | Chebyshev:
+    """A recovery by its name, with its order or degree behind it: ``taylor2``.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    found = re.fullmatch(r"([a-z]+)(\d?)", name)
+    kind, order = (found[1], int(found[2] or 0)) if found else ("", 0)
+    if kind not in _NAMED or order > MOST_ORDER or (kind == "reuse" and order):
+        raise not_allowed(
+            f"it must be {', '.join(_NAMED)}, with an order <= {MOST_ORDER} behind the latter two if not "
+            f"their default{offer(name, _NAMED)}"
+        )
+    recovery: Reuse | Taylor | Chebyshev = _NAMED[kind](order or None)
+    return recovery
+
+
+def _product(factors: Any) -> float:
+    product = 1.0
+    for factor in factors:
+        product *= factor
+    return product
+
+
+@lru_cache(maxsize=4096)
+def cached_split(
+    recovery: TimeRecovery, times: tuple[int, ...], t: int, total: int
+) -> tuple[Weights, Weights]:
+    """`split`, once for all sites and branches that ask for the same."""
+    return recovery.split(times, t, total)
