@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, PlainValidator, SerializeAsAny, model_validator
 from typing_extensions import Self
 
 from regrow.fields import MOST_CALLS, MOST_WEIGHT, Calls, Checked, Share, not_allowed
@@ -96,9 +95,9 @@ class Chebyshev(TimeRecovery):
     """Spectrum's forecast (arXiv 2603.01623): Chebyshev polynomials of the step, fitted to all values.
 
     With ``phi(t) = (T_0(tau) .. T_M(tau))`` and ``tau = 2 t / T - 1`` for the step t of T, the spectral
-    forecast is ``phi(t) (X'X + lambda I)^-1 X'H`` of the rows X of phi and H of values at the computed steps.
-    It is mixed with the line through the last two values: ``w spectral + (1 - w) local``. Kept are the M + 1
-    rows of ``X'H`` and the last two values, however many were computed.
+    forecast is ``phi(t) (X'X + lambda I)^-1 X'H``: X has a row phi and H a row of values for each computed
+    step. It is mixed with the line through the last two values, ``w spectral + (1 - w) local``. Kept are
+    the M + 1 rows of ``X'H`` and the last two values, however many were computed.
 
     Args:
         degree: M (the paper: 4).
@@ -170,8 +169,8 @@ class FittedStep(Checked):
 class Fitted(TimeRecovery):
     """Weights for each step, fitted to recorded runs (`regrow.calibrate`; L2P, arXiv 2604.26365).
 
-    Where a run has other steps, or has not computed the values that a step is made of, the forecast is that of
-    ``Taylor(order=1)``.
+    Where a run has other steps, or has not computed the values that a step is made of, it has the weights
+    of ``Taylor(order=1)``.
 
     Args:
         total: number of steps of the runs.
@@ -213,36 +212,56 @@ class Fitted(TimeRecovery):
         return own if own and total == self.total and set(own.sources) <= set(times) else None
 
 
-RecoveryField = Annotated[
-    Annotated[Reuse | Taylor | Chebyshev | Fitted, Field(discriminator="kind")],
-    BeforeValidator(lambda value: named_recovery(value) if isinstance(value, str) else value),
-]
-"""A field that holds a recovery in time; ``"taylor"``, ``"taylor2"`` and ``"chebyshev"`` are short for some."""
-
-_NAMED: Mapping[str, Callable[[int | None], Any]] = MappingProxyType(
-    {
-        "reuse": lambda order: Reuse(),
-        "taylor": lambda order: Taylor(order=order or 1),
-        "chebyshev": lambda order: Chebyshev(degree=order or 4),
-    }
-)
+_KINDS: dict[str, type[TimeRecovery]] = {}
 
 
-def named_recovery(name: str) -> Reuse | Taylor | Chebyshev:
-    """A recovery by its name, with its order or degree behind it: ``taylor2``.
+def register_recovery(kind: type[TimeRecovery]) -> type[TimeRecovery]:
+    """Let configurations and files name a recovery by its field ``kind``, as a decorator.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if another class has that name.
     """
-    found = re.fullmatch(r"([a-z]+)(\d?)", name)
-    kind, order = (found[1], int(found[2] or 0)) if found else ("", 0)
-    if kind not in _NAMED or order > MOST_ORDER or (kind == "reuse" and order):
-        raise not_allowed(
-            f"it must be {', '.join(_NAMED)}, with an order <= {MOST_ORDER} behind the latter two if not "
-            f"their default{offer(name, _NAMED)}"
-        )
-    recovery: Reuse | Taylor | Chebyshev = _NAMED[kind](order or None)
-    return recovery
+    name = str(kind.model_fields["kind"].default)
+    if not re.fullmatch("[a-z]+", name):
+        raise ValueError(f"kind: {shown(name)} is not allowed, it must be of letters from a to z")
+    if _KINDS.get(name, kind).__qualname__ != kind.__qualname__:
+        raise ValueError(f"kind: {name!r} is not allowed, {_KINDS[name].__name__} has that name")
+    _KINDS[name] = kind
+    return kind
+
+
+for _kind in (Reuse, Taylor, Chebyshev, Fitted):
+    register_recovery(_kind)
+
+
+def recovery_from(value: Any) -> TimeRecovery:
+    """A recovery from itself, its fields, or its name with an order or degree behind: ``taylor2``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if isinstance(value, TimeRecovery):
+        return value
+    if isinstance(value, Mapping):
+        return _kind_of(value.get("kind")).model_validate(dict(value))
+    found = re.fullmatch(r"([a-z]+)(\d*)", value if isinstance(value, str) else "")
+    name, digits = (found[1], found[2]) if found else (value, "")
+    kind = _kind_of(name)
+    number = next((field for field in ("order", "degree") if field in kind.model_fields), None)
+    if digits and number is None:
+        raise not_allowed(f"it must be {name!r}, which has no order")
+    # Python reads no number of thousands of digits.
+    return kind.model_validate({number: int(digits[:5])} if digits and number else {})
+
+
+def _kind_of(name: Any) -> type[TimeRecovery]:
+    if not isinstance(name, str) or name not in _KINDS:
+        raise not_allowed(f"it must be a recovery: {', '.join(_KINDS)}{offer(name, _KINDS)}")
+    return _KINDS[name]
+
+
+RecoveryField = Annotated[SerializeAsAny[TimeRecovery], PlainValidator(recovery_from)]
+"""A field that holds a recovery in time, or is given its name or fields."""
 
 
 def _product(factors: Any) -> float:
