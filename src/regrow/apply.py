@@ -17,7 +17,7 @@ from regrow.methods.parts import origin_of, parts_of
 from regrow.models import DENOISERS, denoiser_of
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
-from regrow.schedule import LAYERS
+from regrow.schedule import HEAD
 
 
 class Run:
@@ -191,7 +191,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
 def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
     """Warn of depths that the model does not have."""
     deepest = engine.layout.depths
-    beyond = sorted({s.depth for s in engine.kinds if deepest <= s.depth < LAYERS})
+    beyond = sorted({s.depth for s in engine.kinds if deepest <= s.depth < HEAD})
     if beyond and engine.cuts:
         engine.warn_once(
             "depths",
@@ -202,7 +202,7 @@ def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
 
 def _check_pruned(engine: Engine, denoiser: nn.Module) -> None:
     """Warn of calls that should prune, but compute no layer that does."""
-    asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < LAYERS}
+    asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < HEAD}
     idle = sorted({s.depth for s in asked if not engine.prunes(s)})
     if not idle or engine.pruning is None:
         return

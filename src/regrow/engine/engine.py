@@ -41,6 +41,8 @@ from regrow.methods.parts import CallInfo, Parts, TokenRefresh
 from regrow.models import layout_of
 from regrow.models.table import Cut, Rotary, Rows
 from regrow.origin import Origin
+from regrow.recover.store import Store
+from regrow.recover.time import REUSE
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, LAYERS, Step
 from regrow.tokens.grid import Grid
@@ -78,6 +80,11 @@ class Engine:
         self._keep_text, self._quiet = keep_text, quiet
         self._shape, self._twin = shape_of(denoiser), Twin.none()
         self.kinds = parts.plan.kinds()
+        if parts.token_set is not None and any(step.recovery != REUSE for step in self.kinds):
+            raise ValueError(
+                "recovery: a forecast is not allowed where the tokens of whole calls are chosen, of which "
+                "each is as old as its last choice; it must be 'reuse'"
+            )
         self.names = arguments_of(denoiser)
         self._warned: set[str] = set()
         self._said = ""
@@ -232,10 +239,6 @@ class Engine:
             self._busy = me
         self.call, self._unfit = None, ""
 
-    def is_inside(self) -> bool:
-        """Whether this thread is in a call of the denoiser."""
-        return self._busy == threading.get_ident()
-
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Calls are computed as if nothing were applied, for as long as this lasts."""
@@ -300,7 +303,8 @@ class Engine:
                 f"the schedule is for {planned} calls and is resampled to {position.total}; so few may "
                 "need another: find one by regrow search --steps, or use a method without a schedule",
             )
-        skipped = sorted(frozenset().union(*(cut.skip for cut in self.cuts.values())))
+        # Of the denoiser itself hooks are called in every call, and who wraps it wraps what we do as well.
+        skipped = sorted(frozenset().union(*(cut.skip for cut in self.cuts.values())) - {""})
         whole = self.clash() or self._listened(skipped)
         wrapped = wrapped_by_others(self.denoiser, skipped)
         if wrapped and not whole:
@@ -435,6 +439,8 @@ class Engine:
         self._said = ""
         self.call = Call(
             slot=slot,
+            step=position.index,
+            recovery=planned.recovery,
             cut=cut,
             store=tuple(c for c in generation.cuts.values() if cut is None or (c.final and not cut.final)),
             dense=adds_to_layers(inputs) or _freeu(self.denoiser),
@@ -446,8 +452,7 @@ class Engine:
         self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
         if not self.call.knows_text:
             # A module that this call skips must not hand on another text's output later.
-            for name in self.layout.text:
-                slot.features.pop(name, None)
+            slot.store.drop(*self.layout.text)
         self.call.tells_apart = not generation.whole and self._tells_apart(slot)
         if self.lean is not None and self.call.tells_apart and streams(cut):
             self.call.remembers = True
@@ -487,7 +492,7 @@ class Engine:
             return None, generation.whole
         if begins:
             return None, "the first calls of a generation are full"
-        if not any(cut.key(name) in slot.features for name in cut.restore):
+        if not any(cut.key(name) in slot.store for name in cut.restore):
             if slot.calls == 1 and generation.records:
                 return None, "it is given another text, batch or picture than the calls before it"
             return None, "nothing was kept yet of what it would reuse"
@@ -515,7 +520,9 @@ class Engine:
             chooser = self.parts.tokens or self.parts.token_set or self.refresh
             wanted = chooser is not None and chooser.aligns
             bare = (without_data(args), without_data(dict(kwargs)))
-            slot = Slot(key, bare, wanted and self._may_be_guided(sample, inputs))
+            guided = wanted and self._may_be_guided(sample, inputs)
+            store = Store({step.recovery for step in generation.steps}, len(generation.steps))
+            slot = Slot(key, bare, guided, store)
             if self.layout.stream is not None:
                 slot.grid = self.layout.stream.grid(sample, inputs)
             generation.slots[branch] = slot

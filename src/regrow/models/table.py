@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.layers import Layer, LayerKind
-from regrow.schedule import LAYERS
+from regrow.schedule import HEAD, LAYERS
 from regrow.tokens.grid import Grid, grid_of_positions
 
 
@@ -223,6 +223,7 @@ class Layout:
         skippable: the modules that some cut skips, by name.
         cuts: the cut of each depth from 0 to ``depths - 1``; that of depth 0 hands on the last output.
         layers: the cut in which every attention and feed-forward hands on its last output.
+        head: the cut that computes what lies behind the last block alone.
         sample: name of the argument that is denoised.
         timestep_scale: what pipelines divide the scheduler's timesteps by.
         conditional_first: of a guided batch, the pipelines put the conditional half first.
@@ -235,6 +236,7 @@ class Layout:
     skippable: dict[str, Skippable]
     cuts: tuple[Cut, ...]
     layers: Cut
+    head: Cut
     sample: str = "sample"
     timestep_scale: float = 1.0
     conditional_first: bool = False
@@ -250,6 +252,8 @@ class Layout:
         """The cut of a depth; None if everything is computed."""
         if depth == LAYERS:
             return self.layers
+        if depth == HEAD:
+            return self.head
         return self.cuts[depth] if depth < self.depths else None
 
     def first_layers(self) -> dict[tuple[str, LayerKind], TokenLayer]:
@@ -279,6 +283,15 @@ def own_layers(blocks: Iterable[tuple[str, nn.Module]], layers: Sequence[str]) -
         if getattr(block, layer, None) is not None
     }
     return {name: Skippable(name, module, Returns.OWN) for name, module in found.items()}
+
+
+OUTPUT = Cut(frozenset({""}), frozenset({""}), final=True)
+"""The denoiser itself, under the empty name, hands on its output: the cut of depth 0 of every model."""
+
+
+def whole(denoiser: nn.Module) -> dict[str, Skippable]:
+    """What `OUTPUT` skips."""
+    return {"": Skippable("", denoiser, Returns.OWN)}
 
 
 def reuse_all(layers: Iterable[str]) -> Cut:
