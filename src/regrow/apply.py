@@ -14,10 +14,10 @@ from regrow.engine.engine import Engine
 from regrow.installed import Installed, is_hooked
 from regrow.methods.names import method_of
 from regrow.methods.parts import origin_of, parts_of
-from regrow.models import DENOISERS, denoiser_of
+from regrow.models import DENOISERS, denoiser_of, known_layout
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
-from regrow.schedule import HEAD
+from regrow.schedule import FULL, HEAD
 
 
 class Run:
@@ -172,6 +172,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     pruning = engine.pruning
     asked = pruning is not None and engine.leaves_out
     leaves_out = engine.lean is not None and engine.leaves_out
+    _check_known(engine, denoiser)
     _check_kinds(engine, denoiser)
     attends = engine.refreshing is not None and engine.refreshing.attending
     if leaves_out or attends or engine.watched:
@@ -185,6 +186,21 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
             "nothing",
             "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
             f"call goes less deep than {engine.layout.depths} layers, and no ratio is above 0",
+        )
+
+
+def _check_known(engine: Engine, denoiser: nn.Module) -> None:
+    """Refuse calls that leave out a part of a denoiser of which the output alone is known."""
+    if engine.layout.is_known:
+        return
+    depths = {step.depth for step in engine.kinds}
+    if depths - {FULL, HEAD, 0}:
+        known_layout(denoiser)
+    if HEAD in depths:
+        engine.warn_once(
+            "head",
+            f"the last block of {type(denoiser).__name__} is not known: calls that should compute what "
+            "lies behind it recover the output instead",
         )
 
 

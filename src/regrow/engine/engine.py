@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -41,7 +41,7 @@ from regrow.methods.parts import CallInfo, Parts, TokenRefresh
 from regrow.models import layout_of
 from regrow.models.table import Cut, Rotary, Rows
 from regrow.origin import Origin
-from regrow.recover.store import Store
+from regrow.recover.store import Store, flatten
 from regrow.recover.time import REUSE
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, LAYERS, Step
@@ -253,8 +253,8 @@ class Engine:
         if self._aside:
             return
         inputs = dict(zip(self.names, args, strict=False)) | dict(kwargs)
-        sample, timestep = inputs.get(self.layout.sample), inputs.get("timestep")
-        if sample is None or timestep is None:
+        latents, timestep = flatten(inputs.get(self.layout.sample))[0], inputs.get(self.layout.time)
+        if not latents or timestep is None:
             return  # The denoiser says itself what it misses.
         if torch.is_grad_enabled():
             reason = "regrow steps aside while gradients are recorded; use torch.no_grad()"
@@ -269,7 +269,7 @@ class Engine:
         except OutsideError as outside:
             self._leave_alone(str(outside), args, kwargs)
             return
-        self._decide(position, sample, inputs, args, kwargs)
+        self._decide(position, latents[0], inputs, args, kwargs)
 
     def _leave_alone(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Compute a call in full that belongs to no generation, say so, and note it."""
@@ -412,11 +412,13 @@ class Engine:
         if generation.whole:
             reason = generation.whole
             self.warn_once(f"whole {reason}", f"calls of a generation are computed in full: {reason}")
-        given = {k: v for k, v in inputs.items() if k not in (self.layout.sample, "timestep")}
+        given = {k: v for k, v in inputs.items() if k not in (self.layout.sample, self.layout.time)}
         branch = generation.branches.find(given, position.index)
         slot = self._slot(generation, branch, sample, inputs, args, kwargs)
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
+        if cut is not None:
+            self._check_recovery(slot, cut, planned, position.index)
         age = 0 if cut is None else position.index - slot.stored[cut]
         if 0 <= slot.last < position.index - 1:
             # Differences to outputs of long ago tell nothing.
@@ -442,7 +444,7 @@ class Engine:
             step=position.index,
             recovery=planned.recovery,
             cut=cut,
-            store=tuple(c for c in generation.cuts.values() if cut is None or (c.final and not cut.final)),
+            store=_stored(generation.cuts.values(), cut),
             dense=adds_to_layers(inputs) or _freeu(self.denoiser),
             info=info,
             counts=counts,
@@ -481,6 +483,16 @@ class Engine:
             )
         )
 
+    def _check_recovery(self, slot: Slot, cut: Cut, planned: Step, index: int) -> None:
+        """Say if a recovery was not made for the values that there are."""
+        keys = [key for key in map(cut.key, cut.restore) if key in slot.store]
+        if not all(slot.store.knows(key, index, planned.recovery) for key in keys[:1]):
+            self.warn_once(
+                "recovery",
+                "the plan's fitted weights are for other steps than this generation has; where they don't "
+                "fit, values are forecast from the line through the last two (taylor)",
+            )
+
     def _cut(self, generation: Generation, slot: Slot, planned: Step, index: int) -> tuple[Cut | None, str]:
         """What a call leaves out, and why if that is less than planned."""
         cut = generation.cuts.get(planned.depth)
@@ -514,7 +526,8 @@ class Engine:
         for gone in generation.slots.keys() - generation.branches.numbers:
             del generation.slots[gone]
         text = inputs.get("encoder_hidden_states")
-        key = (sample.shape, sample.dtype, sample.device, None if text is None else text.shape)
+        shapes = [tensor.shape for tensor in flatten((inputs[self.layout.sample], text))[0]]
+        key = (shapes, sample.dtype, sample.device)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
             chooser = self.parts.tokens or self.parts.token_set or self.refresh
@@ -645,6 +658,11 @@ def _rows_of(table: Tensor, rows: Rows, text: int, tokens: Subset | None) -> Ten
         return table if rows is Rows.JOINT else table[text:]
     index = behind(tokens.tokens, text)
     return table[(index if rows is Rows.JOINT else index[:, text:]).flatten()]
+
+
+def _stored(cuts: Iterable[Cut], cut: Cut | None) -> tuple[Cut, ...]:
+    """The cuts whose features a call with a cut computes: all of them in a full call, else the output."""
+    return tuple(c for c in dict.fromkeys(cuts) if cut is None or (c.final and not cut.final))
 
 
 def _is_inside(thread: int | None, module: nn.Module) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import (
     OUTPUT,
     Cut,
@@ -35,19 +34,12 @@ KNOWN_BLOCKS = {
 }
 
 
-def unet_layout(unet: Any) -> Layout:
-    """The table of a UNet2DConditionModel.
-
-    Raises:
-        UnsupportedModelError: if it has blocks of another kind than Stable Diffusion's.
-    """
+def unet_layout(unet: Any) -> Layout | None:
+    """The table of a UNet2DConditionModel; None if its blocks are not Stable Diffusion's."""
     middle_blocks = [] if unet.mid_block is None else [unet.mid_block]
     kinds = {type(b).__name__ for b in [*unet.down_blocks, *middle_blocks, *unet.up_blocks]}
     if kinds - KNOWN_BLOCKS:
-        raise UnsupportedModelError(
-            f"model: its blocks {sorted(kinds - KNOWN_BLOCKS)} are not supported; supported are "
-            f"{sorted(KNOWN_BLOCKS)}"
-        )
+        return None
     skippable: dict[str, Skippable] = {}
 
     def may_skip(name: str, module: nn.Module, returns: Returns, count: int = 0) -> str:
