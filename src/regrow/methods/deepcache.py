@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from functools import partial
 from math import ceil
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from regrow.fields import Block, Calls
-from regrow.methods.parts import MethodConfig, Parts, parts_of
+from regrow.methods.base import ALL, About, Kind, MethodConfig, Role, register
+from regrow.methods.parts import Parts, parts_of
 from regrow.schedule import Spaced
 from regrow.space import Space, Variable, free
 
 
+@register
 class DeepCache(MethodConfig):
     """DeepCache's configuration.
 
@@ -33,6 +35,19 @@ class DeepCache(MethodConfig):
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
+
+    ABOUT: ClassVar[About] = About(
+        title="DeepCache",
+        what="reuse deep features every N calls",
+        models=ALL,
+        paper="arXiv 2312.00858",
+        note="on transformers it caches blocks",
+        value="interval",
+        role=Role.CACHES,
+        measured={Kind.UNET: ("5",), Kind.TRANSFORMER: ("3",), Kind.VIDEO: ("3",)},
+        traced={Kind.UNET: ("5",), Kind.TRANSFORMER: ("3",), Kind.VIDEO: ("3",)},
+        place=50,
+    )
 
     method: Literal["deepcache"] = "deepcache"
     version: Literal[1] = 1

@@ -6,14 +6,16 @@ feed-forward had in the last full call. What is cheap (modulation, norms, the re
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from regrow.fields import Calls
-from regrow.methods.parts import MethodConfig, Parts, parts_of
+from regrow.methods.base import ALL, About, Kind, MethodConfig, Role, register
+from regrow.methods.parts import Parts, parts_of
 from regrow.schedule import LAYERS, Spaced
 from regrow.space import Space, Variable, free
 
 
+@register
 class FORA(MethodConfig):
     """FORA's configuration.
 
@@ -23,6 +25,19 @@ class FORA(MethodConfig):
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
+
+    ABOUT: ClassVar[About] = About(
+        title="FORA",
+        what="reuse attention and MLP outputs every N calls",
+        models=ALL,
+        paper="arXiv 2407.01425",
+        note="on U-Nets inside their transformer blocks",
+        value="interval",
+        role=Role.CACHES,
+        measured={Kind.TRANSFORMER: ("3",), Kind.VIDEO: ("3",)},
+        traced={Kind.VIDEO: ("3",)},
+        place=60,
+    )
 
     method: Literal["fora"] = "fora"
     version: Literal[1] = 1
