@@ -14,9 +14,11 @@ from regrow import cli
 from regrow.cli.usual import Usual, usual, usual_of
 from regrow.measure.architectures import NAMES
 from regrow.measure.variants import variant
-from regrow.methods import Kind
+from regrow.methods import DenoiserKind
 
-UNET, TRANSFORMER, VIDEO = (usual_of(kind) for kind in (Kind.UNET, Kind.TRANSFORMER, Kind.VIDEO))
+UNET, TRANSFORMER, VIDEO = (
+    usual_of(kind) for kind in (DenoiserKind.UNET, DenoiserKind.TRANSFORMER, DenoiserKind.VIDEO)
+)
 
 
 def test_methods_say_that_they_are_usual() -> None:

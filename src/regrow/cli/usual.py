@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from regrow.methods.base import Kind, methods
+from regrow.methods.base import DenoiserKind, methods
 from regrow.models.transformer import FAMILIES
 
 
@@ -21,13 +21,13 @@ class Usual(NamedTuple):
 
 
 _UNET = "UNet2DConditionModel"
-_KINDS = dict.fromkeys(FAMILIES, Kind.TRANSFORMER) | {
-    _UNET: Kind.UNET,
-    "WanTransformer3DModel": Kind.VIDEO,
+_KINDS = dict.fromkeys(FAMILIES, DenoiserKind.TRANSFORMER) | {
+    _UNET: DenoiserKind.UNET,
+    "WanTransformer3DModel": DenoiserKind.VIDEO,
 }
 
 
-def usual_of(kind: Kind) -> Usual:
+def usual_of(kind: DenoiserKind) -> Usual:
     """What runs on a kind of denoiser, by short names."""
     known = methods().items()
     measured = (f"{name}:{text}" for name, one in known for text in one.ABOUT.measured.get(kind, ()))

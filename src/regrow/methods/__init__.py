@@ -7,7 +7,16 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from regrow.methods.atedm import ATEDM, Restored, Similarity
-from regrow.methods.base import About, Kind, MethodConfig, Options, Role, Status, TextError, register
+from regrow.methods.base import (
+    About,
+    DenoiserKind,
+    MethodConfig,
+    Options,
+    Role,
+    Status,
+    TextError,
+    register,
+)
 from regrow.methods.cat import CATPruning, TokenChoice
 from regrow.methods.combined import Combined
 from regrow.methods.dato import DaTo
@@ -44,8 +53,8 @@ __all__ = [
     "Combined",
     "DaTo",
     "DeepCache",
+    "DenoiserKind",
     "Features",
-    "Kind",
     "MethodConfig",
     "Options",
     "Parts",

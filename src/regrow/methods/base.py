@@ -45,7 +45,7 @@ class Role(Enum):
     """It goes with no other method."""
 
 
-class Kind(Enum):
+class DenoiserKind(Enum):
     """A kind of denoiser, for the methods that commands take when they are told none."""
 
     UNET = "unet"
@@ -84,8 +84,8 @@ class About:
     default: str | None = None
     value: str | None = None
     role: Role = Role.ALONE
-    measured: Mapping[Kind, tuple[str, ...]] = field(default_factory=dict)
-    traced: Mapping[Kind, tuple[str, ...]] = field(default_factory=dict)
+    measured: Mapping[DenoiserKind, tuple[str, ...]] = field(default_factory=dict)
+    traced: Mapping[DenoiserKind, tuple[str, ...]] = field(default_factory=dict)
     place: int = 100
 
 
@@ -269,28 +269,36 @@ def register(kind: Registered) -> Registered:
         raise TypeError(
             f"register: {shown(kind)} is not allowed, it must be a subclass of MethodConfig or TimeRecovery"
         )
-    if not isinstance(getattr(kind, "ABOUT", None), About):
+    _check_about(kind)
+    _check_name(kind)
+    _METHODS[name_of(kind)] = kind
+    return kind
+
+
+def _check_about(kind: type[MethodConfig]) -> None:
+    """Refuse a method that says nothing of itself, or names a field that it does not have."""
+    about = getattr(kind, "ABOUT", None)
+    if not isinstance(about, About):
         raise TypeError(f"ABOUT: {kind.__name__} has none; it must be a regrow.About")
+    needed = ("schedule",) if about.role is Role.SCHEDULE else ()
+    for name in (*needed, *filter(None, [about.value])):
+        if name not in kind.model_fields:
+            raise ValueError(f"ABOUT: {kind.__name__} has no field {name!r}")
+
+
+def _check_name(kind: type[MethodConfig]) -> None:
+    """Refuse a name that is another one's, or can't be one."""
     name = name_of(kind)
     if not re.fullmatch("[a-z][a-z0-9_-]*", name):
         raise ValueError(
             f"method: {shown(name)} is not allowed, it must be of a-z, 0-9, '-' and '_', a letter first"
         )
-    other = "regrow" if name in RESERVED else _METHODS.get(name, kind).__qualname__
-    if other != kind.__qualname__:
-        raise ValueError(f"method: {name!r} is not allowed for {kind.__name__}, {other} has that name")
-    _check(kind)
-    _METHODS[name] = kind
-    return kind
-
-
-def _check(kind: type[MethodConfig]) -> None:
-    """Refuse what a method says of itself where it names fields that it does not have."""
-    about = kind.ABOUT
-    needed = ("schedule",) if about.role is Role.SCHEDULE else ()
-    for name in (*needed, *filter(None, [about.value])):
-        if name not in kind.model_fields:
-            raise ValueError(f"ABOUT: {kind.__name__} has no field {name!r}")
+    if name in RESERVED:
+        raise ValueError(f"method: {name!r} is not allowed, it means something else here")
+    other = _METHODS.get(name, kind)
+    if (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
+        taken = f"{other.__name__} of {other.__module__}"
+        raise ValueError(f"method: {name!r} is not allowed for {kind.__name__}, {taken} has that name")
 
 
 def name_of(kind: type[MethodConfig]) -> str:

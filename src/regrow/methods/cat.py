@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from regrow.fields import MOST_CALLS, Seed, Share, Weight
-from regrow.methods.base import BLOCKS, About, Kind, MethodConfig, Options, Role, register
+from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, Options, Role, register
 from regrow.methods.parts import Alignment, CallInfo, Parts, parts_of
 from regrow.schedule import After, Schedule
 from regrow.space import Space, Variable, free
@@ -101,8 +101,8 @@ class CATPruning(MethodConfig):
         default="paper",
         value="alpha",
         role=Role.CHOOSES,
-        measured={Kind.TRANSFORMER: ("0.5",)},
-        traced={Kind.TRANSFORMER: ("0.5",)},
+        measured={DenoiserKind.TRANSFORMER: ("0.5",)},
+        traced={DenoiserKind.TRANSFORMER: ("0.5",)},
         place=30,
     )
 

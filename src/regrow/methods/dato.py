@@ -17,7 +17,17 @@ from torch import Tensor
 
 from regrow import hub
 from regrow.fields import MOST_WEIGHT, Seed, Side, Weight
-from regrow.methods.base import UNETS, About, Kind, MethodConfig, Options, Role, TextError, register, whole
+from regrow.methods.base import (
+    UNETS,
+    About,
+    DenoiserKind,
+    MethodConfig,
+    Options,
+    Role,
+    TextError,
+    register,
+    whole,
+)
 from regrow.methods.parts import (
     Alignment,
     CallInfo,
@@ -80,8 +90,8 @@ class DaTo(MethodConfig):
         paper="arXiv 2501.00375",
         note="regrow search and calibrate find schedules",
         role=Role.SCHEDULE,
-        measured={Kind.UNET: ("b1", "fast")},
-        traced={Kind.UNET: ("b1",)},
+        measured={DenoiserKind.UNET: ("b1", "fast")},
+        traced={DenoiserKind.UNET: ("b1",)},
         place=10,
     )
     PRESETS: ClassVar[Mapping[str, Any]] = {

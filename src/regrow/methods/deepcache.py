@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from regrow.fields import Block, Calls
-from regrow.methods.base import ALL, About, Kind, MethodConfig, Role, register
+from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
 from regrow.methods.parts import Parts, parts_of
 from regrow.schedule import Spaced
 from regrow.space import Space, Variable, free
@@ -44,8 +44,8 @@ class DeepCache(MethodConfig):
         note="on transformers it caches blocks",
         value="interval",
         role=Role.CACHES,
-        measured={Kind.UNET: ("5",), Kind.TRANSFORMER: ("3",), Kind.VIDEO: ("3",)},
-        traced={Kind.UNET: ("5",), Kind.TRANSFORMER: ("3",), Kind.VIDEO: ("3",)},
+        measured={DenoiserKind.UNET: ("5",), DenoiserKind.TRANSFORMER: ("3",), DenoiserKind.VIDEO: ("3",)},
+        traced={DenoiserKind.UNET: ("5",), DenoiserKind.TRANSFORMER: ("3",), DenoiserKind.VIDEO: ("3",)},
         place=50,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from regrow.fields import Calls
-from regrow.methods.base import ALL, About, Kind, MethodConfig, Role, register
+from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
 from regrow.methods.parts import Parts, parts_of
 from regrow.schedule import LAYERS, Spaced
 from regrow.space import Space, Variable, free
@@ -34,8 +34,8 @@ class FORA(MethodConfig):
         note="on U-Nets inside their transformer blocks",
         value="interval",
         role=Role.CACHES,
-        measured={Kind.TRANSFORMER: ("3",), Kind.VIDEO: ("3",)},
-        traced={Kind.VIDEO: ("3",)},
+        measured={DenoiserKind.TRANSFORMER: ("3",), DenoiserKind.VIDEO: ("3",)},
+        traced={DenoiserKind.VIDEO: ("3",)},
         place=60,
     )
 

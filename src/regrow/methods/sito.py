@@ -15,7 +15,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from regrow.fields import Ratio, Seed, Side, Weight
-from regrow.methods.base import UNETS, About, Kind, MethodConfig, Role, register
+from regrow.methods.base import UNETS, About, DenoiserKind, MethodConfig, Role, register
 from regrow.methods.parts import (
     Alignment,
     CallInfo,
@@ -85,8 +85,8 @@ class SiTo(MethodConfig):
         paper="AAAI 2025",
         value="ratio",
         role=Role.CHOOSES,
-        measured={Kind.UNET: ("d",)},
-        traced={Kind.UNET: ("d",)},
+        measured={DenoiserKind.UNET: ("d",)},
+        traced={DenoiserKind.UNET: ("d",)},
         place=20,
     )
     PRESETS: ClassVar[Mapping[str, Any]] = {

@@ -30,7 +30,7 @@ from typing_extensions import Self
 
 from regrow.fields import MOST_SIDE, Calls, Share, Weight
 from regrow.layers import Layer, LayerKind
-from regrow.methods.base import BLOCKS, About, Kind, MethodConfig, register
+from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, register
 from regrow.methods.parts import Alignment, Attention, CallInfo, Parts, align, parts_of
 from regrow.schedule import FULL, LAYERS, Schedule, Spaced, Step
 from regrow.space import Space, Variable, free
@@ -82,8 +82,8 @@ class ToCa(MethodConfig):
         note="the preset paper scores by all queries, toca:N by 64",
         default="paper",
         value="interval",
-        measured={Kind.TRANSFORMER: ("3",)},
-        traced={Kind.TRANSFORMER: ("3",)},
+        measured={DenoiserKind.TRANSFORMER: ("3",)},
+        traced={DenoiserKind.TRANSFORMER: ("3",)},
         place=70,
     )
 

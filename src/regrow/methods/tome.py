@@ -15,7 +15,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from regrow.fields import Ratio, Seed, Side
-from regrow.methods.base import UNETS, About, Kind, MethodConfig, Role, register
+from regrow.methods.base import UNETS, About, DenoiserKind, MethodConfig, Role, register
 from regrow.methods.parts import CallInfo, Features, Level, Parts, Recovery, Where, check_ratio, parts_of
 from regrow.schedule import Schedule
 from regrow.space import Space, Variable, free
@@ -53,7 +53,7 @@ class ToMeSD(MethodConfig):
         paper="arXiv 2303.17604",
         value="ratio",
         role=Role.CHOOSES,
-        measured={Kind.UNET: ("0.5",)},
+        measured={DenoiserKind.UNET: ("0.5",)},
         place=40,
     )
 
