@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from functools import partial
 from math import ceil
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from regrow.fields import Block, Calls
-from regrow.methods.parts import MethodConfig, Parts, parts_of
+from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
+from regrow.methods.parts import Parts, parts_of
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import Spaced
 from regrow.space import Space, Variable, free
 
 
+@register
 class DeepCache(MethodConfig):
     """DeepCache's configuration.
 
@@ -29,12 +31,25 @@ class DeepCache(MethodConfig):
             transformer, ``branch + 1`` blocks are computed, the first and the last ones.
         center: where full calls are closest together, as a share of the run; None spreads them evenly
             (the paper's non-uniform 1:N uses step 15 of 50, .3).
-        recovery: how deep features follow from those computed (the paper: the last ones are reused).
         power: p >= 1 of the non-uniform schedule; 1 is even (the paper: 1.2 to 1.4).
+        recovery: how deep features follow from those computed (the paper: the last ones are reused).
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
+
+    ABOUT: ClassVar[About] = About(
+        title="DeepCache",
+        what="reuse deep features every N calls",
+        models=ALL,
+        paper="arXiv 2312.00858",
+        note="on transformers it caches blocks",
+        value="interval",
+        role=Role.CACHES,
+        measured={DenoiserKind.UNET: ("5",), DenoiserKind.TRANSFORMER: ("3",), DenoiserKind.VIDEO: ("3",)},
+        traced={DenoiserKind.UNET: ("5",), DenoiserKind.TRANSFORMER: ("3",), DenoiserKind.VIDEO: ("3",)},
+        place=50,
+    )
 
     method: Literal["deepcache"] = "deepcache"
     version: Literal[1] = 1

@@ -15,12 +15,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from regrow.fields import MOST_CALLS, MOST_WEIGHT, Calls, Share
-from regrow.methods.parts import MethodConfig, Parts, parts_of
+from regrow.methods.base import About, DenoiserKind, MethodConfig, register
+from regrow.methods.parts import Parts, parts_of
 from regrow.recover.time import MOST_ORDER, Chebyshev
 from regrow.schedule import HEAD, Spaced
 from regrow.space import Space, Variable, free
 
 
+@register
 class Spectrum(MethodConfig):
     """Spectrum's configuration.
 
@@ -39,6 +41,16 @@ class Spectrum(MethodConfig):
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
 
+    ABOUT: ClassVar[About] = About(
+        title="Spectrum",
+        what="forecast the last block's features by Chebyshev polynomials of the step",
+        models="any model",
+        paper="arXiv 2603.01623",
+        note="of models that regrow does not know it forecasts the output",
+        default="quality",
+        measured=dict.fromkeys(DenoiserKind, ("quality", "fast")),
+        place=64,
+    )
     PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {
         "quality": lambda: Spectrum(alpha=0.75),
         "fast": lambda: Spectrum(alpha=3.0),

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from regrow.fields import Calls
-from regrow.methods.parts import MethodConfig, Parts, parts_of
+from regrow.methods.base import ALL, About, MethodConfig, register
+from regrow.methods.parts import Parts, parts_of
 from regrow.recover.time import MOST_ORDER, TimeRecovery, Weights, register_recovery
 from regrow.schedule import HEAD, LAYERS, Spaced
 from regrow.space import Space, Variable, free
@@ -58,7 +59,7 @@ class Differences(TimeRecovery):
         return tuple(weights)
 
 
-class Level(str, Enum):
+class Site(str, Enum):
     """What is forecast."""
 
     LAYERS = "layers"
@@ -67,6 +68,7 @@ class Level(str, Enum):
     """The output of the last block; what lies behind it is computed."""
 
 
+@register
 class TaylorSeer(MethodConfig):
     """TaylorSeer's configuration.
 
@@ -74,22 +76,32 @@ class TaylorSeer(MethodConfig):
         interval: N, one call in so many is full (the paper: 3 to 5).
         order: of the series (the paper: 1 to 4).
         level: what is forecast.
-        first: full calls at the beginning, the last of which begins the first interval (the released code: 3).
+        first: full calls at the beginning, the last of which begins the first interval (released code: 3).
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
 
+    ABOUT: ClassVar[About] = About(
+        title="TaylorSeer",
+        what="forecast layers' outputs, or the last block's, by a Taylor series",
+        models=ALL,
+        paper="arXiv 2503.06923",
+        note="with level=last_block any model",
+        default="paper",
+        value="interval",
+        place=66,
+    )
     PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {
         "paper": lambda: TaylorSeer(interval=4, order=4),
-        "last-block": lambda: TaylorSeer(interval=4, order=1, level=Level.LAST_BLOCK),
+        "last-block": lambda: TaylorSeer(interval=4, order=1, level=Site.LAST_BLOCK),
     }
 
     method: Literal["taylorseer"] = "taylorseer"
     version: Literal[1] = 1
     interval: Calls = 4
     order: int = Field(2, ge=1, le=MOST_ORDER)
-    level: Level = Level.LAYERS
+    level: Site = Site.LAYERS
     first: Calls = 3
 
     @classmethod
@@ -99,7 +111,7 @@ class TaylorSeer(MethodConfig):
             (
                 Variable("interval", tuple(range(2, 11))),
                 Variable("order", (1, 2, 3)),
-                Variable("level", tuple(Level)),
+                Variable("level", tuple(Site)),
             ),
             cls,
         )
@@ -113,6 +125,6 @@ def full_calls(config: TaylorSeer, calls: int) -> set[int]:
 
 @parts_of.register
 def _(config: TaylorSeer) -> Parts:
-    depth = LAYERS if config.level is Level.LAYERS else HEAD
+    depth = LAYERS if config.level is Site.LAYERS else HEAD
     forecast = Differences(order=config.order)
     return Parts(Spaced(config.interval, depth, partial(full_calls, config), forecast))

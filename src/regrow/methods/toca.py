@@ -20,7 +20,7 @@ does, with a warning.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -30,7 +30,8 @@ from typing_extensions import Self
 
 from regrow.fields import MOST_SIDE, Calls, Share, Weight
 from regrow.layers import Layer, LayerKind
-from regrow.methods.parts import Alignment, Attention, CallInfo, MethodConfig, Parts, align, parts_of
+from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, register
+from regrow.methods.parts import Alignment, Attention, CallInfo, Parts, align, parts_of
 from regrow.recover.time import REUSE, RecoveryField, TimeRecovery
 from regrow.schedule import FULL, LAYERS, Schedule, Spaced, Step
 from regrow.space import Space, Variable, free
@@ -38,6 +39,7 @@ from regrow.tokens.grid import Grid, best_of_patch
 from regrow.tokens.scores import attention_entropy, attention_influence
 
 
+@register
 class ToCa(MethodConfig):
     """ToCa's configuration. The preset ``paper`` takes s1 from all queries, and each half of a guided batch
     chooses for itself; ``pixart`` has the released code's numbers for PixArt-alpha. Those for Flux have no
@@ -73,6 +75,20 @@ class ToCa(MethodConfig):
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
+
+    ABOUT: ClassVar[About] = About(
+        title="ToCa",
+        what="reuse attention and MLP outputs every N calls, but for the tokens of highest score in the "
+        "MLPs",
+        models=BLOCKS,
+        paper="arXiv 2410.05317",
+        note="the preset paper scores by all queries, toca:N by 64",
+        default="paper",
+        value="interval",
+        measured={DenoiserKind.TRANSFORMER: ("3",)},
+        traced={DenoiserKind.TRANSFORMER: ("3",)},
+        place=70,
+    )
 
     method: Literal["toca"] = "toca"
     version: Literal[1] = 1
