@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from regrow.methods.catalogue import SYSTEMS, Status, System
+from regrow.methods.base import Status
+from regrow.methods.catalogue import System, systems
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -60,19 +61,20 @@ def with_systems(page: str) -> str:
         raise ValueError(f"README.md: it must have {BEGIN} and {END} once each")
     head, rest = page.split(BEGIN)
     tail = rest.split(END)[1]
-    rows = "\n".join(map(row, SYSTEMS))
+    rows = "\n".join(map(row, systems()))
     return f"{head}{BEGIN}\n\n| System | What it does | State |\n|---|---|---|\n{rows}\n\n{END}{tail}"
 
 
 def row(system: System) -> str:
     """The row of a system."""
-    number = system.paper.removeprefix("arXiv ")
-    link = system.paper if number == system.paper else f"[{number}](https://arxiv.org/abs/{number})"
-    title = f"{system.title} ({link})" if link else system.title
-    state = system.status.value
-    if system.status is not Status.NOT_YET:
-        state = f"**{state}** on {system.models}" + (f"; {system.note}" if system.note else "")
-    return f"| {title} | {system.what} | {state} |"
+    about = system.about
+    number = about.paper.removeprefix("arXiv ")
+    link = about.paper if number == about.paper else f"[{number}](https://arxiv.org/abs/{number})"
+    title = f"{about.title} ({link})" if link else about.title
+    state = about.status.value
+    if about.status is not Status.NOT_YET:
+        state = f"**{state}** on {about.models}" + (f"; {about.note}" if about.note else "")
+    return f"| {title} | {about.what} | {state} |"
 
 
 def main() -> None:

@@ -115,7 +115,10 @@ def test_every_number_is_refused_by_its_name_or_runs(config: Any) -> None:
             {"caching": {"method": "deepcache", "interval": 0}},
             "caching.deepcache.interval: 0 is not allowed",
         ),
-        ({"caching": {"method": "witchcraft"}}, "caching: .* it must be one of deepcache, fora, schedule"),
+        (
+            {"caching": {"method": "witchcraft"}},
+            "caching: .* must be one of deepcache, fora, .*schedule",
+        ),
         ({"tokens": {"method": "tume"}}, "tokens: .* it must be one of .*; did you mean 'tome'"),
         ({"caching": 3}, "caching.schedule: 3 is not allowed"),
         ({"cashing": 3}, "cashing: not permitted, .*; did you mean 'caching'"),

@@ -5,12 +5,13 @@ import random
 import pytest
 
 from regrow.methods import FORA, CATPruning, Combined, DaTo, SiTo
-from regrow.methods.catalogue import SYSTEMS, config_from, space_of
-from regrow.methods.parts import MethodConfig, parts_of
+from regrow.methods.base import MethodConfig
+from regrow.methods.catalogue import config_from, space_of, systems
+from regrow.methods.parts import parts_of
 from regrow.schedule import FULL, Schedule
 from regrow.space import Space, Variable, free, product
 
-SEARCHED = [s.name for s in SYSTEMS if s.config is not None] + [
+SEARCHED = [s.name for s in systems() if s.config is not None] + [
     "deepcache+tome",
     "cat+deepcache",
     "fora+sito",

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
 
+from regrow.methods.base import MethodConfig
 from regrow.methods.catalogue import load_plan
-from regrow.methods.parts import MethodConfig
 from regrow.schedule import Schedule
 
 PREFIX = "hub:"
+PLANS = (".json", ".yaml", ".yml")
+"""Endings of files of plans."""
 
 
 def push(plan: Schedule | MethodConfig, repository: str, file: str, *, endpoint: str | None = None) -> str:

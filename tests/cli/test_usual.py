@@ -11,9 +11,24 @@ import pytest
 import transformer_pipelines
 
 from regrow import cli
-from regrow.cli.usual import TRANSFORMER, UNET, VIDEO, Usual, usual
+from regrow.cli.usual import Usual, usual, usual_of
 from regrow.measure.architectures import NAMES
 from regrow.measure.variants import variant
+from regrow.methods import DenoiserKind
+
+UNET, TRANSFORMER, VIDEO = (
+    usual_of(kind) for kind in (DenoiserKind.UNET, DenoiserKind.TRANSFORMER, DenoiserKind.VIDEO)
+)
+
+
+def test_methods_say_that_they_are_usual() -> None:
+    cached = ("deepcache:3", "fora:3")
+    assert {"dato:b1", "dato:fast", "sito:d", "tome:0.5", "deepcache:5"} <= set(UNET.measured)
+    assert {"dato:b1", "sito:d", "deepcache:5"} <= set(UNET.traced) < set(UNET.measured)
+    assert {"cat:0.5", *cached, "toca:3"} <= set(TRANSFORMER.measured)
+    assert {"cat:0.5", "deepcache:3", "toca:3"} <= set(TRANSFORMER.traced) < set(TRANSFORMER.measured)
+    assert set(cached) <= set(VIDEO.measured)
+    assert set(cached) <= set(VIDEO.traced)
 
 
 @pytest.mark.parametrize(

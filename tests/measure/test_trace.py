@@ -44,7 +44,8 @@ from regrow.measure.machine import model_key
 from regrow.measure.trace import PERCENTILES, Moment, Trace, deviation, trace, watched_steps
 from regrow.measure.variants import Variant, variant
 from regrow.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
-from regrow.methods.parts import CallInfo, MethodConfig, Parts, Where, parts_of
+from regrow.methods.base import MethodConfig
+from regrow.methods.parts import CallInfo, Parts, Where, parts_of
 from regrow.models import layout_of
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection

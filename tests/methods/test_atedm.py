@@ -26,7 +26,8 @@ from regrow.engine.inputs import without_data
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
 from regrow.meta import meta_copy
-from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
+from regrow.methods.base import MethodConfig
+from regrow.methods.parts import Alignment, CallInfo, Parts, parts_of
 from regrow.schedule import Schedule
 from regrow.tokens.grid import Grid
 from regrow.tokens.scores import Heads

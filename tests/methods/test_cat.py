@@ -18,8 +18,9 @@ from waiting import NoWaiting
 import regrow
 from regrow import CATPruning, TokenChoice
 from regrow.measure import architecture, profile
+from regrow.methods.base import MethodConfig
 from regrow.methods.cat import Algorithm, Memory
-from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
+from regrow.methods.parts import Alignment, CallInfo, Parts, parts_of
 from regrow.schedule import Schedule
 from regrow.tokens.cluster import k_means
 from regrow.tokens.grid import Grid

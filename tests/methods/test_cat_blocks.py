@@ -18,7 +18,8 @@ import regrow
 from regrow import ATEDM, FORA, FULL, CATPruning, Combined, DeepCache, Schedule, TokenChoice
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
-from regrow.methods.parts import MethodConfig, Parts, parts_of
+from regrow.methods.base import MethodConfig
+from regrow.methods.parts import Parts, parts_of
 from regrow.schedule import Both
 
 

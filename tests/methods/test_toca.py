@@ -22,7 +22,8 @@ from regrow import FORA, ToCa
 from regrow.layers import Layer, LayerKind
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
-from regrow.methods.parts import Alignment, Attention, CallInfo, MethodConfig, Parts, parts_of
+from regrow.methods.base import MethodConfig
+from regrow.methods.parts import Alignment, Attention, CallInfo, Parts, parts_of
 from regrow.models import layout_of
 from regrow.schedule import FULL, LAYERS, Schedule
 from regrow.tokens.grid import Grid

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any
 
-from regrow.methods.catalogue import SYSTEMS, System, default_of
-from regrow.methods.parts import MethodConfig
+from regrow.methods.base import MethodConfig
+from regrow.methods.catalogue import System, default_of, systems
 from regrow.schedule import Schedule
 from regrow.words import offer, shown
 
@@ -26,14 +26,14 @@ def run_methods(name: str | None, as_json: bool) -> None:
     """
     if name is None:
         if as_json:
-            print(json.dumps([summary(system) for system in SYSTEMS], indent=1))
+            print(json.dumps([summary(system) for system in systems()], indent=1))
             return
-        print("\n\n".join("\n".join(block(system)) for system in SYSTEMS))
+        print("\n\n".join("\n".join(block(system)) for system in systems()))
         print("\nregrow methods NAME says all of one: its fields, defaults and presets.")
         return
-    system = next((one for one in SYSTEMS if one.name == name), None)
+    system = next((one for one in systems() if one.name == name), None)
     if system is None:
-        names = [one.name for one in SYSTEMS]
+        names = [one.name for one in systems()]
         raise ValueError(
             f"name: {shown(name)} is not known; allowed: {', '.join(names)}{offer(name, names)}"
         )
@@ -48,24 +48,26 @@ def run_methods(name: str | None, as_json: bool) -> None:
 
 def summary(system: System) -> dict[str, Any]:
     """A system as plain data."""
+    about = system.about
     return {
         "name": system.name,
-        "title": system.title,
-        "paper": system.paper,
-        "what": system.what,
-        "status": system.status.value,
-        "models": system.models,
-        "note": system.note,
+        "title": about.title,
+        "paper": about.paper,
+        "what": about.what,
+        "status": about.status.value,
+        "models": about.models,
+        "note": about.note,
         "presets": list(system.config.presets()) if system.config else [],
     }
 
 
 def block(system: System) -> Iterator[str]:
     """The lines of a system."""
-    paper = f" ({system.paper})" if system.paper else ""
-    yield f"{system.name}: {system.title}{paper}, {system.status.value}"
+    about = system.about
+    paper = f" ({about.paper})" if about.paper else ""
+    yield f"{system.name}: {about.title}{paper}, {about.status.value}"
     presets = ", ".join(system.config.presets()) if system.config else ""
-    rows = {"": system.what, "on ": system.models, "note: ": system.note, "presets: ": presets}
+    rows = {"": about.what, "on ": about.models, "note: ": about.note, "presets: ": presets}
     for head, text in rows.items():
         if text and text != "-":
             yield from _wrapped(head + text, 4)
@@ -75,7 +77,7 @@ def in_full(system: System, config: type[MethodConfig]) -> Iterator[str]:
     """The lines of a system's name alone, fields and presets."""
     try:
         default_of(system.name)
-        preset = f", the preset {system.default}" if system.default else ""
+        preset = f", the preset {system.about.default}" if system.about.default else ""
         yield from _wrapped(f"alone: --method {system.name}{preset}", 4)
     except ValueError:
         pass

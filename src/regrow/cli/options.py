@@ -7,20 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from regrow import hub
 from regrow.fields import explain
-from regrow.methods.atedm import ATEDM
-from regrow.methods.cat import CATPruning
+from regrow.hub import PLANS
+from regrow.methods.base import Options
 from regrow.methods.catalogue import configured, default_of
-from regrow.methods.dato import DaTo
-from regrow.methods.deepcache import DeepCache
-from regrow.methods.fora import FORA
-from regrow.methods.names import PLANS, named
-from regrow.methods.parts import MethodConfig
-from regrow.methods.sito import SiTo
-from regrow.methods.toca import ToCa
-from regrow.methods.tome import ToMeSD
-from regrow.schedule import Schedule
+from regrow.methods.names import named
 
 
 def method_config(
@@ -48,31 +39,20 @@ def method_config(
         ScheduleError: if the schedule file can't be used.
         OSError: if it can't be read.
     """
-    options = {"--preset": preset, "--schedule": schedule, "--ratio": ratio, "--interval": interval}
-    given = [option for option, value in options.items() if value is not None]
+    options = Options(preset, schedule, ratio, interval)
+    given = [f"--{option}" for option in options.given]
     if ":" in name or "+" in name or name.endswith(PLANS):
         return _with_settings(name, given, steps)
     kind = configured(name)
-    taken = _OPTIONS[kind]
+    taken = [f"--{option}" for option in kind.options()]
     for option in given:
         if option not in taken:
-            raise ValueError(f"{option}: {name} does not take it; allowed are {', '.join(taken)}")
+            allowed = ", ".join(taken) or "none"
+            raise ValueError(f"{option}: {name} does not take it; allowed are {allowed}")
     if not given:
         return default_of(name)
     try:
-        if kind in (DeepCache, FORA):
-            return kind(interval=interval or 0)
-        if kind is DaTo:
-            plans = [option for option in given if option != "--ratio"]
-            if len(plans) > 1:
-                raise ValueError(f"{' and '.join(plans)}: only one of them is allowed")
-            return _dato(preset, schedule, ratio, interval, steps)
-        changes: dict[str, Any] = {}
-        if ratio is not None:
-            changes |= {"alpha": 1 - ratio} if kind is CATPruning else {"ratio": ratio}
-        if interval is not None:
-            changes |= {"interval": interval}
-        return kind(**changes) if preset is None else kind.preset(preset, **changes)
+        return kind.from_options(options, steps)
     except ValidationError as error:
         raise ValueError(explain(error)) from error
 
@@ -85,36 +65,6 @@ def _with_settings(name: str, given: list[str], steps: int) -> Any:
     if found.config is None or found.steps != steps:
         raise ValueError(f"method: {name!r} is not allowed, it must be a method; steps are --steps")
     return found.config
-
-
-_OPTIONS: dict[type[MethodConfig], tuple[str, ...]] = {
-    DaTo: ("--preset", "--schedule", "--ratio", "--interval"),
-    SiTo: ("--preset", "--ratio"),
-    CATPruning: ("--preset", "--ratio"),
-    ATEDM: ("--preset", "--ratio"),
-    ToMeSD: ("--ratio",),
-    DeepCache: ("--interval",),
-    FORA: ("--interval",),
-    ToCa: ("--interval", "--preset", "--ratio"),
-}
-
-
-def _dato(
-    preset: str | None, schedule: Path | None, ratio: float | None, interval: int | None, steps: int
-) -> DaTo:
-    """DaTo with the plan a user asked for."""
-    config = None if preset is None else DaTo.preset(preset)
-    if config is not None:
-        plan = config.schedule
-    elif schedule is not None:
-        plan = hub.load_schedule(schedule)
-    elif interval is not None:
-        plan = Schedule.every(interval, steps)
-    else:
-        plan = Schedule.constant()
-    if ratio is not None:
-        plan = plan.with_ratio(ratio)
-    return DaTo(schedule=plan) if preset is None else DaTo.preset(preset, schedule=plan)
 
 
 def method_label(

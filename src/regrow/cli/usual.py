@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from regrow.methods.base import DenoiserKind, methods
 from regrow.models.transformer import FAMILIES
 
 
@@ -19,14 +20,19 @@ class Usual(NamedTuple):
     traced: tuple[str, ...]
 
 
-_CACHING = ("deepcache:3", "fora:3")
-UNET = Usual(
-    ("sito:d", "dato:b1", "dato:fast", "deepcache:5", "tome:0.5"), ("sito:d", "dato:b1", "deepcache:5")
-)
-TRANSFORMER = Usual((*_CACHING, "toca:3", "cat:0.5"), ("deepcache:3", "toca:3", "cat:0.5"))
-VIDEO = Usual(_CACHING, _CACHING)
 _UNET = "UNet2DConditionModel"
-_USUAL = dict.fromkeys(FAMILIES, TRANSFORMER) | {_UNET: UNET, "WanTransformer3DModel": VIDEO}
+_KINDS = dict.fromkeys(FAMILIES, DenoiserKind.TRANSFORMER) | {
+    _UNET: DenoiserKind.UNET,
+    "WanTransformer3DModel": DenoiserKind.VIDEO,
+}
+
+
+def usual_of(kind: DenoiserKind) -> Usual:
+    """What runs on a kind of denoiser, by short names."""
+    known = methods().items()
+    measured = (f"{name}:{text}" for name, one in known for text in one.ABOUT.measured.get(kind, ()))
+    traced = (f"{name}:{text}" for name, one in known for text in one.ABOUT.traced.get(kind, ()))
+    return Usual(tuple(measured), tuple(traced))
 
 
 def usual(model: str | None, arch: str | None = None) -> Usual:
@@ -45,10 +51,10 @@ def usual(model: str | None, arch: str | None = None) -> Usual:
     if arch is not None and arch not in NAMES:
         raise ValueError(f"arch: {arch!r} is not known; known are {', '.join(NAMES)}")
     if arch is not None and arch in CONFIGS:
-        kind = _UNET
+        name = _UNET
     elif arch is not None and arch in TRANSFORMERS:
-        kind = TRANSFORMERS[arch][0]
+        name = TRANSFORMERS[arch][0]
     else:
         index = index_of(arch or model or "")
-        kind = (index.get("unet") or index.get("transformer") or ("", ""))[1]
-    return _USUAL.get(kind, Usual((), ()))
+        name = (index.get("unet") or index.get("transformer") or ("", ""))[1]
+    return usual_of(_KINDS[name]) if name in _KINDS else Usual((), ())

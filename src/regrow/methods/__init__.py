@@ -1,33 +1,85 @@
-"""One file a published system: its configuration, and how it is made of the parts."""
+"""One file a published system: its configuration, and how it is made of the parts.
+
+Every file of this folder is imported, so that its methods are registered.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from regrow.methods.atedm import ATEDM, Restored, Similarity
+from regrow.methods.base import (
+    About,
+    DenoiserKind,
+    MethodConfig,
+    Options,
+    Role,
+    Status,
+    TextError,
+    register,
+)
 from regrow.methods.cat import CATPruning, TokenChoice
 from regrow.methods.combined import Combined
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
-from regrow.methods.parts import After, Alignment, Features, MethodConfig, Recovery
+from regrow.methods.parts import (
+    After,
+    Alignment,
+    Attention,
+    CallInfo,
+    Features,
+    Parts,
+    Recovery,
+    TokenRefresh,
+    TokenRule,
+    TokenSet,
+    Where,
+    parts_of,
+)
 from regrow.methods.sito import BaseChoice, SiTo
+from regrow.methods.spectrum import Spectrum
+from regrow.methods.taylorseer import Site, TaylorSeer
 from regrow.methods.toca import ToCa
 from regrow.methods.tome import ToMeSD
 
 __all__ = [
     "ATEDM",
     "FORA",
+    "About",
     "After",
     "Alignment",
+    "Attention",
     "BaseChoice",
     "CATPruning",
+    "CallInfo",
     "Combined",
     "DaTo",
     "DeepCache",
+    "DenoiserKind",
     "Features",
     "MethodConfig",
+    "Options",
+    "Parts",
     "Recovery",
     "Restored",
+    "Role",
     "SiTo",
     "Similarity",
+    "Site",
+    "Spectrum",
+    "Status",
+    "TaylorSeer",
+    "TextError",
     "ToCa",
     "ToMeSD",
     "TokenChoice",
+    "TokenRefresh",
+    "TokenRule",
+    "TokenSet",
+    "Where",
+    "parts_of",
+    "register",
 ]
+
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")

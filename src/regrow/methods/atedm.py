@@ -20,13 +20,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
 from regrow.fields import MOST_CALLS, Block, Ratio, check_within
+from regrow.methods.base import BLOCKS, UNETS, About, MethodConfig, Role, Status, register
 from regrow.methods.parts import (
     After,
     Alignment,
@@ -34,7 +35,6 @@ from regrow.methods.parts import (
     CallInfo,
     Features,
     Level,
-    MethodConfig,
     Parts,
     Where,
     align,
@@ -65,6 +65,7 @@ class Similarity(str, Enum):
     """The one of the highest cosine similarity, of what the self-attention reads."""
 
 
+@register
 class ATEDM(MethodConfig):
     """AT-EDM's configuration.
 
@@ -96,6 +97,19 @@ class ATEDM(MethodConfig):
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
+
+    ABOUT: ClassVar[About] = About(
+        title="AT-EDM",
+        what="prune the tokens that matter least in attention graphs",
+        models=f"{UNETS}; {BLOCKS}",
+        status=Status.PARTLY,
+        paper="arXiv 2405.05252",
+        note="on U-Nets three differences from the paper; on transformers with a cache, as the CAT Pruning "
+        "paper ran it",
+        value="ratio",
+        role=Role.CHOOSES,
+        place=80,
+    )
 
     method: Literal["atedm"] = "atedm"
     version: Literal[1] = 1

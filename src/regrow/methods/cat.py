@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
 from regrow.fields import MOST_CALLS, Seed, Share, Weight
-from regrow.methods.parts import Alignment, CallInfo, MethodConfig, Parts, parts_of
+from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, Options, Role, register
+from regrow.methods.parts import Alignment, CallInfo, Parts, parts_of
 from regrow.schedule import After, Schedule
 from regrow.space import Space, Variable, free
 from regrow.tokens.cluster import (
@@ -61,6 +63,7 @@ class Algorithm(str, Enum):
     The stalest of a cluster come in addition to those that moved most, and not in the first cluster."""
 
 
+@register
 class CATPruning(MethodConfig):
     """CAT Pruning's configuration; defaults are the paper's, or the released code's where it is silent.
 
@@ -89,6 +92,20 @@ class CATPruning(MethodConfig):
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
 
+    ABOUT: ClassVar[About] = About(
+        title="CAT Pruning",
+        what="compute the tokens that change, in clusters",
+        models=BLOCKS,
+        paper="arXiv 2502.00433",
+        note="also with block caching: cat:0.3+deepcache:2",
+        default="paper",
+        value="alpha",
+        role=Role.CHOOSES,
+        measured={DenoiserKind.TRANSFORMER: ("0.5",)},
+        traced={DenoiserKind.TRANSFORMER: ("0.5",)},
+        place=30,
+    )
+
     method: Literal["cat"] = "cat"
     version: Literal[1] = 1
     alpha: float = Field(0.3, ge=1e-6, le=1)
@@ -103,6 +120,17 @@ class CATPruning(MethodConfig):
     absolute_noise: bool = False
     alignment: Alignment = Alignment.CONDITIONAL
     seed: Seed = 0
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Presets and a ratio: the share of tokens that is not computed."""
+        return "preset", "ratio"
+
+    @classmethod
+    def from_options(cls, options: Options, calls: int) -> Self:
+        """The configuration of these options."""
+        changes = {} if options.ratio is None else {"alpha": 1 - options.ratio}
+        return cls(**changes) if options.preset is None else cls.preset(options.preset, **changes)
 
     @classmethod
     def space(cls, calls: int) -> Space:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -12,157 +11,51 @@ from pydantic import ValidationError
 
 from regrow.fields import explain
 from regrow.files import PLAN, FileError, read_json, said
-from regrow.methods.atedm import ATEDM
-from regrow.methods.cat import CATPruning
+from regrow.methods.base import About, MethodConfig, Role, Status, methods, methods_of
 from regrow.methods.combined import Combined
-from regrow.methods.dato import DaTo
-from regrow.methods.deepcache import DeepCache
-from regrow.methods.fora import FORA
-from regrow.methods.parts import MethodConfig
-from regrow.methods.sito import SiTo
-from regrow.methods.toca import ToCa
-from regrow.methods.tome import ToMeSD
 from regrow.schedule import Schedule
 from regrow.space import Space, product
 from regrow.words import offer, shown
 
 
-class Status(str, Enum):
-    """How far a system is."""
-
-    WORKS = "works"
-    PARTLY = "partly"
-    NOT_YET = "not yet"
-
-
 @dataclass(frozen=True)
 class System:
-    """A published system.
+    """A row of the table: a method, or what there is no method of.
 
     Args:
         name: on the command line.
-        title: as its authors write it.
-        what: what it does, in one line.
-        status: how far it is here.
-        models: model families it runs on.
+        about: what is said of it.
         config: its configuration, if it works.
-        default: the preset that its name alone means; None where one must be chosen, or there is none and
-            the defaults of its fields are meant.
-        paper: where it was published.
-        note: what else a user must know of its state, in one line.
     """
 
     name: str
-    title: str
-    what: str
-    status: Status
-    models: str
+    about: About
     config: type[MethodConfig] | None = None
-    default: str | None = None
-    paper: str = ""
-    note: str = ""
 
 
-_UNETS = "U-Nets: SD 1, SD 2, SDXL"
-_ALL = f"{_UNETS}; transformers: DiT, PixArt, SD3, Flux, Wan"
-
-_BLOCKS = "transformers: SD3, PixArt, DiT, Flux"
-
-SYSTEMS = (
-    System(
-        "dato",
-        "DaTo",
-        "prune tokens where the noise changes least, reuse deep features, by a schedule",
-        Status.WORKS,
-        _UNETS,
-        DaTo,
-        paper="arXiv 2501.00375",
-        note="regrow search and calibrate find schedules",
-    ),
-    System(
-        "sito",
-        "SiTo",
-        "prune tokens similar to others in every call",
-        Status.WORKS,
-        _UNETS,
-        SiTo,
-        paper="AAAI 2025",
-    ),
-    System(
-        "cat",
-        "CAT Pruning",
-        "compute the tokens that change, in clusters",
-        Status.WORKS,
-        _BLOCKS,
-        CATPruning,
-        default="paper",
-        paper="arXiv 2502.00433",
-        note="also with block caching: cat:0.3+deepcache:2",
-    ),
-    System(
-        "tokencache",
+_OTHERS = {
+    "tokencache": About(
         "TokenCache",
         "a learned predictor of what to cache",
-        Status.NOT_YET,
-        "-",
+        status=Status.NOT_YET,
         paper="arXiv 2409.18523",
     ),
-    System(
-        "tome", "ToMeSD", "merge similar tokens", Status.WORKS, _UNETS, ToMeSD, paper="arXiv 2303.17604"
-    ),
-    System(
-        "deepcache",
-        "DeepCache",
-        "reuse deep features every N calls",
-        Status.WORKS,
-        _ALL,
-        DeepCache,
-        paper="arXiv 2312.00858",
-        note="on transformers it caches blocks",
-    ),
-    System(
-        "fora",
-        "FORA",
-        "reuse attention and MLP outputs every N calls",
-        Status.WORKS,
-        _ALL,
-        FORA,
-        paper="arXiv 2407.01425",
-        note="on U-Nets inside their transformer blocks",
-    ),
-    System(
-        "toca",
-        "ToCa",
-        "reuse attention and MLP outputs every N calls, but for the tokens of highest score in the MLPs",
-        Status.WORKS,
-        _BLOCKS,
-        ToCa,
-        default="paper",
-        paper="arXiv 2410.05317",
-        note="the preset paper scores by all queries, toca:N by 64",
-    ),
-    System(
-        "atedm",
-        "AT-EDM",
-        "prune the tokens that matter least in attention graphs",
-        Status.PARTLY,
-        f"{_UNETS}; {_BLOCKS}",
-        ATEDM,
-        paper="arXiv 2405.05252",
-        note="on U-Nets three differences from the paper; on transformers with a cache, as the CAT Pruning "
-        "paper ran it",
-    ),
-    System("l2c", "Learning-to-Cache", "a learned table of layers to reuse", Status.NOT_YET, "-"),
-    System(
-        "steps",
+    "l2c": About("Learning-to-Cache", "a learned table of layers to reuse", status=Status.NOT_YET),
+    "steps": About(
         "Fewer steps",
         "the same sampler with fewer steps",
-        Status.WORKS,
         "any model",
         note="steps:N among the methods of a comparison, --steps elsewhere",
     ),
-)
-"""All systems, the main ones first. The command line takes its names from here."""
+}
+"""Systems that are no methods here."""
+
+
+def systems() -> tuple[System, ...]:
+    """All systems, the main ones first: the methods, and behind them what is none."""
+    known = methods()
+    rows = [System(name, kind.ABOUT, kind) for name, kind in known.items()]
+    return (*rows, *(System(name, about) for name, about in _OTHERS.items() if name not in known))
 
 
 def space_of(name: str, calls: int) -> Space:
@@ -178,16 +71,27 @@ def space_of(name: str, calls: int) -> Space:
     kinds = [configured(part) for part in name.split("+")]
     if len(kinds) == 1:
         return kinds[0].space(calls)
-    tokens = [k for k in kinds if k in (SiTo, ToMeSD, CATPruning, ATEDM)]
-    caching = [k for k in kinds if k in (DeepCache, FORA)]
+    tokens = [k for k in kinds if k.ABOUT.role is Role.CHOOSES]
+    caching = [k for k in kinds if k.ABOUT.role is Role.CACHES]
     if len(kinds) > 2 or not tokens or not caching:
-        raise ValueError(
-            f"method: {name!r} is not allowed; one side of the '+' must be deepcache or fora, the other "
-            "sito, tome, cat or atedm"
-        )
+        raise ValueError(f"method: {name!r} is not allowed; {pairs(Role.CACHES)}")
     return product(
         caching[0].space(calls), tokens[0].space(calls), lambda c, t: Combined(caching=c, tokens=t)
     )
+
+
+def pairs(*caching: Role) -> str:
+    """Which methods go together, in words.
+
+    Args:
+        caching: the roles on one side; `Role.CHOOSES` is on the other.
+    """
+    one, other = (_either([*methods_of(*roles)]) for roles in (caching, (Role.CHOOSES,)))
+    return f"one side of the '+' must be {one}, the other {other}"
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def config_from(data: Mapping[str, Any]) -> MethodConfig:
@@ -196,15 +100,13 @@ def config_from(data: Mapping[str, Any]) -> MethodConfig:
     Raises:
         ValueError: if it is of no method, or a field is not allowed.
     """
-    kinds: tuple[type[MethodConfig], ...] = (*(s.config for s in SYSTEMS if s.config is not None), Combined)
-    for kind in kinds:
-        if data.get("method") == kind.model_fields["method"].default:
-            return kind.model_validate(data)
-    known = [kind.model_fields["method"].default for kind in kinds]
+    known: dict[Any, type[MethodConfig]] = {**methods(), "combined": Combined}
     given = data.get("method")
-    raise ValueError(
-        f"method: {shown(given)} is not known; allowed: {', '.join(known)}{offer(given, known)}"
-    )
+    if not isinstance(given, str) or given not in known:
+        raise ValueError(
+            f"method: {shown(given)} is not known; allowed: {', '.join(known)}{offer(given, known)}"
+        )
+    return known[given].model_validate(data)
 
 
 def load_plan(file: Path) -> Schedule | MethodConfig:
@@ -235,11 +137,10 @@ def configured(name: str) -> type[MethodConfig]:
     Raises:
         ValueError: if there is no such system, or it does not work yet.
     """
-    for system in SYSTEMS:
-        if system.name == name and system.config is not None:
-            return system.config
-    working = [s.name for s in SYSTEMS if s.config is not None]
-    if any(system.name == name for system in SYSTEMS):
+    working = methods()
+    if name in working:
+        return working[name]
+    if name in _OTHERS:
         raise ValueError(f"method: {shown(name)} is not built yet; allowed: {', '.join(working)}")
     raise ValueError(
         f"method: {shown(name)} is not known; allowed: {', '.join(working)}{offer(name, working)}"
@@ -253,9 +154,8 @@ def default_of(name: str) -> MethodConfig:
         ValueError: if there is no such system, it does not work yet, or something must be chosen.
     """
     kind = configured(name)
-    default = next(system.default for system in SYSTEMS if system.name == name)
-    if default is not None:
-        return kind.preset(default)
+    if kind.ABOUT.default is not None:
+        return kind.preset(kind.ABOUT.default)
     if kind.presets():
         choices = ", ".join(f"{name}:{preset}" for preset in kind.presets())
         raise ValueError(f"method: {name!r} alone is not allowed, it needs a choice such as {choices}")

@@ -4,18 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    PlainValidator,
+    SerializeAsAny,
+    Tag,
+    TypeAdapter,
+    model_validator,
+)
 
-from regrow.methods.atedm import ATEDM
-from regrow.methods.cat import CATPruning
-from regrow.methods.deepcache import DeepCache
-from regrow.methods.fora import FORA
-from regrow.methods.parts import MethodConfig, Parts, parts_of
-from regrow.methods.sito import SiTo
-from regrow.methods.tome import ToMeSD
+from regrow.methods.base import MethodConfig, Role, methods_of, name_of
+from regrow.methods.parts import Parts, parts_of
 from regrow.schedule import LAYERS, After, Both, Plan, Schedule
+
+
+def _caching(value: Any) -> Any:
+    """A caching method or a schedule, from itself or its fields."""
+    return _caching_of(tuple(methods_of(Role.CACHES).values())).validate_python(value)
+
+
+def _choosing(value: Any) -> Any:
+    """A method that chooses tokens, from itself or its fields."""
+    return _choosing_of(tuple(methods_of(Role.CHOOSES).values())).validate_python(value)
+
+
+@lru_cache
+def _caching_of(kinds: tuple[type[MethodConfig], ...]) -> TypeAdapter[Any]:
+    tagged = [Annotated[kind, Tag(name_of(kind))] for kind in kinds]
+    either: Any = reduce(or_, (*tagged, Annotated[Schedule, Tag("schedule")]))
+    return TypeAdapter(Annotated[either, Discriminator(_kind)])
+
+
+@lru_cache
+def _choosing_of(kinds: tuple[type[MethodConfig], ...]) -> TypeAdapter[Any]:
+    either: Any = reduce(or_, kinds)
+    return TypeAdapter(Annotated[either, Field(discriminator="method")])
 
 
 def _kind(caching: Any) -> Any:
@@ -34,10 +62,10 @@ class Combined(MethodConfig):
     what the blocks between last added to each of them.
 
     Args:
-        caching: which calls are full and how deep the others go: a method, or a schedule, whose
-            ratios do not count. Where the tokens of whole calls are chosen not `FORA`, and no schedule with
-            ``"layers"``.
-        tokens: how tokens are pruned, and how many in each call.
+        caching: which calls are full and how deep the others go: a method of `Role.CACHES`, or a schedule,
+            whose ratios do not count. Where the tokens of whole calls are chosen not `FORA`, and no
+            schedule with ``"layers"``.
+        tokens: how tokens are pruned, and how many in each call: a method of `Role.CHOOSES`.
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
@@ -45,13 +73,8 @@ class Combined(MethodConfig):
 
     method: Literal["combined"] = "combined"
     version: Literal[1] = 1
-    caching: Annotated[
-        Annotated[DeepCache, Tag("deepcache")]
-        | Annotated[FORA, Tag("fora")]
-        | Annotated[Schedule, Tag("schedule")],
-        Discriminator(_kind),
-    ]
-    tokens: Annotated[SiTo | ToMeSD | CATPruning | ATEDM, Field(discriminator="method")]
+    caching: Annotated[SerializeAsAny[MethodConfig | Schedule], PlainValidator(_caching)]
+    tokens: Annotated[SerializeAsAny[MethodConfig], PlainValidator(_choosing)]
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Combined:
@@ -59,8 +82,8 @@ class Combined(MethodConfig):
         if whole and any(s.depth == LAYERS for s in self.plan.kinds()):
             raise ValueError(
                 "caching: calls in which every layer hands on its last output (fora, depth 'layers') are "
-                f"not allowed with {self.tokens.method} where it chooses the tokens of whole calls; it "
-                "must be deepcache or a schedule of other depths"
+                f"not allowed with {name_of(type(self.tokens))} where it chooses the tokens of whole "
+                "calls; it must be deepcache or a schedule of other depths"
             )
         return self
 

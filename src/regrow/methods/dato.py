@@ -9,18 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from regrow import hub
 from regrow.fields import MOST_WEIGHT, Seed, Side, Weight
+from regrow.methods.base import (
+    UNETS,
+    About,
+    DenoiserKind,
+    MethodConfig,
+    Options,
+    Role,
+    TextError,
+    register,
+    whole,
+)
 from regrow.methods.parts import (
     Alignment,
     CallInfo,
     Features,
     Level,
-    MethodConfig,
     Parts,
     Recovery,
     Where,
@@ -28,11 +40,13 @@ from regrow.methods.parts import (
     check_ratio,
     parts_of,
 )
+from regrow.recover.time import RecoveryField
 from regrow.schedule import FULL, Schedule
 from regrow.space import Space, Variable
 from regrow.tokens.grid import Grid, best_of_patch
 from regrow.tokens.scores import diff_score, noise, random_score
 from regrow.tokens.select import Selection, prune_similar
+from regrow.words import offer
 
 
 class Score(str, Enum):
@@ -44,11 +58,14 @@ class Score(str, Enum):
     """Chance: the paper's ablation without DiffScore."""
 
 
+@register
 class DaTo(MethodConfig):
     """DaTo's configuration. Defaults are the paper's; the released code's deviations are options.
 
     Args:
-        schedule: depth and ratio of every call.
+        schedule: depth and ratio of every call, and its recovery.
+        time_recovery: instead of the schedule's, how what a call does not compute follows from earlier
+            calls; None leaves it to the schedule (the paper: the last value is reused).
         patch: side s of the patches that give one base token each (the paper: 2).
         score: what chooses the base tokens.
         alignment: whose base tokens both halves of a guided batch take (the paper: aligned).
@@ -69,6 +86,17 @@ class DaTo(MethodConfig):
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
 
+    ABOUT: ClassVar[About] = About(
+        title="DaTo",
+        what="prune tokens where the noise changes least, reuse deep features, by a schedule",
+        models=UNETS,
+        paper="arXiv 2501.00375",
+        note="regrow search and calibrate find schedules",
+        role=Role.SCHEDULE,
+        measured={DenoiserKind.UNET: ("b1", "fast")},
+        traced={DenoiserKind.UNET: ("b1",)},
+        place=10,
+    )
     PRESETS: ClassVar[Mapping[str, Any]] = {
         "b1": lambda: DaTo(schedule=Schedule.bundled("dato-b1")),
         "fast": lambda: DaTo(schedule=Schedule.bundled("dato-fast")),
@@ -88,6 +116,7 @@ class DaTo(MethodConfig):
     method: Literal["dato"] = "dato"
     version: Literal[1] = 1
     schedule: Schedule
+    time_recovery: RecoveryField | None = None
     patch: Side = 2
     score: Score = Score.DIFF
     alignment: Alignment = Alignment.CONDITIONAL
@@ -106,6 +135,47 @@ class DaTo(MethodConfig):
     def _ratios(self) -> DaTo:
         check_ratio(self.schedule.max_ratio, self.patch)
         return self
+
+    @classmethod
+    def from_text(cls, text: str, calls: int) -> DaTo:
+        """An interval, with half of the tokens pruned in every call, or a schedule file."""
+        if text.isdecimal():
+            return cls(schedule=Schedule.every(whole(text), calls, ratio=0.5))
+        if not text.startswith(hub.PREFIX) and not text.endswith(hub.PLANS) and not Path(text).exists():
+            raise TextError(
+                f"an interval, a schedule file or {', '.join(cls.PRESETS)}{offer(text, cls.PRESETS)}"
+            )
+        return cls(schedule=hub.load_schedule(text))
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """All."""
+        return "preset", "schedule", "ratio", "interval"
+
+    @classmethod
+    def from_options(cls, options: Options, calls: int) -> DaTo:
+        """A plan from one of preset, schedule file and interval, or a constant one; and its ratio."""
+        plans = [f"--{name}" for name in options.given if name != "ratio"]
+        if len(plans) > 1:
+            raise ValueError(f"{' and '.join(plans)}: only one of them is allowed")
+        if options.preset is not None:
+            plan = cls.preset(options.preset).schedule
+        elif options.schedule is not None:
+            plan = hub.load_schedule(options.schedule)
+        elif options.interval is not None:
+            plan = Schedule.every(options.interval, calls)
+        else:
+            plan = Schedule.constant()
+        if options.ratio is not None:
+            plan = plan.with_ratio(options.ratio)
+        return cls(schedule=plan) if options.preset is None else cls.preset(options.preset, schedule=plan)
+
+    def changed(self, changes: Mapping[str, Any]) -> DaTo:
+        """The same with other fields; ``ratio`` is the schedule's."""
+        own = dict(changes)
+        if "ratio" in own:
+            own["schedule"] = self.schedule.with_ratio(own.pop("ratio"))
+        return super().changed(own)
 
     @classmethod
     def space(cls, calls: int) -> Space:
@@ -195,5 +265,8 @@ class _Rule:
 
 @parts_of.register
 def _(config: DaTo) -> Parts:
+    plan, recovery = config.schedule, config.time_recovery
+    plan = plan if recovery is None else plan.with_recovery(recovery)
     # Tokens are chosen alike under every schedule.
-    return Parts(config.schedule, _Rule(config.model_copy(update={"schedule": Schedule.constant()})))
+    rule = config.model_copy(update={"schedule": Schedule.constant(), "time_recovery": None})
+    return Parts(plan, _Rule(rule))

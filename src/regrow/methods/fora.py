@@ -6,27 +6,45 @@ feed-forward had in the last full call. What is cheap (modulation, norms, the re
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from regrow.fields import Calls
-from regrow.methods.parts import MethodConfig, Parts, parts_of
+from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
+from regrow.methods.parts import Parts, parts_of
+from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import LAYERS, Spaced
 from regrow.space import Space, Variable, free
 
 
+@register
 class FORA(MethodConfig):
     """FORA's configuration.
 
     Args:
         interval: N, one call in so many is full (the paper: 2 to 7, 3 in its main table).
+        recovery: how a layer's output follows from those computed (the paper: the last one is reused).
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
 
+    ABOUT: ClassVar[About] = About(
+        title="FORA",
+        what="reuse attention and MLP outputs every N calls",
+        models=ALL,
+        paper="arXiv 2407.01425",
+        note="on U-Nets inside their transformer blocks",
+        value="interval",
+        role=Role.CACHES,
+        measured={DenoiserKind.TRANSFORMER: ("3",), DenoiserKind.VIDEO: ("3",)},
+        traced={DenoiserKind.VIDEO: ("3",)},
+        place=60,
+    )
+
     method: Literal["fora"] = "fora"
     version: Literal[1] = 1
     interval: Calls = 3
+    recovery: RecoveryField = REUSE
 
     @classmethod
     def space(cls, calls: int) -> Space:
@@ -36,4 +54,4 @@ class FORA(MethodConfig):
 
 @parts_of.register
 def _(config: FORA) -> Parts:
-    return Parts(Spaced(config.interval, LAYERS))
+    return Parts(Spaced(config.interval, LAYERS, recovery=config.recovery))

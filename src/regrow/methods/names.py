@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from regrow import hub
-from regrow.fields import MOST_CALLS, explain
-from regrow.methods.atedm import ATEDM
-from regrow.methods.cat import CATPruning
-from regrow.methods.catalogue import configured, default_of
+from regrow.fields import explain
+from regrow.methods.base import MethodConfig, Role, TextError, methods, whole
+from regrow.methods.catalogue import default_of, pairs
 from regrow.methods.combined import Combined
 from regrow.methods.dato import DaTo
-from regrow.methods.deepcache import DeepCache
-from regrow.methods.fora import FORA
-from regrow.methods.parts import MethodConfig
-from regrow.methods.sito import SiTo
-from regrow.methods.toca import ToCa
-from regrow.methods.tome import ToMeSD
 from regrow.schedule import Schedule
 from regrow.words import offer, shown
 
-PLANS = (".json", ".yaml", ".yml")
 CALLS = 50
 """Calls that ``dato:N`` plans where nobody says how many there will be: the usual default of pipelines."""
 
@@ -89,7 +79,7 @@ def named(name: str, steps: int) -> Named:
     if len(own) > 1:
         raise ValueError(f"method: {shown(name)} is not allowed; steps: comes once")
     for part in own:
-        steps = _whole(part, part.partition(":")[2])
+        steps = _steps(part)
         parts.remove(part)
     if len(parts) > 2:
         raise ValueError(
@@ -102,62 +92,72 @@ def named(name: str, steps: int) -> Named:
         raise ValueError(f"method: {shown(name)}: {explain(error)}") from error
 
 
+def _steps(spec: str) -> int:
+    """The number of ``steps:N``."""
+    try:
+        return whole(spec.partition(":")[2])
+    except TextError as error:
+        raise _misread(spec, error) from error
+
+
 def _both(name: str, configs: list[Any]) -> Combined:
     """Two methods as one."""
     # Both together were not found anywhere.
     configs = [config.model_copy(update={"found": None}) for config in configs]
-    tokens = [c for c in configs if isinstance(c, (SiTo, ToMeSD, CATPruning, ATEDM))]
-    caching = [c for c in configs if isinstance(c, (DeepCache, FORA, DaTo))]
+    tokens = [c for c in configs if c.ABOUT.role is Role.CHOOSES]
+    caching = [c for c in configs if c.ABOUT.role in (Role.CACHES, Role.SCHEDULE)]
     if not tokens or not caching:
+        raise ValueError(f"method: {shown(name)} is not allowed; {pairs(Role.CACHES, Role.SCHEDULE)}")
+    if caching[0].ABOUT.role is Role.CACHES:
+        return Combined(caching=caching[0], tokens=tokens[0])
+    if caching[0] != type(caching[0])(schedule=caching[0].schedule):
         raise ValueError(
-            f"method: {shown(name)} is not allowed; one side of the '+' must be deepcache, fora or dato, "
-            "the other sito, tome, cat or atedm"
+            f"method: {shown(name)} is not allowed; of {caching[0].method} only its schedule goes with "
+            "another method, without further fields"
         )
-    if isinstance(caching[0], DaTo) and caching[0] != DaTo(schedule=caching[0].schedule):
-        raise ValueError(
-            f"method: {shown(name)} is not allowed; of dato only its schedule goes with another method, "
-            "without further fields"
-        )
-    plan = caching[0].schedule if isinstance(caching[0], DaTo) else caching[0]
-    return Combined(caching=plan, tokens=tokens[0])
+    return Combined(caching=caching[0].schedule, tokens=tokens[0])
 
 
 def _config(spec: str, steps: int) -> Any:
     """The configuration of one method in a run of so many steps."""
-    kind, _, rest = spec.partition(":")
-    if kind not in _METHODS and (kind == "hub" or spec.endswith(PLANS)):
+    name, _, rest = spec.partition(":")
+    known = methods()
+    if name not in known and (name == "hub" or spec.endswith(hub.PLANS)):
         plan = hub.load(spec)
         return DaTo(schedule=plan) if isinstance(plan, Schedule) else plan
-    if kind not in _METHODS:
-        known = ("steps", *_METHODS)
+    if name not in known:
+        allowed = ("steps", *known)
         raise ValueError(
-            f"method: {shown(spec)} is not known; before the colon comes one of {', '.join(known)}"
-            f"{offer(kind, known)}"
+            f"method: {shown(spec)} is not known; before the colon comes one of {', '.join(allowed)}"
+            f"{offer(name, allowed)}"
         )
     value, *fields = rest.split(":")
     changes: dict[str, Any] = {}
     for field in fields:
-        name, equals, text = field.partition("=")
+        key, equals, text = field.partition("=")
         if not equals:
             raise ValueError(
                 f"method: {shown(spec)} is not allowed; {shown(field)} is not of the form field=value"
             )
-        if name in changes:
-            raise ValueError(f"method: {shown(spec)} is not allowed; {name} is there twice")
-        changes[name] = plain(text)
-    config = default_of(kind) if not value else _preset(kind, value) or _METHODS[kind](spec, value, steps)
-    if not changes:
-        return config
-    if isinstance(config, DaTo) and "ratio" in changes:
-        # DaTo's ratios are its schedule's.
-        changes["schedule"] = config.schedule.with_ratio(changes.pop("ratio"))
-    return type(config).model_validate(config.model_dump() | changes)
+        if key in changes:
+            raise ValueError(f"method: {shown(spec)} is not allowed; {key} is there twice")
+        changes[key] = plain(text)
+    config = _of_text(spec, known[name], value, steps) if value else default_of(name)
+    return config.changed(changes) if changes else config
 
 
-def _preset(kind: str, value: str) -> MethodConfig | None:
-    """A method's preset, if it has one of that name."""
-    method = configured(kind)
-    return method.preset(value) if value in method.presets() else None
+def _of_text(spec: str, kind: type[MethodConfig], text: str, steps: int) -> MethodConfig:
+    """What stands behind the colon: a method's preset, or what the method makes of it."""
+    if text in kind.PRESETS:
+        return kind.preset(text)
+    try:
+        return kind.from_text(text, steps)
+    except TextError as error:
+        raise _misread(spec, error) from error
+
+
+def _misread(spec: str, error: TextError) -> ValueError:
+    return ValueError(f"method: {shown(spec)} is not allowed; after the colon comes {error}")
 
 
 def plain(text: str) -> Any:
@@ -166,48 +166,3 @@ def plain(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
-
-
-def _dato(spec: str, value: str, steps: int) -> DaTo:
-    if value.isdecimal():
-        return DaTo(schedule=Schedule.every(_whole(spec, value), steps, ratio=0.5))
-    if not value.startswith(hub.PREFIX) and not value.endswith(PLANS) and not Path(value).exists():
-        raise ValueError(
-            f"method: {shown(spec)} is not allowed; after the colon comes an interval, a schedule file or "
-            f"{', '.join(DaTo.presets())}{offer(value, DaTo.presets())}"
-        )
-    return DaTo(schedule=hub.load_schedule(value))
-
-
-_METHODS: dict[str, Callable[[str, str, int], Any]] = {
-    "sito": lambda spec, value, steps: SiTo(ratio=_share(spec, value)),
-    "atedm": lambda spec, value, steps: ATEDM(ratio=_share(spec, value)),
-    "dato": _dato,
-    "tome": lambda spec, value, steps: ToMeSD(ratio=_share(spec, value)),
-    "deepcache": lambda spec, value, steps: DeepCache(interval=_whole(spec, value)),
-    "cat": lambda spec, value, steps: CATPruning(alpha=_share(spec, value)),
-    "fora": lambda spec, value, steps: FORA(interval=_whole(spec, value)),
-    "toca": lambda spec, value, steps: ToCa(interval=_whole(spec, value)),
-}
-
-
-def _whole(spec: str, value: str) -> int:
-    # Python reads no number of thousands of digits.
-    number = int(value) if value.isdecimal() and len(value) < 20 else 0
-    if not 1 <= number <= MOST_CALLS:
-        raise ValueError(
-            f"method: {shown(spec)} is not allowed; after the colon comes a whole number >= 1 and <= "
-            f"{MOST_CALLS}"
-        )
-    return number
-
-
-def _share(spec: str, value: str) -> float:
-    presets = configured(spec.partition(":")[0]).presets()
-    allowed = " or ".join(("a ratio", *((", ".join(presets),) if presets else ())))
-    try:
-        return float(value)
-    except ValueError as error:
-        raise ValueError(
-            f"method: {shown(spec)} is not allowed; after the colon comes {allowed}{offer(value, presets)}"
-        ) from error

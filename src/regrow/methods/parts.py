@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import singledispatch
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
-from typing_extensions import Self
 
-from regrow.fields import Checked
 from regrow.layers import Layer, LayerKind
 from regrow.origin import Origin
 from regrow.schedule import Plan, Schedule
-from regrow.space import Space
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
-from regrow.words import offer, shown
 
 
 class Features(str, Enum):
@@ -257,66 +251,6 @@ class Parts:
     token_set: TokenSet | None = None
     refresh: TokenRefresh | None = None
     instead: str = ""
-
-
-class MethodConfig(Checked):
-    """A frozen, validated, versioned configuration that equals, hashes and goes to JSON and back.
-
-    Args:
-        found: what it was searched on, if it was; applied elsewhere, it is warned of. `dump` keeps it,
-            ``model_dump`` leaves it out: it changes nothing that the method does. Of a method whose plan
-            is a schedule, the schedule's own counts.
-    """
-
-    PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {}
-
-    found: Origin | None = Field(None, exclude=True)
-
-    def dump(self) -> str:
-        """The text of a file, JSON, with `found`."""
-        found = {} if self.found is None else {"found": self.found.model_dump(mode="json")}
-        return json.dumps(self.model_dump(mode="json") | found, indent=1) + "\n"
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> Self:
-        """A configuration by the name of its preset.
-
-        Args:
-            name: one of `presets`.
-            changes: fields to set otherwise.
-
-        Raises:
-            ValueError: if there is no preset of that name.
-        """
-        if name not in cls.PRESETS:
-            allowed = ", ".join(cls.PRESETS) or "none"
-            raise ValueError(
-                f"preset: {shown(name)} is not known for {cls.__name__}; known are {allowed}"
-                f"{offer(name, cls.PRESETS)}"
-            )
-        config = cls.PRESETS[name]()
-        return cls.model_validate(config.model_dump() | changes) if changes else config
-
-    @classmethod
-    def presets(cls) -> tuple[str, ...]:
-        """Names of the presets."""
-        return tuple(cls.PRESETS)
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """What a search may choose.
-
-        Args:
-            calls: calls of the denoiser in a generation, for methods that plan each of them.
-
-        Raises:
-            ValueError: if the method leaves nothing open.
-        """
-        raise ValueError(f"method: {cls.__name__} has no plans to search")
-
-    def at(self, calls: int) -> Self:
-        """The same with what it plans for single calls written out for so many; itself if it plans none."""
-        return self
 
 
 @singledispatch

@@ -15,12 +15,12 @@ from pydantic import model_validator
 from torch import Tensor
 
 from regrow.fields import Ratio, Seed, Side, Weight
+from regrow.methods.base import UNETS, About, DenoiserKind, MethodConfig, Role, register
 from regrow.methods.parts import (
     Alignment,
     CallInfo,
     Features,
     Level,
-    MethodConfig,
     Parts,
     Recovery,
     Where,
@@ -52,6 +52,7 @@ class BaseChoice(str, Enum):
     """As V, with noise on the score (the paper's choice)."""
 
 
+@register
 class SiTo(MethodConfig):
     """SiTo's configuration.
 
@@ -77,6 +78,17 @@ class SiTo(MethodConfig):
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
 
+    ABOUT: ClassVar[About] = About(
+        title="SiTo",
+        what="prune tokens similar to others in every call",
+        models=UNETS,
+        paper="AAAI 2025",
+        value="ratio",
+        role=Role.CHOOSES,
+        measured={DenoiserKind.UNET: ("d",)},
+        traced={DenoiserKind.UNET: ("d",)},
+        place=20,
+    )
     PRESETS: ClassVar[Mapping[str, Any]] = {
         "a": lambda: SiTo(ratio=0.3),
         "b": lambda: SiTo(ratio=0.4),

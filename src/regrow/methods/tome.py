@@ -8,24 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
 from regrow.fields import Ratio, Seed, Side
-from regrow.methods.parts import (
-    CallInfo,
-    Features,
-    Level,
-    MethodConfig,
-    Parts,
-    Recovery,
-    Where,
-    check_ratio,
-    parts_of,
-)
+from regrow.methods.base import UNETS, About, DenoiserKind, MethodConfig, Role, register
+from regrow.methods.parts import CallInfo, Features, Level, Parts, Recovery, Where, check_ratio, parts_of
 from regrow.schedule import Schedule
 from regrow.space import Space, Variable, free
 from regrow.tokens.grid import Grid, best_of_patch, tokens_of_patch
@@ -33,6 +24,7 @@ from regrow.tokens.scores import random_score
 from regrow.tokens.select import Selection, prune_similar
 
 
+@register
 class ToMeSD(MethodConfig):
     """ToMeSD's configuration; defaults are the paper's.
 
@@ -53,6 +45,17 @@ class ToMeSD(MethodConfig):
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
+
+    ABOUT: ClassVar[About] = About(
+        title="ToMeSD",
+        what="merge similar tokens",
+        models=UNETS,
+        paper="arXiv 2303.17604",
+        value="ratio",
+        role=Role.CHOOSES,
+        measured={DenoiserKind.UNET: ("0.5",)},
+        place=40,
+    )
 
     method: Literal["tome"] = "tome"
     version: Literal[1] = 1
