@@ -1,16 +1,27 @@
-"""The error of plans that run, beside sums written out and a network whose answer is known."""
+"""The error of plans that run, beside sums written out and networks whose growth is known."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
 
-from regrow.calibration.drift import Ran, drifting_error, fitted_drift
+from regrow.calibration.drift import (
+    KNOTS,
+    Growth,
+    Ran,
+    drifting_error,
+    fitted_growth,
+    foretold,
+    gap_errors,
+)
 from regrow.calibration.fit import decibels, fitted, offline_error, weight_matrix
-from regrow.calibration.positions import evenly, families
+from regrow.calibration.positions import Positions, families, neighbours
 from regrow.recover.time import Taylor
 
 TOTAL, ELEMENTS = 20, 400
+AMPLIFIES = Growth(logarithms=(6.0, 5.5, 5.0, 4.0, 3.0, 1.5, 0.0))
+MENDS = Growth(logarithms=(3.0, 3.0, 2.0, -0.5, -2.0, -1.0, 0.0))
 
 
 def outputs(seed: int = 0) -> np.ndarray:
@@ -18,51 +29,96 @@ def outputs(seed: int = 0) -> np.ndarray:
     return rng.normal(size=(TOTAL, ELEMENTS)).cumsum(0)
 
 
-@pytest.mark.parametrize("drift", [0.0, 1.5, 4.0])
-def test_it_is_the_sum_of_each_gaps_square(drift: float) -> None:
+def known(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    values = outputs(seed)
+    return values @ values.T / ELEMENTS, np.linspace(-0.05, -0.3, TOTAL)
+
+
+@pytest.mark.parametrize("growth", [Growth(), AMPLIFIES, MENDS])
+def test_it_is_the_sum_of_each_gaps_square(growth: Growth) -> None:
     values, full = outputs(), (0, 1, 4, 9, 10, 17)
-    gram, influence = values @ values.T / ELEMENTS, np.linspace(-0.3, 0.4, TOTAL)
+    gram, influence = known()
     weights = weight_matrix(full, Taylor(order=1), TOTAL)
     slow = 0.0
     for begin, end in zip(full, (*full[1:], TOTAL), strict=True):
         gap = np.zeros(ELEMENTS)
         for step in range(begin, end):
-            grown = influence[step] * np.exp(drift * (1 - step / TOTAL))
-            gap += grown * (values[step] - weights[step] @ values)
-        slow += float((gap**2).mean())
-    assert drifting_error(gram, influence, weights, drift) == pytest.approx(slow, rel=1e-9)
+            gap += influence[step] * (values[step] - weights[step] @ values)
+        place = (begin + end) / 2 / TOTAL
+        after = next(k for k, knot in enumerate(KNOTS) if knot >= place)
+        share = (place - KNOTS[after - 1]) / (KNOTS[after] - KNOTS[after - 1])
+        logarithm = (1 - share) * growth.logarithms[after - 1] + share * growth.logarithms[after]
+        slow += float((gap**2).mean() * np.exp(logarithm))
+    found = drifting_error(gram, influence, weights, growth)
+    assert found == pytest.approx(slow, rel=1e-9)
+    assert foretold(gram, influence, weights, growth) == pytest.approx(-10 * np.log10(slow))
 
 
-def test_one_gap_without_drift_is_the_frozen_network() -> None:
-    values = outputs(1)
-    gram, influence = values @ values.T / ELEMENTS, np.linspace(-0.3, 0.4, TOTAL)
+def test_one_gap_that_does_not_grow_is_the_frozen_network() -> None:
+    gram, influence = known(1)
     weights = weight_matrix((0,), Taylor(order=1), TOTAL)
     expected = offline_error(gram, influence, weights)
-    assert drifting_error(gram, influence, weights, 0.0) == pytest.approx(expected, rel=1e-9)
+    assert drifting_error(gram, influence, weights, Growth()) == pytest.approx(expected, rel=1e-9)
 
 
 def test_all_computed_is_no_error() -> None:
-    values = outputs()
-    gram = values @ values.T / ELEMENTS
-    assert drifting_error(gram, np.ones(TOTAL), np.eye(TOTAL), 3.0) == 0
+    gram, influence = known()
+    assert drifting_error(gram, influence, np.eye(TOTAL), AMPLIFIES) == 0
 
 
-@pytest.mark.parametrize("drift", [0.0, 1.0, 3.0])
-def test_the_drift_of_a_network_is_found(drift: float) -> None:
-    """Errors that a known network makes of plans, on other scale and with some noise."""
-    values, rng = outputs(2), np.random.default_rng(0)
-    gram, influence = values @ values.T / ELEMENTS, np.full(TOTAL, -0.1)
-    ran = []
-    for full in families(TOTAL, 6):
+def ran(gram: np.ndarray, influence: np.ndarray, growth: Growth, noise: float) -> list[Ran]:
+    rng, found = np.random.default_rng(0), []
+    for count in (4, 7):
+        for full in families(TOTAL, count):
+            weights = weight_matrix(full, fitted(gram, full, last=3), TOTAL)
+            told = decibels(drifting_error(gram, influence, weights, growth))
+            found.append(Ran(weights, told + 17 + noise * rng.normal()))
+    return found
+
+
+@pytest.mark.parametrize("growth", [Growth(), AMPLIFIES, MENDS])
+def test_it_foretells_plans_that_did_not_run(growth: Growth) -> None:
+    """From those of a known network, on another scale and with some noise."""
+    gram, influence = known(2)
+    found = fitted_growth(gram, influence, ran(gram, influence, growth, 0.1))
+
+    def miss(full: Positions) -> float:
         weights = weight_matrix(full, fitted(gram, full, last=3), TOTAL)
-        told = decibels(drifting_error(gram, influence, weights, drift))
-        ran.append(Ran(weights, told + 17 + 0.05 * rng.normal()))
-    assert fitted_drift(gram, influence, ran) == pytest.approx(drift, abs=0.26)
+        return foretold(gram, influence, weights, found) - 17 - foretold(gram, influence, weights, growth)
+
+    misses = [miss(full) for full in neighbours((0, 4, 8, 12, 16), TOTAL)]
+    assert np.abs(misses).max() < 1
 
 
-def test_two_plans_at_least() -> None:
-    values = outputs()
-    gram = values @ values.T
-    one = Ran(weight_matrix(evenly(TOTAL, 4), Taylor(order=1), TOTAL), 20.0)
-    with pytest.raises(ValueError, match="ran: 1 plans are not allowed, there must be >= 2"):
-        fitted_drift(gram, np.ones(TOTAL), [one])
+def test_it_is_the_optimum_that_scipy_finds() -> None:
+    gram, influence = known(3)
+    plans = ran(gram, influence, MENDS, 2.0)
+
+    def misses(logarithms: np.ndarray) -> np.ndarray:
+        growth = Growth(logarithms=tuple(logarithms))
+        told = [drifting_error(gram, influence, one.weights, Growth()) for one in plans]
+        assert min(told) > 0
+        wanted = [-one.decibels * np.log(10) / 10 for one in plans]
+        parts = []
+        for one in plans:
+            squares, places = gap_errors(gram, influence, one.weights)
+            hats = [np.interp(places, KNOTS, row) @ squares for row in np.eye(len(KNOTS))]
+            parts.append(np.log(np.dot(hats, np.exp(growth.logarithms))))
+        return np.append(np.array(parts) - wanted, np.sqrt(0.02) * np.diff(logarithms))
+
+    slow = least_squares(misses, np.full(len(KNOTS), -4.0))
+    found = fitted_growth(gram, influence, plans)
+    assert np.sum(misses(np.array(found.logarithms)) ** 2) <= 2 * slow.cost * (1 + 1e-6)
+
+
+def test_one_plan_tells_the_scale() -> None:
+    gram, influence = known()
+    weights = weight_matrix((0, 5, 11), Taylor(order=1), TOTAL)
+    growth = fitted_growth(gram, influence, [Ran(weights, 23.0)])
+    assert foretold(gram, influence, weights, growth) == pytest.approx(23.0, abs=0.1)
+    assert np.ptp(growth.logarithms) < 0.5
+
+
+def test_plans_are_needed() -> None:
+    with pytest.raises(ValueError, match="ran: it is empty, there must be >= 1 plan"):
+        fitted_growth(*known(), [])

@@ -10,10 +10,10 @@ import torch
 from pipelines import sd
 
 from regrow import DaTo, apply
-from regrow.calibration.drift import drifting_error
+from regrow.calibration.drift import Growth, drifting_error, foretold
 from regrow.calibration.fit import decibels, fitted, weight_matrix
 from regrow.calibration.positions import evenly
-from regrow.calibration.proposals import Proposal, foretold, probes, proposals
+from regrow.calibration.proposals import Proposal, others, probes, proposals
 from regrow.calibration.recording import Recording, record
 from regrow.calibration.search import FEW, FewerSteps, Plan, search
 from regrow.measure.sampling import make
@@ -21,6 +21,7 @@ from regrow.origin import Origin
 from regrow.schedule import FULL
 
 TOTAL, COUNT, PROMPTS = 20, 6, 12
+STILL, AMPLIFIES = Growth(), Growth(logarithms=(6.0, 5.5, 5.0, 4.0, 3.0, 1.5, 0.0))
 FEWER = FewerSteps("6 steps", COUNT)
 
 
@@ -38,10 +39,10 @@ def recording(seed: int = 0) -> Recording:
 
 
 class Network:
-    """Errors of plans with a drift; fewer steps have an error of their own."""
+    """Errors of plans that grow; fewer steps have an error of their own."""
 
-    def __init__(self, known: Recording, drift: float, plain: float) -> None:
-        self.known, self.drift, self.plain = known, drift, plain
+    def __init__(self, known: Recording, growth: Growth, plain: float) -> None:
+        self.known, self.growth, self.plain = known, growth, plain
         self.ran: list[tuple[Plan, int]] = []
 
     def __call__(self, plan: Plan, prompts: int) -> np.ndarray:
@@ -52,20 +53,22 @@ class Network:
     def near(self, plan: Plan) -> float:
         if isinstance(plan, FewerSteps):
             return self.plain
-        told = drifting_error(self.known.products, self.known.moves, plan.weights, self.drift)
+        told = drifting_error(self.known.products, self.known.moves, plan.weights, self.growth)
         return 20 + decibels(told)
 
 
-@pytest.mark.parametrize("drift", [0.0, 3.0])
-def test_it_finds_positions_for_the_drift_of_the_network(drift: float) -> None:
+@pytest.mark.parametrize("growth", [STILL, AMPLIFIES])
+def test_it_finds_positions_for_the_growth_in_the_network(growth: Growth) -> None:
     known = recording()
-    network = Network(known, drift, plain=-100.0)
+    network = Network(known, growth, plain=-100.0)
     answer = search(known, COUNT, [FEWER], network, PROMPTS)
-    assert answer.drift == pytest.approx(drift, abs=0.5)
     assert isinstance(answer.best.plan, Proposal)
     assert answer.best.mean >= max(outcome.mean for outcome in answer.outcomes)
     even = Proposal("even", evenly(TOTAL, COUNT), fitted(known.products, evenly(TOTAL, COUNT)), TOTAL)
     assert network.near(answer.best.plan) > network.near(even) + 1
+    # As if the growth had been known.
+    best = proposals(known, COUNT, growth)[0]
+    assert network.near(answer.best.plan) > network.near(best) - 0.5
     assert len(answer.best.psnr) == PROMPTS
     # All are run on few prompts, and few on all.
     on_all = [plan for plan, prompts in network.ran if prompts == PROMPTS]
@@ -76,24 +79,29 @@ def test_it_finds_positions_for_the_drift_of_the_network(drift: float) -> None:
 
 def test_fewer_steps_are_the_answer_where_they_are_nearest() -> None:
     known = recording()
-    best = search(known, COUNT, [FEWER], Network(known, 3.0, plain=-100.0), PROMPTS).best
+    best = search(known, COUNT, [FEWER], Network(known, AMPLIFIES, plain=-100.0), PROMPTS).best
     other = FewerSteps("6 other steps", COUNT, tuple(range(COUNT)))
     fewer = [FEWER, other]
     for plain, plans in ((best.mean + 1, fewer), (best.mean, [FEWER])):
-        answer = search(known, COUNT, plans, Network(known, 3.0, plain), PROMPTS)
+        answer = search(known, COUNT, plans, Network(known, AMPLIFIES, plain), PROMPTS)
         assert isinstance(answer.best.plan, FewerSteps)
         assert any(outcome.plan == plans[-1] for outcome in answer.outcomes)
 
 
 def test_proposals_are_foretold_in_their_order() -> None:
     known = recording(1)
-    first, second, *_ = proposals(known, COUNT, 3.0)
-    assert foretold(known, first, 3.0) >= foretold(known, second, 3.0)
-    assert foretold(known, first, 3.0) >= max(foretold(known, plan, 3.0) for plan in probes(known, COUNT))
+
+    def near(plan: Proposal) -> float:
+        return foretold(known.products, known.moves, plan.weights, AMPLIFIES)
+
+    first, second = proposals(known, COUNT, AMPLIFIES)
+    assert near(first) >= near(second)
+    assert near(first) >= max(map(near, probes(known, COUNT)))
+    assert near(first) >= max(map(near, others(known, first.full)))
 
 
 def test_a_proposal_as_a_schedule() -> None:
-    plan = proposals(recording(), COUNT, 3.0)[0]
+    plan = proposals(recording(), COUNT, AMPLIFIES)[0]
     schedule = plan.schedule()
     assert [i for i, depth in enumerate(schedule.depth) if depth == FULL] == list(plan.full)
     assert schedule.recoveries[0] == plan.recovery
@@ -113,14 +121,14 @@ def test_what_is_not_allowed(change: dict[str, Any], said: str) -> None:
     known = recording()
     given: dict[str, Any] = {"count": COUNT, "fewer": [FEWER], "prompts": PROMPTS}
     with pytest.raises(ValueError, match=said):
-        search(known, measure=Network(known, 0.0, 0.0), **given | change)
+        search(known, measure=Network(known, STILL, 0.0), **given | change)
 
 
 def test_a_plan_on_a_pipeline_is_its_weighted_sum() -> None:
     """What the sampler is given in skipped calls: the weights times what it was given in computed ones."""
     steps = 8
     known = record(sd(), ("a b", "c d"), steps=steps, guidance=3.0)
-    plan = proposals(known, 4, 1.0)[0]
+    plan = proposals(known, 4, STILL)[0]
     pipe, given = sd(), []
     step = pipe.scheduler.step
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from regrow.calibration.drift import drifting_error
-from regrow.calibration.fit import decibels, fitted, weight_matrix
+from regrow.calibration.drift import Growth, drifting_error
+from regrow.calibration.fit import fitted, weight_matrix
 from regrow.calibration.influence import Array
 from regrow.calibration.positions import (
     Positions,
@@ -23,8 +22,8 @@ LAST = 3
 """Computed outputs that a fitted one is made of. More gain little, and each is kept in memory."""
 PULL = 1e-3
 """Ridge towards the line through the last two outputs, as a share of their mean square."""
-PROBES = (1.5, 2.5)
-"""How much denser at the start the plans are that are run to find the drift."""
+PROBES = (1.25, 2.0)
+"""How much denser at one end the plans are that are run to find the growth."""
 
 
 @dataclass(frozen=True)
@@ -60,55 +59,52 @@ class Proposal:
 
 
 def probes(recording: Recording, count: int) -> tuple[Proposal, ...]:
-    """Plans whose errors lie far apart, so that running them tells the drift; even positions first."""
+    """Plans whose errors lie in different parts of the run, so that running them tells how these grow.
+
+    Even positions first; then denser ones at the start and at the end.
+    """
     total = recording.origin.calls
     places = {"evenly": evenly(total, count)}
-    places |= {f"denser at the start ({p:g})": dense_at_start(total, count, p) for p in PROBES}
-    places |= {"denser at the end (1.5)": dense_at_end(total, count, 1.5)}
+    for power in PROBES:
+        places[f"denser at the start ({power:g})"] = dense_at_start(total, count, power)
+        places[f"denser at the end ({power:g})"] = dense_at_end(total, count, power)
     return tuple(_fitted(recording, full, where) for where, full in places.items())
 
 
-def proposals(recording: Recording, count: int, drift: float, keep: int = 2) -> tuple[Proposal, ...]:
-    """Plans that are worth a run, the most promising first.
-
-    Fitted ones at the positions that a search finds, with and without a pull towards the line; at the best
-    of these positions the line itself and Spectrum's forecast.
+def proposals(recording: Recording, count: int, growth: Growth, keep: int = 2) -> tuple[Proposal, ...]:
+    """Fitted plans at the positions that a search finds, the most promising first.
 
     Args:
         recording: of unaccelerated runs.
         count: calls that are computed.
-        drift: see `fitted_drift`.
-        keep: positions that are searched for.
+        growth: see `fitted_growth`.
+        keep: how many at most.
     """
     total = recording.origin.calls
 
     def error(full: Positions) -> float:
         weights = weight_matrix(full, fitted(recording.products, full, last=LAST), total)
-        return drifting_error(recording.products, recording.moves, weights, drift)
+        return drifting_error(recording.products, recording.moves, weights, growth)
 
-    searched = [full for full in candidates(total, count, error, keep) if full != evenly(total, count)]
-    found = [_fitted(recording, full, f"searched ({i})") for i, full in enumerate(searched[:keep], 1)]
-    return (*found, *_others(recording, found[0].full if found else evenly(total, count)))
+    found = candidates(total, count, error, keep)[:keep]
+    return tuple(_fitted(recording, full, "searched") for full in found)
 
 
-def foretold(recording: Recording, proposal: Proposal, drift: float) -> float:
-    """What a proposal's error is by the recording, in dB up to a constant; more is nearer."""
-    return decibels(drifting_error(recording.products, recording.moves, proposal.weights, drift))
+def others(recording: Recording, full: Positions) -> tuple[Proposal, ...]:
+    """Other forecasts than the fitted one at the same positions."""
+    line = Taylor(order=1)
+    near = fitted(recording.products, full, last=LAST, towards=line, ridge=PULL)
+    spectrum = Chebyshev(degree=3, mix=0.5)
+    kinds = {"fitted near the line": near, "on the line": line, "by Chebyshev's polynomials": spectrum}
+    return tuple(
+        Proposal(_name(recording, full, "searched", what), full, recovery, recording.origin.calls)
+        for what, recovery in kinds.items()
+    )
 
 
 def _fitted(recording: Recording, full: Positions, where: str) -> Proposal:
     recovery = fitted(recording.products, full, last=LAST)
     return Proposal(_name(recording, full, where, "fitted"), full, recovery, recording.origin.calls)
-
-
-def _others(recording: Recording, full: Positions) -> Iterator[Proposal]:
-    """Other forecasts at the positions that the search found."""
-    line = Taylor(order=1)
-    near = fitted(recording.products, full, last=LAST, towards=line, ridge=PULL)
-    spectrum = Chebyshev(degree=3, mix=0.5)
-    for what, recovery in (("fitted near the line", near), ("on the line", line), ("Chebyshev", spectrum)):
-        name = _name(recording, full, "searched (1)", what)
-        yield Proposal(name, full, recovery, recording.origin.calls)
 
 
 def _name(recording: Recording, full: Positions, where: str, what: str) -> str:

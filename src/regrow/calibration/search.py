@@ -1,26 +1,29 @@
 """Find the plan that is nearest to the unaccelerated pictures: foretell, run the survivors, compare.
 
-The order: a few plans whose errors lie far apart are run on a few prompts and tell the drift; with it a
-search proposes plans from the recording; these are run on the same few prompts; the nearest are run on all
-prompts, beside fewer steps. No prompt of these was recorded, so nothing was fitted on them. Fewer steps are
-the answer unless a plan is nearer to the unaccelerated pictures by more than its error.
+A few plans whose errors lie in different parts of the run are run on a few prompts, and tell how errors
+grow. With that, positions are searched on the recording; what is found is run, tells more, and the search
+is repeated. The nearest are run on all prompts, beside fewer steps. None of these prompts was recorded, so
+nothing was fitted on them. Fewer steps are the answer unless a plan is nearer to the unaccelerated
+pictures by more than its error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from regrow.calibration.drift import Ran, fitted_drift
+from regrow.calibration.drift import Growth, Ran, fitted_growth
 from regrow.calibration.influence import Array
-from regrow.calibration.proposals import Proposal, probes, proposals
+from regrow.calibration.proposals import Proposal, others, probes, proposals
 from regrow.calibration.recording import Recording
 from regrow.fields import check_within
 
 FEW = 8
 """Prompts that every plan is run on."""
+ROUNDS = 3
+"""Searches on the recording, each after the runs of what the one before found."""
 SURVIVORS = 3
 """Plans that are run on all prompts."""
 
@@ -81,12 +84,12 @@ class Answer:
     Args:
         best: the plan to use.
         outcomes: all that were run: those on all prompts first, the nearest first.
-        drift: of the network, see `fitted_drift`.
+        growth: of errors in the network.
     """
 
     best: Outcome
     outcomes: tuple[Outcome, ...]
-    drift: float
+    growth: Growth
 
 
 def search(
@@ -109,12 +112,20 @@ def search(
     if not fewer:
         raise ValueError("fewer: it is empty, there must be >= 1 plan of fewer steps")
     few = min(FEW, prompts)
-    probed = [Outcome(plan, measure(plan, few)) for plan in probes(recording, count)]
-    drift = _drift(recording, probed)
-    proposed = proposals(recording, count, drift)
-    run = [*probed, *(Outcome(plan, measure(plan, few)) for plan in proposed)]
-    run.sort(key=lambda outcome: -outcome.mean)
-    final = run[:SURVIVORS]
+
+    run: dict[Proposal, Outcome] = {}
+
+    def go(plans: Iterable[Proposal]) -> None:
+        run.update({plan: Outcome(plan, measure(plan, few)) for plan in plans})
+
+    go(probes(recording, count))
+    for _ in range(ROUNDS):
+        known = {plan.full for plan in run}
+        found = proposals(recording, count, _growth(recording, run))
+        go(plan for plan in found if plan.full not in known)
+    go(others(recording, max(run, key=lambda plan: run[plan].mean).full))
+    ranked = sorted(run.values(), key=lambda outcome: -outcome.mean)
+    final, rest = ranked[:SURVIVORS], ranked[SURVIVORS:]
     if prompts > few:
         final = [Outcome(one.plan, measure(one.plan, prompts)) for one in final]
     plain = [Outcome(plan, measure(plan, prompts)) for plan in fewer]
@@ -122,17 +133,13 @@ def search(
     nearest = max(final, key=lambda outcome: outcome.mean)
     more, error = nearest.gain(best)
     ordered = sorted([*final, *plain], key=lambda outcome: -outcome.mean)
-    return Answer(nearest if more > error else best, (*ordered, *run[SURVIVORS:]), drift)
+    return Answer(nearest if more > error else best, (*ordered, *rest), _growth(recording, run))
 
 
-def _drift(recording: Recording, probed: Sequence[Outcome]) -> float:
-    """The drift that the probes tell; pictures that are equal tell nothing."""
-    ran = [
-        Ran(outcome.plan.weights, outcome.mean)
-        for outcome in probed
-        if isinstance(outcome.plan, Proposal) and np.isfinite(outcome.mean)
-    ]
-    return fitted_drift(recording.products, recording.moves, ran) if len(ran) > 1 else 0.0
+def _growth(recording: Recording, run: Mapping[Proposal, Outcome]) -> Growth:
+    """What the runs tell of the growth of errors; pictures that are equal tell nothing."""
+    ran = [Ran(plan.weights, one.mean) for plan, one in run.items() if np.isfinite(one.mean)]
+    return fitted_growth(recording.products, recording.moves, ran) if ran else Growth()
 
 
 def _standard_error(values: Array) -> float:
