@@ -1,11 +1,11 @@
-"""A plan for a user's own pipeline that is never worse than fewer steps: recorded, fitted, run, compared."""
+"""A plan for a user's own pipeline, never worse than fewer steps: recorded, fitted, run, compared."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
@@ -240,8 +240,7 @@ class Calibration:
     def _batch(self, config: Any, steps: int, prompts: Sequence[str], place: int) -> tuple[Any, float]:
         """Pictures of one batch, and seconds."""
         s = self.settings
-        timesteps = getattr(config, "timesteps", None)
-        more = dict(s.more) | ({} if timesteps is None else {"timesteps": list(timesteps)})
+        more = {**s.more, **({} if config is None else config.arguments())}
 
         def run() -> tuple[Any, float]:
             done = make(
@@ -275,7 +274,8 @@ class Calibration:
             return self._batch(config, count, part, len(self.fit))[1]
 
         def once(depth: int) -> Calibrated:
-            return _plan(Schedule(depth=(FULL, *(depth,) * (self.calls - 1)), ratio=(0.0,) * self.calls), steps)
+            depths = (FULL, *(depth,) * (self.calls - 1))
+            return _plan(Schedule(depth=depths, ratio=(0.0,) * self.calls), steps, steps)
 
         few = max(steps // 2, 1)
         seconds(None, min(2, steps))
@@ -293,8 +293,10 @@ class Calibration:
         if not self._has_depth():
             return Costs(0.0, 0.0, None)
         schedule = Schedule(depth=(FULL, 1), ratio=(0.0, 0.0))
-        with apply(self.pipe, _plan(schedule, 2)) as run:
-            make(self.pipe, self.held[:1], steps=2, guidance=self.settings.guidance, more=self.settings.more)
+        with apply(self.pipe, _plan(schedule, 2, 2)) as run:
+            make(
+                self.pipe, self.held[:1], steps=2, guidance=self.settings.guidance, more=self.settings.more
+            )
             last = run.report().calls[-1]
         return Costs(0.0, 0.0, last.macs / last.full_macs if last.full_macs else None)
 
@@ -310,7 +312,8 @@ class Calibration:
         """
         steps, calls = self.settings.steps, self.calls
         fewer = min(max(math.floor(budget - costs.rest + 1e-6), 1), steps)
-        found = [Candidate(f"{fewer} steps", Calibrated.fewer_steps(fewer), costs.of(fewer))]
+        plain = Schedule.constant()
+        found = [Candidate(f"{fewer} steps", _plan(plain, fewer, steps), costs.of(fewer))]
         found += [
             Candidate(f"{fewer} steps at other noise levels", config, costs.of(fewer))
             for config in self._other_levels(fewer)
@@ -319,13 +322,19 @@ class Calibration:
         if 2 <= full < calls:
             cost = costs.of(full, calls - full, costs.output)
             for name, schedule in self._forecasts(full):
-                found.append(Candidate(f"{full} of {calls} calls, {name}", _plan(schedule, steps), cost))
+                found.append(
+                    Candidate(f"{full} of {calls} calls, {name}", _plan(schedule, steps, steps), cost)
+                )
         deep = 0 if costs.deep is None else min(costs.full_calls(budget, calls, costs.deep), calls)
         if costs.deep is not None and 2 <= deep < calls:
             cost = costs.of(deep, calls - deep, costs.deep)
             for name, schedule in self._deep(deep):
                 found.append(
-                    Candidate(f"{deep} of {calls} calls, deep features {name}", _plan(schedule, steps), cost)
+                    Candidate(
+                        f"{deep} of {calls} calls, deep features {name}",
+                        _plan(schedule, steps, steps),
+                        cost,
+                    )
                 )
         return found
 
@@ -339,7 +348,8 @@ class Calibration:
         own = scheduler.timesteps.tolist()
         for power in (1.5, 2.0):
             chosen = [own[i] for i in dense_at_start(len(own), min(steps, len(own)), power)]
-            yield Calibrated(steps=len(chosen), timesteps=tuple(chosen), schedule=Schedule.constant())
+            plan = _plan(Schedule.constant(), len(chosen), self.settings.steps)
+            yield plan.model_copy(update={"timesteps": tuple(chosen)})
 
     def _forecasts(self, full: int) -> Iterator[tuple[str, Schedule]]:
         """Plans that forecast the output: fitted at several positions, and the best of these unfitted."""
@@ -350,8 +360,10 @@ class Calibration:
             recovery = fitted(gram, positions, last=LAST)
             yield f"fitted, at {_listed(positions)}", _output_plan(positions, total, recovery)
         best = places[0]
-        for name, recovery in (("taylor", Taylor()), ("chebyshev", Chebyshev(degree=3, mix=0.5))):
-            yield f"{name}, at {_listed(best)}", _output_plan(best, total, recovery)
+        others: tuple[TimeRecovery, ...] = (Taylor(), Chebyshev(degree=3, mix=0.5))
+        for other in others:
+            name = type(other).__name__.lower()
+            yield f"{name}, at {_listed(best)}", _output_plan(best, total, other)
 
     def _deep(self, full: int) -> Iterator[tuple[str, Schedule]]:
         total = self.calls
@@ -410,9 +422,9 @@ def calibrate(
 ) -> Calibrated:
     """Find the plan for a pipeline that is nearest to its unaccelerated pictures at a speed.
 
-    Half of the prompts are run unaccelerated and recorded; forecasts are fitted to these runs, and the steps
-    that are computed are searched on the recording. The best, and fewer steps of the same cost, are run on
-    the other half, which nothing was fitted on. The nearest is the answer: fewer steps, if these are.
+    Half of the prompts are run unaccelerated and recorded; forecasts are fitted to these runs, and the
+    steps that are computed are searched on the recording. The best, and fewer steps of the same cost, are
+    run on the other half, which nothing was fitted on. The nearest is the answer: fewer steps, if these are.
 
     Args:
         pipe: a diffusers pipeline of pictures or videos from text or from classes.
@@ -516,8 +528,8 @@ def plan_error(gram: Array, moves: Array, positions: Positions) -> float:
     raise NotImplementedError
 
 
-def _plan(schedule: Schedule, steps: int) -> Calibrated:
-    return Calibrated(steps=steps, schedule=schedule)
+def _plan(schedule: Schedule, steps: int, instead_of: int) -> Calibrated:
+    return Calibrated(steps=steps, schedule=schedule, instead_of=instead_of)
 
 
 def _output_plan(positions: Positions, total: int, recovery: TimeRecovery, depth: int = 0) -> Schedule:

@@ -211,7 +211,10 @@ def generate(
     schedule: ScheduleFile = None,
     ratio: Ratio = None,
     interval: Interval = None,
-    steps: Steps = 50,
+    steps: Annotated[
+        Optional[int],
+        typer.Option(min=1, max=MOST_CALLS, help="Sampler steps; 50, or those of a calibrated plan."),
+    ] = None,
     scheduler: Scheduler = None,
     guidance: Guidance = None,
     seed: Seed = 0,
@@ -239,9 +242,10 @@ def generate(
         method = "dato"
     if method is not None:
         config = method_config(
-            method, preset=preset, schedule=schedule, ratio=ratio, interval=interval, steps=steps
+            method, preset=preset, schedule=schedule, ratio=ratio, interval=interval, steps=steps or 50
         )
         label = method_label(method, preset, schedule, ratio, interval)
+        steps = steps or config.sampler_steps
     elif any(value is not None for value in (preset, ratio, interval)):
         raise ValueError("--preset, --ratio, --interval: need --method")
     if bool(prompt) == (prompts is not None):
@@ -253,7 +257,7 @@ def generate(
             negative_prompt=negative_prompt,
             image=image,
             strength=strength,
-            steps=steps,
+            steps=steps or 50,
             scheduler=scheduler,
             guidance=guidance,
             seed=seed,
