@@ -424,7 +424,7 @@ def calibrate(
 
     Half of the prompts are run unaccelerated and recorded; forecasts are fitted to these runs, and the
     steps that are computed are searched on the recording. The best, and fewer steps of the same cost, are
-    run on the other half, which nothing was fitted on. The nearest is the answer: fewer steps, if these are.
+    run on the other half, which nothing was fitted on. The nearest is the answer: fewer steps, if they are.
 
     Args:
         pipe: a diffusers pipeline of pictures or videos from text or from classes.
