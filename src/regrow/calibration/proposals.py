@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from regrow.calibration.drift import drifting_error
 from regrow.calibration.fit import decibels, fitted, weight_matrix
@@ -25,23 +25,29 @@ PULL = 1e-3
 """Ridge towards the line through the last two outputs, as a share of their mean square."""
 PROBES = (1.5, 2.5)
 """How much denser at the start the plans are that are run to find the drift."""
+DEEP = (1.5, 2.0)
+"""How much denser at the start full calls are where the others compute the outermost layers."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A plan of forecast outputs.
+    """A plan of forecasts.
 
     Args:
         name: what it does, in words.
         full: the calls that are computed.
-        recovery: what the outputs of the others follow from.
+        recovery: what the others follow from.
         total: calls of the run.
+        depth: up-path layers that the others compute; 0 where the output is forecast.
+        ratio: share of the tokens that is pruned where layers prune.
     """
 
     name: str
     full: Positions
     recovery: TimeRecovery
     total: int
+    depth: int = 0
+    ratio: float = 0.0
 
     @property
     def weights(self) -> Array:
@@ -53,8 +59,8 @@ class Proposal:
         computed = set(self.full)
         return Schedule(
             name=self.name,
-            depth=tuple(FULL if call in computed else 0 for call in range(self.total)),
-            ratio=(0.0,) * self.total,
+            depth=tuple(FULL if call in computed else self.depth for call in range(self.total)),
+            ratio=(self.ratio,) * self.total,
             recovery=(self.recovery,),
         )
 
@@ -89,6 +95,43 @@ def proposals(recording: Recording, count: int, drift: float, keep: int = 2) -> 
     searched = [full for full in candidates(total, count, error, keep) if full != evenly(total, count)]
     found = [_fitted(recording, full, f"searched ({i})") for i, full in enumerate(searched[:keep], 1)]
     return (*found, *_others(recording, found[0].full if found else evenly(total, count)))
+
+
+def deep_proposals(total: int, count: int, depth: int = 1) -> tuple[Proposal, ...]:
+    """Plans that forecast deep features and compute what lies above them in every call.
+
+    Args:
+        total: calls of the run.
+        count: calls that are computed in full.
+        depth: up-path layers that the others compute.
+    """
+    forecasts: Mapping[str, TimeRecovery] = {
+        "line": Taylor(order=1),
+        "Chebyshev": Chebyshev(degree=3, mix=0.5),
+    }
+    places = {"evenly": evenly(total, count)}
+    places |= {f"denser at the start ({p:g})": dense_at_start(total, count, p) for p in DEEP}
+    return tuple(
+        Proposal(
+            f"{count} of {total} computed, {where}, deep features of the others {name}",
+            full,
+            recovery,
+            total,
+            depth,
+        )
+        for where, full in places.items()
+        for name, recovery in forecasts.items()
+    )
+
+
+def pruned(recording: Recording, count: int, ratio: float) -> tuple[Proposal, ...]:
+    """Plans of forecast outputs whose full calls prune tokens, at positions denser at the start."""
+    total = recording.origin.calls
+    places = {f"denser at the start ({p:g})": dense_at_start(total, count, p) for p in PROBES}
+    plain = (_fitted(recording, full, where) for where, full in places.items())
+    return tuple(
+        replace(one, name=f"{one.name}, {ratio:.0%} of tokens pruned", ratio=ratio) for one in plain
+    )
 
 
 def foretold(recording: Recording, proposal: Proposal, drift: float) -> float:

@@ -90,7 +90,12 @@ class Answer:
 
 
 def search(
-    recording: Recording, count: int, fewer: Sequence[FewerSteps], measure: Measure, prompts: int
+    recording: Recording,
+    count: int,
+    fewer: Sequence[FewerSteps],
+    measure: Measure,
+    prompts: int,
+    others: Sequence[Proposal] = (),
 ) -> Answer:
     """The plan of so many computed calls that is nearest to the unaccelerated pictures.
 
@@ -100,6 +105,7 @@ def search(
         fewer: samplers that cost as much, >= 1 of them.
         measure: runs a plan.
         prompts: how many there are to measure on.
+        others: plans of another kind that cost as much, from which the drift can't be told.
 
     Raises:
         ValueError: naming what is not allowed.
@@ -112,7 +118,7 @@ def search(
     probed = [Outcome(plan, measure(plan, few)) for plan in probes(recording, count)]
     drift = _drift(recording, probed)
     proposed = proposals(recording, count, drift)
-    run = [*probed, *(Outcome(plan, measure(plan, few)) for plan in proposed)]
+    run = [*probed, *(Outcome(plan, measure(plan, few)) for plan in (*proposed, *others))]
     run.sort(key=lambda outcome: -outcome.mean)
     final = run[:SURVIVORS]
     if prompts > few:

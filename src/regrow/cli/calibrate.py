@@ -109,11 +109,10 @@ def _print(plan: Calibrated) -> None:
         + (f", on {few} of them where the first were far behind" if few < best.prompts else "")
         + "; behind: how much nearer the plan is to the unaccelerated pictures. Both with standard errors."
     )
-    shown = table(caption, "plan", "speed-up", "PSNR\ndB", "behind\ndB")
+    shown = table(caption, "plan", "PSNR\ndB", "behind\ndB")
     for one in plan.tried:
         behind = "" if one is best else f"{one.behind:.1f} +- {one.behind_error:.1f}"
-        psnr = "equal" if one.psnr is None else f"{one.psnr:.1f} +- {one.error:.1f}"
-        shown.add_row(one.name, f"{one.speedup:.2f}x", psnr, behind)
+        shown.add_row(one.name, f"{one.psnr:.1f} +- {one.error:.1f}", behind)
     said = output()
     said.print(shown)
     chosen = f"the plan: {best.name}"
@@ -127,13 +126,13 @@ def _sheet(calibration: Calibration, plan: Calibrated) -> Image.Image | None:
     """The unaccelerated pictures, fewer steps and the nearest plans, side by side; None of videos."""
     fewer = next((one.name for one in plan.tried if one.name.endswith(" steps")), "")
     names = list(dict.fromkeys([fewer, *(one.name for one in plan.tried[:SHOWN_PLANS])]))
-    columns = {f"{plan.instead_of} steps": calibration.plain()}
-    columns |= {name.split(", at ")[0]: calibration.pictures[name] for name in names if name}
+    columns = {f"{plan.instead_of} steps": calibration.plain(min(SHOWN_PROMPTS, len(calibration.compared)))}
+    columns |= {name: calibration.pictures[name] for name in names if name}
     rows = [row[:SHOWN_PROMPTS] for row in columns.values()]
     if not all(isinstance(picture, Image.Image) for row in rows for picture in row):
         return None
     pictures = [[on_white(picture) for picture in row] for row in rows]
-    labels = list(calibration.held[: len(pictures[0])])
+    labels = list(calibration.compared[: len(pictures[0])])
     return contact_sheet(list(zip(*pictures, strict=False)), columns=list(columns), labels=labels)
 
 

@@ -22,8 +22,7 @@ class Tried(Checked):
 
     Args:
         name: what it does, in words.
-        speedup: time of the unaccelerated run over its, by the calls that it makes.
-        psnr: in dB, of its pictures to the unaccelerated ones, the mean; None if all are equal.
+        psnr: in dB, of its pictures to the unaccelerated ones, the mean; 99 stands for equal pictures.
         error: standard error of that.
         behind: how much nearer the chosen plan is, in dB, the mean of the pictures.
         behind_error: standard error of that.
@@ -31,8 +30,7 @@ class Tried(Checked):
     """
 
     name: str
-    speedup: float
-    psnr: float | None
+    psnr: float
     error: float = 0.0
     behind: float = 0.0
     behind_error: float = 0.0
