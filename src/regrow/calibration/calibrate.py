@@ -34,7 +34,7 @@ DENSER = (1.5, 2.0)
 RATIO = 0.5
 """Share of the tokens that plans prune, where that pays."""
 PAYS = 0.9
-"""A full call that prunes must take at most this share of one that does not, or plans that prune are not tried."""
+"""Plans that prune are tried where a full call that does takes at most this share of another."""
 LADDER = (10.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.25)
 """Speed-ups that are tried for a wish of quality, the fastest first."""
 ENOUGH = 0.99
@@ -297,7 +297,7 @@ class Calibration:
         """The nearest of the plans within a budget, in full calls."""
         steps, calls = self.settings.steps, self.calls
         fewer = min(max(math.floor(budget - costs.rest + 1e-6), 1), steps)
-        count = max(costs.full_calls(budget, calls, costs.output), 2)
+        count = max(min(costs.full_calls(budget, calls, costs.output), calls - 1), 2)
         return search(
             self.recording,
             count,
@@ -308,14 +308,11 @@ class Calibration:
         )
 
     def _fewer(self, steps: int) -> Iterator[FewerSteps]:
-        """Fewer steps: the sampler's own, and where it takes any, those of its steps denser at the start."""
+        """Fewer steps: the sampler's own, and where it takes any, some that are denser at the start."""
         yield FewerSteps(f"{steps} steps", steps)
         scheduler = self.pipe.scheduler
-        of_sampler = inspect.signature(scheduler.set_timesteps).parameters
-        if (
-            "timesteps" not in of_sampler
-            or "timesteps" not in inspect.signature(self.pipe.__call__).parameters
-        ):
+        takers = scheduler.set_timesteps, self.pipe.__call__
+        if not all("timesteps" in inspect.signature(taker).parameters for taker in takers):
             return
         scheduler.set_timesteps(self.settings.steps)
         own = scheduler.timesteps.tolist()
@@ -416,14 +413,14 @@ def _budget(calibration: Calibration, costs: Costs, factor: float) -> float:
     fastest = _fastest(calibration, costs)
     if factor > fastest:
         raise ValueError(
-            f"speedup, fewer_macs: {factor:g} can't be reached, it must be <= {fastest:.3g}: what is no call "
-            "of the denoiser, and two calls of it, take the rest"
+            f"speedup, fewer_macs: {factor:g} can't be reached, it must be <= {fastest:.3g}: two calls of "
+            "the denoiser, and what is no call of it, take the rest"
         )
     return (costs.rest + calibration.calls) / factor
 
 
 def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Calibrated:
-    """The nearest plan that has a speed-up as measured; it has a call less, or some, as long as it is missed."""
+    """The nearest plan that is so fast when measured; as long as it is not, with fewer full calls."""
     budget = _budget(calibration, costs, speedup)
     while True:
         plan = _plan(calibration, calibration.find(budget, costs))
