@@ -44,7 +44,7 @@ from regrow.measure.evaluate import check_against
 from regrow.measure.machine import model_key
 from regrow.measure.sampling import Moment, make, moment
 from regrow.measure.variants import Variant, variant
-from regrow.methods.parts import MethodConfig
+from regrow.methods.base import MethodConfig
 
 PROMPTS = ["a penguin", "a pizza"]
 

@@ -71,6 +71,14 @@ def test_what_is_no_name_is_refused_in_one_line(name: str, said: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_a_file_of_two_methods_goes_with_no_third(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(method_of("deepcache:2+tome:0.5").dump())
+    for name in (f"{file}+tome:0.5", f"fora:3+{file}"):
+        with pytest.raises(ValueError, match=r"one side of the '.' must be deepcache, fora"):
+            method_of(name)
+
+
 def test_a_name_may_be_a_file(tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     Schedule.every(2, 4).save(file)
