@@ -39,7 +39,7 @@ def test_files_give_back_what_was_written(schedule: Schedule, name: str, note: s
     text = schedule.dump(as_json=as_json)
     assert Schedule.parse(text) == schedule
     if as_json:
-        assert json.loads(text)["version"] == 1
+        assert json.loads(text)["version"] == 2
 
 
 @pytest.mark.parametrize("name", ["plan.yaml", "plan.json"])

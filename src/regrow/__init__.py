@@ -30,7 +30,10 @@ from regrow.methods import (
     Restored,
     Role,
     Similarity,
+    Site,
     SiTo,
+    Spectrum,
+    TaylorSeer,
     ToCa,
     TokenChoice,
     TokenRefresh,
@@ -42,7 +45,7 @@ from regrow.methods import (
     register,
 )
 from regrow.models import UnsupportedModelError
-from regrow.recover.time import TimeRecovery
+from regrow.recover.time import Chebyshev, Fitted, Reuse, Taylor, TimeRecovery
 from regrow.run_report import RunReport
 from regrow.schedule import FULL, Plan, Schedule, ScheduleError
 
@@ -58,17 +61,20 @@ __all__ = [
     "BaseChoice",
     "CATPruning",
     "CallInfo",
+    "Chebyshev",
     "Combined",
     "ConcurrentGenerationError",
     "DaTo",
     "DeepCache",
     "Features",
+    "Fitted",
     "MethodConfig",
     "Observation",
     "Parts",
     "Plan",
     "Recovery",
     "Restored",
+    "Reuse",
     "Role",
     "Run",
     "RunReport",
@@ -76,6 +82,10 @@ __all__ = [
     "ScheduleError",
     "SiTo",
     "Similarity",
+    "Site",
+    "Spectrum",
+    "Taylor",
+    "TaylorSeer",
     "TimeRecovery",
     "ToCa",
     "ToMeSD",

@@ -14,10 +14,10 @@ from regrow.engine.engine import Engine
 from regrow.installed import Installed, is_hooked
 from regrow.methods.names import method_of
 from regrow.methods.parts import origin_of, parts_of
-from regrow.models import DENOISERS, denoiser_of
+from regrow.models import DENOISERS, denoiser_of, known_layout
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
-from regrow.schedule import LAYERS
+from regrow.schedule import FULL, HEAD
 
 
 class Run:
@@ -172,6 +172,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     pruning = engine.pruning
     asked = pruning is not None and engine.leaves_out
     leaves_out = engine.lean is not None and engine.leaves_out
+    _check_known(engine, denoiser)
     _check_kinds(engine, denoiser)
     attends = engine.refreshing is not None and engine.refreshing.attending
     if leaves_out or attends or engine.watched:
@@ -188,10 +189,25 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         )
 
 
+def _check_known(engine: Engine, denoiser: nn.Module) -> None:
+    """Refuse calls that leave out a part of a denoiser of which the output alone is known."""
+    if engine.layout.is_known:
+        return
+    depths = {step.depth for step in engine.kinds}
+    if depths - {FULL, HEAD, 0}:
+        known_layout(denoiser)
+    if HEAD in depths:
+        engine.warn_once(
+            "head",
+            f"the last block of {type(denoiser).__name__} is not known: calls that should compute what "
+            "lies behind it recover the output instead",
+        )
+
+
 def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
     """Warn of depths that the model does not have."""
     deepest = engine.layout.depths
-    beyond = sorted({s.depth for s in engine.kinds if deepest <= s.depth < LAYERS})
+    beyond = sorted({s.depth for s in engine.kinds if deepest <= s.depth < HEAD})
     if beyond and engine.cuts:
         engine.warn_once(
             "depths",
@@ -202,7 +218,7 @@ def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
 
 def _check_pruned(engine: Engine, denoiser: nn.Module) -> None:
     """Warn of calls that should prune, but compute no layer that does."""
-    asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < LAYERS}
+    asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < HEAD}
     idle = sorted({s.depth for s in asked if not engine.prunes(s)})
     if not idle or engine.pruning is None:
         return

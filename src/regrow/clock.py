@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ import torch
 
 # A scaled timestep is rounded to bfloat16 twice: before and after it is divided.
 ROUNDING = 2.0**-7
+# What pipelines divide timesteps by.
+SCALES = (1.0, 1000.0)
 
 
 class ConcurrentGenerationError(RuntimeError):
@@ -162,11 +164,12 @@ class SchedulerClock:
     Args:
         scheduler: returns the scheduler in use, so that one swapped between generations is followed.
         on_end: called when the last step of a generation is done.
-        scale: what the pipeline divides timesteps by before it hands them on.
+        scale: what the pipeline divides timesteps by before it hands them on; None if that is not known:
+            the scheduler's steps are counted.
     """
 
     def __init__(
-        self, scheduler: Callable[[], Any], on_end: Callable[[], None], scale: float = 1.0
+        self, scheduler: Callable[[], Any], on_end: Callable[[], None], scale: float | None = 1.0
     ) -> None:
         self._current, self._on_end, self._scale = scheduler, on_end, scale
         self._scheduler: Any = None
@@ -259,7 +262,7 @@ class SchedulerClock:
             stepped = getattr(self._scheduler, "step_index", None) is not None
             other = stepped or _is_part(timestep, timesteps.device)
             old = timesteps is self._unproven and other
-            places = [i for i, value in enumerate(values) if self._matches(timestep, value)]
+            places = self._places(timestep, values)
             if old or not places:
                 raise self._outside(timestep)
             begin = getattr(self._scheduler, "begin_index", None) or 0
@@ -287,24 +290,25 @@ class SchedulerClock:
         if self._loop is not None:
             if self._loop.holds(timestep):
                 return self._loop.place(timestep)
-            if _is_part(timestep):
+            if _is_part(timestep) and self._scale is not None:
                 raise self._outside(timestep)
+        if self._scale is None:
+            return min(self._index, self._total - 1) if self._stepped else self._place
         places = (*range(self._index, self._total), self._place) if self._values else ()
         for place in places if self._stepped else places[-1:]:
-            if self._matches(timestep, self._values[place]):
+            if _matches(timestep, self._values[place], self._scale):
                 return place
         self._stepped = False
         raise self._outside(timestep)
 
-    def _matches(self, timestep: Any, value: float) -> bool:
-        """Whether a timestep has a value; a scaled one may have been rounded.
-
-        Of timesteps of each token it is the largest: those of a given first frame are 0.
-        """
-        given = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
-        if self._scale == 1:
-            return given == value
-        return abs(given * self._scale - value) <= ROUNDING * self._scale
+    def _places(self, timestep: Any, values: Sequence[float]) -> Sequence[int]:
+        """Where a run over some timesteps may begin, with one of them."""
+        for scale in SCALES if self._scale is None else (self._scale,):
+            places = [i for i, value in enumerate(values) if _matches(timestep, value, scale)]
+            if places:
+                return places
+        # What the model is given need not be the scheduler's (Z-Image turns it around).
+        return range(len(values)) if self._scale is None else ()
 
     def _outside(self, timestep: Any) -> OutsideError:
         name = type(self._scheduler).__name__
@@ -362,6 +366,17 @@ class _Loop:
     def place(self, timestep: torch.Tensor) -> int:
         """The index of an element."""
         return (int(timestep.storage_offset()) - self.origin) // self.stride
+
+
+def _matches(timestep: Any, value: float, scale: float) -> bool:
+    """Whether a timestep has a value; a scaled one may have been rounded.
+
+    Of timesteps of each token it is the largest: those of a given first frame are 0.
+    """
+    given = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+    if scale == 1:
+        return given == value
+    return abs(given * scale - value) <= ROUNDING * scale
 
 
 def _concurrent(what: str) -> ConcurrentGenerationError:

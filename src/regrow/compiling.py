@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from regrow.models import layout_of
+from regrow.models import known_layout
 
 GRAPHS = 64
 
@@ -30,5 +30,5 @@ def compile_blocks(denoiser: Any, **options: Any) -> None:
         denoiser.compile_repeated_blocks(**options)
     except ValueError:
         # SD3, PixArt and DiT.
-        for path in {t.layer.block for t in layout_of(denoiser).token_layers}:
+        for path in {t.layer.block for t in known_layout(denoiser).token_layers}:
             denoiser.get_submodule(path).compile(**options)

@@ -21,6 +21,8 @@ from regrow.engine.refreshing import Refreshing
 from regrow.layers import Layer
 from regrow.methods.parts import Attention
 from regrow.models.table import Cut, Returns, Skippable, TokenBlock, Turned
+from regrow.recover.store import copied
+from regrow.recover.time import REUSE
 from regrow.reuse.depth import placeholders
 from regrow.tokens.recover import keep, keep_merged, recover
 from regrow.tokens.select import put_rows, rows_of, take_rows
@@ -61,14 +63,15 @@ class SkipHook:
             call.restored += 1
             return forward(*args, **kwargs)
         if name in call.whole:
-            out = call.slot.features[name] = forward(*args, **kwargs)
+            out = forward(*args, **kwargs)
+            call.slot.store.add(name, call.step, out)
             return out
         if call.cut is not None and name in call.cut.skip:
             if name not in call.cut.restore:
                 call.stood_in.add(name)
                 return self._stand_in(call, args, kwargs)
             # A layer that the last full call left out (skip-layer guidance) has nothing to hand on.
-            if _turn(call.cut.key(name), turn) in call.slot.features:
+            if _turn(call.cut.key(name), turn) in call.slot.store:
                 call.restored += 1
                 call.stood_in = {other for other in call.stood_in if not call.cut.feeds(other, name)}
                 return self._restored(call, call.cut)
@@ -82,29 +85,31 @@ class SkipHook:
 
     def _keep(self, call: Call, cut: Cut, out: Any) -> None:
         """Keep what a restoring module returned, or what was added to the entry's input."""
-        features = call.slot.features
+        store = call.slot.store
         if cut.entry is None:
             # Whoever is handed this output may write to it, such as the caller of the denoiser.
             key = _turn(cut.key(self.place.name), call.turns[self.place.name])
-            features[key] = _copied(out) if call.dense or cut.final else out
+            store.add(key, call.step, copied(out) if call.dense or cut.final else out)
         elif cut in call.entered:
             before, after = call.entered.pop(cut), self._tensors(out)
             added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
             key, (text, image) = cut.key(self.place.name), added
             if call.tokens is None:
-                features[key] = added
-            elif key in features and image is not None:
+                store.add(key, call.step, added)
+            elif key in store and image is not None:
                 # The other tokens keep what was added to them before.
-                old = features[key][1]
+                old = store.last(key)[1]
                 put_rows(old, call.tokens.rows(old.shape[1]), image)
-                features[key] = [text, old]
+                store.amend(key, [text, old])
 
     def _restored(self, call: Call, cut: Cut) -> Any:
         """What a module hands on instead of running."""
-        name = self.place.name
-        feature = call.slot.features[_turn(cut.key(name), call.turns[name])]
+        name, store = self.place.name, call.slot.store
+        key = _turn(cut.key(name), call.turns[name])
+        feature = store.at(key, call.step, call.recovery)
         if cut.entry is None:
-            return _copied(feature) if call.dense or cut.final else feature
+            mine = feature is store.last(key) and (call.dense or cut.final)
+            return copied(feature) if mine else feature
         # Not to its own input: others may have added to the tokens on the way here (ControlNet).
         before = call.entered.pop(cut)
         if call.tokens is not None:
@@ -160,13 +165,6 @@ def _taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     image = args[0] if args else kwargs["hidden_states"]
     text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
     return [text, image]
-
-
-def _copied(value: Any) -> Any:
-    """A tensor, or a tuple of tensors, that nobody else holds."""
-    if isinstance(value, tuple):
-        return tuple(_copied(v) for v in value)
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 class SelectHook:
@@ -248,19 +246,19 @@ class MemoryHook:
         if len(output) != call.info.batch:
             self.lean.forget(call)
             return output
-        features = call.slot.features
+        store = call.slot.store
         if call.tokens is None:
-            features[self.key] = output
-        elif self.key not in features:
+            store.keep(self.key, output)
+        elif self.key not in store:
             raise RuntimeError(
                 f"{self.key} runs, but was left out of the last full call; layers to skip can't change "
                 "within a generation"
             )
         else:
-            old = features[self.key]
+            old = store.last(self.key)
             put_rows(old, call.tokens.rows(old.shape[1]), output)
         # The caller of the denoiser may write to its output.
-        return features[self.key].clone() if self.key == OUTPUT else features[self.key]
+        return store.last(self.key).clone() if self.key == OUTPUT else store.last(self.key)
 
 
 class PositionHook:
@@ -336,16 +334,17 @@ class PutHook:
         call, name = self.engine.call, self.layer.name
         if call is None or name not in call.refresh:
             return output
-        tokens, features = self.refreshing.tokens(call, self.layer), call.slot.features
+        tokens, store = self.refreshing.tokens(call, self.layer), call.slot.store
         # Blocks only read what layers return, so that the last output is nobody else's.
-        last = features[name]
-        if isinstance(output, tuple):
-            put_rows(last[0], tokens.rows(last[0].shape[1]), output[0])
-            features[name] = last = (last[0], *output[1:])
-        else:
-            put_rows(last, tokens.rows(last.shape[1]), output)
+        value = store.at(name, call.step, call.recovery)
+        image, computed = (value[0], output[0]) if isinstance(output, tuple) else (value, output)
+        put_rows(image, tokens.rows(image.shape[1]), computed)
+        value = (image, *output[1:]) if isinstance(output, tuple) else image
+        if call.recovery == REUSE:
+            # A forecast is of whole calls alone.
+            store.amend(name, value)
         call.pruned += 1
-        return last
+        return value
 
 
 class BesideHook:
@@ -357,11 +356,11 @@ class BesideHook:
     def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         call = self.engine.call
         if call is not None and self.layer.name in call.refresh:
-            last = call.slot.features[self.key]
+            last = call.slot.store.at(self.key, call.step, call.recovery)
             return take_rows(last, self.refreshing.tokens(call, self.layer).rows(last.shape[1]))
         out = forward(*args, **kwargs)
         if call is not None and call.cut is None:
-            call.slot.features[self.key] = out
+            call.slot.store.add(self.key, call.step, out)
         return out
 
 
@@ -376,14 +375,14 @@ class LayerMemoryHook:
         call = self.engine.call
         if call is None:
             return output
-        features = call.slot.features
+        store = call.slot.store
         if call.cut is None:
             # Of a part of the batch (perturbed-attention guidance) it is of no use.
-            features.pop(self.key, None)
+            store.drop(self.key)
             if len(output) == call.info.batch:
-                features[self.key] = output
+                store.keep(self.key, output)
         elif self.layer.name in call.refresh:
-            old = features[self.key]
+            old = store.last(self.key)
             put_rows(old, self.refreshing.tokens(call, self.layer).rows(old.shape[1]), output)
             return old
         return output
@@ -472,9 +471,9 @@ class TextHook:
 
     def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         call = self.engine.call
-        if call is not None and call.knows_text and self.name in call.slot.features:
-            return call.slot.features[self.name]
+        if call is not None and call.knows_text and self.name in call.slot.store:
+            return call.slot.store.last(self.name)
         out = forward(*args, **kwargs)
         if call is not None:
-            call.slot.features[self.name] = out
+            call.slot.store.keep(self.name, out)
         return out

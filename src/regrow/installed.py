@@ -1,8 +1,8 @@
 """Puts the hooks of a run on a denoiser for as long as one of its calls lasts, and takes them off again.
 
-Between calls nothing of regrow is on any module but two native hooks on the denoiser itself. So others
-(diffusers' caches, offload, adapters, other accelerators) may wrap or replace modules whenever no call is
-running, in any order: a call finds the modules as they are, lies around them, and leaves them as they were.
+Between calls nothing of regrow is on any module but what the denoiser calls first. So others (diffusers'
+caches, offload, adapters, other accelerators) may wrap or replace modules whenever no call is running, in
+any order: a call finds the modules as they are, lies around them, and leaves them as they were.
 """
 
 from __future__ import annotations
@@ -109,25 +109,22 @@ class Installed:
         self._engine = engine
         self._attached: list[_Place] = []
         self._build()
-        denoiser = engine.denoiser
-        root = RootHook(self, engine)
-        self._handles = [
-            denoiser.register_forward_pre_hook(root.before, with_kwargs=True),
-            denoiser.register_forward_hook(root.after, with_kwargs=True, always_call=True),
-        ]
+        self._root = _Root(self, engine)
+        self._denoiser = engine.denoiser
+        self._denoiser.__dict__[_ENTRY] = self._root
 
     @property
     def active(self) -> bool:
         """Whether the hooks are in place."""
-        return bool(self._handles)
+        return self._denoiser.__dict__.get(_ENTRY) is self._root
 
     def remove(self) -> None:
         """Leave every module as it was before."""
         self.detach()
         for place in self._places.values():
             place.retire()
-        while self._handles:
-            self._handles.pop().remove()
+        if self.active:
+            del self._denoiser.__dict__[_ENTRY]
 
     def attach(self) -> None:
         """Put the hooks that the present call needs on the modules."""
@@ -245,7 +242,7 @@ def _edges(
 ) -> Iterator[tuple[Mapping[str, nn.Module | None], str, nn.Module]]:
     """The ways from the denoiser to modules: a module's children, the name of one of them, and that one."""
     known: set[str] = set()
-    for name in names:
+    for name in filter(None, names):
         module, path = denoiser, ""
         for child in name.split("."):
             path = f"{path}.{child}"
@@ -257,35 +254,40 @@ def _edges(
             module = below
 
 
-class RootHook:
-    """Lets the engine decide before a call of the denoiser, and look at its output."""
+# What torch calls when a module is called: its hooks, then the forward method that it has now. A hook of
+# torch's own comes too late to stand in for the latter.
+_ENTRY = "_call_impl"
+
+
+class _Root:
+    """Decides before a call of the denoiser begins, and looks at its output."""
 
     def __init__(self, installed: Installed, engine: Engine) -> None:
         self._installed, self._engine = installed, engine
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Decide, then put the hooks on."""
-        self._engine.enter()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        engine, installed = self._engine, self._installed
+        engine.enter()
         # Those of a call that was interrupted.
-        self._installed.detach()
-        if not self._installed.is_current() and self._engine.renew():
-            self._installed.renew()
-        self._engine.begin(args, kwargs)
-        if self._engine.call is not None:
-            self._installed.attach()
-
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Take the hooks off; the output of a call that went wrong is computed again, in full."""
-        if not self._engine.is_inside():
-            return None
-        self._installed.detach()
-        if self._engine.end(output):
-            return None
-        with self._engine.aside():
-            return module(*args, **kwargs)
+        installed.detach()
+        if not installed.is_current() and engine.renew():
+            installed.renew()
+        denoiser: Any = engine.denoiser
+        output = None
+        try:
+            engine.begin(args, kwargs)
+            if engine.call is not None:
+                installed.attach()
+            output = type(denoiser)._call_impl(denoiser, *args, **kwargs)
+        finally:
+            installed.detach()
+            usable = engine.end(output)
+        if usable:
+            return output
+        with engine.aside():
+            return self(*args, **kwargs)
 
 
 def is_hooked(denoiser: nn.Module) -> bool:
     """Whether an engine's hooks are on a denoiser already."""
-    hooks = denoiser._forward_pre_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), RootHook) for hook in hooks)
+    return isinstance(denoiser.__dict__.get(_ENTRY), _Root)

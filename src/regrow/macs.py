@@ -179,7 +179,7 @@ class _Refreshing:
         args, kwargs = self._inputs if self._knows_text else _with_another_text(self._inputs)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self._denoiser(*args, **kwargs)
-        flops = counter.get_flop_counts()["Global"]
+        flops = counter.get_flop_counts().get("Global", {})
         attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
         return Macs(counter.get_total_flops() // 2, 0, attention // 2)
 
@@ -276,7 +276,7 @@ class CallCounter:
         chosen = sum(n * self._selection(kind) for kind, n in kinds.items())
         if first is not None and first.asked is not None:
             chosen += self._choice(*first.asked)
-        flops = counter.get_flop_counts()["Global"]
+        flops = counter.get_flop_counts().get("Global", {})
         attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
         total = counter.get_total_flops()
         if refresh is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from regrow.engine.others import is_of_diffusers
 
 # What others, and torch, leave on modules that has no part in what they compute.
-_WRAPPINGS = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
+_WRAPPINGS = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_call_impl", "_compiled_call_impl")
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",

@@ -10,7 +10,7 @@ from regrow.engine.engine import Engine
 from regrow.engine.others import shape_of
 from regrow.macs import CallCounter
 from regrow.meta import unknown_attentions
-from regrow.schedule import FULL, LAYERS
+from regrow.schedule import FULL, NAMES
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class RunReport:
 
 
 def depth_name(depth: int, depths: int) -> str:
-    """A depth in words: a number of layers, ``"layers"``, or ``"full"`` from the model's own number on."""
-    if depth == LAYERS:
-        return "layers"
+    """A depth in words: a number of layers, a name, or ``"full"`` from the model's own number on."""
+    if depth in NAMES:
+        return NAMES[depth]
     return "full" if depth >= depths else str(depth)
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -30,12 +31,15 @@ from regrow.fields import (
 )
 from regrow.files import PLAN, FileError, parse_yaml, read_text, said
 from regrow.origin import Origin
+from regrow.recover.time import REUSE, RecoveryField, TimeRecovery
 from regrow.words import offer, shown
 
 # Deeper than any model: a call at this depth computes everything.
 FULL = 1_000_000
 # A call of all blocks in which every attention and feed-forward hands on its last output.
 LAYERS = FULL - 1
+# A call of the layers behind the last block alone.
+HEAD = FULL - 2
 
 
 class ScheduleError(FileError):
@@ -50,10 +54,12 @@ class Step:
         depth: number of up-path layers computed, counted from the output; `FULL` computes the whole
             denoiser and stores its deep features, 0 reuses the last output whole.
         ratio: share of tokens pruned in the layers where the method prunes.
+        recovery: how what is not computed follows from earlier calls.
     """
 
     depth: int
     ratio: float
+    recovery: TimeRecovery = REUSE
 
     @property
     def full(self) -> bool:
@@ -74,7 +80,9 @@ class Plan(Protocol):
         """The steps of a generation of so many calls."""
 
 
-_NAMED = {"full": FULL, "layers": LAYERS}
+NAMES: Mapping[int, str] = MappingProxyType({FULL: "full", LAYERS: "layers", HEAD: "head"})
+"""What depths that are no number of layers are called."""
+_NAMED = {name: depth for depth, name in NAMES.items()}
 
 
 def _depth(value: Any) -> int:
@@ -83,21 +91,30 @@ def _depth(value: Any) -> int:
     if whole and (0 <= depth <= MOST_BLOCKS or depth in _NAMED.values()):
         return int(depth)
     raise not_allowed(
-        f"it must be a whole number >= 0 and <= {MOST_BLOCKS}, 'full' or 'layers'{offer(value, _NAMED)}"
+        f"it must be a whole number >= 0 and <= {MOST_BLOCKS}, 'full', 'layers' or 'head'"
+        f"{offer(value, _NAMED)}"
     )
 
 
 Depth = Annotated[int, BeforeValidator(_depth)]
 
 
+def _listed(value: Any) -> Any:
+    """One recovery as a list of it."""
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
 class Schedule(Checked):
-    """Depth and pruning ratio of every call.
+    """Depth, pruning ratio and recovery of every call.
 
     Args:
-        depth: a depth for each call: a whole number from 0 to 1000, ``"full"``, or ``"layers"``, a call of
-            all blocks in which every attention and feed-forward hands on its last output. Depths at or
-            above the number of up-path layers of a model are full there (12 for Stable Diffusion 1.5).
+        depth: a depth for each call: a whole number from 0 to 1000, ``"full"``; ``"layers"``, a call of
+            all blocks in which every attention and feed-forward hands on its last output; or ``"head"``, a
+            call of what lies behind the last block alone. Depths at or above the number of up-path layers
+            of a model are full there (12 for Stable Diffusion 1.5).
         ratio: a pruning ratio for each call, 0 <= ratio < 1; as many as depths.
+        recovery: how what a call does not compute follows from earlier calls: one for all calls, or as many
+            as depths; each a recovery, its fields, or its name (``"taylor"``).
         name: a name for tables.
         note: where the schedule comes from.
         found: what it was searched on, if it was; applied elsewhere, it is warned of.
@@ -107,12 +124,25 @@ class Schedule(Checked):
     """
 
     format: Literal["regrow-schedule"] = "regrow-schedule"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     name: str = ""
     note: str = ""
     depth: tuple[Depth, ...] = Field(min_length=1, max_length=MOST_CALLS)
     ratio: tuple[Ratio, ...] = Field(min_length=1, max_length=MOST_CALLS)
+    recovery: Annotated[
+        tuple[RecoveryField, ...], BeforeValidator(_listed), Field(min_length=1, max_length=MOST_CALLS)
+    ] = (REUSE,)
     found: Origin | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_1(cls, data: Any) -> Any:
+        """Version 1 has no recovery: every call reuses."""
+        if not isinstance(data, Mapping) or data.get("version") != 1 or isinstance(data["version"], bool):
+            return data
+        if "recovery" in data:
+            raise ValueError("recovery: it is not allowed in version 1, it needs version: 2")
+        return {**data, "version": 2}
 
     @model_validator(mode="after")
     def _same_length(self) -> Schedule:
@@ -120,6 +150,11 @@ class Schedule(Checked):
             raise ValueError(
                 f"ratio: {len(self.ratio)} entries, but depth has {len(self.depth)}; "
                 "every call needs one of each"
+            )
+        if len(self.recovery) not in (1, len(self.depth)):
+            raise ValueError(
+                f"recovery: {len(self.recovery)} entries, but depth has {len(self.depth)}; "
+                "it must be one for all calls, or one for each"
             )
         return self
 
@@ -140,7 +175,12 @@ class Schedule(Checked):
 
     def steps(self) -> Iterator[Step]:
         """The steps in order."""
-        return (Step(d, r) for d, r in zip(self.depth, self.ratio, strict=True))
+        return (Step(*each) for each in zip(self.depth, self.ratio, self.recoveries, strict=True))
+
+    @property
+    def recoveries(self) -> tuple[TimeRecovery, ...]:
+        """The recovery of each call."""
+        return self.recovery if len(self.recovery) == len(self) else self.recovery * len(self)
 
     @property
     def calls(self) -> int | None:
@@ -149,12 +189,18 @@ class Schedule(Checked):
 
     def kinds(self) -> frozenset[Step]:
         """Every step that may occur; the first one is full whatever the plan says."""
-        return frozenset((Step(FULL, self.ratio[0]), *list(self.steps())[1:]))
+        first, *others = self.steps()
+        return frozenset((replace(first, depth=FULL), *others))
 
     @property
     def max_ratio(self) -> float:
         """The highest ratio of all calls."""
         return max(self.ratio)
+
+    def with_recovery(self, recovery: TimeRecovery) -> Schedule:
+        """The same depths and ratios with one recovery for all calls; no longer the plan that was found."""
+        changes = {"recovery": (recovery,), "found": None}
+        return Schedule.model_validate(dict(self) | changes)
 
     def with_ratio(self, ratio: float) -> Schedule:
         """The same depths with one ratio for all calls; no longer the plan that was found."""
@@ -195,6 +241,9 @@ class Schedule(Checked):
             update={
                 "depth": tuple(depth[source] for source in order),
                 "ratio": tuple(self.ratio[source] for source in order),
+                "recovery": self.recovery
+                if len(self.recovery) == 1
+                else tuple(self.recovery[source] for source in order),
             }
         )
 
@@ -232,9 +281,12 @@ class Schedule(Checked):
     def dump(self, *, as_json: bool = False) -> str:
         """The schedule as YAML (or JSON) text that `parse` reads back."""
         fields = self.model_dump(exclude={"found"} if self.found is None else None)
-        names = {depth: name for name, depth in _NAMED.items()}
-        fields["depth"] = [names.get(d, d) for d in self.depth]
+        fields["depth"] = [NAMES.get(d, d) for d in self.depth]
         fields["ratio"] = list(self.ratio)
+        if self.recovery == (REUSE,):
+            del fields["recovery"]
+        elif len(self.recovery) == 1:
+            fields["recovery"] = fields["recovery"][0]
         if as_json:
             return json.dumps(fields, indent=1) + "\n"
         writer: Any = YAML(typ="safe")
@@ -264,11 +316,13 @@ class Spaced:
         interval: one call in so many is full; 1 makes all of them full.
         depth: of the others.
         full: the indices of the full calls among so many calls; every ``interval``-th if None.
+        recovery: how what the others do not compute follows from earlier calls.
     """
 
     interval: int
     depth: int
     full: Callable[[int], set[int]] | None = None
+    recovery: TimeRecovery = REUSE
 
     @property
     def calls(self) -> None:
@@ -278,7 +332,7 @@ class Spaced:
     def kinds(self) -> frozenset[Step]:
         """Full calls and the others."""
         full = {Step(FULL, 0.0)}
-        return frozenset(full if self.interval == 1 else full | {Step(self.depth, 0.0)})
+        return frozenset(full if self.interval == 1 else full | {Step(self.depth, 0.0, self.recovery)})
 
     def resample(self, calls: int) -> Schedule:
         """The schedule of a generation.
@@ -290,7 +344,9 @@ class Spaced:
         even = self.full is None or self.interval == 1
         full = set(range(0, calls, self.interval)) if even or self.full is None else self.full(calls)
         depth = tuple(FULL if i in full else self.depth for i in range(calls))
-        return Schedule(depth=depth, ratio=(0.0,) * calls, name=f"1:{self.interval}")
+        return Schedule(
+            depth=depth, ratio=(0.0,) * calls, recovery=(self.recovery,), name=f"1:{self.interval}"
+        )
 
 
 @dataclass(frozen=True)
@@ -312,7 +368,8 @@ class Both:
 
     def kinds(self) -> frozenset[Step]:
         """Every depth with every ratio."""
-        return frozenset(Step(d.depth, r.ratio) for d in self.depths.kinds() for r in self.ratios.kinds())
+        depths, ratios = self.depths.kinds(), self.ratios.kinds()
+        return frozenset(replace(d, ratio=r.ratio) for d in depths for r in ratios)
 
     def resample(self, calls: int) -> Schedule:
         """The schedule of a generation.

@@ -16,6 +16,13 @@ CONDITIONS = (
     "pooled_projections",
     "class_labels",
     "added_cond_kwargs",
+    # Of denoisers of no known family.
+    "encoder_hidden_states_1",
+    "encoder_attention_mask",
+    "cap_feats",
+    "clip_text",
+    "clip_text_pooled",
+    "global_hidden_states",
 )
 
 
@@ -39,7 +46,7 @@ class Condition:
         tensors = tuple(tensor for name in CONDITIONS for tensor in _tensors_in(inputs.get(name)))
         # A tensor made in inference mode does not tell.
         versions = tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
-        plain = ((k, _plain(v)) for k, v in sorted(inputs.items()) if k != "timestep")
+        plain = ((k, _plain(v)) for k, v in sorted(inputs.items()))
         return cls(tensors, versions, tuple((k, v) for k, v in plain if v is not None))
 
     def is_very(self, other: Condition) -> bool:

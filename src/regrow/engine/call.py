@@ -15,6 +15,7 @@ from regrow.engine.caller import Caller
 from regrow.engine.twin import Twin
 from regrow.methods.parts import Attention, CallInfo
 from regrow.models.table import Cut, Rows
+from regrow.recover.time import TimeRecovery
 from regrow.reuse.depth import Slot
 from regrow.schedule import Step
 from regrow.tokens.grid import Grid
@@ -126,6 +127,8 @@ class Call:
 
     Args:
         slot: memory of the branch.
+        step: of the sampler, in which it is.
+        recovery: how what is skipped follows from earlier calls.
         cut: what is skipped; None in a full call.
         store: the cuts whose features this call keeps.
         dense: skipped modules hand on zeros of the true shape.
@@ -158,6 +161,8 @@ class Call:
     """
 
     slot: Slot
+    step: int
+    recovery: TimeRecovery
     cut: Cut | None
     store: tuple[Cut, ...]
     dense: bool

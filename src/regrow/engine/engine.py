@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -41,6 +41,8 @@ from regrow.methods.parts import CallInfo, Parts, TokenRefresh
 from regrow.models import layout_of
 from regrow.models.table import Cut, Rotary, Rows
 from regrow.origin import Origin
+from regrow.recover.store import Store, flatten
+from regrow.recover.time import REUSE
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, LAYERS, Step
 from regrow.tokens.grid import Grid
@@ -78,6 +80,11 @@ class Engine:
         self._keep_text, self._quiet = keep_text, quiet
         self._shape, self._twin = shape_of(denoiser), Twin.none()
         self.kinds = parts.plan.kinds()
+        if parts.token_set is not None and any(step.recovery != REUSE for step in self.kinds):
+            raise ValueError(
+                "recovery: a forecast is not allowed where the tokens of whole calls are chosen, of which "
+                "each is as old as its last choice; it must be 'reuse'"
+            )
         self.names = arguments_of(denoiser)
         self._warned: set[str] = set()
         self._said = ""
@@ -232,10 +239,6 @@ class Engine:
             self._busy = me
         self.call, self._unfit = None, ""
 
-    def is_inside(self) -> bool:
-        """Whether this thread is in a call of the denoiser."""
-        return self._busy == threading.get_ident()
-
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Calls are computed as if nothing were applied, for as long as this lasts."""
@@ -250,8 +253,8 @@ class Engine:
         if self._aside:
             return
         inputs = dict(zip(self.names, args, strict=False)) | dict(kwargs)
-        sample, timestep = inputs.get(self.layout.sample), inputs.get("timestep")
-        if sample is None or timestep is None:
+        latents, timestep = flatten(inputs.get(self.layout.sample))[0], inputs.get(self.layout.time)
+        if not latents or timestep is None:
             return  # The denoiser says itself what it misses.
         if torch.is_grad_enabled():
             reason = "regrow steps aside while gradients are recorded; use torch.no_grad()"
@@ -266,7 +269,7 @@ class Engine:
         except OutsideError as outside:
             self._leave_alone(str(outside), args, kwargs)
             return
-        self._decide(position, sample, inputs, args, kwargs)
+        self._decide(position, latents[0], inputs, args, kwargs)
 
     def _leave_alone(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Compute a call in full that belongs to no generation, say so, and note it."""
@@ -300,7 +303,8 @@ class Engine:
                 f"the schedule is for {planned} calls and is resampled to {position.total}; so few may "
                 "need another: find one by regrow search --steps, or use a method without a schedule",
             )
-        skipped = sorted(frozenset().union(*(cut.skip for cut in self.cuts.values())))
+        # Of the denoiser itself hooks are called in every call, and who wraps it wraps what we do as well.
+        skipped = sorted(frozenset().union(*(cut.skip for cut in self.cuts.values())) - {""})
         whole = self.clash() or self._listened(skipped)
         wrapped = wrapped_by_others(self.denoiser, skipped)
         if wrapped and not whole:
@@ -408,11 +412,13 @@ class Engine:
         if generation.whole:
             reason = generation.whole
             self.warn_once(f"whole {reason}", f"calls of a generation are computed in full: {reason}")
-        given = {k: v for k, v in inputs.items() if k not in (self.layout.sample, "timestep")}
+        given = {k: v for k, v in inputs.items() if k not in (self.layout.sample, self.layout.time)}
         branch = generation.branches.find(given, position.index)
         slot = self._slot(generation, branch, sample, inputs, args, kwargs)
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
+        if cut is not None:
+            self._check_recovery(slot, cut, planned, position.index)
         age = 0 if cut is None else position.index - slot.stored[cut]
         if 0 <= slot.last < position.index - 1:
             # Differences to outputs of long ago tell nothing.
@@ -435,8 +441,10 @@ class Engine:
         self._said = ""
         self.call = Call(
             slot=slot,
+            step=position.index,
+            recovery=planned.recovery,
             cut=cut,
-            store=tuple(c for c in generation.cuts.values() if cut is None or (c.final and not cut.final)),
+            store=_stored(generation.cuts.values(), cut),
             dense=adds_to_layers(inputs) or _freeu(self.denoiser),
             info=info,
             counts=counts,
@@ -446,8 +454,7 @@ class Engine:
         self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
         if not self.call.knows_text:
             # A module that this call skips must not hand on another text's output later.
-            for name in self.layout.text:
-                slot.features.pop(name, None)
+            slot.store.drop(*self.layout.text)
         self.call.tells_apart = not generation.whole and self._tells_apart(slot)
         if self.lean is not None and self.call.tells_apart and streams(cut):
             self.call.remembers = True
@@ -476,6 +483,16 @@ class Engine:
             )
         )
 
+    def _check_recovery(self, slot: Slot, cut: Cut, planned: Step, index: int) -> None:
+        """Say if a recovery was not made for the values that there are."""
+        keys = [key for key in map(cut.key, cut.restore) if key in slot.store]
+        if not all(slot.store.knows(key, index, planned.recovery) for key in keys[:1]):
+            self.warn_once(
+                "recovery",
+                "the plan's fitted weights are for other steps than this generation has; where they don't "
+                "fit, values are forecast from the line through the last two (taylor)",
+            )
+
     def _cut(self, generation: Generation, slot: Slot, planned: Step, index: int) -> tuple[Cut | None, str]:
         """What a call leaves out, and why if that is less than planned."""
         cut = generation.cuts.get(planned.depth)
@@ -487,7 +504,7 @@ class Engine:
             return None, generation.whole
         if begins:
             return None, "the first calls of a generation are full"
-        if not any(cut.key(name) in slot.features for name in cut.restore):
+        if not any(cut.key(name) in slot.store for name in cut.restore):
             if slot.calls == 1 and generation.records:
                 return None, "it is given another text, batch or picture than the calls before it"
             return None, "nothing was kept yet of what it would reuse"
@@ -509,13 +526,16 @@ class Engine:
         for gone in generation.slots.keys() - generation.branches.numbers:
             del generation.slots[gone]
         text = inputs.get("encoder_hidden_states")
-        key = (sample.shape, sample.dtype, sample.device, None if text is None else text.shape)
+        shapes = [tensor.shape for tensor in flatten((inputs[self.layout.sample], text))[0]]
+        key = (shapes, sample.dtype, sample.device)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
             chooser = self.parts.tokens or self.parts.token_set or self.refresh
             wanted = chooser is not None and chooser.aligns
             bare = (without_data(args), without_data(dict(kwargs)))
-            slot = Slot(key, bare, wanted and self._may_be_guided(sample, inputs))
+            guided = wanted and self._may_be_guided(sample, inputs)
+            store = Store({step.recovery for step in generation.steps}, len(generation.steps))
+            slot = Slot(key, bare, guided, store)
             if self.layout.stream is not None:
                 slot.grid = self.layout.stream.grid(sample, inputs)
             generation.slots[branch] = slot
@@ -638,6 +658,11 @@ def _rows_of(table: Tensor, rows: Rows, text: int, tokens: Subset | None) -> Ten
         return table if rows is Rows.JOINT else table[text:]
     index = behind(tokens.tokens, text)
     return table[(index if rows is Rows.JOINT else index[:, text:]).flatten()]
+
+
+def _stored(cuts: Iterable[Cut], cut: Cut | None) -> tuple[Cut, ...]:
+    """The cuts whose features a call with a cut computes: all of them in a full call, else the output."""
+    return tuple(c for c in dict.fromkeys(cuts) if cut is None or (c.final and not cut.final))
 
 
 def _is_inside(thread: int | None, module: nn.Module) -> bool:

@@ -132,7 +132,7 @@ class Lean:
             return
         if len(slot.outputs) < 2 or self.begins(slot):
             return
-        if not any(name in slot.features for name in self.memory if name.endswith("to_v")):
+        if not any(name in slot.store for name in self.memory if name.endswith("to_v")):
             self._warn_once(
                 "memory",
                 "all tokens are computed, because the attentions' projections were fused, so that keys "
@@ -164,8 +164,7 @@ class Lean:
         """Keep no keys, values and outputs of a call: they are of a part of its batch."""
         call.remembers = False
         call.slot.outputs.clear()
-        for name in (*self.memory, OUTPUT):
-            call.slot.features.pop(name, None)
+        call.slot.store.drop(*self.memory, OUTPUT)
         self._warn_once(
             "part",
             "all tokens are computed, because attention processors project a part of the batch only "
@@ -180,9 +179,9 @@ class Lean:
                 "all tokens are computed, because the module behind which some should be left out was not "
                 "called",
             )
-        if call.remembers and OUTPUT in call.slot.features:
+        if call.remembers and OUTPUT in call.slot.store:
             assert self._layout.stream is not None
-            call.slot.remember(self._layout.stream.noise_of(call.slot.features[OUTPUT]))
+            call.slot.remember(self._layout.stream.noise_of(call.slot.store.last(OUTPUT)))
 
 
 def streams(cut: Cut | None) -> bool:

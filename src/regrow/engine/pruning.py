@@ -196,4 +196,6 @@ def _lack(where: Where, layout: Layout, model: str) -> str:
 def runs(block: TokenBlock, cut: Cut | None) -> bool:
     """Whether a block runs, with its layers, in a call with that cut."""
     own = f"{block.name}."
-    return cut is None or not any(own.startswith(f"{n}.") or n.startswith(own) for n in cut.skip)
+    if cut is None or cut.final:
+        return cut is None
+    return not any(own.startswith(f"{n}.") or n.startswith(own) for n in cut.skip)

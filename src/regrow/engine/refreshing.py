@@ -82,7 +82,7 @@ class Refreshing:
     def _is_able(self, place: TokenLayer, slot: Slot, kwargs: Mapping[str, Any]) -> bool:
         """Whether a layer has what it needs to compute some of its tokens by themselves."""
         layer = place.layer
-        if layer.name not in slot.features:
+        if layer.name not in slot.store:
             # The last full call left it out (skip-layer guidance).
             return False
         block = self._layout.skippable[layer.block].module
@@ -95,8 +95,8 @@ class Refreshing:
             return False
         attention = place.attention
         if attention.layer.name not in self.attending:
-            return place.beside is None or attention.layer.name in slot.features
-        known = all(name in slot.features for name in attention.memory)
+            return place.beside is None or attention.layer.name in slot.store
+        known = all(name in slot.store for name in attention.memory)
         if not known or kwargs.get("attention_mask") is not None:
             self._warn_once(
                 "memory",

@@ -11,7 +11,7 @@ from torch import Tensor
 from regrow.engine.call import Observation
 from regrow.models import Layout
 from regrow.models.table import Stream
-from regrow.schedule import LAYERS
+from regrow.schedule import HEAD, LAYERS
 
 
 class ComputedCounter:
@@ -69,7 +69,7 @@ class ComputedCounter:
         if count.shape != shape:
             raise ValueError("the calls counted together must be of one batch size and one picture size")
         depth = seen.record.depth
-        blocks = 0 if depth == LAYERS else min(depth, self._layout.depths)
+        blocks = 0 if depth in (LAYERS, HEAD) else min(depth, self._layout.depths)
         if seen.tokens is None:
             count += blocks
         else:

@@ -24,7 +24,7 @@ from regrow.measure.computed import ComputedCounter
 from regrow.measure.sampling import check_prompts, make
 from regrow.measure.variants import Variant
 from regrow.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
-from regrow.models import denoiser_of, layout_of
+from regrow.models import denoiser_of, known_layout
 from regrow.models.table import Returns
 
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -278,7 +278,7 @@ def _look(
 
     if one.config is None:
         return _Look(moments, generate(), None, features.found)
-    counter = ComputedCounter(layout_of(denoiser_of(pipeline)))
+    counter = ComputedCounter(known_layout(denoiser_of(pipeline)))
     with apply(pipeline, one.config) as run, run.observed(counter):
         images = generate()
     shares = {level: share.unflatten(0, (-1, len(prompts))) for level, share in counter.shares().items()}
@@ -466,7 +466,7 @@ def _token_difference(a: Tensor, b: Tensor) -> Tensor:
 
 def _default_places(denoiser: nn.Module) -> list[_Place]:
     """The predicted noise, what enters the blocks at the finest level, what a call of depth 1 reuses."""
-    layout = layout_of(denoiser)
+    layout = known_layout(denoiser)
     places = [_Place(OUTPUT, denoiser)]
     if layout.depths > 1:
         restoring = [layout.skippable[name] for name in layout.cuts[1].restore]
@@ -477,7 +477,7 @@ def _default_places(denoiser: nn.Module) -> list[_Place]:
 
 def _chosen(denoiser: nn.Module, names: Sequence[str]) -> list[_Place]:
     """The predicted noise and the outputs of modules."""
-    modules, known = dict(denoiser.named_modules()), layout_of(denoiser).skippable
+    modules, known = dict(denoiser.named_modules()), known_layout(denoiser).skippable
     joint = {name for name, place in known.items() if place.returns is Returns.JOINT}
     for name in names:
         if not name or name not in modules:

@@ -37,6 +37,8 @@ from regrow.methods.parts import (
     parts_of,
 )
 from regrow.methods.sito import BaseChoice, SiTo
+from regrow.methods.spectrum import Spectrum
+from regrow.methods.taylorseer import Site, TaylorSeer
 from regrow.methods.toca import ToCa
 from regrow.methods.tome import ToMeSD
 
@@ -63,7 +65,10 @@ __all__ = [
     "Role",
     "SiTo",
     "Similarity",
+    "Site",
+    "Spectrum",
     "Status",
+    "TaylorSeer",
     "TextError",
     "ToCa",
     "ToMeSD",

@@ -40,6 +40,7 @@ from regrow.methods.parts import (
     check_ratio,
     parts_of,
 )
+from regrow.recover.time import RecoveryField
 from regrow.schedule import FULL, Schedule
 from regrow.space import Space, Variable
 from regrow.tokens.grid import Grid, best_of_patch
@@ -62,7 +63,9 @@ class DaTo(MethodConfig):
     """DaTo's configuration. Defaults are the paper's; the released code's deviations are options.
 
     Args:
-        schedule: depth and ratio of every call.
+        schedule: depth and ratio of every call, and its recovery.
+        time_recovery: instead of the schedule's, how what a call does not compute follows from earlier
+            calls; None leaves it to the schedule (the paper: the last value is reused).
         patch: side s of the patches that give one base token each (the paper: 2).
         score: what chooses the base tokens.
         alignment: whose base tokens both halves of a guided batch take (the paper: aligned).
@@ -113,6 +116,7 @@ class DaTo(MethodConfig):
     method: Literal["dato"] = "dato"
     version: Literal[1] = 1
     schedule: Schedule
+    time_recovery: RecoveryField | None = None
     patch: Side = 2
     score: Score = Score.DIFF
     alignment: Alignment = Alignment.CONDITIONAL
@@ -261,5 +265,8 @@ class _Rule:
 
 @parts_of.register
 def _(config: DaTo) -> Parts:
+    plan, recovery = config.schedule, config.time_recovery
+    plan = plan if recovery is None else plan.with_recovery(recovery)
     # Tokens are chosen alike under every schedule.
-    return Parts(config.schedule, _Rule(config.model_copy(update={"schedule": Schedule.constant()})))
+    rule = config.model_copy(update={"schedule": Schedule.constant(), "time_recovery": None})
+    return Parts(plan, _Rule(rule))

@@ -16,6 +16,7 @@ from typing_extensions import Self
 from regrow.fields import Block, Calls
 from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
 from regrow.methods.parts import Parts, parts_of
+from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import Spaced
 from regrow.space import Space, Variable, free
 
@@ -31,6 +32,7 @@ class DeepCache(MethodConfig):
         center: where full calls are closest together, as a share of the run; None spreads them evenly
             (the paper's non-uniform 1:N uses step 15 of 50, .3).
         power: p >= 1 of the non-uniform schedule; 1 is even (the paper: 1.2 to 1.4).
+        recovery: how deep features follow from those computed (the paper: the last ones are reused).
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
@@ -55,6 +57,7 @@ class DeepCache(MethodConfig):
     branch: Block = 0
     center: float | None = Field(None, gt=0, lt=1)
     power: float = Field(1.4, ge=1, le=100)
+    recovery: RecoveryField = REUSE
 
     @model_validator(mode="after")
     def _power_needs_center(self) -> Self:
@@ -97,4 +100,5 @@ def _signed(x: float, power: float) -> float:
 
 @parts_of.register
 def _(config: DeepCache) -> Parts:
-    return Parts(Spaced(config.interval, config.branch + 1, partial(full_calls, config)))
+    full = partial(full_calls, config)
+    return Parts(Spaced(config.interval, config.branch + 1, full, config.recovery))

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from regrow.fields import Calls
 from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
 from regrow.methods.parts import Parts, parts_of
+from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import LAYERS, Spaced
 from regrow.space import Space, Variable, free
 
@@ -21,6 +22,7 @@ class FORA(MethodConfig):
 
     Args:
         interval: N, one call in so many is full (the paper: 2 to 7, 3 in its main table).
+        recovery: how a layer's output follows from those computed (the paper: the last one is reused).
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
@@ -42,6 +44,7 @@ class FORA(MethodConfig):
     method: Literal["fora"] = "fora"
     version: Literal[1] = 1
     interval: Calls = 3
+    recovery: RecoveryField = REUSE
 
     @classmethod
     def space(cls, calls: int) -> Space:
@@ -51,4 +54,4 @@ class FORA(MethodConfig):
 
 @parts_of.register
 def _(config: FORA) -> Parts:
-    return Parts(Spaced(config.interval, LAYERS))
+    return Parts(Spaced(config.interval, LAYERS, recovery=config.recovery))

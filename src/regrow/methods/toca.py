@@ -32,6 +32,7 @@ from regrow.fields import MOST_SIDE, Calls, Share, Weight
 from regrow.layers import Layer, LayerKind
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, register
 from regrow.methods.parts import Alignment, Attention, CallInfo, Parts, align, parts_of
+from regrow.recover.time import REUSE, RecoveryField, TimeRecovery
 from regrow.schedule import FULL, LAYERS, Schedule, Spaced, Step
 from regrow.space import Space, Variable, free
 from regrow.tokens.grid import Grid, best_of_patch
@@ -68,6 +69,8 @@ class ToCa(MethodConfig):
             takes all, as the paper does. 64 is ours: little is computed beside the fused attention.
         alignment: whose scores both halves of a guided batch take. The mean is the released code's for
             PixArt; for DiT it has each half choose for itself (``OFF``).
+        recovery: how a layer's output follows from those computed, where it is not computed again (the
+            paper: the last one is reused).
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
@@ -90,6 +93,7 @@ class ToCa(MethodConfig):
     method: Literal["toca"] = "toca"
     version: Literal[1] = 1
     interval: Calls = 3
+    recovery: RecoveryField = REUSE
     ratio: Share = 0.825
     self_attention: Weight = 0.0
     cross_attention: Weight = 0.0
@@ -267,11 +271,13 @@ class _Plan:
         interval: one call in so many is full.
         ratio: share of tokens that the others do not compute, the mean.
         weight: of the growth.
+        recovery: of what they do not compute.
     """
 
     interval: int
     ratio: float
     weight: float
+    recovery: TimeRecovery
 
     @property
     def calls(self) -> None:
@@ -281,7 +287,7 @@ class _Plan:
     def kinds(self) -> frozenset[Step]:
         """Full calls and the others, all with the mean ratio."""
         full = {Step(FULL, 0.0)}
-        return frozenset(full if self.interval == 1 else full | {Step(LAYERS, self.ratio)})
+        return frozenset(full if self.interval == 1 else full | {Step(LAYERS, self.ratio, self.recovery)})
 
     def resample(self, calls: int) -> Schedule:
         """The schedule of a generation.
@@ -289,7 +295,7 @@ class _Plan:
         Raises:
             ValueError: if ``calls < 1``.
         """
-        spaced = Spaced(self.interval, LAYERS).resample(calls)
+        spaced = Spaced(self.interval, LAYERS, recovery=self.recovery).resample(calls)
         ratio = tuple(
             0.0 if depth == FULL else self._ratio(i, calls) for i, depth in enumerate(spaced.depth)
         )
@@ -306,5 +312,6 @@ class _Plan:
 @parts_of.register
 def _(config: ToCa) -> Parts:
     if config.ratio == 1:
-        return Parts(Spaced(config.interval, LAYERS))
-    return Parts(_Plan(config.interval, config.ratio, config.step_weight), refresh=_Rule(config))
+        return Parts(Spaced(config.interval, LAYERS, recovery=config.recovery))
+    plan = _Plan(config.interval, config.ratio, config.step_weight, config.recovery)
+    return Parts(plan, refresh=_Rule(config))

@@ -11,14 +11,23 @@ from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, TokenBlock
 from regrow.models.transformer import FAMILIES, transformer_layout
 from regrow.models.unet import unet_layout
+from regrow.models.unknown import output_layout
 
-__all__ = ["Layout", "TokenBlock", "UnsupportedModelError", "denoiser_of", "layout_of", "module_of"]
+__all__ = [
+    "Layout",
+    "TokenBlock",
+    "UnsupportedModelError",
+    "denoiser_of",
+    "known_layout",
+    "layout_of",
+    "module_of",
+]
 
 # What pipelines call them.
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "prior", "decoder")
 
 # Class names, so that no model family is imported before somebody uses it.
-_LAYOUTS: Mapping[str, Callable[[Any], Layout]] = {
+_LAYOUTS: Mapping[str, Callable[[Any], Layout | None]] = {
     "UNet2DConditionModel": unet_layout,
     **dict.fromkeys(FAMILIES, transformer_layout),
 }
@@ -28,7 +37,7 @@ def denoiser_of(target: Any) -> nn.Module:
     """The denoiser of a pipeline, or the denoiser itself.
 
     Raises:
-        UnsupportedModelError: if there is none that regrow knows.
+        UnsupportedModelError: if there is none.
     """
     module = module_of(target)
     layout_of(module)
@@ -36,7 +45,7 @@ def denoiser_of(target: Any) -> nn.Module:
 
 
 def module_of(target: Any) -> nn.Module:
-    """The same of any diffusers pipeline, whether regrow knows its denoiser or not.
+    """The same, whatever its forward method takes.
 
     Raises:
         UnsupportedModelError: if there is none, or it is compiled as a whole.
@@ -54,20 +63,33 @@ def module_of(target: Any) -> nn.Module:
                 )
             return module
     raise UnsupportedModelError(
-        f"model: {type(target).__name__} has no denoiser that is supported; supported are pipelines "
-        f"with, or instances of, {', '.join(_LAYOUTS)}"
+        f"model: {type(target).__name__} has no denoiser; it must be a module, or a pipeline that holds "
+        f"one as {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
     )
 
 
 def layout_of(denoiser: nn.Module) -> Layout:
-    """The table of a denoiser.
+    """The table of a denoiser; of one of no family, and of a U-Net of blocks of others, the output alone.
 
     Raises:
-        UnsupportedModelError: if regrow has no table for its class.
+        UnsupportedModelError: if its forward method takes no latent or no timestep.
     """
-    for base in type(denoiser).__mro__:
-        if base.__name__ in _LAYOUTS:
-            return _LAYOUTS[base.__name__](denoiser)
-    raise UnsupportedModelError(
-        f"model: {type(denoiser).__name__} is not supported; supported are {', '.join(_LAYOUTS)}"
-    )
+    family = next((base.__name__ for base in type(denoiser).__mro__ if base.__name__ in _LAYOUTS), None)
+    known = None if family is None else _LAYOUTS[family](denoiser)
+    return known or output_layout(denoiser)
+
+
+def known_layout(denoiser: nn.Module) -> Layout:
+    """The same, of a denoiser of a known family.
+
+    Raises:
+        UnsupportedModelError: if it is of another.
+    """
+    layout = layout_of(denoiser)
+    if not layout.is_known:
+        raise UnsupportedModelError(
+            f"model: the layers of {type(denoiser).__name__} are not known, only its output can be reused "
+            "or forecast (spectrum, a schedule of depths 0 and full); more is known of "
+            f"{', '.join(_LAYOUTS)}"
+        )
+    return layout

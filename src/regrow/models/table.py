@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.layers import Layer, LayerKind
-from regrow.schedule import LAYERS
+from regrow.schedule import HEAD, LAYERS
 from regrow.tokens.grid import Grid, grid_of_positions
 
 
@@ -222,9 +222,12 @@ class Layout:
         blocks: the transformer blocks in which tokens can be left out of a layer, in the order they run.
         skippable: the modules that some cut skips, by name.
         cuts: the cut of each depth from 0 to ``depths - 1``; that of depth 0 hands on the last output.
-        layers: the cut in which every attention and feed-forward hands on its last output.
+        layers: the cut in which every attention and feed-forward hands on its last output; None where the
+            model's layers are not known.
+        head: the cut that computes what lies behind the last block alone; None likewise.
         sample: name of the argument that is denoised.
-        timestep_scale: what pipelines divide the scheduler's timesteps by.
+        time: name of the argument that holds the timestep.
+        timestep_scale: what pipelines divide the scheduler's timesteps by; None if that is not known.
         conditional_first: of a guided batch, the pipelines put the conditional half first.
         text: by name, modules whose output depends on the text alone.
         stream: of a transformer in which a call can compute some of the tokens only.
@@ -234,9 +237,11 @@ class Layout:
     blocks: tuple[TokenBlock, ...]
     skippable: dict[str, Skippable]
     cuts: tuple[Cut, ...]
-    layers: Cut
+    layers: Cut | None
+    head: Cut | None
     sample: str = "sample"
-    timestep_scale: float = 1.0
+    time: str = "timestep"
+    timestep_scale: float | None = 1.0
     conditional_first: bool = False
     text: Mapping[str, nn.Module] = field(default_factory=dict)
     stream: Stream | None = None
@@ -246,10 +251,18 @@ class Layout:
     def depths(self) -> int:
         return len(self.cuts)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether more is known of the model than its output."""
+        return self.layers is not None
+
     def cut(self, depth: int) -> Cut | None:
         """The cut of a depth; None if everything is computed."""
         if depth == LAYERS:
             return self.layers
+        if depth == HEAD:
+            # Where the last block is not known, the output is what can be recovered.
+            return self.head or OUTPUT
         return self.cuts[depth] if depth < self.depths else None
 
     def first_layers(self) -> dict[tuple[str, LayerKind], TokenLayer]:
@@ -279,6 +292,15 @@ def own_layers(blocks: Iterable[tuple[str, nn.Module]], layers: Sequence[str]) -
         if getattr(block, layer, None) is not None
     }
     return {name: Skippable(name, module, Returns.OWN) for name, module in found.items()}
+
+
+OUTPUT = Cut(frozenset({""}), frozenset({""}), final=True)
+"""The denoiser itself, under the empty name, hands on its output: the cut of depth 0 of every model."""
+
+
+def whole(denoiser: nn.Module) -> dict[str, Skippable]:
+    """What `OUTPUT` skips."""
+    return {"": Skippable("", denoiser, Returns.OWN)}
 
 
 def reuse_all(layers: Iterable[str]) -> Cut:

@@ -16,6 +16,7 @@ from torch import nn
 
 from regrow.layers import Layer, LayerKind
 from regrow.models.table import (
+    OUTPUT,
     Cut,
     Layout,
     Returns,
@@ -26,6 +27,7 @@ from regrow.models.table import (
     TokenLayer,
     Turned,
     own_layers,
+    whole,
 )
 
 
@@ -108,23 +110,23 @@ def transformer_layout(transformer: Any) -> Layout:
         blocks |= {name: Skippable(name, block, returns) for name, block in stack.items()}
         layers |= own_layers(stack.items(), names)
         restored |= set(own_layers(stack.items(), _ENDS.get(path, names)))
-    output = Skippable(family.output, getattr(transformer, family.output), Returns.TENSOR)
     order = list(blocks)
-    cuts = [Cut(frozenset((*order, output.name)), frozenset({output.name}), final=True)]
+    cuts = [OUTPUT]
     for depth in range(1, len(order)):
         first, last = (depth + 1) // 2, len(order) - depth // 2
         between = order[first:last]
         cuts.append(Cut(frozenset(between), frozenset(between[-1:]), between[0]))
     return Layout(
         blocks=(),
-        skippable=blocks | layers | {output.name: output},
+        skippable=whole(transformer) | blocks | layers,
         cuts=tuple(cuts),
         layers=Cut(frozenset(layers), frozenset(restored)),
+        head=Cut(frozenset(order), frozenset(order[-1:])),
         sample="hidden_states",
         timestep_scale=family.timestep_scale,
         conditional_first=family.conditional_first,
         text=_text(transformer, family, blocks),
-        stream=_stream(transformer, family, blocks, output.module) if family.self_attentions else None,
+        stream=_stream(transformer, family, blocks) if family.self_attentions else None,
         token_layers=_token_layers(family, blocks) if family.self_attentions else (),
     )
 
@@ -143,7 +145,7 @@ def _keys_and_values(blocks: dict[str, Skippable], attentions: Sequence[str]) ->
     return {name: place.module for name, place in places.items()}
 
 
-def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable], output: nn.Module) -> Stream:
+def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable]) -> Stream:
     """The tokens' way through the blocks."""
     config = transformer.config
     attentions = own_layers(
@@ -152,7 +154,7 @@ def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable], outp
     return Stream(
         embed=getattr(transformer, family.embed),
         memory=_memory(family, attentions),
-        output=output,
+        output=getattr(transformer, family.output),
         patch=config.patch_size,
         noise=config.in_channels,
         rotary=_rotary(transformer, family, attentions) if family.rotary else None,

@@ -12,8 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from regrow.models.errors import UnsupportedModelError
-from regrow.models.table import Cut, Layout, Returns, Skippable, TokenBlock, own_layers, reuse_all
+from regrow.models.table import (
+    OUTPUT,
+    Cut,
+    Layout,
+    Returns,
+    Skippable,
+    TokenBlock,
+    own_layers,
+    reuse_all,
+    whole,
+)
 
 KNOWN_BLOCKS = {
     "CrossAttnDownBlock2D",
@@ -25,29 +34,19 @@ KNOWN_BLOCKS = {
 }
 
 
-def unet_layout(unet: Any) -> Layout:
-    """The table of a UNet2DConditionModel.
-
-    Raises:
-        UnsupportedModelError: if it has blocks of another kind than Stable Diffusion's.
-    """
+def unet_layout(unet: Any) -> Layout | None:
+    """The table of a UNet2DConditionModel; None if its blocks are not Stable Diffusion's."""
     middle_blocks = [] if unet.mid_block is None else [unet.mid_block]
     kinds = {type(b).__name__ for b in [*unet.down_blocks, *middle_blocks, *unet.up_blocks]}
     if kinds - KNOWN_BLOCKS:
-        raise UnsupportedModelError(
-            f"model: its blocks {sorted(kinds - KNOWN_BLOCKS)} are not supported; supported are "
-            f"{sorted(KNOWN_BLOCKS)}"
-        )
+        return None
     skippable: dict[str, Skippable] = {}
 
     def may_skip(name: str, module: nn.Module, returns: Returns, count: int = 0) -> str:
         skippable[name] = Skippable(name, module, returns, count)
         return name
 
-    ends = [may_skip(name, getattr(unet, name), Returns.TENSOR) for name in ("conv_in", "conv_out")]
-    if unet.conv_norm_out is not None:
-        ends.append(may_skip("conv_norm_out", unet.conv_norm_out, Returns.TENSOR))
-
+    entry = may_skip("conv_in", unet.conv_in, Returns.TENSOR)
     down_blocks: list[str] = []
     down_units: list[tuple[int, list[str]]] = []
     for b, block in enumerate(unet.down_blocks):
@@ -72,8 +71,8 @@ def unet_layout(unet: Any) -> Layout:
         up_layers += [(b, unit) for unit in _layers(path, block, may_skip)]
         up_blocks.append(may_skip(path, block, Returns.TENSOR))
 
-    whole = frozenset([*ends, *down_blocks, *middle, *up_blocks])
-    cuts = [Cut(whole, frozenset({"conv_out"}), final=True)]
+    head = Cut(frozenset([entry, *down_blocks, *middle, *up_blocks]), frozenset(up_blocks[-1:]))
+    cuts = [OUTPUT]
     for depth in range(1, len(up_layers)):
         skip = set(middle)
         running = {b for b, _ in down_units[: depth - 1]}
@@ -88,7 +87,7 @@ def unet_layout(unet: Any) -> Layout:
 
     blocks = _token_blocks(unet)
     layers = own_layers([(b.name, b.block) for b in blocks], ("attn1", "attn2", "ff"))
-    return Layout(blocks, skippable | layers, tuple(cuts), reuse_all(layers))
+    return Layout(blocks, whole(unet) | skippable | layers, tuple(cuts), reuse_all(layers), head)
 
 
 def _layers(path: str, block: Any, may_skip: Any) -> list[list[str]]:

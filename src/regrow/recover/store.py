@@ -74,6 +74,10 @@ class Store:
         """The last computed value itself; who writes to it changes what is kept."""
         return self._kept[key].values[-1]
 
+    def amend(self, key: str, value: Value) -> None:
+        """Put a value in the place of the last one of its site."""
+        self._kept[key].values[-1] = value
+
     def at(self, key: str, step: int, recovery: TimeRecovery) -> Value:
         """What a recovery makes of the computed values for a step.
 

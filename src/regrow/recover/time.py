@@ -66,6 +66,10 @@ class Reuse(TimeRecovery):
         return (0.0,) * (len(times) - 1) + (1.0,)
 
 
+REUSE = Reuse()
+"""What methods do that say nothing else."""
+
+
 class Taylor(TimeRecovery):
     """The polynomial through the last ``order + 1`` computed values, at any spacing.
 

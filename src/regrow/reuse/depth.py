@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow.recover.store import Store
 from regrow.tokens.grid import Grid
 
 # What a slot is valid for: shape, type and device of the denoiser's input, and the shape of its text.
-Key = tuple[torch.Size, torch.dtype, torch.device, torch.Size | None]
+Key = tuple[Any, ...]
 
 
 @dataclass
@@ -20,7 +21,8 @@ class Slot:
 
     Args:
         key: what the slot is valid for.
-        features: by the key of a cut and module, what is handed on instead of computed.
+        store: by the key of a cut and module, what calls computed, from which others recover it; and what
+            depends on the text alone.
         shapes: by module name, the shapes of what it returned in the last full call.
         outputs: the last computed outputs of the denoiser, newest last, at most two.
         inputs: the denoiser's arguments on the meta device, of the call that opened the slot.
@@ -39,7 +41,7 @@ class Slot:
     key: Key
     inputs: tuple[Any, Any]
     guided: bool
-    features: dict[str, Any] = field(default_factory=dict)
+    store: Store
     shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     chosen: Any = None

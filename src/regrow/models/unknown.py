@@ -1,0 +1,43 @@
+"""Any other denoiser: its output can be reused or forecast, and nothing within it is known."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from regrow.models.errors import UnsupportedModelError
+from regrow.models.table import OUTPUT, Layout, whole
+
+# What diffusers' denoisers call them.
+SAMPLES = ("hidden_states", "sample", "x", "latents", "x_t")
+TIMES = ("timestep", "timesteps", "t", "timestep_ratio", "r")
+
+
+def output_layout(denoiser: Any) -> Layout:
+    """The table of a denoiser of which only its output is known.
+
+    Raises:
+        UnsupportedModelError: if its forward method takes no latent or no timestep.
+    """
+    arguments = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
+    return Layout(
+        (),
+        whole(denoiser),
+        (OUTPUT,),
+        layers=None,
+        head=None,
+        sample=_argument(denoiser, arguments, SAMPLES, "latent"),
+        time=_argument(denoiser, arguments, TIMES, "timestep"),
+        timestep_scale=None,
+    )
+
+
+def _argument(denoiser: Any, arguments: Sequence[str], names: Sequence[str], what: str) -> str:
+    found = next((name for name in names if name in arguments), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"model: {type(denoiser).__name__} is not supported, its forward method has no argument for "
+            f"the {what}: none of {', '.join(names)}"
+        )
+    return found
