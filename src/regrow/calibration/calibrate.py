@@ -1,11 +1,11 @@
-"""A plan for a user's own pipeline that is never worse than fewer steps: recorded, fitted, run, compared."""
+"""A plan for a user's own pipeline, never worse than fewer steps: recorded, fitted, run, compared."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
@@ -13,28 +13,32 @@ import numpy as np
 from PIL import Image
 
 from regrow.apply import apply
-from regrow.calibration.fit import fitted
 from regrow.calibration.influence import Array
-from regrow.calibration.positions import Positions, candidates, dense_at_start
+from regrow.calibration.positions import dense_at_start
+from regrow.calibration.proposals import Proposal, deep_proposals, pruned
 from regrow.calibration.recording import Recording, record
-from regrow.fields import check_within
+from regrow.calibration.search import Answer, FewerSteps, Plan, search
+from regrow.fields import MOST_CALLS, check_within
 from regrow.measure.images import psnr
 from regrow.measure.sampling import make
 from regrow.methods.calibrated import Calibrated, Tried
 from regrow.models import denoiser_of, layout_of
-from regrow.recover.time import Chebyshev, Taylor, TimeRecovery
 from regrow.schedule import FULL, Schedule
 
 FEWEST = 4
 """Prompts, of which half are fitted on and half compared."""
-FIRST = 4
-"""Prompts that all candidates are run on; the best go on."""
-BEST = 3
-"""Candidates that are run on all prompts, besides fewer steps."""
 EQUAL = 99.0
-"""Stands for the infinite PSNR of equal pictures."""
-LAST = 3
-"""Values that a fitted forecast is made of; more gain less than a tenth of a dB on the bundled models."""
+"""PSNR in dB that stands for the infinite one of equal pictures."""
+DENSER = (1.5, 2.0)
+"""How much denser at the start the timesteps of fewer steps are, besides the sampler's own."""
+RATIO = 0.5
+"""Share of the tokens that plans prune, where that pays."""
+PAYS = 0.9
+"""A full call that prunes must take at most this share of one that does not, or plans that prune are not tried."""
+LADDER = (10.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.25)
+"""Speed-ups that are tried for a wish of quality, the fastest first."""
+ENOUGH = 0.99
+"""Share of a wished speed-up that passes for it: times differ by as much from run to run."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Wish:
     Args:
         speedup: of the whole pipeline in measured time.
         fewer_macs: of the denoiser in MACs.
-        psnr: at least, in dB, of its pictures to the unaccelerated ones; the fastest plan that reaches it.
+        psnr: in dB, of its pictures to the unaccelerated ones; the fastest plan that reaches it is meant.
 
     Raises:
         ValueError: if none, or more than one, is given, or it is not allowed.
@@ -88,60 +92,30 @@ class Settings:
     model: str = ""
     more: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_within("steps", self.steps, 2, MOST_CALLS)
+        check_within("batch", self.batch, 1, 10_000)
+
 
 @dataclass(frozen=True)
 class Costs:
-    """What calls cost, as shares of a full one, and what of a generation is no call.
+    """What a generation costs, in full calls.
 
     Args:
-        rest: of the whole generation, in full calls.
-        output: of a call that forecasts the output.
-        deep: of one that computes one layer of the up path, or one block; None where there is none.
+        rest: all that is no call of the denoiser.
+        output: a call that forecasts the output.
+        deep: one that computes a single layer of the up path, or a single block; None where there is none.
+        pruning: a full call that prunes tokens; None where that was not timed.
     """
 
     rest: float
     output: float
     deep: float | None
+    pruning: float | None = None
 
-    def of(self, full: int, others: int = 0, other: float = 0.0) -> float:
-        """A generation, in full calls."""
-        return self.rest + full + others * other
-
-    def full_calls(self, budget: float, calls: int, other: float) -> int:
-        """How many of so many calls may be full, if the others cost so much."""
-        return math.floor((budget - self.rest - calls * other) / (1 - other) + 1e-6)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan that is tried.
-
-    Args:
-        name: what it does, in words.
-        config: it.
-        cost: of a generation, in full calls.
-    """
-
-    name: str
-    config: Calibrated
-    cost: float
-
-
-@dataclass
-class _Seen:
-    """What a candidate made.
-
-    Args:
-        candidate: it.
-        psnr: of each picture, in dB.
-    """
-
-    candidate: Candidate
-    psnr: list[float]
-
-    @property
-    def mean(self) -> float:
-        return fmean(self.psnr)
+    def full_calls(self, budget: float, calls: int, other: float, full: float = 1.0) -> int:
+        """How many of so many calls may be full within a budget, if each of the others costs so much."""
+        return min(math.floor((budget - self.rest - calls * other) / (full - other) + 1e-6), calls)
 
 
 @dataclass(frozen=True)
@@ -150,8 +124,8 @@ class Progress:
 
     Args:
         what: what is done now.
-        done: of ``total``.
-        total: pictures to make, as far as is known.
+        done: pictures of it that are done.
+        total: all of them.
     """
 
     what: str
@@ -169,7 +143,7 @@ class Calibration:
         on_progress: told what is done.
 
     Raises:
-        ValueError: if there are too few prompts, or a setting is not allowed.
+        ValueError: if there are too few prompts.
     """
 
     def __init__(
@@ -180,28 +154,21 @@ class Calibration:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         check_within("prompts", len(prompts), FEWEST, 10_000)
-        check_within("steps", settings.steps, 2, 1000)
-        check_within("batch", settings.batch, 1, 10_000)
         self.pipe, self.settings = pipe, settings
         half = len(prompts) // 2
-        self.fit, self.held = tuple(prompts[:half]), tuple(prompts[half:])
+        self.fit, self.compared = tuple(prompts[:half]), tuple(prompts[half:])
         self.pictures: dict[str, list[Any]] = {}
-        """By the name of a candidate, its pictures of the compared prompts."""
+        """By the name of a plan, its pictures of the first compared prompts."""
         self._tell = on_progress or (lambda progress: None)
         self._recording: Recording | None = None
-        self._costs: Costs | None = None
         self._plain: list[Any] = []
 
-    def record(self) -> Recording:
+    @property
+    def recording(self) -> Recording:
         """The unaccelerated runs that plans are fitted on."""
         if self._recording is None:
-            s = self.settings
-            total = len(self.fit)
-
-            def told(done: int) -> None:
-                self._tell(Progress("recording unaccelerated runs", done, total))
-
-            told(0)
+            s, what = self.settings, "recording unaccelerated runs"
+            self._tell(Progress(what, 0, len(self.fit)))
             self._recording = record(
                 self.pipe,
                 self.fit,
@@ -213,35 +180,50 @@ class Calibration:
                 model=s.model,
                 batch=s.batch,
                 more=s.more,
-                on_prompt=told,
+                on_prompt=lambda done: self._tell(Progress(what, done, len(self.fit))),
             )
         return self._recording
 
     @property
     def calls(self) -> int:
-        """Steps in which the sampler is given an output; PLMS makes one more than steps."""
-        return len(self.record().influence)
+        """Calls of the denoiser in an unaccelerated run; PLMS makes one more than steps."""
+        return self.recording.origin.calls
 
-    def plain(self) -> list[Any]:
-        """The unaccelerated pictures of the compared prompts."""
-        if not self._plain:
-            self._plain = self.make(None, self.settings.steps, self.held, "making unaccelerated pictures")
-        return self._plain
+    def plain(self, prompts: int) -> list[Any]:
+        """The unaccelerated pictures of the first compared prompts."""
+        self._make("unaccelerated", None, self._plain, prompts)
+        return self._plain[:prompts]
 
-    def make(self, config: Any, steps: int, prompts: Sequence[str], what: str) -> list[Any]:
-        """Pictures of the first compared prompts by a plan, or by none."""
-        made: list[Any] = []
-        for begin in range(0, len(prompts), self.settings.batch):
-            part = prompts[begin : begin + self.settings.batch]
-            made += list(self._batch(config, steps, part, len(self.fit) + begin)[0])
-            self._tell(Progress(what, len(made), len(prompts)))
-        return made
+    def measure(self, plan: Plan, prompts: int) -> Array:
+        """The PSNR in dB of a plan's pictures of the first compared prompts to the unaccelerated ones."""
+        made = self.pictures.setdefault(plan.name, [])
+        plain = self.plain(prompts)
+        self._make(plan.name.split(",")[0], self.config(plan), made, prompts)
+        return np.array([_psnr(a, b) for a, b in zip(plain, made[:prompts], strict=True)])
 
-    def _batch(self, config: Any, steps: int, prompts: Sequence[str], place: int) -> tuple[Any, float]:
-        """Pictures of one batch, and seconds."""
+    def config(self, plan: Plan) -> Calibrated:
+        """What a plan is as a configuration."""
         s = self.settings
-        timesteps = getattr(config, "timesteps", None)
-        more = dict(s.more) | ({} if timesteps is None else {"timesteps": list(timesteps)})
+        if isinstance(plan, FewerSteps):
+            whole = Schedule.constant()
+            return Calibrated(
+                steps=plan.steps, timesteps=plan.timesteps, schedule=whole, instead_of=s.steps
+            )
+        return Calibrated(steps=s.steps, schedule=plan.schedule(), instead_of=s.steps)
+
+    def _make(self, what: str, config: Calibrated | None, made: list[Any], prompts: int) -> None:
+        """Add the pictures that are missing of the first so many compared prompts."""
+        while len(made) < prompts:
+            part = self.compared[len(made) : min(len(made) + self.settings.batch, prompts)]
+            steps = self.settings.steps if config is None else config.steps
+            made += list(self._batch(config, steps, part, len(made))[0])
+            self._tell(Progress(what, len(made), prompts))
+
+    def _batch(
+        self, config: Calibrated | None, steps: int, prompts: Sequence[str], place: int
+    ) -> tuple[Any, float]:
+        """Pictures of one batch of compared prompts, the first of which has that place, and seconds."""
+        s = self.settings
 
         def run() -> tuple[Any, float]:
             done = make(
@@ -249,10 +231,10 @@ class Calibration:
                 prompts,
                 steps=steps,
                 guidance=s.guidance,
-                seed=s.seed + place,
+                seed=s.seed + len(self.fit) + place,
                 height=s.height,
                 width=s.width,
-                more=more,
+                more={**s.more, **({} if config is None else config.arguments())},
             )
             return done.images, done.seconds
 
@@ -261,22 +243,26 @@ class Calibration:
         with apply(self.pipe, config):
             return run()
 
-    def costs(self, *, in_time: bool) -> Costs:
-        """What calls cost, in time or in MACs."""
-        if self._costs is None:
-            self._costs = self._timed() if in_time else self._counted()
-        return self._costs
+    def speedup(self, config: Calibrated, rounds: int = 3) -> float:
+        """Of a plan, as measured: unaccelerated and plan in turn, the median of the rounds."""
+        part, found = self.compared[: self.settings.batch], []
+        for done in range(rounds):
+            self._tell(Progress("measuring the plan's time", done, rounds))
+            plain = self._batch(None, self.settings.steps, part, 0)[1]
+            found.append(plain / self._batch(config, config.steps, part, 0)[1])
+        return median(found)
 
-    def _timed(self) -> Costs:
-        steps, part = self.settings.steps, self.held[: self.settings.batch]
+    def timed(self) -> Costs:
+        """What calls cost in time."""
+        steps, part = self.settings.steps, self.compared[: self.settings.batch]
 
-        def seconds(config: Any, count: int) -> float:
-            self._tell(Progress("timing calls", 0, 1))
-            return self._batch(config, count, part, len(self.fit))[1]
+        def seconds(schedule: Schedule | None, count: int) -> float:
+            config = None
+            if schedule is not None:
+                config = Calibrated(steps=count, schedule=schedule, instead_of=count)
+            return self._batch(config, count, part, 0)[1]
 
-        def once(depth: int) -> Calibrated:
-            return _plan(Schedule(depth=(FULL, *(depth,) * (self.calls - 1)), ratio=(0.0,) * self.calls), steps)
-
+        self._tell(Progress("timing calls", 0, 4))
         few = max(steps // 2, 1)
         seconds(None, min(2, steps))
         whole, half = (median([seconds(None, count) for _ in range(2)]) for count in (steps, few))
@@ -284,111 +270,70 @@ class Calibration:
         rest = max(whole / call - steps, 0.0)
 
         def share(depth: int) -> float:
-            other = (seconds(once(depth), steps) / call - rest - 1) / max(self.calls - 1, 1)
-            return min(max(other, 0.0), 0.99)
+            depths = (FULL, *(depth,) * (self.calls - 1))
+            taken = seconds(Schedule(depth=depths, ratio=(0.0,) * self.calls), steps) / call
+            return min(max((taken - rest - 1) / max(self.calls - 1, 1), 0.0), 0.99)
 
-        return Costs(rest, share(0), share(1) if self._has_depth() else None)
+        layout = layout_of(denoiser_of(self.pipe))
+        output, deep = share(0), share(1) if layout.depths > 1 else None
+        self._tell(Progress("timing calls", 3, 4))
+        pruning = None
+        if layout.blocks:
+            pruning = (seconds(Schedule.constant(RATIO), few) / call - rest) / few
+        return Costs(rest, output, deep, pruning)
 
-    def _counted(self) -> Costs:
-        if not self._has_depth():
+    def counted(self) -> Costs:
+        """What calls cost in MACs."""
+        if layout_of(denoiser_of(self.pipe)).depths == 1:
             return Costs(0.0, 0.0, None)
         schedule = Schedule(depth=(FULL, 1), ratio=(0.0, 0.0))
-        with apply(self.pipe, _plan(schedule, 2)) as run:
-            make(self.pipe, self.held[:1], steps=2, guidance=self.settings.guidance, more=self.settings.more)
+        with apply(self.pipe, Calibrated(steps=2, schedule=schedule, instead_of=2)) as run:
+            s = self.settings
+            make(self.pipe, self.compared[:1], steps=2, guidance=s.guidance, more=s.more)
             last = run.report().calls[-1]
         return Costs(0.0, 0.0, last.macs / last.full_macs if last.full_macs else None)
 
-    def _has_depth(self) -> bool:
-        return layout_of(denoiser_of(self.pipe)).depths > 1
-
-    def candidates(self, budget: float, costs: Costs) -> list[Candidate]:
-        """Plans of one cost; fewer steps come first.
-
-        Args:
-            budget: of a generation, in full calls.
-            costs: of calls.
-        """
+    def find(self, budget: float, costs: Costs) -> Answer:
+        """The nearest of the plans within a budget, in full calls."""
         steps, calls = self.settings.steps, self.calls
         fewer = min(max(math.floor(budget - costs.rest + 1e-6), 1), steps)
-        found = [Candidate(f"{fewer} steps", Calibrated.fewer_steps(fewer), costs.of(fewer))]
-        found += [
-            Candidate(f"{fewer} steps at other noise levels", config, costs.of(fewer))
-            for config in self._other_levels(fewer)
-        ]
-        full = min(costs.full_calls(budget, calls, costs.output), calls)
-        if 2 <= full < calls:
-            cost = costs.of(full, calls - full, costs.output)
-            for name, schedule in self._forecasts(full):
-                found.append(Candidate(f"{full} of {calls} calls, {name}", _plan(schedule, steps), cost))
-        deep = 0 if costs.deep is None else min(costs.full_calls(budget, calls, costs.deep), calls)
-        if costs.deep is not None and 2 <= deep < calls:
-            cost = costs.of(deep, calls - deep, costs.deep)
-            for name, schedule in self._deep(deep):
-                found.append(
-                    Candidate(f"{deep} of {calls} calls, deep features {name}", _plan(schedule, steps), cost)
-                )
-        return found
+        count = max(costs.full_calls(budget, calls, costs.output), 2)
+        return search(
+            self.recording,
+            count,
+            list(self._fewer(fewer)),
+            self.measure,
+            len(self.compared),
+            list(self._others(budget, costs)),
+        )
 
-    def _other_levels(self, steps: int) -> Iterator[Calibrated]:
-        """Fewer steps at those of the sampler's own timesteps that are densest at the start."""
-        takes = inspect.signature(self.pipe.scheduler.set_timesteps).parameters
-        if "timesteps" not in takes or "timesteps" not in inspect.signature(self.pipe.__call__).parameters:
-            return
+    def _fewer(self, steps: int) -> Iterator[FewerSteps]:
+        """Fewer steps: the sampler's own, and where it takes any, those of its steps denser at the start."""
+        yield FewerSteps(f"{steps} steps", steps)
         scheduler = self.pipe.scheduler
+        of_sampler = inspect.signature(scheduler.set_timesteps).parameters
+        if (
+            "timesteps" not in of_sampler
+            or "timesteps" not in inspect.signature(self.pipe.__call__).parameters
+        ):
+            return
         scheduler.set_timesteps(self.settings.steps)
         own = scheduler.timesteps.tolist()
-        for power in (1.5, 2.0):
-            chosen = [own[i] for i in dense_at_start(len(own), min(steps, len(own)), power)]
-            yield Calibrated(steps=len(chosen), timesteps=tuple(chosen), schedule=Schedule.constant())
+        for power in DENSER:
+            chosen = tuple(own[i] for i in dense_at_start(len(own), min(steps, len(own)), power))
+            yield FewerSteps(f"{steps} steps, denser at the start ({power:g})", len(chosen), chosen)
 
-    def _forecasts(self, full: int) -> Iterator[tuple[str, Schedule]]:
-        """Plans that forecast the output: fitted at several positions, and the best of these unfitted."""
-        recording, total = self.record(), self.calls
-        gram, moves = recording.products, recording.moves
-        places = candidates(total, full, lambda one: plan_error(gram, moves, one))
-        for positions in dict.fromkeys([*places, dense_at_start(total, full, 2.0)]):
-            recovery = fitted(gram, positions, last=LAST)
-            yield f"fitted, at {_listed(positions)}", _output_plan(positions, total, recovery)
-        best = places[0]
-        for name, recovery in (("taylor", Taylor()), ("chebyshev", Chebyshev(degree=3, mix=0.5))):
-            yield f"{name}, at {_listed(best)}", _output_plan(best, total, recovery)
-
-    def _deep(self, full: int) -> Iterator[tuple[str, Schedule]]:
-        total = self.calls
-        for power in (1.0, 1.5):
-            positions = dense_at_start(total, full, power)
-            for name, recovery in (("taylor", Taylor()), ("chebyshev", Chebyshev(degree=3, mix=0.5))):
-                yield f"{name}, at {_listed(positions)}", _output_plan(positions, total, recovery, depth=1)
-
-    def compare(self, found: Sequence[Candidate]) -> list[_Seen]:
-        """Run candidates on some prompts, the best on all; the nearest of the latter come first."""
-        first = self.held[:FIRST]
-        seen = [_Seen(c, self._psnrs(c, first, 0)) for c in found]
-        fewer, others = seen[0], sorted(seen[1:], key=lambda s: -s.mean)
-        kept, left = [fewer, *others[:BEST]], others[BEST:]
-        rest = self.held[FIRST:]
-        for one in kept if rest else ():
-            one.psnr += self._psnrs(one.candidate, rest, FIRST)
-        return [*sorted(kept, key=lambda s: -s.mean), *left]
-
-    def _psnrs(self, candidate: Candidate, prompts: Sequence[str], begin: int) -> list[float]:
-        config, made = candidate.config, []
-        for place in range(0, len(prompts), self.settings.batch):
-            part = prompts[place : place + self.settings.batch]
-            made += list(self._batch(config, config.steps, part, len(self.fit) + begin + place)[0])
-            self._tell(Progress(f"trying {candidate.name.split(',')[0]}", place + len(part), len(prompts)))
-        plain = self.plain()[begin : begin + len(made)]
-        self.pictures.setdefault(candidate.name, []).extend(made)
-        return [_apart(a, b) for a, b in zip(plain, made, strict=True)]
-
-    def measured(self, config: Calibrated, rounds: int = 3) -> float:
-        """The speed-up of a plan in time, plain and plan in turn, the median of the rounds."""
-        part, place, found = self.held[: self.settings.batch], len(self.fit), []
-        for done in range(rounds):
-            self._tell(Progress("measuring the plan's time", done, rounds))
-            plain = self._batch(None, self.settings.steps, part, place)[1]
-            found.append(plain / self._batch(config, config.steps, part, place)[1])
-        return median(found)
+    def _others(self, budget: float, costs: Costs) -> Iterator[Proposal]:
+        """Plans whose cached calls compute some layers, or whose calls prune."""
+        calls = self.calls
+        if costs.deep is not None:
+            count = costs.full_calls(budget, calls, costs.deep)
+            if 2 <= count < calls:
+                yield from deep_proposals(calls, count)
+        if costs.pruning is not None and costs.pruning < PAYS:
+            count = costs.full_calls(budget, calls, costs.output, costs.pruning)
+            if 2 <= count < calls:
+                yield from pruned(self.recording, count, RATIO)
 
 
 def calibrate(
@@ -410,9 +355,9 @@ def calibrate(
 ) -> Calibrated:
     """Find the plan for a pipeline that is nearest to its unaccelerated pictures at a speed.
 
-    Half of the prompts are run unaccelerated and recorded; forecasts are fitted to these runs, and the steps
-    that are computed are searched on the recording. The best, and fewer steps of the same cost, are run on
-    the other half, which nothing was fitted on. The nearest is the answer: fewer steps, if these are.
+    Half of the prompts are run unaccelerated and recorded; forecasts are fitted to these runs, and the
+    steps that are computed are searched on the recording. The best, and fewer steps of the same cost, are
+    run on the other half, which nothing was fitted on. The nearest is the answer: fewer steps, if they are.
 
     Args:
         pipe: a diffusers pipeline of pictures or videos from text or from classes.
@@ -441,108 +386,89 @@ def calibrate(
     return plan_for(Calibration(pipe, prompts, settings, on_progress), wish)
 
 
-LADDER = (10.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.25)
-"""Speed-ups that are tried for a wish of quality, the fastest first."""
-ENOUGH = 0.99
-"""Share of a wished speed-up that passes for it, since times differ by more from run to run."""
-
-
 def plan_for(calibration: Calibration, wish: Wish) -> Calibrated:
     """The answer of `calibrate`."""
-    if wish.psnr is not None:
-        for speedup in LADDER:
-            try:
-                plan = plan_for(calibration, Wish(speedup=speedup))
-            except ValueError:
-                continue
-            own = plan.tried[0].psnr
-            if own is not None and own >= wish.psnr:
+    if wish.fewer_macs is not None:
+        costs = calibration.counted()
+        return _plan(calibration, calibration.find(_budget(calibration, costs, wish.fewer_macs), costs))
+    costs = calibration.timed()
+    if wish.speedup is not None:
+        return _fast_enough(calibration, costs, wish.speedup)
+    for speedup in LADDER:
+        if speedup <= _fastest(calibration, costs):
+            plan = _fast_enough(calibration, costs, speedup)
+            if plan.tried[0].psnr >= (wish.psnr or 0.0):
                 return plan
-        raise ValueError(f"psnr: {wish.psnr} dB is reached by no plan that is faster than {LADDER[-1]}x")
-    costs = calibration.costs(in_time=wish.speedup is not None)
-    whole = costs.of(calibration.calls)
-    factor = wish.speedup or wish.fewer_macs or 1.0
-    budget = whole / factor
-    if budget < costs.rest + 2:
+    raise ValueError(f"psnr: {wish.psnr} dB is reached by no plan that is {LADDER[-1]}x faster")
+
+
+def _fastest(calibration: Calibration, costs: Costs) -> float:
+    """The speed-up of a plan of two full calls."""
+    return (costs.rest + calibration.calls) / (costs.rest + 2 + (calibration.calls - 2) * costs.output)
+
+
+def _budget(calibration: Calibration, costs: Costs, factor: float) -> float:
+    """What a generation may cost, in full calls.
+
+    Raises:
+        ValueError: if two calls cost more.
+    """
+    fastest = _fastest(calibration, costs)
+    if factor > fastest:
         raise ValueError(
-            f"{'speedup' if wish.speedup else 'fewer_macs'}: {factor:g} can't be reached, it must be <= "
-            f"{whole / (costs.rest + 2):.3g}: two calls and what is no call of the denoiser take the rest"
+            f"speedup, fewer_macs: {factor:g} can't be reached, it must be <= {fastest:.3g}: what is no call "
+            "of the denoiser, and two calls of it, take the rest"
         )
+    return (costs.rest + calibration.calls) / factor
+
+
+def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Calibrated:
+    """The nearest plan that has a speed-up as measured; it has a call less, or some, as long as it is missed."""
+    budget = _budget(calibration, costs, speedup)
     while True:
-        seen = calibration.compare(calibration.candidates(budget, costs))
-        plan = _answer(calibration, seen, whole)
-        if wish.speedup is None:
-            return plan
-        measured = calibration.measured(plan)
-        if measured >= ENOUGH * factor or budget <= costs.rest + 3:
-            return plan.model_copy(update={"speedup": measured})
-        # One call less, or as many as the time that is missing.
-        budget -= max(1.0, (budget - costs.rest) * (1 - measured / factor))
+        plan = _plan(calibration, calibration.find(budget, costs))
+        measured = calibration.speedup(plan)
+        least = costs.rest + 2 + (calibration.calls - 2) * costs.output
+        if measured >= ENOUGH * speedup or budget < least + 1:
+            return plan.model_copy(update={"speedup": round(measured, 3)})
+        budget = max(budget - max(1.0, (budget - costs.rest) * (1 - measured / speedup)), least)
 
 
-def _answer(calibration: Calibration, seen: Sequence[_Seen], whole: float) -> Calibrated:
-    """The nearest of the candidates, with what all of them gave."""
-    best, origin = seen[0], calibration.record().origin
+def _plan(calibration: Calibration, answer: Answer) -> Calibrated:
+    """The configuration of an answer, with all that was tried: the plan first."""
+    best = answer.best
+    outcomes = [best, *(one for one in answer.outcomes if one is not best)]
     tried = []
-    for one in seen:
-        pairs = list(zip(best.psnr, one.psnr, strict=False))
-        behind = [a - b for a, b in pairs]
+    for one in outcomes:
+        behind, error = best.gain(one)
         tried.append(
             Tried(
-                name=one.candidate.name,
-                speedup=round(whole / one.candidate.cost, 3),
+                name=one.plan.name,
                 psnr=round(one.mean, 3),
-                error=round(_standard_error(one.psnr), 3),
-                behind=round(fmean(behind), 3),
-                behind_error=round(_standard_error(behind), 3),
+                error=round(one.error, 3),
+                behind=round(behind, 3),
+                behind_error=round(error, 3),
                 prompts=len(one.psnr),
             )
         )
-    config = best.candidate.config
-    found = replace_origin(origin, config, prompts=len(best.psnr), psnr=round(best.mean, 3))
+    config = calibration.config(best.plan)
+    found = calibration.recording.origin.model_copy(
+        update={
+            "steps": config.steps,
+            "calls": config.schedule.calls or config.steps,
+            "prompts": len(best.psnr),
+            "quality": {"psnr": round(best.mean, 3)},
+        }
+    )
     return config.model_copy(update={"tried": tuple(tried), "found": found})
 
 
-def replace_origin(origin: Any, config: Calibrated, *, prompts: int, psnr: float) -> Any:
-    """Where a plan was found, with what it gave there."""
-    calls = config.schedule.calls or config.steps
-    return origin.model_copy(
-        update={"steps": config.steps, "calls": calls, "prompts": prompts, "quality": {"psnr": psnr}}
-    )
-
-
-def plan_error(gram: Array, moves: Array, positions: Positions) -> float:
-    """The error of fitted forecasts at some positions, without a run."""
-    raise NotImplementedError
-
-
-def _plan(schedule: Schedule, steps: int) -> Calibrated:
-    return Calibrated(steps=steps, schedule=schedule)
-
-
-def _output_plan(positions: Positions, total: int, recovery: TimeRecovery, depth: int = 0) -> Schedule:
-    """Full calls at some positions, the others of a depth."""
-    full = set(positions)
-    depths = tuple(FULL if i in full else depth for i in range(total))
-    return Schedule(depth=depths, ratio=(0.0,) * total, recovery=(recovery,))
-
-
-def _listed(positions: Positions) -> str:
-    return " ".join(map(str, positions))
-
-
-def _apart(plain: Any, made: Any) -> float:
-    """PSNR of a picture, or of the frames of a video, in dB."""
+def _psnr(plain: Any, made: Any) -> float:
+    """PSNR of two pictures, or of the frames of two videos, in dB; at most `EQUAL`."""
     if isinstance(plain, Image.Image):
         return min(psnr(plain, made), EQUAL)
     if isinstance(plain, (list, tuple)):
-        return fmean(_apart(a, b) for a, b in zip(plain, made, strict=True))
+        return fmean(_psnr(a, b) for a, b in zip(plain, made, strict=True))
     a, b = (np.asarray(x.cpu() if hasattr(x, "cpu") else x, dtype=np.float64) for x in (plain, made))
-    error = float(((a - b) ** 2).mean())
-    span = float(a.max() - a.min()) or 1.0
+    error, span = float(((a - b) ** 2).mean()), float(a.max() - a.min()) or 1.0
     return EQUAL if error == 0 else min(10 * math.log10(span**2 / error), EQUAL)
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 of a single value."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

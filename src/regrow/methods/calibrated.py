@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -11,8 +12,7 @@ from regrow.fields import MOST_CALLS, Calls, Checked, Count
 from regrow.methods.base import About, MethodConfig, TextError, register
 from regrow.methods.dato import DaTo
 from regrow.methods.parts import Parts, parts_of
-from regrow.origin import Origin
-from regrow.schedule import Schedule
+from regrow.schedule import FULL, Schedule
 
 Timestep = Annotated[float, Field(ge=0, le=MOST_CALLS)]
 
@@ -22,8 +22,7 @@ class Tried(Checked):
 
     Args:
         name: what it does, in words.
-        speedup: time of the unaccelerated run over its, by the calls that it makes.
-        psnr: in dB, of its pictures to the unaccelerated ones, the mean; None if all are equal.
+        psnr: in dB, of its pictures to the unaccelerated ones, the mean; 99 stands for equal pictures.
         error: standard error of that.
         behind: how much nearer the chosen plan is, in dB, the mean of the pictures.
         behind_error: standard error of that.
@@ -31,8 +30,7 @@ class Tried(Checked):
     """
 
     name: str
-    speedup: float
-    psnr: float | None
+    psnr: float
     error: float = 0.0
     behind: float = 0.0
     behind_error: float = 0.0
@@ -47,6 +45,7 @@ class Calibrated(MethodConfig):
         steps: of the sampler: give it to the pipeline as ``num_inference_steps``.
         timesteps: instead, to give to the pipeline as ``timesteps``; None for the sampler's own.
         schedule: what each call does.
+        instead_of: steps of the unaccelerated runs that it was compared with.
         speedup: as measured in the calibration, with the whole pipeline; None if it was not.
         tried: the candidates, the nearest to the unaccelerated pictures first.
     """
@@ -64,6 +63,7 @@ class Calibrated(MethodConfig):
     steps: Calls
     timesteps: tuple[Timestep, ...] | None = None
     schedule: Schedule
+    instead_of: Calls
     speedup: float | None = Field(None, gt=0)
     tried: tuple[Tried, ...] = ()
 
@@ -78,10 +78,24 @@ class Calibrated(MethodConfig):
         """There is none by name: plans are in files."""
         raise TextError("nothing: a calibrated plan is a file, give its name as the method")
 
-    @classmethod
-    def fewer_steps(cls, steps: int, found: Origin | None = None) -> Self:
-        """The sampler with fewer steps, each call of which is full."""
-        return cls(steps=steps, schedule=Schedule.constant(), found=found)
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some call is not full; if none is, the plan is fewer steps."""
+        return any(step.ratio or step.depth != FULL for step in self.schedule.kinds())
+
+    @property
+    def sampler_steps(self) -> int:
+        """`steps`."""
+        return self.steps
+
+    @property
+    def unaccelerated_steps(self) -> int:
+        """`instead_of`."""
+        return self.instead_of
+
+    def arguments(self) -> Mapping[str, Any]:
+        """The timesteps, if they are not the sampler's own."""
+        return {} if self.timesteps is None else {"timesteps": list(self.timesteps)}
 
     def at(self, calls: int) -> Self:
         """The same with the schedule of so many calls."""

@@ -1,0 +1,137 @@
+"""The search for a plan, on networks whose answers are known, and on a pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pipelines import sd
+
+from regrow import DaTo, apply
+from regrow.calibration.drift import drifting_error
+from regrow.calibration.fit import decibels, fitted, weight_matrix
+from regrow.calibration.positions import evenly
+from regrow.calibration.proposals import Proposal, foretold, probes, proposals
+from regrow.calibration.recording import Recording, record
+from regrow.calibration.search import FEW, FewerSteps, Plan, search
+from regrow.measure.sampling import make
+from regrow.origin import Origin
+from regrow.schedule import FULL
+
+TOTAL, COUNT, PROMPTS = 20, 6, 12
+FEWER = FewerSteps("6 steps", COUNT)
+
+
+def recording(seed: int = 0) -> Recording:
+    """Outputs that change fast at first, as a network's of a guided picture do."""
+    rng = np.random.default_rng(seed)
+    pace = np.exp(-np.arange(TOTAL) / 5)[:, None]
+    values = (pace * rng.normal(size=(TOTAL, 500)).cumsum(0)).cumsum(0) + rng.normal(size=500)
+    return Recording(
+        origin=Origin(model="m", denoiser="d", scheduler="s", steps=TOTAL, calls=TOTAL, prompts=4),
+        prompts_key="k",
+        influence=(-0.05,) * TOTAL,
+        gram=tuple(map(tuple, (values @ values.T / 500).tolist())),
+    )
+
+
+class Network:
+    """Errors of plans with a drift; fewer steps have an error of their own."""
+
+    def __init__(self, known: Recording, drift: float, plain: float) -> None:
+        self.known, self.drift, self.plain = known, drift, plain
+        self.ran: list[tuple[Plan, int]] = []
+
+    def __call__(self, plan: Plan, prompts: int) -> np.ndarray:
+        self.ran.append((plan, prompts))
+        noise = np.random.default_rng(0).normal(size=PROMPTS)[:prompts]
+        return self.near(plan) + noise
+
+    def near(self, plan: Plan) -> float:
+        if isinstance(plan, FewerSteps):
+            return self.plain
+        told = drifting_error(self.known.products, self.known.moves, plan.weights, self.drift)
+        return 20 + decibels(told)
+
+
+@pytest.mark.parametrize("drift", [0.0, 3.0])
+def test_it_finds_positions_for_the_drift_of_the_network(drift: float) -> None:
+    known = recording()
+    network = Network(known, drift, plain=-100.0)
+    answer = search(known, COUNT, [FEWER], network, PROMPTS)
+    assert answer.drift == pytest.approx(drift, abs=0.5)
+    assert isinstance(answer.best.plan, Proposal)
+    assert answer.best.mean >= max(outcome.mean for outcome in answer.outcomes)
+    even = Proposal("even", evenly(TOTAL, COUNT), fitted(known.products, evenly(TOTAL, COUNT)), TOTAL)
+    assert network.near(answer.best.plan) > network.near(even) + 1
+    assert len(answer.best.psnr) == PROMPTS
+    # All are run on few prompts, and few on all.
+    on_all = [plan for plan, prompts in network.ran if prompts == PROMPTS]
+    assert len(on_all) == 4
+    assert len(network.ran) > 8
+    assert {prompts for _, prompts in network.ran} == {FEW, PROMPTS}
+
+
+def test_fewer_steps_are_the_answer_where_they_are_nearest() -> None:
+    known = recording()
+    best = search(known, COUNT, [FEWER], Network(known, 3.0, plain=-100.0), PROMPTS).best
+    other = FewerSteps("6 other steps", COUNT, tuple(range(COUNT)))
+    fewer = [FEWER, other]
+    for plain, plans in ((best.mean + 1, fewer), (best.mean, [FEWER])):
+        answer = search(known, COUNT, plans, Network(known, 3.0, plain), PROMPTS)
+        assert isinstance(answer.best.plan, FewerSteps)
+        assert any(outcome.plan == plans[-1] for outcome in answer.outcomes)
+
+
+def test_proposals_are_foretold_in_their_order() -> None:
+    known = recording(1)
+    first, second, *_ = proposals(known, COUNT, 3.0)
+    assert foretold(known, first, 3.0) >= foretold(known, second, 3.0)
+    assert foretold(known, first, 3.0) >= max(foretold(known, plan, 3.0) for plan in probes(known, COUNT))
+
+
+def test_a_proposal_as_a_schedule() -> None:
+    plan = proposals(recording(), COUNT, 3.0)[0]
+    schedule = plan.schedule()
+    assert [i for i, depth in enumerate(schedule.depth) if depth == FULL] == list(plan.full)
+    assert schedule.recoveries[0] == plan.recovery
+    assert schedule.depth.count(0) == TOTAL - COUNT
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"count": 1}, "count: 1 is not allowed, it must be >= 2 and <= 20"),
+        ({"count": 21}, "count: 21 is not allowed"),
+        ({"fewer": []}, "fewer: it is empty"),
+        ({"prompts": 0}, "prompts: 0 is not allowed"),
+    ],
+)
+def test_what_is_not_allowed(change: dict[str, Any], said: str) -> None:
+    known = recording()
+    given: dict[str, Any] = {"count": COUNT, "fewer": [FEWER], "prompts": PROMPTS}
+    with pytest.raises(ValueError, match=said):
+        search(known, measure=Network(known, 0.0, 0.0), **given | change)
+
+
+def test_a_plan_on_a_pipeline_is_its_weighted_sum() -> None:
+    """What the sampler is given in skipped calls: the weights times what it was given in computed ones."""
+    steps = 8
+    known = record(sd(), ("a b", "c d"), steps=steps, guidance=3.0)
+    plan = proposals(known, 4, 1.0)[0]
+    pipe, given = sd(), []
+    step = pipe.scheduler.step
+
+    def listening(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given.append(output.clone().flatten())
+        return step(output, *args, **kwargs)
+
+    pipe.scheduler.step = listening
+    with apply(pipe, DaTo(schedule=plan.schedule())):
+        make(pipe, ("e f",), steps=steps, guidance=3.0, latents=True)
+    seen = torch.stack(given).double()
+    weights = torch.from_numpy(weight_matrix(plan.full, plan.recovery, steps))
+    torch.testing.assert_close(weights @ seen, seen, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(seen[-1], seen[plan.full[-1]]) or plan.full[-1] == steps - 1
