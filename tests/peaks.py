@@ -43,4 +43,6 @@ def kept_from_before() -> float | None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({work.__name__: work() for work in (one_block, one_after_the_other, kept_from_before)}))
+    print(
+        json.dumps({work.__name__: work() for work in (one_block, one_after_the_other, kept_from_before)})
+    )
