@@ -52,8 +52,7 @@ def test_the_command_line_has_the_same_names() -> None:
     [
         (
             "dat0:b1",
-            "'dat0:b1' is not known; before the colon comes one of steps, .*dato, sito.*"
-            "did you mean 'dato'",
+            "'dat0:b1' is not known; before the colon comes one of steps, .*dato, .*did you mean 'dato'",
         ),
         ("dato:b2", "after the colon comes an interval, a schedule file or b1, fast"),
         ("sito:x", "'sito:x' is not allowed; after the colon comes a ratio or a, b, c, d, e"),
