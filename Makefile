@@ -24,7 +24,7 @@ demo: .venv/demo
 	$(BIN)/regrow demo --out demo-out
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -11,7 +11,8 @@ from regrow.methods.parts import parts_of
 from regrow.schedule import FULL, Schedule
 from regrow.space import Space, Variable, free, product
 
-SEARCHED = [s.name for s in systems() if s.config is not None] + [
+# A calibrated plan is what was found.
+SEARCHED = [s.name for s in systems() if s.config is not None and s.name != "calibrated"] + [
     "deepcache+tome",
     "cat+deepcache",
     "fora+sito",

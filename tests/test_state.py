@@ -135,7 +135,7 @@ def test_cached_tensors_are_released_at_the_end(pipe: Any) -> None:
     held = []
 
     def look(_: Any, step: int, *__: Any) -> dict[str, Any]:
-        held.append(sum(len(s.features) + len(s.outputs) for s in slots(run).values()))
+        held.append(sum(len(s.store) + len(s.outputs) for s in slots(run).values()))
         return {}
 
     with regrow.apply(pipe, METHODS["dato"]) as run:
@@ -158,7 +158,7 @@ def test_nothing_is_cached_that_the_schedule_does_not_use(pipe: Any) -> None:
     held = []
 
     def look(*_: Any) -> dict[str, Any]:
-        held.extend(len(s.features) + len(s.outputs) for s in slots(run).values())
+        held.extend(len(s.store) + len(s.outputs) for s in slots(run).values())
         return {}
 
     with regrow.apply(pipe, METHODS["sito"]) as run:

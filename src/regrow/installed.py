@@ -8,7 +8,8 @@ any order: a call finds the modules as they are, lies around them, and leaves th
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -286,6 +287,33 @@ class _Root:
             return output
         with engine.aside():
             return self(*args, **kwargs)
+
+
+@contextmanager
+def around_calls(
+    denoiser: nn.Module, before: Callable[[Any, Any, Any], None], after: Callable[[Any, Any, Any], None]
+) -> Iterator[None]:
+    """Call ``before(denoiser, args, kwargs)`` and ``after(denoiser, args, output)`` around each whole call.
+
+    What a method decides before a call, and does after it, lies between them, unlike between torch's hooks.
+    """
+    inner = denoiser.__dict__.get(_ENTRY)
+    within = functools.partial(type(denoiser)._call_impl, denoiser) if inner is None else inner
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before(denoiser, args, kwargs)
+        output = within(*args, **kwargs)
+        after(denoiser, args, output)
+        return output
+
+    denoiser.__dict__[_ENTRY] = call
+    try:
+        yield
+    finally:
+        if inner is None:
+            del denoiser.__dict__[_ENTRY]
+        else:
+            denoiser.__dict__[_ENTRY] = inner
 
 
 def is_hooked(denoiser: nn.Module) -> bool:

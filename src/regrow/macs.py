@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from regrow.clock import Position
 from regrow.engine.branches import Branches
@@ -22,7 +23,7 @@ from regrow.engine.engine import Engine
 from regrow.engine.others import grounding_of
 from regrow.installed import Installed
 from regrow.layers import Layer, LayerKind
-from regrow.meta import meta_copy
+from regrow.meta import KnownShapes, meta_copy
 from regrow.methods.parts import Attention, CallInfo, Parts, TokenRefresh, TokenRule, TokenSet
 from regrow.schedule import FULL, LAYERS, Schedule
 from regrow.tokens.grid import Grid
@@ -52,6 +53,37 @@ class Macs:
     attention: int
 
 
+class _Flops(TorchDispatchMode):
+    """FLOPs of operations by their names, as PyTorch's `FlopCounterMode` counts them.
+
+    That one also keeps track of modules, which takes longer than all else.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What the operation gives."""
+        given = func(*args, **kwargs or {})
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.of[str(func._overloadpacket)] += formula(*args, **kwargs or {}, out_val=given)
+        return given
+
+    @property
+    def total(self) -> int:
+        """Of all operations."""
+        return self.of.total()
+
+    @property
+    def attention(self) -> int:
+        """Of products of activations with activations: on the meta device attention is two such batched
+        products."""
+        kinds = ("aten.bmm", "aten.baddbmm")
+        return sum(n for name, n in self.of.items() if "scaled_dot_product" in name or name in kinds)
+
+
 def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
     """MACs of calls of any diffusers denoiser as it is, attention counted.
 
@@ -61,11 +93,12 @@ def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
     """
     model = meta_copy(denoiser)
     known: dict[Any, int] = {}
+    shapes = KnownShapes()
     for call in calls:
         if _signature(call) not in known:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with torch.no_grad(), shapes, _Flops() as counter:
                 model(*call[0], **call[1])
-            known[_signature(call)] = counter.get_total_flops() // 2
+            known[_signature(call)] = counter.total // 2
     return sum(known[_signature(call)] for call in calls)
 
 
@@ -119,9 +152,9 @@ class _FirstRefreshed:
 
     def observe(self, memory: Any, layer: Layer, attention: Attention) -> None:
         """The method's, counted."""
-        with FlopCounterMode(display=False) as counter:
+        with _Flops() as counter:
             self._rule.observe(memory, layer, attention)
-        self.observing += counter.get_total_flops()
+        self.observing += counter.total
 
     def select(self, memory: Any, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
         """The first ``count`` tokens."""
@@ -155,18 +188,24 @@ class _Refreshing:
         rule: the method's.
         inputs: of the calls.
         knows_text: whether the text is that of the full call.
+        shapes: that are known from other calls.
     """
 
     def __init__(
-        self, denoiser: Any, rule: TokenRefresh, inputs: tuple[Any, Any], knows_text: bool
+        self,
+        denoiser: Any,
+        rule: TokenRefresh,
+        inputs: tuple[Any, Any],
+        knows_text: bool,
+        shapes: KnownShapes,
     ) -> None:
-        self._denoiser, self._rule = denoiser, _FirstRefreshed(rule)
+        self._denoiser, self._rule, self._shapes = denoiser, _FirstRefreshed(rule), shapes
         self._inputs, self._knows_text = inputs, knows_text
         plan, clock = Schedule(depth=(FULL, LAYERS), ratio=(0.0, 0.0)), _Here()
         parts = Parts(plan, refresh=self._rule)
         self._engine = Engine(denoiser, parts, clock, quiet=True)
         Installed(self._engine)
-        with torch.no_grad():
+        with torch.no_grad(), shapes:
             denoiser(*inputs[0], **inputs[1])
         clock.index = 1
 
@@ -177,11 +216,9 @@ class _Refreshing:
         # The second step again, not another branch of it.
         self._engine.generation.branches = Branches()
         args, kwargs = self._inputs if self._knows_text else _with_another_text(self._inputs)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), self._shapes, _Flops() as counter:
             self._denoiser(*args, **kwargs)
-        flops = counter.get_flop_counts().get("Global", {})
-        attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
-        return Macs(counter.get_total_flops() // 2, 0, attention // 2)
+        return Macs(counter.total // 2, 0, counter.attention // 2)
 
 
 class CallCounter:
@@ -207,6 +244,7 @@ class CallCounter:
         self._rule, self._token_set, self._refresh = rule, token_set, refresh
         self._instead = instead
         self._known: dict[Any, Macs] = {}
+        self._shapes = KnownShapes()
         self._refreshing: dict[Any, _Refreshing] = {}
         self._grounding = grounding_of(self._model)
 
@@ -235,7 +273,7 @@ class CallCounter:
             key = knows_text, _signature(inputs)
             if key not in self._refreshing:
                 model = meta_copy(self._model)
-                self._refreshing[key] = _Refreshing(model, self._refresh, inputs, knows_text)
+                self._refreshing[key] = _Refreshing(model, self._refresh, inputs, knows_text, self._shapes)
             return self._refreshing[key].count(ratio)
         # Full calls come first: others need what they leave.
         leaves_out = self._token_set is not None and ratio > 0
@@ -261,14 +299,14 @@ class CallCounter:
             engine.pruning.select = select
         hooks = Installed(engine)
         try:
-            with torch.no_grad(), engine.manual(len(plan)) as clock:
+            with torch.no_grad(), self._shapes, engine.manual(len(plan)) as clock:
                 for _ in range(before):
                     self._model(*inputs[0], **inputs[1])
                     clock.step()
                 selected.clear()
                 if not knows_text:
                     inputs = _with_another_text(inputs)
-                with FlopCounterMode(display=False) as counter:
+                with _Flops() as counter:
                     self._model(*inputs[0], **inputs[1])
         finally:
             hooks.remove()
@@ -276,9 +314,7 @@ class CallCounter:
         chosen = sum(n * self._selection(kind) for kind, n in kinds.items())
         if first is not None and first.asked is not None:
             chosen += self._choice(*first.asked)
-        flops = counter.get_flop_counts().get("Global", {})
-        attention = sum(n for op, n in flops.items() if _is_attention(str(op)))
-        total = counter.get_total_flops()
+        total, attention = counter.total, counter.attention
         if refresh is not None:
             # What is observed are products of queries and keys as well.
             total, attention = total - refresh.observing, attention - refresh.observing
@@ -292,9 +328,9 @@ class CallCounter:
         call = CallInfo(1, False, (), torch.Generator().manual_seed(0), attention=attention)
         prepared = self._rule.prepare([kind.grid], call).get(kind.grid)
         x = torch.zeros(1, *kind.shape[1:], device="cpu" if attention is None else "meta")
-        with FlopCounterMode(display=False) as counter:
+        with _Flops() as counter:
             self._rule.select(x, kind.grid, kind.count, prepared, call)
-        return kind.shape[0] * (counter.get_total_flops() // 2)
+        return kind.shape[0] * (counter.total // 2)
 
     def _choice(self, grid: Grid, count: int, asked: CallInfo) -> int:
         """MACs of choosing the tokens of a call, on zeros for one sample, after a call of all blocks.
@@ -307,9 +343,9 @@ class CallCounter:
         call = CallInfo(1, False, outputs, torch.Generator().manual_seed(0), attention=attention)
         memory = self._token_set.select(None, grid, count, call)[1]
         again = replace(call, cached=asked.cached)
-        with FlopCounterMode(display=False) as counter:
+        with _Flops() as counter:
             self._token_set.select(memory, grid, count, again)
-        return asked.batch * (counter.get_total_flops() // 2)
+        return asked.batch * (counter.total // 2)
 
 
 @dataclass(frozen=True)
@@ -350,12 +386,6 @@ def _with_another_text(inputs: tuple[Any, Any]) -> tuple[Any, Any]:
     args, kwargs = inputs
     text = kwargs.get("encoder_hidden_states")
     return args, kwargs | {"encoder_hidden_states": text.clone()} if isinstance(text, Tensor) else kwargs
-
-
-def _is_attention(operation: str) -> bool:
-    """Whether an operation multiplies activations by activations; on the meta device attention is two such
-    batched products."""
-    return "scaled_dot_product" in operation or operation in ("aten.bmm", "aten.baddbmm")
 
 
 def _signature(value: Any) -> Any:

@@ -1,16 +1,17 @@
-"""A denoiser's twin without weights, to count what its calls compute."""
+"""A denoiser's twin without weights, and the shapes of what its calls compute, to count it."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regrow.engine.others import is_of_diffusers
 
@@ -53,6 +54,64 @@ def meta_copy(denoiser: Any) -> Any:
             # Kernels take no tensors without data; products are as many in each.
             processor._attention_backend = AttentionBackendName.NATIVE
     return model.eval()
+
+
+class KnownShapes(TorchDispatchMode):
+    """Finds out what an operation gives on the meta device once for all inputs of the same shapes.
+
+    PyTorch finds it out in Python, which takes longer than a small operation with data, and a model's
+    blocks do the same again and again. Operations that write to their inputs or give views of them are done
+    each time. So are those of a tensor without dimensions: it may stand for a number of Python, whose type
+    yields to others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._gives_new: dict[Any, bool] = {}
+        self._known: dict[Any, tuple[type, list[_Form]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What the operation gives, without data."""
+        kwargs = kwargs or {}
+        if func not in self._gives_new:
+            self._gives_new[func] = _gives_new(func)
+        if not self._gives_new[func] or any(isinstance(x, Tensor) and not x.dim() for x in args):
+            return func(*args, **kwargs)
+        key = func, _key(args), _key(tuple(kwargs.items()))
+        if key in self._known:
+            kind, forms = self._known[key]
+            again = [form.empty() for form in forms]
+            return again[0] if kind is Tensor else kind(again)
+        given = func(*args, **kwargs)
+        kind, every = (Tensor, [given]) if isinstance(given, Tensor) else (type(given), given)
+        if kind in (Tensor, tuple, list) and all(isinstance(x, Tensor) and x.is_meta for x in every):
+            self._known[key] = kind, [_Form(x.shape, x.stride(), x.dtype) for x in every]
+        return given
+
+
+class _Form(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+def _gives_new(operation: Any) -> bool:
+    """Whether it leaves its inputs alone, and shares memory with none."""
+    schema = operation._schema
+    return not schema.is_mutable and all(given.alias_info is None for given in schema.returns)
+
+
+def _key(value: Any) -> Any:
+    """What an operation's result depends on, if tensors have no data. 1, 1.0 and True differ."""
+    if isinstance(value, Tensor):
+        lazily = value.is_conj(), value.is_neg()
+        return value.shape, value.stride(), value.dtype, value.device, lazily
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(x) for x in value)
+    return type(value), value
 
 
 def unknown_attentions(denoiser: nn.Module) -> list[str]:

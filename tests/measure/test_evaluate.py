@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib import metadata
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -508,32 +511,59 @@ def test_nothing_to_make_is_refused(tmp_path: Path) -> None:
         Pictures(tmp_path, Setting("tiny", ()))
 
 
-SCRIPT = """
-import sys, time
-sys.path.insert(0, sys.argv[2])
-import pipelines
-from pathlib import Path
-from test_evaluate import SETTING, VARIANTS
-from regrow.measure.evaluate import Pictures
-pictures = Pictures(Path(sys.argv[1]), SETTING)
-for one in VARIANTS:
-    pictures.make(pipelines.sd(), one, on_shard=lambda: time.sleep(float(sys.argv[3])))
-"""
+def make_slowly(folder: Path, pause: float) -> None:
+    """Make all pictures, with a pause after each shard."""
+    mine = Pictures(folder, SETTING)
+    for one in VARIANTS:
+        mine.make(pipelines.sd(), one, on_shard=lambda: time.sleep(pause))
 
 
-def test_killed_three_times_gives_what_an_undisturbed_run_gives(tmp_path: Path, pictures: Pictures) -> None:
-    words = [sys.executable, "-c", SCRIPT, str(tmp_path), str(Path(__file__).parent)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+def evaluate(words: Sequence[str], printed: Path) -> None:
+    """Run the command, and write what it prints."""
+    sys.argv = ["regrow", "eval", *words]
+    with printed.open("w") as file, redirect_stdout(file):
+        cli.main()
+
+
+@pytest.fixture(scope="module")
+def forks() -> ForkServerContext:
+    """Starts processes that have their imports behind them, from one that has done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        # It imports this module from the folder of the tests.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        context.set_forkserver_preload([__name__])
+        forkserver.ensure_running()
+    return context
+
+
+def killed(process: ForkServerProcess, folder: Path, files: str, wanted: int) -> None:
+    """Start a process, and kill it as soon as a folder has so many files."""
+    process.start()
+    end = time.monotonic() + 120
+    while len(list(folder.glob(files))) < wanted and time.monotonic() < end:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def completed(process: ForkServerProcess) -> None:
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_killed_three_times_gives_what_an_undisturbed_run_gives(
+    tmp_path: Path, pictures: Pictures, forks: ForkServerContext
+) -> None:
     for wanted in (1, 3, 6):
-        process = subprocess.Popen([*words, "0.5"], env=environment)
-        end = time.monotonic() + 120
-        while len(list(tmp_path.rglob("*.safetensors"))) < wanted and time.monotonic() < end:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        killed(
+            forks.Process(target=make_slowly, args=(tmp_path, 0.5)), tmp_path, "**/*.safetensors", wanted
+        )
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     assert len(kept) >= 6
-    subprocess.run([*words, "0"], env=environment, check=True)
+    completed(forks.Process(target=make_slowly, args=(tmp_path, 0.0)))
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
     assert compare(Pictures(tmp_path, SETTING), VARIANTS, Colours()) == compare(
         pictures, VARIANTS, Colours()
@@ -640,31 +670,28 @@ SMALL = (
 )
 
 
-def test_the_command_killed_four_times_prints_what_an_undisturbed_one_prints(tmp_path: Path) -> None:
-    words = [str(Path(sys.executable).with_name("regrow")), "eval", "--methods", "steps:2,deepcache:2"]
-    words += ["--steps", "2", "--prompts", "4", "--batch", "1", "--device", "cpu", "--json", "--out"]
-    undisturbed = subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True)
+def test_the_command_killed_four_times_prints_what_an_undisturbed_one_prints(
+    tmp_path: Path, forks: ForkServerContext
+) -> None:
+    words = ("--methods", "steps:2,deepcache:2", "--steps", "2", "--prompts", "4", "--batch", "1")
+    words += ("--device", "cpu", "--json", "--out")
+    whole, again = tmp_path / "whole.json", tmp_path / "again.json"
+    completed(forks.Process(target=evaluate, args=((*words, str(tmp_path / "whole")), whole)))
     shards = "killed/*/*.safetensors"
     kept: dict[Path, int] = {}
     # Thrice while pictures are made, then while they are compared.
     for files, wanted in ((shards, 1), (shards, 3), (shards, 6), ("killed/*/measured/*.safetensors", 3)):
-        process = subprocess.Popen(
-            [*words, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        end = time.monotonic() + 120
-        while len(list(tmp_path.glob(files))) < wanted and time.monotonic() < end:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        one = forks.Process(target=evaluate, args=((*words, str(tmp_path / "killed")), again))
+        killed(one, tmp_path, files, wanted)
         now = {file: file.stat().st_mtime_ns for file in tmp_path.glob("killed/**/*.safetensors")}
         assert now.items() >= kept.items()
         kept = now
         made = len(list(tmp_path.glob(shards)))
         assert wanted <= made < 8 if files == shards else made == 8
     assert len(kept) < 8 + 2 * 8
-    again = subprocess.run([*words, str(tmp_path / "killed")], check=True, capture_output=True)
+    completed(forks.Process(target=evaluate, args=((*words, str(tmp_path / "killed")), again)))
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
-    assert again.stdout == undisturbed.stdout
+    assert again.read_text() == whole.read_text() != ""
 
 
 def test_the_command_goes_on_and_prints_what_it_writes(

@@ -116,9 +116,6 @@ def test_the_recovery_goes_a_part_of_the_way(recovery: Any, times: tuple[int, ..
     assert recovery.Damped().weights((0,), 1, 12) == Reuse().weights((0,), 1, 12)
 
 
-@pytest.mark.skipif(
-    "recovery" not in regrow.DeepCache.model_fields, reason="no method has a field for a recovery yet"
-)
 def test_the_recovery_is_what_cached_calls_take(recovery: Any) -> None:
     pipe = pipelines.sd()
 

@@ -52,7 +52,7 @@ def test_the_command_line_has_the_same_names() -> None:
     [
         (
             "dat0:b1",
-            "'dat0:b1' is not known; before the colon comes one of steps, dato, sito.*did you mean 'dato'",
+            "'dat0:b1' is not known; before the colon comes one of steps, .*dato, .*did you mean 'dato'",
         ),
         ("dato:b2", "after the colon comes an interval, a schedule file or b1, fast"),
         ("sito:x", "'sito:x' is not allowed; after the colon comes a ratio or a, b, c, d, e"),
@@ -69,6 +69,14 @@ def test_what_is_no_name_is_refused_in_one_line(name: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as refused:
         named(name, CALLS)
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_of_two_methods_goes_with_no_third(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(method_of("deepcache:2+tome:0.5").dump())
+    for name in (f"{file}+tome:0.5", f"fora:3+{file}"):
+        with pytest.raises(ValueError, match=r"one side of the '.' must be deepcache, fora"):
+            method_of(name)
 
 
 def test_a_name_may_be_a_file(tmp_path: Path) -> None:

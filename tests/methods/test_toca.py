@@ -454,7 +454,7 @@ def test_of_a_single_block_what_is_read_is_kept() -> None:
     kept: set[str] = set()
 
     def look(_: Any, step: int, *__: Any) -> dict[str, Any]:
-        kept.update(*(slot.features for slot in run._engine.generation.slots.values()))
+        kept.update(*(slot.store for slot in run._engine.generation.slots.values()))
         return {}
 
     for config, parts in ((ToCa(), {"attn"}), (ToCa(self_attention=1), {"attn.norm_k", "attn.to_v"})):

@@ -267,7 +267,7 @@ def test_of_fluxs_single_blocks_only_what_is_read_is_kept() -> None:
 
     def look(_: Any, step: int, *__: Any) -> dict[str, Any]:
         slots = run._engine.generation.slots.values()
-        kept.update(*(slot.features for slot in slots))
+        kept.update(*(slot.store for slot in slots))
         return {}
 
     with regrow.apply(pipe, FORA(interval=2)) as run:

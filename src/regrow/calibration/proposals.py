@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from regrow.calibration.drift import Growth, drifting_error
 from regrow.calibration.fit import fitted, weight_matrix
@@ -22,25 +23,31 @@ LAST = 3
 """Computed outputs that a fitted one is made of. More gain little, and each is kept in memory."""
 PULL = 1e-3
 """Ridge towards the line through the last two outputs, as a share of their mean square."""
-PROBES = (1.25, 2.0)
+PROBES = (1.4, 2.0)
 """How much denser at one end the plans are that are run to find the growth."""
+DEEP = (1.5, 2.0)
+"""How much denser at the start full calls are where the others compute the outermost layers."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A plan of forecast outputs.
+    """A plan of forecasts.
 
     Args:
         name: what it does, in words.
         full: the calls that are computed.
-        recovery: what the outputs of the others follow from.
+        recovery: what the others follow from.
         total: calls of the run.
+        depth: up-path layers that the others compute; 0 where the output is forecast.
+        ratio: share of the tokens that is pruned where layers prune.
     """
 
     name: str
     full: Positions
     recovery: TimeRecovery
     total: int
+    depth: int = 0
+    ratio: float = 0.0
 
     @property
     def weights(self) -> Array:
@@ -52,8 +59,8 @@ class Proposal:
         computed = set(self.full)
         return Schedule(
             name=self.name,
-            depth=tuple(FULL if call in computed else 0 for call in range(self.total)),
-            ratio=(0.0,) * self.total,
+            depth=tuple(FULL if call in computed else self.depth for call in range(self.total)),
+            ratio=(self.ratio,) * self.total,
             recovery=(self.recovery,),
         )
 
@@ -90,7 +97,7 @@ def proposals(recording: Recording, count: int, growth: Growth, keep: int = 2) -
     return tuple(_fitted(recording, full, "searched") for full in found)
 
 
-def others(recording: Recording, full: Positions) -> tuple[Proposal, ...]:
+def alternatives(recording: Recording, full: Positions) -> tuple[Proposal, ...]:
     """Other forecasts than the fitted one at the same positions."""
     line = Taylor(order=1)
     near = fitted(recording.products, full, last=LAST, towards=line, ridge=PULL)
@@ -99,6 +106,43 @@ def others(recording: Recording, full: Positions) -> tuple[Proposal, ...]:
     return tuple(
         Proposal(_name(recording, full, "searched", what), full, recovery, recording.origin.calls)
         for what, recovery in kinds.items()
+    )
+
+
+def deep_proposals(total: int, count: int, depth: int = 1) -> tuple[Proposal, ...]:
+    """Plans that forecast deep features and compute what lies above them in every call.
+
+    Args:
+        total: calls of the run.
+        count: calls that are computed in full.
+        depth: up-path layers that the others compute.
+    """
+    forecasts: Mapping[str, TimeRecovery] = {
+        "line": Taylor(order=1),
+        "Chebyshev": Chebyshev(degree=3, mix=0.5),
+    }
+    places = {"evenly": evenly(total, count)}
+    places |= {f"denser at the start ({p:g})": dense_at_start(total, count, p) for p in DEEP}
+    return tuple(
+        Proposal(
+            f"{count} of {total} computed, {where}, deep features of the others {name}",
+            full,
+            recovery,
+            total,
+            depth,
+        )
+        for where, full in places.items()
+        for name, recovery in forecasts.items()
+    )
+
+
+def pruned(recording: Recording, count: int, ratio: float) -> tuple[Proposal, ...]:
+    """Plans of forecast outputs whose full calls prune tokens, at positions denser at the start."""
+    total = recording.origin.calls
+    places = {f"denser at the start ({p:g})": dense_at_start(total, count, p) for p in DEEP}
+    plain = (_fitted(recording, full, where) for where, full in places.items())
+    return tuple(
+        replace(one, name=f"{one.name}, {ratio:.0%} of tokens pruned", ratio=ratio) for one in plain
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from regrow.calibration.drift import Growth, Ran, fitted_growth
 from regrow.calibration.influence import Array
-from regrow.calibration.proposals import Proposal, others, probes, proposals
+from regrow.calibration.proposals import Proposal, alternatives, probes, proposals
 from regrow.calibration.recording import Recording
 from regrow.fields import check_within
 
@@ -93,7 +93,12 @@ class Answer:
 
 
 def search(
-    recording: Recording, count: int, fewer: Sequence[FewerSteps], measure: Measure, prompts: int
+    recording: Recording,
+    count: int,
+    fewer: Sequence[FewerSteps],
+    measure: Measure,
+    prompts: int,
+    others: Sequence[Proposal] = (),
 ) -> Answer:
     """The plan of so many computed calls that is nearest to the unaccelerated pictures.
 
@@ -103,6 +108,7 @@ def search(
         fewer: samplers that cost as much, >= 1 of them.
         measure: runs a plan.
         prompts: how many there are to measure on.
+        others: plans of another kind that cost as much, whose errors the recording does not tell.
 
     Raises:
         ValueError: naming what is not allowed.
@@ -123,7 +129,9 @@ def search(
         known = {plan.full for plan in run}
         found = proposals(recording, count, _growth(recording, run))
         go(plan for plan in found if plan.full not in known)
-    go(others(recording, max(run, key=lambda plan: run[plan].mean).full))
+    go(alternatives(recording, max(run, key=lambda plan: run[plan].mean).full))
+    growth = _growth(recording, run)
+    go(others)
     ranked = sorted(run.values(), key=lambda outcome: -outcome.mean)
     final, rest = ranked[:SURVIVORS], ranked[SURVIVORS:]
     if prompts > few:
@@ -133,7 +141,7 @@ def search(
     nearest = max(final, key=lambda outcome: outcome.mean)
     more, error = nearest.gain(best)
     ordered = sorted([*final, *plain], key=lambda outcome: -outcome.mean)
-    return Answer(nearest if more > error else best, (*ordered, *rest), _growth(recording, run))
+    return Answer(nearest if more > error else best, (*ordered, *rest), growth)
 
 
 def _growth(recording: Recording, run: Mapping[Proposal, Outcome]) -> Growth:

@@ -99,7 +99,10 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
                 batches = -(-len(request.prompts) // request.batch)
                 bar.update(task, total=len(pipeline.scheduler.timesteps) * batches, advance=1)
 
-            results[name] = _all(request, pipeline, method, options | {"on_step": step})
+            # Beside a plan that has fewer steps stands the run that it is for.
+            steps = request.steps if method is not None or config is None else config.unaccelerated_steps
+            asked = {"on_step": step, "steps": steps or request.steps}
+            results[name] = _all(request, pipeline, method, options | asked)
     files = _save(request, results[variants[-1][0]].images)
     rows = _rows(request, results)
     if request.compare:
@@ -237,9 +240,11 @@ def _all(request: Request, pipeline: Any, method: Any, options: Mapping[str, Any
     """The pictures of all prompts by one method."""
     made: list[Pictures] = []
 
+    own = {} if method is None else {"more": {**options["more"], **method.arguments()}}
+
     def run(after: Callable[[], None] = lambda: None) -> None:
         for start, prompts in _batches(request):
-            seeded = {**options, "seed": request.seed + start}
+            seeded = {**options, **own, "seed": request.seed + start}
             made.append(_make(pipeline, prompts, seeded, request.negative_prompt))
             after()
 

@@ -211,7 +211,10 @@ def generate(
     schedule: ScheduleFile = None,
     ratio: Ratio = None,
     interval: Interval = None,
-    steps: Steps = 50,
+    steps: Annotated[
+        Optional[int],
+        typer.Option(min=1, max=MOST_CALLS, help="Sampler steps; 50, or those of a calibrated plan."),
+    ] = None,
     scheduler: Scheduler = None,
     guidance: Guidance = None,
     seed: Seed = 0,
@@ -239,9 +242,10 @@ def generate(
         method = "dato"
     if method is not None:
         config = method_config(
-            method, preset=preset, schedule=schedule, ratio=ratio, interval=interval, steps=steps
+            method, preset=preset, schedule=schedule, ratio=ratio, interval=interval, steps=steps or 50
         )
         label = method_label(method, preset, schedule, ratio, interval)
+        steps = steps or config.sampler_steps
     elif any(value is not None for value in (preset, ratio, interval)):
         raise ValueError("--preset, --ratio, --interval: need --method")
     if bool(prompt) == (prompts is not None):
@@ -253,7 +257,7 @@ def generate(
             negative_prompt=negative_prompt,
             image=image,
             strength=strength,
-            steps=steps,
+            steps=steps or 50,
             scheduler=scheduler,
             guidance=guidance,
             seed=seed,
@@ -762,20 +766,13 @@ def calibrate(
     fewer_macs: Annotated[
         Optional[float], typer.Option(help="Instead: fewer MACs of the denoiser by this factor.")
     ] = None,
-    max_deviation: Annotated[
-        Optional[float], typer.Option(help="Instead: mean absolute error of the last latents, at most.")
+    psnr: Annotated[
+        Optional[float],
+        typer.Option(help="Instead: the fastest plan whose pictures are as near, in dB."),
     ] = None,
     model: Model = "emoji",
-    method: Searched = "dato",
-    steps: StepRange = "50",
-    prompts: Annotated[str, typer.Option(help="A file of prompts, or a number of the model's own.")] = "8",
-    budget: Annotated[
-        str, typer.Option(help="Minutes such as 15m, or generations of plans such as 30.")
-    ] = "15m",
-    latency: Annotated[
-        bool,
-        typer.Option(help="Time every plan of the search, not only those near the wish; takes longer."),
-    ] = False,
+    steps: Steps = 50,
+    prompts: Annotated[str, typer.Option(help="A file of prompts, or a number of the model's own.")] = "16",
     seed: Seed = 0,
     scheduler: Scheduler = None,
     guidance: Guidance = None,
@@ -783,46 +780,46 @@ def calibrate(
     width: Width = None,
     device: Device = None,
     dtype: Dtype = "float32",
-    batch: Batch = 16,
-    out: Annotated[Path, typer.Option(help="Folder of the search; gone on with.")] = Path("calibration"),
+    batch: Annotated[
+        int, typer.Option(help="Pictures in one batch, also where time is measured.", min=1, max=MOST_COUNT)
+    ] = 4,
+    out: Annotated[Path, typer.Option(help="Folder of the plan and of pictures.")] = Path("calibration"),
     as_json: AsJson = False,
 ) -> None:
-    """A quarter of an hour for one schedule that meets a wish. Exit code 1 if none was found that does.
+    """Find the plan for a model that is nearest to its unaccelerated pictures at a speed.
 
-    Plans are searched by deviation and MACs; timing some of those found tells the best that is fast enough.
+    It is never worse than fewer steps: where these are nearest, the plan is fewer steps. Half of the
+    prompts are run and recorded, forecasts of skipped calls are fitted to them, and the best are compared
+    on the other half. The plan is a file for --method.
 
     Example: [b]regrow calibrate --model emoji --speedup 3[/b]
     """
-    from regrow.cli import search as command
+    from regrow.calibration.calibrate import Settings, Wish
+    from regrow.cli.calibrate import Request, run_calibrate
+    from regrow.cli.search import prompts_of
 
-    wish = command.Wish(speedup, fewer_macs, max_deviation)
-    texts = command.prompts_of(model, prompts)
-    objectives = ("quality:deviation", "cost:latency" if latency else "cost:macs")
-    settings = command.settings_of(
-        model=model,
-        method=method,
-        steps=command.parse_steps(steps),
-        prompts=texts,
-        objectives=objectives,
-        economy=command.parse_economy(None, None, len(texts), objectives),
-        seed=seed,
-        scheduler=scheduler,
+    wish = Wish(speedup, fewer_macs, psnr)
+    settings = Settings(
+        steps=steps,
         guidance=zoo.guidance_of(model, guidance),
+        seed=seed,
         height=height,
         width=width,
-        dtype=dtype,
         batch=batch,
+        model=model,
     )
-    request = command.Request(
-        settings=settings,
-        asked=command.Asked(budget),
-        where=Where(),
-        device=device,
-        out=out,
-        plots=False,
+    run_calibrate(
+        Request(
+            settings=settings,
+            prompts=prompts_of(model, prompts),
+            scheduler=scheduler,
+            device=device,
+            dtype=dtype,
+            out=out,
+        ),
+        wish,
+        as_json,
     )
-    if not command.run_calibrate(request, wish, as_json):
-        raise typer.Exit(1)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Any
 
 from regrow.methods.base import MethodConfig
 from regrow.methods.catalogue import System, default_of, systems
+from regrow.recover.time import TimeRecovery, recovery_from
 from regrow.schedule import Schedule
 from regrow.words import offer, shown
 
@@ -120,9 +121,18 @@ def _changes(config: type[MethodConfig], preset: MethodConfig) -> Iterator[str]:
 
 def _plain(value: Any) -> Any:
     """A value as it is typed; a schedule by its name."""
+    if isinstance(value, TimeRecovery):
+        return _typed(value)
     if isinstance(value, Schedule):
         return value.name or f"a schedule of {len(value)} calls"
     return value.value if isinstance(value, Enum) else value
+
+
+def _typed(recovery: TimeRecovery) -> Any:
+    """The name of a recovery, or its fields where the name does not say them all."""
+    fields = recovery.model_dump(mode="json")
+    name = f"{fields['kind']}{fields.get('order', fields.get('degree', ''))}"
+    return name if recovery_from(name) == recovery else fields
 
 
 def _wrapped(text: str, indent: int) -> Iterable[str]:

@@ -62,7 +62,7 @@ def _with_settings(name: str, given: list[str], steps: int) -> Any:
     if given:
         raise ValueError(f"{', '.join(given)}: not allowed with --method {name}, which has its settings")
     found = named(name, steps)
-    if found.config is None or found.steps != steps:
+    if found.config is None or (found.steps != steps and found.config.sampler_steps is None):
         raise ValueError(f"method: {name!r} is not allowed, it must be a method; steps are --steps")
     return found.config
 

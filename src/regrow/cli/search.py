@@ -1,4 +1,4 @@
-"""``regrow search`` and ``regrow calibrate``."""
+"""``regrow search``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from regrow.cli.models import best_device, check_device, check_room, load_pipeli
 from regrow.cli.terminal import Bar, busy, named, output, remarks, table
 from regrow.fields import MOST_COUNT, check_within, explain
 from regrow.files import damaged, read_kept
-from regrow.measure.bench import bench
 from regrow.measure.keep import check_writable
 from regrow.measure.lock import locked
 from regrow.measure.machine import machine
@@ -32,7 +31,7 @@ from regrow.measure.macs import PlanCounter
 from regrow.measure.plotting import check_matplotlib
 from regrow.measure.prompts import read_prompts
 from regrow.measure.sampling import make
-from regrow.measure.variants import Variant, variant
+from regrow.measure.variants import variant
 from regrow.models import denoiser_of
 from regrow.schedule import FULL
 from regrow.search.evaluation import Candidate, Evaluator, Facts
@@ -523,166 +522,3 @@ def _print_failed(result: Mapping[str, Any], console: Console) -> None:
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-_MOST_WISHED = 1000
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a calibrated plan must meet: one of the three.
-
-    Args:
-        speedup: as measured here: time of the unaccelerated run over the plan's.
-        fewer_macs: the same of the denoiser's MACs.
-        max_deviation: mean absolute error of the last latents.
-
-    Raises:
-        ValueError: if none, or more than one, is given, or it is not allowed.
-    """
-
-    speedup: float | None = None
-    fewer_macs: float | None = None
-    max_deviation: float | None = None
-
-    def __post_init__(self) -> None:
-        wishes = (
-            ("speedup", self.speedup, 1),
-            ("fewer-macs", self.fewer_macs, 1),
-            ("max-deviation", self.max_deviation, 0),
-        )
-        if sum(value is not None for _, value, _ in wishes) != 1:
-            options = ", ".join(f"--{option}" for option, *_ in wishes)
-            raise ValueError(f"{options}: one of them must be given, and only one")
-        for option, value, least in wishes:
-            if value is not None and not least < value <= _MOST_WISHED:
-                raise ValueError(
-                    f"--{option}: {value} is not allowed, it must be > {least} and <= {_MOST_WISHED}"
-                )
-
-    def choose(
-        self, plans: Sequence[Found], cost: Cost, measure: Callable[[Found], float]
-    ) -> tuple[Found, bool]:
-        """The best plan that meets it, or the nearest to it, and whether it does.
-
-        Args:
-            plans: of a front, at least one.
-            cost: what they were searched for besides quality.
-            measure: a plan's measured speed-up; of a front some few are asked for.
-        """
-        by_cost = sorted(plans, key=lambda p: p.known.value(cost))
-        if self.speedup is not None:
-            return _fast_enough(by_cost[::-1], self.speedup, measure)
-        by_quality = sorted(plans, key=lambda p: p.known.value(Quality.DEVIATION))
-        if self.fewer_macs is not None:
-            good = [p for p in by_quality if p.known.macs <= 1 / self.fewer_macs]
-            return (good[0], True) if good else (min(plans, key=lambda p: p.known.macs), False)
-        limit = self.max_deviation or 0.0
-        good = [p for p in by_cost if p.known.value(Quality.DEVIATION) <= limit]
-        return (good[0], True) if good else (by_quality[0], False)
-
-
-def _fast_enough(
-    plans: Sequence[Found], speedup: float, measure: Callable[[Found], float]
-) -> tuple[Found, bool]:
-    """The first of the plans of a front, dearest first, that is fast enough; else the last one.
-
-    A cheaper plan is a faster one, but for chance, so that halving finds it with few measurements.
-    """
-    below, above = -1, len(plans)
-    while above - below > 1:
-        middle = (below + above) // 2
-        if measure(plans[middle]) >= speedup:
-            above = middle
-        else:
-            below = middle
-    return (plans[above], True) if above < len(plans) else (plans[-1], False)
-
-
-def run_calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
-    """Search, choose the plan that meets the wish by its measured speed, and write its schedule.
-
-    Returns:
-        whether the wish is met.
-
-    Raises:
-        ValueError: as `run_search`, or if a plan could not be timed.
-        KeyboardInterrupt: if the search was stopped.
-    """
-    check_writable("--out", request.out, folder=True)
-    with locked("--out", request.out):
-        return _calibrate(request, wish, as_json)
-
-
-def _calibrate(request: Request, wish: Wish, as_json: bool) -> bool:
-    """`run_calibrate` in a folder that nobody else writes."""
-    cost = _first(request.settings.objectives, Cost)
-    assert isinstance(cost, Cost)
-    outcome = _search(request)
-    if outcome.stopped:
-        raise KeyboardInterrupt
-    device = request.device or best_device()
-    measured: dict[str, float] = {}
-    pipeline = None
-
-    def measure(plan: Found) -> float:
-        nonlocal pipeline
-        if plan.name not in measured:
-            pipeline = pipeline or request.opening(device)()
-            measured[plan.name] = _speedup(request, pipeline, plan)
-        return measured[plan.name]
-
-    with busy(remarks(), "measuring how fast plans are"):
-        plan, met = wish.choose(outcome.plans, cost, measure)
-        speedup = measure(plan)
-    source = _file(request, outcome, plan)
-    file = (request.out / "calibrated").with_suffix(source.suffix)
-    file.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    candidate = plan.known.candidate
-    values = figures(plan.known, request.settings.objectives)
-    result = {
-        "met": met,
-        "file": str(file),
-        "steps": candidate.steps,
-        "values": values,
-        "fewer_macs": round(1 / plan.known.macs, 3),
-        "measured_speedup": round(speedup, 3),
-        "measured": {name: round(value, 3) for name, value in measured.items()},
-        "machine": machine(device),
-    }
-    write_json(request.out / "calibrated-result.json", result)
-    if as_json:
-        print(json.dumps(result, indent=1))
-        return met
-    said_values = ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
-    said = output()
-    _print_failed(outcome.result, said)
-    said.print(
-        f"{'this plan meets the wish' if met else 'the wish is not met; the nearest plan found'}: "
-        f"{candidate.steps} steps, {said_values}; measured {speedup:.2f}x faster",
-        soft_wrap=True,
-    )
-    said.print(f"plan: {file}\nnext: {_next_command(request, file, plan)}", soft_wrap=True)
-    return met
-
-
-def _speedup(request: Request, pipeline: Any, plan: Found) -> float:
-    """How many times as fast as the unaccelerated run a plan is.
-
-    Raises:
-        ValueError: if one of both could not be timed.
-    """
-    s = request.settings
-    candidate = plan.known.candidate
-    rows = bench(
-        pipeline,
-        [Variant("unaccelerated", None, s.steps[1]), Variant(plan.name, candidate.config, candidate.steps)],
-        s.prompts[:SHOWN_PROMPTS],
-        guidance=s.guidance,
-        height=s.height,
-        width=s.width,
-    )
-    for row in rows:
-        if row.error is not None:
-            raise ValueError(f"{row.name}: it could not be timed ({row.error})")
-    return rows[1].speedup or 0.0

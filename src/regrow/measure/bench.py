@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from regrow.apply import Run
 from regrow.engine.inputs import without_data
 from regrow.fields import MOST_COUNT, check_within
+from regrow.installed import around_calls
 from regrow.macs import plain_macs
 from regrow.measure.sampling import Moment, check_frames, make, moment, wait
 from regrow.measure.variants import Variant
@@ -215,7 +216,7 @@ def _applied(
         torch._dynamo.reset()
     with one.applied(pipeline) as run:
         if compiled:
-            make(pipeline, prompts, steps=one.steps, **options)
+            make(pipeline, prompts, steps=one.steps, **one.arguments(options))
             # diffusers' own caches go on where they were, unless the denoiser has a cache mixin.
             for module in module_of(pipeline).modules():
                 if isinstance(registry := getattr(module, "_diffusers_hook", None), HookRegistry):
@@ -238,17 +239,8 @@ def _hooked(
 ) -> tuple[Run | None, float]:
     """One generation with hooks around the denoiser's calls, and its seconds."""
     denoiser = module_of(pipeline)
-    with _applied(pipeline, one, prompts, options) as run:
-        # Registered last, and so around the method's own.
-        hooks = [
-            denoiser.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-            denoiser.register_forward_hook(after),
-        ]
-        try:
-            return run, make(pipeline, prompts, steps=one.steps, **options).seconds
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with _applied(pipeline, one, prompts, options) as run, around_calls(denoiser, before, after):
+        return run, make(pipeline, prompts, steps=one.steps, **one.arguments(options)).seconds
 
 
 def _warm_up(
@@ -311,7 +303,7 @@ def _measure_memory(
     """Peak memory of one generation."""
     with _applied(pipeline, one, prompts, options):
         with PeakMemory(pipeline.device) as memory:
-            make(pipeline, prompts, steps=one.steps, **options)
+            make(pipeline, prompts, steps=one.steps, **one.arguments(options))
         timed.peak = memory.mib
 
 

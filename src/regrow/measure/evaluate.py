@@ -119,6 +119,7 @@ class ShardMaker:
                     seed=s.seed + shard.number * s.shard,
                     height=s.height,
                     width=s.width,
+                    **shard.variant.arguments({}),
                 )
         except torch.OutOfMemoryError as error:
             raise MemoryError(

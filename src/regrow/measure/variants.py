@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,11 @@ class Variant:
             Exception: whatever keeps the method off this pipeline.
         """
         return nullcontext() if self.config is None else apply(pipeline, self.config)
+
+    def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of `regrow.measure.sampling.make` with what the method wants the pipeline to be given."""
+        own = {} if self.config is None else self.config.arguments()
+        return {**options, "more": {**options.get("more", {}), **own}}
 
     def check(self, pipeline: Any) -> None:
         """Look whether the method goes on a pipeline. What it warns of is said when it is applied for good.

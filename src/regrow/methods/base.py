@@ -214,6 +214,20 @@ class MethodConfig(Checked):
         """
         return type(self).model_validate(self.model_dump() | dict(changes))
 
+    @property
+    def sampler_steps(self) -> int | None:
+        """The sampler's steps that it is for; None if it is for any number."""
+        return None
+
+    @property
+    def unaccelerated_steps(self) -> int | None:
+        """The sampler's steps of the run that it stands in for; None if they are its own."""
+        return None
+
+    def arguments(self) -> Mapping[str, Any]:
+        """What a pipeline's call is to be given besides its steps."""
+        return {}
+
     @classmethod
     def space(cls, calls: int) -> Space:
         """What a search may choose.

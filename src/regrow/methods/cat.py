@@ -103,7 +103,7 @@ class CATPruning(MethodConfig):
         role=Role.CHOOSES,
         measured={DenoiserKind.TRANSFORMER: ("0.5",)},
         traced={DenoiserKind.TRANSFORMER: ("0.5",)},
-        place=30,
+        place=40,
     )
 
     method: Literal["cat"] = "cat"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, reduce
 from operator import or_
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Discriminator,
@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from regrow.methods.base import MethodConfig, Role, methods_of, name_of
+from regrow.methods.base import About, MethodConfig, Role, methods_of, name_of
 from regrow.methods.parts import Parts, parts_of
 from regrow.schedule import LAYERS, After, Both, Plan, Schedule
 
@@ -70,6 +70,8 @@ class Combined(MethodConfig):
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
     """
+
+    ABOUT: ClassVar[About] = About("Two methods", "cached calls by one, fewer tokens by the other")
 
     method: Literal["combined"] = "combined"
     version: Literal[1] = 1

@@ -68,7 +68,7 @@ def named(name: str, steps: int) -> Named:
 
     Args:
         name: the short name.
-        steps: sampler steps where no ``steps:N`` says otherwise.
+        steps: sampler steps where neither ``steps:N`` nor the plan in a file says otherwise.
 
     Raises:
         ValueError: if the name is none of these, or the file is not what it should be.
@@ -87,7 +87,9 @@ def named(name: str, steps: int) -> Named:
         )
     try:
         configs = [_config(part, steps) for part in parts]
-        return Named(_both(name, configs) if len(configs) == 2 else configs[0] if configs else None, steps)
+        config = _both(name, configs) if len(configs) == 2 else configs[0] if configs else None
+        planned = None if config is None or own else config.sampler_steps
+        return Named(config, planned or steps)
     except ValidationError as error:
         raise ValueError(f"method: {shown(name)}: {explain(error)}") from error
 

@@ -54,7 +54,7 @@ class ToMeSD(MethodConfig):
         value="ratio",
         role=Role.CHOOSES,
         measured={DenoiserKind.UNET: ("0.5",)},
-        place=40,
+        place=30,
     )
 
     method: Literal["tome"] = "tome"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,13 @@ class Store:
 
     def __contains__(self, key: str) -> bool:
         return key in self._kept
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys of the sites that have values."""
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def keep(self, key: str, value: Value) -> None:
         """Keep a value alone, whatever its site had before."""

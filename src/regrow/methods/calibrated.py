@@ -1,0 +1,109 @@
+"""A plan that `regrow.calibrate` found for a model: as many steps, and what each call of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from regrow.fields import MOST_CALLS, Calls, Checked, Count
+from regrow.methods.base import About, MethodConfig, TextError, register
+from regrow.methods.dato import DaTo
+from regrow.methods.parts import Parts, parts_of
+from regrow.schedule import FULL, Schedule
+
+Timestep = Annotated[float, Field(ge=0, le=MOST_CALLS)]
+
+
+class Tried(Checked):
+    """A candidate of a calibration.
+
+    Args:
+        name: what it does, in words.
+        psnr: in dB, of its pictures to the unaccelerated ones, the mean; 99 stands for equal pictures.
+        error: standard error of that.
+        behind: how much nearer the chosen plan is, in dB, the mean of the pictures.
+        behind_error: standard error of that.
+        prompts: how many it was measured on.
+    """
+
+    name: str
+    psnr: float
+    error: float = 0.0
+    behind: float = 0.0
+    behind_error: float = 0.0
+    prompts: Count
+
+
+@register
+class Calibrated(MethodConfig):
+    """A calibrated plan.
+
+    Args:
+        steps: of the sampler: give it to the pipeline as ``num_inference_steps``.
+        timesteps: instead, to give to the pipeline as ``timesteps``; None for the sampler's own.
+        schedule: what each call does.
+        instead_of: steps of the unaccelerated runs that it was compared with.
+        speedup: as measured in the calibration, with the whole pipeline; None if it was not.
+        tried: the candidates, the nearest to the unaccelerated pictures first.
+    """
+
+    ABOUT: ClassVar[About] = About(
+        title="Calibrated plan",
+        what="what regrow calibrate found for a model: forecasts, or fewer steps where these are nearer",
+        models="any model",
+        note="a file: regrow calibrate --speedup 3, then --method FILE.json",
+        place=5,
+    )
+
+    method: Literal["calibrated"] = "calibrated"
+    version: Literal[1] = 1
+    steps: Calls
+    timesteps: tuple[Timestep, ...] | None = None
+    schedule: Schedule
+    instead_of: Calls
+    speedup: float | None = Field(None, gt=0)
+    tried: tuple[Tried, ...] = ()
+
+    @model_validator(mode="after")
+    def _as_many_timesteps(self) -> Self:
+        if self.timesteps is not None and len(self.timesteps) != self.steps:
+            raise ValueError(f"timesteps: {len(self.timesteps)} entries for {self.steps} steps")
+        return self
+
+    @classmethod
+    def from_text(cls, text: str, calls: int) -> Self:
+        """There is none by name: plans are in files."""
+        raise TextError("nothing: a calibrated plan is a file, give its name as the method")
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some call is not full; if none is, the plan is fewer steps."""
+        return any(step.ratio or step.depth != FULL for step in self.schedule.kinds())
+
+    @property
+    def sampler_steps(self) -> int:
+        """`steps`."""
+        return self.steps
+
+    @property
+    def unaccelerated_steps(self) -> int:
+        """`instead_of`."""
+        return self.instead_of
+
+    def arguments(self) -> Mapping[str, Any]:
+        """The timesteps, if they are not the sampler's own."""
+        return {} if self.timesteps is None else {"timesteps": list(self.timesteps)}
+
+    def at(self, calls: int) -> Self:
+        """The same with the schedule of so many calls."""
+        return self.model_copy(update={"schedule": self.schedule.resample(calls)})
+
+
+@parts_of.register
+def _(config: Calibrated) -> Parts:
+    if config.schedule.max_ratio:
+        return parts_of(DaTo(schedule=config.schedule))
+    return Parts(config.schedule)
