@@ -35,6 +35,10 @@ RATIO = 0.5
 """Share of the tokens that plans prune, where that pays."""
 PAYS = 0.9
 """Plans that prune are tried where a full call that does takes at most this share of another."""
+SHORT, LONG = 2, 8
+"""Steps of the runs that calls are timed in."""
+ROUNDS = 3
+"""Runs of which a time is the median."""
 LADDER = (10.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.25)
 """Speed-ups that are tried for a wish of quality, the fastest first."""
 ENOUGH = 0.99
@@ -243,7 +247,7 @@ class Calibration:
         with apply(self.pipe, config):
             return run()
 
-    def speedup(self, config: Calibrated, rounds: int = 3) -> float:
+    def speedup(self, config: Calibrated, rounds: int = ROUNDS) -> float:
         """Of a plan, as measured: unaccelerated and plan in turn, the median of the rounds."""
         part, found = self.compared[: self.settings.batch], []
         for done in range(rounds):
@@ -254,7 +258,7 @@ class Calibration:
 
     def timed(self) -> Costs:
         """What calls cost in time."""
-        steps, part = self.settings.steps, self.compared[: self.settings.batch]
+        part = self.compared[: self.settings.batch]
 
         def seconds(schedule: Schedule | None, count: int) -> float:
             config = None
@@ -262,25 +266,24 @@ class Calibration:
                 config = Calibrated(steps=count, schedule=schedule, instead_of=count)
             return self._batch(config, count, part, 0)[1]
 
-        self._tell(Progress("timing calls", 0, 4))
-        few = max(steps // 2, 1)
-        seconds(None, min(2, steps))
-        whole, half = (median([seconds(None, count) for _ in range(2)]) for count in (steps, few))
-        call = max((whole - half) / (steps - few), 1e-9)
-        rest = max(whole / call - steps, 0.0)
+        def middle(schedule: Schedule | None, count: int) -> float:
+            return median([seconds(schedule, count) for _ in range(ROUNDS)])
+
+        self._tell(Progress("timing calls", 0, 1))
+        seconds(None, SHORT)
+        few, many = middle(None, SHORT), middle(None, LONG)
+        call = max((many - few) / (LONG - SHORT), 1e-9)
+        rest = max(few / call - SHORT, 0.0)
 
         def share(depth: int) -> float:
-            depths = (FULL, *(depth,) * (self.calls - 1))
-            taken = seconds(Schedule(depth=depths, ratio=(0.0,) * self.calls), steps) / call
-            return min(max((taken - rest - 1) / max(self.calls - 1, 1), 0.0), 0.99)
+            plan = Schedule(depth=(FULL, *(depth,) * (LONG - 1)), ratio=(0.0,) * LONG)
+            return min(max((middle(plan, LONG) / call - rest - 1) / (LONG - 1), 0.0), 0.99)
 
         layout = layout_of(denoiser_of(self.pipe))
         output, deep = share(0), share(1) if layout.depths > 1 else None
-        self._tell(Progress("timing calls", 3, 4))
-        pruning = None
-        if layout.blocks:
-            pruning = (seconds(Schedule.constant(RATIO), few) / call - rest) / few
-        return Costs(rest, output, deep, pruning)
+        if not layout.blocks:
+            return Costs(rest, output, deep)
+        return Costs(rest, output, deep, (middle(Schedule.constant(RATIO), LONG) / call - rest) / LONG)
 
     def counted(self) -> Costs:
         """What calls cost in MACs."""
