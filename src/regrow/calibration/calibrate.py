@@ -161,8 +161,10 @@ class Calibration:
         self.pipe, self.settings = pipe, settings
         half = len(prompts) // 2
         self.fit, self.compared = tuple(prompts[:half]), tuple(prompts[half:])
-        self.pictures: dict[str, list[Any]] = {}
-        """By the name of a plan, its pictures of the first compared prompts."""
+        self.pictures: dict[Plan, list[Any]] = {}
+        """By plan, its pictures of the first compared prompts."""
+        self.answer: Answer | None = None
+        """The last one that was found."""
         self._tell = on_progress or (lambda progress: None)
         self._recording: Recording | None = None
         self._plain: list[Any] = []
@@ -200,7 +202,7 @@ class Calibration:
 
     def measure(self, plan: Plan, prompts: int) -> Array:
         """The PSNR in dB of a plan's pictures of the first compared prompts to the unaccelerated ones."""
-        made = self.pictures.setdefault(plan.name, [])
+        made = self.pictures.setdefault(plan, [])
         plain = self.plain(prompts)
         self._make(plan.name.split(",")[0], self.config(plan), made, prompts)
         return np.array([_psnr(a, b) for a, b in zip(plain, made[:prompts], strict=True)])
@@ -301,7 +303,7 @@ class Calibration:
         steps, calls = self.settings.steps, self.calls
         fewer = min(max(math.floor(budget - costs.rest + 1e-6), 1), steps)
         count = max(min(costs.full_calls(budget, calls, costs.output), calls - 1), 2)
-        return search(
+        self.answer = search(
             self.recording,
             count,
             list(self._fewer(fewer)),
@@ -309,6 +311,7 @@ class Calibration:
             len(self.compared),
             list(self._others(budget, costs)),
         )
+        return self.answer
 
     def _fewer(self, steps: int) -> Iterator[FewerSteps]:
         """Fewer steps: the sampler's own, and where it takes any, some that are denser at the start."""
@@ -390,7 +393,7 @@ def plan_for(calibration: Calibration, wish: Wish) -> Calibrated:
     """The answer of `calibrate`."""
     if wish.fewer_macs is not None:
         costs = calibration.counted()
-        return _plan(calibration, calibration.find(_budget(calibration, costs, wish.fewer_macs), costs))
+        return plan_of(calibration, calibration.find(_budget(calibration, costs, wish.fewer_macs), costs))
     costs = calibration.timed()
     if wish.speedup is not None:
         return _fast_enough(calibration, costs, wish.speedup)
@@ -426,7 +429,7 @@ def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Cali
     """The nearest plan that is so fast when measured; as long as it is not, with fewer full calls."""
     budget = _budget(calibration, costs, speedup)
     while True:
-        plan = _plan(calibration, calibration.find(budget, costs))
+        plan = plan_of(calibration, calibration.find(budget, costs))
         measured = calibration.speedup(plan)
         least = costs.rest + 2 + (calibration.calls - 2) * costs.output
         if measured >= ENOUGH * speedup or budget < least + 1:
@@ -434,7 +437,7 @@ def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Cali
         budget = max(budget - max(1.0, (budget - costs.rest) * (1 - measured / speedup)), least)
 
 
-def _plan(calibration: Calibration, answer: Answer) -> Calibrated:
+def plan_of(calibration: Calibration, answer: Answer) -> Calibrated:
     """The configuration of an answer, with all that was tried: the plan first."""
     best = answer.best
     outcomes = [best, *(one for one in answer.outcomes if one is not best)]
