@@ -7,8 +7,8 @@
 For each number of computed calls a plan is calibrated on some prompts (`regrow.calibrate`), and then
 compared on others, of which nothing was fitted or chosen, with as many steps of the same sampler, of
 DPM-Solver++ 2M and of UniPC. What is compared is the PSNR to the unaccelerated pictures of the same seeds,
-picture by picture. Then all are timed in turns. Killed, it goes on after the last row that was done; a table
-is written beside the result.
+picture by picture. Then all are timed in turns. Killed, it goes on after the last row that was done; a
+table is written beside the result.
 """
 
 from __future__ import annotations
@@ -204,8 +204,8 @@ def table(data: dict[str, Any]) -> str:
     times = {row["name"]: row["speedup"] for row in data["times"]}
     memory = {row["name"]: row["peak_mib"] for row in data["times"]}
     lines = [
-        f"Model {asked['model']}, {asked['sampler']}, {asked['steps']} steps; {asked['pictures']} pictures, "
-        f"plans calibrated on {asked['fit']} others; {data['machine']['processor']}. PSNR in dB to the "
+        f"Model {asked['model']}, {asked['sampler']}, {asked['steps']} steps; {asked['pictures']} "
+        f"pictures, plans calibrated on {asked['fit']} others; {data['machine']['processor']}. PSNR in dB to the "
         "unaccelerated pictures; +- standard errors of paired differences.",
         "",
         "| calls | speed-up, steps | speed-up, plan | steps | DPM++ 2M | UniPC | calibrated | nearer than "
@@ -219,8 +219,8 @@ def table(data: dict[str, Any]) -> str:
         best = names[int(np.argmax(means))]
         shown = " | ".join(f"{mean:.1f}" for mean in (*means, np.mean(plan)))
         lines.append(
-            f"| {calls} | {times[f'{calls} steps']:.2f}x | {times[f'{calls} calls, calibrated']:.2f}x | {shown} "
-            f"| {_difference(plan, rows[names[0]]['psnr'])} | {_difference(plan, rows[best]['psnr'])} |"
+            f"| {calls} | {times[f'{calls} steps']:.2f}x | {times[f'{calls} calls, calibrated']:.2f}x "
+            f"| {shown} | {_difference(plan, rows[names[0]]['psnr'])} | {_difference(plan, rows[best]['psnr'])} |"
         )
     others = [name for name in rows if "steps" not in name and "calibrated" not in name]
     if others:
@@ -239,11 +239,12 @@ def table(data: dict[str, Any]) -> str:
             own += f" {_difference(plan, rows[name]['psnr'])} |"
         lines.append(own)
     peaks = [memory[f"{n} calls, calibrated"] for n in asked["calls"]]
-    if None not in [*peaks, memory[f"{asked['steps']} steps"]]:
+    plain = memory[f"{asked['steps']} steps"]
+    if None not in (plain, *peaks):
         lines += [
             "",
-            f"Peak memory above the weights: {memory[f'{asked['steps']} steps']:.0f} MiB of {asked['steps']} "
-            f"steps, {min(peaks):.0f} to {max(peaks):.0f} MiB of the plans.",
+            f"Peak memory above the weights: {plain:.0f} MiB of {asked['steps']} steps, "
+            f"{min(peaks):.0f} to {max(peaks):.0f} MiB of the plans.",
         ]
     return "\n".join(lines) + "\n"
 
