@@ -8,12 +8,15 @@ print(run.report())
 """
 
 from regrow.apply import Run, apply
+from regrow.calibration.calibrate import calibrate
+from regrow.calibration.recording import Recording, record
 from regrow.clock import ConcurrentGenerationError
 from regrow.compiling import compile_blocks
 from regrow.engine.call import Observation
 from regrow.methods import (
     ATEDM,
     FORA,
+    L2P,
     About,
     After,
     Alignment,
@@ -55,6 +58,7 @@ __all__ = [
     "ATEDM",
     "FORA",
     "FULL",
+    "L2P",
     "About",
     "After",
     "Alignment",
@@ -72,6 +76,7 @@ __all__ = [
     "Observation",
     "Parts",
     "Plan",
+    "Recording",
     "Recovery",
     "Restored",
     "Reuse",
@@ -96,7 +101,9 @@ __all__ = [
     "UnsupportedModelError",
     "Where",
     "apply",
+    "calibrate",
     "compile_blocks",
     "parts_of",
+    "record",
     "register",
 ]

@@ -22,6 +22,7 @@ from regrow.methods.combined import Combined
 from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
+from regrow.methods.l2p import L2P
 from regrow.methods.parts import (
     After,
     Alignment,
@@ -45,6 +46,7 @@ from regrow.methods.tome import ToMeSD
 __all__ = [
     "ATEDM",
     "FORA",
+    "L2P",
     "About",
     "After",
     "Alignment",
