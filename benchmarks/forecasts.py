@@ -205,8 +205,8 @@ def table(data: dict[str, Any]) -> str:
     memory = {row["name"]: row["peak_mib"] for row in data["times"]}
     lines = [
         f"Model {asked['model']}, {asked['sampler']}, {asked['steps']} steps; {asked['pictures']} "
-        f"pictures, plans calibrated on {asked['fit']} others; {data['machine']['processor']}. PSNR in dB to the "
-        "unaccelerated pictures; +- standard errors of paired differences.",
+        f"pictures, plans calibrated on {asked['fit']} others; {data['machine']['processor']}. PSNR in dB "
+        "to the unaccelerated pictures; +- standard errors of paired differences.",
         "",
         "| calls | speed-up, steps | speed-up, plan | steps | DPM++ 2M | UniPC | calibrated | nearer than "
         "steps by | than the best sampler by |",
@@ -220,7 +220,8 @@ def table(data: dict[str, Any]) -> str:
         shown = " | ".join(f"{mean:.1f}" for mean in (*means, np.mean(plan)))
         lines.append(
             f"| {calls} | {times[f'{calls} steps']:.2f}x | {times[f'{calls} calls, calibrated']:.2f}x "
-            f"| {shown} | {_difference(plan, rows[names[0]]['psnr'])} | {_difference(plan, rows[best]['psnr'])} |"
+            f"| {shown} | {_difference(plan, rows[names[0]]['psnr'])} "
+            f"| {_difference(plan, rows[best]['psnr'])} |"
         )
     others = [name for name in rows if "steps" not in name and "calibrated" not in name]
     if others:
