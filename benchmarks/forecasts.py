@@ -1,286 +1,283 @@
-"""Calibrated plans beside fewer steps, better samplers and published forecasts, on the bundled models.
+"""Calibrated plans beside fewer steps, other samplers and published caches, on a bundled model.
 
-    python benchmarks/forecasts.py --model emoji --work work/forecasts-emoji
-    python benchmarks/forecasts.py --model cifar10 --work work/forecasts-cifar10
+    python benchmarks/forecasts.py emoji
+    python benchmarks/forecasts.py cifar10
+    python benchmarks/forecasts.py cifar10 --sampler EulerDiscrete --steps 30 --calls 20 15 10
 
-A case is a sampler and its number of steps, and the speed-ups that are wished for. For each wish a plan is
-calibrated on 16 prompts; then it, and its rivals of as many computed calls, make the pictures of other
-prompts. How near these are to the case's own unaccelerated pictures is compared picture by picture. Times
-are of one batch, unaccelerated and row in turn. All that is done is kept in `--work`, and not done again.
+For each number of computed calls a plan is calibrated on some prompts (`regrow.calibrate`), and then
+compared on others, of which nothing was fitted or chosen, with as many steps of the same sampler, of
+DPM-Solver++ 2M and of UniPC. What is compared is the PSNR to the unaccelerated pictures of the same seeds,
+picture by picture. Then all are timed in turns. Killed, it goes on after the last row that was done; a
+table is written beside the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from regrow import zoo
-from regrow.calibration.calibrate import Calibration, Settings, Wish, plan_for
+from regrow.apply import apply
+from regrow.calibration.calibrate import EQUAL, Calibration, Costs, Settings, plan_of
+from regrow.cli.models import load_pipeline
+from regrow.measure.bench import bench
+from regrow.measure.images import psnr
+from regrow.measure.keep import write_whole
 from regrow.measure.machine import machine
 from regrow.measure.samplers import Sampler
 from regrow.measure.sampling import make
 from regrow.measure.variants import Variant, variant
 from regrow.methods.calibrated import Calibrated
-from regrow.methods.catalogue import load_plan
-from regrow.schedule import FULL
 
-FITTED = 16
-"""Prompts of a calibration; those compared come behind them."""
-FIRST_SEED = 1000
-"""Of the calibrations; the pictures that are compared have the seeds from 0."""
-UNIPC, DPM, EULER = "UniPCMultistep", "DPMSolverMultistep", "EulerDiscrete"
+RESULTS = Path(__file__).parent / "results"
+BATCH = 4
+OTHERS = {"DPM++ 2M": "DPMSolverMultistep", "UniPC": "UniPCMultistep"}
 PUBLISHED = {
-    "emoji": ("spectrum:quality", "spectrum:fast", "taylorseer", "deepcache:3", "deepcache:5"),
-    "cifar10": ("spectrum:quality", "spectrum:fast", "taylorseer", "fora:3"),
-}
-EQUAL = 99.0
-"""PSNR in dB that stands for the infinite one of equal pictures."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """An unaccelerated sampler, and how much faster it is to be.
-
-    Args:
-        sampler: as `Sampler.parse` takes it; None for the model's own.
-        steps: of it.
-        wishes: speed-ups.
-    """
-
-    sampler: str | None
-    steps: int
-    wishes: tuple[float, ...]
-
-    @property
-    def name(self) -> str:
-        """For files and tables."""
-        return f"{self.sampler or 'own'}-{self.steps}"
-
-
-CASES = {
     "emoji": (
-        Case(None, 50, (2, 3, 4, 5, 6, 8)),
-        Case(EULER, 30, (1.5, 2, 3)),
-        Case(DPM, 25, (1.5, 2, 3)),
+        "spectrum:quality",
+        "spectrum:fast",
+        "deepcache:3",
+        "deepcache:3:recovery=taylor",
+        "deepcache:5",
+        "deepcache:5:recovery=taylor",
+        "dato:emoji-balanced",
     ),
     "cifar10": (
-        Case(None, 50, (2, 3, 4, 5, 6, 8, 10)),
-        Case(EULER, 30, (1.5, 2, 3)),
-        Case(DPM, 25, (1.5, 2, 3)),
+        "spectrum:quality",
+        "spectrum:fast",
+        "taylorseer:4:order=1",
+        "taylorseer:4:order=2",
+        "taylorseer:4:order=1:level=last_block",
+        "fora:3",
+        "fora:3:recovery=taylor",
+        "toca:3",
+        "deepcache:3",
+        "deepcache:3:recovery=taylor",
     ),
 }
+CALLS = {"emoji": (25, 16, 12, 10, 8, 6), "cifar10": (25, 16, 12, 10, 8, 6, 5)}
 
 
 @dataclass(frozen=True)
-class Row:
-    """What makes pictures in a case.
+class Asked:
+    """What is compared; fields are the options."""
+
+    model: str
+    sampler: str
+    steps: int
+    calls: tuple[int, ...]
+    pictures: int
+    fit: int
+    published: bool
+
+    @property
+    def guidance(self) -> float | None:
+        """The model's own."""
+        return zoo.guidance_of(self.model, None)
+
+    @property
+    def prompts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Those that plans are calibrated on, and those that they are compared on."""
+        all_of_them = zoo.prompts_of(self.model, self.fit + self.pictures, "")
+        return all_of_them[: self.fit], all_of_them[self.fit :]
+
+
+class Result:
+    """The rows that are done, kept in a file.
 
     Args:
-        name: in tables.
-        variant: steps, and the method.
-        sampler: instead of the case's.
-        wish: the speed-up for which it is compared; None for one at a cost of its own.
+        file: JSON.
+        asked: what the rows are of; those of another question are refused.
     """
 
-    name: str
-    variant: Variant
-    sampler: str | None = None
-    wish: float | None = None
-
-
-def computed_calls(plan: Calibrated) -> int:
-    """How many calls of a plan are computed in full."""
-    return sum(step.depth == FULL for step in plan.schedule.resample(plan.steps).steps())
-
-
-def rows_of(model: str, case: Case, plans: Mapping[float, Calibrated]) -> Iterator[Row]:
-    """The rows of a case: each plan, its rivals of as many calls, and published methods."""
-    for wish, plan in plans.items():
-        # A plan whose other calls compute some layers costs more than its full calls.
-        calls = max(computed_calls(plan), math.floor(case.steps / wish))
-        yield Row(f"calibrated {wish:g}x", Variant("calibrated", plan, plan.steps), None, wish)
-        yield Row(f"{calls} steps", Variant("steps", None, calls), None, wish)
-        for name, sampler in (("DPM++ 2M", DPM), ("UniPC", UNIPC)):
-            if sampler != case.sampler:
-                yield Row(f"{name}, {calls} steps", Variant("steps", None, calls), sampler, wish)
-    if case.sampler is None:
-        for spec in PUBLISHED[model]:
-            yield Row(spec, variant(spec, case.steps))
-
-
-class Bench:
-    """The runs of a case.
-
-    Args:
-        model: bundled, by name.
-        case: the case.
-        pictures: that are compared.
-        batch: made at once.
-        folder: where all that is done is kept.
-    """
-
-    def __init__(self, model: str, case: Case, pictures: int, batch: int, folder: Path) -> None:
-        self.model, self.case, self.batch, self.folder = model, case, batch, folder
-        folder.mkdir(parents=True, exist_ok=True)
-        prompts = zoo.prompts_of(model, FITTED + pictures, "give others")
-        self.fitted, self.prompts = prompts[:FITTED], prompts[FITTED:]
-        self.guidance = zoo.GUIDANCE[model]
-        self.base = Row("unaccelerated", Variant("steps", None, case.steps))
-
-    def pipeline(self, sampler: str | None) -> Any:
-        """A pipeline with the sampler of a row, or of the case."""
-        pipe = zoo.load(self.model)
-        chosen = sampler or self.case.sampler
-        if chosen is not None:
-            Sampler.parse(chosen).put_into(pipe)
-        return pipe
-
-    def plans(self) -> dict[float, Calibrated]:
-        """The calibrated plan of each wish; one that is out of reach is missing."""
-        found, calibration = {}, None
-        for wish in self.case.wishes:
-            file = self.folder / f"plan-{wish:g}x.json"
-            if not file.exists():
-                calibration = calibration or Calibration(
-                    self.pipeline(None),
-                    self.fitted,
-                    Settings(
-                        steps=self.case.steps,
-                        guidance=self.guidance,
-                        seed=FIRST_SEED,
-                        batch=self.batch,
-                        model=self.model,
-                    ),
-                )
-                try:
-                    found_plan = plan_for(calibration, Wish(speedup=wish))
-                except ValueError as error:
-                    print(f"{self.case.name}, {wish:g}x: {error}", file=sys.stderr)
-                    continue
-                file.write_text(found_plan.dump())
-            plan = load_plan(file)
-            assert isinstance(plan, Calibrated)
-            found[wish] = plan
-        return found
-
-    def run(self, row: Row, pipe: Any, begin: int) -> tuple[np.ndarray, float]:
-        """One batch of a row's pictures, uint8 ``(B, H, W, 3)``, and seconds."""
-        options = row.variant.arguments({"guidance": self.guidance, "seed": begin})
-        with row.variant.applied(pipe):
-            prompts = self.prompts[begin : begin + self.batch]
-            made = make(pipe, prompts, steps=row.variant.steps, **options)
-        return np.stack([np.asarray(image) for image in made.images]), made.seconds
-
-    def base_pictures(self) -> np.ndarray:
-        """The unaccelerated pictures."""
-        file = self.folder / "unaccelerated.npy"
-        if not file.exists():
-            pipe = self.pipeline(None)
-            begins = range(0, len(self.prompts), self.batch)
-            np.save(file, np.concatenate([self.run(self.base, pipe, begin)[0] for begin in begins]))
-        return np.load(file, allow_pickle=False)
-
-    def measured(self, row: Row) -> dict[str, Any]:
-        """PSNR of each picture and speed-up of a row."""
-        file = self.folder / f"{row.name.replace(' ', '-').replace(':', '-').replace(',', '')}.json"
+    def __init__(self, file: Path, asked: Asked) -> None:
+        self.file = file
+        own = {**vars(asked), "calls": list(asked.calls)}
+        self.data: dict[str, Any] = {"asked": own, "machine": machine(), "rows": {}, "times": []}
         if file.exists():
-            return json.loads(file.read_text())
-        base, pipe, plain = self.base_pictures(), self.pipeline(row.sampler), self.pipeline(None)
-        psnr: list[float] = []
-        for begin in range(0, len(self.prompts), self.batch):
-            made = self.run(row, pipe, begin)[0]
-            squares = (base[begin : begin + self.batch] / 255.0 - made / 255.0) ** 2
-            psnr += [_decibels(float(one.mean())) for one in squares]
-        times = [self.run(self.base, plain, 0)[1] / self.run(row, pipe, 0)[1] for _ in range(3)]
-        found = {
-            "name": row.name,
-            "wish": row.wish,
-            "steps": row.variant.steps,
-            "speedup": median(times),
-            "psnr": psnr,
-        }
-        file.write_text(json.dumps(found))
-        return found
+            self.data = json.loads(file.read_text(encoding="utf-8"))
+            if self.data["asked"] != own:
+                raise SystemExit(f"{file}: it is of other options; use another --out")
+
+    def row(self, name: str, make_row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A row, made if it is not there."""
+        if name not in self.data["rows"]:
+            print(name, flush=True)
+            self.data["rows"][name] = make_row()
+            self.save()
+        row: dict[str, Any] = self.data["rows"][name]
+        return row
+
+    def save(self) -> None:
+        """Write the file."""
+        text = json.dumps(self.data, indent=1) + "\n"
+        write_whole(self.file, lambda to: to.write_text(text, encoding="utf-8"))
 
 
-def _decibels(mean_square: float) -> float:
-    return min(-10 * math.log10(mean_square), EQUAL) if mean_square > 0 else EQUAL
+class Pictures:
+    """Makes the pictures that are compared."""
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        self.pipe = load_pipeline(asked.model, "cpu", torch.float32, asked.sampler)
+        self._plain: list[Image.Image] = []
+
+    def by(self, config: Any, steps: int, sampler: str | None = None) -> list[Image.Image]:
+        """The pictures of a method, or of a sampler, in so many steps."""
+        own = self.pipe.scheduler
+        if sampler is not None:
+            Sampler.parse(sampler).put_into(self.pipe)
+        try:
+            if config is None:
+                return list(self._all(None, steps))
+            with apply(self.pipe, config):
+                return list(self._all(config, steps))
+        finally:
+            self.pipe.scheduler = own
+
+    def _all(self, config: Any, steps: int) -> Iterator[Image.Image]:
+        a = self.asked
+        prompts = a.prompts[1]
+        for begin in range(0, len(prompts), BATCH):
+            yield from make(
+                self.pipe,
+                prompts[begin : begin + BATCH],
+                steps=steps,
+                guidance=a.guidance,
+                seed=10_000 + begin,
+                more={} if config is None else config.arguments(),
+            ).images
+
+    def psnr(self, config: Any, steps: int, sampler: str | None = None) -> list[float]:
+        """Of each picture, in dB, to the unaccelerated one."""
+        self._plain = self._plain or self.by(None, self.asked.steps)
+        made = self.by(config, steps, sampler)
+        return [round(min(psnr(a, b), EQUAL), 3) for a, b in zip(self._plain, made, strict=True)]
 
 
-def gain(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """How much nearer one row is than another, in dB, the mean of the pictures, and its standard error."""
-    more = [a - b for a, b in zip(one, other, strict=True)]
-    return fmean(more), stdev(more) / math.sqrt(len(more)) if len(more) > 1 else 0.0
+def run(asked: Asked, file: Path) -> None:
+    """Make all rows, then time them."""
+    result, pictures = Result(file, asked), Pictures(asked)
+    settings = Settings(asked.steps, asked.guidance, batch=BATCH, model=asked.model)
+    calibration = Calibration(pictures.pipe, asked.prompts[0], settings)
+    plans: dict[int, Calibrated] = {}
+    for calls in asked.calls:
+        result.row(f"{calls} steps", lambda n=calls: {"psnr": pictures.psnr(None, n)})
+        for name, sampler in OTHERS.items():
+            result.row(
+                f"{calls} steps of {name}", lambda n=calls, s=sampler: {"psnr": pictures.psnr(None, n, s)}
+            )
+
+        def calibrated(n: int = calls) -> dict[str, Any]:
+            plan = plan_of(calibration, calibration.find(n, Costs(0.0, 0.0, None)))
+            return {"plan": json.loads(plan.dump()), "psnr": pictures.psnr(plan, plan.steps)}
+
+        row = result.row(f"{calls} calls, calibrated", calibrated)
+        plans[calls] = Calibrated.model_validate(row["plan"])
+    published = PUBLISHED[asked.model] if asked.published else ()
+    for name in published:
+        result.row(
+            name, lambda n=name: {"psnr": pictures.psnr(variant(n, asked.steps).config, asked.steps)}
+        )
+    if not result.data["times"]:
+        variants = [Variant(f"{asked.steps} steps", None, asked.steps)]
+        variants += [Variant(f"{n} steps", None, n) for n in asked.calls]
+        variants += [Variant(f"{n} calls, calibrated", plan, plan.steps) for n, plan in plans.items()]
+        variants += [Variant(name, variant(name, asked.steps).config, asked.steps) for name in published]
+        rows = bench(pictures.pipe, variants, asked.prompts[1][:1], guidance=asked.guidance)
+        result.data["times"] = [row.to_dict() for row in rows]
+        result.save()
+    file.with_suffix(".md").write_text(table(result.data), encoding="utf-8")
 
 
-def table(case: Mapping[str, Any]) -> list[str]:
-    """Markdown: a row a wish and rival, and how much nearer the calibrated plan is."""
-    plans = {row["wish"]: row for row in case["rows"] if row["name"].startswith("calibrated")}
+def table(data: dict[str, Any]) -> str:
+    """The result as tables of Markdown."""
+    asked, rows = data["asked"], data["rows"]
+    times = {row["name"]: row["speedup"] for row in data["times"]}
+    memory = {row["name"]: row["peak_mib"] for row in data["times"]}
     lines = [
-        f"### {case['name']}",
+        f"Model {asked['model']}, {asked['sampler']}, {asked['steps']} steps; {asked['pictures']} "
+        f"pictures, plans calibrated on {asked['fit']} others; {data['machine']['processor']}. PSNR in dB "
+        "to the unaccelerated pictures; +- standard errors of paired differences.",
         "",
-        "| wish | row | speed-up | PSNR dB | calibrated is nearer by dB |",
-        "|---|---|---|---|---|",
+        "| calls | speed-up, steps | speed-up, plan | steps | DPM++ 2M | UniPC | calibrated | nearer than "
+        "steps by | than the best sampler by |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in case["rows"]:
-        wish = "" if row["wish"] is None else f"{row['wish']:g}x"
-        more = ""
-        if row["wish"] in plans and row is not plans[row["wish"]]:
-            more = "{:+.2f} ± {:.2f}".format(*gain(plans[row["wish"]]["psnr"], row["psnr"]))
-        mean = f"{fmean(row['psnr']):.2f}"
-        lines.append(f"| {wish} | {row['name']} | {row['speedup']:.2f}x | {mean} | {more} |")
-    return [*lines, ""]
+    for calls in asked["calls"]:
+        plan, names = rows[f"{calls} calls, calibrated"]["psnr"], [f"{calls} steps"]
+        names += [f"{calls} steps of {name}" for name in OTHERS]
+        means = [np.mean(rows[name]["psnr"]) for name in names]
+        best = names[int(np.argmax(means))]
+        shown = " | ".join(f"{mean:.1f}" for mean in (*means, np.mean(plan)))
+        lines.append(
+            f"| {calls} | {times[f'{calls} steps']:.2f}x | {times[f'{calls} calls, calibrated']:.2f}x "
+            f"| {shown} | {_difference(plan, rows[names[0]]['psnr'])} "
+            f"| {_difference(plan, rows[best]['psnr'])} |"
+        )
+    others = [name for name in rows if "steps" not in name and "calibrated" not in name]
+    if others:
+        lines += [
+            "",
+            "| published | speed-up | PSNR | calibrated, at least as fast | its PSNR | nearer by |",
+            "|---|---|---|---|---|---|",
+        ]
+    for name in others:
+        fast = [n for n in asked["calls"] if times[f"{n} calls, calibrated"] >= times[name]]
+        own = f"| {name} | {times[name]:.2f}x | {np.mean(rows[name]['psnr']):.1f} |"
+        if fast:
+            plan = rows[f"{max(fast)} calls, calibrated"]["psnr"]
+            speed = times[f"{max(fast)} calls, calibrated"]
+            own += f" {max(fast)} calls, {speed:.2f}x | {np.mean(plan):.1f} |"
+            own += f" {_difference(plan, rows[name]['psnr'])} |"
+        lines.append(own)
+    peaks = [memory[f"{n} calls, calibrated"] for n in asked["calls"]]
+    plain = memory[f"{asked['steps']} steps"]
+    if None not in (plain, *peaks):
+        lines += [
+            "",
+            f"Peak memory above the weights: {plain:.0f} MiB of {asked['steps']} steps, "
+            f"{min(peaks):.0f} to {max(peaks):.0f} MiB of the plans.",
+        ]
+    return "\n".join(lines) + "\n"
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=CASES, default="emoji")
-    parser.add_argument("--pictures", type=int, default=32, help="that are compared")
-    parser.add_argument("--batch", type=int, default=8, help="pictures made at once")
-    parser.add_argument("--threads", type=int, help="of the processor")
-    parser.add_argument("--only", help="names of cases, comma-separated, such as own-50")
-    parser.add_argument("--work", type=Path, default=Path("work/forecasts"), help="resumed if it exists")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--table", action="store_true", help="only the table, of the result in --out")
-    return parser.parse_args()
+def _difference(one: Sequence[float], other: Sequence[float]) -> str:
+    more = np.array(one) - np.array(other)
+    return f"{more.mean():+.1f} +- {more.std(ddof=1) / np.sqrt(len(more)):.1f}"
 
 
 def main() -> None:
-    """Calibrate, run and compare; then write result and table."""
-    args = parse_arguments()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    result = args.out / f"forecasts-{args.model}.json"
-    if not args.table:
-        only = None if args.only is None else args.only.split(",")
-        cases = []
-        for case in CASES[args.model]:
-            if only is None or case.name in only:
-                bench = Bench(args.model, case, args.pictures, args.batch, args.work / case.name)
-                rows = [bench.measured(row) for row in rows_of(args.model, case, bench.plans())]
-                cases.append({"name": case.name, "steps": case.steps, "rows": rows})
-        args.out.mkdir(parents=True, exist_ok=True)
-        told = {"model": args.model, "pictures": args.pictures, "batch": args.batch, "cases": cases}
-        result.write_text(json.dumps({**told, "machine": machine(torch.device("cpu"))}, indent=1) + "\n")
-    found = json.loads(result.read_text())
-    lines = [f"Model {found['model']}, {found['pictures']} pictures that nothing was fitted on.", ""]
-    for case in found["cases"]:
-        lines += table(case)
-    result.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", choices=tuple(CALLS))
+    parser.add_argument("--sampler", default="DDIM")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--calls", type=int, nargs="+")
+    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--fit", type=int, default=16, help="prompts of the calibrations")
+    parser.add_argument("--no-published", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    asked = Asked(
+        options.model,
+        options.sampler,
+        options.steps,
+        tuple(options.calls or CALLS[options.model]),
+        options.pictures,
+        options.fit,
+        not options.no_published,
+    )
+    name = "" if (asked.sampler, asked.steps) == ("DDIM", 50) else f"-{asked.sampler}-{asked.steps}".lower()
+    run(asked, options.out or RESULTS / f"forecasts-{asked.model}{name}.json")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from regrow.engine.call import Observer
 from regrow.engine.engine import Engine
 from regrow.installed import Installed, is_hooked
 from regrow.methods.names import method_of
-from regrow.methods.parts import origin_of, parts_of
-from regrow.models import DENOISERS, denoiser_of, known_layout
+from regrow.methods.parts import Parts, origin_of, parts_of
+from regrow.models import DENOISERS, denoiser_of, known_layout, other_denoisers
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
 from regrow.schedule import FULL, HEAD
@@ -138,16 +138,18 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     pipeline = None if target is denoiser else target
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
+    _check_known(parts, denoiser)
     engine = Engine(denoiser, parts, keep_text=keep_text)
     _check_useful(engine, denoiser)
     engine.found = origin_of(config)
     for difference in _elsewhere(engine.found, denoiser, getattr(pipeline, "scheduler", scheduler)):
         engine.warn_once(f"origin {difference}", f"the plan may not suit: {difference}")
-    if getattr(pipeline, "transformer_2", None) not in (None, denoiser):
+    for name in other_denoisers(pipeline, denoiser):
         engine.warn_once(
-            "second",
-            "the pipeline has a second denoiser, which is left as it is; for it call "
-            "regrow.apply(pipeline.transformer_2, config, scheduler=pipeline.scheduler)",
+            f"second {name}",
+            f"the pipeline has a second denoiser, {name}, which is left as it is; for it call "
+            f"regrow.apply(pipeline.{name}, config, scheduler=pipeline.scheduler), or with the scheduler "
+            "that it is sampled by if that is another",
         )
     source = (lambda: pipeline.scheduler) if pipeline is not None else (lambda: scheduler)
     if source() is not None and not hasattr(source(), "step"):
@@ -172,7 +174,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     pruning = engine.pruning
     asked = pruning is not None and engine.leaves_out
     leaves_out = engine.lean is not None and engine.leaves_out
-    _check_known(engine, denoiser)
+    _check_head(engine, denoiser)
     _check_kinds(engine, denoiser)
     attends = engine.refreshing is not None and engine.refreshing.attending
     if leaves_out or attends or engine.watched:
@@ -189,14 +191,15 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         )
 
 
-def _check_known(engine: Engine, denoiser: nn.Module) -> None:
+def _check_known(parts: Parts, denoiser: nn.Module) -> None:
     """Refuse calls that leave out a part of a denoiser of which the output alone is known."""
-    if engine.layout.is_known:
-        return
-    depths = {step.depth for step in engine.kinds}
-    if depths - {FULL, HEAD, 0}:
+    if any(step.ratio or step.depth not in (FULL, HEAD, 0) for step in parts.plan.kinds()):
         known_layout(denoiser)
-    if HEAD in depths:
+
+
+def _check_head(engine: Engine, denoiser: nn.Module) -> None:
+    """Warn of calls that can't compute what lies behind the last block, since that is not known."""
+    if not engine.layout.is_known and any(step.depth == HEAD for step in engine.kinds):
         engine.warn_once(
             "head",
             f"the last block of {type(denoiser).__name__} is not known: calls that should compute what "

@@ -21,6 +21,8 @@ import torch
 ROUNDING = 2.0**-7
 # What pipelines divide timesteps by.
 SCALES = (1.0, 1000.0)
+# Schedulers whose last timestep is where the last step arrives: no step begins there.
+WITH_END = ("DDPMWuerstchenScheduler",)
 
 
 class ConcurrentGenerationError(RuntimeError):
@@ -176,6 +178,8 @@ class SchedulerClock:
         self._watch: _Watch | None = None
         self._timesteps: Any = None
         self._unproven: Any = None
+        # What the first call was given, until the sampler steps.
+        self._first: Any = None
         self._values: list[float] = []
         self._loop: _Loop | None = None
         self._displaced: _Loop | None = None
@@ -192,11 +196,11 @@ class SchedulerClock:
         self._scheduler = scheduler
         # Timesteps set before may be of a generation long past, or of one that begins now.
         self._unproven = scheduler.timesteps if _is_set(scheduler) else None
-        self._timesteps = None if _is_set(scheduler) else scheduler.timesteps
+        self._timesteps = None if _is_set(scheduler) else _timesteps_of(scheduler)
 
     def detach(self) -> None:
         self._unwatch()
-        self._scheduler = self._timesteps = self._unproven = self._batch = None
+        self._scheduler = self._timesteps = self._unproven = self._first = self._batch = None
         self._loop = self._displaced = None
         self._values = []
         self._place = self._index = self._total = 0
@@ -222,7 +226,7 @@ class SchedulerClock:
             return
         known = isinstance(sample, torch.Tensor) and sample.ndim > 1
         self._batch = len(sample) if known else None
-        self._index, self._stepped = self._place + 1, True
+        self._index, self._stepped, self._first = self._place + 1, True, None
         self._ticks += 1
         # A panorama steps once a view: its last step is over when all views have had it.
         if self._index == self._total and self._ticks >= self._ticks_before:
@@ -234,7 +238,7 @@ class SchedulerClock:
         if self._displaced is not None and self._displaced.holds(timestep):
             raise _concurrent("has begun a generation")
         known = self._loop is not None and self._loop.holds(timestep)
-        if not known and self._scheduler.timesteps is not self._timesteps:
+        if not known and _timesteps_of(self._scheduler) is not self._timesteps:
             self._begin(timestep)
             return Position(self._place, self._total, True)
         place = self._find(timestep)
@@ -253,7 +257,8 @@ class SchedulerClock:
     def _begin(self, timestep: Any) -> None:
         """Begin a generation at its first call, at index 0, or later for image-to-image."""
         timesteps = self._scheduler.timesteps
-        values, whole = timesteps.tolist(), _Loop.over(timesteps)
+        begins = timesteps[:-1] if type(self._scheduler).__name__ in WITH_END else timesteps
+        values, whole = begins.tolist(), _Loop.over(timesteps)
         loop: _Loop | None = whole
         if whole.holds(timestep):
             begin = whole.place(timestep)
@@ -265,13 +270,15 @@ class SchedulerClock:
             places = self._places(timestep, values)
             if old or not places:
                 raise self._outside(timestep)
-            begin = getattr(self._scheduler, "begin_index", None) or 0
-            begin = begin if begin in places else places[0]
+            told = getattr(self._scheduler, "begin_index", None)
+            # Where it is not known how timesteps are changed, one may have the value of another.
+            begin = places[0] if told is None or not (self._scale is None or told in places) else told
             loop = _Loop.around(timestep, timesteps, begin)
         unfinished = self._index < self._total and self._owner != threading.get_ident()
         self._displaced = self._loop if unfinished else None
         self._timesteps, self._values, self._total = timesteps, values, len(values)
         self._loop, self._unproven = loop, None
+        self._first = timestep
         self._set(begin, threading.get_ident())
 
     def _set(self, place: int, owner: int | None) -> None:
@@ -292,27 +299,30 @@ class SchedulerClock:
                 return self._loop.place(timestep)
             if _is_part(timestep) and self._scale is not None:
                 raise self._outside(timestep)
-        if self._scale is None:
-            return min(self._index, self._total - 1) if self._stepped else self._place
+        if self._scale is None and self._values:
+            unstepped = self._first is not None and _largest(timestep) != _largest(self._first)
+            if unstepped or self._index >= self._total:
+                raise self._outside(timestep)
+            return self._index
         places = (*range(self._index, self._total), self._place) if self._values else ()
         for place in places if self._stepped else places[-1:]:
-            if _matches(timestep, self._values[place], self._scale):
+            if _matches(timestep, self._values[place], self._scale or 1.0):
                 return place
         self._stepped = False
         raise self._outside(timestep)
 
     def _places(self, timestep: Any, values: Sequence[float]) -> Sequence[int]:
         """Where a run over some timesteps may begin, with one of them."""
-        for scale in SCALES if self._scale is None else (self._scale,):
-            places = [i for i, value in enumerate(values) if _matches(timestep, value, scale)]
-            if places:
-                return places
+        scales: Sequence[float] = SCALES if self._scale is None else (self._scale,)
+        places = [
+            i for i, value in enumerate(values) if any(_matches(timestep, value, scale) for scale in scales)
+        ]
         # What the model is given need not be the scheduler's (Z-Image turns it around).
-        return range(len(values)) if self._scale is None else ()
+        return places or (range(len(values)) if self._scale is None else ())
 
     def _outside(self, timestep: Any) -> OutsideError:
         name = type(self._scheduler).__name__
-        if self._timesteps is self._scheduler.timesteps and not self._values:
+        if self._timesteps is _timesteps_of(self._scheduler) and not self._values:
             return OutsideError(
                 f"no generation of this pipeline's {name} has begun: the loop around the denoiser does not "
                 "call its set_timesteps, or it is another pipeline with a scheduler of its own"
@@ -373,10 +383,20 @@ def _matches(timestep: Any, value: float, scale: float) -> bool:
 
     Of timesteps of each token it is the largest: those of a given first frame are 0.
     """
-    given = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+    given = _largest(timestep)
     if scale == 1:
         return given == value
     return abs(given * scale - value) <= ROUNDING * scale
+
+
+def _timesteps_of(scheduler: Any) -> Any:
+    """The timesteps of a scheduler; None if it has none before they are set."""
+    return getattr(scheduler, "timesteps", None)
+
+
+def _largest(timestep: Any) -> float:
+    """A timestep, or of those of each sample or token the largest."""
+    return float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)
 
 
 def _concurrent(what: str) -> ConcurrentGenerationError:

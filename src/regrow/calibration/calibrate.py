@@ -35,6 +35,10 @@ RATIO = 0.5
 """Share of the tokens that plans prune, where that pays."""
 PAYS = 0.9
 """Plans that prune are tried where a full call that does takes at most this share of another."""
+SHORT, LONG = 2, 8
+"""Steps of the runs that calls are timed in."""
+ROUNDS = 3
+"""Runs of which a time is the median."""
 LADDER = (10.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.25)
 """Speed-ups that are tried for a wish of quality, the fastest first."""
 ENOUGH = 0.99
@@ -157,8 +161,10 @@ class Calibration:
         self.pipe, self.settings = pipe, settings
         half = len(prompts) // 2
         self.fit, self.compared = tuple(prompts[:half]), tuple(prompts[half:])
-        self.pictures: dict[str, list[Any]] = {}
-        """By the name of a plan, its pictures of the first compared prompts."""
+        self.pictures: dict[Plan, list[Any]] = {}
+        """By plan, its pictures of the first compared prompts."""
+        self.answer: Answer | None = None
+        """The last one that was found."""
         self._tell = on_progress or (lambda progress: None)
         self._recording: Recording | None = None
         self._plain: list[Any] = []
@@ -196,7 +202,7 @@ class Calibration:
 
     def measure(self, plan: Plan, prompts: int) -> Array:
         """The PSNR in dB of a plan's pictures of the first compared prompts to the unaccelerated ones."""
-        made = self.pictures.setdefault(plan.name, [])
+        made = self.pictures.setdefault(plan, [])
         plain = self.plain(prompts)
         self._make(plan.name.split(",")[0], self.config(plan), made, prompts)
         return np.array([_psnr(a, b) for a, b in zip(plain, made[:prompts], strict=True)])
@@ -243,7 +249,7 @@ class Calibration:
         with apply(self.pipe, config):
             return run()
 
-    def speedup(self, config: Calibrated, rounds: int = 3) -> float:
+    def speedup(self, config: Calibrated, rounds: int = ROUNDS) -> float:
         """Of a plan, as measured: unaccelerated and plan in turn, the median of the rounds."""
         part, found = self.compared[: self.settings.batch], []
         for done in range(rounds):
@@ -254,7 +260,7 @@ class Calibration:
 
     def timed(self) -> Costs:
         """What calls cost in time."""
-        steps, part = self.settings.steps, self.compared[: self.settings.batch]
+        part = self.compared[: self.settings.batch]
 
         def seconds(schedule: Schedule | None, count: int) -> float:
             config = None
@@ -262,25 +268,24 @@ class Calibration:
                 config = Calibrated(steps=count, schedule=schedule, instead_of=count)
             return self._batch(config, count, part, 0)[1]
 
-        self._tell(Progress("timing calls", 0, 4))
-        few = max(steps // 2, 1)
-        seconds(None, min(2, steps))
-        whole, half = (median([seconds(None, count) for _ in range(2)]) for count in (steps, few))
-        call = max((whole - half) / (steps - few), 1e-9)
-        rest = max(whole / call - steps, 0.0)
+        def middle(schedule: Schedule | None, count: int) -> float:
+            return median([seconds(schedule, count) for _ in range(ROUNDS)])
+
+        self._tell(Progress("timing calls", 0, 1))
+        seconds(None, SHORT)
+        few, many = middle(None, SHORT), middle(None, LONG)
+        call = max((many - few) / (LONG - SHORT), 1e-9)
+        rest = max(few / call - SHORT, 0.0)
 
         def share(depth: int) -> float:
-            depths = (FULL, *(depth,) * (self.calls - 1))
-            taken = seconds(Schedule(depth=depths, ratio=(0.0,) * self.calls), steps) / call
-            return min(max((taken - rest - 1) / max(self.calls - 1, 1), 0.0), 0.99)
+            plan = Schedule(depth=(FULL, *(depth,) * (LONG - 1)), ratio=(0.0,) * LONG)
+            return min(max((middle(plan, LONG) / call - rest - 1) / (LONG - 1), 0.0), 0.99)
 
         layout = layout_of(denoiser_of(self.pipe))
         output, deep = share(0), share(1) if layout.depths > 1 else None
-        self._tell(Progress("timing calls", 3, 4))
-        pruning = None
-        if layout.blocks:
-            pruning = (seconds(Schedule.constant(RATIO), few) / call - rest) / few
-        return Costs(rest, output, deep, pruning)
+        if not layout.blocks:
+            return Costs(rest, output, deep)
+        return Costs(rest, output, deep, (middle(Schedule.constant(RATIO), LONG) / call - rest) / LONG)
 
     def counted(self) -> Costs:
         """What calls cost in MACs."""
@@ -298,7 +303,7 @@ class Calibration:
         steps, calls = self.settings.steps, self.calls
         fewer = min(max(math.floor(budget - costs.rest + 1e-6), 1), steps)
         count = max(min(costs.full_calls(budget, calls, costs.output), calls - 1), 2)
-        return search(
+        self.answer = search(
             self.recording,
             count,
             list(self._fewer(fewer)),
@@ -306,6 +311,7 @@ class Calibration:
             len(self.compared),
             list(self._others(budget, costs)),
         )
+        return self.answer
 
     def _fewer(self, steps: int) -> Iterator[FewerSteps]:
         """Fewer steps: the sampler's own, and where it takes any, some that are denser at the start."""
@@ -387,7 +393,7 @@ def plan_for(calibration: Calibration, wish: Wish) -> Calibrated:
     """The answer of `calibrate`."""
     if wish.fewer_macs is not None:
         costs = calibration.counted()
-        return _plan(calibration, calibration.find(_budget(calibration, costs, wish.fewer_macs), costs))
+        return plan_of(calibration, calibration.find(_budget(calibration, costs, wish.fewer_macs), costs))
     costs = calibration.timed()
     if wish.speedup is not None:
         return _fast_enough(calibration, costs, wish.speedup)
@@ -423,7 +429,7 @@ def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Cali
     """The nearest plan that is so fast when measured; as long as it is not, with fewer full calls."""
     budget = _budget(calibration, costs, speedup)
     while True:
-        plan = _plan(calibration, calibration.find(budget, costs))
+        plan = plan_of(calibration, calibration.find(budget, costs))
         measured = calibration.speedup(plan)
         least = costs.rest + 2 + (calibration.calls - 2) * costs.output
         if measured >= ENOUGH * speedup or budget < least + 1:
@@ -431,7 +437,7 @@ def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Cali
         budget = max(budget - max(1.0, (budget - costs.rest) * (1 - measured / speedup)), least)
 
 
-def _plan(calibration: Calibration, answer: Answer) -> Calibrated:
+def plan_of(calibration: Calibration, answer: Answer) -> Calibrated:
     """The configuration of an answer, with all that was tried: the plan first."""
     best = answer.best
     outcomes = [best, *(one for one in answer.outcomes if one is not best)]

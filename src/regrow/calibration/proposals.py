@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from regrow.calibration.drift import Growth, drifting_error
@@ -117,22 +116,16 @@ def deep_proposals(total: int, count: int, depth: int = 1) -> tuple[Proposal, ..
         count: calls that are computed in full.
         depth: up-path layers that the others compute.
     """
-    forecasts: Mapping[str, TimeRecovery] = {
-        "line": Taylor(order=1),
-        "Chebyshev": Chebyshev(degree=3, mix=0.5),
-    }
-    places = {"evenly": evenly(total, count)}
-    places |= {f"denser at the start ({p:g})": dense_at_start(total, count, p) for p in DEEP}
     return tuple(
         Proposal(
-            f"{count} of {total} computed, {where}, deep features of the others {name}",
-            full,
-            recovery,
+            f"{count} of {total} computed, denser at the start ({power:g}), deep features of the others on "
+            "the line",
+            dense_at_start(total, count, power),
+            Taylor(order=1),
             total,
             depth,
         )
-        for where, full in places.items()
-        for name, recovery in forecasts.items()
+        for power in DEEP
     )
 
 

@@ -20,7 +20,7 @@ from regrow.calibration.proposals import Proposal, alternatives, probes, proposa
 from regrow.calibration.recording import Recording
 from regrow.fields import check_within
 
-FEW = 8
+FEW = 4
 """Prompts that every plan is run on."""
 ROUNDS = 3
 """Searches on the recording, each after the runs of what the one before found."""

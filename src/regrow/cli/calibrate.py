@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from regrow.calibration.calibrate import Calibration, Progress, Settings, Wish, plan_for
+from regrow.calibration.search import FewerSteps
 from regrow.cli.models import best_device, check_device, check_room, load_pipeline
 from regrow.cli.terminal import Bar, busy, output, remarks, table
 from regrow.measure import contact_sheet
@@ -124,10 +125,12 @@ def _print(plan: Calibrated) -> None:
 
 def _sheet(calibration: Calibration, plan: Calibrated) -> Image.Image | None:
     """The unaccelerated pictures, fewer steps and the nearest plans, side by side; None of videos."""
-    fewer = next((one.name for one in plan.tried if one.name.endswith(" steps")), "")
-    names = list(dict.fromkeys([fewer, *(one.name for one in plan.tried[:SHOWN_PLANS])]))
+    assert calibration.answer is not None
+    plans = [one.plan for one in calibration.answer.outcomes]
+    fewer = [one for one in plans if isinstance(one, FewerSteps)][:1]
+    shown = list(dict.fromkeys([*fewer, calibration.answer.best.plan, *plans]))[:SHOWN_PLANS]
     columns = {f"{plan.instead_of} steps": calibration.plain(min(SHOWN_PROMPTS, len(calibration.compared)))}
-    columns |= {name: calibration.pictures[name] for name in names if name}
+    columns |= {f"{i}. {one.name}": calibration.pictures[one] for i, one in enumerate(shown, 1)}
     rows = [row[:SHOWN_PROMPTS] for row in columns.values()]
     if not all(isinstance(picture, Image.Image) for row in rows for picture in row):
         return None

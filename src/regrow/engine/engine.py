@@ -611,7 +611,7 @@ class Engine:
             records[-1] = replace(records[-1], ratio=0.0)
         if self.lean is not None:
             self.lean.end(call)
-        reads = self.pruning is not None and self.pruning.rule.reads_outputs
+        reads = self.pruning is not None and self.leaves_out and self.pruning.rule.reads_outputs
         if reads and (call.cut is None or not call.cut.final):
             call.slot.remember(output[0])
         self._tell(call, records[-1])

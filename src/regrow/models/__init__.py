@@ -10,7 +10,7 @@ from torch import nn
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, TokenBlock
 from regrow.models.transformer import FAMILIES, transformer_layout
-from regrow.models.unet import unet_layout
+from regrow.models.unet import KNOWN_BLOCKS, unet_layout, unknown_blocks
 from regrow.models.unknown import output_layout
 
 __all__ = [
@@ -21,10 +21,13 @@ __all__ = [
     "known_layout",
     "layout_of",
     "module_of",
+    "other_denoisers",
 ]
 
 # What pipelines call them.
 DENOISERS = ("unet", "transformer", "prior", "decoder")
+# What pipelines of several call the others.
+OTHERS = ("transformer_2", "unconditional_transformer", "prior_prior")
 
 # Class names, so that no model family is imported before somebody uses it.
 _LAYOUTS: Mapping[str, Callable[[Any], Layout | None]] = {
@@ -64,8 +67,14 @@ def module_of(target: Any) -> nn.Module:
             return module
     raise UnsupportedModelError(
         f"model: {type(target).__name__} has no denoiser; it must be a module, or a pipeline that holds "
-        f"one as {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
+        f"one, such as a UNet2DConditionModel, as {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
     )
+
+
+def other_denoisers(pipeline: Any, denoiser: nn.Module) -> list[str]:
+    """What a pipeline calls the denoisers that it has besides one."""
+    held = {name: getattr(pipeline, name, None) for name in (*DENOISERS, *OTHERS)}
+    return [name for name, part in held.items() if isinstance(part, nn.Module) and part is not denoiser]
 
 
 def layout_of(denoiser: nn.Module) -> Layout:
@@ -86,10 +95,16 @@ def known_layout(denoiser: nn.Module) -> Layout:
         UnsupportedModelError: if it is of another.
     """
     layout = layout_of(denoiser)
-    if not layout.is_known:
-        raise UnsupportedModelError(
-            f"model: the layers of {type(denoiser).__name__} are not known, only its output can be reused "
-            "or forecast (spectrum, a schedule of depths 0 and full); more is known of "
-            f"{', '.join(_LAYOUTS)}"
+    if layout.is_known:
+        return layout
+    name = type(denoiser).__name__
+    told = f"the layers of {name} are not known"
+    if name == "UNet2DConditionModel":
+        told = (
+            f"{name} has blocks that are not known: {', '.join(unknown_blocks(denoiser))}; known are "
+            f"{', '.join(sorted(KNOWN_BLOCKS))}"
         )
-    return layout
+    raise UnsupportedModelError(
+        f"model: {told}; only its output can be reused or forecast (spectrum, a schedule of depths 0 and "
+        f"full). More is known of {', '.join(_LAYOUTS)}"
+    )

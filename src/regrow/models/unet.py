@@ -34,12 +34,18 @@ KNOWN_BLOCKS = {
 }
 
 
+def unknown_blocks(unet: Any) -> list[str]:
+    """The kinds of a U-Net's blocks that are not Stable Diffusion's."""
+    middle = [] if unet.mid_block is None else [unet.mid_block]
+    kinds = {type(block).__name__ for block in (*unet.down_blocks, *middle, *unet.up_blocks)}
+    return sorted(kinds - KNOWN_BLOCKS)
+
+
 def unet_layout(unet: Any) -> Layout | None:
     """The table of a UNet2DConditionModel; None if its blocks are not Stable Diffusion's."""
-    middle_blocks = [] if unet.mid_block is None else [unet.mid_block]
-    kinds = {type(b).__name__ for b in [*unet.down_blocks, *middle_blocks, *unet.up_blocks]}
-    if kinds - KNOWN_BLOCKS:
+    if unknown_blocks(unet):
         return None
+    middle_blocks = [] if unet.mid_block is None else [unet.mid_block]
     skippable: dict[str, Skippable] = {}
 
     def may_skip(name: str, module: nn.Module, returns: Returns, count: int = 0) -> str:
