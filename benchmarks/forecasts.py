@@ -76,6 +76,7 @@ class Asked:
     calls: tuple[int, ...]
     pictures: int
     fit: int
+    samplers: bool
     published: bool
 
     @property
@@ -171,7 +172,7 @@ def run(asked: Asked, file: Path) -> None:
     plans: dict[int, Calibrated] = {}
     for calls in asked.calls:
         result.row(f"{calls} steps", lambda n=calls: {"psnr": pictures.psnr(None, n)})
-        for name, sampler in OTHERS.items():
+        for name, sampler in OTHERS.items() if asked.samplers else ():
             result.row(
                 f"{calls} steps of {name}", lambda n=calls, s=sampler: {"psnr": pictures.psnr(None, n, s)}
             )
@@ -212,12 +213,13 @@ def table(data: dict[str, Any]) -> str:
         "steps by | than the best sampler by |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for calls in asked["calls"]:
+    for calls in sorted(asked["calls"], reverse=True):
         plan, names = rows[f"{calls} calls, calibrated"]["psnr"], [f"{calls} steps"]
         names += [f"{calls} steps of {name}" for name in OTHERS]
-        means = [np.mean(rows[name]["psnr"]) for name in names]
-        best = names[int(np.argmax(means))]
-        shown = " | ".join(f"{mean:.1f}" for mean in (*means, np.mean(plan)))
+        means = {name: np.mean(rows[name]["psnr"]) for name in names if name in rows}
+        best = max(means, key=lambda name: means[name])
+        shown = " | ".join(f"{means[name]:.1f}" if name in means else "" for name in names)
+        shown = f"{shown} | {np.mean(plan):.1f}"
         lines.append(
             f"| {calls} | {times[f'{calls} steps']:.2f}x | {times[f'{calls} calls, calibrated']:.2f}x "
             f"| {shown} | {_difference(plan, rows[names[0]]['psnr'])} "
@@ -264,7 +266,8 @@ def main() -> None:
     parser.add_argument("--calls", type=int, nargs="+")
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--fit", type=int, default=16, help="prompts of the calibrations")
-    parser.add_argument("--no-published", action="store_true")
+    parser.add_argument("--no-samplers", action="store_true", help="leave out DPM++ 2M and UniPC")
+    parser.add_argument("--no-published", action="store_true", help="leave out published caches")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     asked = Asked(
@@ -274,6 +277,7 @@ def main() -> None:
         tuple(options.calls or CALLS[options.model]),
         options.pictures,
         options.fit,
+        not options.no_samplers,
         not options.no_published,
     )
     name = "" if (asked.sampler, asked.steps) == ("DDIM", 50) else f"-{asked.sampler}-{asked.steps}".lower()

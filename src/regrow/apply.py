@@ -183,7 +183,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
     if asked:
         _check_pruned(engine, denoiser)
-    if not prunes and not engine.cuts:
+    if not prunes and not engine.cuts and not engine.parts.whole:
         engine.warn_once(
             "nothing",
             "the method prunes nothing and reuses nothing: after the first call, which is always full, no "

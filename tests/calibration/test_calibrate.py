@@ -81,10 +81,9 @@ def test_what_it_says_of_a_plan_is_what_the_plan_gives() -> None:
     plan = plan_for(found, Wish(speedup=2.0))
     again = calibration(sd())
     count = plan.tried[0].prompts
-    name = plan.tried[0].name
-    made = found.pictures[name][:count]
+    made = found.pictures[found.answer.best.plan][:count]
     fresh: list[Any] = []
-    again._make(name, plan, fresh, count)
+    again._make("the plan", plan, fresh, count)
     for one, other in zip(made, fresh, strict=True):
         assert np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
 

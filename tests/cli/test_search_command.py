@@ -1,9 +1,8 @@
-"""``regrow search`` and ``regrow calibrate``, as a user types them, on a small pipeline in a folder."""
+"""``regrow search``, as a user types it, on a small pipeline in a folder."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,12 @@ import torch
 from regrow.cli import main
 from regrow.cli.engine import Where
 from regrow.cli.models import load_pipeline
-from regrow.cli.search import Asked, Request, Wish, parse_budget, parse_choices, parse_steps, run_search
+from regrow.cli.search import Asked, Request, parse_budget, parse_choices, parse_steps, run_search
 from regrow.measure.lock import locked
 from regrow.measure.machine import model_key
 from regrow.schedule import FULL, Schedule
-from regrow.search.evaluation import Candidate
-from regrow.search.objectives import Cost
 from regrow.search.proposals import Operators
-from regrow.search.result import Found
-from regrow.search.search import Budget, Economy, Known, Search
+from regrow.search.search import Budget, Economy, Search
 from regrow.search.settings import SearchSettings
 
 
@@ -133,21 +129,6 @@ def test_search_for_another_scheduler_than_the_models_own(
     assert "scheduler: the search in" in capsys.readouterr().err
 
 
-def test_calibration_for_another_scheduler(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    model: Path,
-    prompts: Path,
-) -> None:
-    asked = ("calibrate", *words(model, prompts, tmp_path)[1:-6], "--steps", "6", "--out", str(tmp_path))
-    asked += ("--device", "cpu", "--speedup", "1.01", "--budget", "1", "--scheduler", "EulerDiscrete")
-    run(monkeypatch, *asked)
-    plan = Schedule.load(tmp_path / "calibrated.yaml")
-    assert plan.found is not None
-    assert plan.found.scheduler == "EulerDiscreteScheduler"
-
-
 def test_a_pipeline_that_no_name_opens_is_searched(tmp_path: Path, model: Path) -> None:
     settings = SearchSettings(
         model="no such model",
@@ -200,33 +181,6 @@ def test_a_search_does_not_go_on_with_a_model_that_was_trained_further(tmp_path:
     ):
         settings.check(out)
     assert SearchSettings.of(out) == settings
-
-
-def test_calibration_says_whether_the_wish_is_met(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    model: Path,
-    prompts: Path,
-) -> None:
-    common = ("--model", str(model), "--prompts", str(prompts), "--guidance", "5", "--steps", "6")
-    size = ("--height", "64", "--width", "64", "--device", "cpu", "--budget", "1", "--json")
-    asked = ("calibrate", *common, *size, "--out", str(tmp_path))
-    assert run(monkeypatch, *asked, "--fewer-macs", "1.5") == 0
-    met = json.loads(capsys.readouterr().out)
-    assert met["met"]
-    assert met["values"]["cost:macs"] <= 1 / 1.5
-    assert met["fewer_macs"] >= 1.5
-    assert Schedule.load(met["file"]).found is not None
-    assert met["measured_speedup"] > 0
-    assert run(monkeypatch, *asked, "--max-deviation", "1e-9") == 1
-    assert not json.loads(capsys.readouterr().out)["met"]
-    # Time is what it says of --speedup, whatever the MACs promise on a model that is too small to save any.
-    code = run(monkeypatch, *asked, "--speedup", "1.01")
-    timed = json.loads(capsys.readouterr().out)
-    assert timed["met"] == (timed["measured_speedup"] >= 1.01) == (code == 0)
-    assert timed["measured_speedup"] in timed["measured"].values()
-    assert not (tmp_path / ".lock").exists()
 
 
 @pytest.mark.parametrize(
@@ -287,55 +241,6 @@ def test_options_are_read() -> None:
     assert (parse_steps("50"), parse_steps("12..50")) == ((50, 50), (12, 50))
     found = parse_choices(["depth=0,1,full", "ratio=0,0.5", "center=none,0.3"])
     assert found == {"depth": (0, 1, FULL), "ratio": (0, 0.5), "center": (None, 0.3)}
-
-
-@pytest.mark.parametrize(
-    "wish",
-    [
-        {},
-        {"speedup": 2.0, "max_deviation": 0.1},
-        {"speedup": 2.0, "fewer_macs": 2.0},
-        {"speedup": 1.0},
-        {"speedup": float("nan")},
-        {"fewer_macs": 0.5},
-        {"max_deviation": 0.0},
-        {"max_deviation": float("inf")},
-        {"max_deviation": float("nan")},
-    ],
-)
-def test_wishes_are_checked(wish: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"--speedup|--fewer-macs|--max-deviation"):
-        Wish(**wish)
-
-
-def front(costs: Sequence[float]) -> list[Found]:
-    """Plans of a front, of which those that cost less deviate more."""
-    return [
-        Found(
-            f"plan-{i:02d}",
-            Known(Candidate(50, None), cost, 0, quality={"deviation": [1 / cost]}),
-            Schedule.constant(),
-            (),
-        )
-        for i, cost in enumerate(costs)
-    ]
-
-
-def test_a_wish_for_speed_is_met_by_time_and_not_by_macs() -> None:
-    plans = front([1 - i / 40 for i in range(36)])
-    asked = []
-
-    def measure(plan: Found) -> float:
-        asked.append(plan.name)
-        # Time saves half of what MACs do.
-        return 1 / (0.5 + plan.known.macs / 2)
-
-    chosen, met = Wish(speedup=1.5).choose(plans, Cost.MACS, measure)
-    assert met
-    assert chosen is next(plan for plan in plans if measure(plan) >= 1.5)
-    assert len(asked) <= 6 + plans.index(chosen) + 1
-    assert Wish(fewer_macs=1.5).choose(plans, Cost.MACS, measure)[0].known.macs == pytest.approx(0.65)
-    assert Wish(speedup=9).choose(plans, Cost.MACS, measure) == (plans[-1], False)
 
 
 def test_a_folder_is_written_by_one_process(

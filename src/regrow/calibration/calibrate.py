@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -145,6 +146,7 @@ class Calibration:
         prompts: at least `FEWEST`; half of them are fitted on, the others compared.
         settings: how pictures are made.
         on_progress: told what is done.
+        file: keeps the recording, so that one that was stopped goes on; None keeps it in memory.
 
     Raises:
         ValueError: if there are too few prompts.
@@ -156,9 +158,10 @@ class Calibration:
         prompts: Sequence[str],
         settings: Settings,
         on_progress: Callable[[Progress], None] | None = None,
+        file: Path | None = None,
     ) -> None:
         check_within("prompts", len(prompts), FEWEST, 10_000)
-        self.pipe, self.settings = pipe, settings
+        self.pipe, self.settings, self._file = pipe, settings, file
         half = len(prompts) // 2
         self.fit, self.compared = tuple(prompts[:half]), tuple(prompts[half:])
         self.pictures: dict[Plan, list[Any]] = {}
@@ -185,6 +188,7 @@ class Calibration:
                 width=s.width,
                 model=s.model,
                 batch=s.batch,
+                file=self._file,
                 more=s.more,
                 on_prompt=lambda done: self._tell(Progress(what, done, len(self.fit))),
             )

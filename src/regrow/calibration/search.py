@@ -22,7 +22,7 @@ from regrow.fields import check_within
 
 FEW = 4
 """Prompts that every plan is run on."""
-ROUNDS = 3
+ROUNDS = 2
 """Searches on the recording, each after the runs of what the one before found."""
 SURVIVORS = 3
 """Plans that are run on all prompts."""

@@ -75,9 +75,10 @@ def _calibrate(request: Request, wish: Wish, as_json: bool) -> None:
         def told(progress: Progress) -> None:
             bar.update(task, description=progress.what, completed=progress.done, total=progress.total)
 
-        calibration = Calibration(pipeline, request.prompts, s, told)
+        request.out.mkdir(parents=True, exist_ok=True)
+        recording = request.out / "recording.json"
+        calibration = Calibration(pipeline, request.prompts, s, told, recording)
         plan = plan_for(calibration, wish)
-    request.out.mkdir(parents=True, exist_ok=True)
     write_whole(request.file, lambda to: to.write_text(plan.dump(), encoding="utf-8"))
     sheet = _sheet(calibration, plan)
     files = [request.file]

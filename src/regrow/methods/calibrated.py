@@ -106,4 +106,4 @@ class Calibrated(MethodConfig):
 def _(config: Calibrated) -> Parts:
     if config.schedule.max_ratio:
         return parts_of(DaTo(schedule=config.schedule))
-    return Parts(config.schedule)
+    return Parts(config.schedule, whole=not config.leaves_out)

@@ -244,6 +244,7 @@ class Parts:
         refresh: how the tokens are selected that layers compute where they hand on their last output. With
             none of the three, nothing is left out.
         instead: what to say to somebody whose model the parts don't fit.
+        whole: every call is meant to be computed in full, as in a plan of fewer steps.
     """
 
     plan: Plan
@@ -251,6 +252,7 @@ class Parts:
     token_set: TokenSet | None = None
     refresh: TokenRefresh | None = None
     instead: str = ""
+    whole: bool = False
 
 
 @singledispatch
