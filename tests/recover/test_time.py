@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import slow_forecasts
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -55,9 +56,6 @@ def summed(weights: Sequence[float], values: Sequence[float]) -> tuple[float, fl
     return math.fsum(products), 1e-10 * (1 + sum(map(abs, products)))
 
 
-# --- Taylor ---
-
-
 @given(orders, coefficients, computed())
 def test_taylor_continues_every_polynomial_of_its_degree(
     order: int, coefficients: list[float], given_steps: tuple[list[int], int]
@@ -93,34 +91,13 @@ def test_weights_of_taylor_by_hand(
     assert Taylor(order=order).weights(times, t, TOTAL) == pytest.approx(weights, abs=1e-12)
 
 
-# --- Differences (TaylorSeer) ---
-
-
-class Factors:
-    """The released code's way: it keeps the factors of the last full step alone."""
-
-    def __init__(self, order: int) -> None:
-        self.order, self.factors, self.last = order, [], -1  # type: tuple[int, list[Any], int]
-
-    def full(self, step: int, value: Any) -> None:
-        updated = [value]
-        for i in range(self.order):
-            if i < len(self.factors):
-                updated.append((updated[i] - self.factors[i]) / (step - self.last))
-        self.factors, self.last = updated, step
-
-    def forecast(self, step: int) -> Any:
-        x = step - self.last
-        return sum(factor * x**i / math.factorial(i) for i, factor in enumerate(self.factors))
-
-
 @given(orders, computed(), st.integers(0, 2**31))
 def test_differences_are_the_released_codes(
     order: int, given_steps: tuple[list[int], int], seed: int
 ) -> None:
     times, t = given_steps
     values = np.random.default_rng(seed).standard_normal((len(times), 3))
-    factors = Factors(order)
+    factors = slow_forecasts.Factors(order)
     for time, value in zip(times, values, strict=True):
         factors.full(time, value)
     weights = np.array(Differences(order=order).weights(times, t, TOTAL))
@@ -141,28 +118,6 @@ def test_differences_of_order_2_are_no_parabola() -> None:
     assert weights == pytest.approx((0.5, -2, 2.5))
 
 
-# --- Chebyshev (Spectrum) ---
-
-
-def slow_chebyshev(times: Sequence[int], values: Any, t: int, recovery: Chebyshev) -> Any:
-    """The paper's formula on values ``(n, F)``, one step after the other."""
-
-    def phi(step: int) -> Any:
-        tau = 2 * step / TOTAL - 1
-        row = [1.0, tau]
-        while len(row) <= recovery.degree:
-            row.append(2 * tau * row[-1] - row[-2])
-        return np.array(row)
-
-    x = np.stack([phi(time) for time in times])
-    ridge = recovery.ridge * np.eye(recovery.degree + 1)
-    solved = np.linalg.inv(x.T @ x + ridge) @ (x.T @ values)
-    spectral = phi(t) @ solved
-    slope = (values[-1] - values[-2]) / (times[-1] - times[-2])
-    local = values[-1] + slope * (t - times[-1])
-    return recovery.mix * spectral + (1 - recovery.mix) * local
-
-
 @given(chebyshevs, computed(least=2), st.integers(0, 2**31))
 def test_chebyshev_is_the_papers_formula(
     recovery: Chebyshev, given_steps: tuple[list[int], int], seed: int
@@ -170,7 +125,8 @@ def test_chebyshev_is_the_papers_formula(
     times, t = given_steps
     values = np.random.default_rng(seed).standard_normal((len(times), 3))
     weights = np.array(recovery.weights(times, t, TOTAL))
-    wanted = slow_chebyshev(times, values, t, recovery)
+    options = recovery.model_dump(include={"degree", "ridge", "mix"})
+    wanted = slow_forecasts.chebyshev(times, values, t, total=TOTAL, **options)
     assert np.allclose(weights @ values, wanted, rtol=1e-7, atol=1e-7 * (1 + np.abs(weights).sum()))
 
 
@@ -207,9 +163,6 @@ def test_the_basis_is_of_the_runs_own_length() -> None:
     assert Chebyshev(degree=2).basis(0, 20) == pytest.approx((1, -1, 1))
     assert Chebyshev(degree=2).basis(10, 20) == pytest.approx((1, 0, -1))
     assert Chebyshev(degree=3).basis(15, 20) == pytest.approx((1, 0.5, -0.5, -1))
-
-
-# --- Fitted ---
 
 
 def fitted(total: int = 6) -> Fitted:
