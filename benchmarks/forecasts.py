@@ -3,6 +3,7 @@
     python benchmarks/forecasts.py emoji
     python benchmarks/forecasts.py cifar10
     python benchmarks/forecasts.py cifar10 --sampler EulerDiscrete --steps 30 --calls 20 15 10
+    python benchmarks/forecasts.py emoji --bundle
 
 For each number of computed calls a plan is calibrated on some prompts (`regrow.calibrate`), and then
 compared on others, of which nothing was fitted or chosen, with as many steps of the same sampler, of
@@ -38,6 +39,11 @@ from regrow.measure.variants import Variant, variant
 from regrow.methods.calibrated import Calibrated
 
 RESULTS = Path(__file__).parent / "results"
+PRESETS = Path(__file__).parents[1] / "src/regrow/presets"
+BUNDLED = {
+    "emoji": {25: "emoji-2x", 12: "emoji-4x", 8: "emoji-6x"},
+    "cifar10": {16: "cifar10-3x", 10: "cifar10-5x", 5: "cifar10-10x"},
+}
 BATCH = 4
 OTHERS = {"DPM++ 2M": "DPMSolverMultistep", "UniPC": "UniPCMultistep"}
 PUBLISHED = {
@@ -199,6 +205,13 @@ def run(asked: Asked, file: Path) -> None:
     file.with_suffix(".md").write_text(table(result.data), encoding="utf-8")
 
 
+def bundle(data: dict[str, Any]) -> None:
+    """Put some of the plans into the package, as presets."""
+    for calls, name in BUNDLED[data["asked"]["model"]].items():
+        plan = Calibrated.model_validate(data["rows"][f"{calls} calls, calibrated"]["plan"])
+        (PRESETS / f"{name}.json").write_text(plan.dump(), encoding="utf-8")
+
+
 def table(data: dict[str, Any]) -> str:
     """The result as tables of Markdown."""
     asked, rows = data["asked"], data["rows"]
@@ -269,6 +282,7 @@ def main() -> None:
     parser.add_argument("--no-samplers", action="store_true", help="leave out DPM++ 2M and UniPC")
     parser.add_argument("--no-published", action="store_true", help="leave out published caches")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--bundle", action="store_true", help="make presets of some plans of the result")
     options = parser.parse_args()
     asked = Asked(
         options.model,
@@ -281,7 +295,11 @@ def main() -> None:
         not options.no_published,
     )
     name = "" if (asked.sampler, asked.steps) == ("DDIM", 50) else f"-{asked.sampler}-{asked.steps}".lower()
-    run(asked, options.out or RESULTS / f"forecasts-{asked.model}{name}.json")
+    file = options.out or RESULTS / f"forecasts-{asked.model}{name}.json"
+    if options.bundle:
+        bundle(json.loads(file.read_text(encoding="utf-8")))
+        return
+    run(asked, file)
 
 
 if __name__ == "__main__":

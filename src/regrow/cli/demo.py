@@ -18,7 +18,8 @@ from regrow.measure.features import MissingWeightsError
 from regrow.measure.keep import check_writable
 from regrow.measure.machine import machine
 from regrow.measure.sampling import Pictures, make
-from regrow.methods import DaTo, SiTo
+from regrow.methods.calibrated import Calibrated
+from regrow.methods.names import method_of
 
 PROMPTS = (
     "large penguin on blue",
@@ -28,6 +29,8 @@ PROMPTS = (
     "octopus on green",
     "penguin and pizza on pink",
 )
+PLANS = ("emoji-2x", "emoji-4x", "emoji-6x")
+PAPERS = ("sito:d", "dato:b1", "dato:emoji-fast", "deepcache:5", "spectrum:fast")
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,28 @@ class Row:
 
 
 def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
-    """Generate the pictures, save ``demo.png`` and ``demo.json`` in ``out``, print the table."""
+    """Generate the pictures, save them and ``demo.json`` in ``out``, print the table.
+
+    ``demo.png`` has fewer steps and calibrated plans, ``papers.png`` published methods as printed.
+    """
     check_writable("--out", out, folder=True)
     console = remarks()
     with busy(console, "loading the bundled model"):
         pipeline = load_pipeline("emoji", "cpu", torch.float32)
         # Threads and memory are set up in the first calls; they belong to no method.
         make(pipeline, PROMPTS, steps=1, guidance=zoo.GUIDANCE["emoji"])
-    # Half and a quarter of the steps take about as long as the slowest and the fastest of DaTo's plans.
     fewer = [n for n in dict.fromkeys((steps // 2, steps // 4)) if n]
-    searched = ("emoji-quality", "emoji-balanced", "emoji-fast")
-    variants: list[tuple[str, Any, int]] = [
-        ("unaccelerated", None, steps),
-        *((f"{n} steps", None, n) for n in fewer),
-        ("SiTo d", SiTo.preset("d"), steps),
-        ("DaTo b1", DaTo.preset("b1"), steps),
-        *((f"DaTo {name}", DaTo.preset(name), steps) for name in searched),
-    ]
+    # For another number of steps plans are resampled, and their fitted weights are not theirs any more.
+    plans = {f"plan {name[6:]}": Calibrated.preset(name) for name in PLANS}
+    sheets: dict[str, list[tuple[str, Any, int]]] = {
+        "demo.png": [
+            ("unaccelerated", None, steps),
+            *((f"{n} steps", None, n) for n in fewer),
+            *((name, plan, steps) for name, plan in plans.items()),
+        ],
+        "papers.png": [(name, method_of(name, steps), steps) for name in PAPERS],
+    }
+    variants = [variant for sheet in sheets.values() for variant in sheet]
     pictures: dict[str, Pictures] = {}
     ratios: dict[str, float] = {}
     with Bar(console) as bar:
@@ -94,12 +102,15 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
     with busy(console, "comparing the pictures"):
         rows = [_row(name, pictures, ratio) for name, ratio in ratios.items()]
     out.mkdir(parents=True, exist_ok=True)
-    sheet = contact_sheet(
-        list(zip(*(made.images for made in pictures.values()), strict=True)),
-        columns=[f"{r.method}\n{r.seconds:.2f} s ({r.speedup:.1f}x)" for r in rows],
-        labels=PROMPTS,
-    )
-    sheet.save(out / "demo.png")
+    said = {r.method: f"{r.method}\n{r.seconds:.2f} s ({r.speedup:.1f}x)" for r in rows}
+    for file, shown_there in sheets.items():
+        names = list(dict.fromkeys(["unaccelerated", *(name for name, *_ in shown_there)]))
+        sheet = contact_sheet(
+            list(zip(*(pictures[name].images for name in names), strict=True)),
+            columns=[said[name] for name in names],
+            labels=PROMPTS,
+        )
+        sheet.save(out / file)
     result = {"steps": steps, "seed": seed, "machine": machine(), "rows": [asdict(r) for r in rows]}
     text = json.dumps(result, indent=1)
     (out / "demo.json").write_text(text + "\n", encoding="utf-8")
@@ -119,7 +130,8 @@ def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
     output().print(shown)
     if rows[-1].feature_distance is None:
         print("feature distance: needs the extractor, pip install 'regrow[measure]'")
-    print(out / "demo.png")
+    for file in sheets:
+        print(out / file)
 
 
 def _row(name: str, pictures: dict[str, Pictures], macs_ratio: float) -> Row:

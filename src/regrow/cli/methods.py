@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any
 
+from pydantic import BaseModel
+
 from regrow.methods.base import MethodConfig
 from regrow.methods.catalogue import System, default_of, systems
 from regrow.recover.time import TimeRecovery, recovery_from
@@ -125,6 +127,8 @@ def _plain(value: Any) -> Any:
         return _typed(value)
     if isinstance(value, Schedule):
         return value.name or f"a schedule of {len(value)} calls"
+    if isinstance(value, tuple) and any(isinstance(one, BaseModel) for one in value):
+        return f"{len(value)} entries"
     return value.value if isinstance(value, Enum) else value
 
 

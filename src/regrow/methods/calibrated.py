@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import resources
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from regrow.fields import MOST_CALLS, Calls, Checked, Count
-from regrow.methods.base import About, MethodConfig, TextError, register
+from regrow.methods.base import About, MethodConfig, register
 from regrow.methods.dato import DaTo
 from regrow.methods.parts import Parts, parts_of
 from regrow.schedule import FULL, Schedule
 
 Timestep = Annotated[float, Field(ge=0, le=MOST_CALLS)]
+
+
+BUNDLED = ("emoji-2x", "emoji-4x", "emoji-6x", "cifar10-3x", "cifar10-5x", "cifar10-10x")
+"""Plans of the bundled models: see ``benchmarks/forecasts.py``."""
+
+
+def _bundled(name: str) -> Calibrated:
+    """One of these."""
+    file = resources.files("regrow") / "presets" / f"{name}.json"
+    return Calibrated.model_validate_json(file.read_text(encoding="utf-8"))
 
 
 class Tried(Checked):
@@ -58,6 +70,8 @@ class Calibrated(MethodConfig):
         place=5,
     )
 
+    PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {name: partial(_bundled, name) for name in BUNDLED}
+
     method: Literal["calibrated"] = "calibrated"
     version: Literal[1] = 1
     steps: Calls
@@ -72,11 +86,6 @@ class Calibrated(MethodConfig):
         if self.timesteps is not None and len(self.timesteps) != self.steps:
             raise ValueError(f"timesteps: {len(self.timesteps)} entries for {self.steps} steps")
         return self
-
-    @classmethod
-    def from_text(cls, text: str, calls: int) -> Self:
-        """There is none by name: plans are in files."""
-        raise TextError("nothing: a calibrated plan is a file, give its name as the method")
 
     @property
     def leaves_out(self) -> bool:

@@ -39,7 +39,7 @@ class Store:
     """
 
     def __init__(self, recoveries: Iterable[TimeRecovery], total: int) -> None:
-        self._recoveries, self._total = tuple(recoveries), total
+        self._recoveries, self._total = tuple(dict.fromkeys(recoveries)), total
         self._window = max([1, *(r.window for r in self._recoveries)])
         self._kept: dict[str, _History] = {}
 
@@ -60,7 +60,8 @@ class Store:
     def add(self, key: str, step: int, value: Value) -> None:
         """Keep a value that was computed in a step.
 
-        Values of other shapes before it are dropped, and one of the same step is replaced.
+        Values of other shapes before it are dropped, and so are all if the last is of this step or a later
+        one.
         """
         history = self._kept.get(key)
         if history is None or _shapes(history.values[-1]) != _shapes(value) or history.times[-1] >= step:
@@ -96,7 +97,7 @@ class Store:
             return history.values[-1]
         sums = history.sums.get(recovery, [])
         values = history.values[-len(of_values) :]
-        return combine([*values, *sums], [*of_values, *of_sums[: len(sums)]], like=values[-1])
+        return combine([*values, *sums], [*of_values, *of_sums], like=values[-1])
 
     def knows(self, key: str, step: int, recovery: TimeRecovery) -> bool:
         """Whether a recovery was made for this step from the values that there are."""

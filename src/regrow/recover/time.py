@@ -213,7 +213,9 @@ class Fitted(TimeRecovery):
 
     def _of(self, times: Sequence[int], t: int, total: int) -> FittedStep | None:
         own = next((one for one in self.steps if one.step == t), None)
-        return own if own and total == self.total and set(own.sources) <= set(times) else None
+        # Of a plan with other full steps, values may be too long ago to be kept.
+        kept = set(times[-self.window :])
+        return own if own and total == self.total and set(own.sources) <= kept else None
 
 
 _KINDS: dict[str, type[TimeRecovery]] = {}
