@@ -5,10 +5,12 @@ What is not said here is left at the package's default.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -57,6 +59,10 @@ class Peer(Variant):
     def _applied(self, pipeline: Any) -> Iterator[None]:
         with _restored(module_of(pipeline)), self.kind.apply(pipeline, self.config, self.steps):
             yield
+
+    def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options, to which a peer adds none."""
+        return dict(options)
 
     def settings(self) -> Any:
         """Its package, version and number."""
@@ -126,8 +132,14 @@ def deep_cache(pipeline: Any, interval: int, steps: int) -> Iterator[None]:
 
 
 @contextmanager
-def cache_dit(pipeline: Any, threshold: float, steps: int) -> Iterator[None]:
-    """cache-dit's dual block cache."""
+def cache_dit(
+    pipeline: Any, threshold: float, steps: int, calibrator: Callable[[Any], Any] | None = None
+) -> Iterator[None]:
+    """cache-dit's dual block cache.
+
+    Args:
+        calibrator: takes the package, gives the class of its calibrator's settings; None for reuse.
+    """
     try:
         import cache_dit
     except ImportError as error:
@@ -139,6 +151,7 @@ def cache_dit(pipeline: Any, threshold: float, steps: int) -> Iterator[None]:
             cache_config=cache_dit.DBCacheConfig(
                 residual_diff_threshold=threshold, Fn_compute_blocks=first
             ),
+            calibrator_config=None if calibrator is None else calibrator(cache_dit)(),
         )
         yield
     finally:
@@ -207,6 +220,14 @@ def taylorseer(pipeline: Any, interval: int, steps: int) -> AbstractContextManag
     return _hooked(pipeline, config, apply_taylorseer_cache)
 
 
+def sea_cache(pipeline: Any, threshold: float, steps: int) -> AbstractContextManager[None]:
+    """diffusers' SeaCache. It has adapters for Wan and Cosmos 3; with another model, or in a pipeline that
+    does not tell it the step, it computes everything."""
+    from diffusers.hooks import SeaCacheConfig, apply_sea_cache
+
+    return _hooked(pipeline, SeaCacheConfig(threshold=threshold), apply_sea_cache)
+
+
 def mag_cache(pipeline: Any, threshold: float, steps: int) -> AbstractContextManager[None]:
     """diffusers' MagCache. Its ratios are Flux's, the only ones there are without calibrating."""
     from diffusers.hooks import MagCacheConfig, apply_mag_cache
@@ -220,10 +241,29 @@ PEERS = {
     "tomesd": Kind("tomesd", "ratio", 0.5, tomesd),
     "DeepCache": Kind("DeepCache", "cache_interval", 3, deep_cache),
     "cache-dit": Kind("cache-dit", "residual_diff_threshold", 0.08, cache_dit),
+    "cache-dit-taylorseer": Kind(
+        "cache-dit",
+        "residual_diff_threshold",
+        0.08,
+        partial(cache_dit, calibrator=attrgetter("TaylorSeerCalibratorConfig")),
+    ),
+    "cache-dit-foca": Kind(
+        "cache-dit",
+        "residual_diff_threshold",
+        0.08,
+        partial(cache_dit, calibrator=attrgetter("FoCaCalibratorConfig")),
+    ),
+    "cache-dit-dmd": Kind(
+        "cache-dit",
+        "residual_diff_threshold",
+        0.08,
+        partial(cache_dit, calibrator=attrgetter("DMDCalibratorConfig")),
+    ),
     "pab": Kind("diffusers", "spatial_attention_block_skip_range", 2, pab),
     "fastercache": Kind("diffusers", "unconditional_batch_skip_range", 5, faster_cache),
     "firstblock": Kind("diffusers", "threshold", 0.05, first_block),
     "taylorseer": Kind("diffusers", "cache_interval", 5, taylorseer),
+    "seacache": Kind("diffusers", "threshold", 0.25, sea_cache),
     "magcache": Kind("diffusers", "threshold", 0.06, mag_cache),
 }
 """The peers by their names."""

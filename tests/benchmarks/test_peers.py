@@ -31,34 +31,40 @@ SIZE = {"height": 32, "width": 32}
 NO_CONTEXT = "ValueError: No cache context is set"
 NO_UNET = "has no attribute 'unet'"
 ACCELERATES, NOTHING = "accelerates", "changes nothing"
+NO_RESIDUAL = "AssertionError: State 'transformer_blocks_Bn_residual' not found"
+CALIBRATED = ("cache-dit-taylorseer:9", "cache-dit-foca:9", "cache-dit-dmd:9")
 # Thresholds are above what two steps of random weights differ by.
 WORKING = {
     "sd": ("tomesd", "DeepCache", "pab"),
     "sd3": ("cache-dit:9", "pab", "magcache"),
-    "pixart": ("cache-dit:9", "pab", "fastercache", "magcache"),
-    "dit": ("cache-dit:9", "pab", "magcache"),
-    "flux": ("cache-dit:9", "pab", "fastercache", "firstblock:9", "taylorseer", "magcache"),
+    "pixart": ("cache-dit:9", *CALIBRATED, "pab", "fastercache", "magcache"),
+    "dit": ("cache-dit:9", *CALIBRATED, "pab", "magcache"),
+    "flux": ("cache-dit:9", *CALIBRATED, "pab", "fastercache", "firstblock:9", "taylorseer", "magcache"),
 }
 OTHERS = {
     "sd": {
-        "cache-dit": "not officially supported",
+        **dict.fromkeys(["cache-dit", *CALIBRATED], "not officially supported"),
         "fastercache": "RuntimeError: chunk expects at least a 1-dimensional tensor",
         "firstblock": "IndexError: pop from empty list",
+        "seacache": "ValueError: SeaCache found no repeated transformer blocks",
         "taylorseer": NOTHING,
         "magcache": NOTHING,
     },
     "sd3": {
+        **dict.fromkeys(CALIBRATED, NO_RESIDUAL),
         "tomesd": "IndexError",
         "DeepCache": NO_UNET,
         "fastercache": "RuntimeError: The size of tensor",
         "firstblock": NO_CONTEXT,
         "taylorseer": NO_CONTEXT,
+        "seacache": NOTHING,
     },
     "pixart": {
         "tomesd": "'ToMeBlock' object has no attribute 'norm3'",
         "DeepCache": NO_UNET,
         "firstblock": NO_CONTEXT,
         "taylorseer": NOTHING,
+        "seacache": NOTHING,
     },
     "dit": {
         "tomesd": NOTHING,
@@ -66,8 +72,9 @@ OTHERS = {
         "fastercache": "RuntimeError: The size of tensor",
         "firstblock": NO_CONTEXT,
         "taylorseer": NOTHING,
+        "seacache": NOTHING,
     },
-    "flux": {"tomesd": "IndexError", "DeepCache": NO_UNET},
+    "flux": {"tomesd": "IndexError", "DeepCache": NO_UNET, "seacache": NOTHING},
 }
 
 
@@ -203,6 +210,34 @@ def test_each_begins_anew_and_leaves_nothing_even_if_stopped(name: str) -> None:
     assert torch.equal(pictures(name, pipe), plain)
 
 
+def test_sea_cache_works_on_wan_and_leaves_nothing() -> None:
+    pipe = transformer_pipelines.wan()
+    texts = torch.randn(2, 1, 8, transformer_pipelines.TEXT, generator=torch.Generator().manual_seed(1))
+
+    def latents() -> Tensor:
+        frames: Tensor = pipe(
+            prompt_embeds=texts[0],
+            negative_prompt_embeds=texts[1],
+            **SIZE,
+            num_frames=5,
+            num_inference_steps=STEPS,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).frames
+        return frames
+
+    plain, before = latents(), state(pipe.transformer)
+    with peer("seacache:0.000001", STEPS).applied(pipe):
+        assert torch.equal(latents(), plain)
+    with peer("seacache:9", STEPS).applied(pipe):
+        first = latents()
+    assert state(pipe.transformer) == before
+    assert not torch.equal(first, plain)
+    assert torch.equal(latents(), plain)
+    with peer("seacache:9", STEPS).applied(pipe):
+        assert torch.equal(latents(), first)
+
+
 def test_the_timestep_is_the_pipelines_own_from_its_first_generation_on() -> None:
     fresh, used = MODELS["flux"](), MODELS["flux"]()
     pictures("flux", used)
@@ -238,7 +273,16 @@ def test_a_hook_of_the_users_own_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "number"), [("tomesd", 0.5), ("DeepCache:5", 5), ("cache-dit:0.2", 0.2), ("pab:3", 3)]
+    ("spec", "number"),
+    [
+        ("tomesd", 0.5),
+        ("DeepCache:5", 5),
+        ("cache-dit:0.2", 0.2),
+        ("cache-dit-taylorseer:0.24", 0.24),
+        ("taylorseer:5", 5),
+        ("seacache", 0.25),
+        ("pab:3", 3),
+    ],
 )
 def test_a_peer_is_found_by_its_name(spec: str, number: float) -> None:
     name = spec.partition(":")[0]
@@ -261,11 +305,12 @@ def test_wrong_names_are_refused_with_what_is_allowed(spec: str, message: str) -
         peer(spec, 20)
 
 
-@pytest.mark.parametrize("spec", ["tomesd", "DeepCache", "cache-dit"])
+@pytest.mark.parametrize("spec", ["tomesd", "DeepCache", "cache-dit", "cache-dit-dmd"])
 def test_a_missing_package_is_named(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, spec.replace("-", "_"), None)
+    package = PEERS[spec].package
+    monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
     with (
-        pytest.raises(ImportError, match=rf"{spec} is not installed: pip install 'regrow\[peers\]'"),
+        pytest.raises(ImportError, match=rf"{package} is not installed: pip install 'regrow\[peers\]'"),
         peer(spec, 20).applied(pipelines.sd()),
     ):
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,6 +22,8 @@ from regrow.recover.time import (
     Taylor,
     TimeRecovery,
     cached_split,
+    recovery_from,
+    register_recovery,
 )
 
 TOTAL = 50
@@ -268,3 +270,39 @@ def test_older_values_than_the_window_have_no_weight(
     assert not any(weights[: -recovery.window])
     assert recovery.split(times, t, TOTAL) == ((), weights[-recovery.window :])
     assert cached_split(recovery, tuple(times), t, TOTAL) == recovery.split(times, t, TOTAL)
+
+
+class Nameless(TimeRecovery):
+    order: int = 1
+
+
+class Unset(TimeRecovery):
+    kind: Literal["unset"]
+
+
+class Free(TimeRecovery):
+    kind: str = "free"
+
+
+class Spaced(TimeRecovery):
+    kind: Literal["a b"] = "a b"
+
+
+class Named(TimeRecovery):
+    kind: Literal["named"] = "named"
+
+
+@pytest.mark.parametrize("kind", [Nameless, Unset, Free])
+def test_a_recovery_without_a_name_is_refused(kind: type[TimeRecovery]) -> None:
+    said = f'kind: {kind.__name__} has no field of the form kind: Literal\\["name"\\] = "name"'
+    with pytest.raises(TypeError, match=said):
+        register_recovery(kind)
+    with pytest.raises(ValueError, match="it must be a recovery"):
+        recovery_from("free")
+
+
+def test_a_recovery_is_known_by_its_kind() -> None:
+    with pytest.raises(ValueError, match="kind: 'a b' is not allowed, it must be of letters from a to z"):
+        register_recovery(Spaced)
+    assert register_recovery(Named) is Named
+    assert recovery_from("named") == Named()

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import numpy as np
 from pydantic import Field, PlainValidator, SerializeAsAny, model_validator
@@ -225,9 +225,13 @@ def register_recovery(kind: type[TimeRecovery]) -> type[TimeRecovery]:
     """Let configurations and files name a recovery by its field ``kind``, as a decorator.
 
     Raises:
-        ValueError: if another class has that name.
+        TypeError: if it has no such field.
+        ValueError: if another class has that name, or it can't be a name.
     """
-    name = str(kind.model_fields["kind"].default)
+    field = kind.model_fields.get("kind")
+    if field is None or get_origin(field.annotation) is not Literal or not isinstance(field.default, str):
+        raise TypeError(f'kind: {kind.__name__} has no field of the form kind: Literal["name"] = "name"')
+    name = field.default
     if not re.fullmatch("[a-z]+", name):
         raise ValueError(f"kind: {shown(name)} is not allowed, it must be of letters from a to z")
     if _KINDS.get(name, kind).__qualname__ != kind.__qualname__:
