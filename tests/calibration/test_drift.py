@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.optimize import least_squares
 
 from regrow.calibration.drift import (
     KNOTS,
+    FittedGaps,
     Growth,
     Ran,
     drifting_error,
@@ -122,3 +125,16 @@ def test_one_plan_tells_the_scale() -> None:
 def test_plans_are_needed() -> None:
     with pytest.raises(ValueError, match="ran: it is empty, there must be >= 1 plan"):
         fitted_growth(*known(), [])
+
+
+@given(st.integers(0, 100), st.sets(st.integers(1, 19), min_size=2, max_size=10))
+def test_gaps_one_by_one_are_the_plans_error(seed: int, chosen: set[int]) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(20, 60)).cumsum(0)
+    gram, influence, full = values @ values.T / 60, rng.normal(size=20), (0, *sorted(chosen))
+    growth = Growth(logarithms=tuple(rng.normal(size=len(KNOTS)).tolist()))
+    weights = weight_matrix(full, fitted(gram, full, last=3), 20)
+    expected = drifting_error(gram, influence, weights, growth)
+    gaps = FittedGaps(gram, influence, 3)
+    assert gaps.error(full, growth) == pytest.approx(expected, rel=1e-6)
+    assert gaps.error(full, growth) == gaps.error(full, growth)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field
 
-from regrow.calibration.fit import decibels
+from regrow.calibration.fit import decibels, least_squares
 from regrow.calibration.influence import Array
 from regrow.fields import Checked
 
@@ -80,6 +80,47 @@ def drifting_error(gram: Array, influence: Array, weights: Array, growth: Growth
     """
     squares, places = gap_errors(gram, influence, weights)
     return float(squares @ growth.at(places))
+
+
+class FittedGaps:
+    """`drifting_error` of fitted plans: a gap's error depends on its own ends and sources alone.
+
+    So it is computed once, however many plans have that gap.
+
+    Args:
+        gram: ``(T, T)``, the mean product of the outputs of two steps.
+        influence: ``(T,)``, see `influence`.
+        last: how many of the last computed outputs a forecast is made of.
+    """
+
+    def __init__(self, gram: Array, influence: Array, last: int) -> None:
+        self._gram, self._influence, self._last = gram, influence, last
+        self._squares: dict[tuple[tuple[int, ...], int], float] = {}
+
+    def error(self, full: Sequence[int], growth: Growth) -> float:
+        """The error of the plan that computes these steps."""
+        total = len(self._gram)
+        ends = [*full[1:], total]
+        squares = [
+            self._square(tuple(full[max(k + 1 - self._last, 0) : k + 1]), end) for k, end in enumerate(ends)
+        ]
+        places = (np.array(full) + np.array(ends)) / (2 * total)
+        return float(np.array(squares) @ growth.at(places))
+
+    def _square(self, sources: tuple[int, ...], end: int) -> float:
+        """The mean square by which the gap from its last source to its end misses the final latent."""
+        if (sources, end) not in self._squares:
+            self._squares[sources, end] = self._missed(list(sources), list(range(sources[-1] + 1, end)))
+        return self._squares[sources, end]
+
+    def _missed(self, sources: list[int], skipped: list[int]) -> float:
+        if not skipped:
+            return 0.0
+        weights = least_squares(self._gram, sources, skipped)
+        moved = self._influence[skipped]
+        factors = np.concatenate([-(weights @ moved), moved])
+        steps = [*sources, *skipped]
+        return max(float(factors @ self._gram[np.ix_(steps, steps)] @ factors), 0.0)
 
 
 def fitted_growth(gram: Array, influence: Array, ran: Sequence[Ran]) -> Growth:

@@ -11,6 +11,9 @@ from regrow.calibration.influence import Array
 from regrow.recover.time import Fitted, FittedStep, TimeRecovery
 from regrow.words import shown
 
+RIDGE = 1e-9
+"""Keeps the solution finite where outputs are alike."""
+
 
 def fitted(
     gram: Array,
@@ -18,7 +21,7 @@ def fitted(
     *,
     last: int | None = None,
     towards: TimeRecovery | None = None,
-    ridge: float = 1e-9,
+    ridge: float = RIDGE,
 ) -> Fitted:
     """The weights with which the computed outputs are nearest to each skipped step's, in least squares.
 
@@ -36,7 +39,6 @@ def fitted(
     check_full(full, total)
     if last is not None and last < 1:
         raise ValueError(f"last: {last} is not allowed, it must be >= 1")
-    strength = ridge * float(np.trace(gram)) / total
     steps: list[FittedStep] = []
     for sources, skipped in gaps(full, total):
         sources = sources if last is None else sources[-last:]
@@ -48,14 +50,36 @@ def fitted(
             before = [step for step in full if step <= sources[-1]]
             rows = [towards.weights(before, step, total)[-len(sources) :] for step in skipped]
             prior = np.array(rows).T
-        own = gram[np.ix_(sources, sources)]
-        rest = gram[np.ix_(sources, skipped)] - own @ prior
-        weights = prior + np.linalg.solve(own + strength * np.eye(len(sources)), rest)
+        weights = least_squares(gram, sources, skipped, prior, ridge)
         steps += [
             FittedStep(step=step, sources=tuple(sources), weights=tuple(column))
             for step, column in zip(skipped, weights.T.tolist(), strict=True)
         ]
     return Fitted(total=total, steps=tuple(steps))
+
+
+def least_squares(
+    gram: Array,
+    sources: Sequence[int],
+    skipped: Sequence[int],
+    prior: Array | None = None,
+    ridge: float = RIDGE,
+) -> Array:
+    """The weights ``(sources, skipped)`` of some steps' outputs that are nearest to those of others.
+
+    Args:
+        gram: ``(T, T)``, the mean product of the outputs of two steps.
+        sources: steps that are computed.
+        skipped: steps that are not.
+        prior: ``(sources, skipped)``, weights that the ridge pulls towards; None for 0.
+        ridge: strength of the pull, as a share of the mean square of the outputs.
+    """
+    own = gram[np.ix_(sources, sources)]
+    prior = np.zeros((len(sources), len(skipped))) if prior is None else prior
+    rest = gram[np.ix_(sources, skipped)] - own @ prior
+    strength = ridge * float(np.trace(gram)) / len(gram)
+    weights: Array = prior + np.linalg.solve(own + strength * np.eye(len(sources)), rest)
+    return weights
 
 
 def weight_matrix(full: Sequence[int], recovery: TimeRecovery, total: int) -> Array:

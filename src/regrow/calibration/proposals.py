@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from regrow.calibration.drift import Growth, drifting_error
+from regrow.calibration.drift import FittedGaps, Growth
 from regrow.calibration.fit import fitted, weight_matrix
 from regrow.calibration.influence import Array
 from regrow.calibration.positions import (
@@ -86,13 +86,9 @@ def proposals(recording: Recording, count: int, growth: Growth, keep: int = 2) -
         growth: see `fitted_growth`.
         keep: how many at most.
     """
+    gaps = FittedGaps(recording.products, recording.moves, LAST)
     total = recording.origin.calls
-
-    def error(full: Positions) -> float:
-        weights = weight_matrix(full, fitted(recording.products, full, last=LAST), total)
-        return drifting_error(recording.products, recording.moves, weights, growth)
-
-    found = candidates(total, count, error, keep)[:keep]
+    found = candidates(total, count, lambda full: gaps.error(full, growth), keep)[:keep]
     return tuple(_fitted(recording, full, "searched") for full in found)
 
 

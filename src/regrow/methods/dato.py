@@ -91,7 +91,7 @@ class DaTo(MethodConfig):
         what="prune tokens where the noise changes least, reuse deep features, by a schedule",
         models=UNETS,
         paper="arXiv 2501.00375",
-        note="regrow search and calibrate find schedules",
+        note="regrow search finds schedules",
         role=Role.SCHEDULE,
         measured={DenoiserKind.UNET: ("b1", "fast")},
         traced={DenoiserKind.UNET: ("b1",)},
