@@ -646,7 +646,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 
 def generate(
-    family: str, pipe: Any, *, text: int = 0, seed: int = 0, count: int = 1, steps: int = STEPS
+    family: str,
+    pipe: Any,
+    *,
+    text: int = 0,
+    seed: int = 0,
+    count: int = 1,
+    steps: int = STEPS,
+    **options: Any,
 ) -> Tensor:
     """What a short generation gives.
 
@@ -657,7 +664,8 @@ def generate(
         seed: of its noise.
         count: samples.
         steps: of the sampler.
+        options: other arguments of the pipeline.
     """
     arguments: dict[str, Any] = {"output_type": "latent"} | FAMILIES[family].arguments(count, 10 * text)
     arguments |= {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
-    return torch.as_tensor(pipe(**arguments, return_dict=False)[0])
+    return torch.as_tensor(pipe(**arguments | options, return_dict=False)[0])

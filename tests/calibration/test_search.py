@@ -13,7 +13,7 @@ from regrow import DaTo, apply
 from regrow.calibration.drift import Growth, drifting_error, foretold
 from regrow.calibration.fit import decibels, fitted, weight_matrix
 from regrow.calibration.positions import evenly
-from regrow.calibration.proposals import Proposal, alternatives, probes, proposals
+from regrow.calibration.proposals import Proposal, near_the_line, probes, proposals
 from regrow.calibration.recording import Recording, record
 from regrow.calibration.search import FEW, FewerSteps, Plan, search
 from regrow.measure.sampling import make
@@ -97,7 +97,7 @@ def test_proposals_are_foretold_in_their_order() -> None:
     first, second = proposals(known, COUNT, AMPLIFIES)
     assert near(first) >= near(second)
     assert near(first) >= max(map(near, probes(known, COUNT)))
-    assert near(first) >= max(map(near, alternatives(known, first.full)))
+    assert near(first) >= near(near_the_line(known, first.full))
 
 
 def test_a_proposal_as_a_schedule() -> None:

@@ -220,6 +220,21 @@ def test_a_batch_of_two(family: str) -> None:
     assert_near(found, wanted, "taylor")
 
 
+@pytest.mark.parametrize("family", [name for name, one in FAMILIES.items() if one.calls == 2])
+def test_branches_of_equal_texts_are_kept_apart_by_their_order(family: str) -> None:
+    """Every branch has its own call in a step, though what both are given is equal."""
+    given = FAMILIES[family].arguments(1, 0)
+    equal = {f"negative_{k}": v.clone() for k, v in given.items() if f"negative_{k}" in given}
+    assert equal
+    wanted = expected(family, "taylor", **equal)
+    pipe, counted = FAMILIES[family].make(), Counted()
+    with forward(denoiser_of(family, pipe), counted), regrow.apply(pipe, plan(Taylor())) as run:
+        found = generate(family, pipe, **equal)
+    assert counted.calls == len(FULL_STEPS) * 2
+    assert_near(found, wanted, "taylor")
+    assert [row.branch for row in run.report().calls] == [0, 1] * STEPS
+
+
 @pytest.mark.parametrize("method", ["fora", "deepcache:3", "sito:a", "dato:b1", "toca", "taylorseer"])
 @every_family
 def test_what_needs_more_than_the_output_is_refused(family: str, method: str) -> None:

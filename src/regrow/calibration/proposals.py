@@ -15,7 +15,7 @@ from regrow.calibration.positions import (
     evenly,
 )
 from regrow.calibration.recording import Recording
-from regrow.recover.time import Chebyshev, Taylor, TimeRecovery
+from regrow.recover.time import Taylor, TimeRecovery
 from regrow.schedule import FULL, Schedule
 
 LAST = 3
@@ -96,16 +96,11 @@ def proposals(recording: Recording, count: int, growth: Growth, keep: int = 2) -
     return tuple(_fitted(recording, full, "searched") for full in found)
 
 
-def alternatives(recording: Recording, full: Positions) -> tuple[Proposal, ...]:
-    """Other forecasts than the fitted one at the same positions."""
-    line = Taylor(order=1)
-    near = fitted(recording.products, full, last=LAST, towards=line, ridge=PULL)
-    spectrum = Chebyshev(degree=3, mix=0.5)
-    kinds = {"fitted near the line": near, "on the line": line, "by Chebyshev's polynomials": spectrum}
-    return tuple(
-        Proposal(_name(recording, full, "searched", what), full, recovery, recording.origin.calls)
-        for what, recovery in kinds.items()
-    )
+def near_the_line(recording: Recording, full: Positions) -> Proposal:
+    """The fitted plan at some positions with a pull towards the line, which holds few prompts together."""
+    recovery = fitted(recording.products, full, last=LAST, towards=Taylor(order=1), ridge=PULL)
+    name = _name(recording, full, "searched", "fitted near the line")
+    return Proposal(name, full, recovery, recording.origin.calls)
 
 
 def deep_proposals(total: int, count: int, depth: int = 1) -> tuple[Proposal, ...]:

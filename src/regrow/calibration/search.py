@@ -16,7 +16,7 @@ import numpy as np
 
 from regrow.calibration.drift import Growth, Ran, fitted_growth
 from regrow.calibration.influence import Array
-from regrow.calibration.proposals import Proposal, alternatives, probes, proposals
+from regrow.calibration.proposals import Proposal, near_the_line, probes, proposals
 from regrow.calibration.recording import Recording
 from regrow.fields import check_within
 
@@ -129,7 +129,7 @@ def search(
         known = {plan.full for plan in run}
         found = proposals(recording, count, _growth(recording, run))
         go(plan for plan in found if plan.full not in known)
-    go(alternatives(recording, max(run, key=lambda plan: run[plan].mean).full))
+    go([near_the_line(recording, max(run, key=lambda plan: run[plan].mean).full)])
     growth = _growth(recording, run)
     go(others)
     ranked = sorted(run.values(), key=lambda outcome: -outcome.mean)
