@@ -482,7 +482,7 @@ def test_the_table_says_what_fails_or_changes_nothing() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["peers-emoji", "peers-cifar10"])
+@pytest.mark.parametrize("name", ["peers-emoji", "peers-cifar10", "plans-beside-peers-cifar10"])
 def test_committed_tables_are_those_of_their_results(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
