@@ -3,8 +3,13 @@
     python benchmarks/peers_table.py --arch sd15 --methods steps:50,dato:b1 --peers tomesd:0.5,DeepCache:5
     python benchmarks/peers_table.py --model emoji --images 2 --quality work/peers --prompts 32
 
-With `--quality` the pictures of those that could be timed are then compared as `regrow eval` does. Beside
-the file of `--json`, and of its quality, goes the table of both as Markdown; `--table` makes that only.
+    python benchmarks/peers_table.py --model cifar10 --images 8 --methods steps:50,steps:16,plan.json \
+        --peers cache-dit-taylorseer:0.24,taylorseer:5 --quality work/peers --prompts 16 --seed 1000
+
+With `--quality` the pictures of those that could be timed are then compared as `regrow eval` does. Those of
+no calibrated plan are also compared, picture by picture, with the slowest plan that is at least as fast.
+Beside the file of `--json`, and of its quality, goes the table of both as Markdown; `--table` makes that
+only.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from regrow.measure.bench import BenchRow
 from regrow.measure.extractors import Network
 from regrow.measure.machine import PACKAGES
 from regrow.measure.variants import Variant, variant
+from regrow.methods.calibrated import Calibrated
 
 
 def rows(methods: str, peers: str, steps: int) -> tuple[Variant, ...]:
@@ -42,12 +48,34 @@ def rows(methods: str, peers: str, steps: int) -> tuple[Variant, ...]:
     return (*own, *(peer(spec.strip(), steps) for spec in specs))
 
 
-def compare(args: argparse.Namespace, variants: tuple[Variant, ...]) -> None:
-    """Quality of the rows, into the folder and beside the result."""
+def plans_beside(variants: Sequence[Variant], timed: Sequence[BenchRow]) -> dict[str, str]:
+    """By names of rows that are no calibrated plan, the slowest plan that is at least as fast, if any is.
+
+    Args:
+        variants: the first is the baseline, which has none.
+        timed: the row of each.
+    """
+    speeds = {one.name: row.speedup for one, row in zip(variants, timed, strict=True) if row.speedup}
+    known = [one for one in variants[1:] if one.name in speeds]
+    plans = [one.name for one in known if isinstance(one.config, Calibrated)]
+    found: dict[str, str] = {}
+    for name in (one.name for one in known if one.name not in plans):
+        fast = [plan for plan in plans if speeds[plan] >= speeds[name]]
+        if fast:
+            found[name] = min(fast, key=lambda plan: speeds[plan])
+    return found
+
+
+def compare(args: argparse.Namespace, variants: Sequence[Variant], timed: Sequence[BenchRow]) -> None:
+    """Quality of the rows that could be timed, into the folder and beside the result."""
+    against = plans_beside(variants, timed)
+    working = [one for one, row in zip(variants, timed, strict=True) if row.error is None]
+    # What others are compared with comes first.
+    working[1:] = sorted(working[1:], key=lambda one: one.name not in against.values())
     evaluate.run_eval(
         evaluate.Request(
-            variants=variants,
-            against={},
+            variants=tuple(working),
+            against=against,
             model=args.model,
             prompts=args.prompts,
             template=None,
@@ -61,7 +89,7 @@ def compare(args: argparse.Namespace, variants: tuple[Variant, ...]) -> None:
             export=None,
             steps=args.steps,
             scheduler=None,
-            seed=0,
+            seed=args.seed,
             guidance=args.guidance,
             height=args.height,
             width=args.width,
@@ -109,11 +137,14 @@ def table(timed: Sequence[BenchRow], compared: Sequence[Mapping[str, Any]]) -> l
 
     Args:
         timed: rows of `regrow bench`.
-        compared: rows of `regrow eval`; its columns are left out if there are none.
+        compared: rows of `regrow eval`; its columns are left out if there are none. Where rows are compared
+            with calibrated plans, these columns stand for the distance of all pictures as a set.
     """
     quality = {row["name"]: row for row in compared}
+    beside = any(row.get("gain") for row in compared)
     titles = ["method", "speed-up", "spread", "fewer MACs", "efficiency", "peak MiB"]
-    titles += ["PSNR dB", "feature distance", "FD-EffNet"] if quality else []
+    titles += ["PSNR dB", "feature distance"] if quality else []
+    titles += ["plan at least as fast", "plan nearer by dB"] if beside else ["FD-EffNet"] * bool(quality)
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in timed:
         name = noted(row).replace(row.name, f"`{row.name}`", 1)
@@ -133,9 +164,19 @@ def table(timed: Sequence[BenchRow], compared: Sequence[Mapping[str, Any]]) -> l
                 seen = quality[row.name]
                 # What equals the baseline's pictures has no distance to them.
                 distance = None if seen["psnr"] is None else seen["feature_distance"]
-                cells += [shown(seen["psnr"], ".1f"), shown(distance, ".4f"), shown(seen["fd"], ".2f")]
+                cells += [shown(seen["psnr"], ".1f"), shown(distance, ".4f")]
+                cells += _nearer(seen["gain"]) if beside else [shown(seen["fd"], ".2f")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _nearer(gain: Mapping[str, Any] | None) -> list[str]:
+    """The plan that a row is compared with, and how much nearer the plan is, with its standard error."""
+    if gain is None:
+        return ["", ""]
+    if gain["psnr"] is None:
+        return [f"`{gain['over']}`", "-"]
+    return [f"`{gain['over']}`", f"{-gain['psnr']:+.1f} ± {shown(gain['error'], '.1f')}"]
 
 
 def main() -> None:
@@ -162,6 +203,7 @@ def main() -> None:
     parser.add_argument(
         "--prompts", default="32", help="of --quality: a file, or a number of the model's own"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of --quality: of the first picture")
     parser.add_argument("--reference", type=Path, default=None, help="of --quality: true pictures")
     parser.add_argument("--batch", type=int, default=16, help="of --quality: pictures in one batch")
     parser.add_argument("--table", action="store_true", help="only the Markdown, from the file of --json")
@@ -210,8 +252,7 @@ def main() -> None:
         if args.quality is not None and found[0].error is not None:
             raise ValueError(f"methods: {found[0].name}, which all are compared with: {found[0].error}")
         if args.quality is not None:
-            timed = zip(request.variants, found, strict=True)
-            compare(args, tuple(one for one, row in timed if row.error is None))
+            compare(args, request.variants, found)
         if args.json is not None:
             write_table(args.json)
     except (ValueError, OSError, ImportError, MemoryError) as error:

@@ -21,8 +21,10 @@ from regrow.cli.bench import print_rows
 from regrow.measure.bench import BenchRow, bench
 from regrow.measure.evaluate import Pictures, Setting
 from regrow.measure.sampling import make, prompt_arguments
-from regrow.measure.variants import variant
+from regrow.measure.variants import Variant, variant
+from regrow.methods.calibrated import Calibrated
 from regrow.models import module_of
+from regrow.schedule import Schedule
 
 # cache-dit computes the first eight steps in full.
 STEPS = 10
@@ -399,6 +401,40 @@ def test_quality_is_of_those_that_work(
         assert "--quality: it needs --model, and goes without --compile" in capsys.readouterr().err
 
 
+def test_rows_are_compared_with_the_slowest_plan_that_is_at_least_as_fast() -> None:
+    plan = Calibrated(steps=2, schedule=Schedule.constant(), instead_of=4)
+    configs = {"steps:4": None, "steps:2": None, "slow": plan, "fast": plan, "DeepCache": 3, "pab": 2}
+    variants = [Variant(name, config, 4) for name, config in configs.items()]
+    speeds = {"steps:4": 1.0, "steps:2": 2.0, "slow": 2.0, "fast": 3.0, "DeepCache": 2.5, "pab": 3.5}
+    timed = [BenchRow(name, speedup=speed) for name, speed in speeds.items()]
+    assert peers_table.plans_beside(variants, timed) == {"steps:2": "slow", "DeepCache": "fast"}
+    timed[3] = BenchRow("fast", error="it fails")
+    assert peers_table.plans_beside(variants, timed) == {"steps:2": "slow"}
+    assert peers_table.plans_beside(variants[:2], timed[:2]) == {}
+
+
+def test_peers_are_compared_with_plans_picture_by_picture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(Calibrated(steps=1, schedule=Schedule.constant(), instead_of=4).dump())
+    words = f"--model emoji --steps 4 --methods steps:4,steps:2,{plan} --peers DeepCache:2 --rounds 1"
+    words += f" --quality {tmp_path / 'pictures'} --prompts 2 --seed 7 --device cpu"
+    monkeypatch.setattr("sys.argv", ["peers_table", *words.split(), "--json", str(tmp_path / "peers.json")])
+    peers_table.main()
+    quality = json.loads((tmp_path / "peers-quality.json").read_text())
+    assert quality["seed"] == 7
+    rows = {row["name"]: row for row in quality["rows"]}
+    assert rows[str(plan)]["gain"] is None
+    lines = (tmp_path / "peers.md").read_text().splitlines()
+    assert lines[0].endswith("| PSNR dB | feature distance | plan at least as fast | plan nearer by dB |")
+    assert lines[4].endswith("|  |  |")
+    for line, name in ((lines[3], "steps:2"), (lines[5], "DeepCache:2")):
+        gain = rows[name]["gain"]
+        assert gain["over"] == str(plan)
+        assert line.endswith(f"| `{plan}` | {-gain['psnr']:+.1f} ± {gain['error']:.1f} |")
+
+
 def test_no_quality_is_compared_with_a_baseline_that_failed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -409,6 +445,18 @@ def test_no_quality_is_compared_with_a_baseline_that_failed(
         peers_table.main()
     assert "peers_table: methods: toca:2, which all are compared with:" in capsys.readouterr().err
     assert not (tmp_path / "pictures").exists()
+
+
+def test_the_table_says_how_much_nearer_a_plan_is() -> None:
+    rows = [BenchRow(name, spread=1.0, speedup=1.0) for name in ("steps:2", "plan", "pab", "equal", "one")]
+    compared: list[dict[str, Any]] = [
+        {"name": row.name, "psnr": 20.0, "feature_distance": 0.1, "fd": 3.0, "gain": None} for row in rows
+    ]
+    compared[2]["gain"] = {"over": "plan", "psnr": -4.26, "error": 0.34}
+    compared[3]["gain"] = {"over": "plan", "psnr": None, "error": None}
+    compared[4]["gain"] = {"over": "plan", "psnr": 1.0, "error": None}
+    ends = [line.split("| 0.1000 ")[1] for line in peers_table.table(rows, compared)[2:]]
+    assert ends == ["|  |  |"] * 2 + ["| `plan` | +4.3 ± 0.3 |", "| `plan` | - |", "| `plan` | -1.0 ± - |"]
 
 
 def test_all_peers_are_named_with_their_numbers() -> None:
@@ -434,7 +482,7 @@ def test_the_table_says_what_fails_or_changes_nothing() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["peers-emoji", "peers-cifar10"])
+@pytest.mark.parametrize("name", ["peers-emoji", "peers-cifar10", "plans-beside-peers-cifar10"])
 def test_committed_tables_are_those_of_their_results(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:

@@ -179,6 +179,27 @@ def test_the_search_is_called_with_what_it_takes(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "benchmarks" / "results" / "search" / "staged" / "search.json").exists()
 
 
+@pytest.mark.parametrize("model", ["cifar10", "emoji"])
+def test_plans_are_measured_beside_peers_with_what_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    (call,), ended = run_script(tmp_path, "plans_beside_peers.sh", ["python"], model, "deepcache:2,fora:3")
+    assert ended.returncode == 0, ended.stderr
+    check(monkeypatch, call)
+    args = parsed(monkeypatch, call[1], call[2:])
+    assert (args.model, args.seed, args.methods.split(",")[-2:]) == (
+        model,
+        10000,
+        ["deepcache:2", "fora:3"],
+    )
+
+
+def test_plans_of_other_models_are_not_measured(tmp_path: Path) -> None:
+    calls, ended = run_script(tmp_path, "plans_beside_peers.sh", ["python"], "flux", "deepcache:2")
+    assert (calls, ended.returncode) == ([], 2)
+    assert "flux is not allowed, it must be cifar10 or emoji" in ended.stderr
+
+
 def test_the_model_of_photographs_is_measured_with_what_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
