@@ -111,7 +111,8 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     Args:
         target: a diffusers pipeline, or its denoiser.
         config: the configuration of a method, such as `DaTo` or `SiTo`, or its short name, such as
-            ``"dato:b1"``: those of the command line, see `regrow.methods.names.method_of`.
+            ``"dato:b1"``: those of the command line, see `regrow.methods.names.method_of`. A `Schedule` is
+            one for `DaTo`; without ratios it does on any denoiser.
         scheduler: with a bare denoiser, the scheduler whose steps are followed; without one, use
             `Run.generation`.
         keep_text: in a transformer compute what depends on the text alone (PixArt's projected captions and

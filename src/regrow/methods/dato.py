@@ -270,3 +270,9 @@ def _(config: DaTo) -> Parts:
     # Tokens are chosen alike under every schedule.
     rule = config.model_copy(update={"schedule": Schedule.constant(), "time_recovery": None})
     return Parts(plan, _Rule(rule))
+
+
+@parts_of.register
+def _(schedule: Schedule) -> Parts:
+    # As a schedule file is one for DaTo.
+    return parts_of(DaTo(schedule=schedule))
