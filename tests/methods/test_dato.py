@@ -8,6 +8,7 @@ import pipelines
 import pytest
 import reference
 import torch
+import transformer_pipelines
 from torch import Tensor
 from whole_unet import assert_near, guided_inputs, outputs, with_reference
 
@@ -270,3 +271,20 @@ def test_presets_run_on_every_pipeline(name: str, kind: str) -> None:
     pipe = pipelines.make(kind)
     with regrow.apply(pipe, DaTo.preset(name)):
         assert pipelines.generate(pipe, kind=kind, num_inference_steps=8).isfinite().all()
+
+
+def test_a_schedule_is_one_for_dato_and_without_ratios_for_any_denoiser() -> None:
+    pruning = Schedule.every(3, 6, depth=1, ratio=0.5)
+    pipe = pipelines.sd()
+    with regrow.apply(pipe, DaTo(schedule=pruning)):
+        expected = pipelines.generate(pipe, num_inference_steps=6)
+    with regrow.apply(pipe, pruning) as run:
+        assert torch.equal(pipelines.generate(pipe, num_inference_steps=6), expected)
+    assert run.config == pruning
+    dit = transformer_pipelines.dit()
+    output_alone = Schedule.every(3, 6, depth=0).with_recovery(regrow.Taylor(order=1))
+    with regrow.apply(dit, output_alone) as run:
+        transformer_pipelines.generate(dit, num_inference_steps=6)
+        assert [call.depth for call in run.report().calls] == ["full", "0", "0"] * 2
+    with pytest.raises(regrow.UnsupportedModelError):
+        regrow.apply(dit, pruning)
