@@ -342,6 +342,7 @@ class Together(RuleBasedStateMachine):
         assert not [m for m in model.modules() if is_ours(m)]
         assert len(model._forward_hooks) == len(plain._forward_hooks)
         assert len(model._forward_pre_hooks) == len(plain._forward_pre_hooks)
+        assert "_call_impl" not in model.__dict__
         assert "step" not in self.pipe.scheduler.__dict__
 
 
