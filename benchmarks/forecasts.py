@@ -49,11 +49,9 @@ OTHERS = {"DPM++ 2M": "DPMSolverMultistep", "UniPC": "UniPCMultistep"}
 PUBLISHED = {
     "emoji": (
         "spectrum:quality",
-        "spectrum:fast",
         "deepcache:3",
         "deepcache:3:recovery=taylor",
         "deepcache:5",
-        "deepcache:5:recovery=taylor",
         "dato:emoji-balanced",
     ),
     "cifar10": (
