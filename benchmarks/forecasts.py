@@ -48,11 +48,9 @@ BATCH = 4
 OTHERS = {"DPM++ 2M": "DPMSolverMultistep", "UniPC": "UniPCMultistep"}
 PUBLISHED = {
     "emoji": (
-        "spectrum:quality",
         "deepcache:3",
         "deepcache:3:recovery=taylor",
         "deepcache:5",
-        "dato:emoji-balanced",
     ),
     "cifar10": (
         "spectrum:quality",
