@@ -5,7 +5,7 @@ What is not said here is left at the package's default.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -59,10 +59,6 @@ class Peer(Variant):
     def _applied(self, pipeline: Any) -> Iterator[None]:
         with _restored(module_of(pipeline)), self.kind.apply(pipeline, self.config, self.steps):
             yield
-
-    def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options, to which a peer adds none."""
-        return dict(options)
 
     def settings(self) -> Any:
         """Its package, version and number."""

@@ -70,7 +70,7 @@ def test_blocks_that_diffusers_names_none_of_are_compiled_too() -> None:
 
 
 def test_what_has_no_blocks_is_not_compiled() -> None:
-    with pytest.raises(UnsupportedModelError, match="AutoencoderKL is not supported"):
+    with pytest.raises(UnsupportedModelError, match="AutoencoderKL is no denoiser"):
         compile_blocks(transformer_pipelines.vae())
 
 

@@ -73,8 +73,8 @@ GOOD = {
     ("field", "line", "where", "what"),
     [
         ("format", "format: other", "2: format", "'other' is not allowed, it must be 'regrow-schedule'"),
-        ("version", "version: 2", "3: version", "2 is not allowed, it must be 1"),
-        ("version", "version: one", "3: version", "'one' is not allowed, it must be 1"),
+        ("version", "version: 3", "3: version", "3 is not allowed, it must be 2"),
+        ("version", "version: one", "3: version", "'one' is not allowed, it must be 2"),
         ("name", "name: [1]", "4: name", "it must be text"),
         ("name", "nmae: mine", "4: nmae", "fields are .*depth, ratio"),
         (
@@ -87,7 +87,7 @@ GOOD = {
         ("depth", "depth: [full, ful, 0]", "5: depth.1", "'ful' is not allowed, .* did you mean 'full'"),
         ("depth", "depth: [full, true, 0]", "5: depth.1", "True is not allowed, it must be a whole number"),
         ("depth", "depth: 3", "5: depth", "3 is not allowed, it must be a list"),
-        ("depth", "depth: [full, 999998, 0]", "5: depth.1", "999998 is not allowed, .* <= 1000"),
+        ("depth", "depth: [full, 999997, 0]", "5: depth.1", "999997 is not allowed, .* <= 1000"),
         ("depth", "depth: []", "5: depth", "it must have >= 1 entries"),
         ("depth", "", "1: depth", "is required"),
         ("ratio", "ratio: [0.0, 1, 0.5]", "6: ratio.1", "1 is not allowed, it must be >= 0 and < 1"),
@@ -183,7 +183,7 @@ def test_any_text_is_a_schedule_or_a_schedule_error(text: str) -> None:
         ({"depth": (-1,), "ratio": (0.0,)}, "depth"),
         ({"depth": (), "ratio": ()}, "depth"),
         ({"depth": (FULL, 1), "ratio": (0.0,)}, "ratio"),
-        ({"depth": (FULL,), "ratio": (0.0,), "version": 2}, "version"),
+        ({"depth": (FULL,), "ratio": (0.0,), "version": 3}, "version"),
         ({"depth": (FULL,), "ratio": (0.0,), "speed": 3}, "speed"),
     ],
 )

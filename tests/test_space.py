@@ -12,7 +12,7 @@ from regrow.schedule import FULL, Schedule
 from regrow.space import Space, Variable, free, product
 
 # A calibrated plan is what was found.
-SEARCHED = [s.name for s in systems() if s.config is not None and s.name != "calibrated"] + [
+SEARCHED = [s.name for s in systems() if s.config is not None and s.name not in ("calibrated", "l2p")] + [
     "deepcache+tome",
     "cat+deepcache",
     "fora+sito",

@@ -337,6 +337,9 @@ class PutHook:
         tokens, store = self.refreshing.tokens(call, self.layer), call.slot.store
         # Blocks only read what layers return, so that the last output is nobody else's.
         value = store.at(name, call.step, call.recovery)
+        if call.recovery != REUSE:
+            # Of a single value even a forecast is that value itself.
+            value = copied(value)
         image, computed = (value[0], output[0]) if isinstance(output, tuple) else (value, output)
         put_rows(image, tokens.rows(image.shape[1]), computed)
         value = (image, *output[1:]) if isinstance(output, tuple) else image

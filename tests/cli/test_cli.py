@@ -430,9 +430,10 @@ def test_demo_leaves_a_picture_and_a_table(
     assert run(monkeypatch, "demo", "--out", str(tmp_path), "--steps", "2", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "demo.json").read_text())
-    searched = [f"DaTo emoji-{name}" for name in ("quality", "balanced", "fast")]
-    shown = ["unaccelerated", "1 steps", "SiTo d", "DaTo b1", *searched]
+    shown = ["unaccelerated", "1 steps", "plan 2x", "plan 4x", "plan 6x"]
+    shown += ["sito:d", "dato:b1", "dato:emoji-fast", "deepcache:5", "spectrum:fast"]
     assert [r["method"] for r in printed["rows"]] == shown
     assert all(r["psnr"] > 5 for r in printed["rows"][1:])
     assert [r["macs_ratio"] for r in printed["rows"][:2]] == [1, 2]
-    assert Image.open(tmp_path / "demo.png").width > len(shown) * 128
+    assert Image.open(tmp_path / "demo.png").width > 5 * 128
+    assert Image.open(tmp_path / "papers.png").width > 6 * 128

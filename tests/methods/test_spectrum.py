@@ -292,3 +292,12 @@ def test_the_slow_reference_reproduces_a_parabola() -> None:
     options = {"total": 20, "degree": 2, "ridge": 1e-10}
     assert slow_forecasts.chebyshev(times, values, 19, mix=1.0, **options) == pytest.approx(3.61)
     assert slow_forecasts.chebyshev(times, values, 19, mix=0.0, **options) == pytest.approx(3.58)
+
+
+def test_a_run_that_begins_late_computes_two_values_before_it_forecasts() -> None:
+    pipe = pipelines.make("img2img")
+    with regrow.apply(pipe, "spectrum:fast") as run:
+        pipelines.generate(pipe, kind="img2img", num_inference_steps=50, strength=0.4)
+        depths = [call.depth for call in run.report().calls]
+    assert depths[:2] == ["full", "full"]
+    assert "head" in depths

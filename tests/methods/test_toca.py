@@ -25,6 +25,7 @@ from regrow.measure.variants import variant
 from regrow.methods.base import MethodConfig
 from regrow.methods.parts import Alignment, Attention, CallInfo, Parts, parts_of
 from regrow.models import layout_of
+from regrow.recover.store import Store, copied
 from regrow.schedule import FULL, LAYERS, Schedule
 from regrow.tokens.grid import Grid
 
@@ -812,3 +813,22 @@ def test_self_attentions_of_a_part_of_the_batch_hand_on_their_last_output() -> N
         made = generate(pipe, max_sequence_length=16, pag_scale=3.0)
     assert torch.isfinite(made).all()
     assert {call.depth for call in run.report().calls} == {"full", "layers"}
+
+
+def test_a_forecast_writes_to_no_value_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a single value a forecast is that value itself, into which chosen tokens' rows must not go."""
+    kept: list[tuple[Any, Any]] = []
+    add = Store.add
+
+    def spy(store: Store, key: str, step: int, value: Any) -> None:
+        add(store, key, step, value)
+        kept.append((value, copied(value)))
+
+    monkeypatch.setattr(Store, "add", spy)
+    pipe = transformer_pipelines.pixart()
+    with regrow.apply(pipe, ToCa(interval=3, ratio=0.5, recovery="taylor")) as run:
+        generate(pipe, num_inference_steps=6)
+    assert {call.depth for call in run.report().calls} == {"full", "layers"}
+    tensors = [(a, b) for a, b in kept if isinstance(a, Tensor)]
+    assert tensors
+    assert all(torch.equal(a, b) for a, b in tensors)

@@ -365,3 +365,24 @@ def test_a_second_denoiser_is_named() -> None:
         run = regrow.apply(pipe, plan(Reuse()))
     assert run._engine.denoiser is pipe.decoder
     run.remove()
+
+
+class Plain(nn.Module):
+    """A denoiser of no library, which calls its condition as nobody else does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return x * 0 + condition
+
+
+def test_guidance_that_ends_midway_leaves_the_right_branch() -> None:
+    model, one = Plain(), torch.ones(1)
+    plan = regrow.Schedule.every(2, 6, depth=0)
+    with torch.no_grad(), regrow.apply(model, plan) as run, run.generation(6) as clock:
+        for step in range(6):
+            for condition in (-one, one) if step < 3 else (one,):
+                assert float(model(one, torch.tensor(step), condition)) == float(condition)
+            clock.step()

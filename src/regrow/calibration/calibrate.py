@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,6 +101,9 @@ class Settings:
     def __post_init__(self) -> None:
         check_within("steps", self.steps, 2, MOST_CALLS)
         check_within("batch", self.batch, 1, 10_000)
+        for name in ("timesteps", "sigmas", "num_inference_steps", "generator"):
+            if name in self.more:
+                raise ValueError(f"more: {name} is not allowed in it, it is set here")
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,8 @@ class Calibration:
         on_progress: Callable[[Progress], None] | None = None,
         file: Path | None = None,
     ) -> None:
+        if isinstance(prompts, str):
+            raise ValueError("prompts: a text is not allowed, it must be a list of texts")
         check_within("prompts", len(prompts), FEWEST, 10_000)
         self.pipe, self.settings, self._file = pipe, settings, file
         half = len(prompts) // 2
@@ -199,6 +205,11 @@ class Calibration:
         """Calls of the denoiser in an unaccelerated run; PLMS makes one more than steps."""
         return self.recording.origin.calls
 
+    @property
+    def calls_a_step(self) -> float:
+        """Calls of the denoiser that the sampler makes in a step: nearly 2 of Heun's."""
+        return self.calls / self.settings.steps
+
     def plain(self, prompts: int) -> list[Any]:
         """The unaccelerated pictures of the first compared prompts."""
         self._make("unaccelerated", None, self._plain, prompts)
@@ -233,25 +244,27 @@ class Calibration:
         self, config: Calibrated | None, steps: int, prompts: Sequence[str], place: int
     ) -> tuple[Any, float]:
         """Pictures of one batch of compared prompts, the first of which has that place, and seconds."""
-        s = self.settings
-
-        def run() -> tuple[Any, float]:
-            done = make(
-                self.pipe,
-                prompts,
-                steps=steps,
-                guidance=s.guidance,
-                seed=s.seed + len(self.fit) + place,
-                height=s.height,
-                width=s.width,
-                more={**s.more, **({} if config is None else config.arguments())},
-            )
-            return done.images, done.seconds
-
         if config is None or not config.leaves_out:
-            return run()
+            return self._run(config, steps, prompts, place)
         with apply(self.pipe, config):
-            return run()
+            return self._run(config, steps, prompts, place)
+
+    def _run(
+        self, config: Calibrated | None, steps: int, prompts: Sequence[str], place: int
+    ) -> tuple[Any, float]:
+        """The same with the pipeline as it is."""
+        s = self.settings
+        done = make(
+            self.pipe,
+            prompts,
+            steps=steps,
+            guidance=s.guidance,
+            seed=s.seed + len(self.fit) + place,
+            height=s.height,
+            width=s.width,
+            more={**s.more, **({} if config is None else config.arguments())},
+        )
+        return done.images, done.seconds
 
     def speedup(self, config: Calibrated, rounds: int = ROUNDS) -> float:
         """Of a plan, as measured: unaccelerated and plan in turn, the median of the rounds."""
@@ -278,34 +291,37 @@ class Calibration:
         self._tell(Progress("timing calls", 0, 1))
         seconds(None, SHORT)
         few, many = middle(None, SHORT), middle(None, LONG)
-        call = max((many - few) / (LONG - SHORT), 1e-9)
-        rest = max(few / call - SHORT, 0.0)
+        each = self.calls_a_step
+        call = max((many - few) / ((LONG - SHORT) * each), 1e-9)
+        rest, others = max(few / call - SHORT * each, 0.0), max(LONG * each - 1, 1.0)
 
         def share(depth: int) -> float:
             plan = Schedule(depth=(FULL, *(depth,) * (LONG - 1)), ratio=(0.0,) * LONG)
-            return min(max((middle(plan, LONG) / call - rest - 1) / (LONG - 1), 0.0), 0.99)
+            return min(max((middle(plan, LONG) / call - rest - 1) / others, 0.0), 0.99)
 
         layout = layout_of(denoiser_of(self.pipe))
         output, deep = share(0), share(1) if layout.depths > 1 else None
         if not layout.blocks:
             return Costs(rest, output, deep)
-        return Costs(rest, output, deep, (middle(Schedule.constant(RATIO), LONG) / call - rest) / LONG)
+        return Costs(
+            rest, output, deep, (middle(Schedule.constant(RATIO), LONG) / call - rest) / (LONG * each)
+        )
 
     def counted(self) -> Costs:
         """What calls cost in MACs."""
         if layout_of(denoiser_of(self.pipe)).depths == 1:
             return Costs(0.0, 0.0, None)
-        schedule = Schedule(depth=(FULL, 1), ratio=(0.0, 0.0))
-        with apply(self.pipe, Calibrated(steps=2, schedule=schedule, instead_of=2)) as run:
-            s = self.settings
-            make(self.pipe, self.compared[:1], steps=2, guidance=s.guidance, more=s.more)
+        schedule = Schedule(depth=(FULL, *(1,) * (LONG - 1)), ratio=(0.0,) * LONG)
+        config = Calibrated(steps=LONG, schedule=schedule, instead_of=LONG)
+        with apply(self.pipe, config) as run:
+            self._run(config, LONG, self.compared[:1], 0)
             last = run.report().calls[-1]
         return Costs(0.0, 0.0, last.macs / last.full_macs if last.full_macs else None)
 
     def find(self, budget: float, costs: Costs) -> Answer:
         """The nearest of the plans within a budget, in full calls."""
         steps, calls = self.settings.steps, self.calls
-        fewer = min(max(math.floor(budget - costs.rest + 1e-6), 1), steps)
+        fewer = min(max(math.floor((budget - costs.rest) / self.calls_a_step + 1e-6), 1), steps)
         count = max(min(costs.full_calls(budget, calls, costs.output), calls - 1), 2)
         self.answer = search(
             self.recording,
@@ -324,11 +340,19 @@ class Calibration:
         takers = scheduler.set_timesteps, self.pipe.__call__
         if not all("timesteps" in inspect.signature(taker).parameters for taker in takers):
             return
-        scheduler.set_timesteps(self.settings.steps)
-        own = scheduler.timesteps.tolist()
-        for power in DENSER:
-            chosen = tuple(own[i] for i in dense_at_start(len(own), min(steps, len(own)), power))
-            yield FewerSteps(f"{steps} steps, denser at the start ({power:g})", len(chosen), chosen)
+        # Of its own: the pipeline's stays as it is.
+        scheduler = copy.deepcopy(scheduler)
+        try:
+            scheduler.set_timesteps(self.settings.steps)
+            own = list(dict.fromkeys(scheduler.timesteps.tolist()))
+            for power in DENSER:
+                chosen = tuple(own[i] for i in dense_at_start(len(own), min(steps, len(own)), power))
+                scheduler.set_timesteps(timesteps=list(chosen))
+                name = f"{steps} steps, denser at the start ({power:g})"
+                yield FewerSteps(name, len(chosen), chosen)
+        except (ValueError, TypeError, AttributeError, NotImplementedError):
+            # With some settings (Karras' noise levels, dynamic shifting) it takes none after all.
+            return
 
     def _others(self, budget: float, costs: Costs) -> Iterator[Proposal]:
         """Plans whose cached calls compute some layers, or whose calls prune."""
@@ -383,7 +407,8 @@ def calibrate(
         on_progress: told what is done.
 
     Returns:
-        the plan: pass it to `regrow.apply`, and its ``steps`` to the pipeline.
+        the plan: pass it to `regrow.apply`, and its ``steps`` and what its ``arguments()`` say to the
+        pipeline: ``pipe(prompt, num_inference_steps=plan.steps, **plan.arguments())``.
 
     Raises:
         ValueError: naming what is not allowed, or if no plan gives what is wished for.
@@ -436,8 +461,10 @@ def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Cali
         plan = plan_of(calibration, calibration.find(budget, costs))
         measured = calibration.speedup(plan)
         least = costs.rest + 2 + (calibration.calls - 2) * costs.output
-        if measured >= ENOUGH * speedup or budget < least + 1:
+        if measured >= ENOUGH * speedup:
             return plan.model_copy(update={"speedup": round(measured, 3)})
+        if budget < least + 1:
+            raise ValueError(f"speedup: {speedup:g} can't be reached, the fastest plan gave {measured:.3g}")
         budget = max(budget - max(1.0, (budget - costs.rest) * (1 - measured / speedup)), least)
 
 
@@ -462,7 +489,7 @@ def plan_of(calibration: Calibration, answer: Answer) -> Calibrated:
     found = calibration.recording.origin.model_copy(
         update={
             "steps": config.steps,
-            "calls": config.schedule.calls or config.steps,
+            "calls": config.schedule.calls or round(config.steps * calibration.calls_a_step),
             "prompts": len(best.psnr),
             "quality": {"psnr": round(best.mean, 3)},
         }

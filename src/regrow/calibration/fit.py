@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from regrow.calibration.influence import Array
+from regrow.fields import MOST_WEIGHT
 from regrow.recover.time import Fitted, FittedStep, TimeRecovery
 from regrow.words import shown
 
@@ -50,7 +51,11 @@ def fitted(
             before = [step for step in full if step <= sources[-1]]
             rows = [towards.weights(before, step, total)[-len(sources) :] for step in skipped]
             prior = np.array(rows).T
-        weights = least_squares(gram, sources, skipped, prior, ridge)
+        weights, strength = least_squares(gram, sources, skipped, prior, ridge), max(ridge, RIDGE)
+        while np.abs(weights).max() > MOST_WEIGHT:
+            # Values so alike hold no more than rounding beside their mean.
+            strength *= 10
+            weights = least_squares(gram, sources, skipped, prior, strength)
         steps += [
             FittedStep(step=step, sources=tuple(sources), weights=tuple(column))
             for step, column in zip(skipped, weights.T.tolist(), strict=True)

@@ -56,6 +56,10 @@ def _final(scheduler: Any, outputs: torch.Tensor) -> Array:
     own = copy.deepcopy(scheduler)
     # One that somebody gave the scheduler steps that scheduler, not its copy.
     vars(own).pop("step", None)
+    # Some keep their noise levels where the pipeline is.
+    for name, value in list(vars(own).items()):
+        if isinstance(value, torch.Tensor) and not value.is_meta:
+            setattr(own, name, value.cpu())
     given = {"generator": torch.Generator().manual_seed(_SEED)}
     known = {name: value for name, value in given.items() if name in inspect.signature(own.step).parameters}
     sample = torch.zeros(outputs.shape[1], 1, 1, 1, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -27,6 +28,7 @@ from regrow.measure.sampling import check_prompts, make
 from regrow.models import denoiser_of
 from regrow.origin import Origin, denoiser_key, scheduler_key
 
+_STEPPING = threading.Lock()
 # Elements of each output that are multiplied at a time, in float64.
 _PART = 1 << 18
 
@@ -39,7 +41,7 @@ class Recording(Checked):
     Args:
         version: of this form.
         origin: the pipeline and its runs; its prompts are those recorded so far.
-        prompts_key: of all prompts that were asked for.
+        prompts_key: of all prompts that were asked for, and of the pipeline's further arguments.
         influence: of each call's output on the final latent, see `influence`.
         gram: of the guided output, ``(T, T)``: the product of those of two calls, the mean over elements
             and prompts.
@@ -143,13 +145,16 @@ def record(
             linear in the outputs, or steps more often than it has timesteps.
         FileError: if the file is damaged, or of other runs.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts: a text is not allowed, it must be a list of texts")
     for name, value, most in (("prompts", len(prompts), MOST_SEED), ("batch", batch, MOST_SEED)):
         check_within(name, value, 1, most)
     check_prompts(pipe, prompts)
     if is_hooked(denoiser_of(pipe)):
         raise ValueError("pipe: a method is applied to it, so its runs are accelerated; remove it first")
     kept = Recording.load(file) if file is not None and file.exists() else None
-    key = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:32]
+    question = json.dumps([list(prompts), sorted((name, repr(value)) for name, value in more.items())])
+    key = hashlib.sha256(question.encode()).hexdigest()[:32]
     asked: dict[str, Any] = {"guidance": guidance, "height": height, "width": width, "seed": seed}
     done = 0
     if kept is not None:
@@ -192,7 +197,7 @@ def _check_same(kept: Recording, key: str, pipe: Any, asked: Mapping[str, Any], 
     own = {name: getattr(kept.origin, name) for name in asked}
     other = [f"{name} {own[name]}, not {asked[name]}" for name in asked if own[name] != asked[name]]
     other += kept.origin.unlike(denoiser_of(pipe), pipe.scheduler)
-    other += [] if kept.prompts_key == key else ["it is of other prompts"]
+    other += [] if kept.prompts_key == key else ["it is of other prompts or arguments"]
     if other:
         raise FileError(f"{said(file or '')}: {'; '.join(other)}; use another file")
 
@@ -240,20 +245,31 @@ def _outputs(pipe: Any) -> Iterator[_Seen]:
     scheduler, seen = pipe.scheduler, _Seen()
     own = "step" in vars(scheduler)
     holder: Any = scheduler if own else type(scheduler)
-    before, below = vars(holder).get("step"), holder.step
+    with _STEPPING:
+        before, below = vars(holder).get("step"), holder.step
+        watching = [True]
 
-    @functools.wraps(below)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        rest = args if own else args[1:]
-        if own or args[0] is scheduler:
-            seen.step(scheduler, rest[0] if rest else kwargs["model_output"])
-        return below(*args, **kwargs)
+        @functools.wraps(below)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            rest = args if own else args[1:]
+            if watching[0] and (own or args[0] is scheduler):
+                seen.step(scheduler, rest[0] if rest else kwargs["model_output"])
+            return below(*args, **kwargs)
 
-    holder.step = step
+        # Not that of a clock which lies below.
+        vars(step).pop("watch", None)
+        vars(step)["recorder"] = watching, before
+        holder.step = step
     try:
         yield seen
     finally:
-        if before is None:
-            del holder.step
-        else:
-            holder.step = before
+        watching[0] = False
+        with _STEPPING:
+            # Those of other threads that ended before go with it; below one that lasts it passes all on.
+            top = vars(holder).get("step")
+            while (recorder := getattr(top, "recorder", None)) is not None and not recorder[0][0]:
+                top = recorder[1]
+            if top is not None:
+                holder.step = top
+            elif "step" in vars(holder):
+                del holder.step

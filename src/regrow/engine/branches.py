@@ -57,7 +57,9 @@ class Condition:
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> Condition:
         """The condition of a call with these arguments."""
-        tensors = tuple(tensor for name in CONDITIONS for tensor in _tensors_in(inputs.get(name)))
+        named = tuple(tensor for name in CONDITIONS for tensor in _tensors_in(inputs.get(name)))
+        # Of a denoiser that calls them otherwise, all that it is given.
+        tensors = named or tuple(_tensors_in(inputs))
         # A tensor made in inference mode does not tell.
         versions = tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
         plain = ((k, _plain(v)) for k, v in sorted(inputs.items()))

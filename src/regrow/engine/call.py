@@ -91,6 +91,7 @@ class Generation:
         generator: of the choice of tokens.
         twin: what the denoiser was when it began.
         whole: why all of its calls are computed in full; empty if they are not.
+        late: it began behind the first step (image-to-image).
         branches: of guidance.
         slots: the memory of each branch, by its number.
         records: what the calls did.
@@ -103,6 +104,7 @@ class Generation:
     generator: torch.Generator
     twin: Twin
     whole: str = ""
+    late: bool = False
     branches: Branches = field(default_factory=Branches)
     slots: dict[int, Slot] = field(default_factory=dict)
     records: list[CallRecord] = field(default_factory=list)

@@ -291,7 +291,7 @@ class Engine:
         chooser = self.parts.tokens or self.parts.token_set
         seed = 0 if chooser is None else chooser.seed
         plan = self.parts.plan.resample(position.total)
-        if self.found is not None and self.found.calls != position.total:
+        if self.found is not None and not self.parts.whole and self.found.calls != position.total:
             self.warn_once(
                 "origin calls",
                 f"the plan was found for {self.found.calls} calls; this generation has {position.total}",
@@ -314,7 +314,7 @@ class Engine:
                 "that leave that module out",
             )
         generation = Generation(
-            list(plan.steps()), self.cuts, _generator(device, seed), self._look(), whole
+            list(plan.steps()), self.cuts, _generator(device, seed), self._look(), whole, position.index > 0
         )
         if before is not None and again:
             # Members of an ensemble: one report tells of all.
@@ -508,6 +508,9 @@ class Engine:
             if slot.calls == 1 and generation.records:
                 return None, "it is given another text, batch or picture than the calls before it"
             return None, "nothing was kept yet of what it would reuse"
+        values = max(slot.store.count(cut.key(name)) for name in cut.restore)
+        if generation.late and planned.recovery != REUSE and values < 2:
+            return None, "a run that begins late computes two values before the first forecast"
         kept = slot.stored.get(cut, -1)
         if kept < generation.due(cut, index):
             return None, f"what it would reuse is of step {kept}, older than the plan means"

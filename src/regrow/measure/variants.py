@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regrow.apply import Run, apply
+from regrow.methods.base import MethodConfig
 from regrow.methods.names import named
 
 
@@ -36,7 +37,7 @@ class Variant:
 
     def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `regrow.measure.sampling.make` with what the method wants the pipeline to be given."""
-        own = {} if self.config is None else self.config.arguments()
+        own = self.config.arguments() if isinstance(self.config, MethodConfig) else {}
         return {**options, "more": {**options.get("more", {}), **own}}
 
     def check(self, pipeline: Any) -> None:

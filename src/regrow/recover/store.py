@@ -78,6 +78,10 @@ class Store:
                     for i, f in enumerate(factors)
                 ]
 
+    def count(self, key: str) -> int:
+        """How many values of a site were computed."""
+        return len(self._kept[key].times) if key in self._kept else 0
+
     def last(self, key: str) -> Value:
         """The last computed value itself; who writes to it changes what is kept."""
         return self._kept[key].values[-1]

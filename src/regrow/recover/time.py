@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal, get_origin
 
 import numpy as np
@@ -192,7 +192,7 @@ class Fitted(TimeRecovery):
             raise ValueError("steps: a step is there twice")
         return self
 
-    @property
+    @cached_property
     def window(self) -> int:
         """As many values as are computed from the first source of some step to the last."""
         computed = sorted({source for one in self.steps for source in one.sources})
