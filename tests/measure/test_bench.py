@@ -300,9 +300,9 @@ def test_nothing_is_compiled_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) 
         seen.append("compiled")
         return graph.forward
 
-    def looked(pipeline: Any) -> Moment:
+    def looked(device: torch.device) -> Moment:
         seen.append("looked")
-        return moment(pipeline)
+        return moment(device)
 
     monkeypatch.setattr("regrow.measure.bench.moment", looked)
     torch._dynamo.reset()

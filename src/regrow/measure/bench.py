@@ -280,12 +280,13 @@ def _time(
     """One generation of a variant, with the times of its calls."""
     calls: list[tuple[Moment, Moment]] = []
     begun: list[Moment] = []
+    device = pipeline.device
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
-        begun.append(moment(pipeline))
+        begun.append(moment(device))
 
     def after(module: Any, args: Any, output: Any) -> None:
-        calls.append((begun.pop(), moment(pipeline)))
+        calls.append((begun.pop(), moment(device)))
 
     _, seconds = _hooked(pipeline, one, prompts, before, after, options)
     wait(pipeline)

@@ -146,14 +146,18 @@ class Moment:
         return self.event.elapsed_time(later.event) / 1000
 
 
-def moment(pipeline: Any) -> Moment:
-    """This point of a pipeline's work; waits for its device only where that has no CUDA events."""
+def moment(device: torch.device) -> Moment:
+    """This point of a device's work; waits for it only where it has no CUDA events.
+
+    Args:
+        device: a pipeline's. To ask the pipeline for it takes longer than some calls of the denoiser.
+    """
     event = None
-    if pipeline.device.type == "mps":
-        wait(pipeline)
-    if pipeline.device.type == "cuda":
+    if device.type == "mps":
+        torch.mps.synchronize()
+    if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(pipeline.device))
+        event.record(torch.cuda.current_stream(device))
     return Moment(time.perf_counter(), event)
 
 
