@@ -433,7 +433,9 @@ def test_demo_leaves_a_picture_and_a_table(
     shown = ["unaccelerated", "1 steps", "plan 2x", "plan 4x", "plan 6x"]
     shown += ["sito:d", "dato:b1", "dato:emoji-fast", "deepcache:5", "spectrum:fast"]
     assert [r["method"] for r in printed["rows"]] == shown
-    assert all(r["psnr"] > 5 for r in printed["rows"][1:])
+    # A plan of two calls computes both.
+    assert all(r["psnr"] is None or r["psnr"] > 5 for r in printed["rows"][1:])
+    assert printed["rows"][1]["psnr"] > 5
     assert [r["macs_ratio"] for r in printed["rows"][:2]] == [1, 2]
     assert Image.open(tmp_path / "demo.png").width > 5 * 128
     assert Image.open(tmp_path / "papers.png").width > 6 * 128
