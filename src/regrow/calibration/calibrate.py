@@ -47,6 +47,10 @@ ENOUGH = 0.99
 """Share of a wished speed-up that passes for it: times differ by as much from run to run."""
 
 
+class OutOfReachError(ValueError):
+    """No plan is as fast as wished."""
+
+
 @dataclass(frozen=True)
 class Wish:
     """What a plan is to give; one of the three.
@@ -427,10 +431,12 @@ def plan_for(calibration: Calibration, wish: Wish) -> Calibrated:
     if wish.speedup is not None:
         return _fast_enough(calibration, costs, wish.speedup)
     for speedup in LADDER:
-        if speedup <= _fastest(calibration, costs):
+        try:
             plan = _fast_enough(calibration, costs, speedup)
-            if plan.tried[0].psnr >= (wish.psnr or 0.0):
-                return plan
+        except OutOfReachError:
+            continue
+        if plan.tried[0].psnr >= (wish.psnr or 0.0):
+            return plan
     raise ValueError(f"psnr: {wish.psnr} dB is reached by no plan that is {LADDER[-1]}x faster")
 
 
@@ -443,11 +449,11 @@ def _budget(calibration: Calibration, costs: Costs, factor: float) -> float:
     """What a generation may cost, in full calls.
 
     Raises:
-        ValueError: if two calls cost more.
+        OutOfReachError: if two calls cost more.
     """
     fastest = _fastest(calibration, costs)
     if factor > fastest:
-        raise ValueError(
+        raise OutOfReachError(
             f"speedup, fewer_macs: {factor:g} can't be reached, it must be <= {fastest:.3g}: two calls of "
             "the denoiser, and what is no call of it, take the rest"
         )
@@ -455,7 +461,11 @@ def _budget(calibration: Calibration, costs: Costs, factor: float) -> float:
 
 
 def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Calibrated:
-    """The nearest plan that is so fast when measured; as long as it is not, with fewer full calls."""
+    """The nearest plan that is so fast when measured; as long as it is not, with fewer full calls.
+
+    Raises:
+        OutOfReachError: if none is.
+    """
     budget = _budget(calibration, costs, speedup)
     while True:
         plan = plan_of(calibration, calibration.find(budget, costs))
@@ -464,7 +474,9 @@ def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Cali
         if measured >= ENOUGH * speedup:
             return plan.model_copy(update={"speedup": round(measured, 3)})
         if budget < least + 1:
-            raise ValueError(f"speedup: {speedup:g} can't be reached, the fastest plan gave {measured:.3g}")
+            raise OutOfReachError(
+                f"speedup: {speedup:g} can't be reached, the fastest plan gave {measured:.3g}"
+            )
         budget = max(budget - max(1.0, (budget - costs.rest) * (1 - measured / speedup)), least)
 
 
