@@ -365,7 +365,7 @@ class Calibration:
             count = costs.full_calls(budget, calls, costs.deep)
             if 2 <= count < calls:
                 yield from deep_proposals(calls, count)
-        if costs.pruning is not None and costs.pruning < PAYS:
+        if costs.pruning is not None and costs.output < costs.pruning < PAYS:
             count = costs.full_calls(budget, calls, costs.output, costs.pruning)
             if 2 <= count < calls:
                 yield from pruned(self.recording, count, RATIO)
