@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 import regrow
 from regrow.calibration.influence import Array, influence
-from regrow.fields import MOST_CALLS, MOST_SEED, Checked, check_within, explain
+from regrow.fields import MOST_CALLS, MOST_SEED, Block, Checked, check_within, explain
 from regrow.files import FileError, read_kept, said
 from regrow.installed import is_hooked
 from regrow.measure.keep import REMOVE, write_whole
@@ -45,6 +45,7 @@ class Recording(Checked):
         influence: of each call's output on the final latent, see `influence`.
         gram: of the guided output, ``(T, T)``: the product of those of two calls, the mean over elements
             and prompts.
+        deep: likewise of deep features, by the number of up-path layers behind them.
     """
 
     version: Literal[1] = 1
@@ -52,6 +53,7 @@ class Recording(Checked):
     prompts_key: str = Field(max_length=64)
     influence: tuple[float, ...] = Field(min_length=1, max_length=MOST_CALLS)
     gram: Rows
+    deep: Mapping[Block, Rows] = {}
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
@@ -61,10 +63,14 @@ class Recording(Checked):
         calls = self.origin.calls
         if len(self.influence) != calls:
             raise ValueError(f"influence: {len(self.influence)} entries for {calls} calls")
-        if len(self.gram) != calls or any(len(row) != calls for row in self.gram):
-            raise ValueError(f"gram: it must have {calls} rows of {calls} numbers")
-        if not np.allclose(self.gram, np.transpose(self.gram)):
-            raise ValueError("gram: it must be the same when rows and columns are exchanged")
+        for name, rows in (
+            ("gram", self.gram),
+            *((f"deep.{depth}", rows) for depth, rows in self.deep.items()),
+        ):
+            if len(rows) != calls or any(len(row) != calls for row in rows):
+                raise ValueError(f"{name}: it must have {calls} rows of {calls} numbers")
+            if not np.allclose(rows, np.transpose(rows)):
+                raise ValueError(f"{name}: it must be the same when rows and columns are exchanged")
         return self
 
     @property
