@@ -8,8 +8,8 @@
 For each number of computed calls a plan is calibrated on some prompts (`regrow.calibrate`), and then
 compared on others, of which nothing was fitted or chosen, with as many steps of the same sampler, of
 DPM-Solver++ 2M and of UniPC. What is compared is the PSNR to the unaccelerated pictures of the same seeds,
-picture by picture. Then all are timed in turns. Killed, it goes on after the last row that was done; a
-table is written beside the result.
+picture by picture. Then all are timed in turns. Killed, or asked for more rows, it goes on after the last
+row that was done; a table is written beside the result.
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ PUBLISHED = {
         "deepcache:3:recovery=taylor",
     ),
 }
-CALLS = {"emoji": (25, 16, 12, 10, 8, 6), "cifar10": (25, 16, 12, 10, 8, 6, 5)}
+CALLS = {"emoji": (25, 16, 12, 10, 8, 6), "cifar10": (25, 16, 12, 10, 8, 6, 5, 4)}
+TIMED = {"emoji": 1, "cifar10": 8}
+"""Pictures in the batch that is timed; of one, the small model's call takes hardly longer than a step."""
+SAME = ("model", "sampler", "steps", "pictures", "fit")
+"""What rows depend on, of the options."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Asked:
     fit: int
     samplers: bool
     published: bool
+    timed: int
 
     @property
     def guidance(self) -> float | None:
@@ -97,8 +102,8 @@ class Result:
     """The rows that are done, kept in a file.
 
     Args:
-        file: JSON.
-        asked: what the rows are of; those of another question are refused.
+        file: JSON. Its rows are kept if they are of the same pictures; its times if nothing else is asked.
+        asked: what the rows are of.
     """
 
     def __init__(self, file: Path, asked: Asked) -> None:
@@ -106,9 +111,12 @@ class Result:
         own = {**vars(asked), "calls": list(asked.calls)}
         self.data: dict[str, Any] = {"asked": own, "machine": machine(), "rows": {}, "times": []}
         if file.exists():
-            self.data = json.loads(file.read_text(encoding="utf-8"))
-            if self.data["asked"] != own:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if any(kept["asked"][name] != own[name] for name in SAME):
                 raise SystemExit(f"{file}: it is of other options; use another --out")
+            self.data["rows"] = kept["rows"]
+            if kept["asked"] == own:
+                self.data = kept
 
     def row(self, name: str, make_row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A row, made if it is not there."""
@@ -166,8 +174,8 @@ class Pictures:
         return [round(min(psnr(a, b), EQUAL), 3) for a, b in zip(self._plain, made, strict=True)]
 
 
-def run(asked: Asked, file: Path) -> None:
-    """Make all rows, then time them."""
+def run(asked: Asked, file: Path, *, timed: bool = True) -> None:
+    """Make all rows, then time them if wanted."""
     result, pictures = Result(file, asked), Pictures(asked)
     settings = Settings(asked.steps, asked.guidance, batch=BATCH, model=asked.model)
     calibration = Calibration(pictures.pipe, asked.prompts[0], settings)
@@ -190,12 +198,14 @@ def run(asked: Asked, file: Path) -> None:
         result.row(
             name, lambda n=name: {"psnr": pictures.psnr(variant(n, asked.steps).config, asked.steps)}
         )
+    if not timed:
+        return
     if not result.data["times"]:
         variants = [Variant(f"{asked.steps} steps", None, asked.steps)]
         variants += [Variant(f"{n} steps", None, n) for n in asked.calls]
         variants += [Variant(f"{n} calls, calibrated", plan, plan.steps) for n, plan in plans.items()]
         variants += [Variant(name, variant(name, asked.steps).config, asked.steps) for name in published]
-        rows = bench(pictures.pipe, variants, asked.prompts[1][:1], guidance=asked.guidance)
+        rows = bench(pictures.pipe, variants, asked.prompts[1][: asked.timed], guidance=asked.guidance)
         result.data["times"] = [row.to_dict() for row in rows]
         result.save()
     file.with_suffix(".md").write_text(table(result.data), encoding="utf-8")
@@ -216,7 +226,8 @@ def table(data: dict[str, Any]) -> str:
     lines = [
         f"Model {asked['model']}, {asked['sampler']}, {asked['steps']} steps; {asked['pictures']} "
         f"pictures, plans calibrated on {asked['fit']} others; {data['machine']['processor']}. PSNR in dB "
-        "to the unaccelerated pictures; +- standard errors of paired differences.",
+        "to the unaccelerated pictures; +- standard errors of paired differences; time of "
+        f"{asked['timed']} {'picture' if asked['timed'] == 1 else 'pictures'} in a batch.",
         "",
         "| calls | speed-up, steps | speed-up, plan | steps | DPM++ 2M | UniPC | calibrated | nearer than "
         "steps by | than the best sampler by |",
@@ -275,6 +286,8 @@ def main() -> None:
     parser.add_argument("--calls", type=int, nargs="+")
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--fit", type=int, default=16, help="prompts of the calibrations")
+    parser.add_argument("--timed", type=int, help="pictures in the batch that is timed")
+    parser.add_argument("--untimed", action="store_true", help="make the rows, and time them another day")
     parser.add_argument("--no-samplers", action="store_true", help="leave out DPM++ 2M and UniPC")
     parser.add_argument("--no-published", action="store_true", help="leave out published caches")
     parser.add_argument("--out", type=Path)
@@ -289,13 +302,14 @@ def main() -> None:
         options.fit,
         not options.no_samplers,
         not options.no_published,
+        options.timed or TIMED[options.model],
     )
     name = "" if (asked.sampler, asked.steps) == ("DDIM", 50) else f"-{asked.sampler}-{asked.steps}".lower()
     file = options.out or RESULTS / f"forecasts-{asked.model}{name}.json"
     if options.bundle:
         bundle(json.loads(file.read_text(encoding="utf-8")))
         return
-    run(asked, file)
+    run(asked, file, timed=not options.untimed)
 
 
 if __name__ == "__main__":
