@@ -164,13 +164,12 @@ def test_forecasts_of_the_output_are_searched_on_a_denoiser_without_a_table(
     out = tmp_path / "search"
     output = ("--choices", "depth=0,full", "--choices", "ratio=0")
     asked = words(model, prompts, out)
-    assert run(monkeypatch, *asked, *output, "--budget", "2", "--json") == 0
+    assert run(monkeypatch, *asked, *output, "--budget", "2", "--no-plots", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert all(plan["error"] is None for plan in result["plans"])
     schedules = [plan["config"]["schedule"] for plan in result["plans"]]
     assert {depth for schedule in schedules for depth in schedule["depth"]} == {0, FULL}
-    recoveries = {json.dumps(one) for schedule in schedules for one in schedule["recovery"]}
-    assert len(recoveries) == 3
+    assert any(one["kind"] == "taylor" for schedule in schedules for one in schedule["recovery"])
     for row in result["front"]:
         full = row["depth"].count("full")
         assert row["values"]["cost:macs"] == pytest.approx(full / 6)
@@ -269,10 +268,10 @@ def test_a_search_does_not_go_on_with_a_model_that_was_trained_further(tmp_path:
         (("--workers", "2"), "--engine ray"),
         (("--objective", "quality:clip", "--objective", "cost:macs"), "clip: a CLIP model must be given"),
         (("--beside", "nothing:1"), "nothing"),
-        (("--choices", "ratio=2"), "choices: ratio: schedule.ratio.0: 2"),
+        (("--choices", "ratio=2"), "choices: ratio.0: 2 is not allowed, it must be a number >= 0 and < 1"),
         (
             ("--choices", "ratio=half"),
-            "choices: ratio: schedule.ratio.0: 'half' is not allowed, it must be a",
+            "choices: ratio.0: 'half' is not allowed, it must be a number",
         ),
         (
             ("--choices", "recovery=reuse,tailor"),

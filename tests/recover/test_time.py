@@ -303,8 +303,14 @@ def test_a_recovery_without_a_name_is_refused(kind: type[TimeRecovery]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "label"),
-    [("reuse", "reuse"), ("taylor", "taylor"), ("taylor1", "taylor"), ("taylor3", "taylor3")]
-    + [("chebyshev", "chebyshev"), ("chebyshev2", "chebyshev2"), ("differences2", "differences2")],
+    [
+        ("reuse", "reuse"),
+        ("taylor", "taylor"),
+        ("taylor1", "taylor"),
+        ("taylor3", "taylor3"),
+        ("chebyshev2", "chebyshev2"),
+        ("differences2", "differences2"),
+    ],
 )
 def test_a_recovery_is_labelled_by_what_makes_it(name: str, label: str) -> None:
     assert recovery_from(name).label == label

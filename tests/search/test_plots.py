@@ -174,7 +174,7 @@ def test_recoveries_are_shown_where_some_call_forecasts() -> None:
     shown = axis.images[0].get_array().filled(np.nan)
     np.testing.assert_array_equal(shown, [[np.nan, 1, 1, 2], [np.nan, 0, np.nan, np.nan]])
     patches = axis.get_legend().get_patches()
-    assert [patch.get_label() for patch in patches] == ["reuse", "taylor", "taylor2"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["reuse", "taylor", "taylor2"]
     painted = axis.images[0].to_rgba(shown, norm=True)
     np.testing.assert_allclose(painted[0, 3], patches[2].get_facecolor(), atol=1e-6)
     # With reuse alone, or in results of before, there is nothing to show.

@@ -103,7 +103,7 @@ class SearchSettings(Checked):
                 try:
                     space.config([*middle[:i], gene, *middle[i + 1 :]])
                 except ValidationError as error:
-                    raise ValueError(f"choices: {variable.name}: {explain(error)}") from error
+                    raise ValueError(f"choices: {explain(error)}") from error
         return self
 
     @property
