@@ -53,7 +53,8 @@ def test_every_method_has_plans_that_are_configurations(name: str) -> None:
     space = space_of(name, 10)
     rng = random.Random(0)
     plans = [tuple(rng.randrange(size) for size in space.sizes) for _ in range(20)]
-    plans += [space.genes(rng.choice(space.uniform)) for _ in range(20)]
+    uniform = space.uniform
+    plans += [space.genes(rng.choice(uniform)) for _ in range(20)]
     found = [space.config(genes) for genes in plans]
     assert len(set(found)) > 5
     for config in found:

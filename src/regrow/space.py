@@ -145,7 +145,7 @@ def product(one: Space, other: Space, decode: Callable[[Any, Any], Any]) -> Spac
     return Space(
         (*one.variables, *other.variables),
         lambda values: decode(one.decode(values[:count]), other.decode(values[count:])),
-        tuple((*a, *b) for a in one.regular for b in other.regular),
+        tuple((*a, *b) for a in one.uniform for b in other.uniform),
     )
 
 
