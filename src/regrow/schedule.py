@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Protocol
@@ -85,7 +86,12 @@ NAMES: Mapping[int, str] = MappingProxyType({FULL: "full", LAYERS: "layers", HEA
 _NAMED = {name: depth for depth, name in NAMES.items()}
 
 
-def _depth(value: Any) -> int:
+def depth_from(value: Any) -> int:
+    """A depth from itself or its name.
+
+    Raises:
+        ValueError: if it is none.
+    """
     depth: Any = _NAMED.get(value, value) if isinstance(value, str) else value
     whole = isinstance(depth, int) and not isinstance(depth, bool)
     if whole and (0 <= depth <= MOST_BLOCKS or depth in _NAMED.values()):
@@ -96,7 +102,7 @@ def _depth(value: Any) -> int:
     )
 
 
-Depth = Annotated[int, BeforeValidator(_depth)]
+Depth = Annotated[int, BeforeValidator(depth_from)]
 
 
 def _listed(value: Any) -> Any:
@@ -417,6 +423,29 @@ class After:
                 "name": f"{rest.name} from {full}".strip(),
             }
         )
+
+
+def used_recoveries(depth: Sequence[int], recoveries: Sequence[TimeRecovery]) -> tuple[TimeRecovery, ...]:
+    """The recoveries of a plan without those that change nothing: one for all calls, or one for each.
+
+    A full call has no use for one. Where a single value was computed before, the recoveries of the plan are
+    all the same if each takes it as it is.
+
+    Args:
+        depth: of each call.
+        recoveries: as many.
+    """
+    kinds = {one for d, one in zip(depth, recoveries, strict=True) if d < FULL}
+    used: dict[int, TimeRecovery] = {}
+    for call, own in enumerate(depth):
+        # Calls that go deeper computed what this one lacks; two of them are enough to know.
+        computed = [*islice((before for before in range(call) if depth[before] > own), 2)]
+        alike = len(computed) == 1 and all(r.weights(computed, call, len(depth)) == (1,) for r in kinds)
+        if own < FULL and not alike:
+            used[call] = recoveries[call]
+    if len(set(used.values())) < 2:
+        return (next(iter(used.values()), REUSE),)
+    return tuple(used.get(call, REUSE) for call in range(len(depth)))
 
 
 def _shares(weights: Sequence[int], total: int) -> list[int]:

@@ -668,7 +668,10 @@ def search(
     ] = None,
     choices: Annotated[
         Optional[list[str]],
-        typer.Option(help="Other choices of a variable, as ratio=0,0.5 or depth=0,1,full."),
+        typer.Option(
+            help="Other choices of a variable, as ratio=0,0.5, depth=0,1,full or recovery=reuse,taylor. "
+            "Give it again for another variable."
+        ),
     ] = None,
     w_ps: Annotated[
         Optional[float], typer.Option("--w-ps", help="Pick the plan of least quality + w_ps cost as well.")
@@ -698,6 +701,10 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the plans of a method that cost least for each quality. Killed, it goes on where it was.
+
+    A plan of DaTo has for each call a depth of 0, 1 or full, a ratio of 0 or .3 to .7, and a recovery:
+    reuse, taylor or taylor2. With [b]--choices depth=0,full --choices ratio=0[/b] it forecasts the output,
+    on any denoiser.
 
     Example: [b]regrow search --model emoji --method dato --budget 30m --beside deepcache:5,dato:b1[/b]
     or [b]regrow search --resume search --budget 60m[/b]

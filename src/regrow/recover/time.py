@@ -33,6 +33,15 @@ class TimeRecovery(Checked):
         """How many of the last computed values it needs."""
         return 1
 
+    @property
+    def label(self) -> str:
+        """What tables call it: its name, with its order or degree behind if that is not the default."""
+        name: str = getattr(self, "kind", type(self).__name__)
+        number = _number_of(type(self))
+        if number is None or getattr(self, number) == type(self).model_fields[number].default:
+            return name
+        return f"{name}{getattr(self, number)}"
+
     def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
         """The weight of each computed value in the value of step ``t``.
 
@@ -257,11 +266,16 @@ def recovery_from(value: Any) -> TimeRecovery:
     found = re.fullmatch(r"([a-z]+)(\d*)", value if isinstance(value, str) else "")
     name, digits = (found[1], found[2]) if found else (value, "")
     kind = _kind_of(name)
-    number = next((field for field in ("order", "degree") if field in kind.model_fields), None)
+    number = _number_of(kind)
     if digits and number is None:
         raise not_allowed(f"it must be {name!r}, which has no order")
     # Python reads no number of thousands of digits.
     return kind.model_validate({number: int(digits[:5])} if digits and number else {})
+
+
+def _number_of(kind: type[TimeRecovery]) -> str | None:
+    """The field whose number may stand behind its name."""
+    return next((field for field in ("order", "degree") if field in kind.model_fields), None)
 
 
 def _kind_of(name: Any) -> type[TimeRecovery]:
