@@ -51,7 +51,7 @@ def calibration(pipe: Any = None, kind: Any = Still, *first: Any) -> Any:
 
 @pytest.mark.parametrize(("pruning", "pays"), [(0.8, True), (0.95, False)])
 def test_it_tries_deep_features_and_pruning_where_they_pay(pruning: float, pays: bool) -> None:
-    found = calibration()
+    found = calibration(None, Judged, {"steps": 30.0, "forecast": 30.1})
     found.timed = lambda: Costs(rest=0.0, output=0.0, deep=0.1, pruning=pruning)
     plan = plan_for(found, Wish(speedup=2.0))
     names = [one.name for one in plan.tried]

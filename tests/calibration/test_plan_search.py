@@ -146,7 +146,7 @@ def test_a_plan_on_a_pipeline_is_its_weighted_sum(kind: str) -> None:
 
     pipe.scheduler.step = listening
     with apply(pipe, DaTo(schedule=plan.schedule())) as run, warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         make(pipe, ("e f",), latents=True, **options)
     assert [call.depth == "full" for call in run.report().calls].count(True) == 4
     seen = torch.stack(given).double()
