@@ -6,10 +6,9 @@ import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import ceil, sqrt
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ class Made:
     images: list[Image.Image]
     seconds: float
     macs: tuple[int, int] | None
-    recovered: Mapping[str, int] = MappingProxyType({})
+    recovered: Mapping[str, int] = field(default_factory=dict)
 
 
 def run_generate(request: Request, config: Any, label: str, as_json: bool) -> None:
