@@ -166,6 +166,8 @@ class _Here:
 
     index = 0
     batch = None
+    steps = 2
+    timesteps = ()
 
     def read(self, timestep: Any) -> Position:
         """The first of two calls, or the second."""

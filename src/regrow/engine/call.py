@@ -40,6 +40,7 @@ class CallRecord:
         knew_text: whether what depends on the text alone was not computed again.
         age: how many steps old the features are that it reused; 0 if it reused none.
         reason: why it did something else than planned; empty if it did as planned.
+        recovery: in time, of what it left out, such as ``"taylor(1)"``; empty if it left out no module.
         grounded: whether boxes were attended to (GLIGEN), which pipelines do in their first calls.
     """
 
@@ -52,6 +53,7 @@ class CallRecord:
     knew_text: bool = False
     age: int = 0
     reason: str = ""
+    recovery: str = ""
     grounded: bool = False
 
 

@@ -291,13 +291,16 @@ class Engine:
         chooser = self.parts.tokens or self.parts.token_set
         seed = 0 if chooser is None else chooser.seed
         plan = self.parts.plan.resample(position.total)
-        if self.found is not None and not self.parts.whole and self.found.calls != position.total:
+        differs = self._unlike(position)
+        if differs:
+            self.warn_once("run", differs)
+        elif self.found is not None and not self.parts.whole and self.found.calls != position.total:
             self.warn_once(
                 "origin calls",
                 f"the plan was found for {self.found.calls} calls; this generation has {position.total}",
             )
         planned = self.parts.plan.calls
-        if planned is not None and 2 * position.total < planned:
+        if planned is not None and 2 * position.total < planned and not differs:
             self.warn_once(
                 "resampled",
                 f"the schedule is for {planned} calls and is resampled to {position.total}; so few may "
@@ -322,6 +325,13 @@ class Engine:
         if self.lean is not None and not whole:
             self.lean.warn_of_whole_calls(generation.steps[position.index :], self.cuts)
         return generation
+
+    def _unlike(self, position: Position) -> str:
+        """How a generation that begins differs from the run that the plan is for; empty if it does not."""
+        clock, made_for = self.clock, self.parts.made_for
+        if clock is None or made_for is None:
+            return ""
+        return made_for.unlike(clock.steps, position.total, position.index, clock.timesteps)
 
     def _listened(self, skipped: Sequence[str]) -> str:
         """Why modules can't be left out that somebody listens to; empty if nobody does."""
@@ -417,8 +427,7 @@ class Engine:
         slot = self._slot(generation, branch, sample, inputs, args, kwargs)
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
-        if cut is not None:
-            self._check_recovery(slot, cut, planned, position.index)
+        recovery = "" if cut is None else self._recovery(slot, cut, planned, position.index)
         age = 0 if cut is None else position.index - slot.stored[cut]
         if 0 <= slot.last < position.index - 1:
             # Differences to outputs of long ago tell nothing.
@@ -479,37 +488,40 @@ class Engine:
                 self.call.knows_text,
                 age,
                 reason,
+                recovery,
                 grounded=any(module.enabled for module in self._grounding),
             )
         )
 
-    def _check_recovery(self, slot: Slot, cut: Cut, planned: Step, index: int) -> None:
-        """Say if a recovery was not made for the values that there are."""
-        keys = [key for key in map(cut.key, cut.restore) if key in slot.store]
-        if not all(slot.store.knows(key, index, planned.recovery) for key in keys[:1]):
+    def _recovery(self, slot: Slot, cut: Cut, planned: Step, index: int) -> str:
+        """What a call's recovery does with the values that there are; warns if it was not made for them."""
+        key = next(key for key in map(cut.key, cut.restore) if key in slot.store)
+        if not slot.store.knows(key, index, planned.recovery):
             self.warn_once(
                 "recovery",
                 "the plan's fitted weights are for other steps than this generation has; where they don't "
                 "fit, values are forecast from the line through the last two (taylor)",
             )
+        return slot.store.used(key, index, planned.recovery)
 
     def _cut(self, generation: Generation, slot: Slot, planned: Step, index: int) -> tuple[Cut | None, str]:
         """What a call leaves out, and why if that is less than planned."""
         cut = generation.cuts.get(planned.depth)
         slot.calls += 1
-        begins = self.lean is not None and self.lean.begins(slot)
+        first = self.lean is not None and self.lean.begins(slot)
         if cut is None:
             return None, ""
         if generation.whole:
             return None, generation.whole
-        if begins:
+        if first:
             return None, "the first calls of a generation are full"
-        if not any(cut.key(name) in slot.store for name in cut.restore):
+        keys = [key for key in map(cut.key, cut.restore) if key in slot.store]
+        if not keys:
             if slot.calls == 1 and generation.records:
                 return None, "it is given another text, batch or picture than the calls before it"
             return None, "nothing was kept yet of what it would reuse"
-        values = max(slot.store.count(cut.key(name)) for name in cut.restore)
-        if generation.late and planned.recovery != REUSE and values < 2:
+        begins = any(slot.store.begins(key, index, planned.recovery) for key in keys)
+        if generation.late and not begins:
             return None, "a run that begins late computes two values before the first forecast"
         kept = slot.stored.get(cut, -1)
         if kept < generation.due(cut, index):
@@ -596,12 +608,12 @@ class Engine:
         if call.stood_in:
             reason = f"{min(call.stood_in)} was left out, but nothing was reused in its place"
             self.warn_once("restored", f"a call of the denoiser is computed again, in full: {reason}")
-            records[-1] = replace(records[-1], depth=FULL, ratio=0.0, age=0, reason=reason)
+            records[-1] = replace(records[-1], depth=FULL, ratio=0.0, age=0, reason=reason, recovery="")
             return False
         if call.cut is not None and not call.restored:
             reason = "the modules that would reuse were not called"
             self.warn_once("hooks", f"a cached call was computed in full: {reason}")
-            records[-1] = replace(records[-1], depth=FULL, age=0, reason=reason)
+            records[-1] = replace(records[-1], depth=FULL, age=0, reason=reason, recovery="")
         call.slot.stored |= dict.fromkeys(call.store, call.slot.last)
         if (call.counts or call.refresh) and not call.pruned:
             layers = len(call.counts or call.refresh)

@@ -17,7 +17,7 @@ from pydantic import Field
 from regrow.fields import Calls
 from regrow.methods.base import ALL, About, MethodConfig, register
 from regrow.methods.parts import Parts, parts_of
-from regrow.recover.time import MOST_ORDER, TimeRecovery, Weights, register_recovery
+from regrow.recover.time import MOST_ORDER, TimeRecovery, Weights, ordered, register_recovery
 from regrow.schedule import HEAD, LAYERS, Spaced
 from regrow.space import Space, Variable, free
 
@@ -42,6 +42,10 @@ class Differences(TimeRecovery):
     def window(self) -> int:
         """One more than the order."""
         return self.order + 1
+
+    def used(self, times: Sequence[int], t: int, total: int) -> str:
+        """With the order that the values allow."""
+        return ordered("differences", min(self.order, len(times) - 1))
 
     def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
         """The series of the values, each of which is 1 at its own step and 0 at the others."""

@@ -70,6 +70,20 @@ class Skippable:
     returns: Returns
     count: int = 0
 
+    def tensors(self, out: Any) -> list[Any]:
+        """The tensors in what it returned; of a transformer's block the text or None, then the image."""
+        match self.returns:
+            case Returns.TENSOR | Returns.OWN:
+                return [out]
+            case Returns.TUPLE:
+                return [out[0]]
+            case Returns.DOWN:
+                return list(out[1])
+            case Returns.TOKENS:
+                return [None, out]
+            case Returns.JOINT:
+                return list(out)
+
 
 @dataclass(frozen=True)
 class Cut:
