@@ -129,7 +129,7 @@ class PlanCounter:
         return self._counters[chosen]
 
 
-def _choosers(parts: Parts) -> tuple[Any, ...]:
+def _choosers(parts: Parts) -> tuple[Any, Any, Any, Any]:
     """What chooses tokens, in the order that `CallCounter` takes it."""
     return parts.tokens, parts.token_set, parts.refresh, parts.sites
 
