@@ -343,12 +343,12 @@ def profile(
     from regrow.measure import architecture, architecture_of
     from regrow.measure import profile as count
 
+    if method is None:
+        refuse(context.args)
     if (arch is None) == (model is None):
         raise ValueError("--arch, --model: give exactly one of them")
     config, label = None, "unaccelerated"
-    if method is None:
-        refuse(context.args)
-    else:
+    if method is not None:
         config = method_config(
             method,
             preset=preset,

@@ -123,6 +123,7 @@ class TokenCache(MethodConfig):
         models="transformers: DiT, PixArt",
         paper="arXiv 2409.18523",
         note="needs a predictor trained for the model: regrow train predictor",
+        default="dit-256-50",
         value="full_steps",
         measured={DenoiserKind.TRANSFORMER: ("12",)},
         place=30,
