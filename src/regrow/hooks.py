@@ -13,6 +13,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
+from regrow.core.store import copied
 from regrow.engine.call import OUTPUT, Call, Watched
 from regrow.engine.engine import Engine
 from regrow.engine.lean import Lean
@@ -21,7 +22,6 @@ from regrow.engine.refreshing import Refreshing
 from regrow.layers import Layer
 from regrow.methods.parts import Attention
 from regrow.models.table import Cut, Returns, Skippable, TokenBlock, Turned
-from regrow.recover.store import copied
 from regrow.recover.time import REUSE
 from regrow.reuse.depth import placeholders
 from regrow.tokens.recover import keep, keep_merged, recover

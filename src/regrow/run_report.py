@@ -147,7 +147,7 @@ def report_of(engine: Engine) -> RunReport:
         )
     parts = engine.parts
     try:
-        counter = CallCounter(model, parts.tokens, parts.token_set, engine.refresh)
+        counter = CallCounter(model, parts.tokens, parts.token_set, engine.refresh, parts.sites)
         rows = [_row(record, engine, counter) for record in generation.records]
     except Exception as error:
         # Whatever a module of somebody's own says to tensors without data.
@@ -163,7 +163,9 @@ def _row(record: CallRecord, engine: Engine, counter: CallCounter | None) -> Cal
     macs = selection = full = 0
     if counter is not None:
         counter.attend_to_boxes(record.grounded)
-        counted = counter.count(record.depth, record.ratio, record.inputs, knows_text=record.knew_text)
+        counted = counter.count(
+            record.depth, record.ratio, record.inputs, knows_text=record.knew_text, plan=record.plan
+        )
         macs, selection = counted.denoiser, counted.selection
         full = counter.count(FULL, 0.0, record.inputs).denoiser
     planned = FULL if record.planned is None else record.planned.depth

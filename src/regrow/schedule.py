@@ -41,6 +41,8 @@ FULL = 1_000_000
 LAYERS = FULL - 1
 # A call of the layers behind the last block alone.
 HEAD = FULL - 2
+# A call in which each site does what the method decides for it.
+SITES = FULL - 3
 
 
 class ScheduleError(FileError):
@@ -81,7 +83,7 @@ class Plan(Protocol):
         """The steps of a generation of so many calls."""
 
 
-NAMES: Mapping[int, str] = MappingProxyType({FULL: "full", LAYERS: "layers", HEAD: "head"})
+NAMES: Mapping[int, str] = MappingProxyType({FULL: "full", LAYERS: "layers", HEAD: "head", SITES: "sites"})
 """What depths that are no number of layers are called."""
 _NAMED = {name: depth for depth, name in NAMES.items()}
 
@@ -97,7 +99,7 @@ def depth_from(value: Any) -> int:
     if whole and (0 <= depth <= MOST_BLOCKS or depth in _NAMED.values()):
         return int(depth)
     raise not_allowed(
-        f"it must be a whole number >= 0 and <= {MOST_BLOCKS}, 'full', 'layers' or 'head'"
+        f"it must be a whole number >= 0 and <= {MOST_BLOCKS}, 'full', 'layers', 'head' or 'sites'"
         f"{offer(value, _NAMED)}"
     )
 
@@ -115,8 +117,9 @@ class Schedule(Checked):
 
     Args:
         depth: a depth for each call: a whole number from 0 to 1000, ``"full"``; ``"layers"``, a call of
-            all blocks in which every attention and feed-forward hands on its last output; or ``"head"``, a
-            call of what lies behind the last block alone. Depths at or above the number of up-path layers
+            all blocks in which every attention and feed-forward hands on its last output; ``"head"``, a
+            call of what lies behind the last block alone; or ``"sites"``, one in which a method that
+            decides for single sites does so (TokenCache). Depths at or above the number of up-path layers
             of a model are full there (12 for Stable Diffusion 1.5).
         ratio: a pruning ratio for each call, 0 <= ratio < 1; as many as depths.
         recovery: how what a call does not compute follows from earlier calls: one for all calls, or as many

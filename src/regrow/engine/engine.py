@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
+from regrow.core.decision import Decision, View, left_out
+from regrow.core.sites import Sites
+from regrow.core.store import Store, flatten
 from regrow.engine.branches import Branches
 from regrow.engine.call import Call, CallRecord, Generation, Observation, Observer, Watched
 from regrow.engine.inputs import (
@@ -39,12 +42,11 @@ from regrow.engine.refreshing import Refreshing
 from regrow.engine.twin import Twin
 from regrow.methods.parts import CallInfo, Parts, TokenRefresh
 from regrow.models import layout_of
-from regrow.models.table import Cut, Rotary, Rows
+from regrow.models.table import Cut, Rotary, Rows, decided
 from regrow.origin import Origin
-from regrow.recover.store import Store, flatten
 from regrow.recover.time import REUSE
 from regrow.reuse.depth import Slot
-from regrow.schedule import FULL, LAYERS, Step
+from regrow.schedule import FULL, LAYERS, SITES, Step
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Subset, behind
 
@@ -102,6 +104,7 @@ class Engine:
         """Find the places in which the method acts."""
         layout = layout_of(self.denoiser)
         self.layout = layout if self._keep_text else replace(layout, text={})
+        self.sites = self._sites()
         self.cuts = self._used_cuts()
         self.pruning, self.lean, self.refreshing = self._pruning(), self._lean(), self._refreshing()
         self.rotary = self._rotary()
@@ -110,7 +113,7 @@ class Engine:
 
     def _acts_in(self) -> Iterator[str]:
         """Paths of the modules in which calls leave something out; "" is the whole."""
-        if self.lean is not None or self.refreshing is not None:
+        if self.lean is not None or self.refreshing is not None or self.sites is not None:
             yield ""
         for cut in self.cuts.values():
             yield from cut.skip
@@ -125,11 +128,13 @@ class Engine:
 
         What was kept is dropped: it is of the modules of before.
         """
-        before = self.layout, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary
+        before = self.layout, self.sites, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary
         try:
             self._read()
         except (ValueError, TypeError, AttributeError) as error:
-            self.layout, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary = before
+            self.layout, self.sites, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary = (
+                before
+            )
             self._unfit = f"the denoiser's modules were replaced, and the method no longer fits: {error}"
             return False
         if self.generation is not None:
@@ -156,6 +161,12 @@ class Engine:
         cuts, asked = self.cuts, self.leaves_out
         return Lean(parts.token_set, self.denoiser, self.layout, cuts, asked, parts.instead, self.warn_once)
 
+    def _sites(self) -> Sites | None:
+        sites = self.parts.sites
+        if sites is None or not any(step.depth == SITES for step in self.kinds):
+            return None
+        return Sites(sites.on(self.denoiser, self.layout), self.layout, self.warn_once)
+
     def _refreshing(self) -> Refreshing | None:
         rule = self.parts.refresh
         if rule is None or not any(step.depth == LAYERS for step in self.kinds):
@@ -176,7 +187,7 @@ class Engine:
     @property
     def watched(self) -> tuple[Watched, ...]:
         """The attentions that are looked at."""
-        deciders = (self.refreshing, self.lean, self.pruning)
+        deciders = (self.refreshing, self.lean, self.pruning, self.sites)
         return tuple(w for decider in deciders if decider is not None for w in decider.watched)
 
     def positions(self, attention: str, rows: Rows) -> tuple[Tensor, ...]:
@@ -203,7 +214,10 @@ class Engine:
     def _used_cuts(self) -> dict[int, Cut]:
         """The cuts of the depths that the plan uses on this model."""
         depths = sorted({step.depth for step in self.kinds})
-        return {d: cut for d in depths if (cut := self.layout.cut(d)) is not None}
+        cuts = {d: cut for d in depths if (cut := self.layout.cut(d)) is not None}
+        if self.sites is not None:
+            cuts[SITES] = decided(self.sites.decider.sites)
+        return cuts
 
     def prunes(self, step: Step) -> bool:
         """Whether layers leave tokens out in a call of the plan."""
@@ -288,7 +302,7 @@ class Engine:
         again = before is not None and before.caller.is_same()
         if not again:
             self.release()
-        chooser = self.parts.tokens or self.parts.token_set
+        chooser = self.parts.tokens or self.parts.token_set or self.parts.sites
         seed = 0 if chooser is None else chooser.seed
         plan = self.parts.plan.resample(position.total)
         differs = self._unlike(position)
@@ -363,7 +377,7 @@ class Engine:
         if not caches:
             return ""
         pruning = self.pruning is not None and self.leaves_out
-        if pruning or self.lean is not None or self.refreshing is not None:
+        if pruning or self.lean is not None or self.refreshing is not None or self.sites is not None:
             return (
                 f"diffusers' {caches} is on, which would hand outputs for some tokens on to others; call "
                 "disable_cache() first"
@@ -388,7 +402,7 @@ class Engine:
     def _finish(self, generation: Generation) -> None:
         """Say if a generation that is over saved nothing though the method would."""
         known = [record for record in generation.records if record.position is not None]
-        would = any(step.ratio or self.layout.cut(step.depth) is not None for step in self.kinds)
+        would = any(step.ratio or self.cuts.get(step.depth) is not None for step in self.kinds)
         saved = any(record.depth != FULL or record.ratio for record in known)
         if not known or not would or saved or generation.whole or "whole" in self._warned:
             return
@@ -427,6 +441,11 @@ class Engine:
         slot = self._slot(generation, branch, sample, inputs, args, kwargs)
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
+        plan: Mapping[str, Decision] = {}
+        if self.sites is not None and cut is not None and planned.depth == SITES:
+            plan = self.sites.plan(View(position.index, position.total))
+            # Where every site is computed, the call is a full one.
+            cut = cut if plan else None
         recovery = "" if cut is None else self._recovery(slot, cut, planned, position.index)
         age = 0 if cut is None else position.index - slot.stored[cut]
         if 0 <= slot.last < position.index - 1:
@@ -458,6 +477,8 @@ class Engine:
             info=info,
             counts=counts,
             prepared=prepared,
+            plan=plan,
+            keeps_sites=self.sites is not None and (cut is None or bool(plan)),
         )
         state = tuple(adapter_state(module) for module in self.layout.text.values())
         self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
@@ -468,7 +489,9 @@ class Engine:
         if self.lean is not None and self.call.tells_apart and streams(cut):
             self.call.remembers = True
             self.lean.leave_out(self.call, planned.ratio, inputs)
-        ratio = planned.ratio if counts or self.call.count else 0.0
+        ratio = planned.ratio if counts or self.call.count else left_out(plan)
+        if self.sites is not None and cut is None:
+            slot.observed = self.sites.decider.begin()
         if self.refreshing is not None and cut is None:
             slot.observed = self.refreshing.rule.begin()
         if self.refreshing is not None and cut is self.layout.layers:
@@ -490,6 +513,7 @@ class Engine:
                 reason,
                 recovery,
                 grounded=any(module.enabled for module in self._grounding),
+                plan=plan,
             )
         )
 
@@ -545,7 +569,7 @@ class Engine:
         key = (shapes, sample.dtype, sample.device)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
-            chooser = self.parts.tokens or self.parts.token_set or self.refresh
+            chooser = self.parts.tokens or self.parts.token_set or self.refresh or self.parts.sites
             wanted = chooser is not None and chooser.aligns
             bare = (without_data(args), without_data(dict(kwargs)))
             guided = wanted and self._may_be_guided(sample, inputs)
@@ -576,7 +600,8 @@ class Engine:
 
     def _tells_apart(self, slot: Slot) -> bool:
         """Whether some of the image's tokens can be computed, and attentions be looked at."""
-        if self.layout.stream is None or (self.lean is None and self.refreshing is None):
+        looks = self.sites is not None and bool(self.sites.decider.observes)
+        if self.layout.stream is None or (self.lean is None and self.refreshing is None and not looks):
             return False
         instead = "layers hand on their last output whole" if self.refreshing else "all tokens are computed"
         if slot.grid is None:
@@ -624,6 +649,9 @@ class Engine:
         if (call.count and call.tokens is None) or (call.counts and not call.pruned):
             # Nothing was left out: an attention to choose by did not run (skip-layer guidance), for one.
             records[-1] = replace(records[-1], ratio=0.0)
+        if self.sites is not None and call.plan:
+            done = self.sites.carried_out(call)
+            records[-1] = replace(records[-1], plan=done, ratio=left_out(done))
         if self.lean is not None:
             self.lean.end(call)
         reads = self.pruning is not None and self.leaves_out and self.pruning.rule.reads_outputs
@@ -639,6 +667,7 @@ class Engine:
         ran = (b.name for b in self.layout.blocks if runs(b, call.cut))
         blocks = {name: call.selections.get(name) for name in ran}
         refreshed = {} if self.refreshing is None else self.refreshing.done(call)
+        refreshed |= {} if self.sites is None else self.sites.done(call)
         tokens = None if call.tokens is None else call.tokens.tokens
         leading = 0 if self.lean is None else len(self.lean.leading)
         for observer in self.observers:

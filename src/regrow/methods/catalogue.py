@@ -36,12 +36,6 @@ class System:
 
 
 _OTHERS = {
-    "tokencache": About(
-        "TokenCache",
-        "a learned predictor of what to cache",
-        status=Status.NOT_YET,
-        paper="arXiv 2409.18523",
-    ),
     "l2c": About("Learning-to-Cache", "a learned table of layers to reuse", status=Status.NOT_YET),
     "steps": About(
         "Fewer steps",

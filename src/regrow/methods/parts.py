@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from regrow.core.decision import Sited
 from regrow.layers import Layer, LayerKind
 from regrow.origin import Origin
 from regrow.schedule import Plan, Schedule
@@ -295,7 +296,8 @@ class Parts:
         tokens: how the tokens of a layer are selected where the plan's ratio is above 0.
         token_set: how the tokens of a whole call are selected there.
         refresh: how the tokens are selected that layers compute where they hand on their last output. With
-            none of the three, nothing is left out.
+            none of these, no tokens are left out.
+        sites: how it is decided what each site does in calls of depth `SITES`.
         instead: what to say to somebody whose model the parts don't fit.
         whole: every call is meant to be computed in full, as in a plan of fewer steps.
         made_for: the only run that the plan is for; None if it is for any.
@@ -305,6 +307,7 @@ class Parts:
     tokens: TokenRule | None = None
     token_set: TokenSet | None = None
     refresh: TokenRefresh | None = None
+    sites: Sited | None = None
     instead: str = ""
     whole: bool = False
     made_for: MadeFor | None = None

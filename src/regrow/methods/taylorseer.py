@@ -63,7 +63,7 @@ class Differences(TimeRecovery):
         return tuple(weights)
 
 
-class Site(str, Enum):
+class ForecastLevel(str, Enum):
     """What is forecast."""
 
     LAYERS = "layers"
@@ -98,14 +98,14 @@ class TaylorSeer(MethodConfig):
     )
     PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {
         "paper": lambda: TaylorSeer(interval=4, order=4),
-        "last-block": lambda: TaylorSeer(interval=4, order=1, level=Site.LAST_BLOCK),
+        "last-block": lambda: TaylorSeer(interval=4, order=1, level=ForecastLevel.LAST_BLOCK),
     }
 
     method: Literal["taylorseer"] = "taylorseer"
     version: Literal[1] = 1
     interval: Calls = 4
     order: int = Field(2, ge=1, le=MOST_ORDER)
-    level: Site = Site.LAYERS
+    level: ForecastLevel = ForecastLevel.LAYERS
     first: Calls = 3
 
     @classmethod
@@ -115,7 +115,7 @@ class TaylorSeer(MethodConfig):
             (
                 Variable("interval", tuple(range(2, 11))),
                 Variable("order", (1, 2, 3)),
-                Variable("level", tuple(Site)),
+                Variable("level", tuple(ForecastLevel)),
             ),
             cls,
         )
@@ -129,6 +129,6 @@ def full_calls(config: TaylorSeer, calls: int) -> set[int]:
 
 @parts_of.register
 def _(config: TaylorSeer) -> Parts:
-    depth = LAYERS if config.level is Site.LAYERS else HEAD
+    depth = LAYERS if config.level is ForecastLevel.LAYERS else HEAD
     forecast = Differences(order=config.order)
     return Parts(Spaced(config.interval, depth, partial(full_calls, config), forecast))
