@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import pipelines
@@ -385,14 +385,13 @@ def plain(kind: str, form: str) -> Tensor:
     return generate(KINDS[kind](), **FORMS[form])
 
 
-def in_turn(choices: Sequence[T]) -> list[tuple[str, str, T]]:
-    """All of `CASES`, each with one of up to three choices.
+def in_turn(choices: Sequence[T], forms: Iterable[str] = FORMS) -> list[tuple[str, str, T]]:
+    """All of `CASES` that are of some forms, each with one of two or three choices.
 
     Each choice meets every family, and every form.
     """
-    places = {form: [kind for kind, other in CASES if other == form] for form in FORMS}
     return [
         (kind, form, choices[(i + place) % len(choices)])
-        for i, (form, kinds) in enumerate(places.items())
-        for place, kind in enumerate(kinds)
+        for i, form in enumerate(forms)
+        for place, kind in enumerate(kind for kind, other in CASES if other == form)
     ]
