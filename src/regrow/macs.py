@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,20 +56,30 @@ class Macs:
     attention: int
 
 
-class _Flops(TorchDispatchMode):
+class Flops(TorchDispatchMode):
     """FLOPs of operations by their names, as PyTorch's `FlopCounterMode` counts them.
 
     That one also keeps track of modules, which takes longer than all else.
+
+    Args:
+        also: formulas of operations that PyTorch's own registry lacks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, also: Mapping[Any, Any] = MappingProxyType({})) -> None:
         super().__init__()
         self.of: Counter[str] = Counter()
+        self._formulas = flop_registry | also
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What the operation gives."""
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is None and torch.is_inference_mode_enabled():
+            # Operations made of others come here whole.
+            with self:
+                made = func.decompose(*args, **kwargs or {})
+            if made is not NotImplemented:
+                return made
         given = func(*args, **kwargs or {})
-        formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.of[str(func._overloadpacket)] += formula(*args, **kwargs or {}, out_val=given)
         return given
@@ -98,7 +109,7 @@ def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
     shapes = KnownShapes()
     for call in calls:
         if _signature(call) not in known:
-            with torch.no_grad(), shapes, _Flops() as counter:
+            with torch.no_grad(), shapes, Flops() as counter:
                 model(*call[0], **call[1])
             known[_signature(call)] = counter.total // 2
     return sum(known[_signature(call)] for call in calls)
@@ -154,7 +165,7 @@ class _FirstRefreshed:
 
     def observe(self, memory: Any, layer: Layer, attention: Attention) -> None:
         """The method's, counted."""
-        with _Flops() as counter:
+        with Flops() as counter:
             self._rule.observe(memory, layer, attention)
         self.observing += counter.total
 
@@ -279,7 +290,7 @@ class _Refreshing:
         # The second step again, not another branch of it.
         self._engine.generation.branches = Branches()
         args, kwargs = self._inputs if self._knows_text else _with_another_text(self._inputs)
-        with torch.no_grad(), self._shapes, _Flops() as counter:
+        with torch.no_grad(), self._shapes, Flops() as counter:
             self._denoiser(*args, **kwargs)
         return Macs(counter.total // 2, 0, counter.attention // 2)
 
@@ -392,7 +403,7 @@ class CallCounter:
                 selected.clear()
                 if not knows_text:
                     inputs = _with_another_text(inputs)
-                with _Flops() as counter:
+                with Flops() as counter:
                     self._model(*inputs[0], **inputs[1])
         finally:
             hooks.remove()
@@ -418,7 +429,7 @@ class CallCounter:
         call = CallInfo(1, False, (), torch.Generator().manual_seed(0), attention=attention)
         prepared = self._rule.prepare([kind.grid], call).get(kind.grid)
         x = torch.zeros(1, *kind.shape[1:], device="cpu" if attention is None else "meta")
-        with _Flops() as counter:
+        with Flops() as counter:
             self._rule.select(x, kind.grid, kind.count, prepared, call)
         return kind.shape[0] * (counter.total // 2)
 
@@ -433,7 +444,7 @@ class CallCounter:
         call = CallInfo(1, False, outputs, torch.Generator().manual_seed(0), attention=attention)
         memory = self._token_set.select(None, grid, count, call)[1]
         again = replace(call, cached=asked.cached)
-        with _Flops() as counter:
+        with Flops() as counter:
             self._token_set.select(memory, grid, count, again)
         return asked.batch * (counter.total // 2)
 
