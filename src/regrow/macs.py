@@ -214,13 +214,13 @@ class _FirstOfSites:
 
     def observe(self, memory: Any, block: str, attention: Attention) -> None:
         """The method's, counted."""
-        with _Flops() as counter:
+        with Flops() as counter:
             self._decider.observe(memory, block, attention)
         self.observing += counter.total
 
     def look(self, memory: Any, entered: Entered, info: CallInfo) -> Any:
         """The method's, counted."""
-        with _Flops() as counter:
+        with Flops() as counter:
             seen = self._decider.look(memory, entered, info)
         self.looking += counter.total
         return seen
