@@ -5,7 +5,7 @@
 #
 # One search with all savings, for so many minutes, and for as many generations as that had one by chance. For STAGED
 # generations one in stages, for ALL one that measures every plan on all prompts, and for PAPER one with the paper's
-# ratios, which prune in every call. Two Ray workers of one thread each get more done on two cores than one process with two
+# ratios, which prune in every call. All plans reuse, as the paper's do. Two Ray workers of one thread each get more done on two cores than one process with two
 # threads. Writes FOLDER, benchmarks/results/search.json, benchmarks/results/search/ and docs/search-*.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +17,7 @@ python=$bin/python
 beside=$(printf 'deepcache:%d,' 2 3 4 5 6 7 8 9 10)$(printf 'deepcache:%d+tome:0.5,' 2 3 5 8)
 beside+=dato:b1,dato:fast,steps:25,steps:16,steps:10,steps:5
 paper=(--model emoji --method dato --steps 50 --prompts 16 --dtype bfloat16 --engine ray --workers 2)
+paper+=(--choices recovery=reuse)
 common=("${paper[@]}" --choices ratio=0,0.3,0.5,0.7)
 
 "$bin/regrow" search "${common[@]}" --budget "${minutes}m" --beside "$beside" --out "$folder/nsga2"

@@ -52,9 +52,8 @@ def main() -> None:
     def share(candidate: Candidate) -> float:
         return sum(macs.denoiser for _, macs in counter.calls(candidate.config, CALLS)) / full
 
-    space = DaTo.space(CALLS).extended(
-        Variable("steps", (CALLS,)), lambda config, steps: Candidate(steps, config)
-    )
+    plans = DaTo.space(CALLS).with_choices("recovery", ("reuse",))
+    space = plans.extended(Variable("steps", (CALLS,)), lambda config, steps: Candidate(steps, config))
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         search = Search(

@@ -130,7 +130,7 @@ def search_there(place: Place, generations: int, out: Path, where: Where) -> Non
         prompts=prompts,
         objectives=OBJECTIVES,
         economy=Economy(prompts=doubled(len(prompts)), patience=PATIENCE),
-        choices={"ratio": (0, 0.3, 0.5, 0.7)},
+        choices={"ratio": (0, 0.3, 0.5, 0.7), "recovery": ("reuse",)},
         guidance=zoo.GUIDANCE["emoji"],
         scheduler=place.scheduler,
         dtype=DTYPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from diffusers.utils import logging
 from hypothesis import settings as hypothesis_settings
 
 logging.set_verbosity_error()
+# Pipelines are so many objects that the default looks for garbage a tenth of the time.
+gc.set_threshold(50_000)
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pipelines  # noqa: E402
@@ -20,6 +23,11 @@ import pipelines  # noqa: E402
 # A machine that does something else at the same time is no failure.
 hypothesis_settings.register_profile("regrow", deadline=None)
 hypothesis_settings.load_profile("regrow")
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is not looked for among what the libraries brought."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

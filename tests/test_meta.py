@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.engine.inputs import without_data
-from regrow.macs import plain_macs
+from regrow.macs import Flops, plain_macs
 from regrow.meta import KnownShapes, meta_copy
 from regrow.models import module_of
 
@@ -66,6 +66,17 @@ def test_every_operation_of_a_model_gives_what_it_gives_by_itself(name: str) -> 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)
     assert 2 * plain_macs(denoiser, [(args, kwargs)]) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_operations_are_counted_as_pytorch_counts_them(mode: Callable[[], Any]) -> None:
+    """Inference mode hands a linear layer on whole; elsewhere it comes as the product it is."""
+    model, x = torch.nn.Linear(8, 4), torch.ones(3, 8)
+    with mode(), FlopCounterMode(display=False) as expected:
+        model(x)
+    with mode(), Flops() as found:
+        model(x)
+    assert found.total == expected.get_total_flops() == 2 * 3 * 8 * 4
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import regrow
 from regrow.meta import meta_copy
+from regrow.recover.time import FittedStep
 
 EVERY_SECOND = regrow.DeepCache(interval=2)
 
@@ -556,3 +557,44 @@ def test_a_strength_of_an_adapter_set_within_a_generation_reaches_the_texts_laye
     plain = made()
     with pytest.warns(UserWarning, match="prunes nothing"), regrow.apply(pipe, regrow.FORA(interval=1)):
         assert torch.equal(made(), plain)
+
+
+def recoveries(config: Any, steps: int = 6, pipe: Any = None) -> list[str]:
+    pipe = pipe or pipelines.sd()
+    with regrow.apply(pipe, config) as run, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipelines.generate(pipe, num_inference_steps=steps)
+    report = run.report()
+    told = [call.recovery for call in report.calls]
+    assert [call["recovery"] for call in report.to_dict()["calls"]] == told
+    assert all(word in str(report) for word in told)
+    return told
+
+
+def schedule(recovery: Any, depth: int = 0) -> regrow.Schedule:
+    full = regrow.Schedule.every(6, 6).depth[0]
+    depths = (full, depth, full, depth, full, depth)
+    return regrow.Schedule(depth=depths, ratio=(0.0,) * 6, recovery=(recovery,))
+
+
+def test_it_tells_what_filled_in_what_was_not_computed() -> None:
+    assert recoveries(regrow.DeepCache(interval=2)) == ["", "reuse"] * 3
+    line = ["", "reuse", "", "taylor(1)", "", "taylor(1)"]
+    assert recoveries(schedule(regrow.Taylor(order=1))) == line
+    assert recoveries(schedule(regrow.Taylor(order=2), depth=1)) == [*line[:-1], "taylor(2)"]
+    chebyshev = recoveries(schedule(regrow.Chebyshev(degree=3)))
+    assert chebyshev == ["", "reuse", "", "chebyshev(3)", "", "chebyshev(3)"]
+    assert recoveries(regrow.SiTo(ratio=0.5)) == ["copy"] * 6
+    assert recoveries(regrow.ToMeSD(ratio=0.5)) == ["mean"] * 6
+    pruned = schedule("reuse").model_copy(update={"ratio": (0.5,) * 6})
+    assert recoveries(pruned) == ["copy", "reuse"] * 3
+
+
+def test_fitted_weights_that_do_not_fit_are_not_called_so() -> None:
+    fitted = regrow.Fitted(
+        total=6,
+        steps=tuple(FittedStep(step=step, sources=(step - 1,), weights=(1.1,)) for step in (1, 3, 5)),
+    )
+    assert recoveries(schedule(fitted)) == ["", "fitted"] * 3
+    elsewhere = fitted.model_copy(update={"total": 7})
+    assert recoveries(schedule(elsewhere)) == ["", "reuse", "", "taylor(1)", "", "taylor(1)"]

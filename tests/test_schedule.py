@@ -87,7 +87,7 @@ GOOD = {
         ("depth", "depth: [full, ful, 0]", "5: depth.1", "'ful' is not allowed, .* did you mean 'full'"),
         ("depth", "depth: [full, true, 0]", "5: depth.1", "True is not allowed, it must be a whole number"),
         ("depth", "depth: 3", "5: depth", "3 is not allowed, it must be a list"),
-        ("depth", "depth: [full, 999997, 0]", "5: depth.1", "999997 is not allowed, .* <= 1000"),
+        ("depth", "depth: [full, 999996, 0]", "5: depth.1", "999996 is not allowed, .* <= 1000"),
         ("depth", "depth: []", "5: depth", "it must have >= 1 entries"),
         ("depth", "", "1: depth", "is required"),
         ("ratio", "ratio: [0.0, 1, 0.5]", "6: ratio.1", "1 is not allowed, it must be >= 0 and < 1"),

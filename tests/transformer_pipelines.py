@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import pipelines
 import torch
@@ -34,6 +36,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+T = TypeVar("T")
 
 TEXT = pipelines.TEXT
 # More than the eight that cache-dit always computes.
@@ -348,6 +352,9 @@ FORMS = {
 }
 """What a generation may be asked for beside the plain one."""
 
+CASES = [(kind, form) for form in FORMS for kind in KINDS if (kind, form) != ("dit", "wide")]
+"""Each family in each form that it knows; DiT's pictures are square."""
+
 TWO_CALLS = {"true_cfg_scale": 3.0, "negative_prompt": ["a pizza"]}
 """Guidance of Flux, in two calls of the denoiser a step."""
 
@@ -370,3 +377,21 @@ def generate(pipe: Any, *, seed: int = 0, count: int = 1, width: int = 16, **opt
         words |= {"prompt": ["a penguin", "a pizza"][:count], "height": 16 * side, "width": width * side}
     words["generator"] = torch.Generator().manual_seed(seed)
     return torch.as_tensor(pipe(**words).images)
+
+
+@functools.cache
+def plain(kind: str, form: str) -> Tensor:
+    """What `generate` makes in a form with a pipeline that nothing was applied to. Not to be written to."""
+    return generate(KINDS[kind](), **FORMS[form])
+
+
+def in_turn(choices: Sequence[T], forms: Iterable[str] = FORMS) -> list[tuple[str, str, T]]:
+    """All of `CASES` that are of some forms, each with one of two or three choices.
+
+    Each choice meets every family, and every form.
+    """
+    return [
+        (kind, form, choices[(i + place) % len(choices)])
+        for i, form in enumerate(forms)
+        for place, kind in enumerate(kind for kind, other in CASES if other == form)
+    ]

@@ -17,7 +17,7 @@ from regrow.methods.parts import Parts, origin_of, parts_of
 from regrow.models import DENOISERS, denoiser_of, known_layout, other_denoisers
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
-from regrow.schedule import FULL, HEAD
+from regrow.schedule import FULL, HEAD, SITES
 
 
 class Run:
@@ -140,6 +140,7 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
     _check_known(parts, denoiser)
+    _check_sites(parts)
     engine = Engine(denoiser, parts, keep_text=keep_text)
     _check_useful(engine, denoiser)
     engine.found = origin_of(config)
@@ -178,7 +179,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     _check_head(engine, denoiser)
     _check_kinds(engine, denoiser)
     attends = engine.refreshing is not None and engine.refreshing.attending
-    if leaves_out or attends or engine.watched:
+    if leaves_out or attends or engine.watched or engine.sites is not None:
         _check_attentions(engine, denoiser)
     _check_depths(engine, denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
@@ -198,6 +199,15 @@ def _check_known(parts: Parts, denoiser: nn.Module) -> None:
         known_layout(denoiser)
 
 
+def _check_sites(parts: Parts) -> None:
+    """Refuse calls that leave to a method what it does not decide."""
+    if parts.sites is None and any(step.depth == SITES for step in parts.plan.kinds()):
+        raise ValueError(
+            "depth: 'sites' is not allowed for a method that decides for no single sites; it must be a "
+            "number of layers, 'full', 'layers' or 'head'"
+        )
+
+
 def _check_head(engine: Engine, denoiser: nn.Module) -> None:
     """Warn of calls that can't compute what lies behind the last block, since that is not known."""
     if not engine.layout.is_known and any(step.depth == HEAD for step in engine.kinds):
@@ -211,7 +221,7 @@ def _check_head(engine: Engine, denoiser: nn.Module) -> None:
 def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
     """Warn of depths that the model does not have."""
     deepest = engine.layout.depths
-    beyond = sorted({s.depth for s in engine.kinds if deepest <= s.depth < HEAD})
+    beyond = sorted({s.depth for s in engine.kinds if deepest <= s.depth < SITES})
     if beyond and engine.cuts:
         engine.warn_once(
             "depths",
@@ -222,7 +232,7 @@ def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
 
 def _check_pruned(engine: Engine, denoiser: nn.Module) -> None:
     """Warn of calls that should prune, but compute no layer that does."""
-    asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < HEAD}
+    asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < SITES}
     idle = sorted({s.depth for s in asked if not engine.prunes(s)})
     if not idle or engine.pruning is None:
         return

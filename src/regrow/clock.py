@@ -57,6 +57,14 @@ class Clock(Protocol):
     def batch(self) -> int | None:
         """Samples in the last step of this generation, None if it is not known."""
 
+    @property
+    def steps(self) -> int:
+        """Steps of this generation's sampler, which may call the denoiser twice in each."""
+
+    @property
+    def timesteps(self) -> Sequence[float]:
+        """The timesteps that this generation runs over; empty if they are not known."""
+
     def read(self, timestep: Any) -> Position:
         """The position of the call that begins now.
 
@@ -91,6 +99,16 @@ class ManualClock:
     def batch(self) -> None:
         """Not known."""
         return None
+
+    @property
+    def steps(self) -> int:
+        """As many as were announced."""
+        return self._total
+
+    @property
+    def timesteps(self) -> Sequence[float]:
+        """Not known."""
+        return ()
 
     def step(self) -> None:
         """The sampler's step is done; the next call of the denoiser belongs to the next one."""
@@ -211,6 +229,16 @@ class SchedulerClock:
         """Samples in the last step of this generation, None before it."""
         return self._batch
 
+    @property
+    def steps(self) -> int:
+        """What the scheduler was told, or else its timesteps."""
+        return getattr(self._scheduler, "num_inference_steps", None) or self._total
+
+    @property
+    def timesteps(self) -> Sequence[float]:
+        """Those of the scheduler."""
+        return self._values
+
     def called(self) -> None:
         self._unwatch()
         if self._scheduler is not None:
@@ -257,8 +285,7 @@ class SchedulerClock:
     def _begin(self, timestep: Any) -> None:
         """Begin a generation at its first call, at index 0, or later for image-to-image."""
         timesteps = self._scheduler.timesteps
-        begins = timesteps[:-1] if type(self._scheduler).__name__ in WITH_END else timesteps
-        values, whole = begins.tolist(), _Loop.over(timesteps)
+        values, whole = begins_of(self._scheduler).tolist(), _Loop.over(timesteps)
         loop: _Loop | None = whole
         if whole.holds(timestep):
             begin = whole.place(timestep)
@@ -376,6 +403,24 @@ class _Loop:
     def place(self, timestep: torch.Tensor) -> int:
         """The index of an element."""
         return (int(timestep.storage_offset()) - self.origin) // self.stride
+
+
+def begins_of(scheduler: Any) -> torch.Tensor:
+    """The timesteps at which a scheduler's steps begin."""
+    timesteps: torch.Tensor = scheduler.timesteps
+    return timesteps[:-1] if type(scheduler).__name__ in WITH_END else timesteps
+
+
+def place_of(scheduler: Any, timestep: Any) -> int:
+    """Where among a scheduler's timesteps one of them is; 0 if none is like it."""
+    loop = _Loop.over(scheduler.timesteps)
+    if loop.holds(timestep):
+        return loop.place(timestep)
+    told = getattr(scheduler, "begin_index", None)
+    if told is not None:
+        return int(told)
+    values = scheduler.timesteps.tolist()
+    return next((i for i, value in enumerate(values) if _matches(timestep, value, 1.0)), 0)
 
 
 def _matches(timestep: Any, value: float, scale: float) -> bool:

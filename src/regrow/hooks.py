@@ -13,6 +13,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
+from regrow.core.store import copied
 from regrow.engine.call import OUTPUT, Call, Watched
 from regrow.engine.engine import Engine
 from regrow.engine.lean import Lean
@@ -21,7 +22,6 @@ from regrow.engine.refreshing import Refreshing
 from regrow.layers import Layer
 from regrow.methods.parts import Attention
 from regrow.models.table import Cut, Returns, Skippable, TokenBlock, Turned
-from regrow.recover.store import copied
 from regrow.recover.time import REUSE
 from regrow.reuse.depth import placeholders
 from regrow.tokens.recover import keep, keep_merged, recover
@@ -56,7 +56,7 @@ class SkipHook:
             return forward(*args, **kwargs)
         for cut in (*call.store, *([] if call.cut is None else [call.cut])):
             if name == cut.entry:
-                call.entered[cut] = _taken(args, kwargs)
+                call.entered[cut] = taken(args, kwargs)
         turn = call.turns[name] = call.turns.get(name, -1) + 1
         if name in call.parts:
             # Its own hook, which is inside, sees to it that some of the tokens are computed.
@@ -77,7 +77,7 @@ class SkipHook:
                 return self._restored(call, call.cut)
         out = forward(*args, **kwargs)
         if call.cut is None:
-            call.slot.shapes[name] = [t.shape for t in self._tensors(out) if isinstance(t, Tensor)]
+            call.slot.shapes[name] = [t.shape for t in self.place.tensors(out) if isinstance(t, Tensor)]
         for cut in call.store:
             if name in cut.restore:
                 self._keep(call, cut, out)
@@ -91,7 +91,7 @@ class SkipHook:
             key = _turn(cut.key(self.place.name), call.turns[self.place.name])
             store.add(key, call.step, copied(out) if call.dense or cut.final else out)
         elif cut in call.entered:
-            before, after = call.entered.pop(cut), self._tensors(out)
+            before, after = call.entered.pop(cut), self.place.tensors(out)
             added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
             key, (text, image) = cut.key(self.place.name), added
             if call.tokens is None:
@@ -120,7 +120,7 @@ class SkipHook:
     def _stand_in(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a module between hands on: nobody reads it."""
         if self.place.returns in (Returns.TOKENS, Returns.JOINT):
-            return self._pack(_taken(args, kwargs))
+            return self._pack(taken(args, kwargs))
         like = args[0] if args else kwargs["hidden_states"]
         shapes = call.slot.shapes.get(self.place.name)
         if self.place.returns is Returns.OWN:
@@ -141,26 +141,13 @@ class SkipHook:
             case Returns.JOINT:
                 return tuple(tensors)
 
-    def _tensors(self, out: Any) -> list[Any]:
-        match self.place.returns:
-            case Returns.TENSOR | Returns.OWN:
-                return [out]
-            case Returns.TUPLE:
-                return [out[0]]
-            case Returns.DOWN:
-                return list(out[1])
-            case Returns.TOKENS:
-                return [None, out]
-            case Returns.JOINT:
-                return list(out)
-
 
 def _turn(key: str, turn: int) -> str:
     """What a feature is kept under if its module runs several times a call (chunked feed-forwards)."""
     return key if turn == 0 else f"{key}, turn {turn}"
 
 
-def _taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+def taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """The text, or None, and the image tokens that a transformer block is given."""
     image = args[0] if args else kwargs["hidden_states"]
     text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from regrow.core.sites import SiteHook, SiteKeysHook
 from regrow.engine.call import OUTPUT, Watched
 from regrow.engine.engine import Engine
 from regrow.engine.pruning import Pruning
@@ -175,11 +176,18 @@ class Installed:
         if engine.refreshing is not None:
             for place in engine.refreshing.places:
                 self._hook_refreshing(engine, engine.refreshing, place)
+        if engine.sites is not None:
+            for name, module, site in engine.sites.memory:
+                self._hook(module, SiteKeysHook(engine, name, site))
         for watched in engine.watched:
             self._hook_watched(engine, watched)
         # Outside all others, so that what is skipped is neither selected from nor pruned.
         skipped = sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values())))
+        sites = {} if engine.sites is None else {site.name: site for site in engine.sites.decider.sites}
         for name in skipped:
+            if engine.sites is not None and name in sites:
+                self._hook(sites[name].module, SiteHook(engine, engine.sites, sites[name]))
+                continue
             skippable = engine.layout.skippable[name]
             self._hook(skippable.module, SkipHook(engine, skippable))
         self._skipping = {name: self._places[name] for name in skipped}

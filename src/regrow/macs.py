@@ -7,8 +7,9 @@ papers give. One MAC is two FLOPs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from regrow.clock import Position
+from regrow.core.decision import Decision, Entered, Sited, View
 from regrow.engine.branches import Branches
 from regrow.engine.call import Call
 from regrow.engine.engine import Engine
@@ -25,7 +27,8 @@ from regrow.installed import Installed
 from regrow.layers import Layer, LayerKind
 from regrow.meta import KnownShapes, meta_copy
 from regrow.methods.parts import Attention, CallInfo, Parts, TokenRefresh, TokenRule, TokenSet
-from regrow.schedule import FULL, LAYERS, Schedule
+from regrow.models.table import Layout, Site
+from regrow.schedule import FULL, LAYERS, SITES, Schedule
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
 
@@ -53,20 +56,30 @@ class Macs:
     attention: int
 
 
-class _Flops(TorchDispatchMode):
+class Flops(TorchDispatchMode):
     """FLOPs of operations by their names, as PyTorch's `FlopCounterMode` counts them.
 
     That one also keeps track of modules, which takes longer than all else.
+
+    Args:
+        also: formulas of operations that PyTorch's own registry lacks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, also: Mapping[Any, Any] = MappingProxyType({})) -> None:
         super().__init__()
         self.of: Counter[str] = Counter()
+        self._formulas = flop_registry | also
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What the operation gives."""
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is None and torch.is_inference_mode_enabled():
+            # Operations made of others come here whole.
+            with self:
+                made = func.decompose(*args, **kwargs or {})
+            if made is not NotImplemented:
+                return made
         given = func(*args, **kwargs or {})
-        formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.of[str(func._overloadpacket)] += formula(*args, **kwargs or {}, out_val=given)
         return given
@@ -96,7 +109,7 @@ def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
     shapes = KnownShapes()
     for call in calls:
         if _signature(call) not in known:
-            with torch.no_grad(), shapes, _Flops() as counter:
+            with torch.no_grad(), shapes, Flops() as counter:
                 model(*call[0], **call[1])
             known[_signature(call)] = counter.total // 2
     return sum(known[_signature(call)] for call in calls)
@@ -152,7 +165,7 @@ class _FirstRefreshed:
 
     def observe(self, memory: Any, layer: Layer, attention: Attention) -> None:
         """The method's, counted."""
-        with _Flops() as counter:
+        with Flops() as counter:
             self._rule.observe(memory, layer, attention)
         self.observing += counter.total
 
@@ -161,11 +174,72 @@ class _FirstRefreshed:
         return torch.arange(count, device="meta").repeat(call.batch, 1)
 
 
+class _FirstOfSites:
+    """A method of sites with a given plan that computes the first tokens; what it looks at is counted.
+
+    Args:
+        sited: the method.
+        plan: what is decided for each site.
+    """
+
+    seed = 0
+    aligns = False
+
+    def __init__(self, sited: Sited, plan: Mapping[str, Decision]) -> None:
+        self._sited, self._plan = sited, plan
+        self.looking = 0
+        self.observing = 0
+
+    def on(self, denoiser: nn.Module, layout: Layout) -> _FirstOfSites:
+        """Itself."""
+        self._decider = self._sited.on(denoiser, layout)
+        return self
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        return self._decider.sites
+
+    @property
+    def observes(self) -> frozenset[LayerKind]:
+        return self._decider.observes
+
+    def plan(self, view: View) -> Mapping[str, Decision]:
+        """The given one."""
+        return self._plan
+
+    def begin(self) -> Any:
+        """The method's memory; of the last full call alone, so that one call is counted."""
+        self.observing = 0
+        return self._decider.begin()
+
+    def observe(self, memory: Any, block: str, attention: Attention) -> None:
+        """The method's, counted."""
+        with Flops() as counter:
+            self._decider.observe(memory, block, attention)
+        self.observing += counter.total
+
+    def look(self, memory: Any, entered: Entered, info: CallInfo) -> Any:
+        """The method's, counted."""
+        with Flops() as counter:
+            seen = self._decider.look(memory, entered, info)
+        self.looking += counter.total
+        return seen
+
+    def choose(
+        self, memory: Any, seen: Any, site: Site, x: Tensor, count: int | None, info: CallInfo
+    ) -> Tensor:
+        """The first ``count`` tokens."""
+        assert count is not None
+        return torch.arange(count, device="meta").repeat(len(x), 1)
+
+
 class _Here:
     """A clock that stands where it is set."""
 
     index = 0
     batch = None
+    steps = 2
+    timesteps = ()
 
     def read(self, timestep: Any) -> Position:
         """The first of two calls, or the second."""
@@ -216,7 +290,7 @@ class _Refreshing:
         # The second step again, not another branch of it.
         self._engine.generation.branches = Branches()
         args, kwargs = self._inputs if self._knows_text else _with_another_text(self._inputs)
-        with torch.no_grad(), self._shapes, _Flops() as counter:
+        with torch.no_grad(), self._shapes, Flops() as counter:
             self._denoiser(*args, **kwargs)
         return Macs(counter.total // 2, 0, counter.attention // 2)
 
@@ -229,6 +303,7 @@ class CallCounter:
         rule: the method's token rule, or None.
         token_set: its choice of the tokens of a call, or None.
         refresh: its choice of tokens for layers that hand on their last output, or None.
+        sites: its decisions for sites, or None.
         instead: what to say if they don't fit the denoiser.
     """
 
@@ -238,10 +313,11 @@ class CallCounter:
         rule: TokenRule | None,
         token_set: TokenSet | None = None,
         refresh: TokenRefresh | None = None,
+        sites: Sited | None = None,
         instead: str = "",
     ) -> None:
         self._model = meta_copy(denoiser)
-        self._rule, self._token_set, self._refresh = rule, token_set, refresh
+        self._rule, self._token_set, self._refresh, self._sites = rule, token_set, refresh, sites
         self._instead = instead
         self._known: dict[Any, Macs] = {}
         self._shapes = KnownShapes()
@@ -253,7 +329,15 @@ class CallCounter:
         for module in self._grounding:
             module.enabled = grounded
 
-    def count(self, depth: int, ratio: float, inputs: tuple[Any, Any], *, knows_text: bool = False) -> Macs:
+    def count(
+        self,
+        depth: int,
+        ratio: float,
+        inputs: tuple[Any, Any],
+        *,
+        knows_text: bool = False,
+        plan: Mapping[str, Decision] = {},
+    ) -> Macs:
         """MACs of a call.
 
         Args:
@@ -261,14 +345,23 @@ class CallCounter:
             ratio: pruning ratio; 1 if no layer computes a token that should have.
             inputs: positional and keyword arguments on the meta device.
             knows_text: whether what depends on the text alone was computed before.
+            plan: by the name of a site, what was decided for it, in a call of depth `SITES`.
         """
         grounded = any(module.enabled for module in self._grounding)
-        key = (depth, ratio if depth else 0.0, knows_text, grounded, _signature(inputs))
+        decided = tuple(sorted(plan.items(), key=lambda item: item[0]))
+        key = (depth, ratio if depth else 0.0, knows_text, grounded, decided, _signature(inputs))
         if key not in self._known:
-            self._known[key] = self._count(depth, ratio, inputs, knows_text)
+            self._known[key] = self._count(depth, ratio, inputs, knows_text, plan)
         return self._known[key]
 
-    def _count(self, depth: int, ratio: float, inputs: tuple[Any, Any], knows_text: bool) -> Macs:
+    def _count(
+        self,
+        depth: int,
+        ratio: float,
+        inputs: tuple[Any, Any],
+        knows_text: bool,
+        decided: Mapping[str, Decision],
+    ) -> Macs:
         if self._refresh is not None and depth == LAYERS and ratio < 1:
             key = knows_text, _signature(inputs)
             if key not in self._refreshing:
@@ -281,12 +374,16 @@ class CallCounter:
         first = None if self._token_set is None else _FirstTokens(self._token_set)
         refresh = None if self._refresh is None or depth < FULL else _FirstRefreshed(self._refresh)
         # A full call observes if another follows that reads what it saw.
-        after = 0 if refresh is None else 1
+        behind = (
+            LAYERS if refresh is not None else SITES if self._sites is not None and depth == FULL else 0
+        )
+        after = int(behind > 0)
         plan = Schedule(
-            depth=(FULL,) * before + (depth,) + (LAYERS,) * after,
+            depth=(FULL,) * before + (depth,) + (behind,) * after,
             ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * after,
         )
-        parts = Parts(plan, self._rule, first, refresh, self._instead)
+        sites = None if self._sites is None else _FirstOfSites(self._sites, decided)
+        parts = Parts(plan, self._rule, first, refresh, sites, self._instead)
         engine = Engine(self._model, parts, quiet=True)
         selected: list[_Selected] = []
 
@@ -306,7 +403,7 @@ class CallCounter:
                 selected.clear()
                 if not knows_text:
                     inputs = _with_another_text(inputs)
-                with _Flops() as counter:
+                with Flops() as counter:
                     self._model(*inputs[0], **inputs[1])
         finally:
             hooks.remove()
@@ -319,6 +416,10 @@ class CallCounter:
             # What is observed are products of queries and keys as well.
             total, attention = total - refresh.observing, attention - refresh.observing
             chosen += refresh.observing // 2
+        if sites is not None:
+            asked = sites.looking if depth == SITES else sites.observing
+            total, chosen = total - asked, chosen + asked // 2
+            attention -= 0 if depth == SITES else asked
         return Macs(total // 2, chosen, attention // 2)
 
     def _selection(self, kind: _Selected) -> int:
@@ -328,7 +429,7 @@ class CallCounter:
         call = CallInfo(1, False, (), torch.Generator().manual_seed(0), attention=attention)
         prepared = self._rule.prepare([kind.grid], call).get(kind.grid)
         x = torch.zeros(1, *kind.shape[1:], device="cpu" if attention is None else "meta")
-        with _Flops() as counter:
+        with Flops() as counter:
             self._rule.select(x, kind.grid, kind.count, prepared, call)
         return kind.shape[0] * (counter.total // 2)
 
@@ -343,7 +444,7 @@ class CallCounter:
         call = CallInfo(1, False, outputs, torch.Generator().manual_seed(0), attention=attention)
         memory = self._token_set.select(None, grid, count, call)[1]
         again = replace(call, cached=asked.cached)
-        with _Flops() as counter:
+        with Flops() as counter:
             self._token_set.select(memory, grid, count, again)
         return asked.batch * (counter.total // 2)
 

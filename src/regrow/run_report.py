@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +29,8 @@ class CallRow:
         selection_macs: MACs of choosing tokens.
         full_macs: MACs of the same call without the method.
         age: how many steps old the features are that the call reused; 0 if it reused none.
+        recovery: what filled in what was not computed: ``"reuse"``, ``"taylor(1)"``, ``"fitted"`` in time,
+            ``"copy"`` or ``"mean"`` for pruned tokens; empty if all was computed.
         reason: why it did something else than planned; empty if it did as planned.
     """
 
@@ -39,6 +43,7 @@ class CallRow:
     selection_macs: int
     full_macs: int
     age: int = 0
+    recovery: str = ""
     reason: str = ""
 
 
@@ -69,18 +74,25 @@ class RunReport:
         """MACs of choosing tokens, not part of `macs`."""
         return sum(c.selection_macs for c in self.calls)
 
+    @property
+    def recovered(self) -> Mapping[str, int]:
+        """By recovery, the calls in which it filled in what was not computed."""
+        return Counter(c.recovery for c in self.calls if c.recovery)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
         return {
             "macs": self.macs,
             "full_macs": self.full_macs,
             "selection_macs": self.selection_macs,
+            "recovered": dict(self.recovered),
             "calls": [asdict(c) for c in self.calls],
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
-        lines = ["step  depth  age  pruned    GMACs   of full"]
+        lines = ["step  depth  age  pruned    GMACs   of full  recovery"]
+        width = max((len(c.recovery) for c in self.calls), default=0)
         reasons: list[str] = []
         for c in self.calls:
             mark = ""
@@ -92,7 +104,7 @@ class RunReport:
             share = c.macs / c.full_macs if c.full_macs else 0.0
             lines.append(
                 f"{step:>4}  {c.depth:>5}  {c.age or '':>3}  {c.ratio:6.0%}  {c.macs / 1e9:7.2f}"
-                f"  {share:8.1%}{mark}"
+                f"  {share:8.1%}  {c.recovery:<{width}}{mark}".rstrip()
             )
         lines += [f"({i}) {reason}" for i, reason in enumerate(reasons, 1)]
         ratio = self.full_macs / self.macs if self.macs else float("inf")
@@ -135,22 +147,25 @@ def report_of(engine: Engine) -> RunReport:
         )
     parts = engine.parts
     try:
-        counter = CallCounter(model, parts.tokens, parts.token_set, engine.refresh)
-        rows = [_row(record, engine.layout.depths, counter) for record in generation.records]
+        counter = CallCounter(model, parts.tokens, parts.token_set, engine.refresh, parts.sites)
+        rows = [_row(record, engine, counter) for record in generation.records]
     except Exception as error:
         # Whatever a module of somebody's own says to tensors without data.
         notes.append(
             f"nothing is counted: the denoiser can't run without data ({type(error).__name__}: {error})"
         )
-        rows = [_row(record, engine.layout.depths, None) for record in generation.records]
+        rows = [_row(record, engine, None) for record in generation.records]
     return RunReport(tuple(rows), tuple(notes))
 
 
-def _row(record: CallRecord, depths: int, counter: CallCounter | None) -> CallRow:
+def _row(record: CallRecord, engine: Engine, counter: CallCounter | None) -> CallRow:
+    depths = engine.layout.depths
     macs = selection = full = 0
     if counter is not None:
         counter.attend_to_boxes(record.grounded)
-        counted = counter.count(record.depth, record.ratio, record.inputs, knows_text=record.knew_text)
+        counted = counter.count(
+            record.depth, record.ratio, record.inputs, knows_text=record.knew_text, plan=record.plan
+        )
         macs, selection = counted.denoiser, counted.selection
         full = counter.count(FULL, 0.0, record.inputs).denoiser
     planned = FULL if record.planned is None else record.planned.depth
@@ -164,5 +179,15 @@ def _row(record: CallRecord, depths: int, counter: CallCounter | None) -> CallRo
         selection,
         full,
         record.age,
+        " + ".join(filter(None, (record.recovery, _of_tokens(record, engine)))),
         record.reason,
     )
+
+
+def _of_tokens(record: CallRecord, engine: Engine) -> str:
+    """What filled in the tokens that a call left out; empty if it computed all."""
+    if not record.ratio:
+        return ""
+    if engine.pruning is not None:
+        return engine.pruning.rule.where.recovery.value
+    return "" if engine.lean is None else "reuse"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Protocol
@@ -40,6 +41,8 @@ FULL = 1_000_000
 LAYERS = FULL - 1
 # A call of the layers behind the last block alone.
 HEAD = FULL - 2
+# A call in which each site does what the method decides for it.
+SITES = FULL - 3
 
 
 class ScheduleError(FileError):
@@ -80,23 +83,28 @@ class Plan(Protocol):
         """The steps of a generation of so many calls."""
 
 
-NAMES: Mapping[int, str] = MappingProxyType({FULL: "full", LAYERS: "layers", HEAD: "head"})
+NAMES: Mapping[int, str] = MappingProxyType({FULL: "full", LAYERS: "layers", HEAD: "head", SITES: "sites"})
 """What depths that are no number of layers are called."""
 _NAMED = {name: depth for depth, name in NAMES.items()}
 
 
-def _depth(value: Any) -> int:
+def depth_from(value: Any) -> int:
+    """A depth from itself or its name.
+
+    Raises:
+        ValueError: if it is none.
+    """
     depth: Any = _NAMED.get(value, value) if isinstance(value, str) else value
     whole = isinstance(depth, int) and not isinstance(depth, bool)
     if whole and (0 <= depth <= MOST_BLOCKS or depth in _NAMED.values()):
         return int(depth)
     raise not_allowed(
-        f"it must be a whole number >= 0 and <= {MOST_BLOCKS}, 'full', 'layers' or 'head'"
+        f"it must be a whole number >= 0 and <= {MOST_BLOCKS}, 'full', 'layers', 'head' or 'sites'"
         f"{offer(value, _NAMED)}"
     )
 
 
-Depth = Annotated[int, BeforeValidator(_depth)]
+Depth = Annotated[int, BeforeValidator(depth_from)]
 
 
 def _listed(value: Any) -> Any:
@@ -109,8 +117,9 @@ class Schedule(Checked):
 
     Args:
         depth: a depth for each call: a whole number from 0 to 1000, ``"full"``; ``"layers"``, a call of
-            all blocks in which every attention and feed-forward hands on its last output; or ``"head"``, a
-            call of what lies behind the last block alone. Depths at or above the number of up-path layers
+            all blocks in which every attention and feed-forward hands on its last output; ``"head"``, a
+            call of what lies behind the last block alone; or ``"sites"``, one in which a method that
+            decides for single sites does so (TokenCache). Depths at or above the number of up-path layers
             of a model are full there (12 for Stable Diffusion 1.5).
         ratio: a pruning ratio for each call, 0 <= ratio < 1; as many as depths.
         recovery: how what a call does not compute follows from earlier calls: one for all calls, or as many
@@ -417,6 +426,29 @@ class After:
                 "name": f"{rest.name} from {full}".strip(),
             }
         )
+
+
+def used_recoveries(depth: Sequence[int], recoveries: Sequence[TimeRecovery]) -> tuple[TimeRecovery, ...]:
+    """The recoveries of a plan without those that change nothing: one for all calls, or one for each.
+
+    A full call has no use for one. Where a single value was computed before, the recoveries of the plan are
+    all the same if each takes it as it is.
+
+    Args:
+        depth: of each call.
+        recoveries: as many.
+    """
+    kinds = {one for d, one in zip(depth, recoveries, strict=True) if d < FULL}
+    used: dict[int, TimeRecovery] = {}
+    for call, own in enumerate(depth):
+        # Calls that go deeper computed what this one lacks; two of them are enough to know.
+        computed = [*islice((before for before in range(call) if depth[before] > own), 2)]
+        alike = len(computed) == 1 and all(r.weights(computed, call, len(depth)) == (1,) for r in kinds)
+        if own < FULL and not alike:
+            used[call] = recoveries[call]
+    if len(set(used.values())) < 2:
+        return (next(iter(used.values()), REUSE),)
+    return tuple(used.get(call, REUSE) for call in range(len(depth)))
 
 
 def _shares(weights: Sequence[int], total: int) -> list[int]:

@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import ValidationError
+
+from regrow.fields import explain
+from regrow.recover.time import REUSE, Taylor, recovery_from
 from regrow.words import offer, shown
 
 
@@ -16,10 +20,41 @@ class Variable:
     Args:
         name: of its kind, such as ``"depth"``; the same for all calls.
         choices: what may be chosen, in an order in which neighbours are alike.
+        read: makes a choice of what a user gives, such as the name of a recovery, or raises a ValueError
+            that says what is allowed; None if it is the choice itself.
     """
 
     name: str
     choices: tuple[Any, ...]
+    read: Callable[[Any], Any] | None = None
+
+    def with_choices(self, given: Iterable[Any]) -> Variable:
+        """The same with other choices.
+
+        Raises:
+            ValueError: if there is none, or one can't be read, naming it.
+        """
+        allowed = tuple(dict.fromkeys(self._choice(value) for value in given))
+        if not allowed:
+            raise ValueError(f"choices: {self.name} must have at least one choice")
+        return replace(self, choices=allowed)
+
+    def _choice(self, value: Any) -> Any:
+        try:
+            return value if self.read is None else self.read(value)
+        except ValidationError as error:
+            why = explain(error)
+        except ValueError as error:
+            why = str(error)
+        raise ValueError(f"choices: {self.name}={shown(value)} is not allowed, {why}")
+
+
+def recovery_variable() -> Variable:
+    """How what is not computed follows from earlier calls: the last value, a line, or a parabola.
+
+    They need no recording of the model. Others that need none, such as ``"chebyshev"``, can be chosen.
+    """
+    return Variable("recovery", (REUSE, Taylor(order=1), Taylor(order=2)), recovery_from)
 
 
 @dataclass(frozen=True)
@@ -72,18 +107,16 @@ class Space:
         """The same with other choices for the variables of a kind.
 
         Raises:
-            ValueError: if there is no such kind, or no choice.
+            ValueError: if there is no such kind, no choice, or one that can't be read.
         """
         if name not in self.names:
             raise ValueError(
                 f"choices: {shown(name)} is not known, it must be one of {', '.join(self.names)}"
                 f"{offer(name, self.names)}"
             )
-        allowed = tuple(dict.fromkeys(choices))
-        if not allowed:
-            raise ValueError(f"choices: {name} must have at least one choice")
-        variables = tuple(replace(v, choices=allowed) if v.name == name else v for v in self.variables)
-        return replace(self, variables=variables)
+        # Variables of a kind are equal, so that what they are given is read once.
+        changed = next(v for v in self.variables if v.name == name).with_choices(choices)
+        return replace(self, variables=tuple(changed if v.name == name else v for v in self.variables))
 
     def extended(self, variable: Variable, decode: Callable[[Any, Any], Any]) -> Space:
         """The plans with one more choice each, which comes last.
@@ -112,7 +145,7 @@ def product(one: Space, other: Space, decode: Callable[[Any, Any], Any]) -> Spac
     return Space(
         (*one.variables, *other.variables),
         lambda values: decode(one.decode(values[:count]), other.decode(values[count:])),
-        tuple((*a, *b) for a in one.regular for b in other.regular),
+        tuple((*a, *b) for a in one.uniform for b in other.uniform),
     )
 
 

@@ -49,6 +49,23 @@ def calibration(pipe: Any = None, kind: Any = Still, *first: Any) -> Any:
     return kind(*first, pipe or sd(), PROMPTS, Settings(steps=STEPS, guidance=3.0))
 
 
+@pytest.mark.parametrize(("pruning", "pays"), [(0.8, True), (0.95, False)])
+def test_it_tries_deep_features_and_pruning_where_they_pay(pruning: float, pays: bool) -> None:
+    found = calibration(None, Judged, {"steps": 30.0, "forecast": 30.1})
+    found.timed = lambda: Costs(rest=0.0, output=0.0, deep=0.1, pruning=pruning)
+    plan = plan_for(found, Wish(speedup=2.0))
+    names = [one.name for one in plan.tried]
+    assert any("50% of tokens pruned" in name for name in names) == pays
+    # Of a budget of four calls three are full, since the other five cost half a call.
+    assert any("3 of 8 computed" in name and "deep features of the others fitted" in name for name in names)
+    assert any("deep features of the others on the line" in name for name in names)
+    depths = [getattr(one.plan, "depth", 0) for one in found.answer.outcomes]
+    assert depths.count(1) == 5
+    fewer = [one.mean for one in found.answer.outcomes if isinstance(one.plan, FewerSteps)]
+    assert found.answer.best.mean >= max(fewer)
+    assert len(found.answer.best.psnr) == len(found.compared)
+
+
 @pytest.mark.parametrize("speedup", [2.0, 4.0])
 def test_it_is_as_fast_as_wished_and_never_farther_than_fewer_steps(speedup: float) -> None:
     plan = plan_for(calibration(), Wish(speedup=speedup))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pipelines
 import pytest
 import torch
 import transformer_pipelines
+from any_pipelines import stable_audio
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -19,10 +21,13 @@ from diffusers import (
 )
 
 import regrow
+import regrow.calibration.calibrate as calibrating
 from regrow.calibration.calibrate import Calibration, Costs, Settings, Wish, plan_for
 from regrow.calibration.fit import fitted
 from regrow.calibration.influence import influence
+from regrow.calibration.proposals import Proposal
 from regrow.calibration.recording import record
+from regrow.calibration.search import FewerSteps
 from regrow.fields import MOST_WEIGHT
 from regrow.files import FileError
 
@@ -57,6 +62,71 @@ def test_a_plan_makes_as_few_calls_as_wished(kind: Any, changes: dict[str, Any])
     pipe.scheduler.set_timesteps(8)
     full = sum(call.depth == "full" for call in calls)
     assert full <= len(pipe.scheduler.timesteps) / 2 + 1, (plan.tried[0].name, whole)
+
+
+def goes_through(monkeypatch: pytest.MonkeyPatch, pipe: Any, settings: Settings) -> Calibration:
+    """A calibration by time whose forecasts are said to be near; one of them, and fewer steps, are run."""
+    monkeypatch.setattr(calibrating, "ROUNDS", 1)
+    monkeypatch.setattr(calibrating, "LONG", 4)
+    found = Calibration(pipe, PROMPTS, settings)
+    costs = found.timed()
+    assert costs.rest >= 0
+    assert 0 <= costs.output < 1
+    with monkeypatch.context() as patched:
+        near = lambda plan, prompts: np.full(prompts, 20.0 + 10 * isinstance(plan, Proposal))  # noqa: E731
+        patched.setattr(found, "measure", near)
+        answer = found.find(costs.rest + found.calls / 2, costs)
+    fewer = [one.plan for one in answer.outcomes if isinstance(one.plan, FewerSteps)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for plan in (answer.best.plan, fewer[-1]):
+            assert np.isfinite(found.measure(plan, 1)).all()
+    assert isinstance(answer.best.plan, Proposal)
+    assert found.config(answer.best.plan).schedule.calls == found.recording.total
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("sdxl", {}),
+        ("sdxl-img2img", {"steps": 8}),
+        ("img2img", {"steps": 8, "batch": 3}),
+        ("inpaint", {"guidance": 1.0}),
+        ("sd1", {"height": 48, "width": 80}),
+    ],
+    ids=["sdxl", "sdxl-img2img", "img2img-batch", "inpaint-unguided", "not-square"],
+)
+def test_pipelines_of_all_kinds(
+    monkeypatch: pytest.MonkeyPatch, kind: str, changes: dict[str, Any]
+) -> None:
+    more = pipelines.KINDS[kind][1]
+    size = {} if "image" in more else SIZE
+    settings = Settings(**{"steps": 6, "guidance": 3.0, "more": more, **size, **changes})
+    found = goes_through(monkeypatch, pipelines.make(kind), settings)
+    assert found.recording.total == settings.steps
+    assert found.recording.before == (3 if more.get("strength") == 0.7 else 0)
+
+
+def test_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = stable_audio()
+    encoder, tokenizer = transformer_pipelines.t5()
+    tokenizer.model_max_length = 5
+    pipe.register_modules(text_encoder=encoder, tokenizer=tokenizer)
+    goes_through(monkeypatch, pipe, Settings(steps=6, guidance=3.0, more={"audio_end_in_s": 4.0}))
+
+
+def test_guidance_within_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(steps=6, guidance=3.0, height=32, width=48)
+    found = goes_through(monkeypatch, transformer_pipelines.flux(), settings)
+    assert found.answer is not None
+    assert found.recording.deep
+
+
+def test_a_single_call_is_refused() -> None:
+    more = {**pipelines.KINDS["img2img"][1], "strength": 0.3}
+    with pytest.raises(ValueError, match="steps: 4 is not allowed, it must be so many that"):
+        regrow.calibrate(pipelines.make("img2img"), PROMPTS, fewer_macs=1.5, steps=4, more=more)
 
 
 def test_noise_levels_on_another_device() -> None:

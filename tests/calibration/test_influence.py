@@ -89,6 +89,26 @@ def test_it_tells_what_other_outputs_come_to(kind: Any) -> None:
     torch.testing.assert_close(change.double(), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler, None])
+def test_of_a_part_of_the_run(kind: Any) -> None:
+    """From the fourth timestep on, as in image-to-image, and not to the end."""
+
+    def run(outputs: torch.Tensor) -> torch.Tensor:
+        sampler = made(kind)
+        sampler.set_timesteps(STEPS)
+        sample = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        for output, time in zip(outputs, sampler.timesteps[3:7], strict=True):
+            sampler.scale_model_input(sample, time) if hasattr(sampler, "scale_model_input") else None
+            sample = sampler.step(output.view_as(sample), time, sample, return_dict=False)[0]
+        return sample.flatten()
+
+    known = made(kind)
+    known.set_timesteps(STEPS)
+    moves = influence(known, 3, 7)
+    alone = torch.cat([run(row) - run(0 * row) for row in torch.eye(4, dtype=torch.float64)])
+    np.testing.assert_allclose(moves, alone, rtol=2e-3, atol=2e-3)
+
+
 def test_it_leaves_the_scheduler_as_it_is() -> None:
     sampler = scheduler(UniPCMultistepScheduler)
     sampler.set_timesteps(5)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
+import pipelines
 import pytest
 import torch
-from pipelines import sd
+from pipelines import KINDS
 
 from regrow import DaTo, apply
 from regrow.calibration.drift import Growth, drifting_error, foretold
@@ -124,12 +126,18 @@ def test_what_is_not_allowed(change: dict[str, Any], said: str) -> None:
         search(known, measure=Network(known, STILL, 0.0), **given | change)
 
 
-def test_a_plan_on_a_pipeline_is_its_weighted_sum() -> None:
-    """What the sampler is given in skipped calls: the weights times what it was given in computed ones."""
-    steps = 8
-    known = record(sd(), ("a b", "c d"), steps=steps, guidance=3.0)
+@pytest.mark.parametrize("kind", ["sd1", "img2img", "sdxl-img2img"])
+def test_a_plan_on_a_pipeline_is_its_weighted_sum(kind: str) -> None:
+    """What the sampler is given in skipped calls: the weights times what it was given in computed ones.
+
+    Also where the run begins late.
+    """
+    options: dict[str, Any] = {"steps": 12, "guidance": 3.0, "more": KINDS[kind][1]}
+    known = record(pipelines.make(kind), ("a b", "c d"), **options)
+    assert known.before == (0 if kind == "sd1" else 4)
+    assert known.total == 12
     plan = proposals(known, 4, STILL)[0]
-    pipe, given = sd(), []
+    pipe, given = pipelines.make(kind), []
     step = pipe.scheduler.step
 
     def listening(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -137,9 +145,11 @@ def test_a_plan_on_a_pipeline_is_its_weighted_sum() -> None:
         return step(output, *args, **kwargs)
 
     pipe.scheduler.step = listening
-    with apply(pipe, DaTo(schedule=plan.schedule())):
-        make(pipe, ("e f",), steps=steps, guidance=3.0, latents=True)
+    with apply(pipe, DaTo(schedule=plan.schedule())) as run, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make(pipe, ("e f",), latents=True, **options)
+    assert [call.depth == "full" for call in run.report().calls].count(True) == 4
     seen = torch.stack(given).double()
-    weights = torch.from_numpy(weight_matrix(plan.full, plan.recovery, steps))
+    weights = torch.from_numpy(weight_matrix(plan.full, plan.recovery, plan.total))
     torch.testing.assert_close(weights @ seen, seen, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(seen[-1], seen[plan.full[-1]]) or plan.full[-1] == steps - 1
+    assert not torch.allclose(seen[-1], seen[plan.full[-1]]) or plan.full[-1] == plan.total - 1

@@ -111,7 +111,7 @@ def test_what_was_recorded_is_not_run_again(
         assert run(patched, *asked, "--speedup", "2") == 130
     assert "the same command" in capsys.readouterr().err
     kept = (tmp_path / "out" / "recording.json").read_text()
-    monkeypatch.setattr("regrow.calibration.recording._outputs", lambda *_: pytest.fail("recorded again"))
+    monkeypatch.setattr("regrow.calibration.recording.watched", lambda *_: pytest.fail("recorded again"))
     assert run(monkeypatch, *asked, "--speedup", "2") == 0
     assert (tmp_path / "out" / "recording.json").read_text() == kept
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from regrow import zoo
-from regrow.cli import main
+from regrow.cli import demo, main
 from regrow.measure.sampling import make
 from regrow.methods.catalogue import systems
 from regrow.schedule import Schedule
@@ -427,6 +427,7 @@ def test_generate_warms_up_before_it_compares(monkeypatch: pytest.MonkeyPatch, t
 def test_demo_leaves_a_picture_and_a_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.setattr("regrow.cli.demo.PROMPTS", demo.PROMPTS[:2])
     assert run(monkeypatch, "demo", "--out", str(tmp_path), "--steps", "2", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "demo.json").read_text())

@@ -64,6 +64,8 @@ def test_what_made_a_picture_is_beside_it(
     (row,) = said["results"]
     assert row["full_macs"] / row["macs"] == pytest.approx(row["macs_ratio"])
     assert row["macs_ratio"] > 1.5
+    assert set(row["recovered"]) <= {"copy", "reuse", "reuse + copy"}
+    assert 0 < sum(row["recovered"].values()) <= 4
     assert str(tmp_path / "owl.json") in capsys.readouterr().out
 
 

@@ -15,8 +15,10 @@ from regrow.cli import main
 from regrow.cli.engine import Where
 from regrow.cli.models import load_pipeline
 from regrow.cli.search import Asked, Request, parse_budget, parse_choices, parse_steps, run_search
+from regrow.files import FileError
 from regrow.measure.lock import locked
 from regrow.measure.machine import model_key
+from regrow.models import layout_of
 from regrow.schedule import FULL, Schedule
 from regrow.search.proposals import Operators
 from regrow.search.search import Budget, Economy, Search
@@ -146,6 +148,35 @@ def test_a_pipeline_that_no_name_opens_is_searched(tmp_path: Path, model: Path) 
     assert not outcome.stopped
 
 
+def test_forecasts_of_the_output_are_searched_on_a_denoiser_without_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, prompts: Path
+) -> None:
+    model = tmp_path / "model"
+    unknown = pipelines.unet(
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        layers_per_block=1,
+        attention_head_dim=4,
+    )
+    assert not layout_of(unknown).is_known
+    pipelines.sd(unknown).save_pretrained(model)
+    out = tmp_path / "search"
+    output = ("--choices", "depth=0,full", "--choices", "ratio=0")
+    asked = words(model, prompts, out)
+    assert run(monkeypatch, *asked, *output, "--budget", "2", "--no-plots", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert all(plan["error"] is None for plan in result["plans"])
+    schedules = [plan["config"]["schedule"] for plan in result["plans"]]
+    assert {depth for schedule in schedules for depth in schedule["depth"]} == {0, FULL}
+    assert any(one["kind"] == "taylor" for schedule in schedules for one in schedule["recovery"])
+    for row in result["front"]:
+        full = row["depth"].count("full")
+        assert row["values"]["cost:macs"] == pytest.approx(full / 6)
+        assert len(row["recovery"]) == 6
+        assert [*Schedule.load(out / row["file"]).depth].count(FULL) == full
+
+
 def test_folder_of_another_search_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -162,6 +193,47 @@ def test_folder_of_another_search_is_refused(
     assert run(monkeypatch, "profile", "--arch", "sd15", "--method", str(config), "--steps", "6") == 0
     assert run(monkeypatch, *asked, "--method", "tome", "--budget", "1", "--no-plots") == 2
     assert "method: the search in" in capsys.readouterr().err
+
+
+def test_a_search_of_before_recoveries_goes_on_without_them(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: Path,
+    prompts: Path,
+) -> None:
+    asked = (*words(model, prompts, tmp_path), "--no-plots")
+    assert run(monkeypatch, *asked, "--budget", "1", "--choices", "recovery=reuse") == 0
+    file, log = tmp_path / "settings.json", tmp_path / "evaluations.jsonl"
+    settings, done = json.loads(file.read_text()), log.read_text()
+    assert settings.pop("version") == 2
+    assert settings["choices"].pop("recovery") == ["reuse"]
+    file.write_text(json.dumps(settings))
+    capsys.readouterr()
+    assert run(monkeypatch, *asked, "--budget", "1") == 2
+    assert "choices: the search in" in capsys.readouterr().err
+    assert run(monkeypatch, "search", "--resume", str(tmp_path), "--no-plots", "--budget", "2") == 0
+    # What was measured is not measured again.
+    added = log.read_text().removeprefix(done)
+    assert len(added) < len(log.read_text())
+    assert added.count('"generation"') == 1
+    assert json.loads(file.read_text())["choices"] == {"recovery": ["reuse"]}
+    plans = json.loads((tmp_path / "search.json").read_text())["plans"]
+    assert {json.dumps(p["config"]["schedule"]["recovery"]) for p in plans} == {'[{"kind": "reuse"}]'}
+    file.write_text(json.dumps(settings | {"version": 3}))
+    assert run(monkeypatch, "search", "--resume", str(tmp_path)) == 2
+    assert "version: 3 is not allowed, it must be 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["sito", "spectrum", "nothing", 3, None])
+def test_settings_of_before_have_recoveries_where_the_method_has(tmp_path: Path, method: Any) -> None:
+    fields = {"method": method, "prompts": ["a"], "economy": {"prompts": [1]}, "choices": {}}
+    (tmp_path / "settings.json").write_text(json.dumps(fields))
+    if method in ("sito", "spectrum"):
+        assert SearchSettings.of(tmp_path).choices == {}
+    else:
+        with pytest.raises(FileError, match="method"):
+            SearchSettings.of(tmp_path)
 
 
 def test_a_search_does_not_go_on_with_a_model_that_was_trained_further(tmp_path: Path) -> None:
@@ -197,7 +269,15 @@ def test_a_search_does_not_go_on_with_a_model_that_was_trained_further(tmp_path:
         (("--workers", "2"), "--engine ray"),
         (("--objective", "quality:clip", "--objective", "cost:macs"), "clip: a CLIP model must be given"),
         (("--beside", "nothing:1"), "nothing"),
-        (("--choices", "ratio=2"), "ratio"),
+        (("--choices", "ratio=2"), "choices: ratio.0: 2 is not allowed, it must be >= 0 and < 1"),
+        (
+            ("--choices", "ratio=half"),
+            "choices: ratio.0: 'half' is not allowed, it must be a number",
+        ),
+        (
+            ("--choices", "recovery=reuse,tailor"),
+            "choices: recovery='tailor' is not allowed, it must be a recovery",
+        ),
         (("--objective", "quality:psnr", "--objective", "cost:macs", "--patience", "3"), "patience: 3.0"),
         (
             ("--objective", "quality:fd", "--objective", "cost:macs", "--rungs", "1,2"),
@@ -241,6 +321,7 @@ def test_options_are_read() -> None:
     assert (parse_steps("50"), parse_steps("12..50")) == ((50, 50), (12, 50))
     found = parse_choices(["depth=0,1,full", "ratio=0,0.5", "center=none,0.3"])
     assert found == {"depth": (0, 1, FULL), "ratio": (0, 0.5), "center": (None, 0.3)}
+    assert parse_choices(["recovery=reuse,taylor2"]) == {"recovery": ("reuse", "taylor2")}
 
 
 def test_a_folder_is_written_by_one_process(

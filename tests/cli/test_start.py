@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -144,3 +145,21 @@ def test_the_demo_installs_what_it_needs_and_no_more() -> None:
     assert "regrow demo" in planned
     for other in ("cluster", "dev", "test", "peers"):
         assert other not in planned
+
+
+def test_a_methods_fields_are_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("profile", "--arch", "dit-xl-256", "--method", "tokencache", "--steps", "10", "--json")
+    assert run(monkeypatch, *words, "--full-steps", "5", "--last-blocks=2", "--ratio", ".5") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {(kind["depth"], kind["ratio"], kind["count"]) for kind in told["kinds"]} == {
+        ("full", 0.0, 5),
+        ("sites", 0.5, 5),
+    }
+    assert run(monkeypatch, *words, "--full-step", "5") == 2
+    assert capsys.readouterr().err.startswith("regrow: no such option: --full-step; did you mean")
+    assert run(monkeypatch, *words, "--full-steps") == 2
+    assert "--full-steps" in capsys.readouterr().err
+    assert run(monkeypatch, *words, "--full-steps", "0") == 2
+    assert "full_steps: 0 is not allowed" in capsys.readouterr().err

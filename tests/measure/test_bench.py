@@ -140,6 +140,12 @@ def test_wrong_names_are_refused_with_what_is_allowed(spec: str, message: str) -
         variant(spec, 50)
 
 
+def one_level() -> Any:
+    """A pipeline around a U-Net of few blocks, which compile soon."""
+    ends = {"down_block_types": (pipelines.CROSS_DOWN,), "up_block_types": (pipelines.CROSS_UP,)}
+    return pipelines.sd(pipelines.unet(layers_per_block=1, block_out_channels=(16,), **ends))
+
+
 @pytest.fixture(scope="module")
 def rows() -> Any:
     variants = [variant(s, 4) for s in ("steps:4", "steps:2", "deepcache:2+tome:0.5")]
@@ -306,7 +312,7 @@ def test_nothing_is_compiled_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("regrow.measure.bench.moment", looked)
     torch._dynamo.reset()
-    pipe = pipelines.sd(pipelines.unet(layers_per_block=1))
+    pipe = one_level()
     compile_blocks(pipe.unet, backend=backend)
     variants = [variant(spec, 3) for spec in ("steps:3", "sito:d", "deepcache:2+tome:0.5")]
     rows = bench(pipe, variants, PROMPTS, rounds=1, guidance=3.0)
@@ -358,7 +364,7 @@ class Hooked(Variant):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_compiles_leaves_hooks_of_diffusers_as_they_began(compiled: bool) -> None:
     torch._dynamo.reset()
-    pipe, one = pipelines.sd(pipelines.unet(layers_per_block=1)), Hooked("hooked", 1, 3)
+    pipe, one = one_level(), Hooked("hooked", 1, 3)
     if compiled:
         compile_blocks(pipe.unet, backend="eager")
     rows = bench(pipe, [variant("steps:3", 3), one], PROMPTS, rounds=1)

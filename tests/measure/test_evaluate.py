@@ -77,6 +77,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
     return made(tmp_path_factory.mktemp("pictures"))
 
 
+def copied(pictures: Pictures, folder: Path) -> Pictures:
+    """The same pictures, as `made` makes them, in another folder; nothing of them was measured."""
+    shutil.copytree(pictures.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("measured"))
+    return Pictures(folder, SETTING)
+
+
 def test_every_prompt_has_its_picture_from_its_own_seed(pictures: Pictures) -> None:
     pipe = pipelines.sd()
     shards = list(pictures.of(VARIANTS[0]))
@@ -101,7 +107,7 @@ def test_a_second_run_makes_nothing_again(pictures: Pictures) -> None:
 
 
 def test_lost_pictures_are_made_again_as_they_were(tmp_path: Path, pictures: Pictures) -> None:
-    mine = made(tmp_path)
+    mine = copied(pictures, tmp_path)
     file = next(iter(sorted(tmp_path.glob("*/000001.safetensors"))))
     before = load_file(file)["pictures"]
     file.unlink()
@@ -326,9 +332,9 @@ def coded(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> Pictures:
 
 
 def test_pictures_made_otherwise_are_as_good_if_they_come_out_as_they_were(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine, one = made(tmp_path), VARIANTS[2]
+    mine, one = copied(pictures, tmp_path), VARIANTS[2]
     assert not any(map(mine.made_otherwise, VARIANTS))
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     later = coded(monkeypatch, tmp_path, "later")
@@ -342,28 +348,28 @@ def test_pictures_made_otherwise_are_as_good_if_they_come_out_as_they_were(
 
 
 def test_pictures_of_several_codes_in_one_folder_are_all_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = VARIANTS[1]
-    made(tmp_path)
+    copied(pictures, tmp_path)
     for number in (1, 2):
         (tmp_path / "steps-2" / f"{number:06d}.safetensors").unlink()
     for code, number in (("second", 1), ("third", 2)):
-        pictures = coded(monkeypatch, tmp_path, code)
+        later = coded(monkeypatch, tmp_path, code)
         shard = Shard(one, number, dict(SETTING.shards())[number])
         content = ShardMaker(SETTING, pipelines.sd())(shard)
         (tmp_path / "steps-2" / f"{number:06d}.safetensors").write_bytes(content)
-    assert pictures.made_otherwise(one) == [0, 1]
-    assert checked(pictures, [one]) == ["steps:2"] * 2
-    assert pictures.made_otherwise(one) == []
+    assert later.made_otherwise(one) == [0, 1]
+    assert checked(later, [one]) == ["steps:2"] * 2
+    assert later.made_otherwise(one) == []
 
 
 @pytest.mark.parametrize("change", ["pixel", "size"])
 def test_pictures_that_this_code_makes_otherwise_are_refused_and_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     one = VARIANTS[2]
-    file = made(tmp_path).folder_of(one) / "000000.safetensors"
+    file = copied(pictures, tmp_path).folder_of(one) / "000000.safetensors"
     tensors = load_file(file)
     if change == "pixel":
         tensors["pictures"][0, 0, 0, 0] += 1
@@ -378,9 +384,9 @@ def test_pictures_that_this_code_makes_otherwise_are_refused_and_stay(
 
 
 def test_pictures_of_another_machine_or_number_of_threads_are_made_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine, one = made(tmp_path), VARIANTS[1]
+    mine, one = copied(pictures, tmp_path), VARIANTS[1]
     threads = torch.get_num_threads()
     assert not Pictures(tmp_path, SETTING, threads=threads).made_otherwise(one)
     assert Pictures(tmp_path, SETTING, threads=threads + 1).made_otherwise(one) == [0]
@@ -415,8 +421,10 @@ def test_pictures_of_a_gpu_name_it_and_no_threads(monkeypatch: pytest.MonkeyPatc
     assert machine.maker_key("cuda", 1) == machine.maker_key("cuda", 2) == f"{machine.code_key()} on H100"
 
 
-def test_pictures_that_do_not_say_what_made_them_are_made_otherwise(tmp_path: Path) -> None:
-    mine = made(tmp_path)
+def test_pictures_that_do_not_say_what_made_them_are_made_otherwise(
+    tmp_path: Path, pictures: Pictures
+) -> None:
+    mine = copied(pictures, tmp_path)
     file = mine.folder_of(VARIANTS[1]) / "000001.safetensors"
     save_file(load_file(file), file)
     # Older ones say the code alone.
@@ -453,8 +461,10 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
         Pictures(tmp_path / "letter.txt" / "pictures", SETTING)
 
 
-def test_a_folder_from_before_model_and_code_were_kept_is_gone_on_with(tmp_path: Path) -> None:
-    made(tmp_path)
+def test_a_folder_from_before_model_and_code_were_kept_is_gone_on_with(
+    tmp_path: Path, pictures: Pictures
+) -> None:
+    copied(pictures, tmp_path)
     for file in (tmp_path / "setting.json", tmp_path / "steps-2" / "variant.json"):
         said = json.loads(file.read_text())
         file.write_text(
@@ -465,13 +475,15 @@ def test_a_folder_from_before_model_and_code_were_kept_is_gone_on_with(tmp_path:
     assert not any(map(later.made_otherwise, VARIANTS))
 
 
-def test_what_a_check_refused_the_next_one_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_check_refused_the_next_one_refuses(
+    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = VARIANTS[1]
-    folder = made(tmp_path).folder_of(one)
+    folder = copied(pictures, tmp_path).folder_of(one)
     file = folder / "000001.safetensors"
-    pictures = load_file(file)
-    pictures["pictures"][0, 0, 0, 0] += 1
-    save_file(pictures, file, {"maker": "earlier"})
+    tensors = load_file(file)
+    tensors["pictures"][0, 0, 0, 0] += 1
+    save_file(tensors, file, {"maker": "earlier"})
     later = coded(monkeypatch, tmp_path, "later")
     for _ in range(2):
         assert later.made_otherwise(one) == [0, 1]
@@ -577,10 +589,7 @@ class KilledError(Exception):
 def test_a_comparison_killed_anywhere_goes_on_to_the_same_figures(
     tmp_path: Path, pictures: Pictures
 ) -> None:
-    shutil.copytree(pictures.folder, tmp_path, dirs_exist_ok=True)
-    for file in tmp_path.rglob("measured/*"):
-        file.unlink()
-    mine = Pictures(tmp_path, SETTING)
+    mine = copied(pictures, tmp_path)
     undisturbed = compare(mine, VARIANTS, Colours())
     for file in tmp_path.rglob("measured/*"):
         file.unlink()

@@ -12,7 +12,17 @@ import torch
 import transformer_pipelines
 from pydantic import ValidationError
 from torch import Tensor
-from transformer_pipelines import FORMS, KINDS, SKIP_LAYER, TWO_CALLS, VARIETIES, generate
+from transformer_pipelines import (
+    CASES,
+    FORMS,
+    KINDS,
+    SKIP_LAYER,
+    TWO_CALLS,
+    VARIETIES,
+    generate,
+    in_turn,
+    plain,
+)
 from waiting import NoWaiting
 
 import regrow
@@ -51,13 +61,11 @@ def pipe(request: pytest.FixtureRequest) -> Any:
     return KINDS[request.param]()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_all_tokens_on_the_way_of_some_are_bit_for_bit_the_plain_pipeline(pipe: Any, form: str) -> None:
-    if form == "wide" and type(pipe).__name__ == "DiTPipeline":
-        pytest.skip("DiT knows one square size")
-    plain = generate(pipe, **FORMS[form])
+@pytest.mark.parametrize(("kind", "form"), CASES)
+def test_all_tokens_on_the_way_of_some_are_bit_for_bit_the_plain_pipeline(kind: str, form: str) -> None:
+    pipe = KINDS[kind]()
     with regrow.apply(pipe, Everything()) as run:
-        assert torch.equal(generate(pipe, **FORMS[form]), plain)
+        assert torch.equal(generate(pipe, **FORMS[form]), plain(kind, form))
     assert [c.ratio for c in run.report().calls] == [0, 0, 0.5, 0.5, 0.5]
 
 
@@ -126,14 +134,11 @@ def slow(
             hook.remove()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("choice", TokenChoice)
+@pytest.mark.parametrize(("kind", "form", "choice"), in_turn(list(TokenChoice)))
 def test_a_call_of_some_tokens_is_a_full_one_with_old_rows_put_back(
-    pipe: Any, form: str, choice: TokenChoice
+    kind: str, form: str, choice: TokenChoice
 ) -> None:
-    if form == "wide" and type(pipe).__name__ == "DiTPipeline":
-        pytest.skip("DiT knows one square size")
-    plain = generate(pipe, **FORMS[form])
+    pipe = KINDS[kind]()
     chosen: list[Tensor | None] = []
 
     def note(module: Any, args: Any, out: Any) -> None:
@@ -148,7 +153,7 @@ def test_a_call_of_some_tokens_is_a_full_one_with_old_rows_put_back(
     with slow(pipe.transformer, chosen):
         expected = generate(pipe, **FORMS[form])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours, plain(kind, form), rtol=1e-4, atol=1e-5)
     calls = run.report().calls
     assert calls[2].macs < 0.75 * calls[0].macs
 

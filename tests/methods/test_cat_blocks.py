@@ -12,7 +12,7 @@ import transformer_pipelines
 from pydantic import ValidationError
 from test_cat import KINDS, _All, slow
 from torch import Tensor
-from transformer_pipelines import FORMS, LAYERS, SKIP_LAYER, STEPS, generate
+from transformer_pipelines import FORMS, LAYERS, SKIP_LAYER, STEPS, generate, in_turn
 
 import regrow
 from regrow import ATEDM, FORA, FULL, CATPruning, Combined, DeepCache, Schedule, TokenChoice
@@ -42,10 +42,8 @@ def pipe(request: pytest.FixtureRequest) -> Any:
     return transformer_pipelines.KINDS[request.param]()
 
 
-def allowed(pipe: Any, form: str) -> dict[str, Any]:
-    if form == "wide" and type(pipe).__name__ == "DiTPipeline":
-        pytest.skip("DiT knows one square size")
-    return dict(FORMS[form])
+BRANCHES = {"guided": 0, "batch": 3, "wide": 3}
+"""Of block caching, by the form."""
 
 
 def test_all_tokens_on_the_way_of_some_are_block_caching_bit_for_bit(pipe: Any) -> None:
@@ -110,12 +108,14 @@ def slow_blocks(
             hook.remove()
 
 
-@pytest.mark.parametrize(("form", "branch"), [("guided", 0), ("batch", 3), ("wide", 3)])
-@pytest.mark.parametrize("choice", [TokenChoice.NOISE, TokenChoice.CLUSTERS])
+@pytest.mark.parametrize(
+    ("kind", "form", "choice"), in_turn((TokenChoice.NOISE, TokenChoice.CLUSTERS), BRANCHES)
+)
 def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(
-    pipe: Any, form: str, branch: int, choice: TokenChoice
+    kind: str, form: str, choice: TokenChoice
 ) -> None:
-    options = allowed(pipe, form) | {"num_inference_steps": 7}
+    pipe, branch = KINDS[kind](), BRANCHES[form]
+    options: dict[str, Any] = FORMS[form] | {"num_inference_steps": 7}
     chosen: list[Tensor | None] = []
 
     def note(module: Any, args: Any, out: Any) -> None:
@@ -145,11 +145,11 @@ def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(
     assert calls[2].macs < calls[3].macs < calls[0].macs
 
 
-@pytest.mark.parametrize(("form", "branch"), [("guided", 0), ("batch", 3), ("wide", 3)])
-@pytest.mark.parametrize("early_ratio", [0.0, 0.25])
-def test_at_edm_reuses_under_cached_calls(pipe: Any, form: str, branch: int, early_ratio: float) -> None:
+@pytest.mark.parametrize(("kind", "form", "early_ratio"), in_turn((0.0, 0.25), BRANCHES))
+def test_at_edm_reuses_under_cached_calls(kind: str, form: str, early_ratio: float) -> None:
     """Its first block computes all tokens in every call."""
-    options = allowed(pipe, form) | {"num_inference_steps": 8}
+    pipe, branch = KINDS[kind](), BRANCHES[form]
+    options: dict[str, Any] = FORMS[form] | {"num_inference_steps": 8}
     seen: list[regrow.Observation] = []
     tokens = ATEDM.preset("reuse", ratio=0.5, early=4, early_ratio=early_ratio)
     config = Combined(caching=DeepCache(interval=3, branch=branch), tokens=tokens)

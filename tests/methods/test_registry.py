@@ -192,7 +192,7 @@ def test_the_command_line_lists_it(
     with pytest.raises(SystemExit):
         cli.main()
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert list(rows)[-5:] == ["mine", "some", "tokencache", "l2c", "steps"]
+    assert list(rows)[-4:] == ["mine", "some", "l2c", "steps"]
     assert rows["mine"]["presets"] == ["often"]
     assert rows["mine"]["status"] == "works"
     monkeypatch.setattr("sys.argv", ["regrow", "methods", "mine"])
@@ -350,4 +350,4 @@ def test_a_file_in_the_folder_is_all_that_a_new_method_needs(tmp_path: Path) -> 
         check=True,
     )
     names = [row["name"] for row in json.loads(done.stdout)]
-    assert names == [*methods(), "dropped", "tokencache", "l2c", "steps"]
+    assert names == [*methods(), "dropped", "l2c", "steps"]

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import regrow
 from regrow.methods.parts import parts_of
-from regrow.methods.taylorseer import Site, TaylorSeer, full_calls
+from regrow.methods.taylorseer import ForecastLevel, TaylorSeer, full_calls
 from regrow.recover.time import Taylor
 from regrow.schedule import FULL, HEAD, LAYERS
 
 STEPS = 8
 CONFIG = TaylorSeer(interval=3, order=2, first=2)
-LAST_BLOCK = TaylorSeer(interval=3, order=2, first=2, level=Site.LAST_BLOCK)
+LAST_BLOCK = TaylorSeer(interval=3, order=2, first=2, level=ForecastLevel.LAST_BLOCK)
 
 
 def by_hand(config: TaylorSeer, calls: int) -> set[int]:
@@ -45,8 +45,10 @@ def test_the_first_calls_and_every_nth_behind_them_are_full(interval: int, first
     assert full_calls(config, calls) == by_hand(config, calls)
 
 
-@pytest.mark.parametrize(("level", "depth"), [(Site.LAYERS, LAYERS), (Site.LAST_BLOCK, HEAD)])
-def test_the_others_forecast_at_their_level(level: Site, depth: int) -> None:
+@pytest.mark.parametrize(
+    ("level", "depth"), [(ForecastLevel.LAYERS, LAYERS), (ForecastLevel.LAST_BLOCK, HEAD)]
+)
+def test_the_others_forecast_at_their_level(level: ForecastLevel, depth: int) -> None:
     plan = parts_of(TaylorSeer(interval=5, order=1, first=1, level=level)).plan.resample(50)
     assert [d == FULL for d in plan.depth] == [step % 5 == 0 for step in range(50)]
     assert set(plan.depth) == {FULL, depth}
@@ -132,7 +134,7 @@ def expected(case: Case, config: TaylorSeer, first: int = 0) -> Tensor:
     """By hooks of the test's own, each with the factors that the released code keeps."""
     pipe = case.make()
     denoiser, calls = denoiser_of(pipe), Calls(case.calls, first)
-    sites = case.layers(denoiser) if config.level is Site.LAYERS else [case.last(denoiser)]
+    sites = case.layers(denoiser) if config.level is ForecastLevel.LAYERS else [case.last(denoiser)]
     # A run that begins late computes two values before the first forecast.
     full = by_hand(config, STEPS) | ({first, first + 1} if first else set())
     with (
@@ -162,7 +164,7 @@ def test_what_is_forecast_is_the_released_codes_series(name: str, config: Taylor
     assert_near(found, wanted)
     # The forecast is seen: it isn't what the model would compute.
     assert (found - plain).abs().max() > 1e-3 * plain.abs().max()
-    cached = "layers" if config.level is Site.LAYERS else "head"
+    cached = "layers" if config.level is ForecastLevel.LAYERS else "head"
     full = by_hand(config, STEPS)
     assert depths == [
         "full" if step in full else cached for step in range(STEPS) for _ in range(case.calls)
@@ -192,7 +194,7 @@ def test_a_run_that_starts_late_forecasts_by_its_places_in_the_whole(config: Tay
 
 def test_order_1_at_the_last_block_is_a_line_through_the_last_two() -> None:
     """The same plan written as a schedule, with Lagrange's weights."""
-    config = TaylorSeer(interval=3, order=1, first=2, level=Site.LAST_BLOCK)
+    config = TaylorSeer(interval=3, order=1, first=2, level=ForecastLevel.LAST_BLOCK)
     depth = tuple(FULL if step in by_hand(config, STEPS) else HEAD for step in range(STEPS))
     schedule = regrow.Schedule(depth=depth, ratio=(0.0,) * STEPS, recovery=(Taylor(order=1),))
     found = []

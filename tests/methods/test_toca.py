@@ -19,13 +19,13 @@ from transformer_pipelines import FORMS, TWO_CALLS, generate
 
 import regrow
 from regrow import FORA, ToCa
+from regrow.core.store import Store, copied
 from regrow.layers import Layer, LayerKind
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
 from regrow.methods.base import MethodConfig
 from regrow.methods.parts import Alignment, Attention, CallInfo, Parts, parts_of
 from regrow.models import layout_of
-from regrow.recover.store import Store, copied
 from regrow.schedule import FULL, LAYERS, Schedule
 from regrow.tokens.grid import Grid
 

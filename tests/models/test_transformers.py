@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,7 +14,18 @@ import torch
 import transformer_pipelines
 from test_exactness import assert_untouched_module
 from torch import Tensor
-from transformer_pipelines import FORMS, SKIP_LAYER, STEPS, TWO_CALLS, controlled, generate
+from transformer_pipelines import (
+    CASES,
+    FORMS,
+    KINDS,
+    SKIP_LAYER,
+    STEPS,
+    TWO_CALLS,
+    controlled,
+    generate,
+    in_turn,
+)
+from transformer_pipelines import plain as plain_of
 
 import regrow
 from regrow import ATEDM, FORA, CATPruning, DeepCache, ToCa
@@ -30,13 +42,6 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def pipe(kind: str) -> Any:
     return transformer_pipelines.KINDS[kind]()
-
-
-def allowed(pipe: Any, form: str) -> dict[str, Any]:
-    """What a form asks of a pipeline; DiT's is square."""
-    if form == "wide" and type(pipe).__name__ == "DiTPipeline":
-        pytest.skip("DiT knows one square size")
-    return dict(FORMS[form])
 
 
 def stacks(transformer: Any) -> list[Any]:
@@ -119,35 +124,43 @@ def is_cached(interval: int, calls_a_step: int = 1) -> Any:
     return lambda call: (call // calls_a_step) % interval != 0
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_fora_is_that_of_full_computation_thrown_away(pipe: Any, form: str) -> None:
-    options = allowed(pipe, form)
-    plain = generate(pipe, **options)
+@pytest.mark.parametrize(("kind", "form"), CASES)
+def test_fora_is_that_of_full_computation_thrown_away(kind: str, pipe: Any, form: str) -> None:
     with replaced(pipe.transformer, is_cached(3), SlowFORA()):
-        expected = generate(pipe, **options)
+        expected = generate(pipe, **FORMS[form])
     with regrow.apply(pipe, FORA(interval=3)) as run:
-        ours = generate(pipe, **options)
+        ours = generate(pipe, **FORMS[form])
     assert torch.equal(ours, expected)
-    assert not torch.equal(ours, plain)
+    assert not torch.equal(ours, plain_of(kind, form))
     report = run.report()
     assert [c.depth for c in report.calls] == ["full", "layers", "layers", "full", "layers"]
     assert report.calls[1].macs < 0.25 * report.calls[0].macs
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize(("kind", "form", "branch"), in_turn(BRANCHES))
 def test_block_caching_adds_what_the_blocks_between_added(pipe: Any, form: str, branch: int) -> None:
-    options = allowed(pipe, form)
     count = len(stacks(pipe.transformer))
     first, last = (branch + 2) // 2, count - (branch + 1) // 2
     with replaced(pipe.transformer, is_cached(2), SlowBlocks(first, last)):
-        expected = generate(pipe, **options)
+        expected = generate(pipe, **FORMS[form])
     with regrow.apply(pipe, DeepCache(interval=2, branch=branch)) as run:
-        ours = generate(pipe, **options)
+        ours = generate(pipe, **FORMS[form])
     torch.testing.assert_close(ours, expected)
     calls = run.report().calls
     assert [c.depth for c in calls] == ["full", str(branch + 1)] * 2 + ["full"]
     assert calls[1].macs < calls[0].macs * (branch + 3) / count
+
+
+@pytest.mark.parametrize(
+    ("choices", "forms"), [((0, 1, 4), tuple(FORMS)), ((0, 1), ("guided", "batch", "wide"))]
+)
+def test_choices_in_turn_meet_every_family_and_every_form(
+    choices: tuple[int, ...], forms: tuple[str, ...]
+) -> None:
+    cases = in_turn(choices, forms)
+    assert [case[:2] for case in cases] == [case for case in CASES if case[1] in forms]
+    assert {(kind, choice) for kind, _, choice in cases} == set(product(KINDS, choices))
+    assert {(form, choice) for _, form, choice in cases} == set(product(forms, choices))
 
 
 def test_depth_0_hands_on_the_last_output(pipe: Any) -> None:

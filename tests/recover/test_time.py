@@ -301,6 +301,22 @@ def test_a_recovery_without_a_name_is_refused(kind: type[TimeRecovery]) -> None:
         recovery_from("free")
 
 
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("reuse", "reuse"),
+        ("taylor", "taylor"),
+        ("taylor1", "taylor"),
+        ("taylor3", "taylor3"),
+        ("chebyshev2", "chebyshev2"),
+        ("differences2", "differences2"),
+    ],
+)
+def test_a_recovery_is_labelled_by_what_makes_it(name: str, label: str) -> None:
+    assert recovery_from(name).label == label
+    assert recovery_from(label) == recovery_from(name)
+
+
 def test_a_recovery_is_known_by_its_kind() -> None:
     with pytest.raises(ValueError, match="kind: 'a b' is not allowed, it must be of letters from a to z"):
         register_recovery(Spaced)

@@ -24,9 +24,11 @@ OBJECTIVES = (Quality.DEVIATION, Cost.MACS)
 
 
 def space() -> Space:
-    """DaTo's plans of 24 calls."""
-    return DaTo.space(CALLS).extended(
-        Variable("steps", (CALLS,)), lambda config, steps: Candidate(steps, config)
+    """DaTo's plans of 24 calls that reuse: the formula knows no recoveries."""
+    return (
+        DaTo.space(CALLS)
+        .with_choices("recovery", ("reuse",))
+        .extended(Variable("steps", (CALLS,)), lambda config, steps: Candidate(steps, config))
     )
 
 

@@ -161,6 +161,27 @@ def test_plans_are_rows_of_depths_and_ratios() -> None:
     assert [label.get_text() for label in left.get_yticklabels()] == ["plan-00, quality", "plan-01"]
 
 
+def test_recoveries_are_shown_where_some_call_forecasts() -> None:
+    result = found.result()
+    names = ["reuse", "taylor", "taylor", "taylor2"]
+    result["front"] = [
+        {"name": "a", "picked": [], "depth": ["full", 0, "head", 1], "ratio": [0] * 4, "recovery": names},
+        {"name": "b", "picked": [], "depth": ["full", 0], "ratio": [0, 0], "recovery": ["reuse"] * 2},
+    ]
+    figure = plots.draw_plans(result)
+    assert legend(figure) == ["full", "1", "head", "0, nothing computed"]
+    axis = figure.axes[2]
+    shown = axis.images[0].get_array().filled(np.nan)
+    np.testing.assert_array_equal(shown, [[np.nan, 1, 1, 2], [np.nan, 0, np.nan, np.nan]])
+    patches = axis.get_legend().get_patches()
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["reuse", "taylor", "taylor2"]
+    painted = axis.images[0].to_rgba(shown, norm=True)
+    np.testing.assert_allclose(painted[0, 3], patches[2].get_facecolor(), atol=1e-6)
+    # With reuse alone, or in results of before, there is nothing to show.
+    figures = [plots.draw_plans(result | {"front": result["front"][1:]}), plots.draw_plans(found.result())]
+    assert all(len([axis for axis in figure.axes if axis.get_title()]) == 2 for figure in figures)
+
+
 def test_searches_are_compared_up_to_one_point() -> None:
     results = {"NSGA-II": found.result(3), "by chance": found.result(5, seed=1)}
     volumes, reference = plots.common_hypervolumes(results)

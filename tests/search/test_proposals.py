@@ -75,6 +75,25 @@ def test_nsga_is_a_function_of_its_seed() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nsga", "chance"])
+def test_variables_with_one_choice_change_no_proposal(kind: str) -> None:
+    """A search of before recoveries could be chosen goes on with one of them."""
+    operators = Operators(population=6)
+
+    def run(sizes: tuple[int, ...], more: int) -> list[list[tuple[int, ...]]]:
+        uniform = [(i % 3, i % 4, i, 0, *(0,) * more) for i in range(5)]
+        first = first_generation(sizes, uniform, operators, 3)
+        proposals = Nsga2(sizes, first, 2, operators, 3) if kind == "nsga" else Chance(sizes, 6, 3)
+        out = []
+        for _ in range(6):
+            out.append(proposals.ask())
+            proposals.tell([told(genes[:4]) for genes in out[-1]])
+        return out
+
+    before, now = run((3, 4, 5, 2), 0), run((3, 4, 5, 2, 1, 1), 2)
+    assert now == [[(*genes, 0, 0) for genes in plans] for plans in before]
+
+
+@pytest.mark.parametrize("kind", ["nsga", "chance"])
 def test_small_space_is_used_up(kind: str) -> None:
     sizes = (2, 3, 2)
     first = [(0, 0, 0), (1, 2, 1)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from regrow.apply import apply
+from regrow.calibration.drift import Growth
 from regrow.calibration.influence import Array
-from regrow.calibration.positions import dense_at_start
+from regrow.calibration.levels import other_timesteps
 from regrow.calibration.proposals import Proposal, deep_proposals, pruned
-from regrow.calibration.recording import Recording, record
+from regrow.calibration.recording import Recording, record, watched
 from regrow.calibration.search import Answer, FewerSteps, Plan, search
 from regrow.fields import MOST_CALLS, check_within
 from regrow.measure.images import psnr
@@ -31,8 +30,6 @@ FEWEST = 4
 """Prompts, of which half are fitted on and half compared."""
 EQUAL = 99.0
 """PSNR in dB that stands for the infinite one of equal pictures."""
-DENSER = (1.5, 2.0)
-"""How much denser at the start the timesteps of fewer steps are, besides the sampler's own."""
 RATIO = 0.5
 """Share of the tokens that plans prune, where that pays."""
 PAYS = 0.9
@@ -146,6 +143,29 @@ class Progress:
     total: int
 
 
+@dataclass(frozen=True)
+class _ShortRun:
+    """A run in which calls are timed or counted.
+
+    Args:
+        steps: of the sampler.
+        calls: of the denoiser.
+        before: timesteps of the sampler before the first call.
+        total: all of its timesteps.
+    """
+
+    steps: int
+    calls: int
+    before: int
+    total: int
+
+    def config(self, depth: int, ratio: float = 0.0) -> Calibrated:
+        """All calls but the first, which is full, of one depth and ratio."""
+        depths = (FULL,) * (self.before + 1) + (depth,) * (self.total - self.before - 1)
+        schedule = Schedule(depth=depths, ratio=(ratio,) * self.total)
+        return Calibrated(steps=self.steps, before=self.before, schedule=schedule, instead_of=self.steps)
+
+
 class Calibration:
     """The runs of a calibration.
 
@@ -198,6 +218,7 @@ class Calibration:
                 width=s.width,
                 model=s.model,
                 batch=s.batch,
+                deep=layout_of(denoiser_of(self.pipe)).depths > 1,
                 file=self._file,
                 more=s.more,
                 on_prompt=lambda done: self._tell(Progress(what, done, len(self.fit))),
@@ -206,12 +227,23 @@ class Calibration:
 
     @property
     def calls(self) -> int:
-        """Calls of the denoiser in an unaccelerated run; PLMS makes one more than steps."""
-        return self.recording.origin.calls
+        """Calls of the denoiser in an unaccelerated run; PLMS makes one more than steps.
+
+        Raises:
+            ValueError: if there is a single one, so that nothing can be left out.
+        """
+        calls = self.recording.origin.calls
+        if calls < 2:
+            raise ValueError(
+                f"steps: {self.settings.steps} is not allowed, it must be so many that the pipeline calls "
+                "its denoiser >= 2 times"
+            )
+        return calls
 
     @property
     def calls_a_step(self) -> float:
-        """Calls of the denoiser that the sampler makes in a step: nearly 2 of Heun's."""
+        """Calls of the denoiser that the sampler makes in a step: nearly 2 of Heun's, less than 1 in
+        image-to-image."""
         return self.calls / self.settings.steps
 
     def plain(self, prompts: int) -> list[Any]:
@@ -234,7 +266,7 @@ class Calibration:
             return Calibrated(
                 steps=plan.steps, timesteps=plan.timesteps, schedule=whole, instead_of=s.steps
             )
-        return Calibrated(steps=s.steps, schedule=plan.schedule(), instead_of=s.steps)
+        return Calibrated(steps=s.steps, before=plan.before, schedule=plan.schedule(), instead_of=s.steps)
 
     def _make(self, what: str, config: Calibrated | None, made: list[Any], prompts: int) -> None:
         """Add the pictures that are missing of the first so many compared prompts."""
@@ -281,51 +313,50 @@ class Calibration:
 
     def timed(self) -> Costs:
         """What calls cost in time."""
-        part = self.compared[: self.settings.batch]
-
-        def seconds(schedule: Schedule | None, count: int) -> float:
-            config = None
-            if schedule is not None:
-                config = Calibrated(steps=count, schedule=schedule, instead_of=count)
-            return self._batch(config, count, part, 0)[1]
-
-        def middle(schedule: Schedule | None, count: int) -> float:
-            return median([seconds(schedule, count) for _ in range(ROUNDS)])
-
         self._tell(Progress("timing calls", 0, 1))
-        seconds(None, SHORT)
-        few, many = middle(None, SHORT), middle(None, LONG)
-        each = self.calls_a_step
-        call = max((many - few) / ((LONG - SHORT) * each), 1e-9)
-        rest, others = max(few / call - SHORT * each, 0.0), max(LONG * each - 1, 1.0)
+        short, long = self._short_run(SHORT), self._short_run(LONG)
+
+        def middle(config: Calibrated | None, run: _ShortRun) -> float:
+            part = self.compared[: self.settings.batch]
+            return median([self._batch(config, run.steps, part, 0)[1] for _ in range(ROUNDS)])
+
+        few, many = middle(None, short), middle(None, long)
+        call = max((many - few) / (long.calls - short.calls), 1e-9)
+        rest, others = max(few / call - short.calls, 0.0), max(long.calls - 1, 1)
 
         def share(depth: int) -> float:
-            plan = Schedule(depth=(FULL, *(depth,) * (LONG - 1)), ratio=(0.0,) * LONG)
-            return min(max((middle(plan, LONG) / call - rest - 1) / others, 0.0), 0.99)
+            return min(max((middle(long.config(depth), long) / call - rest - 1) / others, 0.0), 0.99)
 
         layout = layout_of(denoiser_of(self.pipe))
         output, deep = share(0), share(1) if layout.depths > 1 else None
         if not layout.blocks:
             return Costs(rest, output, deep)
-        return Costs(
-            rest, output, deep, (middle(Schedule.constant(RATIO), LONG) / call - rest) / (LONG * each)
-        )
+        pruning = (middle(long.config(FULL, RATIO), long) / call - rest) / long.calls
+        return Costs(rest, output, deep, pruning)
 
     def counted(self) -> Costs:
         """What calls cost in MACs."""
         if layout_of(denoiser_of(self.pipe)).depths == 1:
             return Costs(0.0, 0.0, None)
-        schedule = Schedule(depth=(FULL, *(1,) * (LONG - 1)), ratio=(0.0,) * LONG)
-        config = Calibrated(steps=LONG, schedule=schedule, instead_of=LONG)
-        with apply(self.pipe, config) as run:
-            self._run(config, LONG, self.compared[:1], 0)
+        short = self._short_run(LONG)
+        with apply(self.pipe, short.config(1)) as run:
+            self._run(None, short.steps, self.compared[:1], 0)
             last = run.report().calls[-1]
         return Costs(0.0, 0.0, last.macs / last.full_macs if last.full_macs else None)
 
+    def _short_run(self, steps: int) -> _ShortRun:
+        """A run of so many steps, or of as many as make so many calls, counted."""
+        steps = max(steps, math.ceil(steps / self.calls_a_step - 1e-6))
+        with watched(self.pipe) as seen:
+            self._batch(None, steps, self.compared[: self.settings.batch], 0)
+        return _ShortRun(steps, len(seen.outputs), seen.before, seen.total)
+
     def find(self, budget: float, costs: Costs) -> Answer:
         """The nearest of the plans within a budget, in full calls."""
-        steps, calls = self.settings.steps, self.calls
-        fewer = min(max(math.floor((budget - costs.rest) / self.calls_a_step + 1e-6), 1), steps)
+        steps, calls, each = self.settings.steps, self.calls, self.calls_a_step
+        # In image-to-image, so many make a call.
+        least = max(math.ceil(1 / each - 1e-6), 1)
+        fewer = min(max(math.floor((budget - costs.rest) / each + 1e-6), least), steps)
         count = max(min(costs.full_calls(budget, calls, costs.output), calls - 1), 2)
         self.answer = search(
             self.recording,
@@ -333,38 +364,26 @@ class Calibration:
             list(self._fewer(fewer)),
             self.measure,
             len(self.compared),
-            list(self._others(budget, costs)),
+            lambda growth: self._others(budget, costs, growth),
         )
         return self.answer
 
     def _fewer(self, steps: int) -> Iterator[FewerSteps]:
-        """Fewer steps: the sampler's own, and where it takes any, some that are denser at the start."""
+        """Fewer steps: the sampler's own, and others where it takes any."""
         yield FewerSteps(f"{steps} steps", steps)
-        scheduler = self.pipe.scheduler
-        takers = scheduler.set_timesteps, self.pipe.__call__
-        if not all("timesteps" in inspect.signature(taker).parameters for taker in takers):
+        if self.recording.before:
+            # With other timesteps, a run that begins late would begin with another amount of noise.
             return
-        # Of its own: the pipeline's stays as it is.
-        scheduler = copy.deepcopy(scheduler)
-        try:
-            scheduler.set_timesteps(self.settings.steps)
-            own = list(dict.fromkeys(scheduler.timesteps.tolist()))
-            for power in DENSER:
-                chosen = tuple(own[i] for i in dense_at_start(len(own), min(steps, len(own)), power))
-                scheduler.set_timesteps(timesteps=list(chosen))
-                name = f"{steps} steps, denser at the start ({power:g})"
-                yield FewerSteps(name, len(chosen), chosen)
-        except (ValueError, TypeError, AttributeError, NotImplementedError):
-            # With some settings (Karras' noise levels, dynamic shifting) it takes none after all.
-            return
+        for name, timesteps in other_timesteps(self.pipe, self.settings.steps, steps):
+            yield FewerSteps(f"{steps} steps, {name}", len(timesteps), timesteps)
 
-    def _others(self, budget: float, costs: Costs) -> Iterator[Proposal]:
+    def _others(self, budget: float, costs: Costs, growth: Growth) -> Iterator[Proposal]:
         """Plans whose cached calls compute some layers, or whose calls prune."""
         calls = self.calls
         if costs.deep is not None:
             count = costs.full_calls(budget, calls, costs.deep)
             if 2 <= count < calls:
-                yield from deep_proposals(calls, count)
+                yield from deep_proposals(self.recording, count, growth)
         if costs.pruning is not None and costs.output < costs.pruning < PAYS:
             count = costs.full_calls(budget, calls, costs.output, costs.pruning)
             if 2 <= count < calls:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from regrow.calibration.drift import FittedGaps, Growth
 from regrow.calibration.fit import fitted, weight_matrix
@@ -14,7 +17,7 @@ from regrow.calibration.positions import (
     dense_at_start,
     evenly,
 )
-from regrow.calibration.recording import Recording
+from regrow.calibration.recording import DEPTH, Recording
 from regrow.recover.time import Taylor, TimeRecovery
 from regrow.schedule import FULL, Schedule
 
@@ -37,6 +40,8 @@ class Proposal:
         full: the calls that are computed.
         recovery: what the others follow from.
         total: calls of the run.
+        before: timesteps of the sampler before the first call.
+        after: likewise behind the last.
         depth: up-path layers that the others compute; 0 where the output is forecast.
         ratio: share of the tokens that is pruned where layers prune.
     """
@@ -45,6 +50,8 @@ class Proposal:
     full: Positions
     recovery: TimeRecovery
     total: int
+    before: int = 0
+    after: int = 0
     depth: int = 0
     ratio: float = 0.0
 
@@ -54,13 +61,15 @@ class Proposal:
         return weight_matrix(self.full, self.recovery, self.total)
 
     def schedule(self) -> Schedule:
-        """What each call does."""
+        """What the call of each timestep does; at those that are not run it would be full."""
         computed = set(self.full)
+        calls = (FULL if call in computed else self.depth for call in range(self.total))
+        depth = (*(FULL,) * self.before, *calls, *(FULL,) * self.after)
         return Schedule(
             name=self.name,
-            depth=tuple(FULL if call in computed else self.depth for call in range(self.total)),
-            ratio=(self.ratio,) * self.total,
-            recovery=(self.recovery,),
+            depth=depth,
+            ratio=(self.ratio,) * len(depth),
+            recovery=(self.recovery.moved(self.before, len(depth)),),
         )
 
 
@@ -96,28 +105,33 @@ def near_the_line(recording: Recording, full: Positions) -> Proposal:
     """The fitted plan at some positions with a pull towards the line, which holds few prompts together."""
     recovery = fitted(recording.products, full, last=LAST, towards=Taylor(order=1), ridge=PULL)
     name = _name(recording, full, "searched", "fitted near the line")
-    return Proposal(name, full, recovery, recording.origin.calls)
+    return _proposal(recording, name, full, recovery)
 
 
-def deep_proposals(total: int, count: int, depth: int = 1) -> tuple[Proposal, ...]:
+def deep_proposals(recording: Recording, count: int, growth: Growth) -> Iterator[Proposal]:
     """Plans that forecast deep features and compute what lies above them in every call.
 
+    On the line through the last two, and fitted where the recording has deep features; positions of these
+    are also searched, as if an error of the features moved the output by as much in every call.
+
     Args:
-        total: calls of the run.
+        recording: of unaccelerated runs.
         count: calls that are computed in full.
-        depth: up-path layers that the others compute.
+        growth: see `fitted_growth`.
     """
-    return tuple(
-        Proposal(
-            f"{count} of {total} computed, denser at the start ({power:g}), deep features of the others on "
-            "the line",
-            dense_at_start(total, count, power),
-            Taylor(order=1),
-            total,
-            depth,
-        )
-        for power in DEEP
-    )
+    total = recording.origin.calls
+    dense = {f"denser at the start ({power:g})": dense_at_start(total, count, power) for power in DEEP}
+    line = Taylor(order=1)
+    for where, full in dense.items():
+        yield _deep(recording, full, where, "on the line", line)
+    if DEPTH not in recording.deep:
+        return
+    features = np.array(recording.deep[DEPTH])
+    gaps = FittedGaps(features, recording.moves, LAST)
+    searched = candidates(total, count, lambda full: gaps.error(full, growth), 1)[0]
+    for where, full in {"searched": searched, **dense}.items():
+        recovery = fitted(features, full, last=LAST, towards=line, ridge=PULL)
+        yield _deep(recording, full, where, "fitted", recovery)
 
 
 def pruned(recording: Recording, count: int, ratio: float) -> tuple[Proposal, ...]:
@@ -132,7 +146,18 @@ def pruned(recording: Recording, count: int, ratio: float) -> tuple[Proposal, ..
 
 def _fitted(recording: Recording, full: Positions, where: str) -> Proposal:
     recovery = fitted(recording.products, full, last=LAST)
-    return Proposal(_name(recording, full, where, "fitted"), full, recovery, recording.origin.calls)
+    return _proposal(recording, _name(recording, full, where, "fitted"), full, recovery)
+
+
+def _proposal(recording: Recording, name: str, full: Positions, recovery: TimeRecovery) -> Proposal:
+    calls = recording.origin.calls
+    return Proposal(name, full, recovery, calls, recording.before, recording.after)
+
+
+def _deep(recording: Recording, full: Positions, where: str, what: str, recovery: TimeRecovery) -> Proposal:
+    calls = recording.origin.calls
+    name = f"{len(full)} of {calls} computed, {where}, deep features of the others {what}"
+    return replace(_proposal(recording, name, full, recovery), depth=DEPTH)
 
 
 def _name(recording: Recording, full: Positions, where: str, what: str) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +21,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 import regrow
+from regrow.calibration.deep import DeepFeatures, watched_features
 from regrow.calibration.influence import Array, influence
+from regrow.clock import begins_of, place_of
 from regrow.fields import MOST_CALLS, MOST_SEED, Block, Checked, check_within, explain
 from regrow.files import FileError, read_kept, said
 from regrow.installed import is_hooked
@@ -31,7 +35,10 @@ from regrow.origin import Origin, denoiser_key, scheduler_key
 _STEPPING = threading.Lock()
 # Elements of each output that are multiplied at a time, in float64.
 _PART = 1 << 18
+DEPTH = 1
+"""Of the calls whose reused features are recorded."""
 
+Skipped = Annotated[int, Field(ge=0, le=MOST_CALLS)]
 Rows = tuple[tuple[float, ...], ...]
 
 
@@ -42,15 +49,19 @@ class Recording(Checked):
         version: of this form.
         origin: the pipeline and its runs; its prompts are those recorded so far.
         prompts_key: of all prompts that were asked for, and of the pipeline's further arguments.
+        before: timesteps of the sampler before the first call (image-to-image begins late).
+        after: likewise behind the last call.
         influence: of each call's output on the final latent, see `influence`.
         gram: of the guided output, ``(T, T)``: the product of those of two calls, the mean over elements
             and prompts.
-        deep: likewise of deep features, by the number of up-path layers behind them.
+        deep: likewise of what calls of a depth would reuse, by that depth; empty if it was not asked for.
     """
 
     version: Literal[1] = 1
     origin: Origin
     prompts_key: str = Field(max_length=64)
+    before: Skipped = 0
+    after: Skipped = 0
     influence: tuple[float, ...] = Field(min_length=1, max_length=MOST_CALLS)
     gram: Rows
     deep: Mapping[Block, Rows] = {}
@@ -72,6 +83,11 @@ class Recording(Checked):
             if not np.allclose(rows, np.transpose(rows)):
                 raise ValueError(f"{name}: it must be the same when rows and columns are exchanged")
         return self
+
+    @property
+    def total(self) -> int:
+        """Timesteps of the sampler, also those that are not run."""
+        return self.before + self.origin.calls + self.after
 
     @property
     def products(self) -> Array:
@@ -118,6 +134,7 @@ def record(
     width: int | None = None,
     model: str = "",
     batch: int = 1,
+    deep: bool = False,
     file: Path | None = None,
     more: Mapping[str, Any] = {},
     on_prompt: Callable[[int], None] | None = None,
@@ -136,13 +153,15 @@ def record(
         width: likewise.
         model: its name, for those who read the recording.
         batch: prompts a run.
+        deep: also record the deep features, which calls of depth 1 reuse (of large ones some elements).
         file: written after each run; if it is there, only what it lacks is run.
         more: further arguments of the pipeline's call.
         on_prompt: called after each run with the number of prompts recorded so far.
 
     Raises:
         ValueError: naming what is not allowed, or if a method is on the pipeline, or its sampler is not
-            linear in the outputs, or steps more often than it has timesteps.
+            linear in the outputs, or steps more often than it has timesteps, or ``deep`` is asked of a
+            denoiser whose layers are not known.
         FileError: if the file is damaged, or of other runs.
     """
     if isinstance(prompts, str):
@@ -160,13 +179,31 @@ def record(
     if kept is not None:
         _check_same(kept, key, pipe, {"steps": steps, **asked}, file)
         done = kept.origin.prompts
+        if deep and not kept.deep:
+            warnings.warn(f"{said(file or '')}: it has no deep features, so none are added", stacklevel=2)
+        deep = bool(kept.deep)
     for begin in range(done, len(prompts), batch):
         part = prompts[begin : begin + batch]
-        with _outputs(pipe) as seen:
+        with watched(pipe, deep) as seen:
             make(pipe, part, steps=steps, latents=True, **{**asked, "seed": seed + begin}, more=more)
         gram, weight = seen.gram(), len(part) / (begin + len(part))
+        if kept is not None and kept.origin.calls != len(gram):
+            raise ValueError(
+                f"pipe: it stepped {len(gram)} times, and {kept.origin.calls} for the prompts before; it "
+                "can't be recorded"
+            )
+        features = None if seen.deep is None else seen.deep.gram()
+        if deep and features is None:
+            warnings.warn(
+                "deep: steps have features of other sizes, since guidance changes within the run; they are "
+                "not recorded",
+                stacklevel=2,
+            )
+            deep = False
         if kept is not None:
             gram = (1 - weight) * kept.products + weight * gram
+            if features is not None:
+                features = (1 - weight) * np.array(kept.deep[DEPTH]) + weight * features
         kept = Recording(
             origin=Origin(
                 model=model,
@@ -181,8 +218,11 @@ def record(
                 **asked,
             ),
             prompts_key=key,
+            before=seen.before,
+            after=seen.total - seen.before - len(gram),
             influence=tuple(seen.influence.tolist()),
-            gram=tuple(map(tuple, gram.tolist())),
+            gram=_rows(gram),
+            deep={} if features is None else {DEPTH: _rows(features)},
         )
         if file is not None:
             kept.save(file)
@@ -202,30 +242,51 @@ def _check_same(kept: Recording, key: str, pipe: Any, asked: Mapping[str, Any], 
         raise FileError(f"{said(file or '')}: {'; '.join(other)}; use another file")
 
 
-class _Seen:
-    """What a sampler was given in a run."""
+def _rows(matrix: Array) -> Rows:
+    return tuple(map(tuple, matrix.tolist()))
 
-    def __init__(self) -> None:
+
+class Seen:
+    """What a sampler was given in a run, and the deep features behind it if they are wanted.
+
+    Attributes:
+        before: timesteps of the sampler before the first that was run.
+        total: all of them.
+    """
+
+    def __init__(self, deep: DeepFeatures | None = None) -> None:
         self.outputs: list[Tensor] = []
-        self.influence: Array = np.zeros(0)
+        self.before = self.total = 0
+        self.deep = deep
+        self._scheduler: Any = None
+        self._influence: Array = np.zeros(0)
 
-    def step(self, scheduler: Any, output: Tensor) -> None:
-        """Keep an output; at the first, the influence of all."""
+    @property
+    def influence(self) -> Array:
+        """That of the outputs, on the latent that the last of them leads to."""
+        if len(self.outputs) < len(self._influence):
+            self._influence = influence(self._scheduler, self.before, self.before + len(self.outputs))
+        return self._influence
+
+    def step(self, scheduler: Any, output: Tensor, timestep: Any) -> None:
+        """Keep an output; at the first, the scheduler as it was before it."""
         if not self.outputs:
-            self.influence = influence(scheduler)
+            self._scheduler = copy.deepcopy(scheduler)
+            self.before, self.total = place_of(scheduler, timestep), len(begins_of(scheduler))
+            self._influence = influence(scheduler, self.before, self.total)
         self.outputs.append(output.detach().clone())
+        if self.deep is not None:
+            self.deep.end_step()
 
     def gram(self) -> Array:
         """``(T, T)``, the mean product of the outputs of two calls over their elements.
 
         Raises:
-            ValueError: if there are more or fewer outputs than timesteps.
+            ValueError: if there are none, or more than timesteps.
         """
-        steps = len(self.influence)
-        if len(self.outputs) != steps or not steps:
-            raise ValueError(
-                f"pipe: it stepped {len(self.outputs)} times for {steps} timesteps; it can't be recorded"
-            )
+        steps, most = len(self.outputs), self.total - self.before
+        if not 0 < steps <= most:
+            raise ValueError(f"pipe: it stepped {steps} times for {most} timesteps; it can't be recorded")
         rows = [output.flatten() for output in self.outputs]
         elements, total = rows[0].numel(), torch.zeros(steps, steps, dtype=torch.float64)
         for part in zip(*(row.split(_PART) for row in rows), strict=True):
@@ -236,13 +297,17 @@ class _Seen:
 
 
 @contextmanager
-def _outputs(pipe: Any) -> Iterator[_Seen]:
-    """See what the pipeline's scheduler is given, until this is left.
+def watched(pipe: Any, deep: bool = False) -> Iterator[Seen]:
+    """See what the pipeline's scheduler is given, and deep features if they are wanted, until this is left.
 
     The watch is on the scheduler's class, as that of `SchedulerClock`: whoever copies the scheduler
     meanwhile finds nothing on it.
     """
-    scheduler, seen = pipe.scheduler, _Seen()
+    features = DeepFeatures() if deep else None
+    scheduler, seen = pipe.scheduler, Seen(features)
+    watch: AbstractContextManager[None] = nullcontext()
+    if features is not None:
+        watch = watched_features(denoiser_of(pipe), DEPTH, features)
     own = "step" in vars(scheduler)
     holder: Any = scheduler if own else type(scheduler)
     with _STEPPING:
@@ -253,7 +318,8 @@ def _outputs(pipe: Any) -> Iterator[_Seen]:
         def step(*args: Any, **kwargs: Any) -> Any:
             rest = args if own else args[1:]
             if watching[0] and (own or args[0] is scheduler):
-                seen.step(scheduler, rest[0] if rest else kwargs["model_output"])
+                given = dict(zip(("model_output", "timestep"), rest, strict=False)) | kwargs
+                seen.step(scheduler, given["model_output"], given["timestep"])
             return below(*args, **kwargs)
 
         # Not that of a clock which lies below.
@@ -261,7 +327,8 @@ def _outputs(pipe: Any) -> Iterator[_Seen]:
         vars(step)["recorder"] = watching, before
         holder.step = step
     try:
-        yield seen
+        with watch:
+            yield seen
     finally:
         watching[0] = False
         with _STEPPING:

@@ -98,7 +98,7 @@ def search(
     fewer: Sequence[FewerSteps],
     measure: Measure,
     prompts: int,
-    others: Sequence[Proposal] = (),
+    others: Callable[[Growth], Iterable[Proposal]] = lambda growth: (),
 ) -> Answer:
     """The plan of so many computed calls that is nearest to the unaccelerated pictures.
 
@@ -108,7 +108,8 @@ def search(
         fewer: samplers that cost as much, >= 1 of them.
         measure: runs a plan.
         prompts: how many there are to measure on.
-        others: plans of another kind that cost as much, whose errors the recording does not tell.
+        others: given how errors grow, plans of another kind that cost as much, whose errors the recorded
+            outputs do not tell.
 
     Raises:
         ValueError: naming what is not allowed.
@@ -131,7 +132,7 @@ def search(
         go(plan for plan in found if plan.full not in known)
     go([near_the_line(recording, max(run, key=lambda plan: run[plan].mean).full)])
     growth = _growth(recording, run)
-    go(others)
+    go(others(growth))
     ranked = sorted(run.values(), key=lambda outcome: -outcome.mean)
     final, rest = ranked[:SURVIVORS], ranked[SURVIVORS:]
     if prompts > few:

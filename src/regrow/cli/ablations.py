@@ -8,6 +8,8 @@ from itertools import chain
 from regrow.words import offer, shown
 
 _RATIOS = ("0.3", "0.5", "0.7")
+# The bundled transformer has six blocks.
+_TOKENCACHE = "tokencache:12:last_blocks=1"
 
 Alternatives = tuple[str, ...]
 """Variants that differ in what the ablation is about; the others are compared with the first."""
@@ -46,10 +48,21 @@ ABLATIONS: Mapping[str, tuple[Alternatives, ...]] = {
         *((f"cat:{alpha}:choice=clusters", f"cat:released:alpha={alpha}") for alpha in ("0.3", "0.5")),
     ),
     "steps": (tuple(f"steps:{steps}" for steps in (25, 16, 10, 8, 5)),),
+    "predictor": tuple(
+        tuple(
+            f"{_TOKENCACHE}:ratio={ratio}:choice={choice}"
+            for choice in ("predictor", "random", "toca", "tome")
+        )
+        for ratio in ("0.7", "0.9")
+    ),
+    "ratio": (tuple(f"{_TOKENCACHE}:ratio={ratio}" for ratio in (0.9, 0.5, 0.6, 0.7, 0.8, 1.0)),),
+    "spacing": (tuple(f"{_TOKENCACHE}:spacing={how}" for how in ("adaptive", "uniform", "reverse")),),
+    "blocks": (tuple(f"tokencache:12:last_blocks={count}" for count in (1, 0, 2, 3)),),
 }
 """SiTo's base choices I to VI and its noise; DaTo's CFG alignment over r, with or without DiffScore, and
 its choice of tokens against ToMeSD's in the same calls; prune or merge; patch size; layers; levels; CAT
-Pruning's choice of tokens, and how its clusters choose; fewer steps."""
+Pruning's choice of tokens, and how its clusters choose; fewer steps; TokenCache's choice of tokens, r,
+I-steps and K (its tables VI to IX)."""
 
 
 def alternatives(name: str) -> tuple[Alternatives, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,13 @@ class Made:
         seconds: for all of them.
         macs: of the denoiser in all calls, and what they would be without the method; None of the plain
             pipeline.
+        recovered: by recovery, the calls in which it filled in what was not computed.
     """
 
     images: list[Image.Image]
     seconds: float
     macs: tuple[int, int] | None
+    recovered: Mapping[str, int] = field(default_factory=dict)
 
 
 def run_generate(request: Request, config: Any, label: str, as_json: bool) -> None:
@@ -248,7 +251,7 @@ def _all(request: Request, pipeline: Any, method: Any, options: Mapping[str, Any
             made.append(_make(pipeline, prompts, seeded, request.negative_prompt))
             after()
 
-    macs = None
+    macs, recovered = None, Counter[str]()
     if method is None:
         run()
     else:
@@ -258,11 +261,12 @@ def _all(request: Request, pipeline: Any, method: Any, options: Mapping[str, Any
             def count() -> None:
                 report = applied.report()
                 sums.append((report.macs, report.full_macs))
+                recovered.update(report.recovered)
 
             run(count)
         macs = (sum(own for own, _ in sums), sum(full for _, full in sums))
     images = [image for pictures in made for image in pictures.images]
-    return Made(images, sum(pictures.seconds for pictures in made), macs)
+    return Made(images, sum(pictures.seconds for pictures in made), macs, recovered)
 
 
 def _make(
@@ -287,6 +291,7 @@ def _rows(request: Request, results: Mapping[str, Made]) -> list[dict[str, Any]]
     if last.macs is not None:
         own, full = last.macs
         rows[-1] |= {"macs": own, "full_macs": full, "macs_ratio": full / own}
+        rows[-1]["recovered"] = dict(last.recovered)
     if request.compare:
         plain = next(iter(results.values()))
         rows[-1]["speedup"] = plain.seconds / last.seconds

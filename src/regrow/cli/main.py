@@ -34,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+FIELDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Settings of the commands that take the fields of the method they are told as options."""
 STOPPED = 130
 """Exit code of a command that was stopped by Ctrl-C."""
 _RESUMABLE = frozenset({"calibrate", "eval", "search"})
@@ -188,8 +190,9 @@ def demo(
     run_demo(out, steps, seed, as_json)
 
 
-@app.command()
+@app.command(context_settings=FIELDS)
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         Optional[list[str]], typer.Option(help="Prompt, or class; give it again for more pictures.")
     ] = None,
@@ -234,17 +237,25 @@ def generate(
     Example: [b]regrow generate --prompt "large owl on blue" --method dato --preset b1 --compare[/b]
     """
     from regrow.cli.generate import Request, run_generate
-    from regrow.cli.options import method_config, method_label
+    from regrow.cli.options import method_config, method_label, refuse
     from regrow.measure.prompts import read_prompts
 
     config, label = None, "unaccelerated"
+    if method is None:
+        refuse(context.args)
     if method is None and schedule is not None:
         method = "dato"
     if method is not None:
         config = method_config(
-            method, preset=preset, schedule=schedule, ratio=ratio, interval=interval, steps=steps or 50
+            method,
+            preset=preset,
+            schedule=schedule,
+            ratio=ratio,
+            interval=interval,
+            steps=steps or 50,
+            more=context.args,
         )
-        label = method_label(method, preset, schedule, ratio, interval)
+        label = method_label(method, preset, schedule, ratio, interval, context.args)
         steps = steps or config.sampler_steps
     elif any(value is not None for value in (preset, ratio, interval)):
         raise ValueError("--preset, --ratio, --interval: need --method")
@@ -290,8 +301,9 @@ def methods(
     run_methods(name, as_json)
 
 
-@app.command()
+@app.command(context_settings=FIELDS)
 def profile(
+    context: typer.Context,
     arch: Annotated[Optional[str], typer.Option(help="sd15, sdxl, emoji, sd3-1024 and others.")] = None,
     model: Annotated[Optional[str], typer.Option(help="Folder or hub id instead; no weights read.")] = None,
     height: Height = None,
@@ -327,19 +339,27 @@ def profile(
     The second is how the CAT Pruning paper counts.
     """
     from regrow.cli.models import config_of
-    from regrow.cli.options import method_config, method_label
+    from regrow.cli.options import method_config, method_label, refuse
     from regrow.measure import architecture, architecture_of
     from regrow.measure import profile as count
 
+    if method is None:
+        refuse(context.args)
     if (arch is None) == (model is None):
         raise ValueError("--arch, --model: give exactly one of them")
     config, label = None, "unaccelerated"
     if method is not None:
         config = method_config(
-            method, preset=preset, schedule=schedule, ratio=ratio, interval=interval, steps=steps
+            method,
+            preset=preset,
+            schedule=schedule,
+            ratio=ratio,
+            interval=interval,
+            steps=steps,
+            more=context.args,
         )
-        label = method_label(method, preset, schedule, ratio, interval)
-    elif any(value is not None for value in (preset, schedule, ratio, interval)):
+        label = method_label(method, preset, schedule, ratio, interval, context.args)
+    if method is None and any(value is not None for value in (preset, schedule, ratio, interval)):
         raise ValueError("--preset, --schedule, --ratio, --interval: need --method")
     what = architecture(arch) if arch is not None else architecture_of(config_of(model or ""))
     with busy(remarks(), "counting MACs"):
@@ -668,7 +688,10 @@ def search(
     ] = None,
     choices: Annotated[
         Optional[list[str]],
-        typer.Option(help="Other choices of a variable, as ratio=0,0.5 or depth=0,1,full."),
+        typer.Option(
+            help="Other choices of a variable, as ratio=0,0.5, depth=0,1,full or recovery=reuse,taylor. "
+            "Give it again for another variable."
+        ),
     ] = None,
     w_ps: Annotated[
         Optional[float], typer.Option("--w-ps", help="Pick the plan of least quality + w_ps cost as well.")
@@ -698,6 +721,10 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the plans of a method that cost least for each quality. Killed, it goes on where it was.
+
+    A plan of DaTo has for each call a depth of 0, 1 or full, a ratio of 0 or .3 to .7, and a recovery:
+    reuse, taylor or taylor2. With [b]--choices depth=0,full --choices ratio=0[/b] it forecasts the output,
+    on any denoiser.
 
     Example: [b]regrow search --model emoji --method dato --budget 30m --beside deepcache:5,dato:b1[/b]
     or [b]regrow search --resume search --budget 60m[/b]

@@ -237,7 +237,7 @@ def prompts_of(model: str, text: str) -> tuple[str, ...]:
 
 
 def parse_choices(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """``depth=0,1,full`` as the choices of a variable.
+    """``depth=0,1,full`` or ``recovery=reuse,taylor2`` as the choices of a variable.
 
     Raises:
         ValueError: if one is not of that form.
@@ -248,17 +248,16 @@ def parse_choices(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         name, equals, values = text.partition("=")
         if not equals or not values:
             raise ValueError(f"choices: {shown(text)} is not allowed, it must be of the form ratio=0,0.5")
-        out[name] = tuple(named[v] if v in named else _number(v) for v in values.split(","))
+        out[name] = tuple(named[v] if v in named else _value(v) for v in values.split(","))
     return out
 
 
-def _number(text: str) -> float | int:
+def _value(text: str) -> float | int | str:
+    """A number, or a name that the method's space reads."""
     try:
         return int(text) if text.lstrip("-").isdecimal() else float(text)
-    except ValueError as error:
-        raise ValueError(
-            f"choices: {shown(text)} is not allowed, it must be a number, full or none"
-        ) from error
+    except ValueError:
+        return text
 
 
 def settings_of(**fields: Any) -> SearchSettings:

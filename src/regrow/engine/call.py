@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Position
+from regrow.core.decision import Decision
 from regrow.engine.branches import Branches
 from regrow.engine.caller import Caller
 from regrow.engine.twin import Twin
@@ -40,7 +41,9 @@ class CallRecord:
         knew_text: whether what depends on the text alone was not computed again.
         age: how many steps old the features are that it reused; 0 if it reused none.
         reason: why it did something else than planned; empty if it did as planned.
+        recovery: in time, of what it left out, such as ``"taylor(1)"``; empty if it left out no module.
         grounded: whether boxes were attended to (GLIGEN), which pipelines do in their first calls.
+        plan: by the name of a site, what was decided for it, where sites are decided for.
     """
 
     position: Position | None
@@ -52,7 +55,9 @@ class CallRecord:
     knew_text: bool = False
     age: int = 0
     reason: str = ""
+    recovery: str = ""
     grounded: bool = False
+    plan: Mapping[str, Decision] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,10 @@ class Call:
         whole: layers of the text that are computed beside them.
         refreshed: which tokens they are, by the name of a layer, or of its block if they are its block's.
         caught: by name, what the projections of an observed attention gave, or the norms behind them.
+        plan: by the name of a site, what it does; those that are not in it are computed.
+        keeps_sites: sites that are computed whole keep what they give.
+        seen: what the method saw at the first site that computes some tokens.
+        partial: by the name of the site that runs, the tokens that it computes, if not all.
     """
 
     slot: Slot
@@ -192,6 +201,10 @@ class Call:
     whole: frozenset[str] = frozenset()
     refreshed: dict[str, Subset] = field(default_factory=dict)
     caught: dict[str, Tensor] = field(default_factory=dict)
+    plan: Mapping[str, Decision] = field(default_factory=dict)
+    keeps_sites: bool = False
+    seen: Any = None
+    partial: dict[str, Subset] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

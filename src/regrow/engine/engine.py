@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
+from regrow.core.decision import Decision, View, left_out
+from regrow.core.sites import Sites
+from regrow.core.store import Store, flatten
 from regrow.engine.branches import Branches
 from regrow.engine.call import Call, CallRecord, Generation, Observation, Observer, Watched
 from regrow.engine.inputs import (
@@ -39,12 +42,11 @@ from regrow.engine.refreshing import Refreshing
 from regrow.engine.twin import Twin
 from regrow.methods.parts import CallInfo, Parts, TokenRefresh
 from regrow.models import layout_of
-from regrow.models.table import Cut, Rotary, Rows
+from regrow.models.table import Cut, Rotary, Rows, decided
 from regrow.origin import Origin
-from regrow.recover.store import Store, flatten
 from regrow.recover.time import REUSE
 from regrow.reuse.depth import Slot
-from regrow.schedule import FULL, LAYERS, Step
+from regrow.schedule import FULL, LAYERS, SITES, Step
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Subset, behind
 
@@ -102,6 +104,7 @@ class Engine:
         """Find the places in which the method acts."""
         layout = layout_of(self.denoiser)
         self.layout = layout if self._keep_text else replace(layout, text={})
+        self.sites = self._sites()
         self.cuts = self._used_cuts()
         self.pruning, self.lean, self.refreshing = self._pruning(), self._lean(), self._refreshing()
         self.rotary = self._rotary()
@@ -110,7 +113,7 @@ class Engine:
 
     def _acts_in(self) -> Iterator[str]:
         """Paths of the modules in which calls leave something out; "" is the whole."""
-        if self.lean is not None or self.refreshing is not None:
+        if self.lean is not None or self.refreshing is not None or self.sites is not None:
             yield ""
         for cut in self.cuts.values():
             yield from cut.skip
@@ -125,11 +128,13 @@ class Engine:
 
         What was kept is dropped: it is of the modules of before.
         """
-        before = self.layout, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary
+        before = self.layout, self.sites, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary
         try:
             self._read()
         except (ValueError, TypeError, AttributeError) as error:
-            self.layout, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary = before
+            self.layout, self.sites, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary = (
+                before
+            )
             self._unfit = f"the denoiser's modules were replaced, and the method no longer fits: {error}"
             return False
         if self.generation is not None:
@@ -156,6 +161,12 @@ class Engine:
         cuts, asked = self.cuts, self.leaves_out
         return Lean(parts.token_set, self.denoiser, self.layout, cuts, asked, parts.instead, self.warn_once)
 
+    def _sites(self) -> Sites | None:
+        sites = self.parts.sites
+        if sites is None or not any(step.depth == SITES for step in self.kinds):
+            return None
+        return Sites(sites.on(self.denoiser, self.layout), self.layout, self.warn_once)
+
     def _refreshing(self) -> Refreshing | None:
         rule = self.parts.refresh
         if rule is None or not any(step.depth == LAYERS for step in self.kinds):
@@ -176,7 +187,7 @@ class Engine:
     @property
     def watched(self) -> tuple[Watched, ...]:
         """The attentions that are looked at."""
-        deciders = (self.refreshing, self.lean, self.pruning)
+        deciders = (self.refreshing, self.lean, self.pruning, self.sites)
         return tuple(w for decider in deciders if decider is not None for w in decider.watched)
 
     def positions(self, attention: str, rows: Rows) -> tuple[Tensor, ...]:
@@ -203,7 +214,10 @@ class Engine:
     def _used_cuts(self) -> dict[int, Cut]:
         """The cuts of the depths that the plan uses on this model."""
         depths = sorted({step.depth for step in self.kinds})
-        return {d: cut for d in depths if (cut := self.layout.cut(d)) is not None}
+        cuts = {d: cut for d in depths if (cut := self.layout.cut(d)) is not None}
+        if self.sites is not None:
+            cuts[SITES] = decided(self.sites.decider.sites)
+        return cuts
 
     def prunes(self, step: Step) -> bool:
         """Whether layers leave tokens out in a call of the plan."""
@@ -288,16 +302,19 @@ class Engine:
         again = before is not None and before.caller.is_same()
         if not again:
             self.release()
-        chooser = self.parts.tokens or self.parts.token_set
+        chooser = self.parts.tokens or self.parts.token_set or self.parts.sites
         seed = 0 if chooser is None else chooser.seed
         plan = self.parts.plan.resample(position.total)
-        if self.found is not None and not self.parts.whole and self.found.calls != position.total:
+        differs = self._unlike(position)
+        if differs:
+            self.warn_once("run", differs)
+        elif self.found is not None and not self.parts.whole and self.found.calls != position.total:
             self.warn_once(
                 "origin calls",
                 f"the plan was found for {self.found.calls} calls; this generation has {position.total}",
             )
         planned = self.parts.plan.calls
-        if planned is not None and 2 * position.total < planned:
+        if planned is not None and 2 * position.total < planned and not differs:
             self.warn_once(
                 "resampled",
                 f"the schedule is for {planned} calls and is resampled to {position.total}; so few may "
@@ -322,6 +339,13 @@ class Engine:
         if self.lean is not None and not whole:
             self.lean.warn_of_whole_calls(generation.steps[position.index :], self.cuts)
         return generation
+
+    def _unlike(self, position: Position) -> str:
+        """How a generation that begins differs from the run that the plan is for; empty if it does not."""
+        clock, made_for = self.clock, self.parts.made_for
+        if clock is None or made_for is None:
+            return ""
+        return made_for.unlike(clock.steps, position.total, position.index, clock.timesteps)
 
     def _listened(self, skipped: Sequence[str]) -> str:
         """Why modules can't be left out that somebody listens to; empty if nobody does."""
@@ -353,7 +377,7 @@ class Engine:
         if not caches:
             return ""
         pruning = self.pruning is not None and self.leaves_out
-        if pruning or self.lean is not None or self.refreshing is not None:
+        if pruning or self.lean is not None or self.refreshing is not None or self.sites is not None:
             return (
                 f"diffusers' {caches} is on, which would hand outputs for some tokens on to others; call "
                 "disable_cache() first"
@@ -378,7 +402,7 @@ class Engine:
     def _finish(self, generation: Generation) -> None:
         """Say if a generation that is over saved nothing though the method would."""
         known = [record for record in generation.records if record.position is not None]
-        would = any(step.ratio or self.layout.cut(step.depth) is not None for step in self.kinds)
+        would = any(step.ratio or self.cuts.get(step.depth) is not None for step in self.kinds)
         saved = any(record.depth != FULL or record.ratio for record in known)
         if not known or not would or saved or generation.whole or "whole" in self._warned:
             return
@@ -417,8 +441,12 @@ class Engine:
         slot = self._slot(generation, branch, sample, inputs, args, kwargs)
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
-        if cut is not None:
-            self._check_recovery(slot, cut, planned, position.index)
+        plan: Mapping[str, Decision] = {}
+        if self.sites is not None and cut is not None and planned.depth == SITES:
+            plan = self.sites.plan(View(position.index, position.total))
+            # Where every site is computed, the call is a full one.
+            cut = cut if plan else None
+        recovery = "" if cut is None else self._recovery(slot, cut, planned, position.index)
         age = 0 if cut is None else position.index - slot.stored[cut]
         if 0 <= slot.last < position.index - 1:
             # Differences to outputs of long ago tell nothing.
@@ -449,6 +477,8 @@ class Engine:
             info=info,
             counts=counts,
             prepared=prepared,
+            plan=plan,
+            keeps_sites=self.sites is not None and (cut is None or bool(plan)),
         )
         state = tuple(adapter_state(module) for module in self.layout.text.values())
         self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
@@ -459,7 +489,9 @@ class Engine:
         if self.lean is not None and self.call.tells_apart and streams(cut):
             self.call.remembers = True
             self.lean.leave_out(self.call, planned.ratio, inputs)
-        ratio = planned.ratio if counts or self.call.count else 0.0
+        ratio = planned.ratio if counts or self.call.count else left_out(plan)
+        if self.sites is not None and cut is None:
+            slot.observed = self.sites.decider.begin()
         if self.refreshing is not None and cut is None:
             slot.observed = self.refreshing.rule.begin()
         if self.refreshing is not None and cut is self.layout.layers:
@@ -479,37 +511,41 @@ class Engine:
                 self.call.knows_text,
                 age,
                 reason,
+                recovery,
                 grounded=any(module.enabled for module in self._grounding),
+                plan=plan,
             )
         )
 
-    def _check_recovery(self, slot: Slot, cut: Cut, planned: Step, index: int) -> None:
-        """Say if a recovery was not made for the values that there are."""
-        keys = [key for key in map(cut.key, cut.restore) if key in slot.store]
-        if not all(slot.store.knows(key, index, planned.recovery) for key in keys[:1]):
+    def _recovery(self, slot: Slot, cut: Cut, planned: Step, index: int) -> str:
+        """What a call's recovery does with the values that there are; warns if it was not made for them."""
+        key = next(key for key in map(cut.key, cut.restore) if key in slot.store)
+        if not slot.store.knows(key, index, planned.recovery):
             self.warn_once(
                 "recovery",
                 "the plan's fitted weights are for other steps than this generation has; where they don't "
                 "fit, values are forecast from the line through the last two (taylor)",
             )
+        return slot.store.used(key, index, planned.recovery)
 
     def _cut(self, generation: Generation, slot: Slot, planned: Step, index: int) -> tuple[Cut | None, str]:
         """What a call leaves out, and why if that is less than planned."""
         cut = generation.cuts.get(planned.depth)
         slot.calls += 1
-        begins = self.lean is not None and self.lean.begins(slot)
+        first = self.lean is not None and self.lean.begins(slot)
         if cut is None:
             return None, ""
         if generation.whole:
             return None, generation.whole
-        if begins:
+        if first:
             return None, "the first calls of a generation are full"
-        if not any(cut.key(name) in slot.store for name in cut.restore):
+        keys = [key for key in map(cut.key, cut.restore) if key in slot.store]
+        if not keys:
             if slot.calls == 1 and generation.records:
                 return None, "it is given another text, batch or picture than the calls before it"
             return None, "nothing was kept yet of what it would reuse"
-        values = max(slot.store.count(cut.key(name)) for name in cut.restore)
-        if generation.late and planned.recovery != REUSE and values < 2:
+        begins = any(slot.store.begins(key, index, planned.recovery) for key in keys)
+        if generation.late and not begins:
             return None, "a run that begins late computes two values before the first forecast"
         kept = slot.stored.get(cut, -1)
         if kept < generation.due(cut, index):
@@ -533,7 +569,7 @@ class Engine:
         key = (shapes, sample.dtype, sample.device)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
-            chooser = self.parts.tokens or self.parts.token_set or self.refresh
+            chooser = self.parts.tokens or self.parts.token_set or self.refresh or self.parts.sites
             wanted = chooser is not None and chooser.aligns
             bare = (without_data(args), without_data(dict(kwargs)))
             guided = wanted and self._may_be_guided(sample, inputs)
@@ -564,7 +600,8 @@ class Engine:
 
     def _tells_apart(self, slot: Slot) -> bool:
         """Whether some of the image's tokens can be computed, and attentions be looked at."""
-        if self.layout.stream is None or (self.lean is None and self.refreshing is None):
+        looks = self.sites is not None and bool(self.sites.decider.observes)
+        if self.layout.stream is None or (self.lean is None and self.refreshing is None and not looks):
             return False
         instead = "layers hand on their last output whole" if self.refreshing else "all tokens are computed"
         if slot.grid is None:
@@ -596,12 +633,12 @@ class Engine:
         if call.stood_in:
             reason = f"{min(call.stood_in)} was left out, but nothing was reused in its place"
             self.warn_once("restored", f"a call of the denoiser is computed again, in full: {reason}")
-            records[-1] = replace(records[-1], depth=FULL, ratio=0.0, age=0, reason=reason)
+            records[-1] = replace(records[-1], depth=FULL, ratio=0.0, age=0, reason=reason, recovery="")
             return False
         if call.cut is not None and not call.restored:
             reason = "the modules that would reuse were not called"
             self.warn_once("hooks", f"a cached call was computed in full: {reason}")
-            records[-1] = replace(records[-1], depth=FULL, age=0, reason=reason)
+            records[-1] = replace(records[-1], depth=FULL, age=0, reason=reason, recovery="")
         call.slot.stored |= dict.fromkeys(call.store, call.slot.last)
         if (call.counts or call.refresh) and not call.pruned:
             layers = len(call.counts or call.refresh)
@@ -612,6 +649,9 @@ class Engine:
         if (call.count and call.tokens is None) or (call.counts and not call.pruned):
             # Nothing was left out: an attention to choose by did not run (skip-layer guidance), for one.
             records[-1] = replace(records[-1], ratio=0.0)
+        if self.sites is not None and call.plan:
+            done = self.sites.carried_out(call)
+            records[-1] = replace(records[-1], plan=done, ratio=left_out(done))
         if self.lean is not None:
             self.lean.end(call)
         reads = self.pruning is not None and self.leaves_out and self.pruning.rule.reads_outputs
@@ -627,6 +667,7 @@ class Engine:
         ran = (b.name for b in self.layout.blocks if runs(b, call.cut))
         blocks = {name: call.selections.get(name) for name in ran}
         refreshed = {} if self.refreshing is None else self.refreshing.done(call)
+        refreshed |= {} if self.sites is None else self.sites.done(call)
         tokens = None if call.tokens is None else call.tokens.tokens
         leading = 0 if self.lean is None else len(self.lean.leading)
         for observer in self.observers:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import sdpa_flop_count
 
 from regrow.apply import Run
 from regrow.engine.inputs import without_data
 from regrow.fields import MOST_COUNT, check_within
 from regrow.installed import around_calls
-from regrow.macs import plain_macs
+from regrow.macs import Flops, plain_macs
 from regrow.measure.sampling import Moment, check_frames, make, moment, wait
 from regrow.measure.variants import Variant
 from regrow.memory import PeakMemory, keep_freed_memory
@@ -28,7 +28,7 @@ DISTURBED = 1.25
 # Attention on a processor, which torch's counter leaves out.
 _UNKNOWN = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
-        sdpa_flop_count(query, key, value)
+        sdpa_flop_count(query.shape, key.shape, value.shape)
     )
 }
 
@@ -327,13 +327,13 @@ def _counted_macs(
     flops: list[int] = []
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
-        begun.append(counter.get_total_flops())
+        begun.append(counter.total)
 
     def after(module: Any, args: Any, output: Any) -> None:
-        flops.append(counter.get_total_flops() - begun.pop())
+        flops.append(counter.total - begun.pop())
 
     try:
-        with FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
+        with Flops(_UNKNOWN) as counter:
             _hooked(pipeline, one, prompts, before, after, options)
     except Exception:
         # It ran uncounted.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from regrow.core.decision import ALL
 from regrow.engine.call import Observation
 from regrow.models import Layout
 from regrow.models.table import Stream
@@ -19,8 +20,8 @@ class ComputedCounter:
 
     A transformer block computes a token where it runs and its pruned layers keep the token. A block that a
     cached call leaves out computes none. Where a block's layers compute tokens again by themselves (ToCa),
-    each counts as its share of the block's layers that could. Blocks of one level, which have one grid of
-    tokens, are counted together.
+    each counts as its share of the block's layers that could. So does what is decided for sites. Blocks of
+    one level, which have one grid of tokens, are counted together.
 
     Args:
         layout: the table of the denoiser.
@@ -33,7 +34,11 @@ class ComputedCounter:
         self._layout = layout
         self._counts: dict[int, Tensor] = {}
         self._calls = 0
-        self._layers = Counter(t.layer.block for t in layout.token_layers)
+        layers = Counter(t.layer.block for t in layout.token_layers)
+        self._weights = {t.layer.name: 1 / layers[t.layer.block] for t in layout.token_layers}
+        parts = Counter(site.block for site in layout.layer_sites)
+        self._weights = {site.name: 1 / parts[site.block] for site in layout.layer_sites} | self._weights
+        self._weights |= {site.name: 1.0 for site in layout.block_sites}
 
     def __call__(self, seen: Observation) -> None:
         args, kwargs = seen.record.inputs
@@ -69,14 +74,15 @@ class ComputedCounter:
         if count.shape != shape:
             raise ValueError("the calls counted together must be of one batch size and one picture size")
         depth = seen.record.depth
-        blocks = 0 if depth in (LAYERS, HEAD) else min(depth, self._layout.depths)
+        blocks: float = 0 if depth in (LAYERS, HEAD) else min(depth, self._layout.depths)
+        blocks -= sum(self._weights[name] for name, what in seen.record.plan.items() if what is not ALL)
         if seen.tokens is None:
             count += blocks
         else:
             count += seen.leading
             _add(count, seen.tokens, blocks - seen.leading)
-        for layer in (t.layer for t in self._layout.token_layers if t.layer.name in seen.refreshed):
-            _add(count, seen.refreshed[layer.name], 1 / self._layers[layer.block])
+        for name, tokens in seen.refreshed.items():
+            _add(count, tokens, self._weights[name])
 
     def counts(self) -> Mapping[int, Tensor]:
         """By level, as latent positions a token spans along one side: counts ``(B, h, w)``."""

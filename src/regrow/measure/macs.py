@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from regrow.core.decision import ALL, Decision, View, left_out
 from regrow.macs import CallCounter, Macs
 from regrow.measure.architectures import Architecture
 from regrow.methods.parts import Parts, parts_of
 from regrow.models import layout_of
 from regrow.run_report import depth_name
-from regrow.schedule import FULL, Schedule
+from regrow.schedule import FULL, SITES, Schedule
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,20 @@ class PlanCounter:
             return [((FULL, 0.0), self.full())] * calls
         parts = parts_of(config)
         counter = self._counter(parts)
-        prunes = any(part is not None for part in (parts.tokens, parts.token_set, parts.refresh))
+        prunes = any(part is not None for part in _choosers(parts))
+        decider = None if parts.sites is None else parts.sites.on(self._denoiser, self.layout)
         out = []
         for i, step in enumerate(parts.plan.resample(calls).steps()):
-            depth = step.depth if self.layout.cut(step.depth) else FULL
+            plan: Mapping[str, Decision] = {}
+            if decider is not None and step.depth == SITES:
+                plan = decider.plan(View(i, calls))
+            sited = any(decision is not ALL for decision in plan.values())
+            depth = step.depth if sited or self.layout.cut(step.depth) else FULL
             ratio = step.ratio if depth and prunes else 0.0
             whole = depth == FULL and ratio == 0
             known = bool(self.layout.text) and i > 0 and (self._text_once or not whole)
-            counted = counter.count(depth, ratio, self._inputs, knows_text=known)
+            ratio = ratio if decider is None else left_out(plan)
+            counted = counter.count(depth, ratio, self._inputs, knows_text=known, plan=plan)
             if ratio and parts.tokens is not None:
                 without = counter.count(depth, 0.0, self._inputs, knows_text=known)
                 # No layer that prunes is computed in such a call.
@@ -115,10 +123,15 @@ class PlanCounter:
 
     def _counter(self, parts: Parts) -> CallCounter:
         """Methods that choose tokens alike share one."""
-        chosen = (parts.tokens, parts.token_set, parts.refresh)
+        chosen = _choosers(parts)
         if chosen not in self._counters:
             self._counters[chosen] = CallCounter(self._denoiser, *chosen, parts.instead)
         return self._counters[chosen]
+
+
+def _choosers(parts: Parts) -> tuple[Any, Any, Any, Any]:
+    """What chooses tokens, in the order that `CallCounter` takes it."""
+    return parts.tokens, parts.token_set, parts.refresh, parts.sites
 
 
 def profile(

@@ -24,7 +24,7 @@ class Pictures:
 
     Args:
         images: one a prompt; a tensor of latents from a pipeline with random weights; of a pipeline of
-            videos whatever it makes of frames.
+            videos or of sound whatever it makes of frames or waves.
         seconds: for all of them together.
     """
 
@@ -99,7 +99,9 @@ def make(
         | dict(more),
     )
     wait(pipeline)
-    images = made.frames if makes_videos(type(pipeline)) else made.images
+    name = "frames" if makes_videos(type(pipeline)) else "images"
+    # Sound takes the place of pictures.
+    images = made.audios if hasattr(made, "audios") and not hasattr(made, name) else getattr(made, name)
     return Pictures(images, time.perf_counter() - begin)
 
 

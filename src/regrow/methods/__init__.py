@@ -39,8 +39,9 @@ from regrow.methods.parts import (
 )
 from regrow.methods.sito import BaseChoice, SiTo
 from regrow.methods.spectrum import Spectrum
-from regrow.methods.taylorseer import Site, TaylorSeer
+from regrow.methods.taylorseer import ForecastLevel, TaylorSeer
 from regrow.methods.toca import ToCa
+from regrow.methods.tokencache import TokenCache
 from regrow.methods.tome import ToMeSD
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "DeepCache",
     "DenoiserKind",
     "Features",
+    "ForecastLevel",
     "MethodConfig",
     "Options",
     "Parts",
@@ -67,13 +69,13 @@ __all__ = [
     "Role",
     "SiTo",
     "Similarity",
-    "Site",
     "Spectrum",
     "Status",
     "TaylorSeer",
     "TextError",
     "ToCa",
     "ToMeSD",
+    "TokenCache",
     "TokenChoice",
     "TokenRefresh",
     "TokenRule",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,7 +14,7 @@ from typing_extensions import Self
 from regrow.fields import MOST_CALLS, Calls, Checked, Count
 from regrow.methods.base import About, MethodConfig, register
 from regrow.methods.dato import DaTo
-from regrow.methods.parts import Parts, parts_of
+from regrow.methods.parts import MadeFor, Parts, parts_of
 from regrow.schedule import FULL, Schedule
 
 Timestep = Annotated[float, Field(ge=0, le=MOST_CALLS)]
@@ -56,6 +57,7 @@ class Calibrated(MethodConfig):
     Args:
         steps: of the sampler: give it to the pipeline as ``num_inference_steps``.
         timesteps: instead, to give to the pipeline as ``timesteps``; None for the sampler's own.
+        before: timesteps of the sampler that come before the first call (image-to-image begins late).
         schedule: what each call does.
         instead_of: steps of the unaccelerated runs that it was compared with.
         speedup: as measured in the calibration, with the whole pipeline; None if it was not.
@@ -76,6 +78,7 @@ class Calibrated(MethodConfig):
     version: Literal[1] = 1
     steps: Calls
     timesteps: tuple[Timestep, ...] | None = None
+    before: Annotated[int, Field(ge=0, le=MOST_CALLS)] = 0
     schedule: Schedule
     instead_of: Calls
     speedup: float | None = Field(None, gt=0)
@@ -113,6 +116,7 @@ class Calibrated(MethodConfig):
 
 @parts_of.register
 def _(config: Calibrated) -> Parts:
+    made_for = MadeFor(config.steps, config.schedule.calls, config.before, config.timesteps)
     if config.schedule.max_ratio:
-        return parts_of(DaTo(schedule=config.schedule))
-    return Parts(config.schedule, whole=not config.leaves_out)
+        return replace(parts_of(DaTo(schedule=config.schedule)), made_for=made_for)
+    return Parts(config.schedule, whole=not config.leaves_out, made_for=made_for)

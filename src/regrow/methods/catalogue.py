@@ -13,6 +13,8 @@ from regrow.fields import explain
 from regrow.files import PLAN, FileError, read_json, said
 from regrow.methods.base import About, MethodConfig, Role, Status, methods, methods_of
 from regrow.methods.combined import Combined
+from regrow.methods.parts import parts_of
+from regrow.recover.time import REUSE
 from regrow.schedule import Schedule
 from regrow.space import Space, product
 from regrow.words import offer, shown
@@ -34,12 +36,6 @@ class System:
 
 
 _OTHERS = {
-    "tokencache": About(
-        "TokenCache",
-        "a learned predictor of what to cache",
-        status=Status.NOT_YET,
-        paper="arXiv 2409.18523",
-    ),
     "l2c": About("Learning-to-Cache", "a learned table of layers to reuse", status=Status.NOT_YET),
     "steps": About(
         "Fewer steps",
@@ -75,9 +71,16 @@ def space_of(name: str, calls: int) -> Space:
     caching = [k for k in kinds if k.ABOUT.role is Role.CACHES]
     if len(kinds) > 2 or not tokens or not caching:
         raise ValueError(f"method: {name!r} is not allowed; {pairs(Role.CACHES)}")
-    return product(
-        caching[0].space(calls), tokens[0].space(calls), lambda c, t: Combined(caching=c, tokens=t)
-    )
+    one, other = caching[0].space(calls), tokens[0].space(calls)
+    if "recovery" in one.names and _chooses_of_calls(other):
+        # Each token is as old as its last choice, so that no forecast fits them all.
+        one = one.with_choices("recovery", (REUSE,))
+    return product(one, other, lambda c, t: Combined(caching=c, tokens=t))
+
+
+def _chooses_of_calls(space: Space) -> bool:
+    """Whether the plans choose the tokens of whole calls."""
+    return parts_of(space.config((0,) * len(space.variables))).token_set is not None
 
 
 def pairs(*caching: Role) -> str:

@@ -6,7 +6,7 @@ the finest level, the ones that stay are where the predicted noise changes most 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -40,9 +40,9 @@ from regrow.methods.parts import (
     check_ratio,
     parts_of,
 )
-from regrow.recover.time import RecoveryField
-from regrow.schedule import FULL, Schedule
-from regrow.space import Space, Variable
+from regrow.recover.time import REUSE, Chebyshev, RecoveryField
+from regrow.schedule import FULL, Schedule, depth_from, used_recoveries
+from regrow.space import Space, Variable, recovery_variable
 from regrow.tokens.grid import Grid, best_of_patch
 from regrow.tokens.scores import diff_score, noise, random_score
 from regrow.tokens.select import Selection, prune_similar
@@ -179,33 +179,49 @@ class DaTo(MethodConfig):
 
     @classmethod
     def space(cls, calls: int) -> Space:
-        """For each call a depth of 0, 1 or full, and a ratio of 0 or .3 to .7 (the paper: .3 to .7).
+        """For each call a depth of 0, 1 or full, a ratio of 0 or .3 to .7, and a recovery: reuse, or a
+        forecast by Taylor's polynomial of order 1 or 2 (the paper: .3 to .7, and reuse).
 
-        The first call is full. A call of depth 0 computes nothing, and so its ratio is 0. Plans that are
-        the same at every step: every N-th call full, N up to 10, the others of one depth, one ratio.
+        The first call is full. A call of depth 0 computes nothing, and so its ratio is 0. A recovery holds
+        for what a call does not compute, and so a full call has none; plans that do the same are the same
+        configuration. Plans that are the same at every step: every N-th call full, N up to 10, the others
+        of one depth, one ratio, and one recovery.
+
+        With a ratio of 0 alone these are forecasts of the output at depth 0, for any denoiser.
         """
-        depths, ratios = (0, 1, FULL), (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
-        plans = [(n, d) for n in range(1, min(calls, 10) + 1) for d in ((FULL,) if n == 1 else (0, 1))]
+        after, by = calls - 1, recovery_variable()
+        ratios = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
+        recoveries = (*by.choices, Chebyshev())
         regular = (
-            (*(FULL if i % n == 0 else d for i in range(1, calls)), *(r,) * calls)
-            for n, d in plans
-            for r in ratios
+            (*depth[1:], *(ratio,) * calls, *own * after)
+            for depth in _intervals(calls)
+            for own in dict.fromkeys(used_recoveries(depth, (one,) * calls) for one in recoveries)
+            for ratio in ratios
         )
 
         def decode(values: tuple[Any, ...]) -> DaTo:
-            depth, ratio = (FULL, *values[: calls - 1]), values[calls - 1 :]
+            depth, ratio = (FULL, *values[:after]), values[after : after + calls]
             pruned = tuple(r if d else 0.0 for d, r in zip(depth, ratio, strict=True))
-            return cls(schedule=Schedule(depth=depth, ratio=pruned))
+            used = used_recoveries(depth, (REUSE, *values[after + calls :]))
+            return cls(schedule=Schedule(depth=depth, ratio=pruned, recovery=used))
 
         variables = (
-            *(Variable("depth", depths),) * (calls - 1),
+            *(Variable("depth", (0, 1, FULL), depth_from),) * after,
             *(Variable("ratio", ratios),) * calls,
+            *(by,) * after,
         )
         return Space(variables, decode, tuple(regular))
 
     def at(self, calls: int) -> DaTo:
         """The same with the schedule of so many calls."""
         return self.model_copy(update={"schedule": self.schedule.resample(calls)})
+
+
+def _intervals(calls: int) -> Iterator[tuple[int, ...]]:
+    """Depths of plans in which every N-th call is full, N up to 10, and the others are of depth 0 or 1."""
+    for interval in range(1, min(calls, 10) + 1):
+        for depth in (FULL,) if interval == 1 else (0, 1):
+            yield tuple(FULL if i % interval == 0 else depth for i in range(calls))
 
 
 @dataclass(frozen=True)

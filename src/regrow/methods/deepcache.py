@@ -18,7 +18,7 @@ from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, re
 from regrow.methods.parts import Parts, parts_of
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import Spaced
-from regrow.space import Space, Variable, free
+from regrow.space import Space, Variable, free, recovery_variable
 
 
 @register
@@ -67,12 +67,13 @@ class DeepCache(MethodConfig):
 
     @classmethod
     def space(cls, calls: int) -> Space:
-        """Intervals, branches, and where full calls are closest together."""
+        """Intervals, branches, where full calls are closest together, and recoveries."""
         return free(
             (
                 Variable("interval", tuple(range(2, 11))),
                 Variable("branch", (0, 1, 2)),
                 Variable("center", (None, 0.1, 0.2, 0.3, 0.4, 0.5)),
+                recovery_variable(),
             ),
             cls,
         )

@@ -13,7 +13,7 @@ from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, re
 from regrow.methods.parts import Parts, parts_of
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import LAYERS, Spaced
-from regrow.space import Space, Variable, free
+from regrow.space import Space, Variable, free, recovery_variable
 
 
 @register
@@ -48,8 +48,8 @@ class FORA(MethodConfig):
 
     @classmethod
     def space(cls, calls: int) -> Space:
-        """Intervals."""
-        return free((Variable("interval", tuple(range(2, 11))),), cls)
+        """Intervals and recoveries."""
+        return free((Variable("interval", tuple(range(2, 11))), recovery_variable()), cls)
 
 
 @parts_of.register

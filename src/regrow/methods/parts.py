@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from regrow.core.decision import Sited
 from regrow.layers import Layer, LayerKind
 from regrow.origin import Origin
 from regrow.schedule import Plan, Schedule
@@ -234,6 +235,59 @@ class TokenRefresh(Protocol):
 
 
 @dataclass(frozen=True)
+class MadeFor:
+    """The run of a sampler that a plan was made for.
+
+    Args:
+        steps: of the sampler.
+        calls: timesteps that it runs over; None if all are computed, however many there are.
+        before: of these, how many come before the first call (image-to-image).
+        timesteps: what they are; None for the sampler's own.
+    """
+
+    steps: int
+    calls: int | None = None
+    before: int = 0
+    timesteps: tuple[float, ...] | None = None
+
+    def unlike(self, steps: int, calls: int, begin: int, timesteps: Sequence[float]) -> str:
+        """How a run differs from it, in words; empty if it does not.
+
+        Args:
+            steps: of its sampler.
+            calls: timesteps that it runs over.
+            begin: index of the one that it begins with.
+            timesteps: what they are, those of samplers that call twice a step twice; empty if not known.
+        """
+        own = tuple(dict.fromkeys(timesteps))
+        if self.timesteps is not None and own not in ((), self.timesteps):
+            return (
+                f"the plan was made for the timesteps {_listed(self.timesteps)}; this run has "
+                f"{_listed(own)}: give the pipeline those of the plan, pipe(..., **plan.arguments())"
+            )
+        same = steps == self.steps if self.calls is None else calls == self.calls
+        if not same:
+            made = "" if self.calls is None else f", {self.calls} calls"
+            hint = "" if steps == self.steps else f": give the pipeline num_inference_steps={self.steps}"
+            return (
+                f"the plan was made for {self.steps} steps{made}; this run has {steps} steps, {calls} calls"
+                f"{hint}"
+            )
+        if self.calls is not None and begin != self.before:
+            return (
+                f"the plan was made for runs of the last {self.calls - self.before} of {self.calls} calls; "
+                f"this run makes the last {calls - begin}"
+            )
+        return ""
+
+
+def _listed(timesteps: Sequence[float]) -> str:
+    """The first of them, how many, and the last."""
+    first = ", ".join(f"{t:g}" for t in timesteps[:3])
+    return f"{first} ... {timesteps[-1]:g} ({len(timesteps)} of them)" if len(timesteps) > 3 else first
+
+
+@dataclass(frozen=True)
 class Parts:
     """A system, taken apart.
 
@@ -242,17 +296,21 @@ class Parts:
         tokens: how the tokens of a layer are selected where the plan's ratio is above 0.
         token_set: how the tokens of a whole call are selected there.
         refresh: how the tokens are selected that layers compute where they hand on their last output. With
-            none of the three, nothing is left out.
+            none of these, no tokens are left out.
+        sites: how it is decided what each site does in calls of depth `SITES`.
         instead: what to say to somebody whose model the parts don't fit.
         whole: every call is meant to be computed in full, as in a plan of fewer steps.
+        made_for: the only run that the plan is for; None if it is for any.
     """
 
     plan: Plan
     tokens: TokenRule | None = None
     token_set: TokenSet | None = None
     refresh: TokenRefresh | None = None
+    sites: Sited | None = None
     instead: str = ""
     whole: bool = False
+    made_for: MadeFor | None = None
 
 
 @singledispatch

@@ -17,7 +17,7 @@ from pydantic import Field
 from regrow.fields import Calls
 from regrow.methods.base import ALL, About, MethodConfig, register
 from regrow.methods.parts import Parts, parts_of
-from regrow.recover.time import MOST_ORDER, TimeRecovery, Weights, register_recovery
+from regrow.recover.time import MOST_ORDER, TimeRecovery, Weights, ordered, register_recovery
 from regrow.schedule import HEAD, LAYERS, Spaced
 from regrow.space import Space, Variable, free
 
@@ -43,6 +43,10 @@ class Differences(TimeRecovery):
         """One more than the order."""
         return self.order + 1
 
+    def used(self, times: Sequence[int], t: int, total: int) -> str:
+        """With the order that the values allow."""
+        return ordered("differences", min(self.order, len(times) - 1))
+
     def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
         """The series of the values, each of which is 1 at its own step and 0 at the others."""
         first = max(len(times) - self.window, 0)
@@ -59,7 +63,7 @@ class Differences(TimeRecovery):
         return tuple(weights)
 
 
-class Site(str, Enum):
+class ForecastLevel(str, Enum):
     """What is forecast."""
 
     LAYERS = "layers"
@@ -94,14 +98,14 @@ class TaylorSeer(MethodConfig):
     )
     PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {
         "paper": lambda: TaylorSeer(interval=4, order=4),
-        "last-block": lambda: TaylorSeer(interval=4, order=1, level=Site.LAST_BLOCK),
+        "last-block": lambda: TaylorSeer(interval=4, order=1, level=ForecastLevel.LAST_BLOCK),
     }
 
     method: Literal["taylorseer"] = "taylorseer"
     version: Literal[1] = 1
     interval: Calls = 4
     order: int = Field(2, ge=1, le=MOST_ORDER)
-    level: Site = Site.LAYERS
+    level: ForecastLevel = ForecastLevel.LAYERS
     first: Calls = 3
 
     @classmethod
@@ -111,7 +115,7 @@ class TaylorSeer(MethodConfig):
             (
                 Variable("interval", tuple(range(2, 11))),
                 Variable("order", (1, 2, 3)),
-                Variable("level", tuple(Site)),
+                Variable("level", tuple(ForecastLevel)),
             ),
             cls,
         )
@@ -125,6 +129,6 @@ def full_calls(config: TaylorSeer, calls: int) -> set[int]:
 
 @parts_of.register
 def _(config: TaylorSeer) -> Parts:
-    depth = LAYERS if config.level is Site.LAYERS else HEAD
+    depth = LAYERS if config.level is ForecastLevel.LAYERS else HEAD
     forecast = Differences(order=config.order)
     return Parts(Spaced(config.interval, depth, partial(full_calls, config), forecast))

@@ -34,7 +34,7 @@ from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, regis
 from regrow.methods.parts import Alignment, Attention, CallInfo, Parts, align, parts_of
 from regrow.recover.time import REUSE, RecoveryField, TimeRecovery
 from regrow.schedule import FULL, LAYERS, Schedule, Spaced, Step
-from regrow.space import Space, Variable, free
+from regrow.space import Space, Variable, free, recovery_variable
 from regrow.tokens.grid import Grid, best_of_patch
 from regrow.tokens.scores import attention_entropy, attention_influence
 
@@ -128,11 +128,12 @@ class ToCa(MethodConfig):
 
     @classmethod
     def space(cls, calls: int) -> Space:
-        """Intervals, and the share of tokens that is not computed again."""
+        """Intervals, the share of tokens that is not computed again, and recoveries."""
         return free(
             (
                 Variable("interval", tuple(range(2, 11))),
                 Variable("ratio", (0.5, 0.6, 0.7, 0.825, 0.9, 1.0)),
+                recovery_variable(),
             ),
             cls,
         )

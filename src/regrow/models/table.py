@@ -70,6 +70,20 @@ class Skippable:
     returns: Returns
     count: int = 0
 
+    def tensors(self, out: Any) -> list[Any]:
+        """The tensors in what it returned; of a transformer's block the text or None, then the image."""
+        match self.returns:
+            case Returns.TENSOR | Returns.OWN:
+                return [out]
+            case Returns.TUPLE:
+                return [out[0]]
+            case Returns.DOWN:
+                return list(out[1])
+            case Returns.TOKENS:
+                return [None, out]
+            case Returns.JOINT:
+                return list(out)
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -81,15 +95,19 @@ class Cut:
         entry: the first skipped module, if what is cached is what the skipped ones added to its input;
             None if it is the restoring module's own output.
         final: what is restored is handed to the denoiser's caller.
+        keys: what the cached features of restoring modules are kept under, where they have names for it.
     """
 
     skip: frozenset[str]
     restore: frozenset[str]
     entry: str | None = None
     final: bool = False
+    keys: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
 
     def key(self, name: str) -> str:
         """What the cached feature of a restoring module is kept under."""
+        if name in self.keys:
+            return self.keys[name]
         return name if self.entry is None else f"{self.entry} to {name}"
 
     def feeds(self, name: str, restoring: str) -> bool:
@@ -214,6 +232,43 @@ class TokenLayer:
         return self.beside or self
 
 
+class Keeps(Enum):
+    """What is kept of a site, from which later calls recover it."""
+
+    OUTPUT = "output"
+    """What it returned."""
+    UPDATE = "update"
+    """What it added to the tokens that it was given."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that a call computes whole, for some tokens, or not at all.
+
+    Args:
+        name: path of the module in the denoiser.
+        module: takes tokens ``(B, N, C)`` first and, where `Keeps.UPDATE` is kept, returns them.
+        keeps: what is kept of it.
+        block: path of the block that it is, or is in.
+        index: of that block, in the order they run, from 0.
+        memory: by name, the modules in it that give the keys and values of its tokens.
+        able: whether some of its tokens can be computed by themselves.
+    """
+
+    name: str
+    module: nn.Module
+    keeps: Keeps
+    block: str
+    index: int
+    memory: Mapping[str, nn.Module] = field(default_factory=dict)
+    able: bool = False
+
+    @property
+    def key(self) -> str:
+        """What its values are kept under."""
+        return self.name if self.keeps is Keeps.OUTPUT else f"{self.name} update"
+
+
 @dataclass(frozen=True)
 class Layout:
     """The table of a denoiser.
@@ -232,6 +287,8 @@ class Layout:
         text: by name, modules whose output depends on the text alone.
         stream: of a transformer in which a call can compute some of the tokens only.
         token_layers: the layers in which some of the tokens can be computed by themselves, as they run.
+        block_sites: the blocks of a transformer, as they run; none where a block returns more than tokens.
+        layer_sites: the attentions and feed-forwards of its blocks.
     """
 
     blocks: tuple[TokenBlock, ...]
@@ -246,6 +303,8 @@ class Layout:
     text: Mapping[str, nn.Module] = field(default_factory=dict)
     stream: Stream | None = None
     token_layers: tuple[TokenLayer, ...] = ()
+    block_sites: tuple[Site, ...] = ()
+    layer_sites: tuple[Site, ...] = ()
 
     @property
     def depths(self) -> int:
@@ -307,3 +366,9 @@ def reuse_all(layers: Iterable[str]) -> Cut:
     """The cut in which all of these hand on their own last output."""
     names = frozenset(layers)
     return Cut(names, names)
+
+
+def decided(sites: Iterable[Site]) -> Cut:
+    """The cut in which each of these sites does what a method decides for it."""
+    keys = {site.name: site.key for site in sites}
+    return Cut(frozenset(keys), frozenset(keys), keys=keys)

@@ -18,10 +18,12 @@ from regrow.layers import Layer, LayerKind
 from regrow.models.table import (
     OUTPUT,
     Cut,
+    Keeps,
     Layout,
     Returns,
     Rotary,
     Rows,
+    Site,
     Skippable,
     Stream,
     TokenLayer,
@@ -128,6 +130,8 @@ def transformer_layout(transformer: Any) -> Layout:
         text=_text(transformer, family, blocks),
         stream=_stream(transformer, family, blocks) if family.self_attentions else None,
         token_layers=_token_layers(family, blocks) if family.self_attentions else (),
+        block_sites=_block_sites(family, blocks),
+        layer_sites=_layer_sites(family, blocks),
     )
 
 
@@ -214,6 +218,30 @@ def _token_layers(family: Family, blocks: dict[str, Skippable]) -> tuple[TokenLa
                 )
         found += [_single(own[0], block.module)] if path.startswith(_SINGLE[0]) else own
     return tuple(found)
+
+
+def _block_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ...]:
+    """The blocks, where each takes the image's tokens and returns them."""
+    if any(place.returns is not Returns.TOKENS for place in blocks.values()):
+        return ()
+    sites = []
+    for index, (name, place) in enumerate(blocks.items()):
+        attentions = own_layers([(name, place.module)], family.self_attentions)
+        memory = _memory(family, attentions)
+        sites.append(Site(name, place.module, Keeps.UPDATE, name, index, memory, bool(memory)))
+    return tuple(sites)
+
+
+def _layer_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ...]:
+    """The attentions and feed-forwards, as they run."""
+    names = {path: (names, _ENDS.get(path, names)) for path, names, _ in family.stacks}
+    sites = []
+    for index, (block, place) in enumerate(blocks.items()):
+        own, ends = names[block.rpartition(".")[0]]
+        for name, layer in own_layers([(block, place.module)], own).items():
+            if name.removeprefix(f"{block}.") in ends:
+                sites.append(Site(name, layer.module, Keeps.OUTPUT, block, index))
+    return tuple(sites)
 
 
 def _single(attention: TokenLayer, block: nn.Module) -> TokenLayer:

@@ -33,6 +33,15 @@ class TimeRecovery(Checked):
         """How many of the last computed values it needs."""
         return 1
 
+    @property
+    def label(self) -> str:
+        """What tables call it: its name, with its order or degree behind if that is not the default."""
+        name: str = getattr(self, "kind", type(self).__name__)
+        number = _number_of(type(self))
+        if number is None or getattr(self, number) == type(self).model_fields[number].default:
+            return name
+        return f"{name}{getattr(self, number)}"
+
     def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
         """The weight of each computed value in the value of step ``t``.
 
@@ -55,6 +64,18 @@ class TimeRecovery(Checked):
         """Whether it was made for this step; if not, `weights` are those of ``Taylor(order=1)``."""
         return True
 
+    def used(self, times: Sequence[int], t: int, total: int) -> str:
+        """What these values are recovered with, for reports: its name, with an order if it has one."""
+        return str(getattr(self, "kind", type(self).__name__))
+
+    def begins(self, times: Sequence[int], t: int, total: int) -> bool:
+        """Whether a run that began late has computed enough: two values, so that there is a line."""
+        return len(times) > 1
+
+    def moved(self, by: int, total: int) -> Self:
+        """The same in a run of so many steps, where each step comes so much later."""
+        return self
+
 
 class Reuse(TimeRecovery):
     """The last computed value."""
@@ -64,6 +85,10 @@ class Reuse(TimeRecovery):
     def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
         """All of the last."""
         return (0.0,) * (len(times) - 1) + (1.0,)
+
+    def begins(self, times: Sequence[int], t: int, total: int) -> bool:
+        """A single value is enough."""
+        return True
 
 
 REUSE = Reuse()
@@ -93,6 +118,10 @@ class Taylor(TimeRecovery):
         last = times[-self.window :]
         own = [_product((t - other) / (time - other) for other in last if other != time) for time in last]
         return (0.0,) * (len(times) - len(last)) + tuple(own)
+
+    def used(self, times: Sequence[int], t: int, total: int) -> str:
+        """With the order that the values allow."""
+        return ordered("taylor", min(self.order, len(times) - 1))
 
 
 class Chebyshev(TimeRecovery):
@@ -126,6 +155,10 @@ class Chebyshev(TimeRecovery):
         sums = [sum(a * b for a, b in zip(spectral, row, strict=False)) for row in phi]
         before = len(times) - len(local)
         return tuple(w + (local[k - before] if k >= before else 0.0) for k, w in enumerate(sums))
+
+    def used(self, times: Sequence[int], t: int, total: int) -> str:
+        """With the degree; a single value is reused."""
+        return ordered("chebyshev", self.degree if len(times) > 1 else 0)
 
     def basis(self, t: int, total: int) -> Weights:
         """``phi(t)``."""
@@ -211,6 +244,22 @@ class Fitted(TimeRecovery):
         """Whether the step has weights for values that were computed."""
         return self._of(times, t, total) is not None
 
+    def used(self, times: Sequence[int], t: int, total: int) -> str:
+        """Its name, or what takes the place of weights that don't fit."""
+        return "fitted" if self.knows(times, t, total) else Taylor(order=1).used(times, t, total)
+
+    def begins(self, times: Sequence[int], t: int, total: int) -> bool:
+        """Of a run that began where those did that it was fitted to, the weights say what is needed."""
+        return self.knows(times, t, total) or super().begins(times, t, total)
+
+    def moved(self, by: int, total: int) -> Self:
+        """With the steps and their sources moved."""
+        steps = tuple(
+            FittedStep(step=one.step + by, sources=tuple(s + by for s in one.sources), weights=one.weights)
+            for one in self.steps
+        )
+        return self.model_copy(update={"total": total, "steps": steps})
+
     def _of(self, times: Sequence[int], t: int, total: int) -> FittedStep | None:
         own = next((one for one in self.steps if one.step == t), None)
         # Of a plan with other full steps, values may be too long ago to be kept.
@@ -257,11 +306,16 @@ def recovery_from(value: Any) -> TimeRecovery:
     found = re.fullmatch(r"([a-z]+)(\d*)", value if isinstance(value, str) else "")
     name, digits = (found[1], found[2]) if found else (value, "")
     kind = _kind_of(name)
-    number = next((field for field in ("order", "degree") if field in kind.model_fields), None)
+    number = _number_of(kind)
     if digits and number is None:
         raise not_allowed(f"it must be {name!r}, which has no order")
     # Python reads no number of thousands of digits.
     return kind.model_validate({number: int(digits[:5])} if digits and number else {})
+
+
+def _number_of(kind: type[TimeRecovery]) -> str | None:
+    """The field whose number may stand behind its name."""
+    return next((field for field in ("order", "degree") if field in kind.model_fields), None)
 
 
 def _kind_of(name: Any) -> type[TimeRecovery]:
@@ -272,6 +326,11 @@ def _kind_of(name: Any) -> type[TimeRecovery]:
 
 RecoveryField = Annotated[SerializeAsAny[TimeRecovery], PlainValidator(recovery_from)]
 """A field that holds a recovery in time, or is given its name or fields."""
+
+
+def ordered(kind: str, order: int) -> str:
+    """A recovery's name with its order; of order 0 it is ``"reuse"``."""
+    return f"{kind}({order})" if order else "reuse"
 
 
 def _product(factors: Any) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.recover.store import Store
+from regrow.core.store import Store
 from regrow.tokens.grid import Grid
 
 # What a slot is valid for: shape, type and device of the denoiser's input, and the shape of its text.

@@ -167,7 +167,8 @@ def draw_hypervolume(result: Result) -> Figure:
 
 
 def draw_plans(result: Result) -> Figure:
-    """What each plan of the front does at each call: how deep it goes, and how much it prunes."""
+    """What each plan of the front does at each call: how deep it goes, and how much it prunes; and how it
+    recovers the rest, if some plan does otherwise than reuse."""
     import numpy as np
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -187,8 +188,11 @@ def draw_plans(result: Result) -> Figure:
         ratio[i, :count] = np.where(nothing, np.nan, plan["ratio"])
         idle[i, :count] = np.where(nothing, 0, np.nan)
 
-    figure = Figure(figsize=(11, 1.9 + 0.23 * len(plans)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    recoveries = [_recoveries(plan) for plan in plans]
+    kinds = sorted({name for row in recoveries for name in row if name}, key=lambda n: (n != "reuse", n))
+    width = 2 if set(kinds) <= {"reuse"} else 3
+    figure = Figure(figsize=(5.5 * width, 1.9 + 0.23 * len(plans)), layout="constrained")
+    left, right, *more = figure.subplots(1, width, sharey=True)
     colours = _depth_colours(depths)
     left.imshow(depth, ListedColormap(colours), aspect="auto", vmin=-0.5, vmax=len(depths) - 0.5)
     right.imshow(idle, ListedColormap([IDLE]), aspect="auto")
@@ -196,7 +200,13 @@ def draw_plans(result: Result) -> Figure:
     left.set_title("depth of each call", fontsize=10)
     right.set_title("share of tokens pruned", fontsize=10)
     left.set_yticks(range(len(plans)), [", ".join([p["name"], *p["picked"]]) for p in plans], fontsize=8)
-    for axis in (left, right):
+    for axis in more:
+        shades = [COLOURS[i % len(COLOURS)] for i in range(len(kinds))]
+        _draw_recoveries(axis, recoveries, kinds, shades, calls)
+        rows = [Patch(facecolor=c, label=name) for c, name in zip(shades, kinds, strict=True)]
+        axis.legend(handles=rows, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+        axis.tick_params(axis="y", length=0)
+    for axis in (left, right, *more):
         axis.set_xlabel("call")
         axis.set_yticks(np.arange(len(plans) + 1) - 0.5, minor=True)
         axis.grid(which="minor", axis="y", color="white", linewidth=2)
@@ -208,6 +218,26 @@ def draw_plans(result: Result) -> Figure:
     legend = [Patch(facecolor=c, label=_depth_label(d)) for d, c in zip(depths, colours, strict=True)]
     figure.legend(handles=legend, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
     return figure
+
+
+def _recoveries(plan: Mapping[str, Any]) -> list[str]:
+    """The recovery of each call that has one, "" of the others; results of before have none at all."""
+    names = plan.get("recovery", ["reuse"] * len(plan["depth"]))
+    return ["" if depth == "full" else name for depth, name in zip(plan["depth"], names, strict=True)]
+
+
+def _draw_recoveries(
+    axis: Axes, rows: Sequence[Sequence[str]], kinds: Sequence[str], colours: Sequence[str], calls: int
+) -> None:
+    """A row of colours for each plan; calls that recover nothing have none."""
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+
+    shown = np.full((len(rows), calls), np.nan)
+    for i, row in enumerate(rows):
+        shown[i, : len(row)] = [kinds.index(name) if name else np.nan for name in row]
+    axis.imshow(shown, ListedColormap(colours), aspect="auto", vmin=-0.5, vmax=len(kinds) - 0.5)
+    axis.set_title("recovery of what is not computed", fontsize=10)
 
 
 def compare(results: Mapping[str, Result], folder: Path) -> Path:
@@ -378,16 +408,18 @@ def _name_axes(axis: Axes, cost: str, quality: str) -> None:
 
 
 def _rank(depth: int | str) -> tuple[int, int]:
-    """Deepest first: ``full``, ``layers``, numbers, 0."""
-    return (("full", "layers").index(depth), 0) if isinstance(depth, str) else (2, -depth)
+    """Deepest first: ``full``, ``layers``, numbers, ``head``, 0."""
+    if isinstance(depth, str):
+        return {"full": 0, "layers": 1, "head": 3}[depth], 0
+    return (2, -depth) if depth else (4, 0)
 
 
 def _depth_colours(depths: Sequence[int | str]) -> list[str]:
-    """The deeper the darker; calls that compute nothing are grey, those of layers orange."""
+    """The deeper the darker; calls that compute nothing are grey, those of layers orange, of heads pink."""
     import matplotlib
     from matplotlib.colors import to_hex
 
-    fixed: dict[int | str, str] = {"full": MOST, "layers": "#e69f00", 0: IDLE}
+    fixed: dict[int | str, str] = {"full": MOST, "layers": "#e69f00", "head": "#cc79a7", 0: IDLE}
     numbers = [depth for depth in depths if depth not in fixed]
     shades = matplotlib.colormaps["Blues"]
     between = {d: to_hex(shades(0.7 - 0.45 * i / len(numbers))) for i, d in enumerate(numbers)}
@@ -395,7 +427,8 @@ def _depth_colours(depths: Sequence[int | str]) -> list[str]:
 
 
 def _depth_label(depth: int | str) -> str:
-    return {"full": "full", "layers": "layers reused", 0: "0, nothing computed"}.get(depth, str(depth))
+    words = {"full": "full", "layers": "layers reused", "head": "head", 0: "0, nothing computed"}
+    return words.get(depth, str(depth))
 
 
 def _point(values: Sequence[float]) -> str:

@@ -177,6 +177,7 @@ def to_dict(
                 "picked": list(plan.picked),
                 "depth": [_depth(d) for d in plan.schedule.depth],
                 "ratio": list(plan.schedule.ratio),
+                "recovery": [recovery.label for recovery in plan.schedule.recoveries],
             }
             for plan in plans
         ],

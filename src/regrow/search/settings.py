@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
@@ -14,6 +14,7 @@ from regrow.files import FileError, read_kept, said
 from regrow.measure.evaluate import Setting
 from regrow.measure.machine import model_key
 from regrow.methods.catalogue import space_of
+from regrow.recover.time import REUSE
 from regrow.search.evaluation import Candidate
 from regrow.search.objectives import Cost, Objective, Quality, check_objectives, label, objective
 from regrow.search.proposals import Operators
@@ -52,6 +53,7 @@ class SearchSettings(Checked):
         batch: pictures made at once.
         clip: folder or hub id of the CLIP model of ``quality:clip``.
         rounds: runs in turns for ``cost:latency``.
+        version: of the file; the first, which names none, knew no recoveries to choose.
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
@@ -77,6 +79,7 @@ class SearchSettings(Checked):
     batch: Count = 16
     clip: str | None = None
     rounds: Count = 3
+    version: Literal[2] = 2
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchSettings:
@@ -97,7 +100,10 @@ class SearchSettings(Checked):
         for i, variable in enumerate(space.variables):
             # A method's own choices are allowed.
             for gene in range(len(variable.choices)) if variable.name in self.choices else ():
-                space.config([*middle[:i], gene, *middle[i + 1 :]])
+                try:
+                    space.config([*middle[:i], gene, *middle[i + 1 :]])
+                except ValidationError as error:
+                    raise ValueError(f"choices: {explain(error)}") from error
         return self
 
     @property
@@ -150,7 +156,7 @@ class SearchSettings(Checked):
         """
         file = folder / "settings.json"
         now = {**json.loads(self.model_dump_json()), **({"facts": dict(facts)} if facts else {})}
-        before = read_kept(file, "use another folder") if file.exists() else now
+        before = _kept(file) if file.exists() else now
         # Empty where the model was not at hand, and in folders from before it was kept.
         key, known = model_key(self.model), before.get("model_key")
         if key and known and key != known:
@@ -182,13 +188,35 @@ class SearchSettings(Checked):
         file = folder / "settings.json"
         if not file.exists():
             raise FileNotFoundError(f"--resume: {folder} holds no search")
-        fields = read_kept(file, "use another folder")
+        fields = _kept(file)
         for known in ("facts", "model_key"):
             fields.pop(known, None)
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
             raise FileError(f"{said(file)}: {explain(error)}; use another folder") from error
+
+
+def _kept(file: Path) -> dict[str, Any]:
+    """The settings of the search in a folder, as plain data of the present version.
+
+    A search of version 1 goes on with what it could choose: to reuse.
+    """
+    fields = read_kept(file, "use another folder")
+    if "version" in fields:
+        return fields
+    choices = fields.get("choices")
+    if isinstance(choices, dict) and _chooses_recoveries(fields.get("method")):
+        fields["choices"] = {**choices, "recovery": [REUSE.kind]}
+    return {**fields, "version": 2}
+
+
+def _chooses_recoveries(method: Any) -> bool:
+    """Whether the plans of a method, if it is known, have recoveries."""
+    try:
+        return "recovery" in space_of(str(method), 2).names
+    except ValueError:
+        return False
 
 
 def doubled(prompts: int) -> tuple[int, ...]:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import regrow
+from regrow.core.store import Store, copied
 from regrow.methods.taylorseer import Differences
-from regrow.recover.store import Store, copied
 from regrow.recover.time import REUSE, Chebyshev, Taylor, TimeRecovery
 from regrow.schedule import FULL
 

@@ -78,10 +78,6 @@ class Store:
                     for i, f in enumerate(factors)
                 ]
 
-    def count(self, key: str) -> int:
-        """How many values of a site were computed."""
-        return len(self._kept[key].times) if key in self._kept else 0
-
     def last(self, key: str) -> Value:
         """The last computed value itself; who writes to it changes what is kept."""
         return self._kept[key].values[-1]
@@ -106,6 +102,14 @@ class Store:
     def knows(self, key: str, step: int, recovery: TimeRecovery) -> bool:
         """Whether a recovery was made for this step from the values that there are."""
         return recovery.knows(self._kept[key].times, step, self._total)
+
+    def used(self, key: str, step: int, recovery: TimeRecovery) -> str:
+        """What a recovery makes the value of this step with, in words."""
+        return recovery.used(self._kept[key].times, step, self._total)
+
+    def begins(self, key: str, step: int, recovery: TimeRecovery) -> bool:
+        """Whether there is enough for a recovery in a run that began late."""
+        return recovery.begins(self._kept[key].times, step, self._total)
 
     def drop(self, *keys: str) -> None:
         """Forget sites, if they are known."""

@@ -1,0 +1,151 @@
+"""What a call does at each site: compute all tokens, none, or some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from math import ceil
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from regrow.layers import LayerKind
+
+if TYPE_CHECKING:
+    from regrow.methods.parts import Attention, CallInfo
+    from regrow.models.table import Layout, Site
+
+
+class Whole(Enum):
+    """All tokens of a site, or none."""
+
+    ALL = "all"
+    """The site is computed, and what it gives is kept."""
+    SKIP = "skip"
+    """What it would give follows from what it gave in earlier calls."""
+
+
+ALL, SKIP = Whole.ALL, Whole.SKIP
+
+
+@dataclass(frozen=True)
+class Some:
+    """Some tokens of a site are computed; the others follow from earlier calls.
+
+    Args:
+        share: of the tokens that are computed, rounded up; None if the choice itself says how many, which
+            makes shapes depend on data.
+        group: sites of one group compute the same tokens.
+    """
+
+    share: float | None
+    group: str
+
+    def count(self, tokens: int) -> int | None:
+        """How many of so many tokens are computed."""
+        # The small term keeps 0.3 * 10 == 3.0000...4 from gaining a token.
+        return None if self.share is None else min(ceil(self.share * tokens - 1e-6), tokens)
+
+
+Decision = Whole | Some
+
+
+def left_out(plan: Mapping[str, Decision]) -> float:
+    """The share of the tokens of all sites that a call does not compute; 0 where there are no sites."""
+    shares = [
+        1 - (what.share or 0.0) if isinstance(what, Some) else float(what is SKIP) for what in plan.values()
+    ]
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+@dataclass(frozen=True)
+class View:
+    """What decisions may depend on, known before a call begins.
+
+    Args:
+        index: of the call in the generation, from 0.
+        total: calls of the generation.
+    """
+
+    index: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What the first site of a call is given.
+
+    Args:
+        x: tokens ``(B, N, C)``.
+        args: what else it is given, in order.
+        kwargs: the same by name.
+    """
+
+    x: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class Decider(Protocol):
+    """A method at work on a denoiser: it decides for sites, and chooses tokens where some are computed."""
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """Those that it decides for, in the order they run; all others are always computed."""
+
+    @property
+    def observes(self) -> frozenset[LayerKind]:
+        """The attentions that `observe` is told of in full calls."""
+
+    def plan(self, view: View) -> Mapping[str, Decision]:
+        """By the name of a site, what a call does there."""
+
+    def begin(self) -> Any:
+        """What is remembered from one full call to the next, before the full call."""
+
+    def observe(self, memory: Any, block: str, attention: Attention) -> None:
+        """Look at the self-attention of a block, in a full call."""
+
+    def look(self, memory: Any, entered: Entered, info: CallInfo) -> Any:
+        """What `choose` is given as ``seen``: asked once a call that computes some tokens.
+
+        Args:
+            memory: of the last full call; None if there was none.
+            entered: what the first site is given.
+            info: what is known before the call.
+        """
+
+    def choose(
+        self, memory: Any, seen: Any, site: Site, x: Tensor, count: int | None, info: CallInfo
+    ) -> Tensor:
+        """The tokens ``(B, n)`` that a site computes, ascending.
+
+        Args:
+            memory: of the last full call; it may be changed.
+            seen: what `look` gave.
+            site: the first of its group.
+            x: what it is given, ``(B, N, C)``.
+            count: n; None where the choice says how many, the same in every sample.
+            info: what is known before the call.
+        """
+
+
+class Sited(Protocol):
+    """What a method of sites is before a denoiser is known; it equals and hashes."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the generator of a generation."""
+
+    @property
+    def aligns(self) -> bool:
+        """Whether `CallInfo.guided` is used."""
+
+    def on(self, denoiser: nn.Module, layout: Layout) -> Decider:
+        """The method at work on a denoiser.
+
+        Raises:
+            UnsupportedModelError: if the model has no sites that it could decide for.
+            ValueError: if what the method has learned was learned of another model.
+        """

@@ -1,0 +1,207 @@
+"""What was learned of a model: its weights, and what they were learned of, in two files beside each other.
+
+``NAME.safetensors`` holds tensors, ``NAME.json`` says which model they are for. No code is in either.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from regrow.fields import MOST_BLOCKS, Checked, Count, explain
+from regrow.files import FileError, check_file, read_json, said
+from regrow.origin import denoiser_key
+from regrow.words import shown
+
+FORMAT = "regrow-learned"
+VERSION = 1
+LARGEST = 1 << 32
+"""Bytes of the tensors; one block of the largest published transformers has about 1 GB."""
+
+
+class Learned(Checked):
+    """What ``NAME.json`` says.
+
+    Args:
+        kind: what was learned: ``"predictor"`` (TokenCache) or ``"router"`` (Learning-to-Cache).
+        model: name or folder of the model.
+        denoiser: `regrow.origin.denoiser_key` of its denoiser.
+        sites: how many sites it decides for.
+        steps: steps of the sampler that it was learned for; None if for any number.
+        trained: steps of training.
+        settings: of the training, by name.
+        digest: SHA-256 of ``NAME.safetensors``.
+    """
+
+    format: Literal["regrow-learned"] = "regrow-learned"
+    version: Literal[1] = 1
+    kind: Literal["predictor", "router"]
+    model: str
+    denoiser: str
+    sites: Count
+    steps: Count | None = None
+    trained: int = 0
+    settings: Mapping[str, Any] = {}
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class LearnedFile:
+    """Both files.
+
+    Args:
+        about: what they say.
+        tensors: by name.
+        file: ``NAME.safetensors``, for messages.
+    """
+
+    about: Learned
+    tensors: Mapping[str, Tensor]
+    file: Path
+
+    def check(self, denoiser: nn.Module, sites: int) -> None:
+        """Refuse a denoiser that they are not for.
+
+        Raises:
+            ValueError: naming the model that they are for.
+        """
+        if self.about.denoiser != denoiser_key(denoiser) or self.about.sites != sites:
+            raise ValueError(
+                f"{self.about.kind}: {said(self.file)} is for {self.about.model} ({self.about.denoiser}), "
+                f"not for this {type(denoiser).__name__} ({denoiser_key(denoiser)}); train one for it: "
+                f"regrow train {self.about.kind}"
+            )
+
+
+def described_by(file: Path) -> Path:
+    """``NAME.json`` of ``NAME.safetensors``."""
+    return file.with_suffix(".json")
+
+
+def write_learned(file: Path, about: Learned, tensors: Mapping[str, Tensor]) -> None:
+    """Write both files, whole or not at all.
+
+    Args:
+        file: ``NAME.safetensors``.
+        about: what they are; its digest is set.
+        tensors: by name.
+
+    Raises:
+        ValueError: if the file has another ending.
+    """
+    _check_name(file)
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    told = about.model_copy(update={"digest": hashlib.sha256(content).hexdigest()})
+    for to, data in (
+        (file, content),
+        (described_by(file), (json.dumps(told.model_dump(mode="json"), indent=1) + "\n").encode()),
+    ):
+        part = to.with_name(f".{to.name}.part")
+        part.write_bytes(data)
+        part.replace(to)
+
+
+def read_learned(file: Path, kind: str) -> LearnedFile:
+    """Read both files.
+
+    Args:
+        file: ``NAME.safetensors``.
+        kind: what it must be, see `Learned`.
+
+    Raises:
+        OSError: naming a file that can't be read.
+        FileError: naming the file, if it is of another kind or version, damaged, or of other tensors.
+    """
+    _check_name(file)
+    described = described_by(file)
+    check_file(file, LARGEST)
+    data = read_json(described)
+    _check_version(data, described)
+    try:
+        about = Learned.model_validate(data)
+    except ValidationError as error:
+        raise FileError(f"{said(described)}: {explain(error)}") from error
+    if about.kind != kind:
+        raise FileError(f"{said(described)}: kind: {about.kind!r} is not allowed here, it must be {kind!r}")
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != about.digest:
+        raise FileError(
+            f"{said(file)}: it is cut off, changed, or not the file that {described.name} describes; "
+            "get both again, or train anew"
+        )
+    try:
+        return LearnedFile(about, load(content), file)
+    except SafetensorError as error:
+        raise FileError(f"{said(file)}: it is no safetensors file") from error
+
+
+def _check_name(file: Path) -> None:
+    if file.suffix != ".safetensors":
+        raise ValueError(f"predictor: {shown(str(file))} is not allowed, it must end in .safetensors")
+
+
+def _check_version(data: Any, file: Path) -> None:
+    """Refuse what is no description, or one of a newer version, before its fields are looked at."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise FileError(f"{said(file)}: it does not describe what regrow train wrote")
+    version = data.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise FileError(
+            f"{said(file)}: version: {version} is newer than this regrow knows, it must be <= {VERSION}; "
+            "update regrow"
+        )
+
+
+class CachePredictor(nn.Module):
+    """TokenCache's cache predictor (section III-B): a block of the model's kind, and a head.
+
+    ``alpha = sigmoid(W block(x, t, c) + b)``: for every token a value in (0, 1) for each block of the
+    model, high where the block's update of that token should be computed.
+
+    Args:
+        block: the model's first block; a copy of it is what training begins with.
+        channels: C of the tokens.
+        sites: L, blocks of the model.
+    """
+
+    def __init__(self, block: nn.Module, channels: int, sites: int) -> None:
+        super().__init__()
+        self.block = copy.deepcopy(block)
+        parameter = next(block.parameters())
+        self.head = nn.Linear(channels, sites, device=parameter.device, dtype=parameter.dtype)
+
+    @classmethod
+    def of(cls, denoiser: nn.Module, sites: int) -> CachePredictor:
+        """An untrained one for a transformer with so many blocks.
+
+        Args:
+            denoiser: a transformer of a known family.
+            sites: blocks, 1 <= L <= 1000.
+        """
+        from regrow.models import known_layout
+
+        assert 1 <= sites <= MOST_BLOCKS
+        block = known_layout(denoiser).block_sites[0].module
+        config: Any = denoiser.config
+        return cls(block, config.num_attention_heads * config.attention_head_dim, sites)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """alpha ``(B, N, L)`` of tokens ``(B, N, C)``.
+
+        Args:
+            x: what the model's first block is given.
+            args: what else it is given.
+            kwargs: the same by name.
+        """
+        return torch.sigmoid(self.head(self.block(x, *args, **kwargs)))

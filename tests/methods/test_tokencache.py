@@ -1,0 +1,399 @@
+"""TokenCache: its calls against full ones with old updates put back, its steps, shares and files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformer_pipelines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+from transformer_pipelines import FORMS, generate
+
+import regrow
+from regrow.core.decision import Some
+from regrow.files import FileError
+from regrow.measure import architecture, profile
+from regrow.methods.parts import CallInfo
+from regrow.methods.tokencache import UNTRAINED, Choice, Counts, Spacing, Table, TokenCache, i_steps
+from regrow.models import UnsupportedModelError, layout_of
+from regrow.origin import denoiser_key
+from regrow.predictors import CachePredictor, Learned, described_by, read_learned, write_learned
+from regrow.recover.time import Taylor
+from regrow.schedule import SITES
+
+KINDS = ("dit", "pixart")
+SMALL = {"predictor": UNTRAINED, "full_steps": 2, "last_blocks": 1, "ratio": 0.6}
+Chosen = Mapping[str, Tensor] | None
+
+
+def chosen_by(pipe: Any, config: Any, **options: Any) -> tuple[Tensor, list[Chosen], Any]:
+    """A generation, the tokens that the blocks of each call computed (None: all), and its report."""
+    seen: list[Chosen] = []
+
+    def note(observation: regrow.Observation) -> None:
+        sited = observation.record.depth == SITES
+        seen.append(dict(observation.refreshed) if sited else None)
+
+    with regrow.apply(pipe, config) as run, run.observed(note):
+        out = generate(pipe, **options)
+    return out, seen, run.report()
+
+
+def put_back(old: Tensor, new: Tensor, tokens: Tensor) -> Tensor:
+    """The old rows, but for those of the tokens."""
+    mixed, batch = old.clone(), torch.arange(len(new))[:, None]
+    mixed[batch, tokens] = new[batch, tokens]
+    return mixed
+
+
+@contextmanager
+def slow(transformer: Any, calls: list[Chosen], sites: int) -> Iterator[None]:
+    """Computes each block for all tokens in every call, then puts back what it should not have known."""
+    now, kept = [-1], {}
+
+    def begin(module: Any, args: Any, kwargs: Any) -> None:
+        now[0] += 1
+
+    def keys(name: str, block: str, out: Tensor) -> Tensor:
+        chosen = calls[now[0]]
+        if chosen is not None:
+            out = put_back(kept[name], out, chosen[block]) if block in chosen else kept[name]
+        kept[name] = out
+        return out
+
+    def block(name: str, x: Tensor, out: Tensor) -> Tensor:
+        chosen, update = calls[now[0]], out - x
+        if chosen is not None:
+            update = put_back(kept[name], update, chosen[name]) if name in chosen else kept[name]
+        kept[name] = update
+        return out if chosen is None else x + update
+
+    hooks = [transformer.register_forward_pre_hook(begin, with_kwargs=True)]
+    for i, module in enumerate(transformer.transformer_blocks[:sites]):
+        name = f"transformer_blocks.{i}"
+        for part in ("to_k", "to_v"):
+            own = f"{name}.{part}"
+            hooks.append(
+                getattr(module.attn1, part).register_forward_hook(
+                    lambda m, a, out, own=own, name=name: keys(own, name, out)
+                )
+            )
+        hooks.append(module.register_forward_hook(lambda m, a, out, name=name: block(name, a[0], out)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["guided", "unguided", "wide", "batch"])
+def test_a_call_is_a_full_one_with_old_updates_put_back(kind: str, form: str) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
+    sites = len(pipe.transformer.transformer_blocks) - 1
+    ours, chosen, report = chosen_by(pipe, TokenCache(**SMALL), **FORMS[form])
+    assert [c is None for c in chosen] == [True, False, False, True, False]
+    assert all(len(c) == sites for c in chosen if c)
+    with slow(pipe.transformer, chosen, sites):
+        expected = generate(pipe, **FORMS[form])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    macs = [c.macs for c in report.calls]
+    assert macs[1] < 0.7 * macs[3]
+    assert report.calls[1].selection_macs > 0
+
+
+@pytest.mark.parametrize("choice", [Choice.RANDOM, Choice.TOCA, Choice.TOME])
+@pytest.mark.parametrize("form", ["guided", "wide"])
+def test_other_choices_are_calls_with_old_updates_put_back(choice: Choice, form: str) -> None:
+    pipe = transformer_pipelines.dit()
+    sites = len(pipe.transformer.transformer_blocks) - 1
+    config = TokenCache(**SMALL | {"choice": choice, "predictor": None})
+    ours, chosen, _ = chosen_by(pipe, config, **FORMS[form])
+    with slow(pipe.transformer, chosen, sites):
+        expected = generate(pipe, **FORMS[form])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ratio_of_0_is_the_plain_pipeline_bit_for_bit(kind: str) -> None:
+    pipe = transformer_pipelines.KINDS[kind]()
+    plain = generate(pipe)
+    with pytest.warns(UserWarning, match="prunes nothing"):
+        run = regrow.apply(pipe, TokenCache(**SMALL | {"ratio": 0}))
+    with run:
+        assert torch.equal(generate(pipe), plain)
+    with regrow.apply(pipe, TokenCache(**SMALL)):
+        assert not torch.equal(generate(pipe), plain)
+    assert torch.equal(generate(pipe), plain)
+
+
+def test_as_many_i_steps_as_calls_are_the_plain_pipeline_bit_for_bit() -> None:
+    pipe = transformer_pipelines.dit()
+    plain = generate(pipe)
+    config = TokenCache(**SMALL | {"full_steps": 50})
+    with pytest.warns(UserWarning, match="saved nothing"), regrow.apply(pipe, config):
+        assert torch.equal(generate(pipe), plain)
+
+
+def test_a_ratio_of_1_reuses_every_update() -> None:
+    pipe = transformer_pipelines.dit()
+    sites = len(pipe.transformer.transformer_blocks) - 1
+    ours, chosen, report = chosen_by(pipe, TokenCache(**SMALL | {"ratio": 1.0}))
+    assert [c if c is None else len(c) for c in chosen] == [None, 0, 0, None, 0]
+    with slow(pipe.transformer, chosen, sites):
+        expected = generate(pipe)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert report.selection_macs == 0
+
+
+def test_a_second_generation_is_the_first_again() -> None:
+    pipe = transformer_pipelines.dit()
+    with regrow.apply(pipe, TokenCache(**SMALL)):
+        first = generate(pipe)
+        generate(pipe, width=32)
+        assert torch.equal(generate(pipe), first)
+
+
+def test_a_forecast_of_updates_differs_from_their_reuse() -> None:
+    pipe = transformer_pipelines.dit()
+    with regrow.apply(pipe, TokenCache(**SMALL)):
+        reused = generate(pipe, num_inference_steps=8)
+    with regrow.apply(pipe, TokenCache(**SMALL, recovery=Taylor(order=1))):
+        forecast = generate(pipe, num_inference_steps=8)
+    assert not torch.allclose(reused, forecast)
+
+
+def test_counts_from_the_call_are_the_cut_of_all_alphas() -> None:
+    """The paper's: the highest values of all blocks, the mean share in the batch of each block."""
+    pipe = transformer_pipelines.dit()
+    config = TokenCache(**SMALL | {"counts": Counts.DATA})
+    _, chosen, _ = chosen_by(pipe, config, **FORMS["guided"])
+    [first] = [c for c in chosen[1:2] if c is not None]
+    tokens, sites = 64, len(pipe.transformer.transformer_blocks) - 1
+    counts = [t.shape[1] for t in first.values()]
+    assert len(set(counts)) > 1
+    assert abs(sum(counts) - 0.4 * tokens * sites) <= sites / 2
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.integers(1, 70), st.floats(-500, 500))
+@settings(max_examples=200, deadline=None)
+def test_i_steps_pass_even_parts_of_the_sum(means: list[float], full: int, beta: float) -> None:
+    """Against Eq. 13 taken literally, a step after the other."""
+    chosen = i_steps(means, full, beta)
+    assert 0 in chosen
+    assert len(chosen) == min(full, len(means))
+    weights = [np.exp(beta * m - max(beta * n for n in means)) for m in means]
+    expected: set[int] = set()
+    count = min(full, len(means))
+    for part in range(count):
+        v, step = 0.0, 0
+        while step < len(means) - 1 and v < part / count * sum(weights) - 1e-9 * sum(weights):
+            v, step = v + weights[step], step + 1
+        while step in expected and step < len(means) - 1:
+            step += 1
+        while step in expected:
+            step -= 1
+        expected.add(step)
+    assert chosen == expected
+
+
+def test_i_steps_without_alpha_are_even() -> None:
+    assert i_steps(np.zeros(50), 10, -8000) == set(range(0, 50, 5))
+    # Where alpha is high, a negative beta has fewer of them.
+    few = i_steps([0.9] * 25 + [0.1] * 25, 10, -3.0)
+    assert len([step for step in few if step < 25]) == 1
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1), min_size=9, max_size=9), min_size=2, max_size=6),
+    st.floats(0.05, 0.95),
+)
+@settings(max_examples=100, deadline=None)
+def test_shares_are_those_of_one_threshold(rows: list[list[float]], ratio: float) -> None:
+    quantiles = np.sort(np.array([rows]), axis=2)
+    shares = Table(quantiles, np.array([0.5])).shares(0.0, len(rows), ratio)
+    assert all(0 <= share <= 1 for share in shares)
+    # A block whose quantiles are all higher never computes a smaller part.
+    for i, one in enumerate(quantiles[0]):
+        for j, other in enumerate(quantiles[0]):
+            if (one >= other).all():
+                assert shares[i] >= shares[j] - 1e-6
+    if max(shares) < 1:
+        assert np.mean(shares) == pytest.approx(1 - ratio, abs=1e-6)
+
+
+def learned_file(folder: Path, transformer: Any, **changes: Any) -> Path:
+    """A predictor that likes the last block, and tokens in the order of its head's numbers."""
+    sites = len(transformer.transformer_blocks)
+    torch.manual_seed(3)
+    predictor = CachePredictor.of(transformer, sites)
+    quantiles = torch.linspace(0, 1, 9).expand(5, sites, 9) * torch.linspace(0.2, 1, sites)[None, :, None]
+    tensors = {f"predictor.{k}": v for k, v in predictor.state_dict().items()}
+    tensors |= {"quantiles": quantiles.contiguous(), "alpha": torch.linspace(0.2, 0.8, 5)}
+    about = Learned(
+        kind="predictor", model="a test", denoiser=denoiser_key(transformer), sites=sites
+    ).model_copy(update=changes)
+    file = folder / "learned.safetensors"
+    write_learned(file, about, tensors)
+    return file
+
+
+def test_a_trained_predictor_sets_shares_and_steps(tmp_path: Path) -> None:
+    pipe = transformer_pipelines.dit()
+    file = learned_file(tmp_path, pipe.transformer)
+    config = TokenCache(predictor=str(file), full_steps=2, last_blocks=1, ratio=0.8, beta=-3)
+    ours, chosen, report = chosen_by(pipe, config)
+    counts = [[t.shape[1] for t in c.values()] for c in chosen if c]
+    assert all(c == sorted(c) and len(set(c)) > 3 for c in counts)
+    assert torch.equal(chosen_by(pipe, config)[0], ours)
+    # What is counted without running the model is what ran.
+    counted = profile(architecture("cifar10"), None, 1)
+    assert counted.macs
+    assert sum(c.selection_macs > 0 for c in report.calls) == len(counts)
+
+
+def test_the_choice_is_the_highest_alpha_of_the_block() -> None:
+    pipe = transformer_pipelines.dit()
+    layout = layout_of(pipe.transformer)
+    from regrow.core.decision import Entered
+    from regrow.methods.tokencache import _Rule
+
+    decider = _Rule(TokenCache(**SMALL)).on(pipe.transformer, layout)
+    x = torch.randn(2, 64, pipe.transformer.inner_dim)
+    told = {"timestep": torch.tensor([3, 3]), "class_labels": torch.tensor([1, 2])}
+    info = CallInfo(2, False, (), torch.Generator())
+    seen = decider.look(decider.begin(), Entered(x, (), told), info)
+    assert decider.predictor is not None
+    alpha = torch.sigmoid(decider.predictor.head(decider.predictor.block(x, **told)))
+    for site in layout.block_sites[:-1]:
+        chosen = decider.choose(decider.begin(), seen, site, x, 10, info)
+        for b in range(2):
+            order = sorted(range(64), key=lambda t: -float(alpha[b, t, site.index]))
+            assert set(chosen[b].tolist()) == set(order[:10])
+
+
+def damaged(file: Path, what: str) -> None:
+    """Make a file one that must be refused."""
+    if what == "cut off":
+        file.write_bytes(file.read_bytes()[:-8])
+    elif what == "renamed":
+        other = file.with_name("other.safetensors")
+        file.rename(other)
+        described_by(file).rename(described_by(other))
+        other.rename(file)
+    elif what == "newer":
+        text = described_by(file).read_text()
+        described_by(file).write_text(text.replace('"version": 1', '"version": 2'))
+    elif what == "other fields":
+        text = described_by(file).read_text()
+        described_by(file).write_text(text.replace('"sites"', '"places"'))
+    elif what == "no description":
+        described_by(file).write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("cut off", "cut off, changed"),
+        ("renamed", "there is no such file"),
+        ("newer", "version: 2 is newer"),
+        ("other fields", "not permitted"),
+        ("no description", "does not describe"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, what: str, told: str) -> None:
+    pipe = transformer_pipelines.dit()
+    file = learned_file(tmp_path, pipe.transformer)
+    damaged(file, what)
+    with pytest.raises((FileError, OSError), match=told) as error:
+        regrow.apply(pipe, TokenCache(predictor=str(file), last_blocks=1))
+    assert "\n" not in str(error.value)
+    assert "learned" in str(error.value)
+    generate(pipe)
+
+
+def test_a_predictor_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    file = learned_file(tmp_path, transformer_pipelines.dit().transformer)
+    pipe = transformer_pipelines.pixart()
+    with pytest.raises(ValueError, match=r"learned\.safetensors is for a test .* not for this PixArt"):
+        regrow.apply(pipe, TokenCache(predictor=str(file), last_blocks=1))
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    file = learned_file(tmp_path, transformer_pipelines.dit().transformer, kind="router")
+    with pytest.raises(FileError, match="kind: 'router' is not allowed here"):
+        read_learned(file, "predictor")
+
+
+def test_a_model_without_a_predictor_is_refused() -> None:
+    with pytest.raises(ValueError, match="predictor: none is bundled for this DiT"):
+        regrow.apply(transformer_pipelines.dit(), TokenCache(last_blocks=1))
+
+
+def test_too_many_last_blocks_are_refused() -> None:
+    pipe = transformer_pipelines.dit()
+    blocks = len(pipe.transformer.transformer_blocks)
+    with pytest.raises(ValueError, match=f"last_blocks: {blocks} is not allowed, it must be < {blocks}"):
+        regrow.apply(pipe, TokenCache(predictor=UNTRAINED, last_blocks=blocks))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_models_whose_blocks_return_more_than_tokens_are_refused(kind: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="TokenCache works on DiT and PixArt"):
+        regrow.apply(transformer_pipelines.KINDS[kind](), TokenCache(predictor=UNTRAINED))
+
+
+def test_a_share_of_tokens_is_rounded_up() -> None:
+    assert Some(0.1, "").count(256) == 26
+    assert Some(0.1, "").count(1024) == 103
+    assert Some(0.3, "").count(10) == 3
+    assert Some(None, "").count(10) is None
+
+
+@pytest.mark.parametrize("field", ["ratio", "full_steps", "last_blocks", "beta", "spacing", "choice"])
+def test_fields_are_checked(field: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        TokenCache.model_validate({field: -1e9})
+
+
+PAPER = [
+    ("dit-xl-256", 50, "dit-256-50", 11.867, 4.94, 5.26),
+    ("dit-xl-512", 20, "dit-512-20", 20.983, 12.89, None),
+]
+
+
+@pytest.mark.parametrize(("arch", "steps", "preset", "whole", "without", "with_it"), PAPER)
+def test_macs_are_the_papers(
+    arch: str, steps: int, preset: str, whole: float, without: float, with_it: float | None
+) -> None:
+    """TFLOPs of one picture, two a MAC."""
+    counted = profile(architecture(arch), TokenCache.preset(preset), steps)
+    assert 2e-12 * counted.baseline_macs == pytest.approx(whole, rel=0.002)
+    assert 2e-12 * counted.macs == pytest.approx(without, rel=0.002)
+    if with_it is not None:
+        assert 2e-12 * (counted.macs + counted.selection_macs) == pytest.approx(with_it, rel=0.002)
+
+
+def test_macs_of_pixart_are_the_papers() -> None:
+    counted = profile(architecture("pixart-alpha-1024"), None, 50)
+    assert 2e-12 * counted.baseline_macs == pytest.approx(325.48, rel=0.002)
+
+
+def test_spacings_differ(tmp_path: Path) -> None:
+    from regrow.methods.tokencache import full_calls
+
+    table = Table(np.zeros((5, 3, 9)), np.linspace(0.2, 0.8, 5))
+    steps = {
+        spacing: full_calls(TokenCache(full_steps=8, beta=-6, spacing=spacing), table, 40)
+        for spacing in Spacing
+    }
+    assert len({frozenset(s) for s in steps.values()}) == 3
+    assert steps[Spacing.UNIFORM] == set(range(0, 40, 5))
