@@ -34,7 +34,8 @@ class Learned(Checked):
     """What ``NAME.json`` says.
 
     Args:
-        kind: what was learned: ``"predictor"`` (TokenCache) or ``"router"`` (Learning-to-Cache).
+        kind: what was learned: ``"predictor"`` and its refinement ``"lora"`` (TokenCache), or ``"router"``
+            (Learning-to-Cache).
         model: name or folder of the model.
         denoiser: `regrow.origin.denoiser_key` of its denoiser.
         sites: how many sites it decides for.
@@ -46,7 +47,7 @@ class Learned(Checked):
 
     format: Literal["regrow-learned"] = "regrow-learned"
     version: Literal[1] = 1
-    kind: Literal["predictor", "router"]
+    kind: Literal["predictor", "lora", "router"]
     model: str
     denoiser: str
     sites: Count
