@@ -30,6 +30,9 @@ LARGEST = 1 << 32
 """Bytes of the tensors; one block of the largest published transformers has about 1 GB."""
 
 
+_COMMANDS = {"predictor": "predictor", "lora": "refine", "router": "router"}
+
+
 class Learned(Checked):
     """What ``NAME.json`` says.
 
@@ -81,7 +84,7 @@ class LearnedFile:
             raise ValueError(
                 f"{self.about.kind}: {said(self.file)} is for {self.about.model} ({self.about.denoiser}), "
                 f"not for this {type(denoiser).__name__} ({denoiser_key(denoiser)}); train one for it: "
-                f"regrow train {self.about.kind}"
+                f"regrow train {_COMMANDS[self.about.kind]}"
             )
 
 

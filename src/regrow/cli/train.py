@@ -225,9 +225,8 @@ def _run(request: Request, work: Callable[[Workplace], Trained], use: str) -> No
 
 
 def _trained(request: Request, work: Callable[[Workplace], Trained]) -> Trained:
-    from pydantic import ValidationError
-
     import torch
+    from pydantic import ValidationError
 
     from regrow import zoo
     from regrow.cli.models import best_device, check_device, load_pipeline

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from regrow.core.decision import ALL, SKIP, Decision, Entered, View
+from regrow.core.decision import ALL, SKIP, Adapter, Decision, Entered, View
 from regrow.fields import MOST_CALLS, Share
 from regrow.layers import LayerKind
 from regrow.methods.base import About, MethodConfig, register
@@ -91,8 +91,8 @@ class _Rule:
         c = self.config
         if c.router is None and not next(denoiser.parameters()).is_meta:
             raise ValueError(
-                f"router: none is given for this {type(denoiser).__name__}; train one (regrow train router) "
-                f"and name its file, or take {UNTRAINED!r} to measure time alone"
+                f"router: none is given for this {type(denoiser).__name__}; train one (regrow train "
+                f"router) and name its file, or take {UNTRAINED!r} to measure time alone"
             )
         if c.router in (None, UNTRAINED):
             return _Deciding(sites, None)
@@ -117,7 +117,7 @@ class _Deciding:
     table: tuple[tuple[bool, ...], ...] | None
 
     observes: ClassVar[frozenset[LayerKind]] = frozenset()
-    adapters: ClassVar[Mapping[str, Any]] = {}
+    adapters: ClassVar[Mapping[str, Adapter]] = {}
 
     def plan(self, view: View) -> Mapping[str, Decision]:
         """The table's row of the call.
@@ -129,8 +129,8 @@ class _Deciding:
             return {site.name: SKIP if view.index % 2 else ALL for site in self.sites}
         if view.total != len(self.table):
             raise ValueError(
-                f"router: it was trained for {len(self.table)} steps, not for {view.total}; take as many, or "
-                f"train one: regrow train router --sampler-steps {view.total}"
+                f"router: it was trained for {len(self.table)} steps, not for {view.total}; take as many, "
+                f"or train one: regrow train router --sampler-steps {view.total}"
             )
         row = self.table[view.index]
         return {site.name: ALL if whole else SKIP for site, whole in zip(self.sites, row, strict=True)}

@@ -13,7 +13,6 @@ from torch import Tensor
 from typing_extensions import Self
 
 from regrow.files import read_text
-
 from regrow.measure.images import on_white, to_tensor
 from regrow.measure.keep import kept
 from regrow.measure.sampling import make, takes_classes
@@ -98,7 +97,7 @@ class Examples:
         return self.at(steps, which, index, noise, dropped)
 
     def at(self, steps: Steps, which: Tensor, index: Tensor, noise: Tensor, dropped: Tensor) -> Batch:
-        """Examples ``which``, noised to steps number ``index``; those that are dropped lose their condition."""
+        """Examples ``which``, noised to steps number ``index``; dropped ones lose their condition."""
         device = self.latents.device
         x0 = self.latents[which.to(device)]
         given = {
@@ -209,10 +208,8 @@ def encoded(
     def compute() -> dict[str, Tensor]:
         parts: list[dict[str, Tensor]] = []
         some: list[tuple[Image.Image, str]] = []
-        done = 0
-        for pair in pictures:
+        for done, pair in enumerate(pictures, 1):
             some.append(pair)
-            done += 1
             if len(some) == batch or done == count:
                 parts.append(_encoded(pipeline, layout, some))
                 some = []

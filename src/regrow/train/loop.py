@@ -164,7 +164,7 @@ def train(
         optimizer.zero_grad()
         accelerator.backward(found.error + found.cost)
         optimizer.step()
-        point = Point(step, float(found.error), float(found.cost))
+        point = Point(step, float(found.error.detach()), float(found.cost.detach()))
         if not torch.isfinite(torch.tensor(point.loss)):
             raise ValueError(f"--lr: {training.lr:g} is too large, the loss is no number in step {step}")
         curve.train.append(point)

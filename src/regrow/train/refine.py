@@ -1,4 +1,4 @@
-"""TokenCache's refinement: low-rank updates (LoRA) of the last K blocks, while the predictor stays as it is.
+"""TokenCache's refinement: low-rank updates (LoRA) of the last K blocks, with a trained predictor.
 
 The last blocks are computed in every call. They learn to make of cached tokens what the full call makes.
 """
@@ -52,7 +52,7 @@ def adapter_weights(denoiser: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The updates as diffusers keeps them: ``transformer.BLOCK.PROJECTION.lora_A.weight`` and ``lora_B``."""
+    """The updates as diffusers names them: ``transformer.BLOCK.PROJECTION.lora_A.weight``, ``lora_B``."""
     return {
         f"transformer.{name.replace(f'.{ADAPTER}.', '.')}": p
         for name, p in adapter_weights(denoiser).items()
@@ -61,7 +61,7 @@ def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class RefineObjective:
-    """The output of a cached call, with the choice of tokens as it is made in use, shall be the full call's.
+    """The output of a cached call, tokens chosen as in use, shall be that of the full call.
 
     Keys and values are of the present tokens, as in the predictor's training.
 

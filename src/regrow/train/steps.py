@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -42,8 +41,8 @@ class Steps:
         prediction = prediction_type(scheduler)
         if "beta_schedule" not in scheduler.config or prediction not in PREDICTIONS:
             raise ValueError(
-                f"model: the scheduler {type(scheduler).__name__} ({prediction}) is not allowed in training, "
-                f"it must have betas and predict one of {', '.join(PREDICTIONS)}"
+                f"model: the scheduler {type(scheduler).__name__} ({prediction}) is not allowed in "
+                f"training, it must have betas and predict one of {', '.join(PREDICTIONS)}"
             )
         ddim: Any = DDIMScheduler.from_config(scheduler.config)
         ddim.set_timesteps(count)
