@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from regrow.core.decision import Entered
 from regrow.models.table import Keeps, Layout, Site
@@ -27,11 +29,13 @@ class Frozen:
         denoiser: the model.
         layout: its table.
         steps: of the sampler that it is trained for.
+        recompute: in the backward pass sites are computed again, rather than what they made kept.
     """
 
     denoiser: nn.Module
     layout: Layout
     steps: Steps
+    recompute: bool = False
 
     def call(self, x: Tensor, index: Tensor, given: Mapping[str, Any]) -> Tensor:
         """Its output at step number ``index`` ``(B,)``, without the channels of a learned variance."""
@@ -87,6 +91,25 @@ def acting(sites: Sequence[Site], act: Act) -> Iterator[None]:
     finally:
         for one in hooks:
             one.remove()
+
+
+@contextmanager
+def recomputed(sites: Sequence[Site]) -> Iterator[None]:
+    """Have sites keep nothing for the backward pass but what they are given, for as long as this lasts.
+
+    Not by diffusers' own switch: it would compute blocks again with hooks that are gone by then.
+    """
+    before = [(site.module.__dict__, site.module.__dict__.get("forward")) for site in sites]
+    for site in sites:
+        site.module.__dict__["forward"] = partial(checkpoint, site.module.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for state, forward in before:
+            if forward is None:
+                del state["forward"]
+            else:
+                state["forward"] = forward
 
 
 @torch.no_grad()
@@ -156,6 +179,6 @@ def relaxed(
         last[:] = [out]
         return out
 
-    with acting(sites, mix):
+    with acting(sites, mix), recomputed(sites) if frozen.recompute else nullcontext():
         output = frozen.call(before.x, before.index, given)
     return output, last[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regrow.measure.plotting import COLOURS, check_matplotlib, save
 from regrow.train.examples import Examples
@@ -46,18 +47,18 @@ def draw_alpha(objective: PredictorObjective, examples: Examples, seed: int, fil
     maps = _maps(objective, examples, seed)
     samples, bins, tokens, blocks = maps.shape
     side = round(tokens**0.5)
-    form = (side, side) if side * side == tokens else (1, tokens)
-    figure, axes = plt.subplots(
-        blocks, samples * bins, figsize=(0.7 * samples * bins, 0.75 * blocks + 0.4), squeeze=False
+    rows, columns = (side, side) if side * side == tokens else (1, tokens)
+    # One picture of all maps, with a line between them: an axis for each would take seconds.
+    cells = pad(maps.permute(3, 0, 1, 2).reshape(blocks, samples * bins, rows, columns), (0, 1, 0, 1))
+    sheet = cells.transpose(1, 2).reshape(blocks * (rows + 1), -1)
+    figure, axes = plt.subplots(figsize=(0.5 * samples * bins, 0.55 * blocks + 0.8), layout="constrained")
+    axes.imshow(sheet, vmin=0, vmax=1, cmap="gray", aspect="auto")
+    axes.set_yticks([(rows + 1) * (i + 0.5) for i in range(blocks)], [str(i) for i in range(blocks)])
+    axes.set_xticks(
+        [(columns + 1) * (i + 0.5) for i in range(samples * bins)],
+        [f"{part / bins:.0%}" for _ in range(samples) for part in range(bins)],
     )
-    for row, block in enumerate(axes):
-        for column, one in enumerate(block):
-            sample, part = divmod(column, bins)
-            one.imshow(maps[sample, part, :, row].reshape(form), vmin=0, vmax=1, cmap="gray")
-            one.set(xticks=[], yticks=[])
-            if row == 0:
-                one.set_title(f"{part / bins:.0%}", fontsize=7)
-        block[0].set_ylabel(f"block {row}", fontsize=7)
+    axes.set(xlabel=f"part of the run, {samples} samples", ylabel="block")
     save(figure, file)
 
 
