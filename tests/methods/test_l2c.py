@@ -74,7 +74,7 @@ def test_layers_are_computed_or_reused_as_the_table_says(tmp_path: Path, kind: s
             ours = generate(pipe, **FORMS[form])
         torch.testing.assert_close(ours, slow(pipe, table, **FORMS[form]), rtol=1e-4, atol=1e-5)
         macs = [call.macs for call in run.report().calls]
-        assert macs[1] < macs[0] == macs[2]
+        assert macs[1] < macs[2] <= macs[0]
 
 
 def test_a_table_that_computes_all_is_the_plain_pipeline_bit_for_bit(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ import regrow
 from regrow.methods.l2c import L2C
 from regrow.methods.tokencache import UNTRAINED, TokenCache, table_of
 from regrow.predictors import read_learned
-from regrow.schedule import SITES
 from regrow.train.loop import Curve, Training
 from regrow.train.run import (
     Data,
@@ -75,7 +74,8 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
 
 def test_two_hundred_steps_lower_the_loss_of_held_out_examples(tmp_path: Path) -> None:
     training = FEW.model_copy(update={"steps": 200, "every": 100, "held_out": 4})
-    held = train_predictor(place_of(tmp_path, small(), training), 1, samples=2).curve.held_out
+    pipe = transformer_pipelines.dit(num_layers=2, sample_size=8)
+    held = train_predictor(place_of(tmp_path, pipe, training), 1, samples=2).curve.held_out
     assert [p.step for p in held] == [0, 100, 200]
     assert held[-1].loss < 0.8 * held[0].loss
     for name in ("loss.png", "alpha.png"):
@@ -96,7 +96,7 @@ def test_a_predictor_goes_into_the_method(tmp_path: Path, kind: str) -> None:
         out = generate(pipe)
     assert torch.isfinite(out).all()
     assert not torch.equal(out, plain)
-    assert sum(call.depth == SITES for call in run.report().calls) == 3
+    assert sum(call.selection_macs > 0 for call in run.report().calls) == 3
     assert torch.equal(generate(pipe), plain)
 
 
@@ -153,7 +153,7 @@ def accelerated(pipe: Any, config: Any) -> torch.Tensor:
 
 def test_a_router_goes_into_the_method_at_its_own_number_of_steps(tmp_path: Path) -> None:
     place = place_of(tmp_path, small())
-    trained = train_router(replace(place), price=1.0, threshold=0.87, pictures=False)
+    trained = train_router(replace(place), price=1.0, threshold=0.879, pictures=False)
     learned = read_learned(trained.file, "router")
     assert learned.tensors["table"].shape == (5, 2 * BLOCKS)
     assert learned.tensors["table"][::2].all()

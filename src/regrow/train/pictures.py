@@ -50,7 +50,7 @@ def draw_alpha(objective: PredictorObjective, examples: Examples, seed: int, fil
     rows, columns = (side, side) if side * side == tokens else (1, tokens)
     # One picture of all maps, with a line between them: an axis for each would take seconds.
     cells = pad(maps.permute(3, 0, 1, 2).reshape(blocks, samples * bins, rows, columns), (0, 1, 0, 1))
-    sheet = cells.transpose(1, 2).reshape(blocks * (rows + 1), -1)
+    sheet = cells.transpose(1, 2).reshape(blocks * (rows + 1), -1).numpy()
     figure, axes = plt.subplots(figsize=(0.5 * samples * bins, 0.55 * blocks + 0.8), layout="constrained")
     axes.imshow(sheet, vmin=0, vmax=1, cmap="gray", aspect="auto")
     axes.set_yticks([(rows + 1) * (i + 0.5) for i in range(blocks)], [str(i) for i in range(blocks)])
