@@ -183,19 +183,20 @@ def pixart_sized() -> PixArtAlphaPipeline:
     )
 
 
-def dit() -> DiTPipeline:
-    transformer = DiTTransformer2DModel(
-        sample_size=16,
-        num_layers=LAYERS,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        in_channels=4,
-        out_channels=8,
-        num_embeds_ada_norm=1000,
-    )
+def dit(**changes: Any) -> DiTPipeline:
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "num_layers": LAYERS,
+        "patch_size": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_embeds_ada_norm": 1000,
+    }
+    transformer = seeded(DiTTransformer2DModel(**config | changes))
     return pipelines.quiet(
-        DiTPipeline(transformer=seeded(transformer), vae=vae(), scheduler=DDIMScheduler(clip_sample=False))
+        DiTPipeline(transformer=transformer, vae=vae(), scheduler=DDIMScheduler(clip_sample=False))
     )
 
 

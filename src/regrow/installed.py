@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from regrow.core.sites import SiteHook, SiteKeysHook
+from regrow.core.sites import AdapterHook, SiteHook, SiteKeysHook
 from regrow.engine.call import OUTPUT, Watched
 from regrow.engine.engine import Engine
 from regrow.engine.pruning import Pruning
@@ -179,6 +179,8 @@ class Installed:
         if engine.sites is not None:
             for name, module, site in engine.sites.memory:
                 self._hook(module, SiteKeysHook(engine, name, site))
+            for name, adapter in engine.sites.decider.adapters.items():
+                self._hook(engine.denoiser.get_submodule(name), AdapterHook(engine, adapter))
         for watched in engine.watched:
             self._hook_watched(engine, watched)
         # Outside all others, so that what is skipped is neither selected from nor pruned.

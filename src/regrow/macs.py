@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from regrow.clock import Position
-from regrow.core.decision import Decision, Entered, Sited, View
+from regrow.core.decision import Adapter, Decision, Entered, Sited, View
 from regrow.engine.branches import Branches
 from regrow.engine.call import Call
 from regrow.engine.engine import Engine
@@ -202,6 +202,10 @@ class _FirstOfSites:
     @property
     def observes(self) -> frozenset[LayerKind]:
         return self._decider.observes
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        return self._decider.adapters
 
     def plan(self, view: View) -> Mapping[str, Decision]:
         """The given one."""

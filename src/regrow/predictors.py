@@ -30,11 +30,15 @@ LARGEST = 1 << 32
 """Bytes of the tensors; one block of the largest published transformers has about 1 GB."""
 
 
+_COMMANDS = {"predictor": "predictor", "lora": "refine", "router": "router"}
+
+
 class Learned(Checked):
     """What ``NAME.json`` says.
 
     Args:
-        kind: what was learned: ``"predictor"`` (TokenCache) or ``"router"`` (Learning-to-Cache).
+        kind: what was learned: ``"predictor"`` and its refinement ``"lora"`` (TokenCache), or ``"router"``
+            (Learning-to-Cache).
         model: name or folder of the model.
         denoiser: `regrow.origin.denoiser_key` of its denoiser.
         sites: how many sites it decides for.
@@ -46,7 +50,7 @@ class Learned(Checked):
 
     format: Literal["regrow-learned"] = "regrow-learned"
     version: Literal[1] = 1
-    kind: Literal["predictor", "router"]
+    kind: Literal["predictor", "lora", "router"]
     model: str
     denoiser: str
     sites: Count
@@ -80,7 +84,7 @@ class LearnedFile:
             raise ValueError(
                 f"{self.about.kind}: {said(self.file)} is for {self.about.model} ({self.about.denoiser}), "
                 f"not for this {type(denoiser).__name__} ({denoiser_key(denoiser)}); train one for it: "
-                f"regrow train {self.about.kind}"
+                f"regrow train {_COMMANDS[self.about.kind]}"
             )
 
 

@@ -103,7 +103,7 @@ def test_a_preset_of_toca_goes_with_another_interval(
             ("profile", "--arch", "sd15", "--method", "magic"),
             "method: 'magic' is not known; allowed: .*dato",
         ),
-        (("profile", "--arch", "sd15", "--method", "l2c"), "method: 'l2c' is not built yet"),
+        (("profile", "--arch", "sd15", "--method", "l2c"), "the layers of UNet2D.* are not known"),
         (
             ("profile", "--arch", "sd15", "--method", "toca", "--interval", "3"),
             "UNet2DConditionModel has no layer that can compute some of its tokens by themselves",

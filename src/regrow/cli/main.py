@@ -21,6 +21,7 @@ from regrow.cli.ablations import ABLATIONS, ablated, against, merged, pair
 from regrow.cli.engine import Engine, Where
 from regrow.cli.harmless import in_one_line, in_plain_words
 from regrow.cli.terminal import busy, output, remarks, table
+from regrow.cli.train import train_app
 from regrow.cli.usual import usual
 from regrow.fields import MOST_CALLS, MOST_COUNT, MOST_GUIDANCE, MOST_PIXELS, MOST_SEED, check_within
 from regrow.measure.extractors import Network
@@ -33,12 +34,13 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+app.add_typer(train_app, name="train")
 
 FIELDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Settings of the commands that take the fields of the method they are told as options."""
 STOPPED = 130
 """Exit code of a command that was stopped by Ctrl-C."""
-_RESUMABLE = frozenset({"calibrate", "eval", "search"})
+_RESUMABLE = frozenset({"calibrate", "eval", "search", "train"})
 # typer exports no more of the classes of what it raises for options it can't read.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 _FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)

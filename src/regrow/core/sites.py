@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from regrow.core.decision import ALL, SKIP, Decider, Decision, Entered, Some, View
+from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Some, View
 from regrow.core.store import copied
 from regrow.engine.call import Call, Watched
 from regrow.methods.parts import Attention
@@ -186,6 +186,20 @@ class SiteKeysHook:
             if len(output) == call.info.batch:
                 store.keep(self.key, output)
         return output
+
+
+class AdapterHook:
+    """A linear layer with a low-rank update, in calls that leave something out; no weight is changed."""
+
+    def __init__(self, engine: _Engine, adapter: Adapter) -> None:
+        self.engine, self.adapter = engine, adapter
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        call = self.engine.call
+        if call is None or not call.plan:
+            return output
+        return output + self.adapter(args[0] if args else kwargs["input"])
 
 
 def _is_full(call: Call) -> bool:

@@ -33,8 +33,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from regrow import zoo
-from regrow.core.decision import ALL, SKIP, Decision, Entered, Some, View
+from regrow.core.decision import ALL, SKIP, Adapter, Decision, Entered, Some, View
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share
+from regrow.files import said
 from regrow.layers import LayerKind
 from regrow.methods.base import About, DenoiserKind, MethodConfig, register
 from regrow.methods.parts import Attention, CallInfo, Parts, parts_of
@@ -112,6 +113,7 @@ class TokenCache(MethodConfig):
         recovery: how an update follows from those computed, where it is not (the paper: the last is
             reused).
         seed: of random choices.
+        lora: the file of trained updates of the last K blocks, ``NAME.safetensors``, for P-steps.
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
@@ -141,6 +143,7 @@ class TokenCache(MethodConfig):
     counts: Counts = Counts.TABLE
     recovery: RecoveryField = REUSE
     seed: Seed = 0
+    lora: str | None = None
 
     @classmethod
     def space(cls, calls: int) -> Space:
@@ -287,7 +290,8 @@ class _Rule:
             table = table_of(learned)
             if predictor is not None:
                 load_predictor(predictor, learned)
-        return _Deciding(c, sites[: len(sites) - c.last_blocks], predictor, table)
+        adapters = {} if c.lora is None else _adapters(Path(c.lora), denoiser, len(sites), c.last_blocks)
+        return _Deciding(c, sites[: len(sites) - c.last_blocks], predictor, table, adapters)
 
 
 def load_predictor(predictor: CachePredictor, learned: LearnedFile) -> None:
@@ -327,6 +331,26 @@ def _learned(config: TokenCache, denoiser: nn.Module) -> LearnedFile | None:
     return found
 
 
+def _adapters(file: Path, denoiser: nn.Module, sites: int, last_blocks: int) -> dict[str, Adapter]:
+    """The updates of a file, by the paths of their layers.
+
+    Raises:
+        ValueError: if they are of another model, or of more or fewer blocks.
+        FileError: if the file is none of theirs.
+    """
+    learned = read_learned(file, "lora")
+    learned.check(denoiser, sites)
+    trained = learned.about.settings.get("last_blocks")
+    if trained != last_blocks:
+        raise ValueError(f"lora: {said(file)} is for last_blocks={trained}, not {last_blocks}")
+    down, up = ".lora_A.weight", ".lora_B.weight"
+    names = [name.removesuffix(down) for name in learned.tensors if name.endswith(down)]
+    return {
+        name.removeprefix("transformer."): Adapter(learned.tensors[name + down], learned.tensors[name + up])
+        for name in names
+    }
+
+
 def bundled_for(denoiser: nn.Module) -> LearnedFile | None:
     """The predictor that is bundled with a model, if it is one of those."""
     for name in zoo.MODELS:
@@ -347,12 +371,14 @@ class _Deciding:
         sites: the blocks that it decides for.
         predictor: None if tokens are chosen otherwise.
         table: of the predictor; None if it has learned nothing.
+        adapters: of the last blocks.
     """
 
     config: TokenCache
     sites: tuple[Site, ...]
     predictor: CachePredictor | None
     table: Table | None
+    adapters: Mapping[str, Adapter]
 
     @property
     def observes(self) -> frozenset[LayerKind]:
