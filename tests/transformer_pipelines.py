@@ -18,6 +18,8 @@ from diffusers import (
     FluxControlNetPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    LattePipeline,
+    LatteTransformer3DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -226,6 +228,33 @@ def flux() -> FluxPipeline:
             tokenizer_2=tokenizer,
             transformer=seeded(transformer),
         )
+    )
+
+
+PAIRS = 3
+"""Of a spatial and a temporal block each."""
+
+
+def latte(**parts: Any) -> LattePipeline:
+    """Makes latents of videos, from texts that are encoded already."""
+    transformer = LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=PAIRS,
+        cross_attention_dim=16,
+        sample_size=8,
+        patch_size=2,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=TEXT,
+        video_length=3,
+    )
+    none = {"tokenizer": None, "text_encoder": None, "vae": None}
+    scheduler = DDIMScheduler(clip_sample=False)
+    return pipelines.quiet(
+        LattePipeline(transformer=seeded(transformer), scheduler=scheduler, **none | parts)
     )
 
 
