@@ -258,6 +258,12 @@ def latte(**parts: Any) -> LattePipeline:
     )
 
 
+def latte_of_texts() -> LattePipeline:
+    """Complete: from texts to frames of 16 x 16."""
+    text_encoder, tokenizer = t5()
+    return latte(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae())
+
+
 def wan_transformer(channels: int = 4) -> WanTransformer3DModel:
     model = WanTransformer3DModel(
         num_attention_heads=2,
