@@ -3,8 +3,8 @@
     npm pack @iconify-json/noto@1.2.9
     python tools/train_video.py --data noto.tgz --out work/video --export work/video/model
 
-Latte (Ma et al., 2024) on the pixels of small videos: one emoji of ten moves before a plain ground and turns
-back at the borders. Spatial blocks see the tokens of a frame, temporal ones those of a place in all frames.
+Latte (Ma et al., 2024) on the pixels of small videos: one emoji of ten moves before a plain ground, and the
+borders send it back. Spatial blocks see the tokens of a frame, temporal ones those of a place in all frames.
 A class is a prompt of one word. Killed at any moment, the same command goes on from the last checkpoint.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import LattePipeline, LatteTransformer3DModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from emoji_scenes import Caption, Placed, Scene, Sprites, compose, read_sprites, shade
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class Recipe:
 
 
 def clip(seed: int, frames: int) -> tuple[int, list[Scene]]:
-    """The class and the frames of a seed: an object moves straight on, turns, and is held by the borders."""
+    """The class and the frames of a seed: an object moves on and turns; borders send it back."""
     rng = random.Random(seed)
     index, size = rng.randrange(len(CLASSES)), rng.uniform(SMALLEST, LARGEST)
     low, high = size / 2 - 0.04, 1 - size / 2 + 0.04
@@ -97,7 +97,7 @@ def fold(way: float, length: float) -> float:
 
 
 def draw(sprites: Sprites, count: int, frames: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Classes ``(count,)`` and videos ``(count, 3, frames, SIDE, SIDE)`` in [-1, 1], each of a seed of its own."""
+    """Classes ``(count,)`` and videos ``(count, 3, frames, SIDE, SIDE)`` in [-1, 1], each of its own seed."""
     clips = [clip(seed, frames) for seed in torch.randint(SEEDS, (count,), generator=rng).tolist()]
     pictures = compose([scene for _, scenes in clips for scene in scenes], sprites, SIDE)
     videos = pictures.unflatten(0, (count, frames)).transpose(1, 2).mul(2).sub(1)
@@ -250,7 +250,9 @@ def run(
     transformer = build_transformer(recipe).to(device)
     if device.type == "cpu":
         # PyTorch's fused attention takes twice as long here, there and back.
-        transformer.set_attn_processor(AttnProcessor())
+        for module in transformer.modules():
+            if isinstance(module, Attention):
+                module.set_processor(AttnProcessor())
     stage = denoiser_stage(transformer, Sprites(sprites, device), texts, recipe)
     train(stage, out, minutes, recipe.batch, timer=timer, checkpoint_seconds=checkpoint_seconds)
     if export_to:

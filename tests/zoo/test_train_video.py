@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,7 @@ def test_an_object_moves_evenly_inside_the_picture() -> None:
         places = [(s.placed[0].x, s.placed[0].y) for s in scenes]
         reach = scenes[0].placed[0].size / 2 - 0.04
         assert all(reach - 1e-9 <= p <= 1 - reach + 1e-9 for place in places for p in place)
-        steps = [
-            abs(b - a)
-            for one, two in zip(places, places[1:], strict=False)
-            for a, b in zip(one, two, strict=True)
-        ]
+        steps = [abs(b - a) for one, two in pairwise(places) for a, b in zip(one, two, strict=True)]
         assert 0 < max(steps) <= FASTEST + 1e-9
     assert clip(3, 8)[1][:4] == clip(3, 4)[1]
 

@@ -47,7 +47,7 @@ class Request:
     height: int | None
     width: int | None
     frames: int | None
-    fps: float
+    fps: int
     batch: int
     out: Path
     device: str | None

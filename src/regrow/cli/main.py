@@ -224,7 +224,7 @@ def generate(
     height: Height = None,
     width: Width = None,
     frames: Annotated[Optional[int], typer.Option(help="Of a video; its own if none.", min=1)] = None,
-    fps: Annotated[float, typer.Option(help="Frames of a video a second.", min=0.1, max=240)] = 8.0,
+    fps: Annotated[int, typer.Option(help="Frames of a video a second.", min=1, max=240)] = 8,
     out: Annotated[
         Path, typer.Option(help="Picture or video file (.mp4, .gif); more prompts get numbers.")
     ] = Path("out.png"),

@@ -36,7 +36,7 @@ def check_format(file: Path) -> None:
         )
 
 
-def save_clip(file: Path, frames: Sequence[Image.Image], fps: float) -> None:
+def save_clip(file: Path, frames: Sequence[Image.Image], fps: int) -> None:
     """Write the frames of a video, or a picture.
 
     Args:
