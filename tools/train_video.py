@@ -3,9 +3,10 @@
     npm pack @iconify-json/noto@1.2.9
     python tools/train_video.py --data noto.tgz --out work/video --export work/video/model
 
-Latte (Ma et al., 2024) on the pixels of small videos: one emoji of ten moves before a plain ground, and the
-borders send it back. Spatial blocks see the tokens of a frame, temporal ones those of a place in all frames.
-A class is a prompt of one word. Killed at any moment, the same command goes on from the last checkpoint.
+Latte (Ma et al., 2024) on the pixels of small videos: one emoji of ten moves before a plain ground, and
+borders send it back. Spatial blocks see the tokens of a frame, temporal blocks those of a place in all
+frames. A class is a prompt of one word. Killed at any moment, the same command goes on from the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def fold(way: float, length: float) -> float:
 
 
 def draw(sprites: Sprites, count: int, frames: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Classes ``(count,)`` and videos ``(count, 3, frames, SIDE, SIDE)`` in [-1, 1], each of its own seed."""
+    """Classes ``(count,)`` and videos ``(count, 3, frames, SIDE, SIDE)`` in [-1, 1], each of a seed."""
     clips = [clip(seed, frames) for seed in torch.randint(SEEDS, (count,), generator=rng).tolist()]
     pictures = compose([scene for _, scenes in clips for scene in scenes], sprites, SIDE)
     videos = pictures.unflatten(0, (count, frames)).transpose(1, 2).mul(2).sub(1)

@@ -118,18 +118,12 @@ def generate(monkeypatch: pytest.MonkeyPatch, model: Path, out: Path, *words: st
 def test_the_command_saves_animated_pictures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path
 ) -> None:
-    method = (
-        "--method",
-        "tokencache",
-        "--full-steps",
-        "1",
-        "--predictor",
-        "untrained",
-        "--last-blocks",
-        "1",
-    )
+    method = "--method tokencache --preset dit-256-50 --full-steps 1 --predictor untrained --last-blocks 1"
     out = tmp_path / "cat.gif"
-    assert generate(monkeypatch, model, out, *method, "--prompt", "owl", "--fps", "10", "--compare") == 0
+    assert (
+        generate(monkeypatch, model, out, *method.split(), "--prompt", "owl", "--fps", "10", "--compare")
+        == 0
+    )
     for i in range(2):
         with Image.open(tmp_path / f"cat-{i}.gif") as video:
             assert (video.n_frames, video.info["duration"], video.size) == (TINY.frames, 100, (SIDE, SIDE))
