@@ -347,7 +347,7 @@ def test_too_many_last_blocks_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_models_whose_blocks_return_more_than_tokens_are_refused(kind: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="TokenCache works on DiT and PixArt"):
+    with pytest.raises(UnsupportedModelError, match="TokenCache works on DiT, PixArt, Latte and Wan"):
         regrow.apply(transformer_pipelines.KINDS[kind](), TokenCache(predictor=UNTRAINED))
 
 

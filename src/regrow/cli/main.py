@@ -225,14 +225,18 @@ def generate(
     seed: Seed = 0,
     height: Height = None,
     width: Width = None,
-    out: Annotated[Path, typer.Option(help="Picture file; more prompts get numbers.")] = Path("out.png"),
+    frames: Annotated[Optional[int], typer.Option(help="Of a video; its own if none.", min=1)] = None,
+    fps: Annotated[int, typer.Option(help="Frames of a video a second.", min=1, max=240)] = 8,
+    out: Annotated[
+        Path, typer.Option(help="Picture or video file (.mp4, .gif); more prompts get numbers.")
+    ] = Path("out.png"),
     device: Device = None,
     dtype: Dtype = "float32",
     batch: Batch = 16,
     compare: Annotated[bool, typer.Option(help="Also unaccelerated, side by side.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make pictures from texts or classes with a diffusers model, accelerated by a method.
+    """Make pictures or videos from texts or classes with a diffusers model, accelerated by a method.
 
     Beside the picture a JSON file of its name says what made it: versions, prompts, seed, method, settings.
 
@@ -276,6 +280,8 @@ def generate(
             seed=seed,
             height=height,
             width=width,
+            frames=frames,
+            fps=fps,
             batch=batch,
             out=out,
             device=device,
