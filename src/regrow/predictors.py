@@ -152,7 +152,7 @@ def read_learned(file: Path, kind: str) -> LearnedFile:
 
 def _check_name(file: Path) -> None:
     if file.suffix != ".safetensors":
-        raise ValueError(f"predictor: {shown(str(file))} is not allowed, it must end in .safetensors")
+        raise ValueError(f"file: {shown(str(file))} is not allowed, it must end in .safetensors")
 
 
 def _check_version(data: Any, file: Path) -> None:

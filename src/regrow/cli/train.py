@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +23,15 @@ train_app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Precision = Literal["no", "bf16", "fp16"]
+
+class Precision(str, Enum):
+    """What accelerate computes in; weights that learn are float32."""
+
+    NO = "no"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
 Model = Annotated[str, typer.Option(help="Bundled name, folder, or hub id; DiT or PixArt.")]
 DataFolder = Annotated[
     Path | None,
@@ -80,7 +89,7 @@ def predictor(
     samples: Annotated[int, typer.Option(help="That the table is made of.", min=1, max=4096)] = 64,
     seed: Seed = 0,
     every: Every = 100,
-    precision: Half = "no",
+    precision: Half = Precision.NO,
     checkpointing: Again = False,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Folder of the file, checkpoint and pictures.")] = Path(
@@ -128,7 +137,7 @@ def refine(
     last_blocks: LastBlocks = 4,
     seed: Seed = 0,
     every: Every = 100,
-    precision: Half = "no",
+    precision: Half = Precision.NO,
     checkpointing: Again = False,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Folder of the file, checkpoint and pictures.")] = Path(
@@ -170,7 +179,7 @@ def router(
     sampler_steps: SamplerSteps = 50,
     seed: Seed = 0,
     every: Every = 100,
-    precision: Half = "no",
+    precision: Half = Precision.NO,
     checkpointing: Again = False,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Folder of the file, checkpoint and pictures.")] = Path(
@@ -198,14 +207,14 @@ def router(
 
 
 def _training(
-    steps: int, lr: float, batch: int, seed: int, precision: str, every: int, sampler_steps: int
+    steps: int, lr: float, batch: int, seed: int, precision: Precision, every: int, sampler_steps: int
 ) -> dict[str, Any]:
     return {
         "steps": steps,
         "lr": lr,
         "batch": batch,
         "seed": seed,
-        "precision": precision,
+        "precision": precision.value,
         "every": every,
         "sampler_steps": sampler_steps,
     }

@@ -47,7 +47,7 @@ class L2C(MethodConfig):
     ABOUT: ClassVar[About] = About(
         title="Learning-to-Cache",
         what="a learned table says which attention and MLP outputs each second step reuses",
-        models="transformers: DiT, PixArt, SD3, Wan",
+        models="transformers: DiT, PixArt",
         paper="arXiv 2406.01733",
         note="needs a router trained for the model and its number of steps: regrow train router",
         place=31,
