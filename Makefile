@@ -17,7 +17,7 @@ INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 	touch $@
 
 .venv/installed: .venv/made pyproject.toml constraints.txt
-	$(INSTALL) ".[measure,plot,peers,cluster,train,test,dev,search]"
+	$(INSTALL) ".[measure,plot,peers,cluster,train,test,dev,search,video]"
 	touch $@ .venv/demo
 
 demo: .venv/demo

@@ -64,8 +64,8 @@ class Recipe:
     class_dropout: float = 0.1
     frames: int = 8
     patch: int = 4
-    pairs: int = 5
-    heads: int = 4
+    pairs: int = 4
+    heads: int = 2
     head_size: int = 64
     seed: int = 0
 

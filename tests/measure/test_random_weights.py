@@ -23,6 +23,7 @@ CHANGES = {
     "pixart-alpha-1024": PATCHES | {"cross_attention_dim": 144, "sample_size": 128},
     "pixart-sigma-1024": PATCHES | {"cross_attention_dim": 144},
     "sd3-1024": PATCHES | {"caption_projection_dim": 128},
+    "latte-512": {"num_attention_heads": 2, "cross_attention_dim": 144, "num_layers": 2, "video_length": 3},
     "wan-1.3b-480": {"num_attention_heads": 2, "ffn_dim": 64, "num_layers": 2},
     "wan-14b-480": {"num_attention_heads": 2, "ffn_dim": 64, "num_layers": 2},
     "flux-1024": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},

@@ -18,6 +18,7 @@ from transformer_pipelines import PAIRS, STEPS, TEXT
 import regrow
 from regrow import FORA, DeepCache
 from regrow.core.decision import Entered
+from regrow.measure import architecture, profile
 from regrow.methods.parts import CallInfo
 from regrow.methods.tokencache import Choice, Counts, TokenCache, _Rule
 from regrow.models import layout_of
@@ -295,6 +296,23 @@ def test_pictures_that_are_not_square_have_their_own_grid() -> None:
     for row in torch.cat(chosen).tolist():
         # Of each patch of 2 x 2 one token comes first.
         assert len({(t // 12 // 2, t % 12 // 2) for t in row}) == 4 * 6
+
+
+def test_macs_of_latte_are_those_counted_by_hand() -> None:
+    """Latte 1: 16 frames of 512 x 512, that is of 1,024 tokens 1,152 wide, 28 pairs of blocks."""
+    frames, places, width, text, pairs = 16, 32 * 32, 1152, 120, 28
+    tokens, linear = frames * places, 4 * width**2 + 8 * width**2
+    attended = 2 * width * (places + frames)
+    cross = tokens * (2 * width**2 + 2 * text * width) + 2 * frames * text * width**2
+    full = pairs * (tokens * (2 * linear + attended) + cross)
+    config = TokenCache(predictor="untrained", full_steps=1, last_blocks=0, ratio=0.5)
+    result = profile(architecture("latte-512"), config, 2)
+    assert result.baseline_macs_per_call == pytest.approx(full, rel=2e-3)
+    # Of each frame half the tokens, of each place half the frames; keys and values of the text are kept.
+    cached = pairs * (tokens * (linear + attended / 2) + tokens * (width**2 + text * width))
+    assert result.per_call[1] == pytest.approx(cached, rel=2e-3)
+    block = tokens * (linear + 2 * width * places) + cross
+    assert result.selection_macs == pytest.approx(block + tokens * width * 2 * pairs, rel=5e-3)
 
 
 class TestLatteElsewhere:

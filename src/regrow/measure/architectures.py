@@ -81,6 +81,24 @@ TRANSFORMERS: Mapping[str, tuple[str, int, Mapping[str, Any]]] = {
         },
     ),
     "flux-1024": ("FluxTransformer2DModel", 512, {"guidance_embeds": True}),
+    "latte-512": (
+        "LatteTransformer3DModel",
+        120,
+        {
+            "attention_head_dim": 72,
+            "num_layers": 28,
+            "in_channels": 4,
+            "out_channels": 8,
+            "cross_attention_dim": 1152,
+            "attention_bias": True,
+            "patch_size": 2,
+            "activation_fn": "gelu-approximate",
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "caption_channels": 4096,
+        },
+    ),
     "wan-1.3b-480": (
         "WanTransformer3DModel",
         512,
@@ -198,6 +216,14 @@ def _flux_inputs(config: Any, batch: int, height: int, width: int, text: int) ->
     }
 
 
+def _latte_inputs(config: Any, batch: int, height: int, width: int, text: int) -> Inputs:
+    return (), {
+        "hidden_states": torch.empty(batch, config.in_channels, config.video_length, height, width),
+        "timestep": torch.empty(batch, dtype=torch.long),
+        "encoder_hidden_states": torch.empty(batch, text, config.caption_channels),
+    }
+
+
 def _wan_inputs(config: Any, batch: int, height: int, width: int, text: int) -> Inputs:
     return (), {
         "hidden_states": torch.empty(batch, config.in_channels, WAN_FRAMES, height, width),
@@ -216,6 +242,7 @@ _INPUTS = {
     "PixArtTransformer2DModel": _pixart_inputs,
     "SD3Transformer2DModel": _sd3_inputs,
     "FluxTransformer2DModel": _flux_inputs,
+    "LatteTransformer3DModel": _latte_inputs,
     "WanTransformer3DModel": _wan_inputs,
 }
 

@@ -89,6 +89,11 @@ def _flux_text(config: Any, draw: Draw) -> dict[str, Any]:
     }
 
 
+def _latte_text(config: Any, draw: Draw) -> dict[str, Any]:
+    said = {f"{negative}prompt_embeds": draw(120, config.caption_channels) for negative in _BOTH}
+    return said | {"negative_prompt": None}
+
+
 def _wan_text(config: Any, draw: Draw) -> dict[str, Any]:
     return {f"{negative}prompt_embeds": draw(512, config.text_dim) for negative in _BOTH}
 
@@ -99,6 +104,7 @@ _TEXTS: Mapping[str, Callable[[Any, Draw], dict[str, Any]]] = {
     "PixArtTransformer2DModel": _pixart_text,
     "SD3Transformer2DModel": _sd3_text,
     "FluxTransformer2DModel": _flux_text,
+    "LatteTransformer3DModel": _latte_text,
     "WanTransformer3DModel": _wan_text,
 }
 
@@ -193,6 +199,12 @@ def _flux(transformer: Any) -> Any:
     )
 
 
+def _latte(transformer: Any) -> Any:
+    return diffusers.LattePipeline(
+        tokenizer=None, text_encoder=None, vae=_vae(), transformer=transformer, scheduler=_ddim()
+    )
+
+
 def _wan(transformer: Any) -> Any:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return diffusers.WanPipeline(
@@ -206,6 +218,7 @@ _PIPELINES: Mapping[str, Callable[[Any], Any]] = {
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "LatteTransformer3DModel": _latte,
     "WanTransformer3DModel": _wan,
 }
 
