@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from regrow.fields import MOST_BLOCKS, Checked, Count, explain
 from regrow.files import FileError, check_file, read_json, said
 from regrow.origin import denoiser_key
-from regrow.words import shown
+from regrow.words import one_line, shown
 
 FORMAT = "regrow-learned"
 VERSION = 1
@@ -78,10 +78,18 @@ class LearnedFile:
         """
         if self.about.denoiser != denoiser_key(denoiser) or self.about.sites != sites:
             raise ValueError(
-                f"{self.about.kind}: {said(self.file)} is for {self.about.model} ({self.about.denoiser}), "
+                f"{self.about.kind}: {said(self.file)} is for {one_line(self.about.model, 100)} "
+                f"({one_line(self.about.denoiser, 100)}), "
                 f"not for this {type(denoiser).__name__} ({denoiser_key(denoiser)}); train one for it: "
                 f"regrow train {self.about.kind}"
             )
+
+    def wrong(self, name: str) -> FileError:
+        """The error of a tensor that is not what it must be."""
+        return FileError(
+            f"{said(self.file)}: {one_line(name, 100)}: this tensor is missing, of another form, or of "
+            "values that can't be; get the file again, or train anew"
+        )
 
 
 def described_by(file: Path) -> Path:

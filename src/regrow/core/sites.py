@@ -59,7 +59,8 @@ class Sites:
         if decision.group not in call.refreshed:
             memory, x = call.slot.observed, entered.x
             if call.seen is None:
-                call.seen = self.decider.look(memory, entered, call.info)
+                assert call.first is not None
+                call.seen = self.decider.look(memory, call.first, call.info)
             count = decision.count(x.shape[1])
             chosen = self.decider.choose(memory, call.seen, site, x, count, call.info)
             call.refreshed[decision.group] = Subset(chosen, x.shape[1])
@@ -72,14 +73,14 @@ class Sites:
         masked = entered.kwargs.get("attention_mask") is not None
         if site.able and known and not chunked and not masked:
             return True
-        self._warn_once(
-            "memory",
+        call.unpruned = (
             f"{site.name}, for one, computes all of its tokens: its projections were fused (call "
             "unfuse_qkv_projections()), or its processors project a part of the batch only "
             "(perturbed-attention guidance), or its feed-forward is computed in chunks (call "
             "disable_forward_chunking()), or its tokens are masked, so that some can't be computed by "
-            "themselves",
+            "themselves"
         )
+        self._warn_once("memory", call.unpruned)
         return False
 
     def done(self, call: Call) -> dict[str, Tensor]:
@@ -122,11 +123,13 @@ class SiteHook:
         key = site.key if turn == 0 else f"{site.key}, turn {turn}"
         x = args[0] if args else kwargs["hidden_states"]
         decision = call.plan.get(site.name, ALL)
+        entered = Entered(x, args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
+        if call.first is None and call.plan:
+            call.first = entered
         if decision is SKIP and key in call.slot.store:
             call.restored += 1
             return self._recovered(call, key, x)
         if isinstance(decision, Some) and key in call.slot.store:
-            entered = Entered(x, args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
             tokens = self.sites.subset(call, site, decision, entered)
             if tokens is not None and not tokens.tokens.shape[1]:
                 call.restored += 1

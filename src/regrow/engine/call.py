@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Position
-from regrow.core.decision import Decision
+from regrow.core.decision import Decision, Entered
 from regrow.engine.branches import Branches
 from regrow.engine.caller import Caller
 from regrow.engine.twin import Twin
@@ -167,7 +167,8 @@ class Call:
         caught: by name, what the projections of an observed attention gave, or the norms behind them.
         plan: by the name of a site, what it does; those that are not in it are computed.
         keeps_sites: sites that are computed whole keep what they give.
-        seen: what the method saw at the first site that computes some tokens.
+        first: what the first site is given.
+        seen: what the method saw of it, once some site computes some tokens.
         partial: by the name of the site that runs, the tokens that it computes, if not all.
     """
 
@@ -203,6 +204,7 @@ class Call:
     caught: dict[str, Tensor] = field(default_factory=dict)
     plan: Mapping[str, Decision] = field(default_factory=dict)
     keeps_sites: bool = False
+    first: Entered | None = None
     seen: Any = None
     partial: dict[str, Subset] = field(default_factory=dict)
 
