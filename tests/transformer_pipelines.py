@@ -20,6 +20,8 @@ from diffusers import (
     FluxControlNetPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    LattePipeline,
+    LatteTransformer3DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -183,19 +185,20 @@ def pixart_sized() -> PixArtAlphaPipeline:
     )
 
 
-def dit() -> DiTPipeline:
-    transformer = DiTTransformer2DModel(
-        sample_size=16,
-        num_layers=LAYERS,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        in_channels=4,
-        out_channels=8,
-        num_embeds_ada_norm=1000,
-    )
+def dit(**changes: Any) -> DiTPipeline:
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "num_layers": LAYERS,
+        "patch_size": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_embeds_ada_norm": 1000,
+    }
+    transformer = seeded(DiTTransformer2DModel(**config | changes))
     return pipelines.quiet(
-        DiTPipeline(transformer=seeded(transformer), vae=vae(), scheduler=DDIMScheduler(clip_sample=False))
+        DiTPipeline(transformer=transformer, vae=vae(), scheduler=DDIMScheduler(clip_sample=False))
     )
 
 
@@ -231,6 +234,39 @@ def flux() -> FluxPipeline:
             transformer=seeded(transformer),
         )
     )
+
+
+PAIRS = 3
+"""Of a spatial and a temporal block each."""
+
+
+def latte(**parts: Any) -> LattePipeline:
+    """Makes latents of videos, from texts that are encoded already."""
+    transformer = LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=PAIRS,
+        cross_attention_dim=16,
+        sample_size=8,
+        patch_size=2,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=TEXT,
+        video_length=3,
+    )
+    none = {"tokenizer": None, "text_encoder": None, "vae": None}
+    scheduler = DDIMScheduler(clip_sample=False)
+    return pipelines.quiet(
+        LattePipeline(transformer=seeded(transformer), scheduler=scheduler, **none | parts)
+    )
+
+
+def latte_of_texts() -> LattePipeline:
+    """Complete: from texts to frames of 16 x 16."""
+    text_encoder, tokenizer = t5()
+    return latte(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae())
 
 
 def wan_transformer(channels: int = 4) -> WanTransformer3DModel:

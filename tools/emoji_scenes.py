@@ -202,7 +202,7 @@ def _scene(
     rng: random.Random, placed: tuple[Placed, ...], colours: tuple[str, ...], caption: Caption
 ) -> Scene:
     """A scene with shades of its background's colours."""
-    shades = [_shade(rng, colour) for colour in colours]
+    shades = [shade(rng, colour) for colour in colours]
     return Scene(placed, colours, (shades[0], shades[-1]), rng.uniform(0, 2 * math.pi), caption)
 
 
@@ -234,7 +234,7 @@ def _room(place: tuple[float, float], size: float, others: list[Placed]) -> floa
     return min((0.0, *gaps))
 
 
-def _shade(rng: random.Random, colour: str) -> tuple[float, ...]:
+def shade(rng: random.Random, colour: str) -> tuple[float, ...]:
     """A shade of a colour; white is always white."""
     if colour == "white":
         return (1.0, 1.0, 1.0)

@@ -79,8 +79,9 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def takes_muon(name: str, p: nn.Parameter) -> bool:
-    """Inner matrices and convolutions; embeddings and the outer convolutions go to AdamW."""
+    """Inner matrices and convolutions; embeddings, tables and what is outermost go to AdamW."""
     outer = ("embedding", "conv_in", "conv_out", "pos_embed", "proj_out_2")
+    outer += ("transformer.proj_out.weight", "scale_shift_table")
     return p.ndim >= 2 and not any(part in name for part in outer)
 
 

@@ -387,8 +387,10 @@ class CatchHook:
     def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
         output = forward(*args, **kwargs)
         call = self.engine.call
-        if call is not None and self.watched.wanted(call):
-            call.caught[self.key] = output
+        watched = self.watched
+        if call is not None and watched.wanted(call):
+            heads: Any = getattr(watched.module, "heads", 1)
+            call.caught[self.key] = output.unflatten(-1, (heads, -1)) if watched.turned else output
         return output
 
 

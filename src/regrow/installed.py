@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from regrow.core.sites import SiteHook, SiteKeysHook
+from regrow.core.sites import AdapterHook, SiteHook, SiteKeysHook, TableHook, TurnHereHook
 from regrow.engine.call import OUTPUT, Watched
 from regrow.engine.engine import Engine
 from regrow.engine.pruning import Pruning
@@ -177,8 +177,15 @@ class Installed:
             for place in engine.refreshing.places:
                 self._hook_refreshing(engine, engine.refreshing, place)
         if engine.sites is not None:
+            # Inside what keeps and catches keys, as above.
+            for site, attention in engine.sites.turning:
+                self._hook(attention, TableHook(engine, site))
+                for norm in ("norm_q", "norm_k"):
+                    self._hook(attention.get_submodule(norm), TurnHereHook(engine, attention))
             for name, module, site in engine.sites.memory:
                 self._hook(module, SiteKeysHook(engine, name, site))
+            for name, adapter in engine.sites.decider.adapters.items():
+                self._hook(engine.denoiser.get_submodule(name), AdapterHook(engine, adapter))
         for watched in engine.watched:
             self._hook_watched(engine, watched)
         # Outside all others, so that what is skipped is neither selected from nor pruned.
@@ -237,7 +244,8 @@ class Installed:
     def _hook_watched(self, engine: Engine, watched: Watched) -> None:
         for projection, norm in (*QUERIES, *KEYS):
             # Norms give what is turned by position.
-            part = getattr(watched.module, projection if engine.rotary is None else norm, None)
+            turned = watched.turned or engine.rotary is not None
+            part = getattr(watched.module, norm if turned else projection, None)
             if part is not None:
                 self._hook(part, CatchHook(engine, watched, projection))
         self._hook(watched.module, ObserveHook(engine, watched))

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from regrow.clock import Position
-from regrow.core.decision import Decider, Decision, Entered, Sited, View
+from regrow.core.decision import Adapter, Decider, Decision, Entered, Sited, View
 from regrow.engine.branches import Branches
 from regrow.engine.call import Call
 from regrow.engine.engine import Engine
@@ -213,6 +213,10 @@ class _FirstOfSites:
     @property
     def observes(self) -> frozenset[LayerKind]:
         return self._own.observes
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        return self._own.adapters
 
     def plan(self, view: View) -> Mapping[str, Decision]:
         """The given one."""

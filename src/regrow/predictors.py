@@ -30,11 +30,15 @@ LARGEST = 1 << 32
 """Bytes of the tensors; one block of the largest published transformers has about 1 GB."""
 
 
+_COMMANDS = {"predictor": "predictor", "lora": "refine", "router": "router"}
+
+
 class Learned(Checked):
     """What ``NAME.json`` says.
 
     Args:
-        kind: what was learned: ``"predictor"`` (TokenCache) or ``"router"`` (Learning-to-Cache).
+        kind: what was learned: ``"predictor"`` and its refinement ``"lora"`` (TokenCache), or ``"router"``
+            (Learning-to-Cache).
         model: name or folder of the model.
         denoiser: `regrow.origin.denoiser_key` of its denoiser.
         sites: how many sites it decides for.
@@ -46,7 +50,7 @@ class Learned(Checked):
 
     format: Literal["regrow-learned"] = "regrow-learned"
     version: Literal[1] = 1
-    kind: Literal["predictor", "router"]
+    kind: Literal["predictor", "lora", "router"]
     model: str
     denoiser: str
     sites: Count
@@ -81,7 +85,7 @@ class LearnedFile:
                 f"{self.about.kind}: {said(self.file)} is for {one_line(self.about.model, 100)} "
                 f"({one_line(self.about.denoiser, 100)}), "
                 f"not for this {type(denoiser).__name__} ({denoiser_key(denoiser)}); train one for it: "
-                f"regrow train {self.about.kind}"
+                f"regrow train {_COMMANDS[self.about.kind]}"
             )
 
     def wrong(self, name: str) -> FileError:
@@ -108,7 +112,7 @@ def write_learned(file: Path, about: Learned, tensors: Mapping[str, Tensor]) -> 
     Raises:
         ValueError: if the file has another ending.
     """
-    _check_name(file)
+    _check_name(file, about.kind)
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     told = about.model_copy(update={"digest": hashlib.sha256(content).hexdigest()})
     for to, data in (
@@ -131,7 +135,7 @@ def read_learned(file: Path, kind: str) -> LearnedFile:
         OSError: naming a file that can't be read.
         FileError: naming the file, if it is of another kind or version, damaged, or of other tensors.
     """
-    _check_name(file)
+    _check_name(file, kind)
     described = described_by(file)
     check_file(file, LARGEST)
     data = read_json(described)
@@ -154,9 +158,9 @@ def read_learned(file: Path, kind: str) -> LearnedFile:
         raise FileError(f"{said(file)}: it is no safetensors file") from error
 
 
-def _check_name(file: Path) -> None:
+def _check_name(file: Path, kind: str) -> None:
     if file.suffix != ".safetensors":
-        raise ValueError(f"predictor: {shown(str(file))} is not allowed, it must end in .safetensors")
+        raise ValueError(f"{kind}: {shown(str(file))} is not allowed, it must end in .safetensors")
 
 
 def _check_version(data: Any, file: Path) -> None:

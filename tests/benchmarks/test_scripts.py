@@ -24,6 +24,7 @@ from regrow.measure.architectures import architecture
 from regrow.measure.variants import variant
 
 ROOT = Path(quality.__file__).parents[1]
+OF_TRANSFORMERS = ("cat", "predictor", "ratio", "spacing", "blocks")
 EMOJI_STAGES = {
     "bench": ["regrow bench"],
     "compiled": ["regrow bench"],
@@ -31,11 +32,11 @@ EMOJI_STAGES = {
     "reference": ["python tools/compose_scenes.py"],
     "quality": ["python benchmarks/quality.py"],
     "peers": ["python benchmarks/peers_table.py"],
-    "ablations": ["regrow eval"] * (len(ABLATIONS) - 1),
+    "ablations": ["regrow eval"] * (len(ABLATIONS) - len(OF_TRANSFORMERS)),
     "trace": ["regrow trace"],
     "check": ["python tools/check_scenes.py", "regrow eval"],
 }
-"""And what they call; of the ablations all but that of CAT Pruning, which is for transformers."""
+"""And what they call; of the ablations all that are for U-Nets."""
 
 STAGES = {
     "check": ["noto.tgz"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -360,8 +361,31 @@ def test_tensors_that_cant_be_are_refused_in_one_line(tmp_path: Path, what: str)
     learned, (name, tensor) = read_learned(file, "predictor"), WRONG[what]
     tensors = {k: v for k, v in learned.tensors.items() if k != name}
     write_learned(file, learned.about, tensors if tensor is None else tensors | {name: tensor})
-    with pytest.raises(FileError, match=f"learned.safetensors: {name}: this tensor") as error:
+    with pytest.raises(FileError, match=f"{re.escape(name)}: this tensor") as error:
         regrow.apply(pipe, TokenCache(predictor=str(file), last_blocks=1))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["no such layer", "of another layer", "half of it"])
+def test_updates_that_fit_no_layer_are_refused_in_one_line(tmp_path: Path, what: str) -> None:
+    pipe = transformer_pipelines.dit()
+    transformer = pipe.transformer
+    name = "transformer_blocks.8.attn1.to_q" if what != "no such layer" else "transformer_blocks.99.to_q"
+    wide = 32 if what != "of another layer" else 24
+    tensors = {f"transformer.{name}.lora_A.weight": torch.rand(2, wide)}
+    if what != "half of it":
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.rand(32, 2)
+    about = Learned(
+        kind="lora",
+        model="a test",
+        denoiser=denoiser_key(transformer),
+        sites=len(transformer.transformer_blocks),
+        settings={"last_blocks": 1},
+    )
+    file = tmp_path / "lora.safetensors"
+    write_learned(file, about, tensors)
+    with pytest.raises(FileError, match=f"{re.escape(name)}: this tensor") as error:
+        regrow.apply(pipe, TokenCache(**SMALL, lora=str(file)))
     assert "\n" not in str(error.value)
 
 
@@ -439,7 +463,7 @@ def test_too_many_last_blocks_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_models_whose_blocks_return_more_than_tokens_are_refused(kind: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="TokenCache works on DiT and PixArt"):
+    with pytest.raises(UnsupportedModelError, match="TokenCache works on DiT, PixArt, Latte and Wan"):
         regrow.apply(transformer_pipelines.KINDS[kind](), TokenCache(predictor=UNTRAINED))
 
 

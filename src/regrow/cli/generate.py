@@ -17,13 +17,14 @@ from PIL import Image, UnidentifiedImageError
 
 from regrow import __version__, zoo
 from regrow.apply import apply
-from regrow.cli.models import best_device, check_device, check_pictures, check_room, load_pipeline
+from regrow.cli.models import best_device, check_device, check_room, is_video, load_pipeline
 from regrow.cli.terminal import Bar, busy, output, remarks, table
 from regrow.measure import contact_sheet, mean_psnr
 from regrow.measure.images import on_white
 from regrow.measure.keep import check_writable
 from regrow.measure.machine import machine, model_key
-from regrow.measure.sampling import Pictures, check_prompts, make
+from regrow.measure.sampling import Pictures, check_frames, check_prompts, make, makes_videos
+from regrow.measure.videos import Clip, check_format, clips_of, save_clip
 
 # Steps; some schedulers have no single one.
 WARM_UP = 2
@@ -46,6 +47,8 @@ class Request:
     seed: int
     height: int | None
     width: int | None
+    frames: int | None
+    fps: int
     batch: int
     out: Path
     device: str | None
@@ -58,32 +61,32 @@ class Made:
     """What one method made of all prompts.
 
     Args:
-        images: one a prompt.
+        clips: one a prompt, of pictures of one frame each.
         seconds: for all of them.
         macs: of the denoiser in all calls, and what they would be without the method; None of the plain
             pipeline.
         recovered: by recovery, the calls in which it filled in what was not computed.
     """
 
-    images: list[Image.Image]
+    clips: list[Clip]
     seconds: float
     macs: tuple[int, int] | None
     recovered: Mapping[str, int] = field(default_factory=dict)
 
 
 def run_generate(request: Request, config: Any, label: str, as_json: bool) -> None:
-    """Generate, save pictures and what made them, and say what it took."""
+    """Generate, save pictures or videos and what made them, and say what it took."""
     source = _check(request, config)
     console = remarks()
     device = check_device(request.device) if request.device else best_device()
     dtype = getattr(torch, request.dtype)
-    check_pictures(request.model)
     pictures = min(request.batch, len(request.prompts))
     sides = (request.height, request.width) if source is None or request.height else (None, None)
     check_room(request.model, *sides, pictures, device, dtype)
     with busy(console, f"loading {request.model}"):
-        pipeline = load_pipeline(request.model, device, dtype, request.scheduler)
+        pipeline = load_pipeline(request.model, device, dtype, request.scheduler, videos=True)
     check_prompts(pipeline, request.prompts)
+    check_frames(pipeline, request.frames)
     options = _options(request, pipeline)
     if source is not None:
         pipeline, options = _from_image(request, pipeline, source, options)
@@ -106,12 +109,12 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
             steps = request.steps if method is not None or config is None else config.unaccelerated_steps
             asked = {"on_step": step, "steps": steps or request.steps}
             results[name] = _all(request, pipeline, method, options | asked)
-    files = _save(request, results[variants[-1][0]].images)
+    files = _save(request, results[variants[-1][0]].clips)
     rows = _rows(request, results)
     if request.compare:
         files.append(_sheet(request, results))
     record = {
-        "what": "generated pictures",
+        "what": "generated videos" if makes_videos(type(pipeline)) else "generated pictures",
         "regrow": __version__,
         "files": [file.name for file in files],
         **_said(request),
@@ -141,7 +144,9 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
 def _check(request: Request, config: Any) -> Image.Image | None:
     """Refuse before any work what is not allowed; returns the picture to begin with, if there is one."""
     known = Image.registered_extensions()
-    if known.get(request.out.suffix.lower()) not in Image.SAVE:
+    if is_video(request.model):
+        check_format(request.out)
+    elif known.get(request.out.suffix.lower()) not in Image.SAVE:
         raise ValueError(
             f"--out: {request.out} is not allowed, it must end like a picture: .png, .jpg, .webp"
         )
@@ -187,6 +192,7 @@ def _options(request: Request, pipeline: Any) -> dict[str, Any]:
         "guidance": zoo.guidance_of(request.model, request.guidance),
         "height": request.height,
         "width": request.width,
+        "frames": request.frames,
         "more": {},
     }
 
@@ -265,8 +271,8 @@ def _all(request: Request, pipeline: Any, method: Any, options: Mapping[str, Any
 
             run(count)
         macs = (sum(own for own, _ in sums), sum(full for _, full in sums))
-    images = [image for pictures in made for image in pictures.images]
-    return Made(images, sum(pictures.seconds for pictures in made), macs, recovered)
+    clips = [clip for pictures in made for clip in clips_of(pictures.images)]
+    return Made(clips, sum(pictures.seconds for pictures in made), macs, recovered)
 
 
 def _make(
@@ -284,7 +290,7 @@ def _make(
 def _rows(request: Request, results: Mapping[str, Made]) -> list[dict[str, Any]]:
     """What each method took, and how far its pictures are from the first one's."""
     rows: list[dict[str, Any]] = [
-        {"method": name, "seconds_per_image": made.seconds / len(made.images)}
+        {"method": name, "seconds_per_image": made.seconds / len(made.clips)}
         for name, made in results.items()
     ]
     last = list(results.values())[-1]
@@ -295,20 +301,22 @@ def _rows(request: Request, results: Mapping[str, Made]) -> list[dict[str, Any]]
     if request.compare:
         plain = next(iter(results.values()))
         rows[-1]["speedup"] = plain.seconds / last.seconds
-        rows[-1]["psnr"] = mean_psnr(zip(plain.images, last.images, strict=True))
+        frames = ([frame for clip in made.clips for frame in clip] for made in (plain, last))
+        rows[-1]["psnr"] = mean_psnr(zip(*frames, strict=True))
     return rows
 
 
 def _sheet(request: Request, results: Mapping[str, Made]) -> Path:
-    """Both methods' pictures side by side, as a file."""
-    images = [made.images for made in results.values()]
+    """Both methods' pictures side by side, of videos the frames in the middle, as a file."""
+    images = [[clip[len(clip) // 2] for clip in made.clips] for made in results.values()]
     sheet = contact_sheet(
         list(zip(*images, strict=True)),
         columns=list(results),
         labels=list(request.prompts),
         side=min(images[0][0].width * 2, 512),
     )
-    file = request.out.with_stem(request.out.stem + "-compare")
+    out = request.out.with_suffix(".png") if request.out.suffix.lower() == ".mp4" else request.out
+    file = out.with_stem(out.stem + "-compare")
     sheet.save(file)
     return file
 
@@ -336,12 +344,10 @@ def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     output().print(shown)
 
 
-def _save(request: Request, images: list[Image.Image]) -> list[Path]:
+def _save(request: Request, clips: list[Clip]) -> list[Path]:
     request.out.parent.mkdir(parents=True, exist_ok=True)
-    if len(images) == 1:
-        images[0].save(request.out)
-        return [request.out]
-    files = [request.out.with_stem(f"{request.out.stem}-{i}") for i in range(len(images))]
-    for file, image in zip(files, images, strict=True):
-        image.save(file)
+    files = [request.out.with_stem(f"{request.out.stem}-{i}") for i in range(len(clips))]
+    files = files if len(files) > 1 else [request.out]
+    for file, clip in zip(files, clips, strict=True):
+        save_clip(file, clip, request.fps)
     return files

@@ -21,6 +21,7 @@ from regrow.cli.ablations import ABLATIONS, ablated, against, merged, pair
 from regrow.cli.engine import Engine, Where
 from regrow.cli.harmless import in_one_line, in_plain_words
 from regrow.cli.terminal import busy, output, remarks, table
+from regrow.cli.train import train_app
 from regrow.cli.usual import usual
 from regrow.fields import MOST_CALLS, MOST_COUNT, MOST_GUIDANCE, MOST_PIXELS, MOST_SEED, check_within
 from regrow.measure.extractors import Network
@@ -33,12 +34,13 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+app.add_typer(train_app, name="train")
 
 FIELDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Settings of the commands that take the fields of the method they are told as options."""
 STOPPED = 130
 """Exit code of a command that was stopped by Ctrl-C."""
-_RESUMABLE = frozenset({"calibrate", "eval", "search"})
+_RESUMABLE = frozenset({"calibrate", "eval", "search", "train"})
 # typer exports no more of the classes of what it raises for options it can't read.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 _FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
@@ -223,14 +225,18 @@ def generate(
     seed: Seed = 0,
     height: Height = None,
     width: Width = None,
-    out: Annotated[Path, typer.Option(help="Picture file; more prompts get numbers.")] = Path("out.png"),
+    frames: Annotated[Optional[int], typer.Option(help="Of a video; its own if none.", min=1)] = None,
+    fps: Annotated[int, typer.Option(help="Frames of a video a second.", min=1, max=240)] = 8,
+    out: Annotated[
+        Path, typer.Option(help="Picture or video file (.mp4, .gif); more prompts get numbers.")
+    ] = Path("out.png"),
     device: Device = None,
     dtype: Dtype = "float32",
     batch: Batch = 16,
     compare: Annotated[bool, typer.Option(help="Also unaccelerated, side by side.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make pictures from texts or classes with a diffusers model, accelerated by a method.
+    """Make pictures or videos from texts or classes with a diffusers model, accelerated by a method.
 
     Beside the picture a JSON file of its name says what made it: versions, prompts, seed, method, settings.
 
@@ -274,6 +280,8 @@ def generate(
             seed=seed,
             height=height,
             width=width,
+            frames=frames,
+            fps=fps,
             batch=batch,
             out=out,
             device=device,

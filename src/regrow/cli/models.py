@@ -174,6 +174,16 @@ def check_pictures(model: str) -> None:
         _kind(model, videos=False)
 
 
+def is_video(model: str) -> bool:
+    """Whether a model makes videos, without its weights.
+
+    Raises:
+        ValueError: if it makes them from more than a text.
+        OSError: if there is no such model.
+    """
+    return not zoo.bundles(model) and makes_videos(_kind(model, videos=True))
+
+
 def _kind(model: str, videos: bool) -> Any:
     """The class by which a model's pipeline is opened."""
     name = index_of(model)["_class_name"]
@@ -188,7 +198,7 @@ def _kind(model: str, videos: bool) -> Any:
         # The automatic choice knows pipelines of pictures from text only.
         return diffusers.AutoPipelineForText2Image
     if not videos:
-        raise ValueError(f"model: {model} makes videos ({name}); only regrow bench takes them")
+        raise ValueError(f"model: {model} makes videos ({name}); only regrow generate and bench take them")
     given = {"image", "video"} & set(inspect.signature(own.__call__).parameters)
     if given:
         raise ValueError(f"model: {model} ({name}) needs {' and '.join(sorted(given))}, not a text alone")

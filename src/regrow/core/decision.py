@@ -9,6 +9,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from regrow.layers import LayerKind
 
@@ -87,6 +88,23 @@ class Entered:
     kwargs: Mapping[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A low-rank update of a linear layer: ``up down x`` is added to what it returns.
+
+    Args:
+        down: ``(rank, in)``.
+        up: ``(out, rank)``.
+    """
+
+    down: Tensor
+    up: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What is added, ``(..., out)``."""
+        return linear(linear(x, self.down.to(x.device, x.dtype)), self.up.to(x.device, x.dtype))
+
+
 class Decider(Protocol):
     """A method at work on a denoiser: it decides for sites, and chooses tokens where some are computed."""
 
@@ -97,6 +115,10 @@ class Decider(Protocol):
     @property
     def observes(self) -> frozenset[LayerKind]:
         """The attentions that `observe` is told of in full calls."""
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """By path, the updates of linear layers in calls that leave something out."""
 
     def plan(self, view: View) -> Mapping[str, Decision]:
         """By the name of a site, what a call does there."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from regrow.core.decision import ALL, SKIP, Decider, Decision, Entered, Some, View
+from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Some, View
 from regrow.core.store import copied
 from regrow.engine.call import Call, Watched
+from regrow.layers import LayerKind
 from regrow.methods.parts import Attention
 from regrow.models.table import Keeps, Layout, Site
 from regrow.recover.time import REUSE
@@ -39,10 +41,18 @@ class Sites:
     @property
     def watched(self) -> Iterator[Watched]:
         """The attentions that tokens are chosen by."""
-        blocks = {site.block for site in self.decider.sites}
-        for (block, kind), place in self._layout.first_layers().items():
-            if block in blocks and kind in self.decider.observes:
-                yield Watched(place.layer.name, place.module, _is_full, partial(self._observe, block))
+        if LayerKind.SELF_ATTENTION not in self.decider.observes:
+            return
+        for site in self.decider.sites:
+            for name, attention in site.attentions.items():
+                yield Watched(name, attention, _is_full, partial(self._observe, site.block), site.turns)
+
+    @property
+    def turning(self) -> Iterator[tuple[Site, nn.Module]]:
+        """The attentions that turn queries and keys by a table."""
+        for site in self.decider.sites:
+            if site.turns:
+                yield from ((site, attention) for attention in site.attentions.values())
 
     def _observe(self, block: str, call: Call, x: Tensor, attention: Attention) -> None:
         self.decider.observe(call.slot.observed, block, attention)
@@ -52,17 +62,21 @@ class Sites:
         plan = self.decider.plan(view)
         return plan if any(decision is not ALL for decision in plan.values()) else {}
 
+    def enter(self, call: Call, site: Site, entered: Entered) -> None:
+        """A site is about to run; the method looks at the first one in a call that computes some tokens."""
+        call.given[site.name] = len(entered.x)
+        is_first = site.name == self.decider.sites[0].name
+        if is_first and not call.seen and any(isinstance(what, Some) for what in call.plan.values()):
+            call.seen = (self.decider.look(call.slot.observed, entered, call.info),)
+
     def subset(self, call: Call, site: Site, decision: Some, entered: Entered) -> Subset | None:
         """The tokens that a site computes; None if it can't compute some by themselves."""
-        if not self._is_able(call, site, entered):
+        if not call.seen or not self._is_able(call, site, entered):
             return None
         if decision.group not in call.refreshed:
             memory, x = call.slot.observed, entered.x
-            if call.seen is None:
-                assert call.first is not None
-                call.seen = self.decider.look(memory, call.first, call.info)
             count = decision.count(x.shape[1])
-            chosen = self.decider.choose(memory, call.seen, site, x, count, call.info)
+            chosen = self.decider.choose(memory, call.seen[0], site, x, count, call.info)
             call.refreshed[decision.group] = Subset(chosen, x.shape[1])
         return call.refreshed[decision.group]
 
@@ -71,14 +85,15 @@ class Sites:
         known = all(name in call.slot.store for name in site.memory)
         chunked = getattr(site.module, "_chunk_size", None) is not None
         masked = entered.kwargs.get("attention_mask") is not None
-        if site.able and known and not chunked and not masked:
+        unlike = site.turns and not all(map(_has_own_processor, site.attentions.values()))
+        if site.able and known and not chunked and not masked and not unlike:
             return True
         call.unpruned = (
             f"{site.name}, for one, computes all of its tokens: its projections were fused (call "
             "unfuse_qkv_projections()), or its processors project a part of the batch only "
             "(perturbed-attention guidance), or its feed-forward is computed in chunks (call "
-            "disable_forward_chunking()), or its tokens are masked, so that some can't be computed by "
-            "themselves"
+            "disable_forward_chunking()), or its tokens are masked, or its attention processors were "
+            "replaced where they turn queries, so that some can't be computed by themselves"
         )
         self._warn_once("memory", call.unpruned)
         return False
@@ -122,10 +137,9 @@ class SiteHook:
         turn = call.turns[site.name] = call.turns.get(site.name, -1) + 1
         key = site.key if turn == 0 else f"{site.key}, turn {turn}"
         x = args[0] if args else kwargs["hidden_states"]
-        decision = call.plan.get(site.name, ALL)
         entered = Entered(x, args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
-        if call.first is None and call.plan:
-            call.first = entered
+        self.sites.enter(call, site, entered)
+        decision = call.plan.get(site.name, ALL)
         if decision is SKIP and key in call.slot.store:
             call.restored += 1
             return self._recovered(call, key, x)
@@ -136,8 +150,10 @@ class SiteHook:
                 return self._recovered(call, key, x)
             if tokens is not None:
                 short = take_rows(x, tokens.rows(x.shape[1]))
+                behind = (_of_tokens(argument, tokens, x) for argument in args[1:])
+                named = {name: _of_tokens(value, tokens, x) for name, value in entered.kwargs.items()}
                 call.partial[site.name] = tokens
-                given = forward(short, *args[1:], **entered.kwargs)
+                given = forward(short, *behind, **named)
                 del call.partial[site.name]
                 return self._completed(call, key, x, tokens, given - short)
         out = forward(*args, **kwargs)
@@ -186,9 +202,77 @@ class SiteKeysHook:
         if call.keeps_sites:
             # Of a part of the batch (perturbed-attention guidance) it is of no use.
             store.drop(self.key)
-            if len(output) == call.info.batch:
+            if len(output) == call.given.get(self.site.name):
                 store.keep(self.key, output)
         return output
+
+
+class AdapterHook:
+    """A linear layer with a low-rank update, in calls that leave something out; no weight is changed."""
+
+    def __init__(self, engine: _Engine, adapter: Adapter) -> None:
+        self.engine, self.adapter = engine, adapter
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        call = self.engine.call
+        if call is None or not call.plan:
+            return output
+        return output + self.adapter(args[0] if args else kwargs["input"])
+
+
+class TableHook:
+    """An attention that is handed queries and keys which are turned already: it gets no table."""
+
+    def __init__(self, engine: _Engine, site: Site) -> None:
+        self.engine, self.site = engine, site
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self.engine.call
+        given = dict(zip(_ATTENTION, args, strict=False)) | kwargs
+        table = given.get("rotary_emb")
+        if call is None or table is None or not _has_own_processor(module):
+            return forward(*args, **kwargs)
+        tokens = call.partial.get(self.site.name)
+        index = slice(None) if tokens is None else tokens.tokens.flatten()
+        call.positions = [side.reshape(-1, side.shape[-1])[index] for side in table]
+        try:
+            return forward(**given | {"rotary_emb": None})
+        finally:
+            call.positions = ()
+
+
+class TurnHereHook:
+    """Turns queries or keys ``(B, n, heads D)`` by the positions that `TableHook` found."""
+
+    def __init__(self, engine: _Engine, attention: Any) -> None:
+        self.engine, self.heads = engine, attention.heads
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        call = self.engine.call
+        if call is None or not call.positions:
+            return output
+        # Samples that compute other tokens have other positions: then all are one sequence.
+        sequences = output.reshape(-1, len(call.positions[0]), self.heads, output.shape[-1] // self.heads)
+        turned: Any = apply_rotary_emb(sequences, cast(Any, call.positions), sequence_dim=1)
+        return turned.view(output.shape)
+
+
+# What attentions that turn queries and keys are given, in order.
+_ATTENTION = ("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb")
+
+
+def _has_own_processor(attention: Any) -> bool:
+    """Whether an attention has its class's processor, which does nothing between the norms but turn."""
+    return type(attention.processor) is attention._default_processor_cls
+
+
+def _of_tokens(given: Any, tokens: Subset, x: Tensor) -> Any:
+    """Of what is given for each token ``(B, N, k, C)`` (timesteps of Wan 2.2), the rows of some."""
+    if not isinstance(given, Tensor) or given.ndim != 4 or given.shape[:2] != x.shape[:2]:
+        return given
+    return take_rows(given.flatten(2), tokens.rows(x.shape[1])).unflatten(2, given.shape[2:])
 
 
 def _is_full(call: Call) -> bool:

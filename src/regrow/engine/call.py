@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Position
-from regrow.core.decision import Decision, Entered
+from regrow.core.decision import Decision
 from regrow.engine.branches import Branches
 from regrow.engine.caller import Caller
 from regrow.engine.twin import Twin
@@ -167,8 +167,8 @@ class Call:
         caught: by name, what the projections of an observed attention gave, or the norms behind them.
         plan: by the name of a site, what it does; those that are not in it are computed.
         keeps_sites: sites that are computed whole keep what they give.
-        first: what the first site is given.
-        seen: what the method saw of it, once some site computes some tokens.
+        seen: what the method saw at the first site, in a call that computes some tokens; empty before.
+        given: by the name of a site, how many sequences it was given.
         partial: by the name of the site that runs, the tokens that it computes, if not all.
     """
 
@@ -204,8 +204,8 @@ class Call:
     caught: dict[str, Tensor] = field(default_factory=dict)
     plan: Mapping[str, Decision] = field(default_factory=dict)
     keeps_sites: bool = False
-    first: Entered | None = None
-    seen: Any = None
+    seen: tuple[Any, ...] = ()
+    given: dict[str, int] = field(default_factory=dict)
     partial: dict[str, Subset] = field(default_factory=dict)
 
 
@@ -218,9 +218,11 @@ class Watched:
         module: it.
         wanted: whether a call looks at it.
         tell: what is done with its input ``(B, N, C)`` and what it multiplied, when it has run.
+        turned: its queries and keys are turned behind its norms, before their heads are split.
     """
 
     name: str
     module: nn.Module
     wanted: Callable[[Call], bool]
     tell: Callable[[Call, Tensor, Attention], None]
+    turned: bool = False

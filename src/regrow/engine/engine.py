@@ -460,6 +460,7 @@ class Engine:
             generation.generator,
             self.layout.conditional_first,
             cached=cut is not None,
+            grid=slot.grid or self.layout.frame(sample),
         )
         counts: dict[str, tuple[Grid, int]] = {}
         prepared: Mapping[Grid, Tensor] = {}
@@ -601,7 +602,9 @@ class Engine:
     def _tells_apart(self, slot: Slot) -> bool:
         """Whether some of the image's tokens can be computed, and attentions be looked at."""
         looks = self.sites is not None and bool(self.sites.decider.observes)
-        if self.layout.stream is None or (self.lean is None and self.refreshing is None and not looks):
+        if self.layout.stream is None:
+            return looks
+        if self.lean is None and self.refreshing is None and not looks:
             return False
         instead = "layers hand on their last output whole" if self.refreshing else "all tokens are computed"
         if slot.grid is None:

@@ -81,11 +81,12 @@ def make(
             on_step()
         return tensors
 
+    own = _own_sizes(pipeline)
     options = {
         "guidance_scale": guidance,
-        "height": height,
-        "width": width,
-        "num_frames": frames,
+        "height": height or own.get("height"),
+        "width": width or own.get("width"),
+        _frames_name(type(pipeline)) or "": frames or own.get("frames"),
         "output_type": "latent" if latents else None,
         "callback_on_step_end": after if on_step and _takes(takes, "callback_on_step_end") else None,
     }
@@ -109,19 +110,40 @@ def check_frames(pipeline: Any, frames: int | None) -> None:
     """Look whether a pipeline takes a number of frames.
 
     Raises:
-        ValueError: if one is given and it does not, or it is < 1.
+        ValueError: if one is given and it does not, or it is < 1, or the model has positions of another.
     """
     if frames is None:
         return
     if not makes_videos(type(pipeline)):
         raise ValueError(f"frames: {type(pipeline).__name__} makes pictures, it must not be given")
     check_within("frames", frames, 1, 10_000)
+    own = _own_sizes(pipeline).get("frames", frames)
+    if frames not in (1, own):
+        raise ValueError(f"frames: {frames} is not allowed, it must be {own}, which the model is made for")
 
 
 def makes_videos(kind: type) -> bool:
     """Whether a class of pipelines makes videos, not pictures."""
+    return _frames_name(kind) is not None
+
+
+def _frames_name(kind: type) -> str | None:
+    """What a class of pipelines calls the number of frames; None if it makes pictures."""
     call: Any = kind.__call__
-    return "num_frames" in inspect.signature(call).parameters
+    takes = inspect.signature(call).parameters
+    return next((name for name in ("num_frames", _OWN_FRAMES) if name in takes), None)
+
+
+_OWN_FRAMES = "video_length"
+
+
+def _own_sizes(pipeline: Any) -> dict[str, int]:
+    """The sizes of a model whose pipeline has those of the public model as its own (Latte)."""
+    if _frames_name(type(pipeline)) != _OWN_FRAMES:
+        return {}
+    config = pipeline.transformer.config
+    side = config.sample_size * pipeline.vae_scale_factor
+    return {"height": side, "width": side, "frames": config.video_length}
 
 
 def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:

@@ -21,7 +21,7 @@ from regrow.words import offer, shown
 
 UNETS = "U-Nets: SD 1, SD 2, SDXL"
 BLOCKS = "transformers: SD3, PixArt, DiT, Flux"
-ALL = f"{UNETS}; transformers: DiT, PixArt, SD3, Flux, Wan"
+ALL = f"{UNETS}; transformers: DiT, PixArt, SD3, Flux, Latte, Wan"
 
 
 class Status(str, Enum):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from regrow.fields import explain
 from regrow.files import PLAN, FileError, read_json, said
-from regrow.methods.base import About, MethodConfig, Role, Status, methods, methods_of
+from regrow.methods.base import About, MethodConfig, Role, methods, methods_of
 from regrow.methods.combined import Combined
 from regrow.methods.parts import parts_of
 from regrow.recover.time import REUSE
@@ -36,7 +36,6 @@ class System:
 
 
 _OTHERS = {
-    "l2c": About("Learning-to-Cache", "a learned table of layers to reuse", status=Status.NOT_YET),
     "steps": About(
         "Fewer steps",
         "the same sampler with fewer steps",

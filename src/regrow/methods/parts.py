@@ -116,6 +116,7 @@ class CallInfo:
         attention: the self-attention that has just run, for a `TokenRule` with `Features.ATTENTION` and a
             `TokenSet` that reads a block.
         cached: the call leaves out layers or blocks that an earlier one computed.
+        grid: of the image's tokens, where sites are decided for; of a video, that of a frame.
     """
 
     batch: int
@@ -125,6 +126,7 @@ class CallInfo:
     conditional_first: bool = False
     attention: Attention | None = None
     cached: bool = False
+    grid: Grid | None = None
 
 
 class TokenRule(Protocol):

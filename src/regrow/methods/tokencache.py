@@ -14,6 +14,10 @@ enter the first block:
 3. Steps: I-steps are where the accumulated ``exp(beta mean(alpha_t))`` passes even parts of its sum (III-D,
    Eq. 13). The first step always is one.
 
+Some video models have blocks for the tokens of a frame, and blocks for those of a place in all frames. The
+predictor sees the frames, which the first block is given. A block of the second kind computes an equal
+number of frames at every place.
+
 The last K blocks are computed in every call. Keys and values of tokens that a block does not compute are
 those of its last computation, which gives the paper's MACs. The predictor's own MACs are counted as those
 of choosing tokens. To train a predictor: ``regrow train predictor``.
@@ -22,7 +26,7 @@ of choosing tokens. To train a predictor: ``regrow train predictor``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -34,14 +38,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from regrow import zoo
-from regrow.core.decision import ALL, SKIP, Decision, Entered, Some, View
+from regrow.core.decision import ALL, SKIP, Adapter, Decision, Entered, Some, View
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share
+from regrow.files import said
 from regrow.layers import LayerKind
 from regrow.methods.base import About, DenoiserKind, MethodConfig, register
 from regrow.methods.parts import Attention, CallInfo, Parts, parts_of
 from regrow.methods.toca import Memory, influence, spread, staleness
 from regrow.models.errors import UnsupportedModelError
-from regrow.models.table import Layout, Site
+from regrow.models.table import Layout, Site, Spans
 from regrow.origin import denoiser_key
 from regrow.predictors import CachePredictor, LearnedFile, read_learned
 from regrow.recover.time import REUSE, RecoveryField
@@ -113,6 +118,7 @@ class TokenCache(MethodConfig):
         recovery: how an update follows from those computed, where it is not (the paper: the last is
             reused).
         seed: of random choices.
+        lora: the file of trained updates of the last K blocks, ``NAME.safetensors``, for P-steps.
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
@@ -121,7 +127,7 @@ class TokenCache(MethodConfig):
     ABOUT: ClassVar[About] = About(
         title="TokenCache",
         what="a trained predictor says which tokens each block computes; the others get its last update",
-        models="transformers: DiT, PixArt",
+        models="transformers: DiT, PixArt, Latte, Wan",
         paper="arXiv 2409.18523",
         note="needs a predictor trained for the model: regrow train predictor",
         default="dit-256-50",
@@ -142,6 +148,7 @@ class TokenCache(MethodConfig):
     counts: Counts = Counts.TABLE
     recovery: RecoveryField = REUSE
     seed: Seed = 0
+    lora: str | None = None
 
     @classmethod
     def space(cls, calls: int) -> Space:
@@ -274,7 +281,7 @@ class _Rule:
         if not sites or not all(site.able for site in sites):
             raise UnsupportedModelError(
                 f"model: {type(denoiser).__name__} has no blocks that can compute some of their tokens by "
-                "themselves; TokenCache works on DiT and PixArt"
+                "themselves; TokenCache works on DiT, PixArt, Latte and Wan"
             )
         if c.last_blocks >= len(sites):
             raise ValueError(
@@ -290,7 +297,8 @@ class _Rule:
             table = table_of(learned)
             if predictor is not None:
                 load_predictor(predictor, learned)
-        return _Deciding(c, sites[: len(sites) - c.last_blocks], predictor, table)
+        adapters = {} if c.lora is None else _adapters(Path(c.lora), denoiser, len(sites), c.last_blocks)
+        return _Deciding(c, sites[: len(sites) - c.last_blocks], predictor, table, adapters)
 
 
 def load_predictor(predictor: CachePredictor, learned: LearnedFile) -> None:
@@ -350,6 +358,37 @@ def _learned(config: TokenCache, denoiser: nn.Module) -> LearnedFile | None:
     return found
 
 
+def _adapters(file: Path, denoiser: nn.Module, sites: int, last_blocks: int) -> dict[str, Adapter]:
+    """The updates of a file, by the paths of their layers.
+
+    Raises:
+        ValueError: if they are of another model, or of more or fewer blocks.
+        FileError: if the file is none of theirs.
+    """
+    learned = read_learned(file, "lora")
+    learned.check(denoiser, sites)
+    trained = learned.about.settings.get("last_blocks")
+    if trained != last_blocks:
+        raise ValueError(f"lora: {said(file)} is for last_blocks={trained}, not {last_blocks}")
+    down, up = ".lora_A.weight", ".lora_B.weight"
+    layers, found = dict(denoiser.named_modules()), dict[str, Adapter]()
+    for name in (name.removesuffix(down) for name in learned.tensors if name.endswith(down)):
+        path, first = name.removeprefix("transformer."), learned.tensors[name + down]
+        second = learned.tensors.get(name + up)
+        if second is None or not _fits(layers.get(path), first, second):
+            raise learned.wrong(name)
+        found[path] = Adapter(first, second)
+    return found
+
+
+def _fits(layer: Any, down: Tensor, up: Tensor) -> bool:
+    """Whether a linear layer can have a low-rank update."""
+    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+        return False
+    own = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return own == (down.shape[1], up.shape[0])
+
+
 def bundled_for(denoiser: nn.Module) -> LearnedFile | None:
     """The predictor that is bundled with a model, if it is one of those."""
     for name in zoo.MODELS:
@@ -370,12 +409,14 @@ class _Deciding:
         sites: the blocks that it decides for.
         predictor: None if tokens are chosen otherwise.
         table: of the predictor; None if it has learned nothing.
+        adapters: of the last blocks.
     """
 
     config: TokenCache
     sites: tuple[Site, ...]
     predictor: CachePredictor | None
     table: Table | None
+    adapters: Mapping[str, Adapter]
 
     @property
     def observes(self) -> frozenset[LayerKind]:
@@ -420,24 +461,27 @@ class _Deciding:
             # The model was moved after `regrow.apply`, or casts what it is given.
             self.predictor.to(entered.x.device, entered.x.dtype)
         alpha = self.predictor(entered.x, *entered.args, **entered.kwargs)[..., : len(self.sites)]
+        # A video's frames are one sample.
+        alpha = alpha.reshape(info.batch, -1, alpha.shape[-1])
         if self.config.counts is Counts.TABLE or alpha.is_meta:
             return _Seen(alpha, {})
-        return _Seen(alpha, dict(zip((s.name for s in self.sites), self._counted(alpha), strict=True)))
+        return _Seen(alpha, dict(zip((s.name for s in self.sites), self._shares(alpha), strict=True)))
 
-    def _counted(self, alpha: Tensor) -> list[int]:
-        """The paper's counts: of a batch, how many of each block's alphas are among the highest of all."""
+    def _shares(self, alpha: Tensor) -> list[float]:
+        """The paper's shares: the part of each block's alphas that is among the highest of all."""
         _, tokens, sites = alpha.shape
         keep = max(round((1 - self.config.ratio) * tokens * sites), 1)
         least = alpha.flatten(1).topk(keep, dim=1).values[:, -1:, None]
-        shares = (alpha >= least).float().mean((0, 1))
-        return [round(share * tokens) for share in shares.tolist()]
+        shares: list[float] = (alpha >= least).float().mean((0, 1)).tolist()
+        return shares
 
     def choose(
         self, memory: Memory, seen: _Seen | None, site: Site, x: Tensor, count: int | None, info: CallInfo
     ) -> Tensor:
         """The tokens of the highest score in the block."""
-        count = seen.counts[site.name] if count is None and seen is not None else count
-        assert count is not None
+        if count is None:
+            assert seen is not None
+            count = round(seen.shares[site.name] * x.shape[1])
         score = self._score(memory, seen, site, x, info)
         chosen: Tensor = score.topk(count, dim=1).indices.sort(1).values
         if self.config.choice is Choice.TOCA:
@@ -446,20 +490,20 @@ class _Deciding:
 
     def _score(self, memory: Memory, seen: _Seen | None, site: Site, x: Tensor, info: CallInfo) -> Tensor:
         """``(B, N)``: high where a token should be computed."""
-        batch, tokens, _ = x.shape
+        sequences, tokens, channels = x.shape
         if seen is not None:
-            return seen.alpha[..., site.index]
+            return _in_sequences(seen.alpha[..., site.index], site, sequences)
         if self.config.choice is Choice.RANDOM:
-            return random_score(tokens, info.generator).expand(batch, -1)
-        side = max(round(tokens**0.5), 1)
-        grid = Grid(side, side, PATCH) if side * side == tokens else Grid(1, tokens, PATCH)
+            chance = random_score(sequences // info.batch * tokens, info.generator).expand(info.batch, -1)
+            return chance.reshape(sequences, tokens)
+        grid = _grid(site, tokens, info)
         if self.config.choice is Choice.TOME:
-            return _unlike(x, grid, info)
-        reused = memory.reused.setdefault(site.name, torch.zeros(batch, tokens, device=x.device))
+            return _unlike(x.reshape(-1, grid.tokens, channels), grid, info).view(sequences, tokens)
+        reused = memory.reused.setdefault(site.name, torch.zeros(sequences, tokens, device=x.device))
         score = 0.25 * staleness(reused, self.config.full_steps)
         if site.block in memory.attended:
             score = score + memory.attended[site.block]
-        return score + 0.6 * spread(score, grid)
+        return score + 0.6 * spread(score.view(-1, grid.tokens), grid).view(sequences, tokens)
 
 
 @dataclass(frozen=True)
@@ -467,12 +511,27 @@ class _Seen:
     """What the predictor says in a call.
 
     Args:
-        alpha: ``(B, N, L)``.
-        counts: by block, how many tokens it computes, where that depends on data.
+        alpha: ``(B, N, L)``; of a video, N are the tokens of all frames.
+        shares: by block, the share of the tokens that it computes, where that depends on data.
     """
 
     alpha: Tensor
-    counts: Mapping[str, int]
+    shares: Mapping[str, float]
+
+
+def _in_sequences(alpha: Tensor, site: Site, sequences: int) -> Tensor:
+    """A block's alpha ``(B, N)`` in the sequences ``(S, n)`` that the block is given."""
+    if site.spans is Spans.PLACE:
+        places = sequences // len(alpha)
+        return alpha.unflatten(1, (-1, places)).transpose(1, 2).reshape(sequences, -1)
+    return alpha.reshape(sequences, -1)
+
+
+def _grid(site: Site, tokens: int, info: CallInfo) -> Grid:
+    """The grid of a site's tokens: of a frame, or the frames of one place in a row."""
+    if site.spans is Spans.PLACE or info.grid is None:
+        return Grid(1, tokens, PATCH)
+    return replace(info.grid, patch=PATCH)
 
 
 def _unlike(x: Tensor, grid: Grid, info: CallInfo) -> Tensor:

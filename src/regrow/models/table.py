@@ -232,6 +232,17 @@ class TokenLayer:
         return self.beside or self
 
 
+class Spans(Enum):
+    """Which tokens of a video are one sequence, of its f frames of h x w tokens."""
+
+    VIDEO = "video"
+    """All of a sample, frame by frame: ``(B, f h w, C)``."""
+    FRAME = "frame"
+    """Those of a frame: ``(B f, h w, C)``."""
+    PLACE = "place"
+    """Those of a place in the picture, one of each frame: ``(B h w, f, C)``."""
+
+
 class Keeps(Enum):
     """What is kept of a site, from which later calls recover it."""
 
@@ -253,6 +264,9 @@ class Site:
         index: of that block, in the order they run, from 0.
         memory: by name, the modules in it that give the keys and values of its tokens.
         able: whether some of its tokens can be computed by themselves.
+        attentions: by name, the self-attentions in it.
+        turns: by a table that they are handed, they turn queries and keys behind ``norm_q`` and ``norm_k``.
+        spans: which tokens of a video are one of its sequences; a picture is a video of one frame.
     """
 
     name: str
@@ -262,6 +276,9 @@ class Site:
     index: int
     memory: Mapping[str, nn.Module] = field(default_factory=dict)
     able: bool = False
+    attentions: Mapping[str, nn.Module] = field(default_factory=dict)
+    turns: bool = False
+    spans: Spans = Spans.VIDEO
 
     @property
     def key(self) -> str:
@@ -289,6 +306,7 @@ class Layout:
         token_layers: the layers in which some of the tokens can be computed by themselves, as they run.
         block_sites: the blocks of a transformer, as they run; none where a block returns more than tokens.
         layer_sites: the attentions and feed-forwards of its blocks.
+        patch: of a model of videos, rows and columns of a latent frame that a token spans.
     """
 
     blocks: tuple[TokenBlock, ...]
@@ -305,6 +323,13 @@ class Layout:
     token_layers: tuple[TokenLayer, ...] = ()
     block_sites: tuple[Site, ...] = ()
     layer_sites: tuple[Site, ...] = ()
+    patch: tuple[int, int] | None = None
+
+    def frame(self, sample: Tensor) -> Grid | None:
+        """The grid of tokens of one frame of a video's latent ``(B, C, F, H, W)``; None of pictures."""
+        if self.patch is None:
+            return None
+        return Grid(sample.shape[-2] // self.patch[0], sample.shape[-1] // self.patch[1])
 
     @property
     def depths(self) -> int:

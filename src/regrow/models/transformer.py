@@ -1,4 +1,4 @@
-"""Diffusion transformers: DiT, PixArt-alpha and -Sigma, Stable Diffusion 3 and 3.5, Flux, Wan.
+"""Diffusion transformers: DiT, PixArt-alpha and -Sigma, Stable Diffusion 3 and 3.5, Flux, Latte, Wan.
 
 A family is a row of a table. Depth counts blocks: a call of depth ``d`` runs the first ``ceil(d / 2)`` and
 the last ``floor(d / 2)`` of them, and adds what those between added in the last full call (block caching;
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -25,6 +26,7 @@ from regrow.models.table import (
     Rows,
     Site,
     Skippable,
+    Spans,
     Stream,
     TokenLayer,
     Turned,
@@ -49,6 +51,10 @@ class Family:
         cross_attentions: names of the blocks' attentions whose keys and values are of the text alone.
         embed: path of the module that makes the image's tokens.
         rotary: path of the module that gives the rotary embeddings, where some tokens only can be computed.
+        spans: of a model of videos, which tokens are one sequence in each list of blocks. Some tokens can
+            be computed in its blocks, not in whole calls.
+        in_turn: a block of each list runs, then the next of each.
+        turns: the attentions are handed a table by which they turn queries and keys behind their norms.
     """
 
     stacks: tuple[tuple[str, tuple[str, ...], Returns], ...]
@@ -60,6 +66,9 @@ class Family:
     timestep_scale: float = 1.0
     embed: str = "pos_embed"
     rotary: str = ""
+    spans: tuple[Spans, ...] = ()
+    in_turn: bool = False
+    turns: bool = False
 
 
 _BASIC = ("transformer_blocks", ("attn1", "attn2", "ff"), Returns.TOKENS)
@@ -91,11 +100,23 @@ FAMILIES = {
         embed="x_embedder",
         rotary="pos_embed",
     ),
+    "LatteTransformer3DModel": Family(
+        (_BASIC, ("temporal_transformer_blocks", ("attn1", "ff"), Returns.TOKENS)),
+        "proj_out",
+        self_attentions=("attn1",),
+        text=("caption_projection",),
+        cross_attentions=("attn2",),
+        spans=(Spans.FRAME, Spans.PLACE),
+        in_turn=True,
+    ),
     "WanTransformer3DModel": Family(
         (("blocks", ("attn1", "attn2", "ffn"), Returns.TOKENS),),
         "proj_out",
+        self_attentions=("attn1",),
         text=("condition_embedder.text_embedder",),
         cross_attentions=("attn2",),
+        spans=(Spans.VIDEO,),
+        turns=True,
     ),
 }
 """The families by class name, so that none is imported before somebody uses it."""
@@ -104,18 +125,20 @@ FAMILIES = {
 def transformer_layout(transformer: Any) -> Layout:
     """The table of a transformer of one of the families."""
     family = FAMILIES[_family_name(transformer)]
-    blocks: dict[str, Skippable] = {}
+    blocks = _blocks(transformer, family)
     layers: dict[str, Skippable] = {}
     restored: set[str] = set()
-    for path, names, returns in family.stacks:
-        stack = {f"{path}.{i}": block for i, block in enumerate(getattr(transformer, path))}
-        blocks |= {name: Skippable(name, block, returns) for name, block in stack.items()}
-        layers |= own_layers(stack.items(), names)
-        restored |= set(own_layers(stack.items(), _ENDS.get(path, names)))
+    for path, names, _ in family.stacks:
+        stack = [(name, place.module) for name, place in blocks.items() if _stack_of(name) == path]
+        layers |= own_layers(stack, names)
+        restored |= set(own_layers(stack, _ENDS.get(path, names)))
     order = list(blocks)
     cuts = [OUTPUT]
+    streams = bool(family.self_attentions) and not family.spans
     for depth in range(1, len(order)):
         first, last = (depth + 1) // 2, len(order) - depth // 2
+        # What is added between is of one arrangement of tokens if the first and the last are of one list.
+        last -= family.in_turn and (last - first) % 2 == 0
         between = order[first:last]
         cuts.append(Cut(frozenset(between), frozenset(between[-1:]), between[0]))
     return Layout(
@@ -128,11 +151,32 @@ def transformer_layout(transformer: Any) -> Layout:
         timestep_scale=family.timestep_scale,
         conditional_first=family.conditional_first,
         text=_text(transformer, family, blocks),
-        stream=_stream(transformer, family, blocks) if family.self_attentions else None,
-        token_layers=_token_layers(family, blocks) if family.self_attentions else (),
+        stream=_stream(transformer, family, blocks) if streams else None,
+        token_layers=_token_layers(family, blocks) if streams else (),
         block_sites=_block_sites(family, blocks),
         layer_sites=_layer_sites(family, blocks),
+        patch=_patch(transformer.config.patch_size) if family.spans else None,
     )
+
+
+def _blocks(transformer: Any, family: Family) -> dict[str, Skippable]:
+    """The blocks by name, as they run."""
+    stacks = [
+        [Skippable(f"{path}.{i}", block, returns) for i, block in enumerate(getattr(transformer, path))]
+        for path, _, returns in family.stacks
+    ]
+    order = chain(*zip(*stacks, strict=True)) if family.in_turn else chain(*stacks)
+    return {place.name: place for place in order}
+
+
+def _stack_of(block: str) -> str:
+    """Path of the list that a block is in."""
+    return block.rpartition(".")[0]
+
+
+def _patch(size: Any) -> tuple[int, int]:
+    """Rows and columns of a latent frame that a token spans; both are one number, or follow the frames."""
+    return (size, size) if isinstance(size, int) else (size[-2], size[-1])
 
 
 def _text(transformer: Any, family: Family, blocks: dict[str, Skippable]) -> dict[str, nn.Module]:
@@ -168,7 +212,7 @@ def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable]) -> S
 def _memory(family: Family, attentions: dict[str, Skippable]) -> dict[str, nn.Module]:
     """What gives the keys and values of the image's tokens."""
     # Turned keys are remembered, so that only those that are new are turned.
-    kept = ("norm_k", "to_v") if family.rotary else ("to_k", "to_v")
+    kept = ("norm_k", "to_v") if family.rotary or family.turns else ("to_k", "to_v")
     places = own_layers([(name, place.module) for name, place in attentions.items()], kept)
     return {name: place.module for name, place in places.items()}
 
@@ -224,11 +268,26 @@ def _block_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ..
     """The blocks, where each takes the image's tokens and returns them."""
     if any(place.returns is not Returns.TOKENS for place in blocks.values()):
         return ()
+    paths = [path for path, _, _ in family.stacks]
+    spans = dict(zip(paths, family.spans or (Spans.VIDEO,) * len(paths), strict=True))
     sites = []
     for index, (name, place) in enumerate(blocks.items()):
         attentions = own_layers([(name, place.module)], family.self_attentions)
         memory = _memory(family, attentions)
-        sites.append(Site(name, place.module, Keeps.UPDATE, name, index, memory, bool(memory)))
+        sites.append(
+            Site(
+                name,
+                place.module,
+                Keeps.UPDATE,
+                name,
+                index,
+                memory,
+                able=bool(memory),
+                attentions={path: layer.module for path, layer in attentions.items()},
+                turns=family.turns,
+                spans=spans[_stack_of(name)],
+            )
+        )
     return tuple(sites)
 
 
@@ -237,7 +296,7 @@ def _layer_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ..
     names = {path: (names, _ENDS.get(path, names)) for path, names, _ in family.stacks}
     sites = []
     for index, (block, place) in enumerate(blocks.items()):
-        own, ends = names[block.rpartition(".")[0]]
+        own, ends = names[_stack_of(block)]
         for name, layer in own_layers([(block, place.module)], own).items():
             if name.removeprefix(f"{block}.") in ends:
                 sites.append(Site(name, layer.module, Keeps.OUTPUT, block, index))

@@ -415,8 +415,7 @@ def _rank(depth: int | str) -> tuple[int, int]:
 
 
 def _depth_colours(depths: Sequence[int | str]) -> list[str]:
-    """The deeper the darker; calls that compute nothing are grey, those of layers orange, of sites green, of
-    heads pink."""
+    """The deeper the darker; calls of layers are orange, of sites green, of heads pink, of nothing grey."""
     import matplotlib
     from matplotlib.colors import to_hex
 

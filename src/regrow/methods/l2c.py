@@ -1,0 +1,159 @@
+"""Learning-to-Cache: a learned table of layers to reuse (arXiv 2406.01733).
+
+Every other step is full. In the others each attention and each feed-forward is either computed, or reuses
+what it returned in the step before. Which does what is one table for all samples, learned for one number of
+steps: a trained beta in (0, 1) for each step and layer, which is computed where beta is above a threshold.
+To train a table: ``regrow train router``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from regrow.core.decision import ALL, SKIP, Adapter, Decision, Entered, View
+from regrow.fields import MOST_CALLS, Share
+from regrow.layers import LayerKind
+from regrow.methods.base import About, MethodConfig, register
+from regrow.methods.parts import Attention, CallInfo, Parts, parts_of
+from regrow.models.errors import UnsupportedModelError
+from regrow.models.table import Layout, Site
+from regrow.predictors import read_learned
+from regrow.schedule import SITES, Spaced
+
+UNTRAINED = "untrained"
+"""What to name in place of a file to reuse every layer in every other step, to measure time."""
+
+
+@register
+class L2C(MethodConfig):
+    """Learning-to-Cache's configuration.
+
+    Args:
+        router: the file of a trained router, ``NAME.safetensors``; ``"untrained"`` for a table that reuses
+            every layer of every other step, to measure time. None, where there are no weights, is the same.
+        threshold: a layer is computed where beta is above it; None for the table that was made of the
+            training's own threshold.
+
+    Raises:
+        pydantic.ValidationError: naming the field, the value and what is allowed.
+    """
+
+    ABOUT: ClassVar[About] = About(
+        title="Learning-to-Cache",
+        what="a learned table says which attention and MLP outputs each second step reuses",
+        models="transformers: DiT, PixArt, SD3, Wan",
+        paper="arXiv 2406.01733",
+        note="needs a router trained for the model and its number of steps: regrow train router",
+        place=31,
+    )
+
+    method: Literal["l2c"] = "l2c"
+    version: Literal[1] = 1
+    router: str | None = None
+    threshold: Share | None = None
+
+    @property
+    def sampler_steps(self) -> int | None:
+        """The steps that the router was trained for."""
+        if self.router in (None, UNTRAINED):
+            return None
+        return read_learned(Path(str(self.router)), "router").about.steps
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Learning-to-Cache before a model is known."""
+
+    config: L2C
+
+    aligns = False
+    seed = 0
+
+    def on(self, denoiser: nn.Module, layout: Layout) -> _Deciding:
+        """The method at work on a transformer.
+
+        Raises:
+            UnsupportedModelError: if its layers are not known.
+            ValueError: if the router is of another model.
+            FileError: naming the tensor that is missing or of another form.
+        """
+        sites = layout.layer_sites
+        if not sites:
+            raise UnsupportedModelError(
+                f"model: the layers of {type(denoiser).__name__} are not known; Learning-to-Cache works on "
+                "transformers such as DiT and PixArt"
+            )
+        c = self.config
+        if c.router is None and not next(denoiser.parameters()).is_meta:
+            raise ValueError(
+                f"router: none is given for this {type(denoiser).__name__}; train one (regrow train "
+                f"router) and name its file, or take {UNTRAINED!r} to measure time alone"
+            )
+        if c.router in (None, UNTRAINED):
+            return _Deciding(sites, None)
+        learned = read_learned(Path(str(c.router)), "router")
+        learned.check(denoiser, len(sites))
+        name = "table" if c.threshold is None else "beta"
+        tensor = learned.tensors.get(name)
+        if tensor is None or tensor.dim() != 2 or tensor.shape[1] != len(sites):
+            raise learned.wrong(name)
+        table = tensor if c.threshold is None else tensor > c.threshold
+        return _Deciding(sites, tuple(tuple(row) for row in table.tolist()))
+
+
+@dataclass(frozen=True)
+class _Deciding:
+    """Learning-to-Cache at work.
+
+    Args:
+        sites: the layers.
+        table: for each call, whether each layer is computed; None to compute none in every other call.
+    """
+
+    sites: tuple[Site, ...]
+    table: tuple[tuple[bool, ...], ...] | None
+
+    observes: ClassVar[frozenset[LayerKind]] = frozenset()
+    adapters: ClassVar[Mapping[str, Adapter]] = {}
+
+    def plan(self, view: View) -> Mapping[str, Decision]:
+        """The table's row of the call.
+
+        Raises:
+            ValueError: if the table is for another number of calls.
+        """
+        if self.table is None:
+            return {site.name: SKIP if view.index % 2 else ALL for site in self.sites}
+        if view.total != len(self.table):
+            raise ValueError(
+                f"router: it was trained for {len(self.table)} steps, not for {view.total}; take as many, "
+                f"or train one: regrow train router --sampler-steps {view.total}"
+            )
+        row = self.table[view.index]
+        return {site.name: ALL if whole else SKIP for site, whole in zip(self.sites, row, strict=True)}
+
+    def begin(self) -> None:
+        """It remembers nothing."""
+
+    def observe(self, memory: None, block: str, attention: Attention) -> None:
+        """It looks at nothing."""
+
+    def look(self, memory: None, entered: Entered, info: CallInfo) -> None:
+        """It chooses no tokens."""
+
+    def choose(
+        self, memory: None, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo
+    ) -> Tensor:
+        """Never asked: layers are computed whole or not at all."""
+        return torch.empty(len(x), 0, dtype=torch.long, device=x.device)
+
+
+@parts_of.register
+def _(config: L2C) -> Parts:
+    return Parts(Spaced(MOST_CALLS, SITES), sites=_Rule(config))

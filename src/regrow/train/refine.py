@@ -1,0 +1,129 @@
+"""TokenCache's refinement: low-rank updates (LoRA) of the last K blocks, with a trained predictor.
+
+The last blocks are computed in every call. They learn to make of cached tokens what the full call makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.methods.tokencache import Table
+from regrow.models.table import Site
+from regrow.predictors import CachePredictor
+from regrow.train.examples import Batch
+from regrow.train.frozen import Frozen, Past, past, relaxed, truth
+from regrow.train.objective import Losses
+from regrow.train.predictor import on_sites
+
+ADAPTER = "regrow"
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+"""Of a block's attentions and its feed-forward."""
+
+
+def add_adapter(denoiser: nn.Module, sites: tuple[Site, ...], rank: int) -> None:
+    """Put untrained updates on the projections of blocks, by peft; they change nothing yet.
+
+    Raises:
+        ImportError: if peft is not installed (extra ``train``).
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("regrow train refine needs peft: pip install 'regrow[train]'") from error
+
+    names = [
+        f"{site.name}.{name}"
+        for site in sites
+        for name, module in site.module.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(PROJECTIONS)
+    ]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, init_lora_weights=True)
+    inject_adapter_in_model(config, denoiser, adapter_name=ADAPTER)
+
+
+def adapter_weights(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """What of a denoiser with updates learns, by name."""
+    return {name: p for name, p in denoiser.named_parameters() if "lora_" in name}
+
+
+def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The updates as diffusers names them: ``transformer.BLOCK.PROJECTION.lora_A.weight``, ``lora_B``."""
+    return {
+        f"transformer.{name.replace(f'.{ADAPTER}.', '.')}": p
+        for name, p in adapter_weights(denoiser).items()
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class RefineObjective:
+    """The output of a cached call, tokens chosen as in use, shall be that of the full call.
+
+    Keys and values are of the present tokens, as in the predictor's training.
+
+    Args:
+        frozen: the model, with updates on its last blocks.
+        predictor: it stays as it is.
+        table: of the predictor, for each block's share.
+        last_blocks: K.
+        ratio: r, share of all updates that are not computed.
+    """
+
+    frozen: Frozen
+    predictor: CachePredictor
+    table: Table
+    last_blocks: int
+    ratio: float
+
+    @property
+    def earlier(self) -> range:
+        return range(len(self.frozen.steps) - 1)
+
+    @property
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        return adapter_weights(self.frozen.denoiser)
+
+    def losses(self, batch: Batch) -> Losses:
+        """The mean square between both outputs."""
+        sites = self.frozen.layout.block_sites
+        decided = sites[: len(sites) - self.last_blocks]
+        with without_adapter(self.frozen.denoiser):
+            before = past(self.frozen, sites, batch)
+            full = truth(self.frozen, sites, before, batch.given)
+        with torch.no_grad():
+            alpha = self.predictor(full.entered.x, *full.entered.args, **full.entered.kwargs)
+        weights = on_sites(self._chosen(alpha, before), decided)
+        output, _ = relaxed(self.frozen, sites, before, batch.given, weights)
+        error = (output.float() - full.output.float()).pow(2).mean()
+        return Losses(error, torch.zeros_like(error))
+
+    def _chosen(self, alpha: Tensor, before: Past) -> Tensor:
+        """1 for the tokens that a block computes, 0 for the others, ``(B, N, L)``."""
+        _, tokens, blocks = alpha.shape
+        decided = blocks - self.last_blocks
+        total = len(self.frozen.steps)
+        shares = [self.table.shares(index / total, decided, self.ratio) for index in before.index.tolist()]
+        counts = (torch.tensor(shares, device=alpha.device) * tokens - 1e-6).ceil()
+        rank = alpha[..., :decided].argsort(1, descending=True).argsort(1)
+        chosen = torch.ones_like(alpha)
+        chosen[..., :decided] = (rank < counts[:, None]).to(alpha.dtype)
+        return chosen
+
+
+class without_adapter:  # noqa: N801
+    """The denoiser as it is without updates, for as long as this lasts."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._layers: list[Any] = [m for m in denoiser.modules() if hasattr(m, "enable_adapters")]
+
+    def __enter__(self) -> None:
+        for layer in self._layers:
+            layer.enable_adapters(False)
+
+    def __exit__(self, *error: object) -> None:
+        for layer in self._layers:
+            layer.enable_adapters(True)

@@ -1,0 +1,75 @@
+"""The steps of a sampler as training sees them: noise to a step, and from a step to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Self
+
+from regrow.measure.x0 import prediction_type
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The S steps of DDIM (Song et al., 2010.02502) in which ``x_t = alpha x_0 + sigma noise``.
+
+    Args:
+        times: ``(S,)``, timesteps of the denoiser, the noisiest first.
+        alpha: ``(S,)``.
+        sigma: ``(S,)``.
+        prediction: what the denoiser predicts.
+    """
+
+    times: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    prediction: str
+
+    @classmethod
+    def of(cls, scheduler: Any, count: int) -> Self:
+        """So many steps with a scheduler's noise levels.
+
+        Raises:
+            ValueError: if the scheduler has none of these, as those of flow matching.
+        """
+        from diffusers import DDIMScheduler
+
+        prediction = prediction_type(scheduler)
+        if "beta_schedule" not in scheduler.config or prediction not in PREDICTIONS:
+            raise ValueError(
+                f"model: the scheduler {type(scheduler).__name__} ({prediction}) is not allowed in "
+                f"training, it must have betas and predict one of {', '.join(PREDICTIONS)}"
+            )
+        ddim: Any = DDIMScheduler.from_config(scheduler.config)
+        ddim.set_timesteps(count)
+        share = ddim.alphas_cumprod[ddim.timesteps].double()
+        return cls(ddim.timesteps, share.sqrt(), (1 - share).sqrt(), prediction)
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def noised(self, x0: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        """x at step number ``index`` ``(B,)`` of x_0 ``(B, ...)``."""
+        return self._at(self.alpha, index, x0) * x0 + self._at(self.sigma, index, x0) * noise
+
+    def next(self, x: Tensor, output: Tensor, index: Tensor) -> Tensor:
+        """x at step number ``index + 1`` from that at ``index`` and the denoiser's output there."""
+        alpha, sigma = self._at(self.alpha, index, x), self._at(self.sigma, index, x)
+        match self.prediction:
+            case "epsilon":
+                x0 = (x - sigma * output) / alpha
+            case "v_prediction":
+                x0 = alpha * x - sigma * output
+            case _:
+                x0 = output
+        return self.noised(x0, (x - alpha * x0) / sigma, index + 1)
+
+    @staticmethod
+    def _at(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
+        """The values of steps ``(B,)``, in the form of a batch."""
+        chosen = values[index.cpu()].to(like.device, like.dtype)
+        return chosen.reshape(-1, *(1,) * (like.ndim - 1))
