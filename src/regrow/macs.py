@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from regrow.clock import Position
-from regrow.core.decision import Adapter, Decision, Entered, Sited, View
+from regrow.core.decision import Adapter, Decider, Decision, Entered, Sited, View
 from regrow.engine.branches import Branches
 from regrow.engine.call import Call
 from regrow.engine.engine import Engine
@@ -178,56 +178,65 @@ class _FirstOfSites:
     """A method of sites with a given plan that computes the first tokens; what it looks at is counted.
 
     Args:
-        sited: the method.
-        plan: what is decided for each site.
+        sited: the method; it is put to work once, since it may read what it has learned.
+
+    Attributes:
+        decided: the plan.
+        looking: what looking at tokens takes.
+        observing: what observing attentions took in the last full call.
     """
 
     seed = 0
     aligns = False
 
-    def __init__(self, sited: Sited, plan: Mapping[str, Decision]) -> None:
-        self._sited, self._plan = sited, plan
-        self.looking = 0
-        self.observing = 0
+    def __init__(self, sited: Sited) -> None:
+        self._sited = sited
+        self._decider: Decider | None = None
+        self.decided: Mapping[str, Decision] = {}
+        self.looking, self.observing = Flops(), Flops()
 
     def on(self, denoiser: nn.Module, layout: Layout) -> _FirstOfSites:
         """Itself."""
-        self._decider = self._sited.on(denoiser, layout)
+        if self._decider is None:
+            self._decider = self._sited.on(denoiser, layout)
         return self
 
     @property
+    def _own(self) -> Decider:
+        assert self._decider is not None
+        return self._decider
+
+    @property
     def sites(self) -> Sequence[Site]:
-        return self._decider.sites
+        return self._own.sites
 
     @property
     def observes(self) -> frozenset[LayerKind]:
-        return self._decider.observes
+        return self._own.observes
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        return self._decider.adapters
+        return self._own.adapters
 
     def plan(self, view: View) -> Mapping[str, Decision]:
         """The given one."""
-        return self._plan
+        return self.decided
 
     def begin(self) -> Any:
         """The method's memory; of the last full call alone, so that one call is counted."""
-        self.observing = 0
-        return self._decider.begin()
+        self.observing = Flops()
+        return self._own.begin()
 
     def observe(self, memory: Any, block: str, attention: Attention) -> None:
         """The method's, counted."""
-        with Flops() as counter:
-            self._decider.observe(memory, block, attention)
-        self.observing += counter.total
+        with self.observing:
+            self._own.observe(memory, block, attention)
 
     def look(self, memory: Any, entered: Entered, info: CallInfo) -> Any:
-        """The method's, counted."""
-        with Flops() as counter:
-            seen = self._decider.look(memory, entered, info)
-        self.looking += counter.total
-        return seen
+        """The method's, counted; once a call."""
+        self.looking = Flops()
+        with self.looking:
+            return self._own.look(memory, entered, info)
 
     def choose(
         self, memory: Any, seen: Any, site: Site, x: Tensor, count: int | None, info: CallInfo
@@ -321,7 +330,8 @@ class CallCounter:
         instead: str = "",
     ) -> None:
         self._model = meta_copy(denoiser)
-        self._rule, self._token_set, self._refresh, self._sites = rule, token_set, refresh, sites
+        self._rule, self._token_set, self._refresh = rule, token_set, refresh
+        self._sites = None if sites is None else _FirstOfSites(sites)
         self._instead = instead
         self._known: dict[Any, Macs] = {}
         self._shapes = KnownShapes()
@@ -386,7 +396,10 @@ class CallCounter:
             depth=(FULL,) * before + (depth,) + (behind,) * after,
             ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * after,
         )
-        sites = None if self._sites is None else _FirstOfSites(self._sites, decided)
+        sites = self._sites
+        if sites is not None:
+            sites.decided = decided
+            sites.looking = Flops()
         parts = Parts(plan, self._rule, first, refresh, sites, self._instead)
         engine = Engine(self._model, parts, quiet=True)
         selected: list[_Selected] = []
@@ -422,8 +435,8 @@ class CallCounter:
             chosen += refresh.observing // 2
         if sites is not None:
             asked = sites.looking if depth == SITES else sites.observing
-            total, chosen = total - asked, chosen + asked // 2
-            attention -= 0 if depth == SITES else asked
+            total, attention = total - asked.total, attention - asked.attention
+            chosen += asked.total // 2
         return Macs(total // 2, chosen, attention // 2)
 
     def _selection(self, kind: _Selected) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from regrow.fields import MOST_BLOCKS, Checked, Count, explain
 from regrow.files import FileError, check_file, read_json, said
 from regrow.origin import denoiser_key
-from regrow.words import shown
+from regrow.words import one_line, shown
 
 FORMAT = "regrow-learned"
 VERSION = 1
@@ -82,10 +82,18 @@ class LearnedFile:
         """
         if self.about.denoiser != denoiser_key(denoiser) or self.about.sites != sites:
             raise ValueError(
-                f"{self.about.kind}: {said(self.file)} is for {self.about.model} ({self.about.denoiser}), "
+                f"{self.about.kind}: {said(self.file)} is for {one_line(self.about.model, 100)} "
+                f"({one_line(self.about.denoiser, 100)}), "
                 f"not for this {type(denoiser).__name__} ({denoiser_key(denoiser)}); train one for it: "
                 f"regrow train {_COMMANDS[self.about.kind]}"
             )
+
+    def wrong(self, name: str) -> FileError:
+        """The error of a tensor that is not what it must be."""
+        return FileError(
+            f"{said(self.file)}: {one_line(name, 100)}: this tensor is missing, of another form, or of "
+            "values that can't be; get the file again, or train anew"
+        )
 
 
 def described_by(file: Path) -> Path:
@@ -104,7 +112,7 @@ def write_learned(file: Path, about: Learned, tensors: Mapping[str, Tensor]) -> 
     Raises:
         ValueError: if the file has another ending.
     """
-    _check_name(file)
+    _check_name(file, about.kind)
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     told = about.model_copy(update={"digest": hashlib.sha256(content).hexdigest()})
     for to, data in (
@@ -127,7 +135,7 @@ def read_learned(file: Path, kind: str) -> LearnedFile:
         OSError: naming a file that can't be read.
         FileError: naming the file, if it is of another kind or version, damaged, or of other tensors.
     """
-    _check_name(file)
+    _check_name(file, kind)
     described = described_by(file)
     check_file(file, LARGEST)
     data = read_json(described)
@@ -150,9 +158,9 @@ def read_learned(file: Path, kind: str) -> LearnedFile:
         raise FileError(f"{said(file)}: it is no safetensors file") from error
 
 
-def _check_name(file: Path) -> None:
+def _check_name(file: Path, kind: str) -> None:
     if file.suffix != ".safetensors":
-        raise ValueError(f"file: {shown(str(file))} is not allowed, it must end in .safetensors")
+        raise ValueError(f"{kind}: {shown(str(file))} is not allowed, it must end in .safetensors")
 
 
 def _check_version(data: Any, file: Path) -> None:

@@ -18,7 +18,7 @@ from regrow.methods.fora import FORA
 from regrow.methods.l2c import L2C, UNTRAINED
 from regrow.models import layout_of
 from regrow.origin import denoiser_key
-from regrow.predictors import Learned, write_learned
+from regrow.predictors import Learned, read_learned, write_learned
 
 
 def router_file(folder: Path, transformer: Any, beta: Tensor, **changes: Any) -> Path:
@@ -113,3 +113,19 @@ def test_a_unet_is_refused() -> None:
 
     with pytest.raises(regrow.UnsupportedModelError, match=r"the layers of UNet2D.* are not known"):
         regrow.apply(pipelines.sd(), L2C(router=UNTRAINED))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_a_table_of_another_form_is_refused_in_one_line(tmp_path: Path, threshold: float | None) -> None:
+    pipe = transformer_pipelines.dit()
+    file = router_file(tmp_path, pipe.transformer, beta_of(pipe.transformer))
+    learned = read_learned(file, "router")
+    write_learned(file, learned.about, {name: t[:, :3] for name, t in learned.tensors.items()})
+    with pytest.raises(FileError, match=r"router\.safetensors: (table|beta): this tensor") as error:
+        regrow.apply(pipe, L2C(router=str(file), threshold=threshold))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_with_another_ending_is_refused_by_the_fields_name() -> None:
+    with pytest.raises(ValueError, match=r"router: 'table\.bin' is not allowed"):
+        regrow.apply(transformer_pipelines.dit(), L2C(router="table.bin"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ import regrow
 from regrow.core.decision import Some
 from regrow.files import FileError
 from regrow.measure import architecture, profile
+from regrow.methods import tokencache
 from regrow.methods.parts import CallInfo
 from regrow.methods.tokencache import UNTRAINED, Choice, Counts, Spacing, Table, TokenCache, i_steps
 from regrow.models import UnsupportedModelError, layout_of
@@ -278,6 +281,119 @@ def test_the_choice_is_the_highest_alpha_of_the_block() -> None:
         for b in range(2):
             order = sorted(range(64), key=lambda t: -float(alpha[b, t, site.index]))
             assert set(chosen[b].tolist()) == set(order[:10])
+
+
+def test_the_predictor_sees_what_enters_the_first_block_also_if_that_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = transformer_pipelines.dit()
+    entered: list[Tensor] = []
+    looked: list[Tensor] = []
+    look = tokencache._Deciding.look
+
+    def spy(self: Any, memory: Any, seen: Any, info: Any) -> Any:
+        looked.extend([] if seen.x.is_meta else [seen.x])
+        return look(self, memory, seen, info)
+
+    monkeypatch.setattr(tokencache._Deciding, "look", spy)
+    # Its table lets the first blocks compute nothing at this ratio.
+    file = learned_file(tmp_path, pipe.transformer)
+    config = TokenCache(predictor=str(file), full_steps=2, last_blocks=1, ratio=0.8, beta=-3)
+    hook = pipe.transformer.pos_embed.register_forward_hook(lambda m, a, out: entered.append(out))
+    chosen = chosen_by(pipe, config)[1]
+    hook.remove()
+    partly = [x for x, blocks in zip(entered, chosen, strict=True) if blocks is not None]
+    assert "transformer_blocks.0" not in next(blocks for blocks in chosen if blocks is not None)
+    assert len(looked) == len(partly) == 3
+    assert all(torch.equal(a, b) for a, b in zip(looked, partly, strict=True))
+
+
+def test_blocks_that_cant_compute_some_tokens_are_warned_of_once_with_the_reason() -> None:
+    pipe = transformer_pipelines.pixart()
+    for block in pipe.transformer.transformer_blocks:
+        block.set_chunk_feed_forward(2, 1)
+    with warnings.catch_warnings(record=True) as told, regrow.apply(pipe, TokenCache(**SMALL)) as run:
+        warnings.simplefilter("always")
+        generate(pipe)
+        report = run.report()
+    assert not [w for w in told if "were not called" in str(w.message)]
+    assert [c.depth for c in report.calls] == ["full"] * 5
+    assert "disable_forward_chunking" in report.calls[1].reason
+
+
+def test_counts_from_the_call_are_counted_without_data_by_their_mean() -> None:
+    arch = architecture("cifar10")
+    fields = SMALL | {"last_blocks": 0}
+    data = profile(arch, TokenCache(**fields, counts=Counts.DATA), 6)
+    assert data.macs == profile(arch, TokenCache(**fields), 6).macs < data.baseline_macs
+
+
+def test_a_report_reads_a_predictor_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = transformer_pipelines.dit()
+    file = learned_file(tmp_path, pipe.transformer)
+    config = TokenCache(predictor=str(file), full_steps=2, last_blocks=1, ratio=0.5, beta=-3)
+    with regrow.apply(pipe, config) as run:
+        generate(pipe)
+        read: list[Path] = []
+        monkeypatch.setattr(
+            tokencache, "read_learned", lambda file, kind: read.append(file) or read_learned(file, kind)
+        )
+        run.report()
+    assert len(read) == 1
+
+
+WRONG: dict[str, tuple[str, Any]] = {
+    "no table": ("quantiles", None),
+    "of no numbers": ("quantiles", torch.full((5, 9, 9), torch.nan)),
+    "of other blocks": ("quantiles", torch.rand(5, 3, 9)),
+    "of one row": ("quantiles", torch.rand(9)),
+    "endless": ("alpha", torch.full((5,), torch.inf)),
+    "no weight": ("predictor.head.bias", None),
+    "of another form": ("predictor.head.bias", torch.rand(3)),
+    "of another's": ("predictor.other", torch.rand(3)),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_tensors_that_cant_be_are_refused_in_one_line(tmp_path: Path, what: str) -> None:
+    pipe = transformer_pipelines.dit()
+    file = learned_file(tmp_path, pipe.transformer)
+    learned, (name, tensor) = read_learned(file, "predictor"), WRONG[what]
+    tensors = {k: v for k, v in learned.tensors.items() if k != name}
+    write_learned(file, learned.about, tensors if tensor is None else tensors | {name: tensor})
+    with pytest.raises(FileError, match=f"{re.escape(name)}: this tensor") as error:
+        regrow.apply(pipe, TokenCache(predictor=str(file), last_blocks=1))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["no such layer", "of another layer", "half of it"])
+def test_updates_that_fit_no_layer_are_refused_in_one_line(tmp_path: Path, what: str) -> None:
+    pipe = transformer_pipelines.dit()
+    transformer = pipe.transformer
+    name = "transformer_blocks.8.attn1.to_q" if what != "no such layer" else "transformer_blocks.99.to_q"
+    wide = 32 if what != "of another layer" else 24
+    tensors = {f"transformer.{name}.lora_A.weight": torch.rand(2, wide)}
+    if what != "half of it":
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.rand(32, 2)
+    about = Learned(
+        kind="lora",
+        model="a test",
+        denoiser=denoiser_key(transformer),
+        sites=len(transformer.transformer_blocks),
+        settings={"last_blocks": 1},
+    )
+    file = tmp_path / "lora.safetensors"
+    write_learned(file, about, tensors)
+    with pytest.raises(FileError, match=f"{re.escape(name)}: this tensor") as error:
+        regrow.apply(pipe, TokenCache(**SMALL, lora=str(file)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_in_a_file_of_others_is_one_line(tmp_path: Path) -> None:
+    file = learned_file(tmp_path, transformer_pipelines.dit().transformer, model="a\n\x1b[31m" * 99)
+    with pytest.raises(ValueError, match="not for this PixArt") as error:
+        regrow.apply(transformer_pipelines.pixart(), TokenCache(predictor=str(file), last_blocks=1))
+    assert str(error.value).isprintable()
 
 
 def damaged(file: Path, what: str) -> None:

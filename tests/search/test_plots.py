@@ -134,6 +134,12 @@ def test_hypervolume_is_drawn_against_pictures_and_plans() -> None:
     assert [len(axis.lines) for axis in plots.draw_hypervolume(result).axes] == [1, 1]
 
 
+def test_calls_of_sites_have_a_colour_of_their_own() -> None:
+    result = found.result()
+    result["front"][0]["depth"][1] = "sites"
+    assert "some sites" in legend(plots.draw_plans(result))
+
+
 def test_plans_are_rows_of_depths_and_ratios() -> None:
     result = found.result()
     result["front"] = [

@@ -88,14 +88,14 @@ class Sites:
         unlike = site.turns and not all(map(_has_own_processor, site.attentions.values()))
         if site.able and known and not chunked and not masked and not unlike:
             return True
-        self._warn_once(
-            "memory",
+        call.unpruned = (
             f"{site.name}, for one, computes all of its tokens: its projections were fused (call "
             "unfuse_qkv_projections()), or its processors project a part of the batch only "
             "(perturbed-attention guidance), or its feed-forward is computed in chunks (call "
             "disable_forward_chunking()), or its tokens are masked, or its attention processors were "
-            "replaced where they turn queries, so that some can't be computed by themselves",
+            "replaced where they turn queries, so that some can't be computed by themselves"
         )
+        self._warn_once("memory", call.unpruned)
         return False
 
     def done(self, call: Call) -> dict[str, Tensor]:

@@ -639,8 +639,9 @@ class Engine:
             records[-1] = replace(records[-1], depth=FULL, ratio=0.0, age=0, reason=reason, recovery="")
             return False
         if call.cut is not None and not call.restored:
-            reason = "the modules that would reuse were not called"
-            self.warn_once("hooks", f"a cached call was computed in full: {reason}")
+            reason = call.unpruned or "the modules that would reuse were not called"
+            if not call.unpruned:
+                self.warn_once("hooks", f"a cached call was computed in full: {reason}")
             records[-1] = replace(records[-1], depth=FULL, age=0, reason=reason, recovery="")
         call.slot.stored |= dict.fromkeys(call.store, call.slot.last)
         if (call.counts or call.refresh) and not call.pruned:

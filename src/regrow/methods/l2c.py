@@ -81,6 +81,7 @@ class _Rule:
         Raises:
             UnsupportedModelError: if its layers are not known.
             ValueError: if the router is of another model.
+            FileError: naming the tensor that is missing or of another form.
         """
         sites = layout.layer_sites
         if not sites:
@@ -98,9 +99,11 @@ class _Rule:
             return _Deciding(sites, None)
         learned = read_learned(Path(str(c.router)), "router")
         learned.check(denoiser, len(sites))
-        table = learned.tensors["table"]
-        if c.threshold is not None:
-            table = learned.tensors["beta"] > c.threshold
+        name = "table" if c.threshold is None else "beta"
+        tensor = learned.tensors.get(name)
+        if tensor is None or tensor.dim() != 2 or tensor.shape[1] != len(sites):
+            raise learned.wrong(name)
+        table = tensor if c.threshold is None else tensor > c.threshold
         return _Deciding(sites, tuple(tuple(row) for row in table.tolist()))
 
 

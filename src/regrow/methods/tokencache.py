@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -198,26 +199,28 @@ class Table:
             ratio: r.
         """
         rows = self.quantiles[min(int(place * len(self.quantiles)), len(self.quantiles) - 1), :sites]
+        levels = np.linspace(0, 1, rows.shape[1])
+        # Equal quantiles tell nothing apart: a little is added, so that each value has one level.
+        ascending = np.maximum.accumulate(rows, 1) + np.arange(rows.shape[1]) * 1e-9
         low, high = 0.0, 1.0
         for _ in range(50):
             threshold = (low + high) / 2
-            above = [self._above(row, threshold) for row in rows]
-            low, high = (threshold, high) if np.mean(above) > 1 - ratio else (low, threshold)
-        scale = (1 - ratio) / max(float(np.mean(above)), 1e-12)
-        return tuple(float(min(share * scale, 1.0)) for share in above)
-
-    @staticmethod
-    def _above(row: Any, threshold: float) -> float:
-        """The part of a block's values above a threshold."""
-        levels = np.linspace(0, 1, len(row))
-        # Equal quantiles tell nothing apart: a little is added, so that each value has one level.
-        ascending = np.maximum.accumulate(row) + np.arange(len(row)) * 1e-9
-        return float(1 - np.interp(threshold, ascending, levels, left=0.0, right=1.0))
+            below = [np.interp(threshold, row, levels, left=0.0, right=1.0) for row in ascending]
+            above = 1 - np.array(below)
+            low, high = (threshold, high) if above.mean() > 1 - ratio else (low, threshold)
+        scale = (1 - ratio) / max(float(above.mean()), 1e-12)
+        return tuple(np.minimum(above * scale, 1.0).tolist())
 
     def means(self, calls: int) -> Any:
         """The mean alpha of each of so many calls."""
         places = (np.arange(calls) + 0.5) / calls * len(self.alpha) - 0.5
         return np.interp(places, np.arange(len(self.alpha)), self.alpha)
+
+
+@lru_cache(maxsize=1024)
+def cached_shares(table: Table, place: float, sites: int, ratio: float) -> tuple[float, ...]:
+    """`Table.shares`, once for all branches and generations that ask for the same."""
+    return table.shares(place, sites, ratio)
 
 
 def i_steps(means: Any, full: int, beta: float) -> set[int]:
@@ -299,17 +302,37 @@ class _Rule:
 
 
 def load_predictor(predictor: CachePredictor, learned: LearnedFile) -> None:
-    """Put the weights of a file into a predictor; on the meta device there is nowhere to put them."""
+    """Put the weights of a file into a predictor; on the meta device there is nowhere to put them.
+
+    Raises:
+        FileError: naming a tensor that is missing, of another form, or not the predictor's.
+    """
     if next(predictor.parameters()).is_meta:
         return
     prefix = "predictor."
     weights = {k.removeprefix(prefix): v for k, v in learned.tensors.items() if k.startswith(prefix)}
+    own = predictor.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in own or name not in weights or own[name].shape != weights[name].shape:
+            raise learned.wrong(f"{prefix}{name}")
     predictor.load_state_dict(weights)
 
 
 def table_of(learned: LearnedFile) -> Table:
-    """The table of a file."""
-    return Table(*(learned.tensors[name].double().numpy() for name in ("quantiles", "alpha")))
+    """The table of a file.
+
+    Raises:
+        FileError: naming the tensor that is missing, of another form, or not within 0 to 1.
+    """
+    tensors = {"quantiles": (3, 2), "alpha": (1, 1)}
+    for name, (dimensions, least) in tensors.items():
+        tensor = learned.tensors.get(name)
+        formed = tensor is not None and tensor.dim() == dimensions and tensor.shape[-1] >= least
+        if tensor is None or not formed or not tensor.numel() or not ((tensor >= 0) & (tensor <= 1)).all():
+            raise learned.wrong(name)
+    if learned.tensors["quantiles"].shape[1] != learned.about.sites:
+        raise learned.wrong("quantiles")
+    return Table(*(learned.tensors[name].double().numpy() for name in tensors))
 
 
 def _learned(config: TokenCache, denoiser: nn.Module) -> LearnedFile | None:
@@ -348,11 +371,22 @@ def _adapters(file: Path, denoiser: nn.Module, sites: int, last_blocks: int) -> 
     if trained != last_blocks:
         raise ValueError(f"lora: {said(file)} is for last_blocks={trained}, not {last_blocks}")
     down, up = ".lora_A.weight", ".lora_B.weight"
-    names = [name.removesuffix(down) for name in learned.tensors if name.endswith(down)]
-    return {
-        name.removeprefix("transformer."): Adapter(learned.tensors[name + down], learned.tensors[name + up])
-        for name in names
-    }
+    layers, found = dict(denoiser.named_modules()), dict[str, Adapter]()
+    for name in (name.removesuffix(down) for name in learned.tensors if name.endswith(down)):
+        path, first = name.removeprefix("transformer."), learned.tensors[name + down]
+        second = learned.tensors.get(name + up)
+        if second is None or not _fits(layers.get(path), first, second):
+            raise learned.wrong(name)
+        found[path] = Adapter(first, second)
+    return found
+
+
+def _fits(layer: Any, down: Tensor, up: Tensor) -> bool:
+    """Whether a linear layer can have a low-rank update."""
+    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+        return False
+    own = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return own == (down.shape[1], up.shape[0])
 
 
 def bundled_for(denoiser: nn.Module) -> LearnedFile | None:
@@ -395,14 +429,20 @@ class _Deciding:
             return {site.name: ALL for site in self.sites}
         ratio = self.config.ratio
         shares: tuple[float | None, ...] = (1 - ratio,) * len(self.sites)
-        if self.predictor is not None and self.config.counts is Counts.DATA:
+        if self._counts_data:
             shares = (None,) * len(self.sites)
         elif self.table is not None:
-            shares = self.table.shares(view.index / view.total, len(self.sites), ratio)
+            shares = cached_shares(self.table, view.index / view.total, len(self.sites), ratio)
         return {
             site.name: SKIP if share is not None and share <= 0 else Some(share, site.name)
             for site, share in zip(self.sites, shares, strict=True)
         }
+
+    @property
+    def _counts_data(self) -> bool:
+        """Whether shares come from the call itself; without data there is nothing to take them from."""
+        predictor, data = self.predictor, self.config.counts is Counts.DATA
+        return data and predictor is not None and not next(predictor.parameters()).is_meta
 
     def begin(self) -> Memory:
         """ToCa's memory, which it alone needs."""

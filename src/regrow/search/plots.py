@@ -408,18 +408,19 @@ def _name_axes(axis: Axes, cost: str, quality: str) -> None:
 
 
 def _rank(depth: int | str) -> tuple[int, int]:
-    """Deepest first: ``full``, ``layers``, numbers, ``head``, 0."""
+    """Deepest first: ``full``, ``sites``, ``layers``, numbers, ``head``, 0."""
     if isinstance(depth, str):
-        return {"full": 0, "layers": 1, "head": 3}[depth], 0
-    return (2, -depth) if depth else (4, 0)
+        return {"full": 0, "sites": 1, "layers": 2, "head": 4}[depth], 0
+    return (3, -depth) if depth else (5, 0)
 
 
 def _depth_colours(depths: Sequence[int | str]) -> list[str]:
-    """The deeper the darker; calls that compute nothing are grey, those of layers orange, of heads pink."""
+    """The deeper the darker; calls of layers are orange, of sites green, of heads pink, of nothing grey."""
     import matplotlib
     from matplotlib.colors import to_hex
 
-    fixed: dict[int | str, str] = {"full": MOST, "layers": "#e69f00", "head": "#cc79a7", 0: IDLE}
+    named = {"full": MOST, "sites": "#009e73", "layers": "#e69f00", "head": "#cc79a7"}
+    fixed: dict[int | str, str] = {**named, 0: IDLE}
     numbers = [depth for depth in depths if depth not in fixed]
     shades = matplotlib.colormaps["Blues"]
     between = {d: to_hex(shades(0.7 - 0.45 * i / len(numbers))) for i, d in enumerate(numbers)}
@@ -427,7 +428,7 @@ def _depth_colours(depths: Sequence[int | str]) -> list[str]:
 
 
 def _depth_label(depth: int | str) -> str:
-    words = {"full": "full", "layers": "layers reused", "head": "head", 0: "0, nothing computed"}
+    words = {"sites": "some sites", "layers": "layers reused", 0: "0, nothing computed"}
     return words.get(depth, str(depth))
 
 
