@@ -68,7 +68,7 @@ class Flops(TorchDispatchMode):
     def __init__(self, also: Mapping[Any, Any] = MappingProxyType({})) -> None:
         super().__init__()
         self.of: Counter[str] = Counter()
-        self._formulas = flop_registry | also
+        self._formulas = {**flop_registry, **also}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What the operation gives."""

@@ -419,8 +419,8 @@ def _depth_colours(depths: Sequence[int | str]) -> list[str]:
     import matplotlib
     from matplotlib.colors import to_hex
 
-    named = {"full": MOST, "sites": "#009e73", "layers": "#e69f00", "head": "#cc79a7"}
-    fixed: dict[int | str, str] = {**named, 0: IDLE}
+    fixed: dict[int | str, str] = {0: IDLE, "full": MOST}
+    fixed |= {"sites": "#009e73", "layers": "#e69f00", "head": "#cc79a7"}
     numbers = [depth for depth in depths if depth not in fixed]
     shades = matplotlib.colormaps["Blues"]
     between = {d: to_hex(shades(0.7 - 0.45 * i / len(numbers))) for i, d in enumerate(numbers)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -241,8 +241,8 @@ def _encoded(pipeline: Any, layout: Layout, some: Sequence[tuple[Image.Image, st
 @torch.no_grad()
 def _latents(pipeline: Any, pictures: Sequence[Image.Image]) -> Tensor:
     """The VAE's means of pictures, cut to squares of the model's own size."""
-    vae = pipeline.vae
-    side = denoiser_of(pipeline).config.sample_size * _scale(pipeline)
+    vae, denoiser = pipeline.vae, cast(Any, denoiser_of(pipeline))
+    side = denoiser.config.sample_size * _scale(pipeline)
     pixels = torch.stack([to_tensor(_square(picture, side)) for picture in pictures])
     x = (pixels.to(vae.device, vae.dtype) / 255) * 2 - 1
     found = vae.encode(x)
