@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 
 from regrow.fields import MOST_BLOCKS, Checked, Count, explain
 from regrow.files import FileError, check_file, read_json, said
+from regrow.models import known_layout
+from regrow.models.transformer import FAMILIES
 from regrow.origin import denoiser_key
 from regrow.words import one_line, shown
 
@@ -182,30 +183,37 @@ class CachePredictor(nn.Module):
     model, high where the block's update of that token should be computed.
 
     Args:
-        block: the model's first block; a copy of it is what training begins with.
+        block: a block of the model's kind.
         channels: C of the tokens.
         sites: L, blocks of the model.
     """
 
     def __init__(self, block: nn.Module, channels: int, sites: int) -> None:
         super().__init__()
-        self.block = copy.deepcopy(block)
+        self.block = block
         parameter = next(block.parameters())
         self.head = nn.Linear(channels, sites, device=parameter.device, dtype=parameter.dtype)
 
     @classmethod
     def of(cls, denoiser: nn.Module, sites: int) -> CachePredictor:
-        """An untrained one for a transformer with so many blocks.
+        """An untrained one for a transformer with so many blocks, which begins with a copy of the first.
 
         Args:
-            denoiser: a transformer of a known family.
+            denoiser: a transformer of a known family. Where its weights are at hand only while it runs
+                (offload), or are not those of its class (quantised), the block begins with zeros.
             sites: blocks, 1 <= L <= 1000.
         """
-        from regrow.models import known_layout
-
         assert 1 <= sites <= MOST_BLOCKS
-        block = known_layout(denoiser).block_sites[0].module
+        first = known_layout(denoiser).block_sites[0].module
         config: Any = denoiser.config
+        block = _plain_block(denoiser)
+        if not without_data(denoiser):
+            given = {k: v for k, v in first.state_dict().items() if not v.is_meta}
+            like = next(iter(given.values()), torch.empty(0))
+            block = block.to_empty(device=like.device).to(like.dtype)
+            own = block.state_dict()
+            fits = own.keys() == given.keys() and all(own[k].shape == v.shape for k, v in given.items())
+            block.load_state_dict(given if fits else {k: torch.zeros_like(v) for k, v in own.items()})
         return cls(block, config.num_attention_heads * config.attention_head_dim, sites)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -217,3 +225,17 @@ class CachePredictor(nn.Module):
             kwargs: the same by name.
         """
         return torch.sigmoid(self.head(self.block(x, *args, **kwargs)))
+
+
+def without_data(denoiser: nn.Module) -> bool:
+    """Whether a denoiser has no weights, as one that calls are counted by; offloaded ones come back."""
+    offloaded = any(hasattr(module, "_hf_hook") for module in denoiser.modules())
+    return not offloaded and all(parameter.is_meta for parameter in denoiser.parameters())
+
+
+def _plain_block(denoiser: Any) -> nn.Module:
+    """A first block on the meta device as its class makes it, without hooks, adapters or other's layers."""
+    kind: Any = next(base for base in type(denoiser).__mro__ if base.__name__ in FAMILIES)
+    with torch.device("meta"):
+        plain = kind.from_config(denoiser.config, num_layers=1)
+    return known_layout(plain).block_sites[0].module

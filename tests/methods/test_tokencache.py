@@ -513,3 +513,46 @@ def test_spacings_differ(tmp_path: Path) -> None:
     }
     assert len({frozenset(s) for s in steps.values()}) == 3
     assert steps[Spacing.UNIFORM] == set(range(0, 40, 5))
+
+
+def test_stale_tokens_take_turns() -> None:
+    """With a staleness of 1 any choice computes every token before one comes again."""
+    pipe = transformer_pipelines.dit()
+    fields = {"ratio": 0.75, "full_steps": 1, "staleness": 1.0, "choice": Choice.RANDOM, "last_blocks": 1}
+    _, chosen, _ = chosen_by(pipe, TokenCache(**fields))
+    calls = [c for c in chosen if c is not None]
+    assert len(calls) == 4
+    for name in calls[0]:
+        for sample in range(len(calls[0][name])):
+            assert sorted(t for c in calls for t in c[name][sample].tolist()) == list(range(64))
+
+
+def test_beta_comes_from_the_file_unless_it_is_given(tmp_path: Path) -> None:
+    from regrow.methods.tokencache import full_calls, table_of
+
+    pipe = transformer_pipelines.dit()
+    file = learned_file(tmp_path, pipe.transformer, settings={"beta": -6.0})
+    table = table_of(read_learned(file, "predictor"))
+    of_file = full_calls(TokenCache(full_steps=8), table, 40)
+    assert of_file == full_calls(TokenCache(full_steps=8, beta=-6), table, 40)
+    assert full_calls(TokenCache(full_steps=8, beta=0), table, 40) == set(range(0, 40, 5)) != of_file
+    file = learned_file(tmp_path, pipe.transformer, settings={"beta": "much"})
+    with pytest.raises(FileError, match="beta"):
+        table_of(read_learned(file, "predictor"))
+
+
+def test_a_model_that_is_offloaded_before_is_computed_alike(tmp_path: Path) -> None:
+    """Weights that are at hand only while a module runs are not what the predictor is made of."""
+    from accelerate import cpu_offload
+
+    pipe = transformer_pipelines.dit()
+    config = TokenCache(
+        predictor=str(learned_file(tmp_path, pipe.transformer)), last_blocks=1, full_steps=2
+    )
+    with regrow.apply(pipe, config):
+        expected = generate(pipe)
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    with regrow.apply(pipe, config):
+        assert torch.equal(generate(pipe), expected)
+    with pytest.raises(ValueError, match="none is bundled"):
+        regrow.apply(pipe, TokenCache(last_blocks=1))

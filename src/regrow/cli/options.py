@@ -50,8 +50,9 @@ def method_config(
         return _with_settings(name, [*given, *map(option_of, changes)], steps)
     kind = configured(name)
     for field in changes:
-        if field not in kind.model_fields:
-            raise _no_option(option_of(field), [option_of(own) for own in kind.model_fields])
+        own = [name for name in kind.model_fields if name not in ("method", "version", "found")]
+        if field not in own:
+            raise _no_option(option_of(field), [option_of(name) for name in own])
     taken = [f"--{option}" for option in kind.options()]
     for option in given:
         if option not in taken:
@@ -73,8 +74,10 @@ def fields_in(more: Sequence[str]) -> dict[str, Any]:
     rest, found = list(more), dict[str, Any]()
     while rest:
         option, equals, text = rest.pop(0).partition("=")
-        if not option.startswith("--") or not (equals or rest):
+        if not option.startswith("--"):
             raise _no_option(option)
+        if not (equals or rest):
+            raise ValueError(f"{one_line(option)}: it has no value, one must follow")
         found[option.removeprefix("--").replace("-", "_")] = plain(text if equals else rest.pop(0))
     return found
 

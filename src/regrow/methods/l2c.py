@@ -23,7 +23,7 @@ from regrow.methods.base import About, MethodConfig, register
 from regrow.methods.parts import Attention, CallInfo, Parts, parts_of
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, Site
-from regrow.predictors import read_learned
+from regrow.predictors import read_learned, without_data
 from regrow.schedule import SITES, Spaced
 
 UNTRAINED = "untrained"
@@ -90,7 +90,7 @@ class _Rule:
                 "transformers such as DiT and PixArt"
             )
         c = self.config
-        if c.router is None and not next(denoiser.parameters()).is_meta:
+        if c.router is None and not without_data(denoiser):
             raise ValueError(
                 f"router: none is given for this {type(denoiser).__name__}; train one (regrow train "
                 f"router) and name its file, or take {UNTRAINED!r} to measure time alone"

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from regrow import zoo
 from regrow.core.decision import ALL, SKIP, Adapter, Decision, Entered, Some, View
-from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share
+from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share, Weight
 from regrow.files import said
 from regrow.layers import LayerKind
 from regrow.methods.base import About, DenoiserKind, MethodConfig, register
@@ -48,7 +48,7 @@ from regrow.methods.toca import Memory, influence, spread, staleness
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, Site, Spans
 from regrow.origin import denoiser_key
-from regrow.predictors import CachePredictor, LearnedFile, read_learned
+from regrow.predictors import CachePredictor, LearnedFile, read_learned, without_data
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import SITES, Schedule, Spaced
 from regrow.space import Space, Variable, free
@@ -97,7 +97,8 @@ class Counts(str, Enum):
     """From the call itself, as in the paper: shapes depend on data, and the device is waited for."""
 
 
-Beta = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+MOST_BETA = 1e6
+Beta = Annotated[float, Field(ge=-MOST_BETA, le=MOST_BETA, allow_inf_nan=False)]
 
 
 @register
@@ -111,12 +112,16 @@ class TokenCache(MethodConfig):
             50 and 10 of 20 at 512).
         ratio: r, share of all updates that are not computed in P-steps; 0 makes every call full.
         last_blocks: K, blocks at the end that are computed in every call (the paper: 4; 2 of 250 steps).
-        beta: of Eq. 13 (the paper: -8000 for 50 steps, -6000 for 250, -4000 for 20, -2000 for 10).
+        beta: of Eq. 13, which depends on how far alpha goes apart, that is on the predictor (the paper's:
+            -8000 for 50 steps, -6000 for 250, -4000 for 20, -2000 for 10); None for the one in the
+            predictor's file, or 0, which spreads I-steps evenly.
         spacing: where the I-steps are.
         choice: what says which tokens a block computes.
         counts: where a block's share comes from; only a predictor's choice has other than even ones.
         recovery: how an update follows from those computed, where it is not (the paper: the last is
             reused).
+        staleness: what is added to a token's score for each P-step since it was computed last, so that no
+            token is left out for long (the paper: 0; ToCa's s3, for any choice). 1 takes turns.
         seed: of random choices.
         lora: the file of trained updates of the last K blocks, ``NAME.safetensors``, for P-steps.
 
@@ -142,11 +147,12 @@ class TokenCache(MethodConfig):
     full_steps: Calls = 12
     ratio: Share = 0.9
     last_blocks: int = Field(4, ge=0, lt=MOST_BLOCKS)
-    beta: Beta = -8000.0
+    beta: Beta | None = None
     spacing: Spacing = Spacing.ADAPTIVE
     choice: Choice = Choice.PREDICTOR
     counts: Counts = Counts.TABLE
     recovery: RecoveryField = REUSE
+    staleness: Weight = 0.0
     seed: Seed = 0
     lora: str | None = None
 
@@ -166,7 +172,7 @@ class TokenCache(MethodConfig):
 
 TokenCache.PRESETS = {
     "dit-256-250": lambda: TokenCache(full_steps=50, beta=-6000, last_blocks=2),
-    "dit-256-50": TokenCache,
+    "dit-256-50": lambda: TokenCache(beta=-8000),
     "dit-256-20": lambda: TokenCache(full_steps=9, beta=-4000),
     "dit-256-10": lambda: TokenCache(full_steps=6, beta=-2000),
     "dit-512-50": lambda: TokenCache(full_steps=21, beta=-4000),
@@ -182,10 +188,12 @@ class Table:
         quantiles: ``(T, L, Q)``: of alpha, at the levels 0 to 1, for T places in the run, the first first,
             and each of L blocks.
         alpha: ``(T,)``: its mean over blocks and tokens.
+        beta: of Eq. 13, that suits it.
     """
 
     quantiles: np.ndarray[Any, np.dtype[np.float64]]
     alpha: np.ndarray[Any, np.dtype[np.float64]]
+    beta: float = 0.0
 
     def shares(self, place: float, sites: int, ratio: float) -> tuple[float, ...]:
         """The share of its tokens that each of the first so many blocks computes, ``1 - r`` in the mean.
@@ -254,7 +262,7 @@ def full_calls(config: TokenCache, table: Table | None, calls: int) -> set[int]:
     means = table.means(calls)
     if config.spacing is Spacing.REVERSE:
         means = means[::-1]
-    return i_steps(means, config.full_steps, config.beta)
+    return i_steps(means, config.full_steps, table.beta if config.beta is None else config.beta)
 
 
 @dataclass(frozen=True)
@@ -332,7 +340,10 @@ def table_of(learned: LearnedFile) -> Table:
             raise learned.wrong(name)
     if learned.tensors["quantiles"].shape[1] != learned.about.sites:
         raise learned.wrong("quantiles")
-    return Table(*(learned.tensors[name].double().numpy() for name in tensors))
+    beta = learned.about.settings.get("beta", 0.0)
+    if not isinstance(beta, (int, float)) or not abs(beta) <= MOST_BETA:
+        raise learned.wrong("beta")
+    return Table(*(learned.tensors[name].double().numpy() for name in tensors), float(beta))
 
 
 def _learned(config: TokenCache, denoiser: nn.Module) -> LearnedFile | None:
@@ -350,7 +361,7 @@ def _learned(config: TokenCache, denoiser: nn.Module) -> LearnedFile | None:
     if config.predictor is not None:
         return read_learned(Path(config.predictor), "predictor")
     found = bundled_for(denoiser)
-    if found is None and not next(denoiser.parameters()).is_meta:
+    if found is None and not without_data(denoiser):
         raise ValueError(
             f"predictor: none is bundled for this {type(denoiser).__name__}; train one (regrow train "
             f"predictor) and name its file, or take {UNTRAINED!r} to measure time alone"
@@ -445,7 +456,7 @@ class _Deciding:
         return data and predictor is not None and not next(predictor.parameters()).is_meta
 
     def begin(self) -> Memory:
-        """ToCa's memory, which it alone needs."""
+        """How often each token was reused, and what ToCa alone needs."""
         return Memory()
 
     def observe(self, memory: Memory, block: str, attention: Attention) -> None:
@@ -482,10 +493,12 @@ class _Deciding:
         if count is None:
             assert seen is not None
             count = round(seen.shares[site.name] * x.shape[1])
-        score = self._score(memory, seen, site, x, info)
+        if site.name not in memory.reused:
+            memory.reused[site.name] = torch.zeros(x.shape[:2], device=x.device)
+        reused = memory.reused[site.name]
+        score = self._score(memory, seen, site, x, info) + self.config.staleness * reused
         chosen: Tensor = score.topk(count, dim=1).indices.sort(1).values
-        if self.config.choice is Choice.TOCA:
-            memory.reused[site.name] = (memory.reused[site.name] + 1).scatter_(1, chosen, 0)
+        memory.reused[site.name] = (reused + 1).scatter_(1, chosen, 0)
         return chosen
 
     def _score(self, memory: Memory, seen: _Seen | None, site: Site, x: Tensor, info: CallInfo) -> Tensor:
@@ -499,8 +512,7 @@ class _Deciding:
         grid = _grid(site, tokens, info)
         if self.config.choice is Choice.TOME:
             return _unlike(x.reshape(-1, grid.tokens, channels), grid, info).view(sequences, tokens)
-        reused = memory.reused.setdefault(site.name, torch.zeros(sequences, tokens, device=x.device))
-        score = 0.25 * staleness(reused, self.config.full_steps)
+        score = 0.25 * staleness(memory.reused[site.name], self.config.full_steps)
         if site.block in memory.attended:
             score = score + memory.attended[site.block]
         return score + 0.6 * spread(score.view(-1, grid.tokens), grid).view(sequences, tokens)
