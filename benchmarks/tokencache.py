@@ -1,7 +1,7 @@
 """TokenCache and Learning-to-Cache beside other methods at several numbers of steps, guided and not.
 
     python benchmarks/tokencache.py --learned work/learned
-    python benchmarks/tokencache.py --learned work/learned --only 50 --pictures 256
+    python benchmarks/tokencache.py --learned work/learned --only 250 --pictures 256 --out work/more.json
 
 On the bundled transformer. The folder holds what was trained for it besides the bundled predictor:
 ``lora.safetensors``, and for each number of steps ``router-STEPS.safetensors`` (see
@@ -42,6 +42,7 @@ FULL_STEPS = {250: 50, 50: 12, 20: 9, 10: 6}
 SEED = 20_000
 BATCH, TIMED = 16, 8
 PLAN = "calibrated plan"
+OURS = "TokenCache, r 0.9"
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,16 @@ class Setting:
         router = learned / f"router-{self.steps}.safetensors"
         if router.exists():
             yield "Learning-to-Cache", f"l2c:router={router}"
-        yield "TokenCache, random tokens", f"{ours}:choice=random"
-        yield "TokenCache", ours
-        yield "TokenCache, forecast", f"{ours}:recovery=taylor"
-        yield "TokenCache, r .7", f"{ours}:ratio=0.7"
-        yield "TokenCache, r .7, random tokens", f"{ours}:ratio=0.7:choice=random"
-        yield "TokenCache, r .7, forecast", f"{ours}:ratio=0.7:recovery=taylor"
+        for ratio in ("0.9", "0.5"):
+            own = f"{ours}:ratio={ratio}"
+            yield f"TokenCache, r {ratio}", own
+            yield f"TokenCache, r {ratio}, forecast", f"{own}:recovery=taylor"
+            yield f"TokenCache, r {ratio}, in turns", f"{own}:staleness=1"
+            yield f"random tokens, r {ratio}", f"{own}:choice=random"
+            yield f"random tokens, r {ratio}, in turns", f"{own}:choice=random:staleness=1"
         if (learned / "lora.safetensors").exists():
-            yield "TokenCache, LoRA", f"{ours}:lora={learned / 'lora.safetensors'}"
+            yield "TokenCache, r 0.9, LoRA", f"{ours}:lora={learned / 'lora.safetensors'}"
+        yield "all updates reused", f"{ours}:choice=random:ratio=1.0"
         yield "all updates forecast", f"{ours}:choice=random:ratio=1.0:recovery=taylor"
 
 
@@ -162,7 +165,7 @@ def run(file: Path, learned: Path, steps: list[int], count: int, *, timed: bool)
                 found = variant(short, setting.steps)
                 rows["rows"][name] = pictures.row(found.config, found.steps) | {"method": short}
                 save()
-        calls = round(setting.steps / rows["rows"]["TokenCache"]["fewer_macs"])
+        calls = round(setting.steps / rows["rows"][OURS]["fewer_macs"])
         if PLAN not in rows["rows"] and setting.steps <= 50:
             print(setting.name, PLAN, flush=True)
             plan = planned(pipe, setting, calls)
@@ -192,10 +195,10 @@ def tables(data: dict[str, Any]) -> str:
     for name, setting in data["settings"].items():
         rows, times = setting["rows"], {row["name"]: row["speedup"] for row in setting["times"]}
         lines = [
-            f"| {name} | MACs fewer | speed-up | PSNR | feature distance | TokenCache nearer by |",
+            f"| {name} | MACs fewer | speed-up | PSNR | feature distance | {OURS}, nearer by |",
             "|---|---|---|---|---|---|",
         ]
-        ours = np.array(rows["TokenCache"]["psnr"])
+        ours = np.array(rows[OURS]["psnr"])
         for method, row in sorted(rows.items(), key=lambda item: item[1]["fewer_macs"]):
             own = np.array(row["psnr"])
             more = ours - own
@@ -203,7 +206,7 @@ def tables(data: dict[str, Any]) -> str:
             time = f"{times[method]:.2f}x" if method in times else ""
             lines.append(
                 f"| {method} | {row['fewer_macs']:.2f}x | {time} | {own.mean():.1f} "
-                f"| {np.mean(row['features']):.4f} | {'' if method == 'TokenCache' else gain} |"
+                f"| {np.mean(row['features']):.4f} | {'' if method == OURS else gain} |"
             )
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -216,7 +219,7 @@ def main() -> None:
         "--learned", type=Path, default=Path("work/learned"), help="folder of trained files"
     )
     parser.add_argument("--only", type=int, nargs="+", choices=tuple(FULL_STEPS), help="numbers of steps")
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--untimed", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/tokencache.json")
     options = parser.parse_args()
