@@ -40,7 +40,9 @@ class Halved(TimeRecovery):
 
 
 # A calibrated plan is what was found.
-SEARCHED = [s.name for s in systems() if s.config is not None and s.name not in ("calibrated", "l2p")] + [
+SEARCHED = [
+    s.name for s in systems() if s.config is not None and s.name not in ("calibrated", "l2p", "l2c")
+] + [
     "deepcache+tome",
     "cat+deepcache",
     "fora+sito",
@@ -275,7 +277,7 @@ def test_choices_that_are_none_are_refused(name: str, choices: tuple[int, ...], 
         DaTo.space(6).with_choices(name, choices)
 
 
-@pytest.mark.parametrize("name", ["tome+sito", "dato+sito", "deepcache+tome+cat", "nothing", "tokencache"])
+@pytest.mark.parametrize("name", ["tome+sito", "dato+sito", "deepcache+tome+cat", "nothing"])
 def test_methods_that_do_not_combine_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="method: '"):
         space_of(name, 10)

@@ -265,7 +265,7 @@ def test_a_search_does_not_go_on_with_a_model_that_was_trained_further(tmp_path:
         (("--choices", "width=3"), "choices: 'width'"),
         (("--choices", "ratio"), "choices: 'ratio'"),
         (("--rungs", "1,3"), "it must be that of the prompts, 2"),
-        (("--method", "tokencache"), "'tokencache'"),
+        (("--method", "l2c"), "L2C has no plans to search"),
         (("--workers", "2"), "--engine ray"),
         (("--objective", "quality:clip", "--objective", "cost:macs"), "clip: a CLIP model must be given"),
         (("--beside", "nothing:1"), "nothing"),

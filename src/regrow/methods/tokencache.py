@@ -42,7 +42,7 @@ from regrow.core.decision import ALL, SKIP, Adapter, Decision, Entered, Some, Vi
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share, Weight
 from regrow.files import said
 from regrow.layers import LayerKind
-from regrow.methods.base import About, DenoiserKind, MethodConfig, register
+from regrow.methods.base import About, MethodConfig, register
 from regrow.methods.parts import Attention, CallInfo, Parts, parts_of
 from regrow.methods.toca import Memory, influence, spread, staleness
 from regrow.models.errors import UnsupportedModelError
@@ -137,7 +137,6 @@ class TokenCache(MethodConfig):
         note="needs a predictor trained for the model: regrow train predictor",
         default="dit-256-50",
         value="full_steps",
-        measured={DenoiserKind.TRANSFORMER: ("12",)},
         place=30,
     )
 
