@@ -82,7 +82,7 @@ class Setting:
         yield "CAT Pruning .3", "cat:0.3"
         router = learned / f"router-{self.steps}.safetensors"
         if router.exists():
-            yield "Learning-to-Cache", f"l2c:router={router}"
+            yield "Learning-to-Cache", f"l2c:{router}"
         for ratio in ("0.9", "0.5"):
             own = f"{ours}:ratio={ratio}"
             yield f"TokenCache, r {ratio}", own

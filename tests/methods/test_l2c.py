@@ -16,6 +16,7 @@ from regrow.files import FileError
 from regrow.measure import architecture, profile
 from regrow.methods.fora import FORA
 from regrow.methods.l2c import L2C, UNTRAINED
+from regrow.methods.names import named
 from regrow.models import layout_of
 from regrow.origin import denoiser_key
 from regrow.predictors import Learned, read_learned, write_learned
@@ -129,3 +130,8 @@ def test_a_table_of_another_form_is_refused_in_one_line(tmp_path: Path, threshol
 def test_a_file_with_another_ending_is_refused_by_the_fields_name() -> None:
     with pytest.raises(ValueError, match=r"router: 'table\.bin' is not allowed"):
         regrow.apply(transformer_pipelines.dit(), L2C(router="table.bin"))
+
+
+def test_its_name_takes_a_file() -> None:
+    assert named("l2c:untrained", 50).config == L2C(router="untrained")
+    assert L2C.from_text("some/router.safetensors", 50) == L2C(router="some/router.safetensors")

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from regrow.core.decision import ALL, SKIP, Adapter, Decision, Entered, View
 from regrow.fields import MOST_CALLS, Share
@@ -57,6 +58,11 @@ class L2C(MethodConfig):
     version: Literal[1] = 1
     router: str | None = None
     threshold: Share | None = None
+
+    @classmethod
+    def from_text(cls, text: str, calls: int) -> Self:
+        """By the file of its router, as in ``l2c:router-50.safetensors``, or ``l2c:untrained``."""
+        return cls(router=text)
 
     @property
     def sampler_steps(self) -> int | None:

@@ -342,7 +342,8 @@ def table_of(learned: LearnedFile) -> Table:
     beta = learned.about.settings.get("beta", 0.0)
     if not isinstance(beta, (int, float)) or not abs(beta) <= MOST_BETA:
         raise learned.wrong("beta")
-    return Table(*(learned.tensors[name].double().numpy() for name in tensors), float(beta))
+    quantiles, alpha = (learned.tensors[name].double().numpy() for name in tensors)
+    return Table(quantiles, alpha, float(beta))
 
 
 def _learned(config: TokenCache, denoiser: nn.Module) -> LearnedFile | None:
