@@ -14,6 +14,8 @@ from diffusers.utils import logging
 from hypothesis import settings as hypothesis_settings
 
 logging.set_verbosity_error()
+# What a whole module shares is made before a test begins: in one thread as well.
+torch.set_num_threads(1)
 # Pipelines are so many objects that the default looks for garbage a tenth of the time.
 gc.set_threshold(50_000)
 sys.path.insert(0, str(Path(__file__).parent))
