@@ -525,6 +525,7 @@ def test_nothing_to_make_is_refused(tmp_path: Path) -> None:
 
 def make_slowly(folder: Path, pause: float) -> None:
     """Make all pictures, with a pause after each shard."""
+    torch.set_num_threads(1)
     mine = Pictures(folder, SETTING)
     for one in VARIANTS:
         mine.make(pipelines.sd(), one, on_shard=lambda: time.sleep(pause))
