@@ -527,20 +527,6 @@ def test_stale_tokens_take_turns() -> None:
             assert sorted(t for c in calls for t in c[name][sample].tolist()) == list(range(64))
 
 
-def test_beta_comes_from_the_file_unless_it_is_given(tmp_path: Path) -> None:
-    from regrow.methods.tokencache import full_calls, table_of
-
-    pipe = transformer_pipelines.dit()
-    file = learned_file(tmp_path, pipe.transformer, settings={"beta": -6.0})
-    table = table_of(read_learned(file, "predictor"))
-    of_file = full_calls(TokenCache(full_steps=8), table, 40)
-    assert of_file == full_calls(TokenCache(full_steps=8, beta=-6), table, 40)
-    assert full_calls(TokenCache(full_steps=8, beta=0), table, 40) == set(range(0, 40, 5)) != of_file
-    file = learned_file(tmp_path, pipe.transformer, settings={"beta": "much"})
-    with pytest.raises(FileError, match="beta"):
-        table_of(read_learned(file, "predictor"))
-
-
 def test_a_model_that_is_offloaded_before_is_computed_alike(tmp_path: Path) -> None:
     """Weights that are at hand only while a module runs are not what the predictor is made of."""
     from accelerate import cpu_offload

@@ -42,7 +42,7 @@ from regrow.core.decision import ALL, SKIP, Adapter, Decision, Entered, Some, Vi
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share, Weight
 from regrow.files import said
 from regrow.layers import LayerKind
-from regrow.methods.base import About, MethodConfig, register
+from regrow.methods.base import About, MethodConfig, Status, register
 from regrow.methods.parts import Attention, CallInfo, Parts, parts_of
 from regrow.methods.toca import Memory, influence, spread, staleness
 from regrow.models.errors import UnsupportedModelError
@@ -97,13 +97,12 @@ class Counts(str, Enum):
     """From the call itself, as in the paper: shapes depend on data, and the device is waited for."""
 
 
-MOST_BETA = 1e6
-Beta = Annotated[float, Field(ge=-MOST_BETA, le=MOST_BETA, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
 @register
 class TokenCache(MethodConfig):
-    """TokenCache's configuration; the defaults are the paper's for DiT-XL/2 256 in 50 steps.
+    """TokenCache's configuration; the defaults but beta are the paper's for DiT-XL/2 256 in 50 steps.
 
     Args:
         predictor: the file of a trained predictor, ``NAME.safetensors``; None for the one that is bundled
@@ -112,9 +111,9 @@ class TokenCache(MethodConfig):
             50 and 10 of 20 at 512).
         ratio: r, share of all updates that are not computed in P-steps; 0 makes every call full.
         last_blocks: K, blocks at the end that are computed in every call (the paper: 4; 2 of 250 steps).
-        beta: of Eq. 13, which depends on how far alpha goes apart, that is on the predictor (the paper's:
-            -8000 for 50 steps, -6000 for 250, -4000 for 20, -2000 for 10); None for the one in the
-            predictor's file, or 0, which spreads I-steps evenly.
+        beta: of Eq. 13; what suits depends on how far alpha goes apart, that is on the predictor (the
+            paper's, in the presets: -8000 for 50 steps, -6000 for 250, -4000 for 20, -2000 for 10). 0 is
+            ours: it spreads I-steps evenly.
         spacing: where the I-steps are.
         choice: what says which tokens a block computes.
         counts: where a block's share comes from; only a predictor's choice has other than even ones.
@@ -134,8 +133,10 @@ class TokenCache(MethodConfig):
         what="a trained predictor says which tokens each block computes; the others get its last update",
         models="transformers: DiT, PixArt, Latte, Wan",
         paper="arXiv 2409.18523",
-        note="needs a predictor trained for the model: regrow train predictor",
-        default="dit-256-50",
+        status=Status.PARTLY,
+        note="needs a predictor trained for the model (regrow train predictor); on the bundled model its "
+        "choice gains nothing over chance",
+        default="even",
         value="full_steps",
         place=30,
     )
@@ -146,7 +147,7 @@ class TokenCache(MethodConfig):
     full_steps: Calls = 12
     ratio: Share = 0.9
     last_blocks: int = Field(4, ge=0, lt=MOST_BLOCKS)
-    beta: Beta | None = None
+    beta: Beta = 0.0
     spacing: Spacing = Spacing.ADAPTIVE
     choice: Choice = Choice.PREDICTOR
     counts: Counts = Counts.TABLE
@@ -170,6 +171,7 @@ class TokenCache(MethodConfig):
 
 
 TokenCache.PRESETS = {
+    "even": TokenCache,
     "dit-256-250": lambda: TokenCache(full_steps=50, beta=-6000, last_blocks=2),
     "dit-256-50": lambda: TokenCache(beta=-8000),
     "dit-256-20": lambda: TokenCache(full_steps=9, beta=-4000),
@@ -187,12 +189,10 @@ class Table:
         quantiles: ``(T, L, Q)``: of alpha, at the levels 0 to 1, for T places in the run, the first first,
             and each of L blocks.
         alpha: ``(T,)``: its mean over blocks and tokens.
-        beta: of Eq. 13, that suits it.
     """
 
     quantiles: np.ndarray[Any, np.dtype[np.float64]]
     alpha: np.ndarray[Any, np.dtype[np.float64]]
-    beta: float = 0.0
 
     def shares(self, place: float, sites: int, ratio: float) -> tuple[float, ...]:
         """The share of its tokens that each of the first so many blocks computes, ``1 - r`` in the mean.
@@ -261,7 +261,7 @@ def full_calls(config: TokenCache, table: Table | None, calls: int) -> set[int]:
     means = table.means(calls)
     if config.spacing is Spacing.REVERSE:
         means = means[::-1]
-    return i_steps(means, config.full_steps, table.beta if config.beta is None else config.beta)
+    return i_steps(means, config.full_steps, config.beta)
 
 
 @dataclass(frozen=True)
@@ -339,11 +339,7 @@ def table_of(learned: LearnedFile) -> Table:
             raise learned.wrong(name)
     if learned.tensors["quantiles"].shape[1] != learned.about.sites:
         raise learned.wrong("quantiles")
-    beta = learned.about.settings.get("beta", 0.0)
-    if not isinstance(beta, (int, float)) or not abs(beta) <= MOST_BETA:
-        raise learned.wrong("beta")
-    quantiles, alpha = (learned.tensors[name].double().numpy() for name in tensors)
-    return Table(quantiles, alpha, float(beta))
+    return Table(*(learned.tensors[name].double().numpy() for name in tensors))
 
 
 def _learned(config: TokenCache, denoiser: nn.Module) -> LearnedFile | None:
