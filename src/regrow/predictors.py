@@ -192,7 +192,9 @@ class CachePredictor(nn.Module):
         super().__init__()
         self.block = block
         parameter = next(block.parameters())
-        self.head = nn.Linear(channels, sites, device=parameter.device, dtype=parameter.dtype)
+        # Drawn on the CPU, whose generator a caller can set back.
+        head = nn.Linear(channels, sites, device="meta" if parameter.is_meta else "cpu")
+        self.head = head.to(parameter.device, parameter.dtype)
 
     @classmethod
     def of(cls, denoiser: nn.Module, sites: int) -> CachePredictor:

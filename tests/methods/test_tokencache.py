@@ -542,3 +542,14 @@ def test_a_model_that_is_offloaded_before_is_computed_alike(tmp_path: Path) -> N
         assert torch.equal(generate(pipe), expected)
     with pytest.raises(ValueError, match="none is bundled"):
         regrow.apply(pipe, TokenCache(last_blocks=1))
+
+
+def test_applying_draws_nothing_of_the_callers_chance() -> None:
+    pipe = transformer_pipelines.dit()
+    before = torch.get_rng_state()
+    with regrow.apply(pipe, TokenCache(**SMALL)):
+        assert torch.equal(torch.get_rng_state(), before)
+        first = generate(pipe)
+    torch.rand(3)
+    with regrow.apply(pipe, TokenCache(**SMALL)):
+        assert torch.equal(generate(pipe), first)

@@ -26,9 +26,8 @@ of choosing tokens. To train a predictor: ``regrow train predictor``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -224,12 +223,6 @@ class Table:
         return np.interp(places, np.arange(len(self.alpha)), self.alpha)
 
 
-@lru_cache(maxsize=1024)
-def cached_shares(table: Table, place: float, sites: int, ratio: float) -> tuple[float, ...]:
-    """`Table.shares`, once for all branches and generations that ask for the same."""
-    return table.shares(place, sites, ratio)
-
-
 def i_steps(means: Any, full: int, beta: float) -> set[int]:
     """The I-steps (Eq. 13): where ``v_t = sum_(s < t) exp(beta mean(alpha_s))`` passes even parts of all.
 
@@ -298,7 +291,10 @@ class _Rule:
         learned = _learned(c, denoiser)
         predictor, table = None, None
         if c.choice is Choice.PREDICTOR:
-            predictor = CachePredictor.of(denoiser, len(sites)).eval().requires_grad_(False)
+            # The caller's chance stays as it is.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(c.seed)
+                predictor = CachePredictor.of(denoiser, len(sites)).eval().requires_grad_(False)
         if learned is not None:
             learned.check(denoiser, len(sites))
             table = table_of(learned)
@@ -424,6 +420,7 @@ class _Deciding:
     predictor: CachePredictor | None
     table: Table | None
     adapters: Mapping[str, Adapter]
+    _plans: dict[View, Mapping[str, Decision]] = field(default_factory=dict, init=False)
 
     @property
     def observes(self) -> frozenset[LayerKind]:
@@ -432,6 +429,12 @@ class _Deciding:
 
     def plan(self, view: View) -> Mapping[str, Decision]:
         """In I-steps all; else of each block ``r_l`` of the tokens (section III-C)."""
+        # Branches and generations of the run ask for the same.
+        if view not in self._plans:
+            self._plans[view] = self._planned(view)
+        return self._plans[view]
+
+    def _planned(self, view: View) -> Mapping[str, Decision]:
         if view.index in full_calls(self.config, self.table, view.total):
             return {site.name: ALL for site in self.sites}
         ratio = self.config.ratio
@@ -439,7 +442,7 @@ class _Deciding:
         if self._counts_data:
             shares = (None,) * len(self.sites)
         elif self.table is not None:
-            shares = cached_shares(self.table, view.index / view.total, len(self.sites), ratio)
+            shares = self.table.shares(view.index / view.total, len(self.sites), ratio)
         return {
             site.name: SKIP if share is not None and share <= 0 else Some(share, site.name)
             for site, share in zip(self.sites, shares, strict=True)
