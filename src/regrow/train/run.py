@@ -172,11 +172,11 @@ def workplace(
 
 
 def _check(denoiser: Any, layout: Layout) -> None:
-    """Refuse a denoiser whose blocks take or return more than tokens."""
-    if not layout.block_sites:
+    """Refuse a denoiser whose blocks take or return more than the tokens of a picture."""
+    if not layout.block_sites or layout.stream is None:
         raise ValueError(
             f"model: {type(denoiser).__name__} is not allowed in training, its blocks must take and return "
-            "tokens alone, as those of DiT and PixArt"
+            "tokens alone, those of a picture, as those of DiT and PixArt do"
         )
 
 
