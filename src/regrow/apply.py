@@ -177,9 +177,8 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     asked = pruning is not None and engine.leaves_out
     leaves_out = engine.lean is not None and engine.leaves_out
     _check_head(engine, denoiser)
-    _check_kinds(engine, denoiser)
-    attends = engine.refreshing is not None and engine.refreshing.attending
-    if leaves_out or attends or engine.watched or engine.sites is not None:
+    attends = engine.sites is not None and engine.sites.attending
+    if leaves_out or attends or engine.watched:
         _check_attentions(engine, denoiser)
     _check_depths(engine, denoiser)
     prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
@@ -247,19 +246,6 @@ def _check_pruned(engine: Engine, denoiser: nn.Module) -> None:
         f"tokens are pruned in {pruned}: those of depth {', '.join(map(str, idle))} compute no layer of "
         f"{type(denoiser).__name__} that prunes; use a deeper branch{hint}",
     )
-
-
-def _check_kinds(engine: Engine, denoiser: nn.Module) -> None:
-    """Warn of layers to compute tokens in that the model lacks."""
-    if engine.refreshing is None:
-        return
-    lacking = engine.refreshing.rule.kinds - {place.layer.kind for place in engine.refreshing.places}
-    if lacking:
-        engine.warn_once(
-            "kinds",
-            f"{type(denoiser).__name__} has no {' and no '.join(sorted(kind.value for kind in lacking))} "
-            "that can compute some of its tokens by themselves",
-        )
 
 
 def _check_attentions(engine: Engine, denoiser: nn.Module) -> None:

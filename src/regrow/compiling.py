@@ -30,5 +30,5 @@ def compile_blocks(denoiser: Any, **options: Any) -> None:
         denoiser.compile_repeated_blocks(**options)
     except ValueError:
         # SD3, PixArt and DiT.
-        for path in {t.layer.block for t in known_layout(denoiser).token_layers}:
+        for path in {site.block for site in known_layout(denoiser).layer_sites}:
             denoiser.get_submodule(path).compile(**options)

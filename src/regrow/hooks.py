@@ -13,16 +13,14 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
+from regrow.core.decision import SKIP
 from regrow.core.store import copied
 from regrow.engine.call import OUTPUT, Call, Watched
 from regrow.engine.engine import Engine
 from regrow.engine.lean import Lean
 from regrow.engine.pruning import Pruning
-from regrow.engine.refreshing import Refreshing
-from regrow.layers import Layer
 from regrow.methods.parts import Attention
 from regrow.models.table import Cut, Returns, Skippable, TokenBlock, Turned
-from regrow.recover.time import REUSE
 from regrow.reuse.depth import placeholders
 from regrow.tokens.recover import keep, keep_merged, recover
 from regrow.tokens.select import put_rows, rows_of, take_rows
@@ -45,10 +43,10 @@ class Hook(Protocol):
 
 
 class SkipHook:
-    """A module that cached calls leave out."""
+    """A module that cached calls leave out; a part of a site, where the site is left out."""
 
-    def __init__(self, engine: Engine, place: Skippable) -> None:
-        self.engine, self.place = engine, place
+    def __init__(self, engine: Engine, place: Skippable, site: str = "") -> None:
+        self.engine, self.place, self.site = engine, place, site
 
     def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         call, name = self.engine.call, self.place.name
@@ -58,15 +56,8 @@ class SkipHook:
             if name == cut.entry:
                 call.entered[cut] = taken(args, kwargs)
         turn = call.turns[name] = call.turns.get(name, -1) + 1
-        if name in call.parts:
-            # Its own hook, which is inside, sees to it that some of the tokens are computed.
-            call.restored += 1
-            return forward(*args, **kwargs)
-        if name in call.whole:
-            out = forward(*args, **kwargs)
-            call.slot.store.add(name, call.step, out)
-            return out
-        if call.cut is not None and name in call.cut.skip:
+        computed = call.plan.get(self.site, SKIP) is not SKIP
+        if call.cut is not None and name in call.cut.skip and not computed:
             if name not in call.cut.restore:
                 call.stood_in.add(name)
                 return self._stand_in(call, args, kwargs)
@@ -291,91 +282,6 @@ class UnturnedHook:
         if call is not None and call.tells_apart:
             kwargs["image_rotary_emb"] = None
         return forward(*args, **kwargs)
-
-
-class TakeHook:
-    """Hands a layer those of its tokens that it computes."""
-
-    def __init__(self, engine: Engine, refreshing: Refreshing, layer: Layer) -> None:
-        self.engine, self.refreshing, self.layer = engine, refreshing, layer
-
-    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        call = self.engine.call
-        if call is None or self.layer.name not in call.refresh:
-            return forward(*args, **kwargs)
-        x = args[0] if args else kwargs["hidden_states"]
-        short = take_rows(x, self.refreshing.tokens(call, self.layer).rows(x.shape[1]))
-        if args:
-            return forward(short, *args[1:], **kwargs)
-        return forward(**kwargs | {"hidden_states": short})
-
-
-class PutHook:
-    """Hands on the tokens that a layer computed among those of its last output."""
-
-    def __init__(self, engine: Engine, refreshing: Refreshing, layer: Layer) -> None:
-        self.engine, self.refreshing, self.layer = engine, refreshing, layer
-
-    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        call, name = self.engine.call, self.layer.name
-        if call is None or name not in call.refresh:
-            return output
-        tokens, store = self.refreshing.tokens(call, self.layer), call.slot.store
-        # Blocks only read what layers return, so that the last output is nobody else's.
-        value = store.at(name, call.step, call.recovery)
-        if call.recovery != REUSE:
-            # Of a single value even a forecast is that value itself.
-            value = copied(value)
-        image, computed = (value[0], output[0]) if isinstance(output, tuple) else (value, output)
-        put_rows(image, tokens.rows(image.shape[1]), computed)
-        value = (image, *output[1:]) if isinstance(output, tuple) else image
-        if call.recovery == REUSE:
-            # A forecast is of whole calls alone.
-            store.amend(name, value)
-        call.pruned += 1
-        return value
-
-
-class BesideHook:
-    """An attention that hands on its last output for the tokens that the layer beside it computes."""
-
-    def __init__(self, engine: Engine, refreshing: Refreshing, key: str, layer: Layer) -> None:
-        self.engine, self.refreshing, self.key, self.layer = engine, refreshing, key, layer
-
-    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        call = self.engine.call
-        if call is not None and self.layer.name in call.refresh:
-            last = call.slot.store.at(self.key, call.step, call.recovery)
-            return take_rows(last, self.refreshing.tokens(call, self.layer).rows(last.shape[1]))
-        out = forward(*args, **kwargs)
-        if call is not None and call.cut is None:
-            call.slot.store.add(self.key, call.step, out)
-        return out
-
-
-class LayerMemoryHook:
-    """Completes the keys or values of the tokens that a layer computes with its last ones of the others."""
-
-    def __init__(self, engine: Engine, refreshing: Refreshing, key: str, layer: Layer) -> None:
-        self.engine, self.refreshing, self.key, self.layer = engine, refreshing, key, layer
-
-    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
-        output = forward(*args, **kwargs)
-        call = self.engine.call
-        if call is None:
-            return output
-        store = call.slot.store
-        if call.cut is None:
-            # Of a part of the batch (perturbed-attention guidance) it is of no use.
-            store.drop(self.key)
-            if len(output) == call.info.batch:
-                store.keep(self.key, output)
-        elif self.layer.name in call.refresh:
-            old = store.last(self.key)
-            put_rows(old, self.refreshing.tokens(call, self.layer).rows(old.shape[1]), output)
-            return old
-        return output
 
 
 class CatchHook:

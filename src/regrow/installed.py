@@ -14,34 +14,38 @@ from typing import Any
 
 from torch import nn
 
-from regrow.core.sites import AdapterHook, SiteHook, SiteKeysHook, TableHook, TurnHereHook
+from regrow.core.sites import (
+    AdapterHook,
+    BesideHook,
+    EntryHook,
+    SiteHook,
+    SiteKeysHook,
+    Sites,
+    TableHook,
+    TurnHereHook,
+)
 from regrow.engine.call import OUTPUT, Watched
 from regrow.engine.engine import Engine
 from regrow.engine.pruning import Pruning
-from regrow.engine.refreshing import Refreshing
 from regrow.hooks import (
     KEYS,
     QUERIES,
-    BesideHook,
     CatchHook,
     Forward,
     Hook,
     KeepHook,
-    LayerMemoryHook,
     MemoryHook,
     NarrowHook,
     ObserveHook,
     PositionHook,
-    PutHook,
     SelectHook,
     SkipHook,
-    TakeHook,
     TextHook,
     TurnHook,
     UnturnedHook,
 )
 from regrow.methods.parts import Features, Recovery
-from regrow.models.table import Rotary, TokenBlock, TokenLayer
+from regrow.models.table import Rotary, TokenBlock
 
 
 class _Around:
@@ -173,30 +177,20 @@ class Installed:
             for name, module in lean.memory.items():
                 self._hook(module, MemoryHook(engine, lean, name))
             self._hook(engine.layout.stream.output, MemoryHook(engine, lean, OUTPUT))
-        if engine.refreshing is not None:
-            for place in engine.refreshing.places:
-                self._hook_refreshing(engine, engine.refreshing, place)
         if engine.sites is not None:
-            # Inside what keeps and catches keys, as above.
-            for site, attention in engine.sites.turning:
-                self._hook(attention, TableHook(engine, site))
-                for norm in ("norm_q", "norm_k"):
-                    self._hook(attention.get_submodule(norm), TurnHereHook(engine, attention))
-            for name, module, site in engine.sites.memory:
-                self._hook(module, SiteKeysHook(engine, name, site))
-            for name, adapter in engine.sites.decider.adapters.items():
-                self._hook(engine.denoiser.get_submodule(name), AdapterHook(engine, adapter))
+            self._hook_inside(engine, engine.sites)
         for watched in engine.watched:
             self._hook_watched(engine, watched)
         # Outside all others, so that what is skipped is neither selected from nor pruned.
         skipped = sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values())))
         sites = {} if engine.sites is None else {site.name: site for site in engine.sites.decider.sites}
+        owners = {part: site.name for site in sites.values() for part in site.parts}
         for name in skipped:
             if engine.sites is not None and name in sites:
                 self._hook(sites[name].module, SiteHook(engine, engine.sites, sites[name]))
                 continue
             skippable = engine.layout.skippable[name]
-            self._hook(skippable.module, SkipHook(engine, skippable))
+            self._hook(skippable.module, SkipHook(engine, skippable, owners.get(name, "")))
         self._skipping = {name: self._places[name] for name in skipped}
         self._edges = list(_edges(engine.denoiser, self._places))
 
@@ -207,22 +201,22 @@ class Installed:
         for turned in rotary.turned:
             self._hook(turned.module, TurnHook(engine, turned))
 
-    def _hook_refreshing(self, engine: Engine, refreshing: Refreshing, place: TokenLayer) -> None:
-        layer, attention = place.layer, place.attention
-        self._hook(place.first or place.module, TakeHook(engine, refreshing, layer))
-        if attention.layer.name in refreshing.attending:
-            for name, module in attention.memory.items():
-                self._hook(module, LayerMemoryHook(engine, refreshing, name, layer))
-        if place.beside is not None:
-            name = place.beside.layer.name
-            attends = name in refreshing.attending
-            self._hook(
-                place.beside.module,
-                TakeHook(engine, refreshing, layer)
-                if attends
-                else BesideHook(engine, refreshing, name, layer),
-            )
-        self._hook(place.module, PutHook(engine, refreshing, layer))
+    def _hook_inside(self, engine: Engine, sites: Sites) -> None:
+        """Hook what lies in sites."""
+        # Inside what keeps and catches keys, so that those are turned.
+        for site, attention in sites.turning:
+            self._hook(attention, TableHook(engine, site))
+            for norm in ("norm_q", "norm_k"):
+                self._hook(attention.get_submodule(norm), TurnHereHook(engine, attention))
+        for name, module, site in sites.memory:
+            self._hook(module, SiteKeysHook(engine, name, site))
+        for site in sites.able:
+            if site.entry is not None:
+                self._hook(site.entry, EntryHook(engine, sites, site))
+            if site.beside is not None:
+                self._hook(site.beside.module, BesideHook(engine, site, site.beside))
+        for name, adapter in sites.decider.adapters.items():
+            self._hook(engine.denoiser.get_submodule(name), AdapterHook(engine, adapter))
 
     def _hook_block(self, engine: Engine, pruning: Pruning, block: TokenBlock) -> None:
         where = pruning.rule.where

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 
 
@@ -15,22 +14,3 @@ class LayerKind(str, Enum):
     """The attention of the image's tokens to the text."""
     FEED_FORWARD = "feed_forward"
     """The token-wise network."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer and its place.
-
-    Args:
-        name: path of the layer in the denoiser.
-        kind: what it does.
-        block: path of its block.
-        index: of the block, in the order they run, from 0.
-        blocks: how many blocks there are.
-    """
-
-    name: str
-    kind: LayerKind
-    block: str
-    index: int
-    blocks: int

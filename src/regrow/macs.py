@@ -24,11 +24,11 @@ from regrow.engine.call import Call
 from regrow.engine.engine import Engine
 from regrow.engine.others import grounding_of
 from regrow.installed import Installed
-from regrow.layers import Layer, LayerKind
+from regrow.layers import LayerKind
 from regrow.meta import KnownShapes, meta_copy
-from regrow.methods.parts import Attention, CallInfo, Parts, TokenRefresh, TokenRule, TokenSet
+from regrow.methods.parts import Attention, CallInfo, Parts, TokenRule, TokenSet
 from regrow.models.table import Layout, Site
-from regrow.schedule import FULL, LAYERS, SITES, Schedule
+from regrow.schedule import FULL, SITES, Schedule
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
 
@@ -132,48 +132,6 @@ class _FirstTokens:
         return torch.arange(count, device="meta").repeat(call.batch, 1), None
 
 
-class _FirstRefreshed:
-    """As a method's choice of tokens for layers, but the first ones; what observing costs is kept apart."""
-
-    aligns = False
-
-    def __init__(self, rule: TokenRefresh) -> None:
-        self._rule = rule
-        self.observing = 0
-        self.ratio = 0.0
-
-    @property
-    def kinds(self) -> frozenset[LayerKind]:
-        return self._rule.kinds
-
-    @property
-    def observes(self) -> frozenset[LayerKind]:
-        return self._rule.observes
-
-    @property
-    def per_block(self) -> bool:
-        return self._rule.per_block
-
-    def count(self, layer: Layer, tokens: int, ratio: float) -> int:
-        """The method's, at the ratio that is set."""
-        return self._rule.count(layer, tokens, self.ratio)
-
-    def begin(self) -> Any:
-        """The method's memory; of the last full call alone, so that one call is counted."""
-        self.observing = 0
-        return self._rule.begin()
-
-    def observe(self, memory: Any, layer: Layer, attention: Attention) -> None:
-        """The method's, counted."""
-        with Flops() as counter:
-            self._rule.observe(memory, layer, attention)
-        self.observing += counter.total
-
-    def select(self, memory: Any, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
-        """The first ``count`` tokens."""
-        return torch.arange(count, device="meta").repeat(call.batch, 1)
-
-
 class _FirstOfSites:
     """A method of sites with a given plan that computes the first tokens; what it looks at is counted.
 
@@ -188,6 +146,7 @@ class _FirstOfSites:
 
     seed = 0
     aligns = False
+    remarks = ()
 
     def __init__(self, sited: Sited) -> None:
         self._sited = sited
@@ -227,10 +186,10 @@ class _FirstOfSites:
         self.observing = Flops()
         return self._own.begin()
 
-    def observe(self, memory: Any, block: str, attention: Attention) -> None:
+    def observe(self, memory: Any, site: Site, attention: Attention) -> None:
         """The method's, counted."""
         with self.observing:
-            self._own.observe(memory, block, attention)
+            self._own.observe(memory, site, attention)
 
     def look(self, memory: Any, entered: Entered, info: CallInfo) -> Any:
         """The method's, counted; once a call."""
@@ -265,14 +224,15 @@ class _Here:
         """There is nothing to leave."""
 
 
-class _Refreshing:
-    """A denoiser without weights after its full call; later calls compute some tokens of layers.
+class _BehindFull:
+    """A denoiser without weights after its full call; later calls do at sites what they are told.
 
-    The full call is made once: plans may have another ratio in every call.
+    The full call is made once: plans may decide otherwise in every call.
 
     Args:
-        denoiser: of its own, since hooks stay on it.
-        rule: the method's.
+        denoiser: without weights.
+        sites: the method's.
+        depth: of the later calls.
         inputs: of the calls.
         knows_text: whether the text is that of the full call.
         shapes: that are known from other calls.
@@ -281,31 +241,38 @@ class _Refreshing:
     def __init__(
         self,
         denoiser: Any,
-        rule: TokenRefresh,
+        sites: _FirstOfSites,
+        depth: int,
         inputs: tuple[Any, Any],
         knows_text: bool,
         shapes: KnownShapes,
     ) -> None:
-        self._denoiser, self._rule, self._shapes = denoiser, _FirstRefreshed(rule), shapes
+        self._denoiser, self._sites, self._shapes = denoiser, sites, shapes
         self._inputs, self._knows_text = inputs, knows_text
-        plan, clock = Schedule(depth=(FULL, LAYERS), ratio=(0.0, 0.0)), _Here()
-        parts = Parts(plan, refresh=self._rule)
-        self._engine = Engine(denoiser, parts, clock, quiet=True)
-        Installed(self._engine)
-        with torch.no_grad(), shapes:
-            denoiser(*inputs[0], **inputs[1])
+        plan, clock = Schedule(depth=(FULL, depth), ratio=(0.0, 0.0)), _Here()
+        self._engine = Engine(denoiser, Parts(plan, sites=sites), clock, quiet=True)
+        self._call(inputs)
         clock.index = 1
 
-    def count(self, ratio: float) -> Macs:
+    def count(self, decided: Mapping[str, Decision]) -> Macs:
         """MACs of a call."""
-        self._rule.ratio = ratio
+        sites = self._sites
+        sites.decided, sites.looking = decided, Flops()
         assert self._engine.generation is not None
         # The second step again, not another branch of it.
         self._engine.generation.branches = Branches()
-        args, kwargs = self._inputs if self._knows_text else _with_another_text(self._inputs)
-        with torch.no_grad(), self._shapes, Flops() as counter:
-            self._denoiser(*args, **kwargs)
-        return Macs(counter.total // 2, 0, counter.attention // 2)
+        counter = self._call(self._inputs if self._knows_text else _with_another_text(self._inputs))
+        total, attention = counter.total - sites.looking.total, counter.attention - sites.looking.attention
+        return Macs(total // 2, sites.looking.total // 2, attention // 2)
+
+    def _call(self, inputs: tuple[Any, Any]) -> Flops:
+        hooks = Installed(self._engine)
+        try:
+            with torch.no_grad(), self._shapes, Flops() as counter:
+                self._denoiser(*inputs[0], **inputs[1])
+        finally:
+            hooks.remove()
+        return counter
 
 
 class CallCounter:
@@ -315,7 +282,6 @@ class CallCounter:
         denoiser: the denoiser, on any device; only its configuration is used.
         rule: the method's token rule, or None.
         token_set: its choice of the tokens of a call, or None.
-        refresh: its choice of tokens for layers that hand on their last output, or None.
         sites: its decisions for sites, or None.
         instead: what to say if they don't fit the denoiser.
     """
@@ -325,17 +291,16 @@ class CallCounter:
         denoiser: nn.Module,
         rule: TokenRule | None,
         token_set: TokenSet | None = None,
-        refresh: TokenRefresh | None = None,
         sites: Sited | None = None,
         instead: str = "",
     ) -> None:
         self._model = meta_copy(denoiser)
-        self._rule, self._token_set, self._refresh = rule, token_set, refresh
+        self._rule, self._token_set = rule, token_set
         self._sites = None if sites is None else _FirstOfSites(sites)
         self._instead = instead
         self._known: dict[Any, Macs] = {}
         self._shapes = KnownShapes()
-        self._refreshing: dict[Any, _Refreshing] = {}
+        self._behind: dict[Any, _BehindFull] = {}
         self._grounding = grounding_of(self._model)
 
     def attend_to_boxes(self, grounded: bool) -> None:
@@ -359,7 +324,7 @@ class CallCounter:
             ratio: pruning ratio; 1 if no layer computes a token that should have.
             inputs: positional and keyword arguments on the meta device.
             knows_text: whether what depends on the text alone was computed before.
-            plan: by the name of a site, what was decided for it, in a call of depth `SITES`.
+            plan: by the name of a site, what was decided for it; empty where nothing was.
         """
         grounded = any(module.enabled for module in self._grounding)
         decided = tuple(sorted(plan.items(), key=lambda item: item[0]))
@@ -376,31 +341,25 @@ class CallCounter:
         knows_text: bool,
         decided: Mapping[str, Decision],
     ) -> Macs:
-        if self._refresh is not None and depth == LAYERS and ratio < 1:
-            key = knows_text, _signature(inputs)
-            if key not in self._refreshing:
-                model = meta_copy(self._model)
-                self._refreshing[key] = _Refreshing(model, self._refresh, inputs, knows_text, self._shapes)
-            return self._refreshing[key].count(ratio)
+        if self._sites is not None and decided:
+            key = depth, knows_text, any(m.enabled for m in self._grounding), _signature(inputs)
+            if key not in self._behind:
+                self._behind[key] = _BehindFull(
+                    self._model, self._sites, depth, inputs, knows_text, self._shapes
+                )
+            return self._behind[key].count(decided)
         # Full calls come first: others need what they leave.
         leaves_out = self._token_set is not None and ratio > 0
         before = 2 if leaves_out else 1 if depth < FULL or knows_text else 0
         first = None if self._token_set is None else _FirstTokens(self._token_set)
-        refresh = None if self._refresh is None or depth < FULL else _FirstRefreshed(self._refresh)
         # A full call observes if another follows that reads what it saw.
-        behind = (
-            LAYERS if refresh is not None else SITES if self._sites is not None and depth == FULL else 0
-        )
-        after = int(behind > 0)
+        sites = self._sites if depth == FULL else None
+        after = () if sites is None else (SITES,)
         plan = Schedule(
-            depth=(FULL,) * before + (depth,) + (behind,) * after,
-            ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * after,
+            depth=(FULL,) * before + (depth, *after),
+            ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * len(after),
         )
-        sites = self._sites
-        if sites is not None:
-            sites.decided = decided
-            sites.looking = Flops()
-        parts = Parts(plan, self._rule, first, refresh, sites, self._instead)
+        parts = Parts(plan, self._rule, first, sites, self._instead)
         engine = Engine(self._model, parts, quiet=True)
         selected: list[_Selected] = []
 
@@ -429,14 +388,10 @@ class CallCounter:
         if first is not None and first.asked is not None:
             chosen += self._choice(*first.asked)
         total, attention = counter.total, counter.attention
-        if refresh is not None:
-            # What is observed are products of queries and keys as well.
-            total, attention = total - refresh.observing, attention - refresh.observing
-            chosen += refresh.observing // 2
         if sites is not None:
-            asked = sites.looking if depth == SITES else sites.observing
-            total, attention = total - asked.total, attention - asked.attention
-            chosen += asked.total // 2
+            # What is observed are products of queries and keys as well.
+            total, attention = total - sites.observing.total, attention - sites.observing.attention
+            chosen += sites.observing.total // 2
         return Macs(total // 2, chosen, attention // 2)
 
     def _selection(self, kind: _Selected) -> int:

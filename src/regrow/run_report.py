@@ -146,8 +146,9 @@ def report_of(engine: Engine) -> RunReport:
             "figures are of those that it has now"
         )
     parts = engine.parts
+    sites = None if engine.sites is None else parts.sites
     try:
-        counter = CallCounter(model, parts.tokens, parts.token_set, engine.refresh, parts.sites)
+        counter = CallCounter(model, parts.tokens, parts.token_set, sites)
         rows = [_row(record, engine, counter) for record in generation.records]
     except Exception as error:
         # Whatever a module of somebody's own says to tensors without data.

@@ -68,6 +68,11 @@ class Step:
     def full(self) -> bool:
         return self.depth >= FULL
 
+    @property
+    def of_sites(self) -> bool:
+        """Whether a method that decides for single sites does so in the call."""
+        return self.depth in (SITES, LAYERS)
+
 
 class Plan(Protocol):
     """What says what each call does, for any number of calls."""

@@ -537,7 +537,7 @@ def test_tokens_that_single_layers_compute_are_counted_by_their_share_of_the_blo
     with regrow.apply(pipe, config) as run, run.observed(counter), run.observed(note):
         transformer_pipelines.generate(pipe)
     ((level, count),) = counter.counts().items()
-    places = [t.layer for t in layout.token_layers]
+    places = [site for site in layout.layer_sites if site.kind is not None]
     assert set(computed) <= {layer.name for layer in places}
     full = sum(depth == FULL for depth in calls) * layout.depths * count.numel()
     some = sum(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import pytest
 import reference
@@ -19,22 +20,32 @@ from transformer_pipelines import FORMS, TWO_CALLS, generate
 
 import regrow
 from regrow import FORA, ToCa
+from regrow.core.decision import SKIP, Decision, Entered, Some, View
 from regrow.core.store import Store, copied
-from regrow.layers import Layer, LayerKind
+from regrow.layers import LayerKind
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
 from regrow.methods.base import MethodConfig
 from regrow.methods.parts import Alignment, Attention, CallInfo, Parts, parts_of
+from regrow.methods.toca import Choosing
 from regrow.models import layout_of
-from regrow.schedule import FULL, LAYERS, Schedule
+from regrow.models.table import Keeps, Layout, Site
+from regrow.schedule import FULL, LAYERS, Schedule, Step
 from regrow.tokens.grid import Grid
 
 KINDS = ("sd3", "pixart", "dit", "flux")
 FLAT = {"layer_weight": 0.0, "step_weight": 0.0}
 EVERYWHERE = FLAT | {"self_attention": 1.0, "cross_attention": 1.0}
-MLP = Layer("blocks.1.ff", LayerKind.FEED_FORWARD, "blocks.1", 1, 4)
-ATTENTION = Layer("blocks.1.attn1", LayerKind.SELF_ATTENTION, "blocks.1", 1, 4)
-CROSS = Layer("blocks.1.attn2", LayerKind.CROSS_ATTENTION, "blocks.1", 1, 4)
+
+
+def layer(name: str, kind: LayerKind, index: int) -> Site:
+    """A layer of a block."""
+    return Site(name, nn.Identity(), Keeps.OUTPUT, f"blocks.{index}", index, able=True, kind=kind)
+
+
+MLP = layer("blocks.1.ff", LayerKind.FEED_FORWARD, 1)
+ATTENTION = layer("blocks.1.attn1", LayerKind.SELF_ATTENTION, 1)
+CROSS = layer("blocks.1.attn2", LayerKind.CROSS_ATTENTION, 1)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:DiTTransformer2DModel has no", "ignore:SD3T.* has no", "ignore:Flux.* has no"
@@ -208,7 +219,7 @@ def test_all_tokens_everywhere_are_bit_for_bit_the_plain_pipeline(kind: str, for
     ours, chosen, _ = chosen_by(pipe, ToCa(ratio=0, **EVERYWHERE), **FORMS[form])
     assert torch.equal(ours, plain)
     assert chosen[1] is not None
-    assert set(chosen[1]) == {t.layer.name for t in layout_of(pipe.transformer).token_layers}
+    assert set(chosen[1]) == {s.name for s in layout_of(pipe.transformer).layer_sites if s.kind is not None}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,29 +251,44 @@ class PerBlock(MethodConfig):
     method: Literal["per_block"] = "per_block"
 
 
+@dataclass(frozen=True)
 class _PerBlock:
     """Two of every three blocks compute every third token, another third in each block."""
 
-    kinds = frozenset(LayerKind)
-    observes: frozenset[LayerKind] = frozenset()
-    per_block, aligns = True, False
+    sites: tuple[Site, ...] = ()
 
-    def count(self, layer: Layer, tokens: int, ratio: float) -> int:
-        return int(tokens * (1 - ratio)) if layer.index % 3 else 0
+    seed, aligns = 0, False
+    observes: ClassVar[frozenset[LayerKind]] = frozenset()
+    adapters: ClassVar[Mapping[str, Any]] = {}
+    remarks: ClassVar[tuple[str, ...]] = ()
 
-    def begin(self) -> list[str]:
-        return []
+    def on(self, denoiser: nn.Module, layout: Layout) -> _PerBlock:
+        return _PerBlock(layout.layer_sites)
 
-    def select(self, memory: list[str], layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
-        memory.append(layer.block)
-        start = layer.index % 3
-        return torch.arange(start, grid.tokens, 3)[:count].repeat(call.batch, 1)
+    def plan(self, view: View) -> Mapping[str, Decision]:
+        some = {s.name for s in self.sites if s.index % 3 and s.kind is not None}
+        share = 1 - view.step.ratio
+        return {
+            s.name: Some(share, s.block, SKIP, down=True) if s.name in some else SKIP for s in self.sites
+        }
+
+    def begin(self) -> None:
+        return None
+
+    def look(self, memory: None, entered: Entered, info: CallInfo) -> None:
+        return None
+
+    def choose(
+        self, memory: None, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo
+    ) -> Tensor:
+        assert info.grid is not None
+        return torch.arange(site.index % 3, info.grid.tokens, 3)[:count].repeat(info.batch, 1)
 
 
 @parts_of.register
 def _(config: PerBlock) -> Parts:
     plan = Schedule(depth=(FULL, LAYERS, LAYERS), ratio=(0.0, 0.7, 0.8))
-    return Parts(plan, refresh=_PerBlock())
+    return Parts(plan, sites=_PerBlock())
 
 
 @pytest.mark.parametrize("kind", ["sd3", "dit"])
@@ -270,7 +296,7 @@ def test_a_rule_may_choose_for_whole_blocks(kind: str) -> None:
     pipe = transformer_pipelines.KINDS[kind]()
     options = {"guidance_scale": 4.0}
     ours, chosen, _ = chosen_by(pipe, PerBlock(), **options)
-    names = [t.layer for t in layout_of(pipe.transformer).token_layers]
+    names = [s for s in layout_of(pipe.transformer).layer_sites if s.kind is not None]
     assert {k for c in chosen if c for k in c} == {n.name for n in names if n.index % 3}
     for call in (c for c in chosen if c):
         of_block = {n.block: call[n.name] for n in names if n.name in call}
@@ -343,7 +369,7 @@ def test_tokens_are_those_of_the_highest_scores(
 ) -> None:
     grid, batch = Grid(height, width), 2
     config = ToCa(cell=cell, queries=None, influence=1, staleness=0.4)
-    rule: Any = parts_of(config).refresh
+    rule = Choosing(config, (MLP,))
     memory, expected = rule.begin(), SlowChoice(config, grid)
     own = random_attention(batch, grid.tokens, grid.tokens, seed)
     rule.observe(memory, ATTENTION, own)
@@ -353,10 +379,10 @@ def test_tokens_are_those_of_the_highest_scores(
         rule.observe(memory, CROSS, text)
         weights = map_of(text)
         expected.s2 = 1 - (weights * weights.log()).sum(-1)
-    call = CallInfo(batch, guided, (), torch.Generator())
+    call, x = CallInfo(batch, guided, (), torch.Generator(), grid=grid), torch.empty(batch, grid.tokens, 1)
     count = max(int(share * grid.tokens), 1)
     for _ in range(4):
-        tokens = rule.select(memory, MLP, grid, count, call)
+        tokens = rule.choose(memory, None, MLP, x, count, call)
         assert tokens.shape == (batch, count)
         assert (tokens[:, 1:] > tokens[:, :-1]).all()
         assert [set(t.tolist()) for t in tokens] == expected.choose("ff", count, batch, guided)
@@ -523,13 +549,13 @@ def _only_full(run: Any, hook: Any) -> Any:
 @pytest.mark.parametrize("staleness", [0.25, 0.0])
 def test_nobody_waits_for_ever_unless_told_so(staleness: float) -> None:
     config, grid = ToCa(interval=99, staleness=staleness), Grid(6, 6)
-    rule: Any = parts_of(config).refresh
+    rule = Choosing(config, (MLP,))
     memory = rule.begin()
     rule.observe(memory, ATTENTION, random_attention(1, 36, 36, 0))
-    call = CallInfo(1, False, (), torch.Generator())
+    call, x = CallInfo(1, False, (), torch.Generator(), grid=grid), torch.empty(1, 36, 1)
     last = torch.full((36,), -1)
     for turn in range(400):
-        last[rule.select(memory, MLP, grid, 4, call)[0]] = turn
+        last[rule.choose(memory, None, MLP, x, 4, call)[0]] = turn
     assert (last > 250).all() == (staleness > 0)
 
 
@@ -538,11 +564,12 @@ def test_alignment_gives_both_halves_the_same_tokens(alignment: Alignment) -> No
     grid, own = Grid(8, 8), random_attention(4, 64, 64, 1)
 
     def tokens(first: bool, attention: Attention = own, guided: bool = True) -> Tensor:
-        rule: Any = parts_of(ToCa(alignment=alignment, queries=None)).refresh
+        rule = Choosing(ToCa(alignment=alignment, queries=None), (MLP,))
         memory = rule.begin()
         rule.observe(memory, ATTENTION, attention)
-        info = CallInfo(len(attention.query), guided, (), torch.Generator(), conditional_first=first)
-        return rule.select(memory, MLP, grid, 20, info)
+        batch = len(attention.query)
+        info = CallInfo(batch, guided, (), torch.Generator(), conditional_first=first, grid=grid)
+        return rule.choose(memory, None, MLP, torch.empty(batch, 64, 1), 20, info)
 
     chosen = tokens(False)
     assert torch.equal(chosen[:2], chosen[2:]) == (alignment is not Alignment.OFF)
@@ -552,6 +579,15 @@ def test_alignment_gives_both_halves_the_same_tokens(alignment: Alignment) -> No
             side = sides[alignment] if not first else slice(*((2, 4), (0, 2))[sides[alignment].start // 2])
             half = Attention(own.query[side], own.key[side], 64, None)
             assert torch.equal(tokens(first)[:2], tokens(first, half, guided=False))
+
+
+def count_of(
+    config: ToCa, kind: LayerKind, index: int, tokens: int, ratio: float, blocks: int = 28
+) -> int | None:
+    """How many tokens a layer of a model of so many blocks computes in a call of a ratio."""
+    sites = tuple(layer(f"{i}", kind, i) for i in range(blocks))
+    decision = Choosing(config, sites).plan(View(1, 2, Step(LAYERS, ratio)))[f"{index}"]
+    return decision.count(tokens) if isinstance(decision, Some) else 0
 
 
 def test_shares_are_by_block_call_and_kind() -> None:
@@ -564,29 +600,23 @@ def test_shares_are_by_block_call_and_kind() -> None:
     assert cached[0] == pytest.approx(0.2 * (0.6 + 0.8 * 2 / 50))
     assert cached[-1] == pytest.approx(0.2 * 1.4)
     assert all(s.ratio == 0 for s in steps if s.full)
-    rule: Any = parts_of(config).refresh
-    counts = [
-        rule.count(Layer("", LayerKind.FEED_FORWARD, "", i, 28), 1024, cached_ratio)
-        for cached_ratio in [0.8]
-        for i in range(28)
-    ]
+    counts = [count_of(config, LayerKind.FEED_FORWARD, i, 1024, 0.8) for i in range(28)]
     assert counts[0] == int(1024 * 0.2 * 1.8)
     assert counts[-1] == int(1024 * 0.2 * 0.2)
     assert sum(counts) / (28 * 1024) == pytest.approx(0.2, rel=0.01)
-    assert rule.count(Layer("", LayerKind.CROSS_ATTENTION, "", 0, 28), 1024, 0.8) == int(1024 * 0.18)
-    assert rule.count(Layer("", LayerKind.SELF_ATTENTION, "", 0, 28), 1024, 0.8) == 0
-    assert rule.count(Layer("", LayerKind.FEED_FORWARD, "", 0, 1), 10, 0.0) == 10
+    assert count_of(config, LayerKind.CROSS_ATTENTION, 0, 1024, 0.8) == int(1024 * 0.18)
+    assert count_of(config, LayerKind.SELF_ATTENTION, 0, 1024, 0.8) == 0
+    assert count_of(config, LayerKind.FEED_FORWARD, 0, 10, 0.0, blocks=1) == 10
 
 
 def test_macs_are_those_of_fora_and_of_the_tokens_computed() -> None:
     """DiT-XL/2 at 256 x 256: 256 tokens, 1,152 wide, MLPs four times as wide."""
     arch, config = architecture("dit-xl-256"), ToCa()
     ours, fora = profile(arch, config, 6), profile(arch, FORA(interval=3), 6)
-    rule: Any = parts_of(config).refresh
     steps = list(parts_of(config).plan.resample(6).steps())
     for step, mine, cached in zip(steps, ours.per_call, fora.per_call, strict=True):
-        layers = [Layer("", LayerKind.FEED_FORWARD, "", i, 28) for i in range(28)]
-        tokens = 0 if step.full else sum(rule.count(layer, 256, step.ratio) for layer in layers)
+        counts = [count_of(config, LayerKind.FEED_FORWARD, i, 256, step.ratio) or 0 for i in range(28)]
+        tokens = 0 if step.full else sum(counts)
         assert mine == cached + tokens * 8 * 1152**2
     assert 0 < ours.selection_macs < 0.01 * ours.macs
     exact = profile(arch, ToCa(queries=None), 1)
@@ -743,17 +773,16 @@ def test_configurations_go_to_json_and_back() -> None:
 def test_the_preset_of_pixart_computes_the_released_codes_shares() -> None:
     """0.3 times 1.6 of a feed-forward's tokens and 0.3 times 0.6 of a cross-attention's, from 1.9 times in
     the first call to 0.1 times, and from 1.6 times in the first block to 0.4 times."""
-    parts, calls, tokens = parts_of(ToCa.preset("pixart")), 2000, 10_000
-    rule: Any = parts.refresh
-    steps = list(parts.plan.resample(calls).steps())
+    config, calls, tokens = ToCa.preset("pixart"), 2000, 10_000
+    steps = list(parts_of(config).plan.resample(calls).steps())
     assert steps[0].full
     assert not steps[1].full
     for step, growth in ((steps[1], 1.9), (steps[1000], 1.0), (steps[-1], 0.1)):
         for kind, share in ((LayerKind.FEED_FORWARD, 0.3 * 1.6), (LayerKind.CROSS_ATTENTION, 0.3 * 0.6)):
             for index, factor in ((0, 1.6), (14, 1 + 0.6 - 1.2 * 14 / 27), (27, 0.4)):
-                layer = Layer("a layer", kind, "its block", index, 28)
                 expected = min(share * growth * factor, 1) * tokens
-                assert rule.count(layer, tokens, step.ratio) == pytest.approx(expected, abs=0.002 * tokens)
+                found = count_of(config, kind, index, tokens, step.ratio)
+                assert found == pytest.approx(expected, abs=0.002 * tokens)
 
 
 class Added(nn.Module):

@@ -16,6 +16,7 @@ from regrow.layers import LayerKind
 if TYPE_CHECKING:
     from regrow.methods.parts import Attention, CallInfo
     from regrow.models.table import Layout, Site
+    from regrow.schedule import Step
 
 
 class Whole(Enum):
@@ -35,18 +36,25 @@ class Some:
     """Some tokens of a site are computed; the others follow from earlier calls.
 
     Args:
-        share: of the tokens that are computed, rounded up; None if the choice itself says how many, which
-            makes shapes depend on data.
+        share: of the tokens that are computed; None if the choice itself says how many, which makes shapes
+            depend on data.
         group: sites of one group compute the same tokens.
+        otherwise: what is done where some can't be computed by themselves.
+        down: the number of tokens is rounded down, not up.
     """
 
     share: float | None
     group: str
+    otherwise: Whole = ALL
+    down: bool = False
 
     def count(self, tokens: int) -> int | None:
         """How many of so many tokens are computed."""
-        # The small term keeps 0.3 * 10 == 3.0000...4 from gaining a token.
-        return None if self.share is None else min(ceil(self.share * tokens - 1e-6), tokens)
+        if self.share is None:
+            return None
+        # The small term keeps 0.3 * 10 == 3.0000...4 from gaining a token, and 2.9999... from losing one.
+        exact = self.share * tokens
+        return min(int(exact + 1e-6) if self.down else ceil(exact - 1e-6), tokens)
 
 
 Decision = Whole | Some
@@ -67,10 +75,12 @@ class View:
     Args:
         index: of the call in the generation, from 0.
         total: calls of the generation.
+        step: what the method's plan says of the call.
     """
 
     index: int
     total: int
+    step: Step
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,13 @@ class Entered:
     x: Tensor
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entered:
+        """What a module is given that takes tokens first, or as ``hidden_states``."""
+        if args:
+            return cls(args[0], args[1:], kwargs)
+        return cls(kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +143,12 @@ class Decider(Protocol):
     def begin(self) -> Any:
         """What is remembered from one full call to the next, before the full call."""
 
-    def observe(self, memory: Any, block: str, attention: Attention) -> None:
-        """Look at the self-attention of a block, in a full call."""
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What a user is warned of when the method is applied."""
+
+    def observe(self, memory: Any, site: Site, attention: Attention) -> None:
+        """Look at an attention in a full call: that of a site, or the first of its kind in a block."""
 
     def look(self, memory: Any, entered: Entered, info: CallInfo) -> Any:
         """What `choose` is given as ``seen``: asked once a call that computes some tokens.

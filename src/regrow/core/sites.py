@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast
@@ -31,21 +31,40 @@ class Sites:
 
     def __init__(self, decider: Decider, layout: Layout, warn_once: Callable[[str, str], None]) -> None:
         self.decider, self._layout, self._warn_once = decider, layout, warn_once
+        for remark in decider.remarks:
+            warn_once(f"remark {remark}", remark)
+
+    @property
+    def able(self) -> Iterator[Site]:
+        """Those that can compute some of their tokens."""
+        return (site for site in self.decider.sites if site.able)
+
+    @property
+    def attending(self) -> dict[str, str]:
+        """By the name of a self-attention in which some tokens may be computed, the site whose they are."""
+        return {name: site.name for site in self.able for name in _attentions_of(site)}
 
     @property
     def memory(self) -> Iterator[tuple[str, nn.Module, Site]]:
         """What gives keys and values in the sites of which some tokens may be computed, by name."""
-        for site in self.decider.sites:
-            yield from ((name, module, site) for name, module in site.memory.items())
+        for site in self.able:
+            yield from ((name, module, site) for name, module in _memory_of(site).items())
 
     @property
     def watched(self) -> Iterator[Watched]:
         """The attentions that tokens are chosen by."""
-        if LayerKind.SELF_ATTENTION not in self.decider.observes:
-            return
+        for name, attention, site in self._looked_at():
+            yield Watched(name, attention, _is_full, partial(self._observe, site), site.turns)
+
+    def _looked_at(self) -> Iterator[tuple[str, nn.Module, Site]]:
+        kinds = self.decider.observes
         for site in self.decider.sites:
-            for name, attention in site.attentions.items():
-                yield Watched(name, attention, _is_full, partial(self._observe, site.block), site.turns)
+            if LayerKind.SELF_ATTENTION in kinds:
+                yield from ((name, attention, site) for name, attention in site.attentions.items())
+        own = {site.attention.name for site in self.decider.sites}
+        for layer in self._layout.first_layers().values():
+            if layer.kind in kinds and layer.name in own:
+                yield layer.name, layer.module, layer
 
     @property
     def turning(self) -> Iterator[tuple[Site, nn.Module]]:
@@ -54,49 +73,88 @@ class Sites:
             if site.turns:
                 yield from ((site, attention) for attention in site.attentions.values())
 
-    def _observe(self, block: str, call: Call, x: Tensor, attention: Attention) -> None:
-        self.decider.observe(call.slot.observed, block, attention)
+    @property
+    def tells_apart(self) -> bool:
+        """Whether the tokens of an image must be told apart: to look at attentions, or in single layers."""
+        return bool(self.decider.observes) or any(site.kind is not None for site in self.able)
+
+    def _observe(self, site: Site, call: Call, x: Tensor, attention: Attention) -> None:
+        self.decider.observe(call.slot.observed, site, attention)
 
     def plan(self, view: View) -> Mapping[str, Decision]:
         """What a call does at each site; empty if it computes all of them."""
         plan = self.decider.plan(view)
         return plan if any(decision is not ALL for decision in plan.values()) else {}
 
-    def enter(self, call: Call, site: Site, entered: Entered) -> None:
-        """A site is about to run; the method looks at the first one in a call that computes some tokens."""
-        call.given[site.name] = len(entered.x)
-        is_first = site.name == self.decider.sites[0].name
-        if is_first and not call.seen and any(isinstance(what, Some) for what in call.plan.values()):
-            call.seen = (self.decider.look(call.slot.observed, entered, call.info),)
+    def settled(
+        self, plan: Mapping[str, Decision], call: Call, inputs: Mapping[str, Any]
+    ) -> dict[str, Decision]:
+        """What of a plan a call can do: which sites can compute some of their tokens by themselves."""
+        sites = {site.name: site for site in self.decider.sites}
+        found = {name: self._settled(sites[name], what, call, inputs) for name, what in plan.items()}
+        for name, what in plan.items():
+            if isinstance(what, Some) and isinstance(found[name], Some):
+                found |= dict.fromkeys(sites[name].text, ALL)
+        return found
 
-    def subset(self, call: Call, site: Site, decision: Some, entered: Entered) -> Subset | None:
-        """The tokens that a site computes; None if it can't compute some by themselves."""
-        if not call.seen or not self._is_able(call, site, entered):
-            return None
-        if decision.group not in call.refreshed:
-            memory, x = call.slot.observed, entered.x
-            count = decision.count(x.shape[1])
-            chosen = self.decider.choose(memory, call.seen[0], site, x, count, call.info)
-            call.refreshed[decision.group] = Subset(chosen, x.shape[1])
-        return call.refreshed[decision.group]
+    def _settled(self, site: Site, decision: Decision, call: Call, inputs: Mapping[str, Any]) -> Decision:
+        if not isinstance(decision, Some):
+            return decision
+        if not self._is_able(site, decision, call, inputs):
+            return decision.otherwise
+        grid = call.slot.grid if site.kind is not None else None
+        return SKIP if grid is not None and decision.count(grid.tokens) == 0 else decision
 
-    def _is_able(self, call: Call, site: Site, entered: Entered) -> bool:
+    def _is_able(self, site: Site, decision: Some, call: Call, inputs: Mapping[str, Any]) -> bool:
         """Whether a site has what it needs to compute some of its tokens by themselves."""
-        known = all(name in call.slot.store for name in site.memory)
-        chunked = getattr(site.module, "_chunk_size", None) is not None
-        masked = entered.kwargs.get("attention_mask") is not None
+        store = call.slot.store
+        if not site.able or site.key not in store or (site.kind is not None and not call.tells_apart):
+            return False
+        attention = site.attention
+        known = all(name in store for name in _memory_of(site)) and (
+            attention.able or attention.name in store
+        )
+        chunked = site.kind in (None, LayerKind.FEED_FORWARD) and self._is_chunked(site)
+        masked = bool(_memory_of(site)) and inputs.get("attention_mask") is not None
         unlike = site.turns and not all(map(_has_own_processor, site.attentions.values()))
-        if site.able and known and not chunked and not masked and not unlike:
+        if known and not chunked and not masked and not unlike:
             return True
+        done = "computes all of its tokens" if decision.otherwise is ALL else "reuses its last output"
         call.unpruned = (
-            f"{site.name}, for one, computes all of its tokens: its projections were fused (call "
-            "unfuse_qkv_projections()), or its processors project a part of the batch only "
-            "(perturbed-attention guidance), or its feed-forward is computed in chunks (call "
-            "disable_forward_chunking()), or its tokens are masked, or its attention processors were "
-            "replaced where they turn queries, so that some can't be computed by themselves"
+            f"{site.name}, for one, {done}: its projections were fused (call unfuse_qkv_projections()), or "
+            "its processors project a part of the batch only (perturbed-attention guidance), or its "
+            "feed-forward is computed in chunks (call disable_forward_chunking()), or its tokens are "
+            "masked, or its attention processors were replaced where they turn queries, so that some can't "
+            "be computed by themselves"
         )
         self._warn_once("memory", call.unpruned)
         return False
+
+    def _is_chunked(self, site: Site) -> bool:
+        block = self._layout.skippable[site.block].module
+        return getattr(block, "_chunk_size", None) is not None
+
+    def enter(
+        self, call: Call, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Subset | None:
+        """The tokens that a site which is about to run computes; None if all.
+
+        In a call that computes some tokens, the method looks at the first site that runs.
+        """
+        entered = Entered.of(args, kwargs)
+        call.given[site.name] = len(entered.x)
+        if not call.seen and any(isinstance(what, Some) for what in call.plan.values()):
+            call.seen = (self.decider.look(call.slot.observed, entered, call.info),)
+        decision = call.plan.get(site.name, ALL)
+        if not isinstance(decision, Some) or site.key not in call.slot.store:
+            return None
+        if decision.group not in call.refreshed:
+            memory, x = call.slot.observed, entered.x
+            tokens = call.slot.grid.tokens if site.joint and call.slot.grid is not None else x.shape[1]
+            count = decision.count(tokens)
+            chosen = self.decider.choose(memory, call.seen[0], site, x, count, call.info)
+            call.refreshed[decision.group] = Subset(chosen, tokens)
+        return call.refreshed[decision.group]
 
     def done(self, call: Call) -> dict[str, Tensor]:
         """By the name of a site, the tokens ``(B, n)`` that it computed in a call."""
@@ -113,9 +171,21 @@ class Sites:
             return decision
         chosen = call.refreshed.get(decision.group)
         if chosen is None:
-            # It could not compute some.
-            return ALL
+            # It was not called.
+            return decision.otherwise
         return replace(decision, share=chosen.tokens.shape[1] / chosen.image)
+
+
+def _attentions_of(site: Site) -> Iterable[str]:
+    """The names of the self-attentions in which a site computes some tokens."""
+    if site.attentions:
+        return site.attentions
+    return [site.attention.name] if _memory_of(site) else []
+
+
+def _memory_of(site: Site) -> Mapping[str, nn.Module]:
+    """What gives the keys and values of the tokens that a site computes."""
+    return site.attention.memory if site.attention.able else {}
 
 
 class _Engine(Protocol):
@@ -137,50 +207,100 @@ class SiteHook:
         turn = call.turns[site.name] = call.turns.get(site.name, -1) + 1
         key = site.key if turn == 0 else f"{site.key}, turn {turn}"
         x = args[0] if args else kwargs["hidden_states"]
-        entered = Entered(x, args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
-        self.sites.enter(call, site, entered)
-        decision = call.plan.get(site.name, ALL)
-        if decision is SKIP and key in call.slot.store:
-            call.restored += 1
-            return self._recovered(call, key, x)
-        if isinstance(decision, Some) and key in call.slot.store:
-            tokens = self.sites.subset(call, site, decision, entered)
-            if tokens is not None and not tokens.tokens.shape[1]:
-                call.restored += 1
+        if site.entry is None:
+            tokens = self.sites.enter(call, site, args, kwargs)
+        else:
+            tokens = call.partial.pop(site.name, None)
+        if key in call.slot.store:
+            none = tokens is not None and not tokens.tokens.shape[1]
+            if call.plan.get(site.name, ALL) is SKIP or none:
                 return self._recovered(call, key, x)
             if tokens is not None:
-                short = take_rows(x, tokens.rows(x.shape[1]))
-                behind = (_of_tokens(argument, tokens, x) for argument in args[1:])
-                named = {name: _of_tokens(value, tokens, x) for name, value in entered.kwargs.items()}
-                call.partial[site.name] = tokens
-                given = forward(short, *behind, **named)
-                del call.partial[site.name]
-                return self._completed(call, key, x, tokens, given - short)
+                return self._completed(
+                    call, key, x, tokens, self._computed(call, tokens, forward, args, kwargs)
+                )
         out = forward(*args, **kwargs)
         if call.keeps_sites:
             # Blocks only read what layers return, so that it is nobody else's.
             call.slot.store.add(key, call.step, out if site.keeps is Keeps.OUTPUT else out - x)
         return out
 
+    def _computed(
+        self, call: Call, tokens: Subset, forward: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """What a site gives for some of its tokens, in the form that is kept of it."""
+        site = self.site
+        if site.entry is not None:
+            return forward(*args, **kwargs)
+        short = _short(tokens, args, kwargs)
+        call.partial[site.name] = tokens
+        given = forward(*short[0], **short[1])
+        del call.partial[site.name]
+        if site.keeps is Keeps.OUTPUT:
+            return given
+        return given - (short[0][0] if short[0] else short[1]["hidden_states"])
+
     def _recovered(self, call: Call, key: str, x: Tensor) -> Any:
         """What the site returns where nothing of it is computed."""
         value = call.slot.store.at(key, call.step, call.recovery)
+        call.restored += 1
+        if call.cut is not None:
+            call.stood_in = {o for o in call.stood_in if not call.cut.feeds(o, self.site.name)}
         return value if self.site.keeps is Keeps.OUTPUT else x + value
 
-    def _completed(self, call: Call, key: str, x: Tensor, tokens: Subset, update: Tensor) -> Tensor:
-        """The tokens behind a site that computed the update of some of them."""
+    def _completed(self, call: Call, key: str, x: Tensor, tokens: Subset, computed: Any) -> Any:
+        """What the site returns where some of its tokens were computed: the others are recovered."""
         store = call.slot.store
         value = store.at(key, call.step, call.recovery)
         if call.recovery != REUSE:
             # Of a single value even a forecast is that value itself.
             value = copied(value)
-        put_rows(value, tokens.rows(value.shape[1]), update)
+        image, new = (value[0], computed[0]) if isinstance(computed, tuple) else (value, computed)
+        put_rows(image, tokens.rows(image.shape[1]), new)
+        value = (image, *computed[1:]) if isinstance(computed, tuple) else image
         if call.recovery == REUSE:
             # A forecast is of whole calls alone.
             store.amend(key, value)
         call.restored += 1
         call.pruned += 1
-        return x + value
+        return value if self.site.keeps is Keeps.OUTPUT else x + image
+
+
+class EntryHook:
+    """The module by which tokens enter a site that begins before its last one: it takes some of them."""
+
+    def __init__(self, engine: _Engine, sites: Sites, site: Site) -> None:
+        self.engine, self.sites, self.site = engine, sites, site
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self.engine.call
+        tokens = None if call is None else self.sites.enter(call, self.site, args, kwargs)
+        if call is None or tokens is None:
+            return forward(*args, **kwargs)
+        call.partial[self.site.name] = tokens
+        args, kwargs = _short(tokens, args, kwargs)
+        return forward(*args, **kwargs)
+
+
+class BesideHook:
+    """The attention beside a site: for the site's tokens it is computed, or hands on its last output."""
+
+    def __init__(self, engine: _Engine, site: Site, attention: Site) -> None:
+        self.engine, self.site, self.attention = engine, site, attention
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call, attention = self.engine.call, self.attention
+        tokens = None if call is None else call.partial.get(self.site.name)
+        if call is None or tokens is None:
+            out = forward(*args, **kwargs)
+            if call is not None and call.cut is None and not attention.able:
+                call.slot.store.add(attention.key, call.step, out)
+            return out
+        if attention.able:
+            args, kwargs = _short(tokens, args, kwargs)
+            return forward(*args, **kwargs)
+        last = call.slot.store.at(attention.key, call.step, call.recovery)
+        return take_rows(last, tokens.rows(last.shape[1]))
 
 
 class SiteKeysHook:
@@ -266,6 +386,16 @@ _ATTENTION = ("hidden_states", "encoder_hidden_states", "attention_mask", "rotar
 def _has_own_processor(attention: Any) -> bool:
     """Whether an attention has its class's processor, which does nothing between the norms but turn."""
     return type(attention.processor) is attention._default_processor_cls
+
+
+def _short(tokens: Subset, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The arguments of a module for some of its tokens, which come first or as ``hidden_states``."""
+    x = args[0] if args else kwargs["hidden_states"]
+    named = {name: _of_tokens(value, tokens, x) for name, value in kwargs.items()}
+    rows = take_rows(x, tokens.rows(x.shape[1]))
+    if args:
+        return (rows, *(_of_tokens(value, tokens, x) for value in args[1:])), named
+    return (), named | {"hidden_states": rows}
 
 
 def _of_tokens(given: Any, tokens: Subset, x: Tensor) -> Any:

@@ -69,8 +69,7 @@ class Observation:
         blocks: the transformer blocks that ran, by name, each with the selection of tokens that its
             pruned layers computed; None where they computed all.
         tokens: the tokens ``(B, K)`` that the whole call computed; None where it computed all.
-        refreshed: by the name of a layer, the tokens ``(B, K)`` that it computed in a call in which layers
-            hand on their last output; those that computed none are left out.
+        refreshed: by the name of a site, the tokens ``(B, K)`` that it computed where it computed some.
         grid: of a transformer's image tokens, if a call of it can compute some of them only.
         leading: blocks at the beginning of the call that computed all tokens before ``tokens`` were chosen.
     """
@@ -159,11 +158,7 @@ class Call:
         knows_text: whether the text is that of the last call.
         pruned: how many blocks pruned, or layers computed some tokens.
         unpruned: why a layer that should leave tokens out did not.
-        refresh: by the name of a layer that hands on its last output, how many tokens it computes; those
-            that compute none are left out.
-        parts: the modules that these layers are made of.
-        whole: layers of the text that are computed beside them.
-        refreshed: which tokens they are, by the name of a layer, or of its block if they are its block's.
+        refreshed: by the group of a site, the tokens that it computes.
         caught: by name, what the projections of an observed attention gave, or the norms behind them.
         plan: by the name of a site, what it does; those that are not in it are computed.
         keeps_sites: sites that are computed whole keep what they give.
@@ -197,9 +192,6 @@ class Call:
     remembers: bool = False
     turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
-    refresh: Mapping[str, int] = field(default_factory=dict)
-    parts: frozenset[str] = frozenset()
-    whole: frozenset[str] = frozenset()
     refreshed: dict[str, Subset] = field(default_factory=dict)
     caught: dict[str, Tensor] = field(default_factory=dict)
     plan: Mapping[str, Decision] = field(default_factory=dict)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
-from regrow.core.decision import Decision, View, left_out
+from regrow.core.decision import Decision, Some, View, left_out
 from regrow.core.sites import Sites
 from regrow.core.store import Store, flatten
 from regrow.engine.branches import Branches
@@ -38,15 +38,14 @@ from regrow.engine.others import (
     wrapped_by_others,
 )
 from regrow.engine.pruning import Pruning, runs
-from regrow.engine.refreshing import Refreshing
 from regrow.engine.twin import Twin
-from regrow.methods.parts import CallInfo, Parts, TokenRefresh
+from regrow.methods.parts import CallInfo, Parts
 from regrow.models import layout_of
 from regrow.models.table import Cut, Rotary, Rows, decided
 from regrow.origin import Origin
 from regrow.recover.time import REUSE
 from regrow.reuse.depth import Slot
-from regrow.schedule import FULL, LAYERS, SITES, Step
+from regrow.schedule import FULL, SITES, Step
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Subset, behind
 
@@ -106,14 +105,14 @@ class Engine:
         self.layout = layout if self._keep_text else replace(layout, text={})
         self.sites = self._sites()
         self.cuts = self._used_cuts()
-        self.pruning, self.lean, self.refreshing = self._pruning(), self._lean(), self._refreshing()
+        self.pruning, self.lean = self._pruning(), self._lean()
         self.rotary = self._rotary()
         self._attentions = attentions_in(self.denoiser, self._acts_in())
         self._grounding = grounding_of(self.denoiser)
 
     def _acts_in(self) -> Iterator[str]:
         """Paths of the modules in which calls leave something out; "" is the whole."""
-        if self.lean is not None or self.refreshing is not None or self.sites is not None:
+        if self.lean is not None or self.sites is not None:
             yield ""
         for cut in self.cuts.values():
             yield from cut.skip
@@ -128,13 +127,11 @@ class Engine:
 
         What was kept is dropped: it is of the modules of before.
         """
-        before = self.layout, self.sites, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary
+        before = self.layout, self.sites, self.cuts, self.pruning, self.lean, self.rotary
         try:
             self._read()
         except (ValueError, TypeError, AttributeError) as error:
-            self.layout, self.sites, self.cuts, self.pruning, self.lean, self.refreshing, self.rotary = (
-                before
-            )
+            self.layout, self.sites, self.cuts, self.pruning, self.lean, self.rotary = before
             self._unfit = f"the denoiser's modules were replaced, and the method no longer fits: {error}"
             return False
         if self.generation is not None:
@@ -163,31 +160,20 @@ class Engine:
 
     def _sites(self) -> Sites | None:
         sites = self.parts.sites
-        if sites is None or not any(step.depth == SITES for step in self.kinds):
+        if sites is None or not any(step.of_sites for step in self.kinds):
             return None
         return Sites(sites.on(self.denoiser, self.layout), self.layout, self.warn_once)
 
-    def _refreshing(self) -> Refreshing | None:
-        rule = self.parts.refresh
-        if rule is None or not any(step.depth == LAYERS for step in self.kinds):
-            return None
-        return Refreshing(rule, self.denoiser, self.layout, self.warn_once)
-
-    @property
-    def refresh(self) -> TokenRefresh | None:
-        """How tokens are selected for layers that hand on their last output, if the plan has such calls."""
-        return None if self.refreshing is None else self.refreshing.rule
-
     def _rotary(self) -> Rotary | None:
         """The attentions in which queries and keys are turned where they are made, if that is needed."""
-        attends = self.refreshing is not None and self.refreshing.attending
+        attends = self.sites is not None and self.sites.attending
         needed = self.lean is not None or attends or self.watched
         return self.layout.stream.rotary if needed and self.layout.stream is not None else None
 
     @property
     def watched(self) -> tuple[Watched, ...]:
         """The attentions that are looked at."""
-        deciders = (self.refreshing, self.lean, self.pruning, self.sites)
+        deciders = (self.sites, self.lean, self.pruning)
         return tuple(w for decider in deciders if decider is not None for w in decider.watched)
 
     def positions(self, attention: str, rows: Rows) -> tuple[Tensor, ...]:
@@ -200,10 +186,8 @@ class Engine:
         assert call is not None
         assert call.slot.grid is not None
         tokens = call.tokens
-        if self.refreshing is not None:
-            layer = self.refreshing.attending.get(attention)
-            if layer is not None and layer.name in call.refresh:
-                tokens = self.refreshing.tokens(call, layer)
+        if self.sites is not None:
+            tokens = call.partial.get(self.sites.attending.get(attention, ""))
         if call.turned is not tokens:
             call.turned, call.rotary = tokens, {}
         if rows not in call.rotary:
@@ -215,7 +199,7 @@ class Engine:
         """The cuts of the depths that the plan uses on this model."""
         depths = sorted({step.depth for step in self.kinds})
         cuts = {d: cut for d in depths if (cut := self.layout.cut(d)) is not None}
-        if self.sites is not None:
+        if self.sites is not None and SITES in depths:
             cuts[SITES] = decided(self.sites.decider.sites)
         return cuts
 
@@ -377,7 +361,7 @@ class Engine:
         if not caches:
             return ""
         pruning = self.pruning is not None and self.leaves_out
-        if pruning or self.lean is not None or self.refreshing is not None or self.sites is not None:
+        if pruning or self.lean is not None or self.sites is not None:
             return (
                 f"diffusers' {caches} is on, which would hand outputs for some tokens on to others; call "
                 "disable_cache() first"
@@ -442,8 +426,8 @@ class Engine:
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
         plan: Mapping[str, Decision] = {}
-        if self.sites is not None and cut is not None and planned.depth == SITES:
-            plan = self.sites.plan(View(position.index, position.total))
+        if self.sites is not None and cut is not None and planned.of_sites:
+            plan = self.sites.plan(View(position.index, position.total, planned))
             # Where every site is computed, the call is a full one.
             cut = cut if plan else None
         recovery = "" if cut is None else self._recovery(slot, cut, planned, position.index)
@@ -478,7 +462,6 @@ class Engine:
             info=info,
             counts=counts,
             prepared=prepared,
-            plan=plan,
             keeps_sites=self.sites is not None and (cut is None or bool(plan)),
         )
         state = tuple(adapter_state(module) for module in self.layout.text.values())
@@ -490,16 +473,13 @@ class Engine:
         if self.lean is not None and self.call.tells_apart and streams(cut):
             self.call.remembers = True
             self.lean.leave_out(self.call, planned.ratio, inputs)
-        ratio = planned.ratio if counts or self.call.count else left_out(plan)
+        ratio = planned.ratio if counts or self.call.count else 0.0
         if self.sites is not None and cut is None:
             slot.observed = self.sites.decider.begin()
-        if self.refreshing is not None and cut is None:
-            slot.observed = self.refreshing.rule.begin()
-        if self.refreshing is not None and cut is self.layout.layers:
-            if self.call.tells_apart:
-                self.refreshing.decide(self.call, planned.ratio, inputs)
-            ratio = planned.ratio if self.call.refresh else 1.0
-        if planned.ratio and not reason and not (counts or self.call.count or self.call.refresh):
+        if self.sites is not None and plan:
+            self.call.plan = plan = self.sites.settled(plan, self.call, inputs)
+            ratio = _share(planned, plan)
+        if planned.ratio and not reason and not (counts or self.call.count or _computes_some(plan)):
             reason = generation.whole or self._said
         generation.records.append(
             CallRecord(
@@ -570,7 +550,7 @@ class Engine:
         key = (shapes, sample.dtype, sample.device)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
-            chooser = self.parts.tokens or self.parts.token_set or self.refresh or self.parts.sites
+            chooser = self.parts.tokens or self.parts.token_set or self.parts.sites
             wanted = chooser is not None and chooser.aligns
             bare = (without_data(args), without_data(dict(kwargs)))
             guided = wanted and self._may_be_guided(sample, inputs)
@@ -601,12 +581,12 @@ class Engine:
 
     def _tells_apart(self, slot: Slot) -> bool:
         """Whether some of the image's tokens can be computed, and attentions be looked at."""
-        looks = self.sites is not None and bool(self.sites.decider.observes)
+        sites = self.sites is not None and self.sites.tells_apart
         if self.layout.stream is None:
-            return looks
-        if self.lean is None and self.refreshing is None and not looks:
+            return sites
+        if self.lean is None and not sites:
             return False
-        instead = "layers hand on their last output whole" if self.refreshing else "all tokens are computed"
+        instead = "layers hand on their last output whole" if sites else "all tokens are computed"
         if slot.grid is None:
             self.warn_once("grid", f"{instead}, because the tokens are not those of one picture (Kontext)")
         elif self.rotary is not None and self.rotary.others():
@@ -644,8 +624,9 @@ class Engine:
                 self.warn_once("hooks", f"a cached call was computed in full: {reason}")
             records[-1] = replace(records[-1], depth=FULL, age=0, reason=reason, recovery="")
         call.slot.stored |= dict.fromkeys(call.store, call.slot.last)
-        if (call.counts or call.refresh) and not call.pruned:
-            layers = len(call.counts or call.refresh)
+        some = [name for name, decision in call.plan.items() if isinstance(decision, Some)]
+        if (call.counts or some) and not call.pruned:
+            layers = len(call.counts or some)
             reason = call.unpruned or "they were not called"
             what = f"none of the {layers} layers that should leave tokens out did"
             self.warn_once("prune", f"{what}: {reason}")
@@ -655,7 +636,7 @@ class Engine:
             records[-1] = replace(records[-1], ratio=0.0)
         if self.sites is not None and call.plan:
             done = self.sites.carried_out(call)
-            records[-1] = replace(records[-1], plan=done, ratio=left_out(done))
+            records[-1] = replace(records[-1], plan=done, ratio=_share(records[-1].planned, done))
         if self.lean is not None:
             self.lean.end(call)
         reads = self.pruning is not None and self.leaves_out and self.pruning.rule.reads_outputs
@@ -670,8 +651,7 @@ class Engine:
             return
         ran = (b.name for b in self.layout.blocks if runs(b, call.cut))
         blocks = {name: call.selections.get(name) for name in ran}
-        refreshed = {} if self.refreshing is None else self.refreshing.done(call)
-        refreshed |= {} if self.sites is None else self.sites.done(call)
+        refreshed = {} if self.sites is None else self.sites.done(call)
         tokens = None if call.tokens is None else call.tokens.tokens
         leading = 0 if self.lean is None else len(self.lean.leading)
         for observer in self.observers:
@@ -696,6 +676,18 @@ class Engine:
         finally:
             self.release()
             self.clock = before
+
+
+def _computes_some(plan: Mapping[str, Decision]) -> bool:
+    """Whether a call computes some of the tokens of a site."""
+    return any(isinstance(decision, Some) for decision in plan.values())
+
+
+def _share(planned: Step | None, plan: Mapping[str, Decision]) -> float:
+    """The share of tokens that a call leaves out: by its step where that has one, else of all sites."""
+    if planned is None or planned.depth == SITES:
+        return left_out(plan)
+    return planned.ratio if _computes_some(plan) else 1.0
 
 
 def _rows_of(table: Tensor, rows: Rows, text: int, tokens: Subset | None) -> Tensor:

@@ -65,7 +65,7 @@ class Lean:
                 f"model: a call of {name} can't compute some of its tokens only"
                 + (f"; {instead}" if instead else "")
             )
-        reads, last = self.token_set.reads_block, layout.token_layers[-1].layer.index
+        reads, last = self.token_set.reads_block, layout.layer_sites[-1].index
         if reads is not None and reads >= last:
             raise ValueError(
                 f"block: {reads} is not allowed, it must be < {last}: some of the {last + 1} blocks of "
@@ -74,7 +74,7 @@ class Lean:
 
     def _leading(self) -> tuple[str, ...]:
         reads = self.token_set.reads_block
-        blocks = dict.fromkeys(place.layer.block for place in self._layout.token_layers)
+        blocks = dict.fromkeys(site.block for site in self._layout.layer_sites)
         return () if reads is None else tuple(blocks)[: reads + 1]
 
     def _check_leading(self, cuts: Mapping[int, Cut]) -> None:
@@ -103,8 +103,8 @@ class Lean:
     def watched(self) -> Iterator[Watched]:
         """The attention that tokens are chosen by."""
         for block in self.leading[-1:]:
-            place = self._layout.first_layers()[block, LayerKind.SELF_ATTENTION]
-            yield Watched(place.layer.name, place.module, lambda call: call.count > 0, self._choose)
+            site = self._layout.first_layers()[block, LayerKind.SELF_ATTENTION]
+            yield Watched(site.name, site.module, lambda call: call.count > 0, self._choose)
 
     def begins(self, slot: Slot) -> bool:
         """Whether a generation is at its first calls, which are full."""

@@ -12,7 +12,7 @@ from regrow.core.decision import ALL
 from regrow.engine.call import Observation
 from regrow.models import Layout
 from regrow.models.table import Stream
-from regrow.schedule import HEAD, LAYERS
+from regrow.schedule import HEAD, LAYERS, SITES
 
 
 class ComputedCounter:
@@ -34,10 +34,11 @@ class ComputedCounter:
         self._layout = layout
         self._counts: dict[int, Tensor] = {}
         self._calls = 0
-        layers = Counter(t.layer.block for t in layout.token_layers)
-        self._weights = {t.layer.name: 1 / layers[t.layer.block] for t in layout.token_layers}
-        parts = Counter(site.block for site in layout.layer_sites)
-        self._weights = {site.name: 1 / parts[site.block] for site in layout.layer_sites} | self._weights
+        # Layers of the text compute none of the image's tokens.
+        layers = [site for site in layout.layer_sites if site.kind is not None]
+        parts = Counter(site.block for site in layers)
+        self._weights = {site.name: 0.0 for site in layout.layer_sites}
+        self._weights |= {site.name: 1 / parts[site.block] for site in layers}
         self._weights |= {site.name: 1.0 for site in layout.block_sites}
 
     def __call__(self, seen: Observation) -> None:
@@ -75,7 +76,8 @@ class ComputedCounter:
             raise ValueError("the calls counted together must be of one batch size and one picture size")
         depth = seen.record.depth
         blocks: float = 0 if depth in (LAYERS, HEAD) else min(depth, self._layout.depths)
-        blocks -= sum(self._weights[name] for name, what in seen.record.plan.items() if what is not ALL)
+        if depth == SITES:
+            blocks -= sum(self._weights[name] for name, what in seen.record.plan.items() if what is not ALL)
         if seen.tokens is None:
             count += blocks
         else:

@@ -105,14 +105,14 @@ class PlanCounter:
         out = []
         for i, step in enumerate(parts.plan.resample(calls).steps()):
             plan: Mapping[str, Decision] = {}
-            if decider is not None and step.depth == SITES:
-                plan = decider.plan(View(i, calls))
+            if decider is not None and step.of_sites:
+                plan = decider.plan(View(i, calls, step))
             sited = any(decision is not ALL for decision in plan.values())
             depth = step.depth if sited or self.layout.cut(step.depth) else FULL
             ratio = step.ratio if depth and prunes else 0.0
             whole = depth == FULL and ratio == 0
             known = bool(self.layout.text) and i > 0 and (self._text_once or not whole)
-            ratio = ratio if decider is None else left_out(plan)
+            ratio = left_out(plan) if step.depth == SITES else ratio
             counted = counter.count(depth, ratio, self._inputs, knows_text=known, plan=plan)
             if ratio and parts.tokens is not None:
                 without = counter.count(depth, 0.0, self._inputs, knows_text=known)
@@ -129,9 +129,10 @@ class PlanCounter:
         return self._counters[chosen]
 
 
-def _choosers(parts: Parts) -> tuple[Any, Any, Any, Any]:
+def _choosers(parts: Parts) -> tuple[Any, Any, Any]:
     """What chooses tokens, in the order that `CallCounter` takes it."""
-    return parts.tokens, parts.token_set, parts.refresh, parts.sites
+    decides = any(step.of_sites for step in parts.plan.kinds())
+    return parts.tokens, parts.token_set, parts.sites if decides else None
 
 
 def profile(

@@ -89,7 +89,7 @@ class _Rule:
             ValueError: if the router is of another model.
             FileError: naming the tensor that is missing or of another form.
         """
-        sites = layout.layer_sites
+        sites = tuple(site.whole for site in layout.layer_sites)
         if not sites:
             raise UnsupportedModelError(
                 f"model: the layers of {type(denoiser).__name__} are not known; Learning-to-Cache works on "
@@ -126,6 +126,7 @@ class _Deciding:
     table: tuple[tuple[bool, ...], ...] | None
 
     observes: ClassVar[frozenset[LayerKind]] = frozenset()
+    remarks: ClassVar[tuple[str, ...]] = ()
     adapters: ClassVar[Mapping[str, Adapter]] = {}
 
     def plan(self, view: View) -> Mapping[str, Decision]:
@@ -147,7 +148,7 @@ class _Deciding:
     def begin(self) -> None:
         """It remembers nothing."""
 
-    def observe(self, memory: None, block: str, attention: Attention) -> None:
+    def observe(self, memory: None, site: Site, attention: Attention) -> None:
         """It looks at nothing."""
 
     def look(self, memory: None, entered: Entered, info: CallInfo) -> None:

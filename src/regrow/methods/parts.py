@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from regrow.core.decision import Sited
-from regrow.layers import Layer, LayerKind
 from regrow.origin import Origin
 from regrow.schedule import Plan, Schedule
 from regrow.tokens.grid import Grid
@@ -191,51 +190,6 @@ class TokenSet(Protocol):
         """
 
 
-class TokenRefresh(Protocol):
-    """Selects the tokens that a layer computes in a call in which layers hand on their last output.
-
-    Such calls are those of depth `LAYERS`; their ratio is the share of tokens that is not computed again.
-    In each layer of `kinds` the chosen tokens' rows are computed from the layer's present input and put
-    into its last output, which is handed on. The text's tokens are all computed where the image's are.
-    """
-
-    @property
-    def kinds(self) -> frozenset[LayerKind]:
-        """The layers in which tokens are computed; all others hand on their last output."""
-
-    @property
-    def observes(self) -> frozenset[LayerKind]:
-        """The attentions that `observe` is told of in full calls."""
-
-    @property
-    def per_block(self) -> bool:
-        """Whether the layers of a block compute the same tokens: `select` is asked once a block."""
-
-    @property
-    def aligns(self) -> bool:
-        """Whether `CallInfo.guided` is used."""
-
-    def count(self, layer: Layer, tokens: int, ratio: float) -> int:
-        """How many of so many tokens a layer computes in a call of that ratio."""
-
-    def begin(self) -> Any:
-        """What is remembered from one full call to the next, before the full call."""
-
-    def observe(self, memory: Any, layer: Layer, attention: Attention) -> None:
-        """Look at an attention of a full call; where a block has several of a kind, at its first one."""
-
-    def select(self, memory: Any, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
-        """The ``(B, count)`` tokens that a layer computes, ascending.
-
-        Args:
-            memory: of the last full call; it may be changed.
-            layer: the layer, or the first of its block that computes tokens.
-            grid: the grid of the image's tokens.
-            count: how many.
-            call: what is known before the call.
-        """
-
-
 @dataclass(frozen=True)
 class MadeFor:
     """The run of a sampler that a plan was made for.
@@ -297,9 +251,8 @@ class Parts:
         plan: what each call does, for any number of calls.
         tokens: how the tokens of a layer are selected where the plan's ratio is above 0.
         token_set: how the tokens of a whole call are selected there.
-        refresh: how the tokens are selected that layers compute where they hand on their last output. With
-            none of these, no tokens are left out.
-        sites: how it is decided what each site does in calls of depth `SITES`.
+        sites: how it is decided what each site does in calls of depth `SITES` and `LAYERS`. With none of
+            these, no tokens are left out.
         instead: what to say to somebody whose model the parts don't fit.
         whole: every call is meant to be computed in full, as in a plan of fewer steps.
         made_for: the only run that the plan is for; None if it is for any.
@@ -308,7 +261,6 @@ class Parts:
     plan: Plan
     tokens: TokenRule | None = None
     token_set: TokenSet | None = None
-    refresh: TokenRefresh | None = None
     sites: Sited | None = None
     instead: str = ""
     whole: bool = False

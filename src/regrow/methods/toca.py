@@ -19,19 +19,23 @@ does, with a warning.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 from typing_extensions import Self
 
+from regrow.core.decision import SKIP, Adapter, Decision, Entered, Some, View
 from regrow.fields import MOST_SIDE, Calls, Share, Weight
-from regrow.layers import Layer, LayerKind
+from regrow.layers import LayerKind
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, register
 from regrow.methods.parts import Alignment, Attention, CallInfo, Parts, align, parts_of
+from regrow.models.errors import UnsupportedModelError
+from regrow.models.table import Layout, Site
 from regrow.recover.time import REUSE, RecoveryField, TimeRecovery
 from regrow.schedule import FULL, LAYERS, Schedule, Spaced, Step
 from regrow.space import Space, Variable, free, recovery_variable
@@ -200,13 +204,59 @@ def spread(score: Tensor, grid: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rule:
-    """ToCa's choice of tokens."""
+    """ToCa before a model is known."""
 
     config: ToCa
 
+    seed = 0
+
     @property
-    def kinds(self) -> frozenset[LayerKind]:
-        return frozenset(kind for kind in LayerKind if self.config.share_of(kind))
+    def aligns(self) -> bool:
+        return self.config.alignment is not Alignment.OFF
+
+    def on(self, denoiser: nn.Module, layout: Layout) -> Choosing:
+        """The method at work on a transformer.
+
+        Raises:
+            UnsupportedModelError: if none of its layers can compute some of its tokens.
+        """
+        kinds = frozenset(kind for kind in LayerKind if self.config.share_of(kind))
+        sites = tuple(_restricted(site, kinds) for site in layout.layer_sites)
+        name, found = type(denoiser).__name__, frozenset(site.kind for site in sites if site.able)
+        if not found:
+            wanted = ", ".join(sorted(kind.value for kind in kinds))
+            raise UnsupportedModelError(
+                f"model: {name} has no layer that can compute some of its tokens by themselves (asked for: "
+                f"{wanted}); methods that only reuse, such as FORA and DeepCache, work on it"
+            )
+        lacking = sorted(kind.value for kind in kinds - found)
+        said = f"{name} has no {' and no '.join(lacking)} that can compute some of its tokens by themselves"
+        return Choosing(self.config, sites, (said,) if lacking else ())
+
+
+def _restricted(site: Site, kinds: frozenset[LayerKind]) -> Site:
+    """A site that computes some of its tokens if it is of one of some kinds."""
+    beside = site.beside
+    if beside is not None and beside.kind not in kinds:
+        beside = beside.whole
+    return replace(site, able=site.able and site.kind in kinds, beside=beside)
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """ToCa at work on a transformer.
+
+    Args:
+        config: its configuration.
+        sites: the attentions and feed-forwards.
+        remarks: what a user is told.
+    """
+
+    config: ToCa
+    sites: tuple[Site, ...]
+    remarks: tuple[str, ...] = ()
+
+    adapters: ClassVar[Mapping[str, Adapter]] = {}
 
     @property
     def observes(self) -> frozenset[LayerKind]:
@@ -216,51 +266,58 @@ class _Rule:
         }
         return frozenset(kind for kind, weight in weights.items() if weight)
 
-    @property
-    def per_block(self) -> bool:
-        return False
+    def plan(self, view: View) -> Mapping[str, Decision]:
+        """Where the call is not full, some tokens of the layers that can; the others are reused whole."""
+        return {site.name: self._decided(site, view.step.ratio) for site in self.sites}
 
-    @property
-    def aligns(self) -> bool:
-        return self.config.alignment is not Alignment.OFF
+    def _decided(self, site: Site, ratio: float) -> Decision:
+        share = self.share(site, ratio) if site.able else 0.0
+        return Some(share, site.name, otherwise=SKIP, down=True) if share > 0 else SKIP
 
-    def count(self, layer: Layer, tokens: int, ratio: float) -> int:
-        """By the layer's kind and depth; of a ratio of 0, all."""
-        weight, kind = self.config.layer_weight, self.config.share_of(layer.kind)
+    def share(self, site: Site, ratio: float) -> float:
+        """The share of its tokens that a layer computes: by its kind and depth, and the call's ratio."""
+        weight = self.config.layer_weight
+        kind = 0.0 if site.kind is None else self.config.share_of(site.kind)
         if self.config.ratio == 0:
-            return tokens if kind else 0
-        depth = layer.index / max(layer.blocks - 1, 1)
-        share = (1 - ratio) * (1 + weight - 2 * weight * depth) * kind
-        # The small term keeps 0.3 * 10 == 2.9999... from losing a token.
-        return min(int(share * tokens + 1e-6), tokens)
+            return 1.0 if kind else 0.0
+        depth = site.index / max(self.sites[-1].index, 1)
+        return min((1 - ratio) * (1 + weight - 2 * weight * depth) * kind, 1.0)
 
     def begin(self) -> Memory:
+        """Nothing is known before the full call."""
         return Memory()
 
-    def observe(self, memory: Memory, layer: Layer, attention: Attention) -> None:
+    def observe(self, memory: Memory, site: Site, attention: Attention) -> None:
+        """Add ``lambda_1 s1`` or ``lambda_2 s2`` to the scores of a block's tokens."""
         c = self.config
-        if layer.kind is LayerKind.SELF_ATTENTION:
+        if site.kind is LayerKind.SELF_ATTENTION:
             score = c.influence * influence(attention, c.queries)
         else:
             score = c.control * control(attention)
-        before = memory.attended.get(layer.block)
-        memory.attended[layer.block] = score if before is None else before + score
+        before = memory.attended.get(site.block)
+        memory.attended[site.block] = score if before is None else before + score
 
-    def select(self, memory: Memory, layer: Layer, grid: Grid, count: int, call: CallInfo) -> Tensor:
+    def look(self, memory: Memory, entered: Entered, info: CallInfo) -> None:
+        """It looks at nothing."""
+
+    def choose(
+        self, memory: Memory, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo
+    ) -> Tensor:
         """The tokens of highest ``S = sum_j lambda_j s_j``."""
-        c = self.config
-        attended, reused = memory.attended.get(layer.block), memory.reused.get(layer.name)
+        c, grid = self.config, info.grid
+        assert grid is not None
+        assert count is not None
+        attended, reused = memory.attended.get(site.block), memory.reused.get(site.name)
         if reused is None:
-            device = call.generator.device if attended is None else attended.device
-            reused = torch.zeros(call.batch, grid.tokens, device=device)
+            reused = torch.zeros(len(x), grid.tokens, device=x.device)
         score = c.staleness * staleness(reused, c.interval)
         if attended is not None:
             score = score + attended
-        score = align(score, c.alignment, call.guided, conditional_first=call.conditional_first)
+        score = align(score, c.alignment, info.guided, conditional_first=info.conditional_first)
         if c.spread:
             score = score + c.spread * spread(score, replace(grid, patch=c.cell))
         chosen = score.topk(count, dim=1).indices
-        memory.reused[layer.name] = (reused + 1).scatter_(1, chosen, 0)
+        memory.reused[site.name] = (reused + 1).scatter_(1, chosen, 0)
         return chosen.sort(1).values
 
 
@@ -315,4 +372,4 @@ def _(config: ToCa) -> Parts:
     if config.ratio == 1:
         return Parts(Spaced(config.interval, LAYERS, recovery=config.recovery))
     plan = _Plan(config.interval, config.ratio, config.step_weight, config.recovery)
-    return Parts(plan, refresh=_Rule(config))
+    return Parts(plan, sites=_Rule(config))

@@ -420,6 +420,7 @@ class _Deciding:
     predictor: CachePredictor | None
     table: Table | None
     adapters: Mapping[str, Adapter]
+    remarks: ClassVar[tuple[str, ...]] = ()
     _plans: dict[View, Mapping[str, Decision]] = field(default_factory=dict, init=False)
 
     @property
@@ -458,9 +459,9 @@ class _Deciding:
         """How often each token was reused, and what ToCa alone needs."""
         return Memory()
 
-    def observe(self, memory: Memory, block: str, attention: Attention) -> None:
+    def observe(self, memory: Memory, site: Site, attention: Attention) -> None:
         """ToCa's s1."""
-        memory.attended[block] = influence(attention, None)
+        memory.attended[site.block] = influence(attention, None)
 
     def look(self, memory: Memory, entered: Entered, info: CallInfo) -> _Seen | None:
         """The predictor's alpha (section III-B)."""

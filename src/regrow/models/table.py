@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import ceil
 from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.layers import Layer, LayerKind
+from regrow.layers import LayerKind
 from regrow.schedule import HEAD, LAYERS
 from regrow.tokens.grid import Grid, grid_of_positions
 
@@ -200,38 +200,6 @@ class Stream:
         return tokens.unflatten(2, (self.patch**2, -1))[..., : self.noise].flatten(2)
 
 
-@dataclass(frozen=True)
-class TokenLayer:
-    """A layer in which some of the image's tokens can be computed by themselves.
-
-    Args:
-        layer: what it is and where.
-        module: returns the image's tokens ``(B, N, C)``: alone, before the text's in a tuple, or behind
-            them in one sequence.
-        memory: by name, the modules that give the keys and values of the image's tokens; of a
-            self-attention only.
-        text: names of the layers that do the same for the text's tokens.
-        first: takes the tokens, as ``module`` returns them, as its first argument; None if ``module`` does.
-        parts: names of the modules that the layer is made of.
-        beside: of a block with one last projection for both, the self-attention whose output
-            ``module`` reads beside what the layer's other parts make. It has no tokens of its own: they are
-            those of the layer.
-    """
-
-    layer: Layer
-    module: nn.Module
-    memory: Mapping[str, nn.Module]
-    text: tuple[str, ...] = ()
-    first: nn.Module | None = None
-    parts: frozenset[str] = frozenset()
-    beside: TokenLayer | None = None
-
-    @property
-    def attention(self) -> TokenLayer:
-        """The attention beside it, or else the layer itself."""
-        return self.beside or self
-
-
 class Spans(Enum):
     """Which tokens of a video are one sequence, of its f frames of h x w tokens."""
 
@@ -264,9 +232,16 @@ class Site:
         index: of that block, in the order they run, from 0.
         memory: by name, the modules in it that give the keys and values of its tokens.
         able: whether some of its tokens can be computed by themselves.
-        attentions: by name, the self-attentions in it.
+        attentions: of a block, by name, the self-attentions in it.
         turns: by a table that they are handed, they turn queries and keys behind ``norm_q`` and ``norm_k``.
         spans: which tokens of a video are one of its sequences; a picture is a video of one frame.
+        kind: of a layer with tokens of the image; None of a block, and of a layer of the text.
+        joint: the text's tokens come first in its sequences.
+        text: names of the sites that do the same for the text's tokens.
+        entry: takes the tokens, as ``module`` returns them, as its first argument; None if ``module`` does.
+        parts: names of other modules that it is made of.
+        beside: of a block with one last projection for both, the self-attention whose output ``module``
+            reads beside what the other parts make. Its tokens are those of the site.
     """
 
     name: str
@@ -279,11 +254,27 @@ class Site:
     attentions: Mapping[str, nn.Module] = field(default_factory=dict)
     turns: bool = False
     spans: Spans = Spans.VIDEO
+    kind: LayerKind | None = None
+    joint: bool = False
+    text: tuple[str, ...] = ()
+    entry: nn.Module | None = None
+    parts: frozenset[str] = frozenset()
+    beside: Site | None = None
 
     @property
     def key(self) -> str:
         """What its values are kept under."""
         return self.name if self.keeps is Keeps.OUTPUT else f"{self.name} update"
+
+    @property
+    def attention(self) -> Site:
+        """The attention beside it, or else the site itself."""
+        return self.beside or self
+
+    @property
+    def whole(self) -> Site:
+        """The same, computed whole or not at all."""
+        return replace(self, able=False)
 
 
 @dataclass(frozen=True)
@@ -303,7 +294,6 @@ class Layout:
         conditional_first: of a guided batch, the pipelines put the conditional half first.
         text: by name, modules whose output depends on the text alone.
         stream: of a transformer in which a call can compute some of the tokens only.
-        token_layers: the layers in which some of the tokens can be computed by themselves, as they run.
         block_sites: the blocks of a transformer, as they run; none where a block returns more than tokens.
         layer_sites: the attentions and feed-forwards of its blocks.
         patch: of a model of videos, rows and columns of a latent frame that a token spans.
@@ -320,7 +310,6 @@ class Layout:
     conditional_first: bool = False
     text: Mapping[str, nn.Module] = field(default_factory=dict)
     stream: Stream | None = None
-    token_layers: tuple[TokenLayer, ...] = ()
     block_sites: tuple[Site, ...] = ()
     layer_sites: tuple[Site, ...] = ()
     patch: tuple[int, int] | None = None
@@ -349,11 +338,12 @@ class Layout:
             return self.head or OUTPUT
         return self.cuts[depth] if depth < self.depths else None
 
-    def first_layers(self) -> dict[tuple[str, LayerKind], TokenLayer]:
-        """By block and kind, the first layer with tokens of its own, or the attention beside it."""
-        first: dict[tuple[str, LayerKind], TokenLayer] = {}
-        for place in (t.attention for t in self.token_layers):
-            first.setdefault((place.layer.block, place.layer.kind), place)
+    def first_layers(self) -> dict[tuple[str, LayerKind], Site]:
+        """By block and kind, the first layer with tokens of the image, or the attention beside it."""
+        first: dict[tuple[str, LayerKind], Site] = {}
+        for site in (site.attention for site in self.layer_sites):
+            if site.kind is not None:
+                first.setdefault((site.block, site.kind), site)
         return first
 
     @property
@@ -393,7 +383,8 @@ def reuse_all(layers: Iterable[str]) -> Cut:
     return Cut(names, names)
 
 
-def decided(sites: Iterable[Site]) -> Cut:
+def decided(sites: Sequence[Site]) -> Cut:
     """The cut in which each of these sites does what a method decides for it."""
     keys = {site.name: site.key for site in sites}
-    return Cut(frozenset(keys), frozenset(keys), keys=keys)
+    parts = frozenset[str]().union(*(site.parts for site in sites))
+    return Cut(frozenset(keys) | parts, frozenset(keys), keys=keys)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from regrow.layers import Layer, LayerKind
+from regrow.layers import LayerKind
 from regrow.models.table import (
     OUTPUT,
     Cut,
@@ -28,7 +28,6 @@ from regrow.models.table import (
     Skippable,
     Spans,
     Stream,
-    TokenLayer,
     Turned,
     own_layers,
     whole,
@@ -76,6 +75,7 @@ _JOINT = ("transformer_blocks", ("attn", "attn2", "ff", "ff_context"), Returns.J
 # Of a single block's layers, proj_out alone is read by others.
 _SINGLE = ("single_transformer_blocks", ("attn", "proj_mlp", "act_mlp", "proj_out"), Returns.JOINT)
 _ENDS = {"single_transformer_blocks": ("proj_out",)}
+_FEED_FORWARDS = ("ff", "ffn")
 
 FAMILIES = {
     "DiTTransformer2DModel": Family(
@@ -152,9 +152,8 @@ def transformer_layout(transformer: Any) -> Layout:
         conditional_first=family.conditional_first,
         text=_text(transformer, family, blocks),
         stream=_stream(transformer, family, blocks) if streams else None,
-        token_layers=_token_layers(family, blocks) if streams else (),
         block_sites=_block_sites(family, blocks),
-        layer_sites=_layer_sites(family, blocks),
+        layer_sites=_layer_sites(family, blocks, streams),
         patch=_patch(transformer.config.patch_size) if family.spans else None,
     )
 
@@ -237,33 +236,6 @@ def _rotary(transformer: Any, family: Family, attentions: dict[str, Skippable]) 
     )
 
 
-def _token_layers(family: Family, blocks: dict[str, Skippable]) -> tuple[TokenLayer, ...]:
-    """The layers in which some of the tokens can be computed by themselves."""
-    kinds = (
-        *((name, LayerKind.SELF_ATTENTION) for name in family.self_attentions),
-        *((name, LayerKind.CROSS_ATTENTION) for name in family.cross_attentions),
-        ("ff", LayerKind.FEED_FORWARD),
-    )
-    found = []
-    for index, (path, block) in enumerate(blocks.items()):
-        own = []
-        for child, kind in kinds:
-            for name, place in own_layers([(path, block.module)], (child,)).items():
-                attends = kind is LayerKind.SELF_ATTENTION
-                joined = (f"{child}_context",) if kind is LayerKind.FEED_FORWARD else ()
-                own.append(
-                    TokenLayer(
-                        Layer(name, kind, path, index, len(blocks)),
-                        place.module,
-                        _memory(family, {name: place}) if attends else {},
-                        tuple(own_layers([(path, block.module)], joined)),
-                        parts=frozenset({name}),
-                    )
-                )
-        found += [_single(own[0], block.module)] if path.startswith(_SINGLE[0]) else own
-    return tuple(found)
-
-
 def _block_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ...]:
     """The blocks, where each takes the image's tokens and returns them."""
     if any(place.returns is not Returns.TOKENS for place in blocks.values()):
@@ -291,28 +263,56 @@ def _block_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ..
     return tuple(sites)
 
 
-def _layer_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ...]:
+def _layer_sites(family: Family, blocks: dict[str, Skippable], streams: bool) -> tuple[Site, ...]:
     """The attentions and feed-forwards, as they run."""
-    names = {path: (names, _ENDS.get(path, names)) for path, names, _ in family.stacks}
-    sites = []
+    names = {path: layers for path, layers, _ in family.stacks}
+    sites: list[Site] = []
     for index, (block, place) in enumerate(blocks.items()):
-        own, ends = names[_stack_of(block)]
-        for name, layer in own_layers([(block, place.module)], own).items():
-            if name.removeprefix(f"{block}.") in ends:
-                sites.append(Site(name, layer.module, Keeps.OUTPUT, block, index))
+        own = own_layers([(block, place.module)], names[_stack_of(block)])
+        layers = [_layer_site(family, layer, place, index, streams) for layer in own.values()]
+        sites += [_single(layers, place.module)] if block.startswith(_SINGLE[0]) else layers
     return tuple(sites)
 
 
-def _single(attention: TokenLayer, block: nn.Module) -> TokenLayer:
+def _layer_site(family: Family, layer: Skippable, block: Skippable, index: int, streams: bool) -> Site:
+    """An attention or a feed-forward."""
+    child = layer.name.removeprefix(f"{block.name}.")
+    kind = _kind(family, child)
+    joined = (f"{child}_context",) if kind is LayerKind.FEED_FORWARD else ()
+    return Site(
+        layer.name,
+        layer.module,
+        Keeps.OUTPUT,
+        block.name,
+        index,
+        _memory(family, {layer.name: layer}) if kind is LayerKind.SELF_ATTENTION else {},
+        able=streams and kind is not None,
+        kind=kind,
+        text=tuple(own_layers([(block.name, block.module)], joined)),
+    )
+
+
+def _kind(family: Family, child: str) -> LayerKind | None:
+    """What a layer does with the image's tokens; None if it has those of the text."""
+    if child in family.self_attentions:
+        return LayerKind.SELF_ATTENTION
+    if child in family.cross_attentions:
+        return LayerKind.CROSS_ATTENTION
+    return LayerKind.FEED_FORWARD if child in _FEED_FORWARDS else None
+
+
+def _single(layers: Sequence[Site], block: nn.Module) -> Site:
     """The one layer of a single block, whose attention and feed-forward have one last projection."""
-    path = attention.layer.block
-    return TokenLayer(
-        replace(attention.layer, name=f"{path}.proj_out", kind=LayerKind.FEED_FORWARD),
-        block.get_submodule("proj_out"),
-        {},
-        first=block.get_submodule("proj_mlp"),
-        parts=frozenset(own_layers([(path, block)], _SINGLE[1])),
-        beside=attention,
+    attention, *_, last = layers
+    return replace(
+        last,
+        memory={},
+        able=attention.able,
+        kind=LayerKind.FEED_FORWARD,
+        joint=True,
+        entry=block.get_submodule("proj_mlp"),
+        parts=frozenset(site.name for site in layers) - {last.name},
+        beside=replace(attention, joint=True),
     )
 
 
