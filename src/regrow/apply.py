@@ -175,13 +175,12 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         raise ValueError(f"target: {clash}")
     pruning = engine.pruning
     asked = pruning is not None and engine.leaves_out
-    leaves_out = engine.lean is not None and engine.leaves_out
     _check_head(engine, denoiser)
     attends = engine.sites is not None and engine.sites.attending
-    if leaves_out or attends or engine.watched:
+    if attends or engine.watched:
         _check_attentions(engine, denoiser)
     _check_depths(engine, denoiser)
-    prunes = leaves_out or any(engine.prunes(step) for step in engine.kinds)
+    prunes = engine.sites is not None or any(engine.prunes(step) for step in engine.kinds)
     if asked:
         _check_pruned(engine, denoiser)
     if not prunes and not engine.cuts and not engine.parts.whole:

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from regrow.core.decision import SKIP
 from regrow.core.store import copied
-from regrow.engine.call import OUTPUT, Call, Watched
+from regrow.engine.call import Call, Watched
 from regrow.engine.engine import Engine
-from regrow.engine.lean import Lean
 from regrow.engine.pruning import Pruning
 from regrow.methods.parts import Attention
 from regrow.models.table import Cut, Returns, Skippable, TokenBlock, Turned
 from regrow.reuse.depth import placeholders
 from regrow.tokens.recover import keep, keep_merged, recover
-from regrow.tokens.select import put_rows, rows_of, take_rows
+from regrow.tokens.select import put_rows, take_rows
 
 Forward = Callable[..., Any]
 
@@ -191,52 +190,6 @@ class KeepHook:
             index = selection.kept.view(len(selection.kept), *[1] * (mask.ndim - 2), -1)
             kwargs["attention_mask"] = mask.gather(-1, index.expand(*mask.shape[:-1], -1))
         return recover(forward(*args, **kwargs), selection)
-
-
-class NarrowHook:
-    """Hands on those of the image's tokens that the call computes from here on."""
-
-    def __init__(self, engine: Engine, lean: Lean) -> None:
-        self.engine, self.lean = engine, lean
-
-    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        tokens = self.lean.narrow(self.engine.call)
-        if tokens is None:
-            return output
-        if isinstance(output, tuple):
-            text, image = output
-            return text, rows_of(image, tokens)
-        return rows_of(output, tokens)
-
-
-class MemoryHook:
-    """Completes what a module gives for some tokens with what it last gave for the others."""
-
-    def __init__(self, engine: Engine, lean: Lean, key: str) -> None:
-        self.engine, self.lean, self.key = engine, lean, key
-
-    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
-        output = forward(*args, **kwargs)
-        call = self.engine.call
-        if call is None or not call.remembers:
-            return output
-        if len(output) != call.info.batch:
-            self.lean.forget(call)
-            return output
-        store = call.slot.store
-        if call.tokens is None:
-            store.keep(self.key, output)
-        elif self.key not in store:
-            raise RuntimeError(
-                f"{self.key} runs, but was left out of the last full call; layers to skip can't change "
-                "within a generation"
-            )
-        else:
-            old = store.last(self.key)
-            put_rows(old, call.tokens.rows(old.shape[1]), output)
-        # The caller of the denoiser may write to its output.
-        return store.last(self.key).clone() if self.key == OUTPUT else store.last(self.key)
 
 
 class PositionHook:

@@ -18,13 +18,14 @@ from regrow.core.sites import (
     AdapterHook,
     BesideHook,
     EntryHook,
+    NarrowHook,
     SiteHook,
     SiteKeysHook,
     Sites,
     TableHook,
     TurnHereHook,
 )
-from regrow.engine.call import OUTPUT, Watched
+from regrow.engine.call import Watched
 from regrow.engine.engine import Engine
 from regrow.engine.pruning import Pruning
 from regrow.hooks import (
@@ -34,8 +35,6 @@ from regrow.hooks import (
     Forward,
     Hook,
     KeepHook,
-    MemoryHook,
-    NarrowHook,
     ObserveHook,
     PositionHook,
     SelectHook,
@@ -171,12 +170,6 @@ class Installed:
         if engine.rotary is not None:
             # Inside what keeps and catches keys, so that those are turned.
             self._hook_rotary(engine, engine.rotary)
-        if engine.lean is not None and engine.layout.stream is not None:
-            lean = engine.lean
-            self._hook(lean.behind, NarrowHook(engine, lean))
-            for name, module in lean.memory.items():
-                self._hook(module, MemoryHook(engine, lean, name))
-            self._hook(engine.layout.stream.output, MemoryHook(engine, lean, OUTPUT))
         if engine.sites is not None:
             self._hook_inside(engine, engine.sites)
         for watched in engine.watched:
@@ -209,10 +202,13 @@ class Installed:
             for norm in ("norm_q", "norm_k"):
                 self._hook(attention.get_submodule(norm), TurnHereHook(engine, attention))
         for name, module, site in sites.memory:
-            self._hook(module, SiteKeysHook(engine, name, site))
+            self._hook(module, SiteKeysHook(engine, sites, name, site))
         for site in sites.able:
             if site.entry is not None:
-                self._hook(site.entry, EntryHook(engine, sites, site))
+                hook = NarrowHook if site.stream else EntryHook
+                self._hook(site.entry, hook(engine, sites, site))
+            if site.stream:
+                self._hook(site.module, SiteHook(engine, sites, site))
             if site.beside is not None:
                 self._hook(site.beside.module, BesideHook(engine, site, site.beside))
         for name, adapter in sites.decider.adapters.items():

@@ -26,7 +26,7 @@ from regrow.engine.others import grounding_of
 from regrow.installed import Installed
 from regrow.layers import LayerKind
 from regrow.meta import KnownShapes, meta_copy
-from regrow.methods.parts import Attention, CallInfo, Parts, TokenRule, TokenSet
+from regrow.methods.parts import Attention, CallInfo, Parts, TokenRule
 from regrow.models.table import Layout, Site
 from regrow.schedule import FULL, SITES, Schedule
 from regrow.tokens.grid import Grid
@@ -115,24 +115,7 @@ def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
     return sum(known[_signature(call)] for call in calls)
 
 
-class _FirstTokens:
-    """A choice of tokens that costs nothing, the first ones; remembers what was asked for."""
-
-    seed = 0
-    aligns = False
-    full_calls = 0
-
-    def __init__(self, rule: TokenSet) -> None:
-        self.reads_block = rule.reads_block
-        self.asked: tuple[Grid, int, CallInfo] | None = None
-
-    def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
-        """The first ``count`` tokens."""
-        self.asked = grid, count, call
-        return torch.arange(count, device="meta").repeat(call.batch, 1), None
-
-
-class _FirstOfSites:
+class _FirstOfSites(Sited, Decider):
     """A method of sites with a given plan that computes the first tokens; what it looks at is counted.
 
     Args:
@@ -142,17 +125,20 @@ class _FirstOfSites:
         decided: the plan.
         looking: what looking at tokens takes.
         observing: what observing attentions took in the last full call.
+        asked: the way through the blocks of which tokens were last chosen, how many, and what was known.
     """
-
-    seed = 0
-    aligns = False
-    remarks = ()
 
     def __init__(self, sited: Sited) -> None:
         self._sited = sited
+        self.asked: tuple[Site, int, CallInfo] | None = None
         self._decider: Decider | None = None
         self.decided: Mapping[str, Decision] = {}
         self.looking, self.observing = Flops(), Flops()
+
+    @property
+    def full_calls(self) -> int:
+        """As many as tokens need that are chosen by the last two outputs."""
+        return min(self._sited.full_calls, 2)
 
     def on(self, denoiser: nn.Module, layout: Layout) -> _FirstOfSites:
         """Itself."""
@@ -166,7 +152,7 @@ class _FirstOfSites:
         return self._decider
 
     @property
-    def sites(self) -> Sequence[Site]:
+    def sites(self) -> Sequence[Site]:  # type: ignore[override]
         return self._own.sites
 
     @property
@@ -181,10 +167,10 @@ class _FirstOfSites:
         """The given one."""
         return self.decided
 
-    def begin(self) -> Any:
+    def begin(self, memory: Any) -> Any:
         """The method's memory; of the last full call alone, so that one call is counted."""
         self.observing = Flops()
-        return self._own.begin()
+        return self._own.begin(None)
 
     def observe(self, memory: Any, site: Site, attention: Attention) -> None:
         """The method's, counted."""
@@ -202,7 +188,27 @@ class _FirstOfSites:
     ) -> Tensor:
         """The first ``count`` tokens."""
         assert count is not None
+        if site.stream:
+            self.asked = site, count, info
         return torch.arange(count, device="meta").repeat(len(x), 1)
+
+    def choosing(self) -> int:
+        """MACs of choosing the tokens of a whole call, on zeros for one sample, after a call of all blocks.
+
+        Cached calls before the first such call choose for themselves, which is not counted.
+        """
+        if self.asked is None:
+            return 0
+        site, count, asked = self.asked
+        outputs = tuple(torch.zeros(1, *output.shape[1:]) for output in asked.outputs)
+        attention, x = _one_sample(_shapes(asked.attention)), torch.zeros(1, 1, 1)
+        generator = torch.Generator().manual_seed(0)
+        call = CallInfo(1, False, outputs, generator, attention=attention, grid=asked.grid)
+        memory = self._own.begin(None)
+        self._own.choose(memory, None, site, x, count, call)
+        with Flops() as counter:
+            self._own.choose(memory, None, site, x, count, replace(call, cached=asked.cached))
+        return asked.batch * (counter.total // 2)
 
 
 class _Here:
@@ -210,12 +216,14 @@ class _Here:
 
     index = 0
     batch = None
-    steps = 2
     timesteps = ()
 
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
     def read(self, timestep: Any) -> Position:
-        """The first of two calls, or the second."""
-        return Position(self.index, 2, self.index == 0)
+        """One of so many calls."""
+        return Position(self.index, self.steps, self.index == 0)
 
     def called(self) -> None:
         """Nobody steps."""
@@ -249,21 +257,26 @@ class _BehindFull:
     ) -> None:
         self._denoiser, self._sites, self._shapes = denoiser, sites, shapes
         self._inputs, self._knows_text = inputs, knows_text
-        plan, clock = Schedule(depth=(FULL, depth), ratio=(0.0, 0.0)), _Here()
+        full = max(sites.full_calls, 1)
+        # Any ratio above 0 has the method asked.
+        ratio = 0.5 if sites.full_calls else 0.0
+        plan = Schedule(depth=(FULL,) * full + (depth,), ratio=(0.0,) * full + (ratio,))
+        clock = _Here(len(plan))
         self._engine = Engine(denoiser, Parts(plan, sites=sites), clock, quiet=True)
-        self._call(inputs)
-        clock.index = 1
+        for _ in range(full):
+            self._call(inputs)
+            clock.index += 1
 
     def count(self, decided: Mapping[str, Decision]) -> Macs:
         """MACs of a call."""
         sites = self._sites
-        sites.decided, sites.looking = decided, Flops()
+        sites.decided, sites.looking, sites.asked = decided, Flops(), None
         assert self._engine.generation is not None
         # The second step again, not another branch of it.
         self._engine.generation.branches = Branches()
         counter = self._call(self._inputs if self._knows_text else _with_another_text(self._inputs))
         total, attention = counter.total - sites.looking.total, counter.attention - sites.looking.attention
-        return Macs(total // 2, sites.looking.total // 2, attention // 2)
+        return Macs(total // 2, sites.looking.total // 2 + sites.choosing(), attention // 2)
 
     def _call(self, inputs: tuple[Any, Any]) -> Flops:
         hooks = Installed(self._engine)
@@ -281,7 +294,6 @@ class CallCounter:
     Args:
         denoiser: the denoiser, on any device; only its configuration is used.
         rule: the method's token rule, or None.
-        token_set: its choice of the tokens of a call, or None.
         sites: its decisions for sites, or None.
         instead: what to say if they don't fit the denoiser.
     """
@@ -290,12 +302,11 @@ class CallCounter:
         self,
         denoiser: nn.Module,
         rule: TokenRule | None,
-        token_set: TokenSet | None = None,
         sites: Sited | None = None,
         instead: str = "",
     ) -> None:
         self._model = meta_copy(denoiser)
-        self._rule, self._token_set = rule, token_set
+        self._rule = rule
         self._sites = None if sites is None else _FirstOfSites(sites)
         self._instead = instead
         self._known: dict[Any, Macs] = {}
@@ -349,17 +360,16 @@ class CallCounter:
                 )
             return self._behind[key].count(decided)
         # Full calls come first: others need what they leave.
-        leaves_out = self._token_set is not None and ratio > 0
-        before = 2 if leaves_out else 1 if depth < FULL or knows_text else 0
-        first = None if self._token_set is None else _FirstTokens(self._token_set)
+        before = 1 if depth < FULL or knows_text else 0
         # A full call observes if another follows that reads what it saw.
-        sites = self._sites if depth == FULL else None
+        observes = self._sites is not None and not self._sites.full_calls
+        sites = self._sites if depth == FULL and observes else None
         after = () if sites is None else (SITES,)
         plan = Schedule(
             depth=(FULL,) * before + (depth, *after),
             ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * len(after),
         )
-        parts = Parts(plan, self._rule, first, sites, self._instead)
+        parts = Parts(plan, self._rule, sites, self._instead)
         engine = Engine(self._model, parts, quiet=True)
         selected: list[_Selected] = []
 
@@ -385,8 +395,6 @@ class CallCounter:
             hooks.remove()
         kinds = Counter(selected)
         chosen = sum(n * self._selection(kind) for kind, n in kinds.items())
-        if first is not None and first.asked is not None:
-            chosen += self._choice(*first.asked)
         total, attention = counter.total, counter.attention
         if sites is not None:
             # What is observed are products of queries and keys as well.
@@ -404,21 +412,6 @@ class CallCounter:
         with Flops() as counter:
             self._rule.select(x, kind.grid, kind.count, prepared, call)
         return kind.shape[0] * (counter.total // 2)
-
-    def _choice(self, grid: Grid, count: int, asked: CallInfo) -> int:
-        """MACs of choosing the tokens of a call, on zeros for one sample, after a call of all blocks.
-
-        Cached calls before the first such call choose for themselves, which is not counted.
-        """
-        assert self._token_set is not None
-        outputs = tuple(torch.zeros(1, *output.shape[1:]) for output in asked.outputs)
-        attention = _one_sample(_shapes(asked.attention))
-        call = CallInfo(1, False, outputs, torch.Generator().manual_seed(0), attention=attention)
-        memory = self._token_set.select(None, grid, count, call)[1]
-        again = replace(call, cached=asked.cached)
-        with Flops() as counter:
-            self._token_set.select(memory, grid, count, again)
-        return asked.batch * (counter.total // 2)
 
 
 @dataclass(frozen=True)

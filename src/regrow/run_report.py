@@ -12,6 +12,7 @@ from regrow.engine.engine import Engine
 from regrow.engine.others import shape_of
 from regrow.macs import CallCounter
 from regrow.meta import unknown_attentions
+from regrow.models.table import TOKENS
 from regrow.schedule import FULL, NAMES
 
 
@@ -148,7 +149,7 @@ def report_of(engine: Engine) -> RunReport:
     parts = engine.parts
     sites = None if engine.sites is None else parts.sites
     try:
-        counter = CallCounter(model, parts.tokens, parts.token_set, sites)
+        counter = CallCounter(model, parts.tokens, sites)
         rows = [_row(record, engine, counter) for record in generation.records]
     except Exception as error:
         # Whatever a module of somebody's own says to tensors without data.
@@ -191,4 +192,4 @@ def _of_tokens(record: CallRecord, engine: Engine) -> str:
         return ""
     if engine.pruning is not None:
         return engine.pruning.rule.where.recovery.value
-    return "" if engine.lean is None else "reuse"
+    return "reuse" if TOKENS in record.plan else ""

@@ -15,6 +15,7 @@ import transformer_pipelines
 from diffusers import StableDiffusionPAGPipeline
 from diffusers.models.transformers import transformer_flux
 from pydantic import ValidationError
+from test_cat import All
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_pipelines import FORMS, TWO_CALLS, generate
@@ -27,9 +28,8 @@ from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
 from regrow.meta import meta_copy
 from regrow.methods.base import MethodConfig
-from regrow.methods.parts import Alignment, CallInfo, Parts, parts_of
+from regrow.methods.parts import Alignment, Parts, parts_of
 from regrow.schedule import Schedule
-from regrow.tokens.grid import Grid
 from regrow.tokens.scores import Heads
 
 
@@ -197,18 +197,9 @@ class Everything(MethodConfig):
     method: Literal["everything_behind"] = "everything_behind"
 
 
-class _All:
-    seed, aligns, full_calls, reads_block = 0, False, 0, 3
-
-    def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
-        assert call.attention is not None
-        assert call.attention.tokens == grid.tokens
-        return torch.arange(grid.tokens).repeat(call.batch, 1), None
-
-
 @parts_of.register
 def _(config: Everything) -> Parts:
-    return Parts(Schedule.constant(0.5), token_set=_All())
+    return Parts(Schedule.constant(0.5), sites=All(reads=3))
 
 
 @pytest.mark.parametrize(("kind", "form"), [("sd3", "batch"), ("pixart", "wide"), ("flux", "wide")])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -27,10 +28,12 @@ from waiting import NoWaiting
 
 import regrow
 from regrow import CATPruning, TokenChoice
+from regrow.core.decision import Decider, Decision, Sited, View
 from regrow.measure import architecture, profile
 from regrow.methods.base import MethodConfig
-from regrow.methods.cat import Algorithm, Memory
-from regrow.methods.parts import Alignment, CallInfo, Parts, parts_of
+from regrow.methods.cat import Algorithm, Choosing, Memory
+from regrow.methods.parts import Alignment, CallInfo, Parts, parts_of, some_of_stream, stream_of
+from regrow.models.table import Layout, Site
 from regrow.schedule import Schedule
 from regrow.tokens.cluster import k_means
 from regrow.tokens.grid import Grid
@@ -44,16 +47,40 @@ class Everything(MethodConfig):
     method: Literal["everything"] = "everything"
 
 
-class _All:
-    seed, aligns, full_calls, reads_block = 0, False, 0, None
+class _Choosing(Decider):
+    """Choose all tokens; behind a block, once its attention was seen."""
 
-    def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
-        return torch.arange(grid.tokens).repeat(call.batch, 1), None
+    def __init__(self, site: Site) -> None:
+        self.sites = (site,)
+
+    def plan(self, view: View) -> Mapping[str, Decision]:
+        return some_of_stream(view.step.ratio)
+
+    def choose(
+        self, memory: None, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo
+    ) -> Tensor:
+        assert info.grid is not None
+        if site.leading:
+            assert info.attention is not None
+            assert info.attention.tokens == info.grid.tokens
+        return torch.arange(info.grid.tokens).repeat(info.batch, 1)
+
+
+@dataclass(frozen=True)
+class All(Sited):
+    """All tokens, on the way of some."""
+
+    reads: int | None = None
+
+    full_calls = 1
+
+    def on(self, denoiser: Any, layout: Layout) -> _Choosing:
+        return _Choosing(stream_of(denoiser, layout, self.reads))
 
 
 @parts_of.register
 def _(config: Everything) -> Parts:
-    return Parts(Schedule.constant(0.5), token_set=_All())
+    return Parts(Schedule.constant(0.5), sites=All())
 
 
 @pytest.fixture(params=KINDS)
@@ -223,7 +250,7 @@ def select(
     cached: Sequence[bool] = (),
 ) -> tuple[list[Tensor], list[Memory]]:
     """The tokens of one call after the other."""
-    rule: Any = parts_of(config).token_set
+    rule = Choosing(config, ())
     memory, tokens, memories = None, [], []
     generator = torch.Generator().manual_seed(config.seed)
     flags = cached or [False] * len(outputs)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformer_pipelines
 from pydantic import ValidationError
-from test_cat import KINDS, _All, slow
+from test_cat import KINDS, All, slow
 from torch import Tensor
 from transformer_pipelines import FORMS, LAYERS, SKIP_LAYER, STEPS, generate, in_turn
 
@@ -34,7 +34,7 @@ class Everything(MethodConfig):
 @parts_of.register
 def _(config: Everything) -> Parts:
     caching = DeepCache(interval=config.interval, branch=config.branch)
-    return Parts(Both(parts_of(caching).plan, Schedule.constant(0.5)), token_set=_All())
+    return Parts(Both(parts_of(caching).plan, Schedule.constant(0.5)), sites=All())
 
 
 @pytest.fixture(params=KINDS)

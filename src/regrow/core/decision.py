@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import ceil
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -122,30 +122,40 @@ class Adapter:
         return linear(linear(x, self.down.to(x.device, x.dtype)), self.up.to(x.device, x.dtype))
 
 
-class Decider(Protocol):
-    """A method at work on a denoiser: it decides for sites, and chooses tokens where some are computed."""
+class Decider:
+    """A method at work on a denoiser: it decides for sites, and chooses tokens where some are computed.
 
-    @property
-    def sites(self) -> Sequence[Site]:
-        """Those that it decides for, in the order they run; all others are always computed."""
+    Attributes:
+        sites: those that it decides for, in the order they run; all others are always computed.
+    """
+
+    sites: Sequence[Site]
 
     @property
     def observes(self) -> frozenset[LayerKind]:
         """The attentions that `observe` is told of in full calls."""
+        return frozenset()
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
         """By path, the updates of linear layers in calls that leave something out."""
-
-    def plan(self, view: View) -> Mapping[str, Decision]:
-        """By the name of a site, what a call does there."""
-
-    def begin(self) -> Any:
-        """What is remembered from one full call to the next, before the full call."""
+        return {}
 
     @property
     def remarks(self) -> Sequence[str]:
         """What a user is warned of when the method is applied."""
+        return ()
+
+    def plan(self, view: View) -> Mapping[str, Decision]:
+        """By the name of a site, what a call does there."""
+        raise NotImplementedError
+
+    def begin(self, memory: Any) -> Any:
+        """What is remembered until the next full call, before a full call.
+
+        Args:
+            memory: what was remembered so far; None in the first call of a branch.
+        """
 
     def observe(self, memory: Any, site: Site, attention: Attention) -> None:
         """Look at an attention in a full call: that of a site, or the first of its kind in a block."""
@@ -154,8 +164,8 @@ class Decider(Protocol):
         """What `choose` is given as ``seen``: asked once a call that computes some tokens.
 
         Args:
-            memory: of the last full call; None if there was none.
-            entered: what the first site is given.
+            memory: of the last full call.
+            entered: what the first site that runs is given.
             info: what is known before the call.
         """
 
@@ -172,18 +182,27 @@ class Decider(Protocol):
             count: n; None where the choice says how many, the same in every sample.
             info: what is known before the call.
         """
+        raise NotImplementedError
 
 
-class Sited(Protocol):
+class Sited:
     """What a method of sites is before a denoiser is known; it equals and hashes."""
 
     @property
     def seed(self) -> int:
         """Seed of the generator of a generation."""
+        return 0
 
     @property
     def aligns(self) -> bool:
         """Whether `CallInfo.guided` is used."""
+        return False
+
+    @property
+    def full_calls(self) -> int:
+        """Of a method that chooses the tokens of whole calls, those of all tokens that a generation begins
+        with, wherever it begins; 0 of others."""
+        return 0
 
     def on(self, denoiser: nn.Module, layout: Layout) -> Decider:
         """The method at work on a denoiser.
@@ -192,3 +211,4 @@ class Sited(Protocol):
             UnsupportedModelError: if the model has no sites that it could decide for.
             ValueError: if what the method has learned was learned of another model.
         """
+        raise NotImplementedError

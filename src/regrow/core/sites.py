@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Some, View
 from regrow.core.store import copied
 from regrow.engine.call import Call, Watched
+from regrow.engine.inputs import adds_to_tokens
 from regrow.layers import LayerKind
 from regrow.methods.parts import Attention
-from regrow.models.table import Keeps, Layout, Site
+from regrow.models.table import TOKENS, Cut, Keeps, Layout, Site
 from regrow.recover.time import REUSE
-from regrow.tokens.select import Subset, put_rows, take_rows
+from regrow.schedule import Step
+from regrow.tokens.select import Subset, put_rows, rows_of, take_rows
 
 
 class Sites:
@@ -26,11 +28,19 @@ class Sites:
     Args:
         decider: the method.
         layout: of the denoiser.
+        full_calls: that a branch begins with.
         warn_once: takes what a warning is about, and the warning.
+
+    Attributes:
+        stream: the way of the tokens through the blocks, where those of whole calls are chosen.
     """
 
-    def __init__(self, decider: Decider, layout: Layout, warn_once: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, decider: Decider, layout: Layout, full_calls: int, warn_once: Callable[[str, str], None]
+    ) -> None:
         self.decider, self._layout, self._warn_once = decider, layout, warn_once
+        self.full_calls = full_calls
+        self.stream = next((site for site in decider.sites if site.stream), None)
         for remark in decider.remarks:
             warn_once(f"remark {remark}", remark)
 
@@ -55,6 +65,9 @@ class Sites:
         """The attentions that tokens are chosen by."""
         for name, attention, site in self._looked_at():
             yield Watched(name, attention, _is_full, partial(self._observe, site), site.turns)
+        if self.stream is not None and self.stream.leading:
+            last = self._layout.first_layers()[self.stream.leading[-1], LayerKind.SELF_ATTENTION]
+            yield Watched(last.name, last.module, _chooses_of_stream, self._choose_by)
 
     def _looked_at(self) -> Iterator[tuple[str, nn.Module, Site]]:
         kinds = self.decider.observes
@@ -76,10 +89,61 @@ class Sites:
     @property
     def tells_apart(self) -> bool:
         """Whether the tokens of an image must be told apart: to look at attentions, or in single layers."""
-        return bool(self.decider.observes) or any(site.kind is not None for site in self.able)
+        parts = any(site.kind is not None or site.stream for site in self.able)
+        return parts or bool(self.decider.observes)
 
     def _observe(self, site: Site, call: Call, x: Tensor, attention: Attention) -> None:
         self.decider.observe(call.slot.observed, site, attention)
+
+    def _choose_by(self, call: Call, x: Tensor, attention: Attention) -> None:
+        """Choose the tokens of a whole call by an attention that has just run."""
+        assert self.stream is not None
+        call.info = replace(call.info, attention=attention)
+        self._choose(call, self.stream, x)
+
+    def check(self, cuts: Mapping[int, Cut]) -> None:
+        """Refuse cached calls that leave out the block that tokens are chosen by, or one before it.
+
+        Raises:
+            ValueError: naming the block.
+        """
+        leading = () if self.stream is None else self.stream.leading
+        for depth, cut in cuts.items():
+            if cut.entry in leading:
+                raise ValueError(
+                    f"block: {len(leading) - 1} is not allowed with cached calls of depth {depth}, it must "
+                    f"be < {leading.index(cut.entry)}: they leave it out"
+                )
+
+    def decides(self, step: Step, cut: Cut | None, calls: int) -> bool:
+        """Whether it is asked in a call.
+
+        Args:
+            step: what the plan says of the call.
+            cut: what the call leaves out.
+            calls: of the branch so far, with this one.
+        """
+        if self.stream is None:
+            return cut is not None and step.of_sites
+        return step.ratio > 0 and streams(cut) and calls > self.full_calls
+
+    def keeps(self, call: Call, plan: Mapping[str, Decision]) -> bool:
+        """Whether sites that are computed whole keep what they give."""
+        if self.stream is None:
+            return call.cut is None or bool(plan)
+        return call.tells_apart and streams(call.cut)
+
+    def warn_of_whole_calls(self, steps: Sequence[Step], cuts: Mapping[int, Cut]) -> None:
+        """Say if no call of a generation can leave tokens out of all blocks, though the method would."""
+        if self.stream is None:
+            return
+        if not any(step.ratio and streams(cuts.get(step.depth)) for step in steps[self.full_calls :]):
+            self._warn_once(
+                "whole",
+                f"no call of this generation leaves tokens out: of {len(steps)} calls the first "
+                f"{self.full_calls} are computed in full, and none of those behind them, if any, leaves "
+                "out some",
+            )
 
     def plan(self, view: View) -> Mapping[str, Decision]:
         """What a call does at each site; empty if it computes all of them."""
@@ -95,15 +159,35 @@ class Sites:
         for name, what in plan.items():
             if isinstance(what, Some) and isinstance(found[name], Some):
                 found |= dict.fromkeys(sites[name].text, ALL)
-        return found
+        return found if any(decision is not ALL for decision in found.values()) else {}
 
     def _settled(self, site: Site, decision: Decision, call: Call, inputs: Mapping[str, Any]) -> Decision:
         if not isinstance(decision, Some):
             return decision
-        if not self._is_able(site, decision, call, inputs):
+        able = self._is_able_stream if site.stream else self._is_able
+        if not able(site, decision, call, inputs):
             return decision.otherwise
         grid = call.slot.grid if site.kind is not None else None
         return SKIP if grid is not None and decision.count(grid.tokens) == 0 else decision
+
+    def _is_able_stream(self, site: Site, decision: Some, call: Call, inputs: Mapping[str, Any]) -> bool:
+        """Whether some tokens can go through all blocks."""
+        if not call.tells_apart:
+            return False
+        if adds_to_tokens(inputs):
+            self._warn_once("residuals", "a ControlNet adds to all tokens; its calls are computed in full")
+            return False
+        store = call.slot.store
+        if len(call.slot.outputs) < 2 or site.key not in store:
+            return False
+        if not any(name in store for name in site.memory if name.endswith("to_v")):
+            self._warn_once(
+                "memory",
+                "all tokens are computed, because the attentions' projections were fused, so that keys "
+                "can't be kept; call unfuse_qkv_projections()",
+            )
+            return False
+        return True
 
     def _is_able(self, site: Site, decision: Some, call: Call, inputs: Mapping[str, Any]) -> bool:
         """Whether a site has what it needs to compute some of its tokens by themselves."""
@@ -148,21 +232,57 @@ class Sites:
         decision = call.plan.get(site.name, ALL)
         if not isinstance(decision, Some) or site.key not in call.slot.store:
             return None
-        if decision.group not in call.refreshed:
-            memory, x = call.slot.observed, entered.x
-            tokens = call.slot.grid.tokens if site.joint and call.slot.grid is not None else x.shape[1]
-            count = decision.count(tokens)
-            chosen = self.decider.choose(memory, call.seen[0], site, x, count, call.info)
-            call.refreshed[decision.group] = Subset(chosen, tokens)
-        return call.refreshed[decision.group]
+        # By an attention that was to run before they are chosen elsewhere.
+        if decision.group not in call.refreshed and not site.leading:
+            self._choose(call, site, entered.x)
+        return call.refreshed.get(decision.group)
+
+    def _choose(self, call: Call, site: Site, x: Tensor) -> None:
+        """Choose the tokens of a site that computes some, and of the others of its group."""
+        decision, seen = call.plan[site.name], call.seen[0] if call.seen else None
+        assert isinstance(decision, Some)
+        grid = call.slot.grid
+        tokens = grid.tokens if grid is not None and (site.joint or site.stream) else x.shape[1]
+        count = decision.count(tokens)
+        if count is not None and site.stream:
+            count = max(count, 1)
+        chosen = self.decider.choose(call.slot.observed, seen, site, x, count, call.info)
+        call.refreshed[decision.group] = Subset(chosen, tokens)
+
+    def forget(self, call: Call, site: Site) -> None:
+        """Keep nothing of the stream in a call: keys, values and outputs are of a part of its batch."""
+        call.keeps_sites = False
+        call.slot.outputs.clear()
+        call.slot.store.drop(*site.memory, site.key)
+        self._warn_once(
+            "part",
+            "all tokens are computed, because attention processors project a part of the batch only "
+            "(perturbed-attention guidance)",
+        )
+
+    def end(self, call: Call) -> None:
+        """Look at what a call that is over left."""
+        if self.stream is None:
+            return
+        if TOKENS in call.refreshed and call.tokens is None:
+            self._warn_once(
+                "narrow",
+                "all tokens are computed, because the module behind which some should be left out was not "
+                "called",
+            )
+        if call.keeps_sites and self.stream.key in call.slot.store:
+            assert self._layout.stream is not None
+            call.slot.remember(self._layout.stream.noise_of(call.slot.store.last(self.stream.key)))
 
     def done(self, call: Call) -> dict[str, Tensor]:
         """By the name of a site, the tokens ``(B, n)`` that it computed in a call."""
         some = {name: d.group for name, d in call.plan.items() if isinstance(d, Some)}
         return {n: call.refreshed[group].tokens for n, group in some.items() if group in call.refreshed}
 
-    def carried_out(self, call: Call) -> dict[str, Decision]:
+    def carried_out(self, call: Call) -> Mapping[str, Decision]:
         """What a call did at each site, with the shares that its choice gave."""
+        if TOKENS in call.plan and call.tokens is None:
+            return {}
         return {name: self._carried_out(call, decision) for name, decision in call.plan.items()}
 
     @staticmethod
@@ -178,9 +298,7 @@ class Sites:
 
 def _attentions_of(site: Site) -> Iterable[str]:
     """The names of the self-attentions in which a site computes some tokens."""
-    if site.attentions:
-        return site.attentions
-    return [site.attention.name] if _memory_of(site) else []
+    return dict.fromkeys(name.rpartition(".")[0] for name in _memory_of(site))
 
 
 def _memory_of(site: Site) -> Mapping[str, nn.Module]:
@@ -210,7 +328,7 @@ class SiteHook:
         if site.entry is None:
             tokens = self.sites.enter(call, site, args, kwargs)
         else:
-            tokens = call.partial.pop(site.name, None)
+            tokens = call.partial.get(site.name)
         if key in call.slot.store:
             none = tokens is not None and not tokens.tokens.shape[1]
             if call.plan.get(site.name, ALL) is SKIP or none:
@@ -220,10 +338,12 @@ class SiteHook:
                     call, key, x, tokens, self._computed(call, tokens, forward, args, kwargs)
                 )
         out = forward(*args, **kwargs)
+        if call.keeps_sites and site.stream and len(out) != call.info.batch:
+            self.sites.forget(call, site)
         if call.keeps_sites:
-            # Blocks only read what layers return, so that it is nobody else's.
             call.slot.store.add(key, call.step, out if site.keeps is Keeps.OUTPUT else out - x)
-        return out
+        # Blocks only read what layers return, but the caller of the denoiser may write to its output.
+        return out.clone() if site.stream and call.keeps_sites else out
 
     def _computed(
         self, call: Call, tokens: Subset, forward: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
@@ -261,6 +381,9 @@ class SiteHook:
         if call.recovery == REUSE:
             # A forecast is of whole calls alone.
             store.amend(key, value)
+        if self.site.stream:
+            # The caller of the denoiser may write to its output.
+            return image.clone()
         call.restored += 1
         call.pruned += 1
         return value if self.site.keeps is Keeps.OUTPUT else x + image
@@ -280,6 +403,27 @@ class EntryHook:
         call.partial[self.site.name] = tokens
         args, kwargs = _short(tokens, args, kwargs)
         return forward(*args, **kwargs)
+
+
+class NarrowHook:
+    """The module behind which some tokens go through the blocks."""
+
+    def __init__(self, engine: _Engine, sites: Sites, site: Site) -> None:
+        self.engine, self.sites, self.site = engine, sites, site
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        call = self.engine.call
+        if call is None:
+            return output
+        # Blocks of joint attention return the text before the image.
+        image = output[-1] if isinstance(output, tuple) else output
+        tokens = self.sites.enter(call, self.site, (image,), {})
+        if tokens is None:
+            return output
+        call.partial[self.site.name] = tokens
+        short = rows_of(image, tokens.tokens)
+        return (*output[:-1], short) if isinstance(output, tuple) else short
 
 
 class BesideHook:
@@ -306,8 +450,8 @@ class BesideHook:
 class SiteKeysHook:
     """Completes the keys or values of the tokens that a site computes with its last ones of the others."""
 
-    def __init__(self, engine: _Engine, key: str, site: Site) -> None:
-        self.engine, self.key, self.site = engine, key, site
+    def __init__(self, engine: _Engine, sites: Sites, key: str, site: Site) -> None:
+        self.engine, self.sites, self.key, self.site = engine, sites, key, site
 
     def __call__(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
@@ -315,7 +459,15 @@ class SiteKeysHook:
         if call is None:
             return output
         store, tokens = call.slot.store, call.partial.get(self.site.name)
-        if tokens is not None:
+        if self.site.stream and call.keeps_sites and len(output) != call.info.batch:
+            self.sites.forget(call, self.site)
+            return output
+        if tokens is not None and (call.keeps_sites or not self.site.stream):
+            if self.key not in store:
+                raise RuntimeError(
+                    f"{self.key} runs, but was left out of the last full call; layers to skip can't change "
+                    "within a generation"
+                )
             old = store.last(self.key)
             put_rows(old, tokens.rows(old.shape[1]), output)
             return old
@@ -407,4 +559,14 @@ def _of_tokens(given: Any, tokens: Subset, x: Tensor) -> Any:
 
 def _is_full(call: Call) -> bool:
     """Whether a call computes all sites."""
-    return call.cut is None and call.tells_apart
+    return call.cut is None and not call.plan and call.tells_apart
+
+
+def _chooses_of_stream(call: Call) -> bool:
+    """Whether a call computes some of the tokens that go through the blocks."""
+    return TOKENS in call.plan
+
+
+def streams(cut: Cut | None) -> bool:
+    """Whether tokens go through blocks in a call with that cut."""
+    return cut is None or cut.entry is not None

@@ -15,15 +15,12 @@ from regrow.engine.branches import Branches
 from regrow.engine.caller import Caller
 from regrow.engine.twin import Twin
 from regrow.methods.parts import Attention, CallInfo
-from regrow.models.table import Cut, Rows
+from regrow.models.table import TOKENS, Cut, Rows
 from regrow.recover.time import TimeRecovery
 from regrow.reuse.depth import Slot
 from regrow.schedule import Step
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection, Subset
-
-# What the output of the tokens is kept under.
-OUTPUT = "output of tokens"
 
 
 @dataclass(frozen=True)
@@ -145,15 +142,11 @@ class Call:
         restored: how many modules handed on what is cached.
         stood_in: modules that handed on what nobody may read, for which no module has restored yet.
         entered: what the first module of a cut was given in this call.
-        count: how many tokens the whole call computes; 0 if it computes all.
-        chosen: which they are, once that is known.
-        tokens: the tokens that are computed from here on; None if all are.
         tells_apart: whether the image's tokens, and their queries and keys, can be told apart: some of them
             can be computed, and attentions be looked at.
         positions: cosines and sines ``(T + N, D)`` of all tokens, by which queries and keys are turned.
         turned: the tokens whose positions were asked for last; None for all.
         rotary: their cosines and sines.
-        remembers: whether keys, values and outputs of the tokens are kept.
         turns: how often modules that may be skipped were called before in this call.
         knows_text: whether the text is that of the last call.
         pruned: how many blocks pruned, or layers computed some tokens.
@@ -182,14 +175,10 @@ class Call:
     pruned: int = 0
     unpruned: str = ""
     entered: dict[Cut, list[Any]] = field(default_factory=dict)
-    count: int = 0
-    chosen: Tensor | None = None
-    tokens: Subset | None = None
     tells_apart: bool = False
     positions: Sequence[Tensor] = ()
     turned: Subset | None = None
     rotary: dict[Rows, tuple[Tensor, ...]] = field(default_factory=dict)
-    remembers: bool = False
     turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
     refreshed: dict[str, Subset] = field(default_factory=dict)
@@ -199,6 +188,11 @@ class Call:
     seen: tuple[Any, ...] = ()
     given: dict[str, int] = field(default_factory=dict)
     partial: dict[str, Subset] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> Subset | None:
+        """Those that go through the blocks from here on; None if all do."""
+        return self.partial.get(TOKENS)
 
 
 @dataclass(frozen=True)

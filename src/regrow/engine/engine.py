@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
-from regrow.core.decision import Decision, Some, View, left_out
+from regrow.core.decision import Decision, Sited, Some, View, left_out
 from regrow.core.sites import Sites
 from regrow.core.store import Store, flatten
 from regrow.engine.branches import Branches
@@ -26,7 +26,6 @@ from regrow.engine.inputs import (
     may_be_guided,
     without_data,
 )
-from regrow.engine.lean import Lean, streams
 from regrow.engine.others import (
     adapter_state,
     attentions_in,
@@ -41,7 +40,7 @@ from regrow.engine.pruning import Pruning, runs
 from regrow.engine.twin import Twin
 from regrow.methods.parts import CallInfo, Parts
 from regrow.models import layout_of
-from regrow.models.table import Cut, Rotary, Rows, decided
+from regrow.models.table import TOKENS, Cut, Rotary, Rows, decided
 from regrow.origin import Origin
 from regrow.recover.time import REUSE
 from regrow.reuse.depth import Slot
@@ -81,7 +80,8 @@ class Engine:
         self._keep_text, self._quiet = keep_text, quiet
         self._shape, self._twin = shape_of(denoiser), Twin.none()
         self.kinds = parts.plan.kinds()
-        if parts.token_set is not None and any(step.recovery != REUSE for step in self.kinds):
+        streams = parts.sites is not None and parts.sites.full_calls > 0
+        if streams and any(step.recovery != REUSE for step in self.kinds):
             raise ValueError(
                 "recovery: a forecast is not allowed where the tokens of whole calls are chosen, of which "
                 "each is as old as its last choice; it must be 'reuse'"
@@ -105,14 +105,16 @@ class Engine:
         self.layout = layout if self._keep_text else replace(layout, text={})
         self.sites = self._sites()
         self.cuts = self._used_cuts()
-        self.pruning, self.lean = self._pruning(), self._lean()
+        self.pruning = self._pruning()
+        if self.sites is not None:
+            self.sites.check(self.cuts)
         self.rotary = self._rotary()
         self._attentions = attentions_in(self.denoiser, self._acts_in())
         self._grounding = grounding_of(self.denoiser)
 
     def _acts_in(self) -> Iterator[str]:
         """Paths of the modules in which calls leave something out; "" is the whole."""
-        if self.lean is not None or self.sites is not None:
+        if self.sites is not None:
             yield ""
         for cut in self.cuts.values():
             yield from cut.skip
@@ -127,11 +129,11 @@ class Engine:
 
         What was kept is dropped: it is of the modules of before.
         """
-        before = self.layout, self.sites, self.cuts, self.pruning, self.lean, self.rotary
+        before = self.layout, self.sites, self.cuts, self.pruning, self.rotary
         try:
             self._read()
         except (ValueError, TypeError, AttributeError) as error:
-            self.layout, self.sites, self.cuts, self.pruning, self.lean, self.rotary = before
+            self.layout, self.sites, self.cuts, self.pruning, self.rotary = before
             self._unfit = f"the denoiser's modules were replaced, and the method no longer fits: {error}"
             return False
         if self.generation is not None:
@@ -151,29 +153,23 @@ class Engine:
         cuts, asked = self.cuts.values(), self.leaves_out
         return Pruning(parts.tokens, self.denoiser, self.layout, cuts, asked, parts.instead, self.warn_once)
 
-    def _lean(self) -> Lean | None:
-        parts = self.parts
-        if parts.token_set is None:
-            return None
-        cuts, asked = self.cuts, self.leaves_out
-        return Lean(parts.token_set, self.denoiser, self.layout, cuts, asked, parts.instead, self.warn_once)
-
     def _sites(self) -> Sites | None:
         sites = self.parts.sites
-        if sites is None or not any(step.of_sites for step in self.kinds):
+        if sites is None or not any(asks(sites, step) for step in self.kinds):
             return None
-        return Sites(sites.on(self.denoiser, self.layout), self.layout, self.warn_once)
+        decider = sites.on(self.denoiser, self.layout)
+        return Sites(decider, self.layout, sites.full_calls, self.warn_once)
 
     def _rotary(self) -> Rotary | None:
         """The attentions in which queries and keys are turned where they are made, if that is needed."""
         attends = self.sites is not None and self.sites.attending
-        needed = self.lean is not None or attends or self.watched
+        needed = attends or self.watched
         return self.layout.stream.rotary if needed and self.layout.stream is not None else None
 
     @property
     def watched(self) -> tuple[Watched, ...]:
         """The attentions that are looked at."""
-        deciders = (self.sites, self.lean, self.pruning)
+        deciders = (self.sites, self.pruning)
         return tuple(w for decider in deciders if decider is not None for w in decider.watched)
 
     def positions(self, attention: str, rows: Rows) -> tuple[Tensor, ...]:
@@ -185,9 +181,8 @@ class Engine:
         call = self.call
         assert call is not None
         assert call.slot.grid is not None
-        tokens = call.tokens
-        if self.sites is not None:
-            tokens = call.partial.get(self.sites.attending.get(attention, ""))
+        site = "" if self.sites is None else self.sites.attending.get(attention, "")
+        tokens = call.partial.get(site)
         if call.turned is not tokens:
             call.turned, call.rotary = tokens, {}
         if rows not in call.rotary:
@@ -286,7 +281,7 @@ class Engine:
         again = before is not None and before.caller.is_same()
         if not again:
             self.release()
-        chooser = self.parts.tokens or self.parts.token_set or self.parts.sites
+        chooser = self.parts.tokens or self.parts.sites
         seed = 0 if chooser is None else chooser.seed
         plan = self.parts.plan.resample(position.total)
         differs = self._unlike(position)
@@ -320,8 +315,8 @@ class Engine:
         if before is not None and again:
             # Members of an ensemble: one report tells of all.
             generation.records = before.records
-        if self.lean is not None and not whole:
-            self.lean.warn_of_whole_calls(generation.steps[position.index :], self.cuts)
+        if self.sites is not None and not whole:
+            self.sites.warn_of_whole_calls(generation.steps[position.index :], self.cuts)
         return generation
 
     def _unlike(self, position: Position) -> str:
@@ -361,7 +356,7 @@ class Engine:
         if not caches:
             return ""
         pruning = self.pruning is not None and self.leaves_out
-        if pruning or self.lean is not None or self.sites is not None:
+        if pruning or self.sites is not None:
             return (
                 f"diffusers' {caches} is on, which would hand outputs for some tokens on to others; call "
                 "disable_cache() first"
@@ -426,10 +421,11 @@ class Engine:
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
         plan: Mapping[str, Decision] = {}
-        if self.sites is not None and cut is not None and planned.of_sites:
+        if self.sites is not None and not generation.whole and self.sites.decides(planned, cut, slot.calls):
             plan = self.sites.plan(View(position.index, position.total, planned))
-            # Where every site is computed, the call is a full one.
-            cut = cut if plan else None
+            if planned.of_sites and not plan:
+                # Every site is computed.
+                cut = None
         recovery = "" if cut is None else self._recovery(slot, cut, planned, position.index)
         age = 0 if cut is None else position.index - slot.stored[cut]
         if 0 <= slot.last < position.index - 1:
@@ -462,7 +458,6 @@ class Engine:
             info=info,
             counts=counts,
             prepared=prepared,
-            keeps_sites=self.sites is not None and (cut is None or bool(plan)),
         )
         state = tuple(adapter_state(module) for module in self.layout.text.values())
         self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
@@ -470,16 +465,14 @@ class Engine:
             # A module that this call skips must not hand on another text's output later.
             slot.store.drop(*self.layout.text)
         self.call.tells_apart = not generation.whole and self._tells_apart(slot)
-        if self.lean is not None and self.call.tells_apart and streams(cut):
-            self.call.remembers = True
-            self.lean.leave_out(self.call, planned.ratio, inputs)
-        ratio = planned.ratio if counts or self.call.count else 0.0
-        if self.sites is not None and cut is None:
-            slot.observed = self.sites.decider.begin()
-        if self.sites is not None and plan:
+        ratio = planned.ratio if counts else 0.0
+        if self.sites is not None:
             self.call.plan = plan = self.sites.settled(plan, self.call, inputs)
+            self.call.keeps_sites = self.sites.keeps(self.call, plan)
             ratio = _share(planned, plan)
-        if planned.ratio and not reason and not (counts or self.call.count or _computes_some(plan)):
+            if not plan:
+                slot.observed = self.sites.decider.begin(slot.observed)
+        if planned.ratio and not reason and not (counts or _computes_some(plan)):
             reason = generation.whole or self._said
         generation.records.append(
             CallRecord(
@@ -513,7 +506,7 @@ class Engine:
         """What a call leaves out, and why if that is less than planned."""
         cut = generation.cuts.get(planned.depth)
         slot.calls += 1
-        first = self.lean is not None and self.lean.begins(slot)
+        first = self.sites is not None and slot.calls <= self.sites.full_calls
         if cut is None:
             return None, ""
         if generation.whole:
@@ -550,7 +543,7 @@ class Engine:
         key = (shapes, sample.dtype, sample.device)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
-            chooser = self.parts.tokens or self.parts.token_set or self.parts.sites
+            chooser = self.parts.tokens or self.parts.sites
             wanted = chooser is not None and chooser.aligns
             bare = (without_data(args), without_data(dict(kwargs)))
             guided = wanted and self._may_be_guided(sample, inputs)
@@ -584,9 +577,10 @@ class Engine:
         sites = self.sites is not None and self.sites.tells_apart
         if self.layout.stream is None:
             return sites
-        if self.lean is None and not sites:
+        if not sites:
             return False
-        instead = "layers hand on their last output whole" if sites else "all tokens are computed"
+        whole = self.sites is None or self.sites.stream is not None
+        instead = "all tokens are computed" if whole else "layers hand on their last output whole"
         if slot.grid is None:
             self.warn_once("grid", f"{instead}, because the tokens are not those of one picture (Kontext)")
         elif self.rotary is not None and self.rotary.others():
@@ -624,21 +618,21 @@ class Engine:
                 self.warn_once("hooks", f"a cached call was computed in full: {reason}")
             records[-1] = replace(records[-1], depth=FULL, age=0, reason=reason, recovery="")
         call.slot.stored |= dict.fromkeys(call.store, call.slot.last)
-        some = [name for name, decision in call.plan.items() if isinstance(decision, Some)]
+        some = [name for name, d in call.plan.items() if isinstance(d, Some) and name != TOKENS]
         if (call.counts or some) and not call.pruned:
             layers = len(call.counts or some)
             reason = call.unpruned or "they were not called"
             what = f"none of the {layers} layers that should leave tokens out did"
             self.warn_once("prune", f"{what}: {reason}")
             records[-1] = replace(records[-1], reason=reason)
-        if (call.count and call.tokens is None) or (call.counts and not call.pruned):
+        if call.counts and not call.pruned:
             # Nothing was left out: an attention to choose by did not run (skip-layer guidance), for one.
             records[-1] = replace(records[-1], ratio=0.0)
         if self.sites is not None and call.plan:
             done = self.sites.carried_out(call)
             records[-1] = replace(records[-1], plan=done, ratio=_share(records[-1].planned, done))
-        if self.lean is not None:
-            self.lean.end(call)
+        if self.sites is not None:
+            self.sites.end(call)
         reads = self.pruning is not None and self.leaves_out and self.pruning.rule.reads_outputs
         if reads and (call.cut is None or not call.cut.final):
             call.slot.remember(output[0])
@@ -653,7 +647,8 @@ class Engine:
         blocks = {name: call.selections.get(name) for name in ran}
         refreshed = {} if self.sites is None else self.sites.done(call)
         tokens = None if call.tokens is None else call.tokens.tokens
-        leading = 0 if self.lean is None else len(self.lean.leading)
+        stream = None if self.sites is None else self.sites.stream
+        leading = 0 if stream is None else len(stream.leading)
         for observer in self.observers:
             observer(Observation(record, blocks, tokens, refreshed, call.slot.grid, leading))
 
@@ -678,6 +673,11 @@ class Engine:
             self.clock = before
 
 
+def asks(sites: Sited, step: Step) -> bool:
+    """Whether a method of sites is asked in a call of its plan."""
+    return step.of_sites or (sites.full_calls > 0 and step.ratio > 0)
+
+
 def _computes_some(plan: Mapping[str, Decision]) -> bool:
     """Whether a call computes some of the tokens of a site."""
     return any(isinstance(decision, Some) for decision in plan.values())
@@ -687,7 +687,9 @@ def _share(planned: Step | None, plan: Mapping[str, Decision]) -> float:
     """The share of tokens that a call leaves out: by its step where that has one, else of all sites."""
     if planned is None or planned.depth == SITES:
         return left_out(plan)
-    return planned.ratio if _computes_some(plan) else 1.0
+    if _computes_some(plan):
+        return planned.ratio
+    return 1.0 if plan else 0.0
 
 
 def _rows_of(table: Tensor, rows: Rows, text: int, tokens: Subset | None) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from regrow.core.decision import ALL, Decision, View, left_out
+from regrow.core.sites import streams
+from regrow.engine.engine import asks
 from regrow.macs import CallCounter, Macs
 from regrow.measure.architectures import Architecture
 from regrow.methods.parts import Parts, parts_of
@@ -100,12 +102,13 @@ class PlanCounter:
             return [((FULL, 0.0), self.full())] * calls
         parts = parts_of(config)
         counter = self._counter(parts)
-        prunes = any(part is not None for part in _choosers(parts))
-        decider = None if parts.sites is None else parts.sites.on(self._denoiser, self.layout)
+        rule, sites = _choosers(parts)
+        prunes = rule is not None or sites is not None
+        decider = None if sites is None else sites.on(self._denoiser, self.layout)
         out = []
         for i, step in enumerate(parts.plan.resample(calls).steps()):
             plan: Mapping[str, Decision] = {}
-            if decider is not None and step.of_sites:
+            if decider is not None and (step.of_sites or streams(self.layout.cut(step.depth))):
                 plan = decider.plan(View(i, calls, step))
             sited = any(decision is not ALL for decision in plan.values())
             depth = step.depth if sited or self.layout.cut(step.depth) else FULL
@@ -129,10 +132,11 @@ class PlanCounter:
         return self._counters[chosen]
 
 
-def _choosers(parts: Parts) -> tuple[Any, Any, Any]:
+def _choosers(parts: Parts) -> tuple[Any, Any]:
     """What chooses tokens, in the order that `CallCounter` takes it."""
-    decides = any(step.of_sites for step in parts.plan.kinds())
-    return parts.tokens, parts.token_set, parts.sites if decides else None
+    sites = parts.sites
+    asked = sites is not None and any(asks(sites, step) for step in parts.plan.kinds())
+    return parts.tokens, sites if asked else None
 
 
 def profile(

@@ -32,7 +32,6 @@ from regrow.methods.parts import (
     Parts,
     Recovery,
     TokenRule,
-    TokenSet,
     Where,
     parts_of,
 )
@@ -77,7 +76,6 @@ __all__ = [
     "TokenCache",
     "TokenChoice",
     "TokenRule",
-    "TokenSet",
     "Where",
     "parts_of",
     "register",

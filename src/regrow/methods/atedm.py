@@ -23,9 +23,10 @@ from enum import Enum
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
+from regrow.core.decision import Decider, Decision, Sited, View
 from regrow.fields import MOST_CALLS, Block, Ratio, check_within
 from regrow.methods.base import BLOCKS, UNETS, About, MethodConfig, Role, Status, register
 from regrow.methods.parts import (
@@ -39,7 +40,10 @@ from regrow.methods.parts import (
     Where,
     align,
     parts_of,
+    some_of_stream,
+    stream_of,
 )
+from regrow.models.table import Layout, Site
 from regrow.schedule import FULL, Schedule, Step
 from regrow.space import Space, Variable, free
 from regrow.tokens.grid import Grid
@@ -229,14 +233,10 @@ class _Copying:
 
 
 @dataclass(frozen=True)
-class _Reusing:
-    """The tokens that a call of a transformer computes."""
+class _Reusing(Sited):
+    """The tokens that a call of a transformer computes, before one is known."""
 
     config: ATEDM
-
-    @property
-    def seed(self) -> int:
-        return 0
 
     @property
     def aligns(self) -> bool:
@@ -246,23 +246,59 @@ class _Reusing:
     def full_calls(self) -> int:
         return FULL_CALLS
 
-    @property
-    def reads_block(self) -> int:
-        return self.config.block
+    def on(self, denoiser: nn.Module, layout: Layout) -> _Choosing:
+        """The method at work on a transformer.
 
-    def select(
-        self, memory: Tensor | None, grid: Grid, count: int, call: CallInfo
-    ) -> tuple[Tensor, Tensor | None]:
-        """The most important tokens ``(B, count)``, ascending; their importance is remembered.
+        Raises:
+            UnsupportedModelError: if a call of it can't compute some of its tokens only.
+            ValueError: if no block comes behind the one whose attention is read.
+        """
+        return _Choosing(self.config, (stream_of(denoiser, layout, self.config.block, _HINT),))
+
+
+@dataclass
+class _Scores:
+    """How important the tokens were in the last call that left out no block ``(B, N)``."""
+
+    last: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Choosing(Decider):
+    """The tokens that a call of a transformer computes.
+
+    Args:
+        config: the method's configuration.
+        sites: the way of the tokens through the blocks behind the one whose attention is read.
+    """
+
+    config: ATEDM
+    sites: tuple[Site, ...]
+
+    def plan(self, view: View) -> Mapping[str, Decision]:
+        """All tokens but the plan's share."""
+        return some_of_stream(view.step.ratio)
+
+    def begin(self, memory: _Scores | None) -> _Scores:
+        """What is known stays."""
+        return memory or _Scores()
+
+    def choose(
+        self, memory: _Scores, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo
+    ) -> Tensor:
+        """The most important tokens; their importance is remembered.
 
         A call that leaves out blocks goes by that of the last one that left out none: for its tokens what
         the blocks last added is newest.
         """
-        known = memory if call.cached else None
-        score = importance(self.config, call)[1] if known is None else known
-        return score.topk(count, dim=1).indices.sort(1).values, memory if call.cached else score
+        assert count is not None
+        known = memory.last if info.cached else None
+        score = importance(self.config, info)[1] if known is None else known
+        memory.last = memory.last if info.cached else score
+        return score.topk(count, dim=1).indices.sort(1).values
 
 
+_HINT = "recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt, DiT and Flux"
 # A cache has to be filled, and the engine asks for two outputs before a call leaves tokens out.
 FULL_CALLS = 2
 
@@ -311,9 +347,5 @@ class _Plan:
 def _(config: ATEDM) -> Parts:
     reuses = config.recovery is Restored.REUSE
     plan = _Plan(config.early, config.early_ratio, config.ratio, FULL_CALLS if reuses else 0)
-    rule: dict[str, Any] = {"token_set": _Reusing(config)} if reuses else {"tokens": _Copying(config)}
-    return Parts(
-        plan,
-        **rule,
-        instead="recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt, DiT and Flux",
-    )
+    rule: dict[str, Any] = {"sites": _Reusing(config)} if reuses else {"tokens": _Copying(config)}
+    return Parts(plan, **rule, instead=_HINT)

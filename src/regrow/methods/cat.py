@@ -12,18 +12,21 @@ it needs its stock attention processors (no IP-Adapter), and calls with the toke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
+from regrow.core.decision import Decider, Decision, Sited, View
 from regrow.fields import MOST_CALLS, Seed, Share, Weight
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, Options, Role, register
-from regrow.methods.parts import Alignment, CallInfo, Parts, parts_of
+from regrow.methods.parts import Alignment, CallInfo, Parts, parts_of, some_of_stream, stream_of
+from regrow.models.table import Layout, Site
 from regrow.schedule import After, Schedule
 from regrow.space import Space, Variable, free
 from regrow.tokens.cluster import (
@@ -174,9 +177,16 @@ class Memory:
     chosen: Tensor | None = None
 
 
+@dataclass
+class State:
+    """What is remembered of a branch of guidance: nothing before tokens are first chosen."""
+
+    memory: Memory | None = None
+
+
 @dataclass(frozen=True)
-class _Rule:
-    """CAT Pruning's choice of tokens."""
+class _Rule(Sited):
+    """CAT Pruning before a model is known."""
 
     config: CATPruning
 
@@ -192,9 +202,43 @@ class _Rule:
     def full_calls(self) -> int:
         return self.config.t0
 
-    @property
-    def reads_block(self) -> None:
-        return None
+    def on(self, denoiser: nn.Module, layout: Layout) -> Choosing:
+        """The method at work on a transformer.
+
+        Raises:
+            UnsupportedModelError: if a call of it can't compute some of its tokens only.
+        """
+        return Choosing(self.config, (stream_of(denoiser, layout),))
+
+
+@dataclass(frozen=True)
+class Choosing(Decider):
+    """CAT Pruning's choice of tokens.
+
+    Args:
+        config: its configuration.
+        sites: the way of the tokens through the blocks.
+    """
+
+    config: CATPruning
+    sites: tuple[Site, ...]
+
+    def plan(self, view: View) -> Mapping[str, Decision]:
+        """The share alpha of the tokens; the first t0 calls are full in any case."""
+        return some_of_stream(view.step.ratio)
+
+    def begin(self, memory: State | None) -> State:
+        """A generation's calls go by what the first of them gave."""
+        return memory or State()
+
+    def choose(
+        self, memory: State, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo
+    ) -> Tensor:
+        """The tokens of the clusters that moved most, and the stalest; see `select`."""
+        assert info.grid is not None
+        assert count is not None
+        tokens, memory.memory = self.select(memory.memory, info.grid, count, info)
+        return tokens
 
     def select(
         self, memory: Memory | None, grid: Grid, count: int, call: CallInfo
@@ -329,4 +373,4 @@ def one_half(noise: Tensor, alignment: Alignment, call: CallInfo) -> Tensor:
 
 @parts_of.register
 def _(config: CATPruning) -> Parts:
-    return Parts(After(config.t0, Schedule.constant(1 - config.alpha)), token_set=_Rule(config))
+    return Parts(After(config.t0, Schedule.constant(1 - config.alpha)), sites=_Rule(config))

@@ -12,8 +12,7 @@ from pydantic import ValidationError
 from regrow.fields import explain
 from regrow.files import PLAN, FileError, read_json, said
 from regrow.methods.base import About, MethodConfig, Role, methods, methods_of
-from regrow.methods.combined import Combined
-from regrow.methods.parts import parts_of
+from regrow.methods.combined import Combined, full_calls_of
 from regrow.recover.time import REUSE
 from regrow.schedule import Schedule
 from regrow.space import Space, product
@@ -79,7 +78,7 @@ def space_of(name: str, calls: int) -> Space:
 
 def _chooses_of_calls(space: Space) -> bool:
     """Whether the plans choose the tokens of whole calls."""
-    return parts_of(space.config((0,) * len(space.variables))).token_set is not None
+    return full_calls_of(space.config((0,) * len(space.variables))) > 0
 
 
 def pairs(*caching: Role) -> str:

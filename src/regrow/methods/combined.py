@@ -53,6 +53,12 @@ def _kind(caching: Any) -> Any:
     return getattr(caching, "method", "schedule")
 
 
+def full_calls_of(config: Any) -> int:
+    """Of a method that chooses the tokens of whole calls, how many full ones come first; 0 of others."""
+    sites = parts_of(config).sites
+    return 0 if sites is None else sites.full_calls
+
+
 class Combined(MethodConfig):
     """Two methods at once: tokens are pruned in the layers that the plan leaves to compute.
 
@@ -80,7 +86,7 @@ class Combined(MethodConfig):
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Combined:
-        whole = parts_of(self.tokens).token_set is not None
+        whole = full_calls_of(self.tokens) > 0
         if whole and any(s.depth == LAYERS for s in self.plan.kinds()):
             raise ValueError(
                 "caching: calls in which every layer hands on its last output (fora, depth 'layers') are "
@@ -103,8 +109,6 @@ class Combined(MethodConfig):
 
 @parts_of.register
 def _(config: Combined) -> Parts:
-    tokens = parts_of(config.tokens)
+    tokens, first = parts_of(config.tokens), full_calls_of(config.tokens)
     plan = Both(config.plan, tokens.plan)
-    if tokens.token_set is None:
-        return replace(tokens, plan=plan)
-    return replace(tokens, plan=After(tokens.token_set.full_calls, plan))
+    return replace(tokens, plan=After(first, plan) if first else plan)

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
-from regrow.core.decision import ALL, SKIP, Adapter, Decision, Entered, View
+from regrow.core.decision import ALL, SKIP, Decider, Decision, Sited, View
 from regrow.fields import MOST_CALLS, Share
-from regrow.layers import LayerKind
 from regrow.methods.base import About, MethodConfig, register
-from regrow.methods.parts import Attention, CallInfo, Parts, parts_of
+from regrow.methods.parts import Parts, parts_of
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, Site
 from regrow.predictors import read_learned, without_data
@@ -73,13 +71,10 @@ class L2C(MethodConfig):
 
 
 @dataclass(frozen=True)
-class _Rule:
+class _Rule(Sited):
     """Learning-to-Cache before a model is known."""
 
     config: L2C
-
-    aligns = False
-    seed = 0
 
     def on(self, denoiser: nn.Module, layout: Layout) -> _Deciding:
         """The method at work on a transformer.
@@ -114,7 +109,7 @@ class _Rule:
 
 
 @dataclass(frozen=True)
-class _Deciding:
+class _Deciding(Decider):
     """Learning-to-Cache at work.
 
     Args:
@@ -124,10 +119,6 @@ class _Deciding:
 
     sites: tuple[Site, ...]
     table: tuple[tuple[bool, ...], ...] | None
-
-    observes: ClassVar[frozenset[LayerKind]] = frozenset()
-    remarks: ClassVar[tuple[str, ...]] = ()
-    adapters: ClassVar[Mapping[str, Adapter]] = {}
 
     def plan(self, view: View) -> Mapping[str, Decision]:
         """The table's row of the call.
@@ -144,21 +135,6 @@ class _Deciding:
             )
         row = self.table[view.index]
         return {site.name: ALL if whole else SKIP for site, whole in zip(self.sites, row, strict=True)}
-
-    def begin(self) -> None:
-        """It remembers nothing."""
-
-    def observe(self, memory: None, site: Site, attention: Attention) -> None:
-        """It looks at nothing."""
-
-    def look(self, memory: None, entered: Entered, info: CallInfo) -> None:
-        """It chooses no tokens."""
-
-    def choose(
-        self, memory: None, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo
-    ) -> Tensor:
-        """Never asked: layers are computed whole or not at all."""
-        return torch.empty(len(x), 0, dtype=torch.long, device=x.device)
 
 
 @parts_of.register

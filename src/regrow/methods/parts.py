@@ -9,9 +9,11 @@ from functools import singledispatch
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from regrow.core.decision import Sited
+from regrow.core.decision import Decision, Sited, Some
+from regrow.models.errors import UnsupportedModelError
+from regrow.models.table import TOKENS, Layout, Site
 from regrow.origin import Origin
 from regrow.schedule import Plan, Schedule
 from regrow.tokens.grid import Grid
@@ -108,12 +110,12 @@ class CallInfo:
     Args:
         batch: samples in the batch, both halves of guidance counted.
         guided: whether the batch is an unconditional half followed by a conditional half.
-        outputs: the model's last computed outputs ``(B, C, H, W)`` (for a `TokenSet` as tokens), newest
-            last, at most two.
+        outputs: the model's last computed outputs ``(B, C, H, W)`` (as tokens ``(B, N, D)`` where
+            those of whole calls are chosen), newest last, at most two.
         generator: the run's seeded generator, on the model's device.
         conditional_first: in a guided batch the conditional half comes first (DiT).
-        attention: the self-attention that has just run, for a `TokenRule` with `Features.ATTENTION` and a
-            `TokenSet` that reads a block.
+        attention: the self-attention that has just run, for a `TokenRule` with `Features.ATTENTION` and
+            where the tokens of whole calls are chosen by that of a block.
         cached: the call leaves out layers or blocks that an earlier one computed.
         grid: of the image's tokens, where sites are decided for; of a video, that of a frame.
     """
@@ -159,35 +161,34 @@ class TokenRule(Protocol):
         """The selection of a layer that prunes ``count`` tokens, from its features ``(B, N, C)``."""
 
 
-class TokenSet(Protocol):
-    """Selects the tokens that a whole call computes; of the others everything is of earlier calls."""
+def stream_of(denoiser: nn.Module, layout: Layout, reads: int | None = None, hint: str = "") -> Site:
+    """The way of a transformer's tokens through its blocks, or through those behind one.
 
-    @property
-    def seed(self) -> int:
-        """Seed of the generator of a generation."""
+    Args:
+        denoiser: the model.
+        layout: its table.
+        reads: index of the block, by whose self-attention tokens are chosen.
+        hint: what to say to somebody whose model has none.
 
-    @property
-    def aligns(self) -> bool:
-        """Whether `CallInfo.guided` is used."""
+    Raises:
+        UnsupportedModelError: if a call of the model can't compute some of its tokens only.
+        ValueError: if no block comes behind that one.
+    """
+    site = layout.token_stream(reads)
+    if site is None:
+        raise UnsupportedModelError(
+            f"model: a call of {type(denoiser).__name__} can't compute some of its tokens only"
+            + (f"; {hint}" if hint else "")
+        )
+    return site
 
-    @property
-    def full_calls(self) -> int:
-        """Calls that compute all tokens at the beginning of a generation, wherever it begins."""
 
-    @property
-    def reads_block(self) -> int | None:
-        """Index of the block whose self-attention `select` is given: it and those before it compute all
-        tokens in every call. None if it is given none."""
+def some_of_stream(ratio: float) -> Mapping[str, Decision]:
+    """The plan of a call that computes all but a share of the tokens.
 
-    def select(self, memory: Any, grid: Grid, count: int, call: CallInfo) -> tuple[Tensor, Any]:
-        """The ``(B, count)`` tokens to compute, ascending, and what to remember until the next such call.
-
-        Args:
-            memory: what the last such call remembered; None in the first of a generation.
-            grid: the grid of the image's N tokens.
-            count: how many to compute.
-            call: its outputs are those of the last two calls, as tokens ``(B, N, D)``.
-        """
+    The number is rounded down, as CAT Pruning's released code does: 1228 of 4096 tokens for 0.3.
+    """
+    return {TOKENS: Some(1 - ratio, TOKENS, down=True)} if ratio else {}
 
 
 @dataclass(frozen=True)
@@ -250,9 +251,9 @@ class Parts:
     Args:
         plan: what each call does, for any number of calls.
         tokens: how the tokens of a layer are selected where the plan's ratio is above 0.
-        token_set: how the tokens of a whole call are selected there.
-        sites: how it is decided what each site does in calls of depth `SITES` and `LAYERS`. With none of
-            these, no tokens are left out.
+        sites: how it is decided what each site does: in calls of depth `SITES` and `LAYERS`, or, by a
+            method that chooses the tokens of whole calls, where the plan's ratio is above 0. With neither
+            no tokens are left out.
         instead: what to say to somebody whose model the parts don't fit.
         whole: every call is meant to be computed in full, as in a plan of fewer steps.
         made_for: the only run that the plan is for; None if it is for any.
@@ -260,7 +261,6 @@ class Parts:
 
     plan: Plan
     tokens: TokenRule | None = None
-    token_set: TokenSet | None = None
     sites: Sited | None = None
     instead: str = ""
     whole: bool = False

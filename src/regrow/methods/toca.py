@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from typing_extensions import Self
 
-from regrow.core.decision import SKIP, Adapter, Decision, Entered, Some, View
+from regrow.core.decision import SKIP, Decider, Decision, Sited, Some, View
 from regrow.fields import MOST_SIDE, Calls, Share, Weight
 from regrow.layers import LayerKind
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, register
@@ -203,12 +203,10 @@ def spread(score: Tensor, grid: Grid) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class _Rule(Sited):
     """ToCa before a model is known."""
 
     config: ToCa
-
-    seed = 0
 
     @property
     def aligns(self) -> bool:
@@ -243,7 +241,7 @@ def _restricted(site: Site, kinds: frozenset[LayerKind]) -> Site:
 
 
 @dataclass(frozen=True)
-class Choosing:
+class Choosing(Decider):
     """ToCa at work on a transformer.
 
     Args:
@@ -255,8 +253,6 @@ class Choosing:
     config: ToCa
     sites: tuple[Site, ...]
     remarks: tuple[str, ...] = ()
-
-    adapters: ClassVar[Mapping[str, Adapter]] = {}
 
     @property
     def observes(self) -> frozenset[LayerKind]:
@@ -283,7 +279,7 @@ class Choosing:
         depth = site.index / max(self.sites[-1].index, 1)
         return min((1 - ratio) * (1 + weight - 2 * weight * depth) * kind, 1.0)
 
-    def begin(self) -> Memory:
+    def begin(self, memory: Memory | None) -> Memory:
         """Nothing is known before the full call."""
         return Memory()
 
@@ -296,9 +292,6 @@ class Choosing:
             score = c.control * control(attention)
         before = memory.attended.get(site.block)
         memory.attended[site.block] = score if before is None else before + score
-
-    def look(self, memory: Memory, entered: Entered, info: CallInfo) -> None:
-        """It looks at nothing."""
 
     def choose(
         self, memory: Memory, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo

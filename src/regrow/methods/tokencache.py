@@ -37,7 +37,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from regrow import zoo
-from regrow.core.decision import ALL, SKIP, Adapter, Decision, Entered, Some, View
+from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Sited, Some, View
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share, Weight
 from regrow.files import said
 from regrow.layers import LayerKind
@@ -258,12 +258,10 @@ def full_calls(config: TokenCache, table: Table | None, calls: int) -> set[int]:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class _Rule(Sited):
     """TokenCache before a model is known."""
 
     config: TokenCache
-
-    aligns = False
 
     @property
     def seed(self) -> int:
@@ -404,7 +402,7 @@ def bundled_for(denoiser: nn.Module) -> LearnedFile | None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Deciding:
+class _Deciding(Decider):
     """TokenCache at work.
 
     Args:
@@ -419,8 +417,7 @@ class _Deciding:
     sites: tuple[Site, ...]
     predictor: CachePredictor | None
     table: Table | None
-    adapters: Mapping[str, Adapter]
-    remarks: ClassVar[tuple[str, ...]] = ()
+    adapters: Mapping[str, Adapter] = field()
     _plans: dict[View, Mapping[str, Decision]] = field(default_factory=dict, init=False)
 
     @property
@@ -455,7 +452,7 @@ class _Deciding:
         predictor, data = self.predictor, self.config.counts is Counts.DATA
         return data and predictor is not None and not next(predictor.parameters()).is_meta
 
-    def begin(self) -> Memory:
+    def begin(self, memory: Memory | None) -> Memory:
         """How often each token was reused, and what ToCa alone needs."""
         return Memory()
 

@@ -220,6 +220,10 @@ class Keeps(Enum):
     """What it added to the tokens that it was given."""
 
 
+TOKENS = "tokens"
+"""Name of the site that is the way of the tokens through the blocks."""
+
+
 @dataclass(frozen=True)
 class Site:
     """A place that a call computes whole, for some tokens, or not at all.
@@ -242,6 +246,9 @@ class Site:
         parts: names of other modules that it is made of.
         beside: of a block with one last projection for both, the self-attention whose output ``module``
             reads beside what the other parts make. Its tokens are those of the site.
+        stream: it is the way of the tokens through the blocks: they are some behind what ``entry`` returns,
+            and all again behind ``module``, whose output the denoiser hands out.
+        leading: of a stream, the blocks before it, by the attention of the last of which tokens are chosen.
     """
 
     name: str
@@ -260,6 +267,8 @@ class Site:
     entry: nn.Module | None = None
     parts: frozenset[str] = frozenset()
     beside: Site | None = None
+    stream: bool = False
+    leading: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -319,6 +328,38 @@ class Layout:
         if self.patch is None:
             return None
         return Grid(sample.shape[-2] // self.patch[0], sample.shape[-1] // self.patch[1])
+
+    def token_stream(self, reads: int | None = None) -> Site | None:
+        """The way of the tokens through the blocks, or through those behind one; None if some can't go it.
+
+        Args:
+            reads: index of the block.
+
+        Raises:
+            ValueError: if no block comes behind it.
+        """
+        if self.stream is None:
+            return None
+        blocks = tuple(dict.fromkeys(site.block for site in self.layer_sites))
+        if reads is not None and reads >= len(blocks) - 1:
+            raise ValueError(
+                f"block: {reads} is not allowed, it must be < {len(blocks) - 1}: some of the {len(blocks)} "
+                "blocks have to come behind it"
+            )
+        leading = () if reads is None else blocks[: reads + 1]
+        before = tuple(f"{block}." for block in leading)
+        return Site(
+            TOKENS,
+            self.stream.output,
+            Keeps.OUTPUT,
+            "",
+            0,
+            {name: module for name, module in self.stream.memory.items() if not name.startswith(before)},
+            able=True,
+            entry=self.skippable[leading[-1]].module if leading else self.stream.embed,
+            stream=True,
+            leading=leading,
+        )
 
     @property
     def depths(self) -> int:

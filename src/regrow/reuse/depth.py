@@ -27,9 +27,7 @@ class Slot:
         outputs: the last computed outputs of the denoiser, newest last, at most two.
         inputs: the denoiser's arguments on the meta device, of the call that opened the slot.
         guided: whether the batch is an unconditional and a conditional half.
-        chosen: what the choice of tokens remembers.
-        observed: what the choice of tokens for layers that hand on their last output remembers of the last
-            full call.
+        observed: what the method of sites remembers.
         text: the text of the last call and its version, which writing to it changes.
         adapters: what state adapters on the modules that read the text were in.
         calls: how many calls the slot has seen.
@@ -44,7 +42,6 @@ class Slot:
     store: Store
     shapes: dict[str, list[torch.Size]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
-    chosen: Any = None
     observed: Any = None
     text: tuple[Tensor, int] | None = None
     adapters: Any = None
