@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from regrow.engine.call import Call
 from regrow.engine.engine import Engine
 from regrow.installed import Installed
 from regrow.macs import CallCounter, free_selection
@@ -34,9 +33,12 @@ from regrow.measure.architectures import CONFIGS, architecture
 from regrow.measure.machine import PACKAGES, machine
 from regrow.memory import PeakMemory, keep_freed_memory
 from regrow.methods.dato import DaTo
-from regrow.methods.parts import Parts, TokenRule, parts_of
+from regrow.methods.parts import CallInfo, Parts, Where, parts_of
+from regrow.methods.pruning import TokenRule
 from regrow.methods.sito import SiTo
 from regrow.schedule import FULL, Schedule
+from regrow.tokens.grid import Grid
+from regrow.tokens.select import Selection
 
 RESULTS = Path(__file__).parent / "results"
 CALLS_AT_MOST = 1000
@@ -77,19 +79,9 @@ class Ours:
             # Hooks for pruning and for skipping are all in place and have nothing to do.
             kinds = [(FULL, 0.0)] * CALLS_AT_MOST + [(1, ratio)]
         schedule = Schedule(depth=tuple(d for d, _ in kinds), ratio=tuple(r for _, r in kinds))
-        self.engine = Engine(unet, Parts(schedule, rule))
-        if free:
-            known: dict[int, Any] = {}
-
-            def select(call: Call, name: str, x: torch.Tensor) -> Any:
-                count = call.counts[name][1]
-                if x.shape[1] not in known:
-                    known[x.shape[1]] = free_selection(x, count)
-                return known[x.shape[1]]
-
-            if self.engine.pruning is not None:
-                self.engine.pruning.select = select
-                self.engine.pruning.rule = _WithoutBase(self.engine.pruning.rule)
+        self.engine = Engine(
+            unet, Parts(schedule, sites=_Free(rule) if rule is not None and free else rule)
+        )
         self.stack = ExitStack()
         self.clock = self.stack.enter_context(self.engine.manual(len(kinds)))
         if depth != FULL:
@@ -106,18 +98,27 @@ class Ours:
         self.clock.step()
 
 
-class _WithoutBase:
-    """A rule whose base tokens cost nothing either."""
+class _Free(TokenRule):
+    """A rule whose choice costs nothing: each kind of selection is made once."""
 
     def __init__(self, rule: TokenRule) -> None:
-        self.where, self.patch, self.seed = rule.where, rule.patch, rule.seed
-        self.reads_outputs = self.aligns = False
+        self._rule = rule
+        self._known: dict[int, Selection] = {}
 
-    def prepare(self, grids: Any, call: Any) -> dict[Any, Any]:
-        return {}
+    @property
+    def where(self) -> Where:
+        return self._rule.where
 
-    def select(self, *arguments: Any) -> Any:
-        raise AssertionError("the selection is given")
+    @property
+    def patch(self) -> int | None:
+        return self._rule.patch
+
+    def select(
+        self, x: torch.Tensor, grid: Grid, count: int, prepared: torch.Tensor | None, call: CallInfo
+    ) -> Selection:
+        if grid.tokens not in self._known:
+            self._known[grid.tokens] = free_selection(x, count)
+        return self._known[grid.tokens]
 
 
 class ToMe:
@@ -184,11 +185,18 @@ def real_inputs(shapes: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return (sample, *rest), real(kwargs)
 
 
+def rule_of(config: Any) -> TokenRule:
+    """How a method that prunes in layers selects tokens."""
+    rule = parts_of(config).sites
+    assert isinstance(rule, TokenRule)
+    return rule
+
+
 def variants(unet: Any, inputs: Any, ratios: list[float], peers: bool) -> dict[str, Callable[[], Any]]:
     """All variants by name, to be made when their turn comes."""
     constant = Schedule.constant(0.5)
-    sito, dato = parts_of(SiTo(ratio=0.5)).tokens, parts_of(DaTo(schedule=constant)).tokens
-    nearby = parts_of(DaTo(schedule=constant, nearby=True)).tokens
+    sito, dato = rule_of(SiTo(ratio=0.5)), rule_of(DaTo(schedule=constant))
+    nearby = rule_of(DaTo(schedule=constant, nearby=True))
     made: dict[str, Callable[[], Any]] = {
         "full": lambda: Plain(unet, inputs),
         "full, hooks idle": lambda: Ours(unet, inputs, dato, FULL, 0.5, idle=True),
@@ -352,7 +360,7 @@ def speed(made: dict[str, Any], unet: Any, shapes: Any, device: torch.device, ar
     """Times, their ratios to a full call and to the bound, and whole schedules composed of them."""
     everything = measure(made, device, args.minutes, args.rounds)
     seen = undisturbed(everything)
-    counter = CallCounter(unet, parts_of(DaTo(schedule=Schedule.constant(0.5))).tokens)
+    counter = CallCounter(unet, rule_of(DaTo(schedule=Schedule.constant(0.5))))
     rows: dict[str, dict[str, Any]] = {}
     for name in made:
         share = [r[name] / r["full"] for r in seen]

@@ -16,7 +16,7 @@ from regrow import FULL, DaTo, Schedule
 from regrow.macs import CallCounter
 from regrow.methods.parts import parts_of
 
-RULE = parts_of(DaTo(schedule=Schedule.constant(0.5))).tokens
+RULE = parts_of(DaTo(schedule=Schedule.constant(0.5))).sites
 
 
 @pytest.fixture(scope="module")

@@ -178,8 +178,8 @@ def test_depths_of_plans_of_one_call_are_full() -> None:
 
 def test_plans_that_choose_tokens_alike_are_counted_together() -> None:
     one, other = (DaTo(schedule=Schedule.every(n, 10, ratio=0.5)) for n in (2, 3))
-    assert parts_of(one).tokens == parts_of(other).tokens
-    assert parts_of(one).tokens != parts_of(one.model_copy(update={"patch": 4})).tokens
+    assert parts_of(one).sites == parts_of(other).sites
+    assert parts_of(one).sites != parts_of(one.model_copy(update={"patch": 4})).sites
 
 
 def test_configuration_for_another_number_of_calls_has_that_many() -> None:

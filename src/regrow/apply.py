@@ -173,14 +173,13 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     clash = engine.clash()
     if clash:
         raise ValueError(f"target: {clash}")
-    pruning = engine.pruning
-    asked = pruning is not None and engine.leaves_out
+    asked = engine.sites is not None and engine.sites.decider.space is not None
     _check_head(engine, denoiser)
     attends = engine.sites is not None and engine.sites.attending
     if attends or engine.watched:
         _check_attentions(engine, denoiser)
     _check_depths(engine, denoiser)
-    prunes = engine.sites is not None or any(engine.prunes(step) for step in engine.kinds)
+    prunes = any(engine.prunes(step) for step in engine.kinds)
     if asked:
         _check_pruned(engine, denoiser)
     if not prunes and not engine.cuts and not engine.parts.whole:
@@ -232,9 +231,9 @@ def _check_pruned(engine: Engine, denoiser: nn.Module) -> None:
     """Warn of calls that should prune, but compute no layer that does."""
     asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < SITES}
     idle = sorted({s.depth for s in asked if not engine.prunes(s)})
-    if not idle or engine.pruning is None:
+    if not idle or engine.sites is None:
         return
-    calls, deeper = engine.parts.plan.calls, engine.pruning.shallowest
+    calls, deeper = engine.parts.plan.calls, engine.sites.shallowest
     pruned = "full calls only" if deeper is None else f"calls of depth {deeper} or more only"
     if calls is not None:
         steps = engine.parts.plan.resample(calls).steps()

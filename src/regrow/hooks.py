@@ -17,11 +17,9 @@ from regrow.core.decision import SKIP
 from regrow.core.store import copied
 from regrow.engine.call import Call, Watched
 from regrow.engine.engine import Engine
-from regrow.engine.pruning import Pruning
 from regrow.methods.parts import Attention
-from regrow.models.table import Cut, Returns, Skippable, TokenBlock, Turned
+from regrow.models.table import Cut, Returns, Skippable, Turned
 from regrow.reuse.depth import placeholders
-from regrow.tokens.recover import keep, keep_merged, recover
 from regrow.tokens.select import put_rows, take_rows
 
 Forward = Callable[..., Any]
@@ -142,54 +140,6 @@ def taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     image = args[0] if args else kwargs["hidden_states"]
     text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
     return [text, image]
-
-
-class SelectHook:
-    """Selects the tokens of a transformer block from the input of the module it is on."""
-
-    def __init__(self, engine: Engine, pruning: Pruning, block: TokenBlock) -> None:
-        self.engine, self.pruning, self.block = engine, pruning, block
-
-    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
-        self.pruning.select_from(self.engine.call, self.block.name, x)
-        return forward(*args, **kwargs)
-
-
-class KeepHook:
-    """A layer that computes the kept tokens only and recovers the others."""
-
-    def __init__(self, engine: Engine, block: TokenBlock, merge: bool) -> None:
-        self.engine, self.block = engine, block
-        self.reduce = keep_merged if merge else keep
-
-    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        call = self.engine.call
-        selection = None if call is None else call.selections.get(self.block.name)
-        x = args[0] if args else kwargs["hidden_states"]
-        # IP-Adapter masks, which every attention is handed, speak of all tokens to the cross-attention.
-        masked = module is self.block.cross_attention and kwargs.get("ip_adapter_masks") is not None
-        if call is None or selection is None:
-            return forward(*args, **kwargs)
-        if masked:
-            call.unpruned = "they are given the masks of an IP-Adapter, which are of all tokens"
-            return forward(*args, **kwargs)
-        if x.shape[1] != selection.tokens:
-            call.unpruned = (
-                f"they are given {x.shape[1]} tokens where their grid has {selection.tokens} (another "
-                "library, such as tomesd, merges tokens, or a feed-forward is computed in chunks)"
-            )
-            return forward(*args, **kwargs)
-        call.pruned += 1
-        if args:
-            args = (self.reduce(x, selection), *args[1:])
-        else:
-            kwargs["hidden_states"] = self.reduce(x, selection)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and module is self.block.self_attention:
-            index = selection.kept.view(len(selection.kept), *[1] * (mask.ndim - 2), -1)
-            kwargs["attention_mask"] = mask.gather(-1, index.expand(*mask.shape[:-1], -1))
-        return recover(forward(*args, **kwargs), selection)
 
 
 class PositionHook:

@@ -17,6 +17,7 @@ from torch import nn
 from regrow.core.sites import (
     AdapterHook,
     BesideHook,
+    ChooseHook,
     EntryHook,
     NarrowHook,
     SiteHook,
@@ -27,24 +28,20 @@ from regrow.core.sites import (
 )
 from regrow.engine.call import Watched
 from regrow.engine.engine import Engine
-from regrow.engine.pruning import Pruning
 from regrow.hooks import (
     KEYS,
     QUERIES,
     CatchHook,
     Forward,
     Hook,
-    KeepHook,
     ObserveHook,
     PositionHook,
-    SelectHook,
     SkipHook,
     TextHook,
     TurnHook,
     UnturnedHook,
 )
-from regrow.methods.parts import Features, Recovery
-from regrow.models.table import Rotary, TokenBlock
+from regrow.models.table import Keeps, Rotary
 
 
 class _Around:
@@ -162,9 +159,8 @@ class Installed:
         engine = self._engine
         self._names = {module: name for name, module in engine.denoiser.named_modules()}
         self._places: dict[str, _Place] = {}
-        if engine.pruning is not None:
-            for block in engine.pruning.blocks:
-                self._hook_block(engine, engine.pruning, block)
+        if engine.sites is not None:
+            self._hook_pruned(engine, engine.sites)
         for name, module in engine.layout.text.items():
             self._hook(module, TextHook(engine, name))
         if engine.rotary is not None:
@@ -176,7 +172,8 @@ class Installed:
             self._hook_watched(engine, watched)
         # Outside all others, so that what is skipped is neither selected from nor pruned.
         skipped = sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values())))
-        sites = {} if engine.sites is None else {site.name: site for site in engine.sites.decider.sites}
+        own = () if engine.sites is None else engine.sites.decider.sites
+        sites = {site.name: site for site in own if site.keeps is not Keeps.NOTHING}
         owners = {part: site.name for site in sites.values() for part in site.parts}
         for name in skipped:
             if engine.sites is not None and name in sites:
@@ -193,6 +190,15 @@ class Installed:
             self._hook(attention, UnturnedHook(engine))
         for turned in rotary.turned:
             self._hook(turned.module, TurnHook(engine, turned))
+
+    def _hook_pruned(self, engine: Engine, sites: Sites) -> None:
+        """Hook layers that leave tokens out, and what those are chosen from."""
+        for site in sites.able:
+            if site.keeps is Keeps.NOTHING:
+                self._hook(site.module, SiteHook(engine, sites, site))
+        # Outside the layer's own hook, so that it runs before it.
+        for group, module in sites.decider.entries.items():
+            self._hook(module, ChooseHook(engine, sites, group))
 
     def _hook_inside(self, engine: Engine, sites: Sites) -> None:
         """Hook what lies in sites."""
@@ -213,23 +219,6 @@ class Installed:
                 self._hook(site.beside.module, BesideHook(engine, site, site.beside))
         for name, adapter in sites.decider.adapters.items():
             self._hook(engine.denoiser.get_submodule(name), AdapterHook(engine, adapter))
-
-    def _hook_block(self, engine: Engine, pruning: Pruning, block: TokenBlock) -> None:
-        where = pruning.rule.where
-        layers = {
-            block.self_attention: where.self_attention,
-            block.cross_attention: where.cross_attention,
-            block.feed_forward: where.feed_forward,
-        }
-        for layer, wanted in layers.items():
-            if layer is not None and wanted:
-                self._hook(layer, KeepHook(engine, block, where.recovery is Recovery.MEAN))
-        reads = {Features.BLOCK_INPUT: block.block, Features.NORM1: block.self_attention}.get(
-            where.features
-        )
-        if reads is not None:
-            # Outside the layer's own hook, so that it runs before it.
-            self._hook(reads, SelectHook(engine, pruning, block))
 
     def _hook_watched(self, engine: Engine, watched: Watched) -> None:
         for projection, norm in (*QUERIES, *KEYS):

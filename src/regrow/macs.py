@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,16 +20,15 @@ from torch.utils.flop_counter import flop_registry
 from regrow.clock import Position
 from regrow.core.decision import Adapter, Decider, Decision, Entered, Sited, View
 from regrow.engine.branches import Branches
-from regrow.engine.call import Call
 from regrow.engine.engine import Engine
 from regrow.engine.others import grounding_of
 from regrow.installed import Installed
 from regrow.layers import LayerKind
 from regrow.meta import KnownShapes, meta_copy
-from regrow.methods.parts import Attention, CallInfo, Parts, TokenRule
+from regrow.methods.parts import Attention, CallInfo, Parts, Recovery
+from regrow.models import layout_of
 from regrow.models.table import Layout, Site
 from regrow.schedule import FULL, SITES, Schedule
-from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
 
 
@@ -122,9 +121,10 @@ class _FirstOfSites(Sited, Decider):
         sited: the method; it is put to work once, since it may read what it has learned.
 
     Attributes:
-        decided: the plan.
+        decided: the plan; None for the method's own.
         looking: what looking at tokens takes.
         observing: what observing attentions took in the last full call.
+        selected: what layers were asked for that prune.
         asked: the way through the blocks of which tokens were last chosen, how many, and what was known.
     """
 
@@ -132,7 +132,8 @@ class _FirstOfSites(Sited, Decider):
         self._sited = sited
         self.asked: tuple[Site, int, CallInfo] | None = None
         self._decider: Decider | None = None
-        self.decided: Mapping[str, Decision] = {}
+        self.decided: Mapping[str, Decision] | None = {}
+        self.selected: list[_Selected] = []
         self.looking, self.observing = Flops(), Flops()
 
     @property
@@ -163,9 +164,25 @@ class _FirstOfSites(Sited, Decider):
     def adapters(self) -> Mapping[str, Adapter]:
         return self._own.adapters
 
+    @property
+    def by_ratio(self) -> bool:
+        return self._sited.by_ratio
+
+    @property
+    def space(self) -> Recovery | None:
+        return self._own.space
+
+    @property
+    def entries(self) -> Mapping[str, nn.Module]:
+        return self._own.entries
+
+    @property
+    def attentions(self) -> Mapping[str, tuple[str, nn.Module]]:
+        return self._own.attentions
+
     def plan(self, view: View) -> Mapping[str, Decision]:
         """The given one."""
-        return self.decided
+        return self._own.plan(view) if self.decided is None else self.decided
 
     def begin(self, memory: Any) -> Any:
         """The method's memory; of the last full call alone, so that one call is counted."""
@@ -185,12 +202,30 @@ class _FirstOfSites(Sited, Decider):
 
     def choose(
         self, memory: Any, seen: Any, site: Site, x: Tensor, count: int | None, info: CallInfo
-    ) -> Tensor:
+    ) -> Tensor | Selection:
         """The first ``count`` tokens."""
         assert count is not None
+        if self.space is not None:
+            assert info.view is not None
+            self.selected.append(_Selected(site, x.shape, count, info.view, _shapes(info.attention)))
+            return free_selection(x, x.shape[1] - count)
         if site.stream:
             self.asked = site, count, info
         return torch.arange(count, device="meta").repeat(len(x), 1)
+
+    def selecting(self) -> int:
+        """MACs of the selections that layers asked for."""
+        return sum(n * self._selection(kind) for kind, n in Counter(self.selected).items())
+
+    def _selection(self, kind: _Selected) -> int:
+        """MACs of one layer's selection, counted on zeros for one sample."""
+        attention, generator = _one_sample(kind.attention), torch.Generator().manual_seed(0)
+        call = CallInfo(1, False, (), generator, attention=attention, view=kind.view)
+        x = torch.zeros(1, *kind.shape[1:], device="cpu" if attention is None else "meta")
+        seen = self._own.look(None, Entered(torch.zeros(1, 1, 1), (), {}), call)
+        with Flops() as counter:
+            self._own.choose(None, seen, kind.site, x, kind.count, call)
+        return kind.shape[0] * (counter.total // 2)
 
     def choosing(self) -> int:
         """MACs of choosing the tokens of a whole call, on zeros for one sample, after a call of all blocks.
@@ -293,22 +328,12 @@ class CallCounter:
 
     Args:
         denoiser: the denoiser, on any device; only its configuration is used.
-        rule: the method's token rule, or None.
-        sites: its decisions for sites, or None.
-        instead: what to say if they don't fit the denoiser.
+        sites: the method's decisions for sites, or None.
     """
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        rule: TokenRule | None,
-        sites: Sited | None = None,
-        instead: str = "",
-    ) -> None:
+    def __init__(self, denoiser: nn.Module, sites: Sited | None = None) -> None:
         self._model = meta_copy(denoiser)
-        self._rule = rule
         self._sites = None if sites is None else _FirstOfSites(sites)
-        self._instead = instead
         self._known: dict[Any, Macs] = {}
         self._shapes = KnownShapes()
         self._behind: dict[Any, _BehindFull] = {}
@@ -352,7 +377,8 @@ class CallCounter:
         knows_text: bool,
         decided: Mapping[str, Decision],
     ) -> Macs:
-        if self._sites is not None and decided:
+        in_layers = self._sites is not None and self._sites.on(self._model, layout_of(self._model)).space
+        if self._sites is not None and decided and not in_layers:
             key = depth, knows_text, any(m.enabled for m in self._grounding), _signature(inputs)
             if key not in self._behind:
                 self._behind[key] = _BehindFull(
@@ -362,56 +388,37 @@ class CallCounter:
         # Full calls come first: others need what they leave.
         before = 1 if depth < FULL or knows_text else 0
         # A full call observes if another follows that reads what it saw.
-        observes = self._sites is not None and not self._sites.full_calls
-        sites = self._sites if depth == FULL and observes else None
-        after = () if sites is None else (SITES,)
+        observes = self._sites is not None and not self._sites.by_ratio and depth == FULL
+        sites = self._sites if observes or in_layers else None
+        after = (SITES,) if observes else ()
+        if sites is not None:
+            sites.decided, sites.selected = None if in_layers else {}, []
         plan = Schedule(
             depth=(FULL,) * before + (depth, *after),
             ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * len(after),
         )
-        parts = Parts(plan, self._rule, sites, self._instead)
-        engine = Engine(self._model, parts, quiet=True)
-        selected: list[_Selected] = []
-
-        def select(call: Call, name: str, x: Tensor) -> Selection:
-            grid, count = call.counts[name]
-            selected.append(_Selected(x.shape, grid, count, _shapes(call.info.attention)))
-            return free_selection(x, count)
-
-        if engine.pruning is not None:
-            engine.pruning.select = select
+        engine = Engine(self._model, Parts(plan, sites), quiet=True)
         hooks = Installed(engine)
         try:
             with torch.no_grad(), self._shapes, engine.manual(len(plan)) as clock:
                 for _ in range(before):
                     self._model(*inputs[0], **inputs[1])
                     clock.step()
-                selected.clear()
+                if sites is not None:
+                    sites.selected.clear()
                 if not knows_text:
                     inputs = _with_another_text(inputs)
                 with Flops() as counter:
                     self._model(*inputs[0], **inputs[1])
         finally:
             hooks.remove()
-        kinds = Counter(selected)
-        chosen = sum(n * self._selection(kind) for kind, n in kinds.items())
+        chosen = 0 if sites is None else sites.selecting()
         total, attention = counter.total, counter.attention
-        if sites is not None:
+        if sites is not None and observes:
             # What is observed are products of queries and keys as well.
             total, attention = total - sites.observing.total, attention - sites.observing.attention
             chosen += sites.observing.total // 2
         return Macs(total // 2, chosen, attention // 2)
-
-    def _selection(self, kind: _Selected) -> int:
-        """MACs of one layer's selection, counted on zeros for one sample."""
-        assert self._rule is not None
-        attention = _one_sample(kind.attention)
-        call = CallInfo(1, False, (), torch.Generator().manual_seed(0), attention=attention)
-        prepared = self._rule.prepare([kind.grid], call).get(kind.grid)
-        x = torch.zeros(1, *kind.shape[1:], device="cpu" if attention is None else "meta")
-        with Flops() as counter:
-            self._rule.select(x, kind.grid, kind.count, prepared, call)
-        return kind.shape[0] * (counter.total // 2)
 
 
 @dataclass(frozen=True)
@@ -425,11 +432,12 @@ class _Shapes:
 
 @dataclass(frozen=True)
 class _Selected:
-    """A kind of selection: from features of a shape, on a grid, how many tokens, by which attention."""
+    """A kind of selection: of a layer, from features of a shape, how many tokens, by which attention."""
 
+    site: Site = field(compare=False)
     shape: torch.Size
-    grid: Grid
     count: int
+    view: View
     attention: _Shapes | None
 
 

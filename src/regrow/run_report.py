@@ -149,7 +149,7 @@ def report_of(engine: Engine) -> RunReport:
     parts = engine.parts
     sites = None if engine.sites is None else parts.sites
     try:
-        counter = CallCounter(model, parts.tokens, sites)
+        counter = CallCounter(model, sites)
         rows = [_row(record, engine, counter) for record in generation.records]
     except Exception as error:
         # Whatever a module of somebody's own says to tensors without data.
@@ -190,6 +190,7 @@ def _of_tokens(record: CallRecord, engine: Engine) -> str:
     """What filled in the tokens that a call left out; empty if it computed all."""
     if not record.ratio:
         return ""
-    if engine.pruning is not None:
-        return engine.pruning.rule.where.recovery.value
+    space = None if engine.sites is None else engine.sites.decider.space
+    if space is not None:
+        return space.value
     return "reuse" if TOKENS in record.plan else ""

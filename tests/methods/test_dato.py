@@ -149,7 +149,7 @@ def bases(
     config: DaTo, grid: Grid, outputs: list[Tensor], *, batch: int = 2, guided: bool, seed: int = 0
 ) -> Tensor:
     call = CallInfo(batch, guided, tuple(outputs), torch.Generator().manual_seed(seed))
-    return parts_of(config).tokens.prepare([grid], call)[grid]
+    return parts_of(config).sites.prepare([grid], call)[grid]
 
 
 @pytest.mark.parametrize("known", [0, 1])

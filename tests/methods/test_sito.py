@@ -162,7 +162,7 @@ def test_the_global_random_state_is_left_alone(pipe: Any) -> None:
 
 def base_tokens(config: SiTo, x: Tensor, grid: Grid, seed: int = 0) -> list[list[int]]:
     """The tokens that stay when every other token goes, in ascending order."""
-    rule = parts_of(config).tokens
+    rule = parts_of(config).sites
     call = CallInfo(len(x), False, (), torch.Generator().manual_seed(seed))
     prepared = rule.prepare([grid], call).get(grid)
     kept = rule.select(x, grid, grid.tokens - grid.patches, prepared, call).kept

@@ -21,7 +21,7 @@ SHAPES = [(8, 8), (6, 10), (7, 5), (2, 2)]
 
 
 def selected(config: ToMeSD, x: Tensor, grid: Grid, ratio: float) -> Any:
-    rule = parts_of(config).tokens
+    rule = parts_of(config).sites
     assert rule is not None
     call = CallInfo(x.shape[0], False, (), torch.Generator().manual_seed(config.seed))
     prepared = rule.prepare([grid], call)[grid]
@@ -53,7 +53,7 @@ def test_destinations_are_one_of_each_patch_by_chance_and_the_same_for_the_batch
     shape: tuple[int, int],
 ) -> None:
     grid = Grid(*shape)
-    rule: Any = parts_of(ToMeSD()).tokens
+    rule: Any = parts_of(ToMeSD()).sites
     generator = torch.Generator().manual_seed(0)
     drawn = [rule.destinations(grid, generator) for _ in range(30)]
     for d in drawn:

@@ -14,9 +14,10 @@ from torch.nn.functional import linear
 from regrow.layers import LayerKind
 
 if TYPE_CHECKING:
-    from regrow.methods.parts import Attention, CallInfo
-    from regrow.models.table import Layout, Site
+    from regrow.methods.parts import Attention, CallInfo, Recovery
+    from regrow.models.table import Cut, Layout, Site
     from regrow.schedule import Step
+    from regrow.tokens.select import Selection
 
 
 class Whole(Enum):
@@ -76,11 +77,23 @@ class View:
         index: of the call in the generation, from 0.
         total: calls of the generation.
         step: what the method's plan says of the call.
+        cut: what the call leaves out whole; None if nothing.
+        size: height and width of the latent.
     """
 
     index: int
     total: int
     step: Step
+    cut: Cut | None = None
+    size: tuple[int, int] = (0, 0)
+
+
+def runs(block: str, cut: Cut | None) -> bool:
+    """Whether a block runs, with its layers, in a call with a cut."""
+    own = f"{block}."
+    if cut is None or cut.final:
+        return cut is None
+    return not any(own.startswith(f"{name}.") or name.startswith(own) for name in cut.skip)
 
 
 @dataclass(frozen=True)
@@ -146,6 +159,26 @@ class Decider:
         """What a user is warned of when the method is applied."""
         return ()
 
+    @property
+    def space(self) -> Recovery | None:
+        """How tokens that a site leaves out follow from others of the same call; None if they do not."""
+        return None
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether `CallInfo.outputs` is used, of other methods than those of whole calls."""
+        return False
+
+    @property
+    def entries(self) -> Mapping[str, nn.Module]:
+        """By group, the module from whose input tokens are chosen; without one, the group's first site."""
+        return {}
+
+    @property
+    def attentions(self) -> Mapping[str, tuple[str, nn.Module]]:
+        """By group, the self-attention that has to run before its tokens are chosen, and its path."""
+        return {}
+
     def plan(self, view: View) -> Mapping[str, Decision]:
         """By the name of a site, what a call does there."""
         raise NotImplementedError
@@ -171,8 +204,8 @@ class Decider:
 
     def choose(
         self, memory: Any, seen: Any, site: Site, x: Tensor, count: int | None, info: CallInfo
-    ) -> Tensor:
-        """The tokens ``(B, n)`` that a site computes, ascending.
+    ) -> Tensor | Selection:
+        """The tokens ``(B, n)`` that a site computes, ascending; with `space`, a selection.
 
         Args:
             memory: of the last full call; it may be changed.
@@ -197,6 +230,11 @@ class Sited:
     def aligns(self) -> bool:
         """Whether `CallInfo.guided` is used."""
         return False
+
+    @property
+    def by_ratio(self) -> bool:
+        """Whether it is asked where the plan's ratio is above 0, not in calls of single sites or layers."""
+        return self.full_calls > 0
 
     @property
     def full_calls(self) -> int:

@@ -10,16 +10,18 @@ from typing import Any, Protocol, cast
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Some, View
+from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Some, View, runs
 from regrow.core.store import copied
 from regrow.engine.call import Call, Watched
 from regrow.engine.inputs import adds_to_tokens
+from regrow.fields import MOST_CALLS
 from regrow.layers import LayerKind
-from regrow.methods.parts import Attention
+from regrow.methods.parts import Attention, Recovery
 from regrow.models.table import TOKENS, Cut, Keeps, Layout, Site
 from regrow.recover.time import REUSE
 from regrow.schedule import Step
-from regrow.tokens.select import Subset, put_rows, rows_of, take_rows
+from regrow.tokens.recover import keep, keep_merged, recover
+from regrow.tokens.select import Selection, Subset, put_rows, rows_of, take_rows
 
 
 class Sites:
@@ -65,9 +67,32 @@ class Sites:
         """The attentions that tokens are chosen by."""
         for name, attention, site in self._looked_at():
             yield Watched(name, attention, _is_full, partial(self._observe, site), site.turns)
-        if self.stream is not None and self.stream.leading:
-            last = self._layout.first_layers()[self.stream.leading[-1], LayerKind.SELF_ATTENTION]
-            yield Watched(last.name, last.module, _chooses_of_stream, self._choose_by)
+        for group, (name, attention) in self._deciding().items():
+            yield Watched(name, attention, partial(self._waits, group), partial(self._choose_by, group))
+
+    def _deciding(self) -> Mapping[str, tuple[str, nn.Module]]:
+        """By group, the attention that has to run before its tokens are chosen, and its path."""
+        if self.stream is None or not self.stream.leading:
+            return self.decider.attentions
+        last = self._layout.first_layers()[self.stream.leading[-1], LayerKind.SELF_ATTENTION]
+        return {TOKENS: (last.name, last.module)}
+
+    def _sites_of(self, group: str, call: Call) -> Iterator[Site]:
+        """The sites that compute the same tokens of a call."""
+        plan = call.plan
+        for site in self.decider.sites:
+            decision = plan.get(site.name)
+            if isinstance(decision, Some) and decision.group == group:
+                yield site
+
+    def _waits(self, group: str, call: Call) -> bool:
+        """Whether tokens of a group are to be chosen."""
+        return self._is_open(group, call) and next(self._sites_of(group, call), None) is not None
+
+    @staticmethod
+    def _is_open(group: str, call: Call) -> bool:
+        """Whether the tokens of a group were not chosen yet."""
+        return group not in call.chosen and group not in call.selections
 
     def _looked_at(self) -> Iterator[tuple[str, nn.Module, Site]]:
         kinds = self.decider.observes
@@ -89,17 +114,41 @@ class Sites:
     @property
     def tells_apart(self) -> bool:
         """Whether the tokens of an image must be told apart: to look at attentions, or in single layers."""
-        parts = any(site.kind is not None or site.stream for site in self.able)
+        own = (site for site in self.able if site.keeps is not Keeps.NOTHING)
+        parts = any(site.kind is not None or site.stream for site in own)
         return parts or bool(self.decider.observes)
 
     def _observe(self, site: Site, call: Call, x: Tensor, attention: Attention) -> None:
         self.decider.observe(call.slot.observed, site, attention)
 
-    def _choose_by(self, call: Call, x: Tensor, attention: Attention) -> None:
-        """Choose the tokens of a whole call by an attention that has just run."""
-        assert self.stream is not None
+    def _choose_by(self, group: str, call: Call, x: Tensor, attention: Attention) -> None:
+        """Choose the tokens of a group by an attention that has just run."""
         call.info = replace(call.info, attention=attention)
-        self._choose(call, self.stream, x)
+        self.choose_from(group, call, x)
+
+    def choose_from(self, group: str, call: Call | None, x: Tensor) -> None:
+        """Choose the tokens of a group from features ``(B, N, C)``."""
+        if call is None or not self._is_open(group, call):
+            return
+        site = next(self._sites_of(group, call), None)
+        if site is not None:
+            self._look(call, Entered(x, (), {}))
+            self._choose(call, site, x)
+
+    def prunes(self, step: Step, cut: Cut | None) -> bool:
+        """Whether a call of the plan leaves out tokens, of a layer or of all blocks."""
+        if self.decider.space is not None:
+            return step.ratio > 0 and any(runs(site.block, cut) for site in self.decider.sites)
+        return self.decides(step, cut, MOST_CALLS)
+
+    @property
+    def shallowest(self) -> int | None:
+        """The lowest depth of a cached call that computes a layer to prune; None if only full calls do."""
+        for depth in range(1, self._layout.depths):
+            cut = self._layout.cut(depth)
+            if any(runs(site.block, cut) for site in self.decider.sites):
+                return depth
+        return None
 
     def check(self, cuts: Mapping[int, Cut]) -> None:
         """Refuse cached calls that leave out the block that tokens are chosen by, or one before it.
@@ -123,12 +172,16 @@ class Sites:
             cut: what the call leaves out.
             calls: of the branch so far, with this one.
         """
+        if self.decider.space is not None:
+            return step.ratio > 0
         if self.stream is None:
             return cut is not None and step.of_sites
         return step.ratio > 0 and streams(cut) and calls > self.full_calls
 
     def keeps(self, call: Call, plan: Mapping[str, Decision]) -> bool:
         """Whether sites that are computed whole keep what they give."""
+        if self.decider.space is not None:
+            return False
         if self.stream is None:
             return call.cut is None or bool(plan)
         return call.tells_apart and streams(call.cut)
@@ -148,6 +201,13 @@ class Sites:
     def plan(self, view: View) -> Mapping[str, Decision]:
         """What a call does at each site; empty if it computes all of them."""
         plan = self.decider.plan(view)
+        if not plan and self.decider.space is not None and self.prunes(view.step, view.cut):
+            height, width = view.size
+            self._warn_once(
+                "grid",
+                f"a latent of {height} x {width} has no layer in which a ratio of {view.step.ratio:g} "
+                "prunes a token; nothing is pruned",
+            )
         return plan if any(decision is not ALL for decision in plan.values()) else {}
 
     def settled(
@@ -162,7 +222,7 @@ class Sites:
         return found if any(decision is not ALL for decision in found.values()) else {}
 
     def _settled(self, site: Site, decision: Decision, call: Call, inputs: Mapping[str, Any]) -> Decision:
-        if not isinstance(decision, Some):
+        if not isinstance(decision, Some) or site.keeps is Keeps.NOTHING:
             return decision
         able = self._is_able_stream if site.stream else self._is_able
         if not able(site, decision, call, inputs):
@@ -227,15 +287,18 @@ class Sites:
         """
         entered = Entered.of(args, kwargs)
         call.given[site.name] = len(entered.x)
-        if not call.seen and any(isinstance(what, Some) for what in call.plan.values()):
-            call.seen = (self.decider.look(call.slot.observed, entered, call.info),)
+        self._look(call, entered)
         decision = call.plan.get(site.name, ALL)
         if not isinstance(decision, Some) or site.key not in call.slot.store:
             return None
         # By an attention that was to run before they are chosen elsewhere.
-        if decision.group not in call.refreshed and not site.leading:
+        if decision.group not in call.chosen and not site.leading:
             self._choose(call, site, entered.x)
-        return call.refreshed.get(decision.group)
+        return call.chosen.get(decision.group)
+
+    def _look(self, call: Call, entered: Entered) -> None:
+        if not call.seen and any(isinstance(what, Some) for what in call.plan.values()):
+            call.seen = (self.decider.look(call.slot.observed, entered, call.info),)
 
     def _choose(self, call: Call, site: Site, x: Tensor) -> None:
         """Choose the tokens of a site that computes some, and of the others of its group."""
@@ -247,7 +310,10 @@ class Sites:
         if count is not None and site.stream:
             count = max(count, 1)
         chosen = self.decider.choose(call.slot.observed, seen, site, x, count, call.info)
-        call.refreshed[decision.group] = Subset(chosen, tokens)
+        if isinstance(chosen, Selection):
+            call.selections[decision.group] = chosen
+        else:
+            call.chosen[decision.group] = Subset(chosen, tokens)
 
     def forget(self, call: Call, site: Site) -> None:
         """Keep nothing of the stream in a call: keys, values and outputs are of a part of its batch."""
@@ -264,7 +330,7 @@ class Sites:
         """Look at what a call that is over left."""
         if self.stream is None:
             return
-        if TOKENS in call.refreshed and call.tokens is None:
+        if TOKENS in call.chosen and call.tokens is None:
             self._warn_once(
                 "narrow",
                 "all tokens are computed, because the module behind which some should be left out was not "
@@ -277,11 +343,20 @@ class Sites:
     def done(self, call: Call) -> dict[str, Tensor]:
         """By the name of a site, the tokens ``(B, n)`` that it computed in a call."""
         some = {name: d.group for name, d in call.plan.items() if isinstance(d, Some)}
-        return {n: call.refreshed[group].tokens for n, group in some.items() if group in call.refreshed}
+        return {n: call.chosen[group].tokens for n, group in some.items() if group in call.chosen}
+
+    def selections(self, call: Call) -> dict[str, Selection]:
+        """By the name of a block, which tokens its layers computed, and what the others copied."""
+        some = {
+            s.block: d.group for s in self.decider.sites if isinstance(d := call.plan.get(s.name), Some)
+        }
+        found = call.selections
+        return {block: found[group] for block, group in some.items() if group in found}
 
     def carried_out(self, call: Call) -> Mapping[str, Decision]:
         """What a call did at each site, with the shares that its choice gave."""
-        if TOKENS in call.plan and call.tokens is None:
+        missed = self.decider.space is not None and not call.pruned
+        if missed or (TOKENS in call.plan and call.tokens is None):
             return {}
         return {name: self._carried_out(call, decision) for name, decision in call.plan.items()}
 
@@ -289,7 +364,9 @@ class Sites:
     def _carried_out(call: Call, decision: Decision) -> Decision:
         if not isinstance(decision, Some):
             return decision
-        chosen = call.refreshed.get(decision.group)
+        if decision.group in call.selections:
+            return decision
+        chosen = call.chosen.get(decision.group)
         if chosen is None:
             # It was not called.
             return decision.otherwise
@@ -322,6 +399,8 @@ class SiteHook:
         call, site = self.engine.call, self.site
         if call is None:
             return forward(*args, **kwargs)
+        if site.keeps is Keeps.NOTHING:
+            return self._pruned(call, forward, args, kwargs)
         turn = call.turns[site.name] = call.turns.get(site.name, -1) + 1
         key = site.key if turn == 0 else f"{site.key}, turn {turn}"
         x = args[0] if args else kwargs["hidden_states"]
@@ -344,6 +423,36 @@ class SiteHook:
             call.slot.store.add(key, call.step, out if site.keeps is Keeps.OUTPUT else out - x)
         # Blocks only read what layers return, but the caller of the denoiser may write to its output.
         return out.clone() if site.stream and call.keeps_sites else out
+
+    def _pruned(
+        self, call: Call, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What a layer returns that computes the kept tokens only: the others copy from them."""
+        decision = call.plan.get(self.site.name)
+        selection = call.selections.get(decision.group) if isinstance(decision, Some) else None
+        if selection is None:
+            return forward(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        # IP-Adapter masks, which every attention is handed, speak of all tokens to the cross-attention.
+        crosses = self.site.kind is LayerKind.CROSS_ATTENTION
+        if crosses and kwargs.get("ip_adapter_masks") is not None:
+            call.unpruned = "they are given the masks of an IP-Adapter, which are of all tokens"
+            return forward(*args, **kwargs)
+        if x.shape[1] != selection.tokens:
+            call.unpruned = (
+                f"they are given {x.shape[1]} tokens where their grid has {selection.tokens} (another "
+                "library, such as tomesd, merges tokens, or a feed-forward is computed in chunks)"
+            )
+            return forward(*args, **kwargs)
+        call.pruned += 1
+        merges = self.sites.decider.space is Recovery.MEAN
+        short = keep_merged(x, selection) if merges else keep(x, selection)
+        args, kwargs = ((short, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": short})
+        mask = kwargs.get("attention_mask")
+        if mask is not None and self.site.kind is LayerKind.SELF_ATTENTION:
+            index = selection.kept.view(len(selection.kept), *[1] * (mask.ndim - 2), -1)
+            kwargs["attention_mask"] = mask.gather(-1, index.expand(*mask.shape[:-1], -1))
+        return recover(forward(*args, **kwargs), selection)
 
     def _computed(
         self, call: Call, tokens: Subset, forward: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
@@ -387,6 +496,17 @@ class SiteHook:
         call.restored += 1
         call.pruned += 1
         return value if self.site.keeps is Keeps.OUTPUT else x + image
+
+
+class ChooseHook:
+    """The module from whose input the tokens of a group are chosen."""
+
+    def __init__(self, engine: _Engine, sites: Sites, group: str) -> None:
+        self.engine, self.sites, self.group = engine, sites, group
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.sites.choose_from(self.group, self.engine.call, args[0] if args else kwargs["hidden_states"])
+        return forward(*args, **kwargs)
 
 
 class EntryHook:
@@ -560,11 +680,6 @@ def _of_tokens(given: Any, tokens: Subset, x: Tensor) -> Any:
 def _is_full(call: Call) -> bool:
     """Whether a call computes all sites."""
     return call.cut is None and not call.plan and call.tells_apart
-
-
-def _chooses_of_stream(call: Call) -> bool:
-    """Whether a call computes some of the tokens that go through the blocks."""
-    return TOKENS in call.plan
 
 
 def streams(cut: Cut | None) -> bool:

@@ -135,10 +135,8 @@ class Call:
         cut: what is skipped; None in a full call.
         store: the cuts whose features this call keeps.
         dense: skipped modules hand on zeros of the true shape.
-        info: what the token rule may look at.
-        counts: for each block that prunes, its grid and the number of tokens pruned.
-        prepared: what the rule made ready for each grid.
-        selections: the selection of the block that runs, by its name.
+        info: what the method may look at.
+        selections: by group, which tokens its layers compute, and which of them the others copy.
         restored: how many modules handed on what is cached.
         stood_in: modules that handed on what nobody may read, for which no module has restored yet.
         entered: what the first module of a cut was given in this call.
@@ -149,9 +147,9 @@ class Call:
         rotary: their cosines and sines.
         turns: how often modules that may be skipped were called before in this call.
         knows_text: whether the text is that of the last call.
-        pruned: how many blocks pruned, or layers computed some tokens.
+        pruned: how many layers left tokens out.
         unpruned: why a layer that should leave tokens out did not.
-        refreshed: by the group of a site, the tokens that it computes.
+        chosen: by the group of a site, the tokens that it computes.
         caught: by name, what the projections of an observed attention gave, or the norms behind them.
         plan: by the name of a site, what it does; those that are not in it are computed.
         keeps_sites: sites that are computed whole keep what they give.
@@ -167,8 +165,6 @@ class Call:
     store: tuple[Cut, ...]
     dense: bool
     info: CallInfo
-    counts: dict[str, tuple[Grid, int]]
-    prepared: Mapping[Grid, Tensor]
     selections: dict[str, Selection] = field(default_factory=dict)
     restored: int = 0
     stood_in: set[str] = field(default_factory=set)
@@ -181,7 +177,7 @@ class Call:
     rotary: dict[Rows, tuple[Tensor, ...]] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
-    refreshed: dict[str, Subset] = field(default_factory=dict)
+    chosen: dict[str, Subset] = field(default_factory=dict)
     caught: dict[str, Tensor] = field(default_factory=dict)
     plan: Mapping[str, Decision] = field(default_factory=dict)
     keeps_sites: bool = False

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
-from regrow.core.decision import Decision, Sited, Some, View, left_out
+from regrow.core.decision import Decision, Sited, Some, View, left_out, runs
 from regrow.core.sites import Sites
 from regrow.core.store import Store, flatten
 from regrow.engine.branches import Branches
@@ -36,7 +36,6 @@ from regrow.engine.others import (
     shape_of,
     wrapped_by_others,
 )
-from regrow.engine.pruning import Pruning, runs
 from regrow.engine.twin import Twin
 from regrow.methods.parts import CallInfo, Parts
 from regrow.models import layout_of
@@ -45,7 +44,6 @@ from regrow.origin import Origin
 from regrow.recover.time import REUSE
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, SITES, Step
-from regrow.tokens.grid import Grid
 from regrow.tokens.select import Subset, behind
 
 # Calls of a generation that are noted, so that a loop of training with a method applied fills no memory.
@@ -105,7 +103,6 @@ class Engine:
         self.layout = layout if self._keep_text else replace(layout, text={})
         self.sites = self._sites()
         self.cuts = self._used_cuts()
-        self.pruning = self._pruning()
         if self.sites is not None:
             self.sites.check(self.cuts)
         self.rotary = self._rotary()
@@ -114,44 +111,28 @@ class Engine:
 
     def _acts_in(self) -> Iterator[str]:
         """Paths of the modules in which calls leave something out; "" is the whole."""
-        if self.sites is not None:
-            yield ""
         for cut in self.cuts.values():
             yield from cut.skip
-        if self.pruning is not None:
-            where = self.pruning.rule.where
-            layers = {"attn1": where.self_attention, "attn2": where.cross_attention}
-            for block in self.pruning.blocks:
-                yield from (f"{block.name}.{layer}" for layer, wanted in layers.items() if wanted)
+        if self.sites is not None:
+            pruned = self.sites.decider.space is not None
+            yield from (site.name for site in self.sites.decider.sites) if pruned else ("",)
 
     def renew(self) -> bool:
         """Find the places anew, since the denoiser has other modules; False if the method no longer fits.
 
         What was kept is dropped: it is of the modules of before.
         """
-        before = self.layout, self.sites, self.cuts, self.pruning, self.rotary
+        before = self.layout, self.sites, self.cuts, self.rotary
         try:
             self._read()
         except (ValueError, TypeError, AttributeError) as error:
-            self.layout, self.sites, self.cuts, self.pruning, self.rotary = before
+            self.layout, self.sites, self.cuts, self.rotary = before
             self._unfit = f"the denoiser's modules were replaced, and the method no longer fits: {error}"
             return False
         if self.generation is not None:
             self.generation.slots.clear()
             self.generation.cuts = self.cuts
         return True
-
-    @property
-    def leaves_out(self) -> bool:
-        """Whether some call of the plan has a ratio above 0."""
-        return any(step.ratio for step in self.kinds)
-
-    def _pruning(self) -> Pruning | None:
-        parts = self.parts
-        if parts.tokens is None:
-            return None
-        cuts, asked = self.cuts.values(), self.leaves_out
-        return Pruning(parts.tokens, self.denoiser, self.layout, cuts, asked, parts.instead, self.warn_once)
 
     def _sites(self) -> Sites | None:
         sites = self.parts.sites
@@ -169,8 +150,7 @@ class Engine:
     @property
     def watched(self) -> tuple[Watched, ...]:
         """The attentions that are looked at."""
-        deciders = (self.sites, self.pruning)
-        return tuple(w for decider in deciders if decider is not None for w in decider.watched)
+        return () if self.sites is None else tuple(self.sites.watched)
 
     def positions(self, attention: str, rows: Rows) -> tuple[Tensor, ...]:
         """Cosines and sines of the tokens whose queries and keys an attention makes in the present call.
@@ -199,10 +179,8 @@ class Engine:
         return cuts
 
     def prunes(self, step: Step) -> bool:
-        """Whether layers leave tokens out in a call of the plan."""
-        if self.pruning is None:
-            return False
-        return step.ratio > 0 and bool(self.pruning.in_call(self.cuts.get(step.depth)))
+        """Whether a call of the plan leaves tokens out."""
+        return self.sites is not None and self.sites.prunes(step, self.cuts.get(step.depth))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -281,8 +259,7 @@ class Engine:
         again = before is not None and before.caller.is_same()
         if not again:
             self.release()
-        chooser = self.parts.tokens or self.parts.sites
-        seed = 0 if chooser is None else chooser.seed
+        seed = 0 if self.parts.sites is None else self.parts.sites.seed
         plan = self.parts.plan.resample(position.total)
         differs = self._unlike(position)
         if differs:
@@ -355,8 +332,7 @@ class Engine:
         caches = " and ".join(other_caches(self.denoiser))
         if not caches:
             return ""
-        pruning = self.pruning is not None and self.leaves_out
-        if pruning or self.sites is not None:
+        if self.sites is not None:
             return (
                 f"diffusers' {caches} is on, which would hand outputs for some tokens on to others; call "
                 "disable_cache() first"
@@ -421,8 +397,10 @@ class Engine:
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
         plan: Mapping[str, Decision] = {}
+        height, width = sample.shape[-2:]
+        view = View(position.index, position.total, planned, cut, (height, width))
         if self.sites is not None and not generation.whole and self.sites.decides(planned, cut, slot.calls):
-            plan = self.sites.plan(View(position.index, position.total, planned))
+            plan = self.sites.plan(view)
             if planned.of_sites and not plan:
                 # Every site is computed.
                 cut = None
@@ -441,12 +419,8 @@ class Engine:
             self.layout.conditional_first,
             cached=cut is not None,
             grid=slot.grid or self.layout.frame(sample),
+            view=view,
         )
-        counts: dict[str, tuple[Grid, int]] = {}
-        prepared: Mapping[Grid, Tensor] = {}
-        if self.pruning is not None and not generation.whole:
-            counts = self.pruning.counts(sample, planned.ratio, cut)
-            prepared = {} if sample.is_meta else self.pruning.prepared(counts, info)
         self._said = ""
         self.call = Call(
             slot=slot,
@@ -456,8 +430,6 @@ class Engine:
             store=_stored(generation.cuts.values(), cut),
             dense=adds_to_layers(inputs) or _freeu(self.denoiser),
             info=info,
-            counts=counts,
-            prepared=prepared,
         )
         state = tuple(adapter_state(module) for module in self.layout.text.values())
         self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
@@ -465,14 +437,14 @@ class Engine:
             # A module that this call skips must not hand on another text's output later.
             slot.store.drop(*self.layout.text)
         self.call.tells_apart = not generation.whole and self._tells_apart(slot)
-        ratio = planned.ratio if counts else 0.0
+        ratio = 0.0
         if self.sites is not None:
             self.call.plan = plan = self.sites.settled(plan, self.call, inputs)
             self.call.keeps_sites = self.sites.keeps(self.call, plan)
             ratio = _share(planned, plan)
             if not plan:
                 slot.observed = self.sites.decider.begin(slot.observed)
-        if planned.ratio and not reason and not (counts or _computes_some(plan)):
+        if planned.ratio and not reason and not _computes_some(plan):
             reason = generation.whole or self._said
         generation.records.append(
             CallRecord(
@@ -543,8 +515,7 @@ class Engine:
         key = (shapes, sample.dtype, sample.device)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
-            chooser = self.parts.tokens or self.parts.sites
-            wanted = chooser is not None and chooser.aligns
+            wanted = self.parts.sites is not None and self.parts.sites.aligns
             bare = (without_data(args), without_data(dict(kwargs)))
             guided = wanted and self._may_be_guided(sample, inputs)
             store = Store({step.recovery for step in generation.steps}, len(generation.steps))
@@ -619,21 +590,17 @@ class Engine:
             records[-1] = replace(records[-1], depth=FULL, age=0, reason=reason, recovery="")
         call.slot.stored |= dict.fromkeys(call.store, call.slot.last)
         some = [name for name, d in call.plan.items() if isinstance(d, Some) and name != TOKENS]
-        if (call.counts or some) and not call.pruned:
-            layers = len(call.counts or some)
+        if some and not call.pruned:
             reason = call.unpruned or "they were not called"
-            what = f"none of the {layers} layers that should leave tokens out did"
+            what = f"none of the {len(some)} layers that should leave tokens out did"
             self.warn_once("prune", f"{what}: {reason}")
             records[-1] = replace(records[-1], reason=reason)
-        if call.counts and not call.pruned:
-            # Nothing was left out: an attention to choose by did not run (skip-layer guidance), for one.
-            records[-1] = replace(records[-1], ratio=0.0)
         if self.sites is not None and call.plan:
             done = self.sites.carried_out(call)
             records[-1] = replace(records[-1], plan=done, ratio=_share(records[-1].planned, done))
         if self.sites is not None:
             self.sites.end(call)
-        reads = self.pruning is not None and self.leaves_out and self.pruning.rule.reads_outputs
+        reads = self.sites is not None and self.sites.decider.reads_outputs
         if reads and (call.cut is None or not call.cut.final):
             call.slot.remember(output[0])
         self._tell(call, records[-1])
@@ -643,8 +610,8 @@ class Engine:
         """Tell the observers what a call computed."""
         if not self.observers:
             return
-        ran = (b.name for b in self.layout.blocks if runs(b, call.cut))
-        blocks = {name: call.selections.get(name) for name in ran}
+        selections = {} if self.sites is None else self.sites.selections(call)
+        blocks = {b.name: selections.get(b.name) for b in self.layout.blocks if runs(b.name, call.cut)}
         refreshed = {} if self.sites is None else self.sites.done(call)
         tokens = None if call.tokens is None else call.tokens.tokens
         stream = None if self.sites is None else self.sites.stream
@@ -675,7 +642,7 @@ class Engine:
 
 def asks(sites: Sited, step: Step) -> bool:
     """Whether a method of sites is asked in a call of its plan."""
-    return step.of_sites or (sites.full_calls > 0 and step.ratio > 0)
+    return step.ratio > 0 if sites.by_ratio else step.of_sites
 
 
 def _computes_some(plan: Mapping[str, Decision]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from regrow.core.decision import ALL, Decision, View, left_out
+from regrow.core.decision import ALL, Decision, Sited, View, left_out
 from regrow.core.sites import streams
 from regrow.engine.engine import asks
 from regrow.macs import CallCounter, Macs
@@ -102,13 +102,14 @@ class PlanCounter:
             return [((FULL, 0.0), self.full())] * calls
         parts = parts_of(config)
         counter = self._counter(parts)
-        rule, sites = _choosers(parts)
-        prunes = rule is not None or sites is not None
+        sites = _asked(parts)
         decider = None if sites is None else sites.on(self._denoiser, self.layout)
+        prunes, in_layers = decider is not None, decider is not None and decider.space is not None
         out = []
         for i, step in enumerate(parts.plan.resample(calls).steps()):
             plan: Mapping[str, Decision] = {}
-            if decider is not None and (step.of_sites or streams(self.layout.cut(step.depth))):
+            streamed = sites is not None and sites.by_ratio and streams(self.layout.cut(step.depth))
+            if decider is not None and not in_layers and (step.of_sites or streamed):
                 plan = decider.plan(View(i, calls, step))
             sited = any(decision is not ALL for decision in plan.values())
             depth = step.depth if sited or self.layout.cut(step.depth) else FULL
@@ -117,7 +118,7 @@ class PlanCounter:
             known = bool(self.layout.text) and i > 0 and (self._text_once or not whole)
             ratio = left_out(plan) if step.depth == SITES else ratio
             counted = counter.count(depth, ratio, self._inputs, knows_text=known, plan=plan)
-            if ratio and parts.tokens is not None:
+            if ratio and in_layers:
                 without = counter.count(depth, 0.0, self._inputs, knows_text=known)
                 # No layer that prunes is computed in such a call.
                 ratio = ratio if counted.denoiser < without.denoiser else 0.0
@@ -125,18 +126,17 @@ class PlanCounter:
         return out
 
     def _counter(self, parts: Parts) -> CallCounter:
-        """Methods that choose tokens alike share one."""
-        chosen = _choosers(parts)
-        if chosen not in self._counters:
-            self._counters[chosen] = CallCounter(self._denoiser, *chosen, parts.instead)
-        return self._counters[chosen]
+        """Methods that decide alike share one."""
+        sites = _asked(parts)
+        if sites not in self._counters:
+            self._counters[sites] = CallCounter(self._denoiser, sites)
+        return self._counters[sites]
 
 
-def _choosers(parts: Parts) -> tuple[Any, Any]:
-    """What chooses tokens, in the order that `CallCounter` takes it."""
+def _asked(parts: Parts) -> Sited | None:
+    """What decides for sites, if the plan has calls in which it does."""
     sites = parts.sites
-    asked = sites is not None and any(asks(sites, step) for step in parts.plan.kinds())
-    return parts.tokens, sites if asked else None
+    return sites if sites is not None and any(asks(sites, step) for step in parts.plan.kinds()) else None
 
 
 def profile(

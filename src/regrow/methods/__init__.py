@@ -31,10 +31,10 @@ from regrow.methods.parts import (
     Features,
     Parts,
     Recovery,
-    TokenRule,
     Where,
     parts_of,
 )
+from regrow.methods.pruning import TokenRule
 from regrow.methods.sito import BaseChoice, SiTo
 from regrow.methods.spectrum import Spectrum
 from regrow.methods.taylorseer import ForecastLevel, TaylorSeer

@@ -17,10 +17,10 @@ them prune a smaller share, or none. Importance is taken from self-attentions, n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from regrow.methods.parts import (
     some_of_stream,
     stream_of,
 )
+from regrow.methods.pruning import TokenRule
 from regrow.models.table import Layout, Site
 from regrow.schedule import FULL, Schedule, Step
 from regrow.space import Space, Variable, free
@@ -188,7 +189,7 @@ def importance(config: ATEDM, call: CallInfo) -> tuple[Attention, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Copying:
+class _Copying(TokenRule):
     """The tokens that the layers of a U-Net's stage leave out."""
 
     config: ATEDM
@@ -199,24 +200,12 @@ class _Copying:
         return Where(True, True, True, c.max_downsample, Features.ATTENTION, after=c.after)
 
     @property
-    def patch(self) -> None:
-        return None
-
-    @property
-    def seed(self) -> int:
-        return 0
-
-    @property
-    def reads_outputs(self) -> bool:
-        return False
-
-    @property
     def aligns(self) -> bool:
         return self.config.alignment is not Alignment.OFF
 
-    def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
-        """Nothing: everything depends on the layer."""
-        return {}
+    @property
+    def hint(self) -> str:
+        return _HINT
 
     def select(
         self, x: Tensor, grid: Grid, count: int, prepared: Tensor | None, call: CallInfo
@@ -347,5 +336,4 @@ class _Plan:
 def _(config: ATEDM) -> Parts:
     reuses = config.recovery is Restored.REUSE
     plan = _Plan(config.early, config.early_ratio, config.ratio, FULL_CALLS if reuses else 0)
-    rule: dict[str, Any] = {"sites": _Reusing(config)} if reuses else {"tokens": _Copying(config)}
-    return Parts(plan, **rule, instead=_HINT)
+    return Parts(plan, sites=_Reusing(config) if reuses else _Copying(config))

@@ -40,6 +40,7 @@ from regrow.methods.parts import (
     check_ratio,
     parts_of,
 )
+from regrow.methods.pruning import TokenRule
 from regrow.recover.time import REUSE, Chebyshev, RecoveryField
 from regrow.schedule import FULL, Schedule, depth_from, used_recoveries
 from regrow.space import Space, Variable, recovery_variable
@@ -225,7 +226,7 @@ def _intervals(calls: int) -> Iterator[tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class _Rule(TokenRule):
     """DaTo's token pruning, steps 1 to 5."""
 
     config: DaTo
@@ -285,7 +286,7 @@ def _(config: DaTo) -> Parts:
     plan = plan if recovery is None else plan.with_recovery(recovery)
     # Tokens are chosen alike under every schedule.
     rule = config.model_copy(update={"schedule": Schedule.constant(), "time_recovery": None})
-    return Parts(plan, _Rule(rule))
+    return Parts(plan, sites=_Rule(rule))
 
 
 @parts_of.register

@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import singledispatch
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from regrow.core.decision import Decision, Sited, Some
+from regrow.core.decision import Decision, Sited, Some, View
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import TOKENS, Layout, Site
 from regrow.origin import Origin
 from regrow.schedule import Plan, Schedule
 from regrow.tokens.grid import Grid
-from regrow.tokens.select import Selection
 
 
 class Features(str, Enum):
@@ -114,10 +113,11 @@ class CallInfo:
             those of whole calls are chosen), newest last, at most two.
         generator: the run's seeded generator, on the model's device.
         conditional_first: in a guided batch the conditional half comes first (DiT).
-        attention: the self-attention that has just run, for a `TokenRule` with `Features.ATTENTION` and
+        attention: the self-attention that has just run, for a rule with `Features.ATTENTION` and
             where the tokens of whole calls are chosen by that of a block.
         cached: the call leaves out layers or blocks that an earlier one computed.
         grid: of the image's tokens, where sites are decided for; of a video, that of a frame.
+        view: what decisions depend on.
     """
 
     batch: int
@@ -128,37 +128,7 @@ class CallInfo:
     attention: Attention | None = None
     cached: bool = False
     grid: Grid | None = None
-
-
-class TokenRule(Protocol):
-    """Selects the tokens of each layer."""
-
-    @property
-    def where(self) -> Where: ...
-
-    @property
-    def patch(self) -> int | None:
-        """Side of the patches the grids are cut into, of each of which a token stays; None: one for all."""
-
-    @property
-    def seed(self) -> int:
-        """Seed of the generator of a generation."""
-
-    @property
-    def reads_outputs(self) -> bool:
-        """Whether `CallInfo.outputs` is used."""
-
-    @property
-    def aligns(self) -> bool:
-        """Whether `CallInfo.guided` is used."""
-
-    def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
-        """What does not depend on the layer, once a call: for each grid a tensor `select` is given."""
-
-    def select(
-        self, x: Tensor, grid: Grid, count: int, prepared: Tensor | None, call: CallInfo
-    ) -> Selection:
-        """The selection of a layer that prunes ``count`` tokens, from its features ``(B, N, C)``."""
+    view: View | None = None
 
 
 def stream_of(denoiser: nn.Module, layout: Layout, reads: int | None = None, hint: str = "") -> Site:
@@ -250,19 +220,14 @@ class Parts:
 
     Args:
         plan: what each call does, for any number of calls.
-        tokens: how the tokens of a layer are selected where the plan's ratio is above 0.
-        sites: how it is decided what each site does: in calls of depth `SITES` and `LAYERS`, or, by a
-            method that chooses the tokens of whole calls, where the plan's ratio is above 0. With neither
-            no tokens are left out.
-        instead: what to say to somebody whose model the parts don't fit.
+        sites: how it is decided what each site does: in calls of depth `SITES` and `LAYERS`, or where the
+            plan's ratio is above 0 (`Sited.by_ratio`). Without it no tokens are left out.
         whole: every call is meant to be computed in full, as in a plan of fewer steps.
         made_for: the only run that the plan is for; None if it is for any.
     """
 
     plan: Plan
-    tokens: TokenRule | None = None
     sites: Sited | None = None
-    instead: str = ""
     whole: bool = False
     made_for: MadeFor | None = None
 

@@ -28,6 +28,7 @@ from regrow.methods.parts import (
     check_ratio,
     parts_of,
 )
+from regrow.methods.pruning import TokenRule
 from regrow.schedule import Schedule
 from regrow.space import Space, Variable, free
 from regrow.tokens.grid import Grid, best_of_patch, tokens_of_patch
@@ -136,7 +137,7 @@ class SiTo(MethodConfig):
 
 
 @dataclass(frozen=True)
-class _Rule:
+class _Rule(TokenRule):
     """SiTo's token pruning."""
 
     config: SiTo
@@ -160,10 +161,6 @@ class _Rule:
     @property
     def seed(self) -> int:
         return self.config.seed
-
-    @property
-    def reads_outputs(self) -> bool:
-        return False
 
     @property
     def aligns(self) -> bool:
@@ -210,4 +207,4 @@ class _Rule:
 
 @parts_of.register
 def _(config: SiTo) -> Parts:
-    return Parts(Schedule.constant(config.ratio, name=f"constant {config.ratio:g}"), _Rule(config))
+    return Parts(Schedule.constant(config.ratio, name=f"constant {config.ratio:g}"), sites=_Rule(config))

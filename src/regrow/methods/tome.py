@@ -17,6 +17,7 @@ from torch import Tensor
 from regrow.fields import Ratio, Seed, Side
 from regrow.methods.base import UNETS, About, DenoiserKind, MethodConfig, Role, register
 from regrow.methods.parts import CallInfo, Features, Level, Parts, Recovery, Where, check_ratio, parts_of
+from regrow.methods.pruning import TokenRule
 from regrow.schedule import Schedule
 from regrow.space import Space, Variable, free
 from regrow.tokens.grid import Grid, best_of_patch, tokens_of_patch
@@ -87,7 +88,7 @@ class ToMeSD(MethodConfig):
 
 
 @dataclass(frozen=True)
-class _Rule:
+class _Rule(TokenRule):
     """ToMeSD's bipartite matching."""
 
     config: ToMeSD
@@ -112,14 +113,6 @@ class _Rule:
     def seed(self) -> int:
         return self.config.seed
 
-    @property
-    def reads_outputs(self) -> bool:
-        return False
-
-    @property
-    def aligns(self) -> bool:
-        return False
-
     def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
         """The destinations ``(1, patches)`` of each grid: once a call, for all its layers."""
         return {grid: self.destinations(grid, call.generator) for grid in grids}
@@ -141,4 +134,4 @@ class _Rule:
 
 @parts_of.register
 def _(config: ToMeSD) -> Parts:
-    return Parts(Schedule.constant(config.ratio, name=f"constant {config.ratio:g}"), _Rule(config))
+    return Parts(Schedule.constant(config.ratio, name=f"constant {config.ratio:g}"), sites=_Rule(config))

@@ -218,6 +218,8 @@ class Keeps(Enum):
     """What it returned."""
     UPDATE = "update"
     """What it added to the tokens that it was given."""
+    NOTHING = "nothing"
+    """Nothing: tokens that it leaves out follow from others of the same call."""
 
 
 TOKENS = "tokens"

@@ -1,0 +1,239 @@
+"""Methods that prune tokens in the layers of a U-Net: what each says of one layer, and where it acts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from regrow.core.decision import Decider, Decision, Entered, Sited, Some, View, runs
+from regrow.layers import LayerKind
+from regrow.methods.parts import After, CallInfo, Features, Recovery, Where
+from regrow.models.errors import UnsupportedModelError
+from regrow.models.table import Keeps, Layout, Site, TokenBlock
+from regrow.tokens.grid import Grid
+from regrow.tokens.select import Selection
+
+
+class TokenRule(Sited):
+    """Selects the tokens of each layer; those that it leaves out follow from others of the same call."""
+
+    @property
+    def by_ratio(self) -> bool:
+        """It acts where the plan's ratio is above 0."""
+        return True
+
+    @property
+    def where(self) -> Where:
+        """The layers, and what is looked at."""
+        raise NotImplementedError
+
+    @property
+    def patch(self) -> int | None:
+        """Side of the patches the grids are cut into, of each of which a token stays; None: one for all."""
+        return None
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether `CallInfo.outputs` is used."""
+        return False
+
+    @property
+    def hint(self) -> str:
+        """What to say to somebody whose model it does not fit."""
+        return "methods that only reuse, such as FORA and DeepCache, work on it"
+
+    def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
+        """What does not depend on the layer, once a call: for each grid a tensor `select` is given."""
+        return {}
+
+    def select(
+        self, x: Tensor, grid: Grid, count: int, prepared: Tensor | None, call: CallInfo
+    ) -> Selection:
+        """The selection of a layer that prunes ``count`` tokens, from its features ``(B, N, C)``."""
+        raise NotImplementedError
+
+    def on(self, denoiser: nn.Module, layout: Layout) -> Pruning:
+        """The rule at work on a denoiser.
+
+        Raises:
+            UnsupportedModelError: if the model has no blocks whose tokens can be left out.
+            ValueError: if none of them has a layer that the rule prunes, or the rule is after the first
+                block, and no block has another behind it.
+        """
+        name = type(denoiser).__name__
+        if not layout.blocks:
+            raise UnsupportedModelError(
+                f"model: tokens can't be left out of the layers of {name} yet; {self.hint}"
+            )
+        return Pruning(self, _served(self.where, layout, name), layout)
+
+
+class Pruning(Decider):
+    """A token rule at work on a model.
+
+    Args:
+        rule: how tokens are selected.
+        served: by the name of each block from which tokens are selected, the blocks that leave them out.
+        layout: of the model.
+    """
+
+    def __init__(
+        self, rule: TokenRule, served: Mapping[str, tuple[TokenBlock, ...]], layout: Layout
+    ) -> None:
+        self.rule = rule
+        by_name = {block.name: block for block in layout.blocks}
+        self._choosing = {group: by_name[group] for group in served}
+        self._blocks = {block.name: block for blocks in served.values() for block in blocks}
+        self._groups = {block.name: group for group, blocks in served.items() for block in blocks}
+        self.sites = tuple(site for block in self._blocks.values() for site in _sites(block, rule.where))
+        self._known: dict[Any, Mapping[str, Decision]] = {}
+
+    @property
+    def space(self) -> Recovery:
+        """Copy or mean."""
+        return self.rule.where.recovery
+
+    @property
+    def reads_outputs(self) -> bool:
+        """The rule's."""
+        return self.rule.reads_outputs
+
+    @property
+    def entries(self) -> Mapping[str, nn.Module]:
+        """The blocks, or their self-attentions."""
+        if self.rule.where.features is Features.BLOCK_INPUT:
+            return {group: block.block for group, block in self._choosing.items()}
+        if self.rule.where.features is Features.NORM1:
+            found = {group: block.self_attention for group, block in self._choosing.items()}
+            return {group: module for group, module in found.items() if module is not None}
+        return {}
+
+    @property
+    def attentions(self) -> Mapping[str, tuple[str, nn.Module]]:
+        """Those of the blocks from which tokens are selected."""
+        if self.rule.where.features is not Features.ATTENTION:
+            return {}
+        found = {group: block.self_attention for group, block in self._choosing.items()}
+        return {group: (f"{group}.attn1", module) for group, module in found.items() if module is not None}
+
+    def plan(self, view: View) -> Mapping[str, Decision]:
+        """In the layers that run, all tokens but the plan's share, as far as base tokens stay."""
+        key = view.step.ratio, view.cut, view.size
+        if key not in self._known:
+            self._known[key] = dict(self._planned(view))
+        return self._known[key]
+
+    def _planned(self, view: View) -> Any:
+        for site in self.sites:
+            grid = self._grid(site.block, view)
+            pruned = grid.pruned(view.step.ratio)
+            if pruned > 0 and runs(site.block, view.cut):
+                yield site.name, Some((grid.tokens - pruned) / grid.tokens, self._groups[site.block])
+
+    def _grid(self, block: str, view: View) -> Grid:
+        return self._blocks[block].grid(*view.size, self.rule.patch)
+
+    def look(self, memory: None, entered: Entered, info: CallInfo) -> Mapping[Grid, Tensor]:
+        """What the rule makes ready for each grid, the largest first."""
+        assert info.view is not None
+        if entered.x.is_meta:
+            return {}
+        blocks = {site.block for site in self.sites if site.name in self.plan(info.view)}
+        grids = {self._grid(block, info.view) for block in blocks}
+        return self.rule.prepare(sorted(grids, key=lambda grid: -grid.tokens), info)
+
+    def choose(
+        self,
+        memory: None,
+        seen: Mapping[Grid, Tensor],
+        site: Site,
+        x: Tensor,
+        count: int | None,
+        info: CallInfo,
+    ) -> Selection:
+        """The tokens that a block's layers compute, from the features ``(B, N, C)``."""
+        assert info.view is not None
+        assert count is not None
+        grid = self._grid(site.block, info.view)
+        # They may be a view of (B, C, H, W), in which a token's channels are far from each other.
+        return self.rule.select(x.contiguous(), grid, grid.tokens - count, seen.get(grid), info)
+
+
+def _sites(block: TokenBlock, where: Where) -> list[Site]:
+    """The layers of a block that leave tokens out."""
+    layers = (
+        ("attn1", block.self_attention, where.self_attention, LayerKind.SELF_ATTENTION),
+        ("attn2", block.cross_attention, where.cross_attention, LayerKind.CROSS_ATTENTION),
+        ("ff", block.feed_forward, where.feed_forward, LayerKind.FEED_FORWARD),
+    )
+    return [
+        Site(f"{block.name}.{child}", module, Keeps.NOTHING, block.name, 0, able=True, kind=kind)
+        for child, module, wanted, kind in layers
+        if module is not None and wanted
+    ]
+
+
+def _served(where: Where, layout: Layout, model: str) -> dict[str, tuple[TokenBlock, ...]]:
+    """By the name of each block from which tokens are selected, the blocks that leave them out.
+
+    Raises:
+        ValueError: if no block has a layer to leave them out of, or none comes behind one that decides.
+    """
+    limit = where.max_downsample
+    deepest = layout.top_level if limit == "top" else limit
+    blocks = [b for b in layout.blocks if b.downsample <= deepest]
+    served: dict[str, tuple[TokenBlock, ...]]
+    if where.features is not Features.ATTENTION:
+        served = {block.name: (block,) for block in blocks if _holds(block, where)}
+        if not served:
+            raise ValueError(_lack(where, layout, model))
+        return served
+    stages: dict[str, list[TokenBlock]] = {}
+    for block in blocks:
+        if block.stage in stages or block.self_attention is not None:
+            stages.setdefault(block.stage, []).append(block)
+    if not stages:
+        raise ValueError(_lack(where, layout, model))
+    first = 0 if where.after is After.SELF_ATTENTION else 1
+    served = {
+        stage[0].name: holding
+        for stage in stages.values()
+        if (holding := tuple(block for block in stage[first:] if _holds(block, where)))
+    }
+    if not served:
+        raise ValueError(
+            f"after: {where.after.value} is not allowed on {model}, in which no block comes right behind "
+            f"another; it must be {After.SELF_ATTENTION.value}"
+        )
+    return served
+
+
+def _holds(block: TokenBlock, where: Where) -> bool:
+    """Whether a block has a layer to leave tokens out of, and what its tokens are selected from."""
+    if where.features is Features.NORM1 and block.self_attention is None:
+        return False
+    return any(getattr(block, name) is not None for name in _layers(where))
+
+
+def _layers(where: Where) -> list[str]:
+    """Which layers of a block leave tokens out, by the names of their switches."""
+    return [n for n in ("self_attention", "cross_attention", "feed_forward") if getattr(where, n)]
+
+
+def _lack(where: Where, layout: Layout, model: str) -> str:
+    """Why a model has no layer that can leave tokens out."""
+    if where.features is Features.ATTENTION:
+        levels = [block.downsample for block in layout.blocks if block.self_attention is not None]
+    else:
+        levels = [block.downsample for block in layout.blocks if _holds(block, where)]
+    if levels:
+        return (
+            f"max_downsample: {where.max_downsample} leaves no layer of {model} to prune; the finest is at "
+            f"{min(levels)}"
+        )
+    return (
+        f"{', '.join(_layers(where))}: {model} has no such layer whose tokens could be pruned; its "
+        "attentions are all to the text"
+    )
