@@ -410,15 +410,19 @@ class _Deciding(Decider):
         sites: the blocks that it decides for.
         predictor: None if tokens are chosen otherwise.
         table: of the predictor; None if it has learned nothing.
-        adapters: of the last blocks.
+        updates: of the last blocks.
     """
 
     config: TokenCache
     sites: tuple[Site, ...]
     predictor: CachePredictor | None
     table: Table | None
-    adapters: Mapping[str, Adapter] = field()
+    updates: Mapping[str, Adapter]
     _plans: dict[View, Mapping[str, Decision]] = field(default_factory=dict, init=False)
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        return self.updates
 
     @property
     def observes(self) -> frozenset[LayerKind]:
