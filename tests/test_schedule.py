@@ -271,6 +271,20 @@ def test_a_depths_calls_are_spread_over_all_its_places(schedule: Schedule, calls
             assert len(set(used)) == len(used)
 
 
+@given(numbered(), st.integers(1, 200))
+def test_calls_of_a_depth_take_its_places_in_the_middle_of_their_shares(
+    schedule: Schedule, calls: int
+) -> None:
+    """The j-th of m calls has the place at quantile (j + 1/2) / m, in whole numbers."""
+    depth = (FULL, *schedule.depth[1:])
+    other = schedule.resample(calls)
+    for d in set(depth):
+        have = [i for i, x in enumerate(depth) if x == d]
+        used = sorted(round(r * 100) for x, r in zip(other.depth, other.ratio, strict=True) if x == d)
+        m = len(used)
+        assert used == [have[(2 * j + 1) * len(have) // (2 * m)] for j in range(m)]
+
+
 def test_doubling_a_plan_makes_every_call_two() -> None:
     schedule = Schedule(depth=(FULL, 1, 0, FULL, 1, 0), ratio=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6))
     doubled = schedule.resample(12)
