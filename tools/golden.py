@@ -155,6 +155,7 @@ VIDEO_FORMS = {
     "batch": {"count": 2},
     "wide": {"width": 160},
 }
+SIZED_FORMS = {way: form for way, form in VIDEO_FORMS.items() if way != "wide"}
 LEARNED = ("l2c:trained", "l2c:trained:threshold=0.7", "tokencache:trained", "tokencache:trained:data")
 
 
@@ -188,7 +189,7 @@ def video_of(make: Callable[[], Any], forms: Any = VIDEO_FORMS, **options: Any) 
 def unknown_of(name: str, **options: Any) -> Family:
     """A family of `any_pipelines`."""
     made = any_pipelines.FAMILIES[name]
-    return Family(made.make, partial(of_any, name), "unknown", VIDEO_FORMS, **options)
+    return Family(made.make, partial(of_any, name), "unknown", SIZED_FORMS, **options)
 
 
 _T = transformer_pipelines
