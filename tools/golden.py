@@ -655,7 +655,7 @@ def outcome(case: Case) -> Outcome:
         except Exception as error:
             lines = [f"error {type(error).__name__}: {error}"]
     told = [f"warning: {w.message}" for w in heard if w.category is UserWarning]
-    lines = [line.replace(scratch().name, "SCRATCH") for text in (*told, *lines) for line in [text]]
+    lines = [line.replace(scratch().name, "SCRATCH") for line in (*told, *lines)]
     return Outcome(latents, lines, process_time() - begin)
 
 
