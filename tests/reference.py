@@ -205,6 +205,10 @@ class Pruning:
         forward = layer.forward
 
         def pruned(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            mask = kwargs.get("attention_mask")
+            if mask is not None and layer is block.attn1:
+                pairs = zip(mask, block.chosen, strict=True)
+                kwargs["attention_mask"] = torch.stack([own[..., kept] for own, (kept, _) in pairs])
             short = []
             for x, (kept, source_of) in zip(hidden_states, block.chosen, strict=True):
                 short.append(merge(x, kept, source_of).to(x.dtype) if self.means else x[kept])

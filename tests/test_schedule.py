@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from regrow import ATEDM, FULL, Schedule, ScheduleError, ToCa
 from regrow.methods.parts import parts_of
-from regrow.schedule import After, Both, Spaced, Step
+from regrow.recover.time import REUSE, Chebyshev, Taylor, TimeRecovery
+from regrow.schedule import After, Both, Spaced, Step, used_recoveries
 
 depths = st.one_of(st.just(FULL), st.integers(0, 4))
 ratios = st.floats(0, 0.99)
@@ -137,6 +138,14 @@ def test_entries_on_lines_of_their_own_are_named_by_their_line() -> None:
         ["plan.yaml:4", "depth.2"],
         ["plan.yaml:7", "ratio.1"],
     ]
+
+
+def test_of_many_errors_the_first_are_shown_and_the_others_counted() -> None:
+    with pytest.raises(ScheduleError) as error:
+        Schedule.parse("depth: [-1, -2, -3, -4, -5, -6]\nratio: [0, 0, 0, 0, 0, 0]\n", "plan.yaml")
+    lines = str(error.value).splitlines()
+    assert [line.split(": ")[1] for line in lines[:-1]] == [f"depth.{i}" for i in range(4)]
+    assert lines[-1] == "plan.yaml: and 2 more"
 
 
 def test_lists_of_other_lengths_are_refused_with_both() -> None:
@@ -271,11 +280,56 @@ def test_a_depths_calls_are_spread_over_all_its_places(schedule: Schedule, calls
             assert len(set(used)) == len(used)
 
 
+@given(numbered(), st.integers(1, 200))
+def test_calls_of_a_depth_take_its_places_in_the_middle_of_their_shares(
+    schedule: Schedule, calls: int
+) -> None:
+    """The j-th of m calls has the place at quantile (j + 1/2) / m, in whole numbers."""
+    depth = (FULL, *schedule.depth[1:])
+    other = schedule.resample(calls)
+    for d in set(depth):
+        have = [i for i, x in enumerate(depth) if x == d]
+        used = sorted(round(r * 100) for x, r in zip(other.depth, other.ratio, strict=True) if x == d)
+        m = len(used)
+        assert used == [have[(2 * j + 1) * len(have) // (2 * m)] for j in range(m)]
+
+
 def test_doubling_a_plan_makes_every_call_two() -> None:
     schedule = Schedule(depth=(FULL, 1, 0, FULL, 1, 0), ratio=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6))
     doubled = schedule.resample(12)
     assert sorted(doubled.depth) == sorted(schedule.depth * 2)
     assert doubled.ratio == tuple(sorted(schedule.ratio * 2))
+
+
+def test_a_call_keeps_its_recovery_in_a_run_of_another_length() -> None:
+    recoveries = (REUSE, Taylor(order=1), Taylor(order=2), Chebyshev())
+    schedule = Schedule(depth=(FULL, 1, 0, 1), ratio=(0.0, 0.1, 0.2, 0.3), recovery=recoveries)
+    of_ratio = dict(zip(schedule.ratio, recoveries, strict=True))
+    for calls in (2, 3, 7):
+        other = schedule.resample(calls)
+        assert other.recovery == tuple(of_ratio[ratio] for ratio in other.ratio)
+    assert schedule.with_recovery(Chebyshev()).resample(7).recovery == (Chebyshev(),)
+
+
+T1, T2, T3 = (Taylor(order=order) for order in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("depth", "planned", "used"),
+    [
+        ((FULL, FULL, 1, 1), (T1, T1, T2, T3), (REUSE, REUSE, T2, T3)),
+        ((FULL, FULL, 1, FULL), (T1, T1, T2, T3), (T2,)),
+        # Of a single value all make the same.
+        ((FULL, 1, 1), (T1, T2, T3), (REUSE,)),
+        # A call of depth 1 computed what one of depth 0 lacks, and a second one of depth 1 does not.
+        ((FULL, 1, 0), (T1, T1, T2), (T2,)),
+        ((FULL, 1, 1, 0), (T1, T1, T3, T2), (T2,)),
+    ],
+)
+def test_recoveries_that_change_nothing_are_left_out(
+    depth: tuple[int, ...], planned: tuple[TimeRecovery, ...], used: tuple[TimeRecovery, ...]
+) -> None:
+    assert used_recoveries(depth, planned) == used
 
 
 @pytest.mark.parametrize("calls", [0, -1])
@@ -311,6 +365,21 @@ def test_bundled_plans_load_and_say_where_they_come_from(name: str) -> None:
 def test_steps_are_pairs_in_order() -> None:
     steps = list(Schedule(depth=(FULL, 1), ratio=(0.0, 0.5)).steps())
     assert [(s.depth, s.ratio, s.full) for s in steps] == [(FULL, 0.0, True), (1, 0.5, False)]
+
+
+def test_full_calls_are_spaced_evenly_or_where_a_method_puts_them() -> None:
+    assert Spaced(3, 1).resample(5).depth == (FULL, 1, 1, FULL, 1)
+    ends = Spaced(3, 1, full=lambda calls: {0, calls - 1})
+    assert ends.resample(5).depth == (FULL, 1, 1, 1, FULL)
+    assert ends.kinds() == {Step(FULL, 0.0), Step(1, 0.0)}
+    every = Spaced(1, 1, full=lambda calls: {0})
+    assert every.resample(3).depth == (FULL,) * 3
+    assert every.kinds() == {Step(FULL, 0.0)}
+
+
+def test_the_first_call_of_a_schedule_is_full_and_the_others_are_its_own() -> None:
+    schedule = Schedule(depth=(1, 2, FULL), ratio=(0.1, 0.2, 0.3))
+    assert schedule.kinds() == {Step(FULL, 0.1), Step(2, 0.2), Step(FULL, 0.3)}
 
 
 def test_depths_of_one_plan_with_ratios_of_another() -> None:

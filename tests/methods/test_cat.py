@@ -421,6 +421,7 @@ CHOICES = {
     "paper": CATPruning(),
     "released": CATPruning.preset("released"),
     "released, half by clusters": CATPruning.preset("released", cluster_share=0.5, clusters=6),
+    "released, clusters alone": CATPruning.preset("released", cluster_share=1, balance=0.7, clusters=6),
     "weak noise": CATPruning(noise_scale=0.05, cluster_share=0.75),
     "slowly forgotten": CATPruning(decay=0.9, cluster_share=0.5),
     "stalest alone": CATPruning(cluster_share=0),
@@ -432,7 +433,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("count", [3, 24, 50])
+@pytest.mark.parametrize("count", [3, 24, 38, 50])
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_choice_is_that_of_a_slow_one(name: str, count: int) -> None:
     config, pairs = CHOICES[name], noises(6)
@@ -500,6 +501,55 @@ def test_the_conditional_half_decides_for_both(alignment: Alignment) -> None:
         own = [tuple(n[halves[alignment]] for n in pair) for pair in pairs]
         alone, _ = select(config, own, 20)
         assert all(torch.equal(a, t[:2]) for a, t in zip(alone, tokens, strict=True))
+
+
+@pytest.mark.parametrize("alignment", [Alignment.CONDITIONAL, Alignment.UNCONDITIONAL])
+@pytest.mark.parametrize("kind", ["sd3", "pixart", "dit"])
+def test_in_a_generation_one_half_decides_by_its_noise(kind: str, alignment: Alignment) -> None:
+    """DiT has the conditional half first; DiT and PixArt predict a variance behind the noise."""
+    pipe = KINDS[kind]()
+    outputs: list[Tensor] = []
+    chosen: list[Tensor | None] = []
+    pipe.transformer.register_forward_hook(lambda _, args, out: outputs.append(out[0].clone()))
+    config = CATPruning(alpha=0.4, t0=3, choice=TokenChoice.NOISE, alignment=alignment)
+    with regrow.apply(pipe, config) as run, run.observed(lambda seen: chosen.append(seen.tokens)):
+        generate(pipe, guidance_scale=4.0)
+    half = (kind == "dit") != (alignment is Alignment.CONDITIONAL)
+    noises = [output.chunk(2)[half][0, :4] for output in outputs]
+    for call in (3, 4):
+        moved = (noises[call - 1] - noises[1]).square().sum(0)
+        expected = moved.unfold(0, 2, 2).unfold(1, 2, 2).sum((2, 3)).flatten().topk(25).indices
+        tokens = chosen[call]
+        assert tokens is not None
+        assert tokens.tolist() == [sorted(expected.tolist())] * 2
+
+
+@pytest.mark.parametrize(("alpha", "count"), [(1e-6, 1), (0.1, 8), (0.31, 24), (0.4, 32), (0.995, 79)])
+def test_the_share_computed_of_80_tokens_is_rounded_down(alpha: float, count: int) -> None:
+    pipe = transformer_pipelines.flux()
+    chosen: list[Tensor | None] = []
+    config = CATPruning(alpha=alpha, t0=2, choice=TokenChoice.ROWS)
+    with regrow.apply(pipe, config) as run, run.observed(lambda seen: chosen.append(seen.tokens)):
+        generate(pipe, width=20, num_inference_steps=3)
+    assert chosen[2] is not None
+    assert chosen[2].shape == (1, count)
+
+
+def test_who_writes_to_an_output_changes_no_later_call() -> None:
+    """Of Flux the denoiser's output is that of its last module."""
+    pipe = transformer_pipelines.flux()
+
+    def spoil(module: Any, args: Any, out: tuple[Tensor]) -> tuple[Tensor]:
+        mine = out[0].clone()
+        out[0].zero_()
+        return (mine,)
+
+    with regrow.apply(pipe, CATPruning(alpha=0.4, t0=2)) as run:
+        expected = generate(pipe)
+        hook = pipe.transformer.register_forward_hook(spoil)
+        assert torch.equal(generate(pipe), expected)
+        hook.remove()
+    assert any(c.ratio for c in run.report().calls)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,14 @@ def test_cached_calls_prune_and_feed_the_score_too() -> None:
     assert_near(found[2], with_reference(model, inputs[2], base, 0.5))
 
 
+def test_the_score_compares_the_newest_two_outputs() -> None:
+    model = pipelines.unet().double()
+    inputs = guided_inputs(model, 4)
+    found = outputs(model, DaTo(schedule=plan(0.5, FULL, FULL, FULL, FULL)), inputs)
+    base = Base(found[2], found[1], align="conditional")
+    assert_near(found[3], with_reference(model, inputs[3], base, 0.5))
+
+
 def test_outputs_written_to_by_others_do_not_reach_the_score() -> None:
     model = pipelines.unet()
     inputs = guided_inputs(model, 3)

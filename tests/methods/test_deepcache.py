@@ -30,19 +30,27 @@ def test_every_nth_call_is_full_and_the_others_compute_the_branch(
     assert depths(DeepCache(interval=interval, branch=branch), calls) == expected
 
 
-@given(
+uneven = given(
     interval=st.integers(1, 10),
     calls=st.integers(1, 100),
     center=st.floats(0.05, 0.95),
     power=st.floats(1, 2),
 )
-def test_the_full_calls_of_an_uneven_schedule_are_those_of_the_formula(
-    interval: int, calls: int, center: float, power: float
-) -> None:
+
+
+def points(interval: int, calls: int, center: float, power: float) -> Any:
+    """The points of the formula before they are rounded, without the end of the run."""
     c, count = center * calls, -(-calls // interval)
     ends = [np.sign(e) * np.abs(e) ** (1 / power) for e in (-c, calls - c)]
     line = np.linspace(*ends, count + 1)[:-1]
-    formula = np.sign(line) * np.abs(line) ** power + c
+    return np.sign(line) * np.abs(line) ** power + c
+
+
+@uneven
+def test_the_full_calls_of_an_uneven_schedule_are_those_of_the_formula(
+    interval: int, calls: int, center: float, power: float
+) -> None:
+    count, formula = -(-calls // interval), points(interval, calls, center, power)
     found = sorted(full_calls(DeepCache(interval=interval, center=center, power=power), calls))
     assert found[0] == 0
     assert found[-1] < calls
@@ -52,6 +60,18 @@ def test_the_full_calls_of_an_uneven_schedule_are_those_of_the_formula(
     even = {int(i * calls / count + 1e-9) for i in range(count)}
     straight = full_calls(DeepCache(interval=interval, center=center, power=1), calls)
     assert all(min(abs(i - j) for j in even) <= 1 for i in straight)
+
+
+@uneven
+def test_the_points_of_an_uneven_schedule_are_rounded_down(
+    interval: int, calls: int, center: float, power: float
+) -> None:
+    formula = points(interval, calls, center, power)
+    found = full_calls(DeepCache(interval=interval, center=center, power=power), calls)
+    # Beside a whole number either side is right.
+    below, above = (np.maximum(formula + e, 0).astype(int).tolist() for e in (-1e-6, 1e-6))
+    assert found <= {*below, *above}
+    assert all({a, b} & found for a, b in zip(below, above, strict=True))
 
 
 def test_uneven_full_calls_are_closest_together_at_the_center() -> None:

@@ -42,10 +42,12 @@ def check(
     unet: Any = pipelines.unet,
     size: tuple[int, int] = (16, 16),
     pairs: int = 1,
+    masks: dict[str, Tensor] | None = None,
     **options: Any,
 ) -> None:
     model = unet().double()
     (inputs,) = guided_inputs(model, 1, pairs=pairs, height=size[0], width=size[1])
+    inputs |= masks or {}
     (got,) = outputs(model, config, [inputs])
     base = Base(config.base, side=config.patch, align=config.alignment.value)
     assert_near(got, with_reference(model, inputs, base, config.ratio, side=config.patch, **options))
@@ -95,6 +97,19 @@ def test_every_layer_prunes_by_its_own_switch(layers: tuple[str, ...]) -> None:
         feed_forward="ff" in layers,
     )
     check(config, layers=layers)
+
+
+@pytest.mark.parametrize("layers", [("attn1",), ("attn1", "attn2")], ids="+".join)
+def test_of_a_mask_of_all_tokens_the_kept_ones_parts_are_read(layers: tuple[str, ...]) -> None:
+    """Each sample hides other tokens; the mask of the text stays whole."""
+    g = torch.Generator().manual_seed(0)
+    masks = {
+        "attention_mask": (torch.rand(2, 256, generator=g) > 0.4).long(),
+        "encoder_attention_mask": (torch.rand(2, 7, generator=g) > 0.4).long(),
+    }
+    config = SiTo(ratio=0.5, base=V, cross_attention="attn2" in layers)
+    # A mask is of one level: the middle has fewer tokens.
+    check(config, unet=lambda: pipelines.unet(mid_block_type=None), masks=masks, layers=layers)
 
 
 def test_merging_computes_means() -> None:

@@ -609,6 +609,12 @@ def test_shares_are_by_block_call_and_kind() -> None:
     assert count_of(config, LayerKind.FEED_FORWARD, 0, 10, 0.0, blocks=1) == 10
 
 
+def test_shares_that_binary_fractions_miss_lose_no_token() -> None:
+    rule: Any = parts_of(ToCa(ratio=0.9, layer_weight=0)).refresh
+    assert (1 - 0.9) * 10 < 1
+    assert rule.count(Layer("", LayerKind.FEED_FORWARD, "", 0, 28), 10, 0.9) == 1
+
+
 def test_macs_are_those_of_fora_and_of_the_tokens_computed() -> None:
     """DiT-XL/2 at 256 x 256: 256 tokens, 1,152 wide, MLPs four times as wide."""
     arch, config = architecture("dit-xl-256"), ToCa()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformer_pipelines
+from peft import LoraConfig, inject_adapter_in_model
 from test_exactness import assert_untouched_module
 from torch import Tensor
 from transformer_pipelines import (
@@ -452,6 +453,50 @@ def test_the_text_is_computed_in_every_call_if_that_is_asked_for(kind: str, pipe
     macs = {c.macs for c in run.report().calls}
     assert len(macs) == 1
     assert run.report().macs == run.report().full_macs
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", TEXT)
+def test_full_calls_read_the_text_that_they_are_given(pipe: Any, mode: Any) -> None:
+    """Also one that comes back after another, and one that is written to, which inference mode hides."""
+    args, kwargs = inputs_of(pipe)
+
+    def read(text: Tensor) -> Tensor:
+        return pipe.transformer(*args, **kwargs | {"encoder_hidden_states": text})[0]
+
+    plan = regrow.Schedule(depth=("full", "full", "full", "full", 1), ratio=(0.0,) * 5)
+    with mode():
+        mine, found = kwargs["encoder_hidden_states"].clone(), []
+        other = mine.flip(1) + 1
+        expected = [read(text) for text in (mine, other, mine, mine + 1)]
+        with regrow.apply(pipe.transformer, regrow.DaTo(schedule=plan)) as run, run.generation(5) as clock:
+            for step, text in enumerate((mine, other, mine, mine)):
+                if step == 3:
+                    text += 1
+                found.append(read(text))
+                clock.step()
+    assert all(map(torch.equal, found, expected))
+
+
+def test_adapters_set_before_a_cached_call_reach_the_texts_layers_in_the_full_one_behind_it() -> None:
+    """The cached call leaves out most of the layers that read the text."""
+    pipe = transformer_pipelines.pixart()
+    args, kwargs = inputs_of(pipe)
+    config = LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False)
+    model = inject_adapter_in_model(config, pipe.transformer, "a")
+    adapters = [module for module in model.modules() if hasattr(module, "set_scale")]
+    assert adapters
+    plan = regrow.Schedule(depth=("full", 1, "full"), ratio=(0.0,) * 3)
+    with torch.no_grad(), regrow.apply(model, regrow.DaTo(schedule=plan)) as run:
+        with run.generation(3) as clock:
+            for strength in (1.0, 5.0, 5.0):
+                for adapter in adapters:
+                    adapter.set_scale("a", strength)
+                found = model(*args, **kwargs)[0]
+                clock.step()
+        assert [c.depth for c in run.report().calls] == ["full", "1", "full"]
+    with torch.no_grad():
+        assert torch.equal(found, model(*args, **kwargs)[0])
 
 
 def test_a_text_that_was_written_to_is_a_new_one(pipe: Any, kind: str) -> None:

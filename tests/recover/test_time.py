@@ -229,6 +229,88 @@ def test_steps_that_can_not_be_are_refused(fields: dict[str, Any], said: str) ->
 
 # --- All of them ---
 
+NEAREST = FittedStep(step=3, sources=(2,), weights=(1.0,))
+
+
+@pytest.mark.parametrize(
+    ("recovery", "times", "said"),
+    [
+        (REUSE, (0, 1), "reuse"),
+        (Taylor(order=2), (0,), "reuse"),
+        (Taylor(order=2), (0, 1), "taylor(1)"),
+        (Taylor(order=2), (0, 1, 2), "taylor(2)"),
+        (Taylor(order=1), (0, 1, 2), "taylor(1)"),
+        (Chebyshev(degree=3), (0,), "reuse"),
+        (Chebyshev(degree=3), (0, 1), "chebyshev(3)"),
+        (Fitted(total=TOTAL, steps=(NEAREST,)), (1, 2), "fitted"),
+        (Fitted(total=TOTAL, steps=(NEAREST,)), (0, 1), "taylor(1)"),
+        (Fitted(total=TOTAL, steps=(NEAREST,)), (1,), "reuse"),
+    ],
+)
+def test_reports_name_what_a_value_was_made_with(
+    recovery: TimeRecovery, times: tuple[int, ...], said: str
+) -> None:
+    assert recovery.used(times, 3, TOTAL) == said
+
+
+@pytest.mark.parametrize(
+    ("recovery", "one", "two"),
+    [
+        (REUSE, True, True),
+        (Taylor(), False, True),
+        (Chebyshev(), False, True),
+        (Fitted(total=TOTAL, steps=(NEAREST,)), True, True),
+        (Fitted(total=TOTAL + 1, steps=(NEAREST,)), False, True),
+    ],
+)
+def test_a_run_that_began_late_needs_two_values_or_what_was_fitted(
+    recovery: TimeRecovery, one: bool, two: bool
+) -> None:
+    assert recovery.begins((2,), 3, TOTAL) == one
+    assert recovery.begins((1, 2), 3, TOTAL) == two
+
+
+def test_a_fit_is_moved_with_all_its_steps() -> None:
+    moved = fitted().moved(3, 9)
+    assert moved.weights((3, 4, 6), 8, 9) == fitted().weights((0, 1, 3), 5, 6)
+    assert [one.step for one in moved.steps] == [5, 7, 8]
+    assert moved.total == 9
+    assert REUSE.moved(3, 9) is REUSE
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "allowed", "refused"),
+    [
+        (Taylor, "order", (1, 8), (0, 9)),
+        (Chebyshev, "degree", (1, 8), (0, 9)),
+        (Chebyshev, "ridge", (1e-9, 1.0), (0, -1.0)),
+        (Chebyshev, "mix", (0, 1), (-0.1, 1.1)),
+    ],
+)
+def test_fields_have_bounds(
+    kind: type[TimeRecovery], field: str, allowed: tuple[float, ...], refused: tuple[float, ...]
+) -> None:
+    for value in allowed:
+        assert getattr(kind(**{field: value}), field) == value
+    for value in refused:
+        with pytest.raises(ValidationError, match=field):
+            kind(**{field: value})
+
+
+def test_defaults_are_the_papers() -> None:
+    assert Chebyshev() == Chebyshev(degree=4, ridge=0.1, mix=1)
+    assert Taylor() == Taylor(order=1)
+
+
+def test_a_step_is_fitted_once_and_of_earlier_ones() -> None:
+    with pytest.raises(ValidationError, match="a step is there twice"):
+        Fitted(total=TOTAL, steps=(NEAREST, NEAREST))
+    assert FittedStep(step=1, sources=(0,), weights=(1.0,)).step == 1
+    for fields in ({"step": 0, "sources": (0,)}, {"step": 3, "sources": (-1,)}, {"step": 3, "sources": ()}):
+        with pytest.raises(ValidationError):
+            FittedStep(**{"weights": (1.0,)} | fields)
+
+
 recoveries = st.one_of(
     st.just(REUSE),
     st.builds(Taylor, order=orders),
@@ -315,6 +397,11 @@ def test_a_recovery_without_a_name_is_refused(kind: type[TimeRecovery]) -> None:
 def test_a_recovery_is_labelled_by_what_makes_it(name: str, label: str) -> None:
     assert recovery_from(name).label == label
     assert recovery_from(label) == recovery_from(name)
+
+
+def test_a_recovery_without_an_order_is_given_none() -> None:
+    with pytest.raises(ValueError, match="it must be 'reuse', which has no order"):
+        recovery_from("reuse2")
 
 
 def test_a_recovery_is_known_by_its_kind() -> None:

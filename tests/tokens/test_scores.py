@@ -136,6 +136,13 @@ def test_influence_of_some_queries_is_theirs_scaled_to_all(queries: int, biased:
     torch.testing.assert_close(attention_influence(query, key, queries, given), expected)
 
 
+def test_no_more_weights_are_held_at_once_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "WEIGHTS", 400)
+    query, key = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 7, 4)
+    blocks = list(scores._attention_weights(query, key, None))
+    assert [block.shape for block in blocks] == [(2, 3, 9, 7), (2, 3, 1, 7)]
+
+
 def test_masked_keys_have_no_part_in_the_entropy() -> None:
     query, key, _ = attention(20, 30)
     mask = torch.zeros(2, 1, 1, 30)

@@ -227,3 +227,4 @@ def test_exact_similarities_of_half_precision_are_those_of_float32(
     value, index = similar(x, rest, base)
     assert (index == right).float().mean() > 0.95
     torch.testing.assert_close(value, expected, rtol=0, atol=2e-3)
+    assert not torch.equal(value, expected)
