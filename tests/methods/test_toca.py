@@ -610,9 +610,9 @@ def test_shares_are_by_block_call_and_kind() -> None:
 
 
 def test_shares_that_binary_fractions_miss_lose_no_token() -> None:
-    rule: Any = parts_of(ToCa(ratio=0.9, layer_weight=0)).refresh
+    config = ToCa(ratio=0.9, layer_weight=0)
     assert (1 - 0.9) * 10 < 1
-    assert rule.count(Layer("", LayerKind.FEED_FORWARD, "", 0, 28), 10, 0.9) == 1
+    assert count_of(config, LayerKind.FEED_FORWARD, 0, 10, 0.9) == 1
 
 
 def test_macs_are_those_of_fora_and_of_the_tokens_computed() -> None:
