@@ -43,7 +43,7 @@ ROWS, COLUMNS = 4, 6
 SITES = {"latte": 2 * PAIRS, "wan": LAYERS}
 SIZES: dict[str, dict[str, int]] = {"latte": {}, "wan": {"height": 32, "width": 48, "frames": 5}}
 SMALL = {"pictures": 3, "steps": 1, "batch": 2}
-FEW = Training(steps=4, lr=1e-2, batch=2, every=2, sampler_steps=5, held_out=1)
+FEW = Training(steps=2, lr=1e-2, batch=2, every=1, sampler_steps=5, held_out=1)
 CACHED: dict[str, Any] = {"full_steps": 2, "last_blocks": 2, "ratio": 0.6}
 
 
@@ -206,11 +206,11 @@ def test_a_killed_training_goes_on_with_the_same_numbers_and_its_file_runs(
         trained = train_predictor(place, 2, samples=2, pictures=False)
         return trained, trained.curve.rows(), read_learned(trained.file, "predictor").tensors
 
-    trained, whole, weights = run("whole", 4)
-    run("killed", 2)
-    _, resumed, again = run("killed", 4)
+    trained, whole, weights = run("whole", 2)
+    run("killed", 1)
+    _, resumed, again = run("killed", 2)
     assert resumed == whole
-    assert len(whole["train"]) == 4
+    assert len(whole["train"]) == 2
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     assert table_of(read_learned(trained.file, "predictor")).quantiles.shape == (25, SITES[kind], 17)
     ours = generated(kind, TokenCache(predictor=str(trained.file), beta=-1, **CACHED))
@@ -312,7 +312,7 @@ def test_a_video_is_read_as_it_was_written(tmp_path: Path, name: str) -> None:
             abs(a - b) for a, b in zip(ours.getpixel((20, 12)), expected.getpixel((20, 12)), strict=True)
         ]  # type: ignore[arg-type]
         assert max(apart) < (12 if name.endswith("mp4") else 3)
-    with pytest.raises(ValueError, match="it has 4 frames of 5"):
+    with pytest.raises(ValueError, match="it must have at least 5 frames; it has 4"):
         read_clip(video, 5)
 
 
@@ -334,9 +334,7 @@ def test_videos_of_a_folder_have_the_captions_beside_them(tmp_path: Path, kind: 
         else frame.crop((2, 0, 38, 24)).resize((48, 32))
         for frame in moving(size["frames"])
     ]
-    x = torch.stack(
-        [torch.tensor(list(f.getdata())).view(*f.size[::-1], 3).permute(2, 0, 1) for f in frames]
-    )
+    x = torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames])
     x = x / 255 * 2 - 1
     with torch.no_grad():
         if kind == "wan":

@@ -319,7 +319,7 @@ def _trained(request: Request, work: Callable[[Workplace], Trained]) -> Trained:
     )
     console = remarks()
     with busy(console, f"loading {request.model}"):
-        pipeline = load_pipeline(request.model, device, torch.float32)
+        pipeline = load_pipeline(request.model, device, torch.float32, videos=True)
     if not request.resume:
         forget(request.out)
     with Bar(console) as bar:

@@ -99,7 +99,9 @@ def read_clip(video: Path, count: int) -> Clip:
     """
     frames = list(islice(_read(video), count))
     if len(frames) < count:
-        raise ValueError(f"--data: {video} is not allowed, it has {len(frames)} frames of {count}")
+        raise ValueError(
+            f"--data: {video} is not allowed, it must have at least {count} frames; it has {len(frames)}"
+        )
     return frames
 
 
