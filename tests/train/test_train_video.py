@@ -169,6 +169,24 @@ def test_a_router_of_ones_is_the_full_call(kind: str) -> None:
         assert RouterObjective(frozen, router, 0.0).losses(batch).error > 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_sample_has_the_router_of_its_own_step(kind: str) -> None:
+    frozen, both = frozen_of(kind), batch_of(kind)
+    router = Router(10, len(frozen.layout.layer_sites))
+    with torch.no_grad():
+        router.logits.copy_(torch.randn_like(router.logits))
+        objective = RouterObjective(frozen, router, 0.1)
+        each = [
+            objective.losses(Batch(both.x[i], both.index[i], {n: v[i] for n, v in both.given.items()}))
+            for i in (slice(0, 1), slice(1, 2))
+        ]
+        found = objective.losses(both)
+    for part in ("error", "cost"):
+        alone = [getattr(one, part) for one in each]
+        assert not torch.isclose(*alone, rtol=1e-2, atol=0)
+        torch.testing.assert_close(getattr(found, part), sum(alone) / 2, rtol=1e-4, atol=0)
+
+
 def pipeline(kind: str) -> Any:
     return getattr(transformer_pipelines, f"{kind}_of_texts")()
 
@@ -203,7 +221,7 @@ def test_a_killed_training_goes_on_with_the_same_numbers_and_its_file_runs(
     def run(folder: str, steps: int, **changes: Any) -> Any:
         training = FEW.model_copy(update={"steps": steps})
         place = place_of(tmp_path / folder, kind, training, **changes)
-        trained = train_predictor(place, 2, samples=2, pictures=False)
+        trained = train_predictor(place, 2, samples=1, pictures=False)
         return trained, trained.curve.rows(), read_learned(trained.file, "predictor").tensors
 
     trained, whole, weights = run("whole", 2)
@@ -222,7 +240,9 @@ def test_a_killed_training_goes_on_with_the_same_numbers_and_its_file_runs(
 def test_blocks_computed_again_give_the_same_numbers(tmp_path: Path, kind: str) -> None:
     one = FEW.model_copy(update={"steps": 1})
     plain, again = (
-        train_predictor(place_of(tmp_path / name, kind, one, checkpointing=on), 1, samples=1)
+        train_predictor(
+            place_of(tmp_path / name, kind, one, checkpointing=on), 1, samples=1, pictures=not on
+        )
         for name, on in (("plain", False), ("again", True))
     )
     assert plain.curve.rows() == again.curve.rows()
