@@ -268,8 +268,7 @@ def _block_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ..
     """The blocks, where each takes the image's tokens and returns them."""
     if any(place.returns is not Returns.TOKENS for place in blocks.values()):
         return ()
-    paths = [path for path, _, _ in family.stacks]
-    spans = dict(zip(paths, family.spans or (Spans.VIDEO,) * len(paths), strict=True))
+    spans = _spans(family)
     sites = []
     for index, (name, place) in enumerate(blocks.items()):
         attentions = own_layers([(name, place.module)], family.self_attentions)
@@ -291,15 +290,23 @@ def _block_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ..
     return tuple(sites)
 
 
+def _spans(family: Family) -> dict[str, Spans]:
+    """By path of a list of blocks, which tokens are one sequence there."""
+    paths = [path for path, _, _ in family.stacks]
+    return dict(zip(paths, family.spans or (Spans.VIDEO,) * len(paths), strict=True))
+
+
 def _layer_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ...]:
     """The attentions and feed-forwards, as they run."""
     names = {path: (names, _ENDS.get(path, names)) for path, names, _ in family.stacks}
+    spans = _spans(family)
     sites = []
     for index, (block, place) in enumerate(blocks.items()):
         own, ends = names[_stack_of(block)]
         for name, layer in own_layers([(block, place.module)], own).items():
             if name.removeprefix(f"{block}.") in ends:
-                sites.append(Site(name, layer.module, Keeps.OUTPUT, block, index))
+                span = spans[_stack_of(block)]
+                sites.append(Site(name, layer.module, Keeps.OUTPUT, block, index, spans=span))
     return tuple(sites)
 
 
