@@ -184,7 +184,7 @@ class _FirstOfSites(Sited, Decider):
         """The given one."""
         return self._own.plan(view) if self.decided is None else self.decided
 
-    def begin(self, memory: Any) -> Any:
+    def begin(self, memory: Any = None) -> Any:
         """The method's memory; of the last full call alone, so that one call is counted."""
         self.observing = Flops()
         return self._own.begin(None)

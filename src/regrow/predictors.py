@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from regrow.core.decision import Entered
 from regrow.fields import MOST_BLOCKS, Checked, Count, explain
 from regrow.files import FileError, check_file, read_json, said
 from regrow.models import known_layout
@@ -227,6 +228,11 @@ class CachePredictor(nn.Module):
             kwargs: the same by name.
         """
         return torch.sigmoid(self.head(self.block(x, *args, **kwargs)))
+
+    def of_samples(self, entered: Entered, batch: int) -> Tensor:
+        """alpha ``(B, N, L)`` of B samples; of a video, N are the tokens of all frames, frame by frame."""
+        alpha: Tensor = self(entered.x, *entered.args, **entered.kwargs)
+        return alpha.reshape(batch, -1, alpha.shape[-1])
 
 
 def without_data(denoiser: nn.Module) -> bool:

@@ -333,7 +333,7 @@ def test_videos_are_timed_and_not_taken_for_pictures(
     folder = tmp_path / "eval"
     assert run(monkeypatch, "eval", "--model", str(tmp_path / "wan"), "--out", str(folder)) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "makes videos (WanPipeline); only regrow generate and bench take them" in said
+    assert "makes videos (WanPipeline); only regrow generate, bench and train take them" in said
     assert not folder.exists()
     assert run(monkeypatch, "bench", "--methods", "steps:1", "--frames", "5", "--device", "cpu") == 2
     assert "frames: StableDiffusionPipeline makes pictures" in capsys.readouterr().err

@@ -7,8 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import transformer_pipelines
+from PIL import Image
 
 from regrow import cli
+from regrow.measure.videos import save_clip
 
 FEW = ("--pictures", "2", "--picture-steps", "1", "--batch", "1", "--steps", "1", "--sampler-steps", "2")
 
@@ -34,6 +37,20 @@ def test_a_router_is_trained_and_told(
     said = capsys.readouterr().out
     assert "untrained" in said
     assert "--steps 2 --method l2c --router" in said
+
+
+def test_a_model_of_videos_is_trained_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model, videos = tmp_path / "model", tmp_path / "videos" / "a penguin"
+    transformer_pipelines.latte_of_texts().save_pretrained(model)
+    videos.mkdir(parents=True)
+    for name in ("a.gif", "b.gif"):
+        save_clip(videos / name, [Image.new("RGB", (16, 16), (80 * i, 9, 9)) for i in range(3)], 8)
+    words = ("router", "--model", str(model), "--data", str(videos.parent), *FEW[4:], "--frames", "3")
+    assert run(monkeypatch, *words, "--device", "cpu", "--out", str(tmp_path / "r"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 1
+    assert (tmp_path / "r" / "router.safetensors").exists()
 
 
 @pytest.mark.parametrize(

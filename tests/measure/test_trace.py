@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,14 +39,17 @@ from pipelines import generate
 from torch import Tensor
 
 import regrow
-from regrow import FULL, DaTo, DeepCache, Schedule, SiTo, ToMeSD, cli
+from regrow import FULL, DaTo, DeepCache, Schedule, SiTo, ToMeSD, cli, zoo
+from regrow.cli.trace_plots import draw
 from regrow.measure.computed import ComputedCounter
 from regrow.measure.machine import model_key
 from regrow.measure.trace import PERCENTILES, Moment, Trace, deviation, trace, watched_steps
 from regrow.measure.variants import Variant, variant
 from regrow.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
 from regrow.methods.base import MethodConfig
+from regrow.methods.l2c import L2C
 from regrow.methods.parts import CallInfo, Parts, Where, parts_of
+from regrow.methods.tokencache import TokenCache, bundled_for, full_calls, table_of
 from regrow.models import layout_of
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
@@ -608,6 +612,44 @@ def test_the_command_writes_numbers_and_plots(
     assert np.mean(level["mean"]) == pytest.approx(level["share"], abs=1e-3)
     for name in ("deviation", "differences", "computed"):
         assert Image.open(tmp_path / f"{name}.png").width > 500
+
+
+def test_shares_of_blocks_are_those_of_the_predictors_table(tmp_path: Path) -> None:
+    pipe, config = zoo.load("cifar10"), TokenCache(full_steps=2, last_blocks=1, ratio=0.6, beta=-1)
+    found = trace(pipe, [plain(5), Variant("cached", config, 5)], ["1", "2"], guidance=1.0, batch=1)
+    learned = bundled_for(pipe.transformer)
+    assert learned is not None
+    table = table_of(learned)
+    full = full_calls(config, table, 5)
+    assert len(full) == 2
+    [cached] = found.variants
+    assert list(cached.sites) == [f"transformer_blocks.{i}" for i in range(6)]
+    for block, shares in enumerate(cached.sites.values()):
+        planned = [table.shares(call / 5, 5, 0.6)[min(block, 4)] for call in range(5)]
+        # Of 256 tokens, as many as are whole.
+        expected = [
+            1.0 if call in full or block == 5 else math.ceil(share * 256 - 1e-6) / 256
+            for call, share in enumerate(planned)
+        ]
+        assert shares == pytest.approx(expected)
+    assert found.to_dict()["variants"][0]["sites"]["transformer_blocks.5"] == [1.0] * 5
+    files = draw(found, ("1", "2"), tmp_path)
+    assert files[-1] == tmp_path / "blocks.png"
+    assert Image.open(files[-1]).width > 500
+
+
+def test_methods_that_decide_for_no_sites_have_no_shares_of_blocks(found: Trace, tmp_path: Path) -> None:
+    assert all(not one.sites for one in found.variants)
+    assert tmp_path / "blocks.png" not in draw(found, tuple(PROMPTS), tmp_path)
+
+
+def test_shares_of_layers_are_the_rows_of_a_router() -> None:
+    pipe = transformer_pipelines.dit(num_layers=2)
+    [cached] = trace(pipe, [plain(4), Variant("l2c", L2C(router="untrained"), 4)], ["1"]).variants
+    assert list(cached.sites) == [
+        f"transformer_blocks.{i}.{name}" for i in range(2) for name in ("attn1", "ff")
+    ]
+    assert all(shares == (1.0, 0.0, 1.0, 0.0) for shares in cached.sites.values())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformer_pipelines
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from regrow.models import layout_of
@@ -39,11 +45,11 @@ def test_alpha_1_is_the_full_call_and_0_the_reuse_of_all_updates_bit_for_bit() -
     sites = frozen.layout.block_sites
     before = past(frozen, sites, batch)
     full = truth(frozen, sites, before, batch.given)
-    ones = on_sites(torch.ones(2, TOKENS, BLOCKS), sites)
+    ones = on_sites(torch.ones(2, TOKENS, BLOCKS), sites, before)
     output, last = relaxed(frozen, sites, before, batch.given, ones)
     assert torch.equal(output, full.output)
     assert torch.equal(last, full.last)
-    zeros = on_sites(torch.zeros(2, TOKENS, BLOCKS), sites)
+    zeros = on_sites(torch.zeros(2, TOKENS, BLOCKS), sites, before)
     _, last = relaxed(frozen, sites, before, batch.given, zeros)
     expected = full.entered.x
     for site in sites:
@@ -56,7 +62,7 @@ def test_the_last_blocks_are_always_computed() -> None:
     frozen, batch = frozen_dit(), batch_of()
     sites = frozen.layout.block_sites
     before = past(frozen, sites, batch)
-    zeros = on_sites(torch.zeros(2, TOKENS, BLOCKS), sites[:-1])
+    zeros = on_sites(torch.zeros(2, TOKENS, BLOCKS), sites[:-1], before)
     _, last = relaxed(frozen, sites, before, batch.given, zeros)
     entered = truth(frozen, sites, before, batch.given).entered
     x = entered.x + before.kept[sites[0].key] + before.kept[sites[1].key]
@@ -70,7 +76,7 @@ def test_gradients_of_the_relaxed_path_are_those_of_finite_differences() -> None
     full = truth(frozen, sites, before, batch.given)
 
     def error(alpha: Tensor) -> Tensor:
-        _, last = relaxed(frozen, sites, before, batch.given, on_sites(alpha, sites))
+        _, last = relaxed(frozen, sites, before, batch.given, on_sites(alpha, sites, before))
         return (last - full.last).pow(2).mean()
 
     alpha = torch.rand(2, TOKENS, BLOCKS, dtype=torch.float64, requires_grad=True)
@@ -138,6 +144,41 @@ def test_a_step_is_the_samplers(prediction: str) -> None:
     )
 
 
-def test_flow_matching_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"scheduler FlowMatchEuler.* is not allowed in training"):
-        Steps.of(transformer_pipelines.sd3().scheduler, 10)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_step_of_flow_matching_is_eulers(scheduler: Any) -> None:
+    steps = Steps.of(scheduler, 10)
+    euler: Any = FlowMatchEulerDiscreteScheduler()
+    euler.set_timesteps(sigmas=steps.sigma.tolist())
+    scheduler.set_timesteps(10)
+    torch.testing.assert_close(steps.times, scheduler.timesteps)
+    torch.testing.assert_close(steps.sigma.float(), scheduler.sigmas[:-1])
+    x, output, noise = torch.randn(3, 1, 4, 4, 4).double()
+    for index in (0, 7):
+        now, after = steps.sigma[index], steps.sigma[index + 1]
+        at = torch.tensor([index])
+        torch.testing.assert_close(steps.noised(x, noise, at), (1 - now) * x + now * noise)
+        torch.testing.assert_close(steps.next(x, output, at), x + (after - now) * output)
+        euler._step_index = index
+        theirs = euler.step(output, euler.timesteps[index], x).prev_sample
+        torch.testing.assert_close(steps.next(x, output, at), theirs.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        FlowMatchHeunDiscreteScheduler(),
+        EDMEulerScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_other_noise_levels_are_refused(scheduler: Any) -> None:
+    with pytest.raises(ValueError, match=r"the scheduler .* is not allowed in training"):
+        Steps.of(scheduler, 10)

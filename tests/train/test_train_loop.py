@@ -197,13 +197,6 @@ def test_models_whose_blocks_return_more_than_tokens_are_refused(tmp_path: Path)
         place_of(tmp_path, transformer_pipelines.sd3())
 
 
-@pytest.mark.parametrize("kind", ["latte", "wan"])
-def test_videos_are_refused_before_anything_is_made(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(ValueError, match=r"is not allowed in training, .* those of a picture"):
-        place_of(tmp_path / "none", getattr(transformer_pipelines, kind)())
-    assert not (tmp_path / "none").exists()
-
-
 def test_a_block_must_be_left_to_decide_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="last_blocks: 3 is not allowed, it must be >= 0 and < 3"):
         train_predictor(place_of(tmp_path, small()), BLOCKS)

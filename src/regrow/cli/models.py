@@ -198,7 +198,9 @@ def _kind(model: str, videos: bool) -> Any:
         # The automatic choice knows pipelines of pictures from text only.
         return diffusers.AutoPipelineForText2Image
     if not videos:
-        raise ValueError(f"model: {model} makes videos ({name}); only regrow generate and bench take them")
+        raise ValueError(
+            f"model: {model} makes videos ({name}); only regrow generate, bench and train take them"
+        )
     given = {"image", "video"} & set(inspect.signature(own.__call__).parameters)
     if given:
         raise ValueError(f"model: {model} ({name}) needs {' and '.join(sorted(given))}, not a text alone")

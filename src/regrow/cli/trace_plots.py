@@ -8,10 +8,13 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from regrow.measure.plotting import COLOURS, LINES, save
 from regrow.measure.trace import PERCENTILES, Difference, Trace, Traced
 
 PICTURES = 4
+MOST_NAMES = 28
 
 
 def draw(trace: Trace, prompts: tuple[str, ...], folder: Path) -> list[Path]:
@@ -31,6 +34,10 @@ def draw(trace: Trace, prompts: tuple[str, ...], folder: Path) -> list[Path]:
     if mapped:
         files.append(folder / "computed.png")
         draw_computed(trace, mapped, prompts, files[-1])
+    sited = [v for v in trace.variants if v.sites]
+    if sited:
+        files.append(folder / "blocks.png")
+        draw_blocks(sited, files[-1])
     return files
 
 
@@ -121,6 +128,29 @@ def draw_computed(trace: Trace, mapped: list[Traced], prompts: tuple[str, ...], 
         axis.set_yticks([])
     bar = figure.colorbar(shown, ax=axes, shrink=0.8 if rows > 1 else 1.0)
     bar.set_label("share of calls\nand layers", fontsize=8)
+    save(figure, file)
+
+
+def draw_blocks(sited: list[Traced], file: Path) -> None:
+    """A panel a method: what share of its tokens each block computed in each call; full calls marked."""
+    import matplotlib.pyplot as plt
+
+    rows = max(len(one.sites) for one in sited)
+    size = (7.2, len(sited) * (min(0.24 * rows, 7.0) + 1.1))
+    figure, axes = plt.subplots(len(sited), 1, figsize=size, squeeze=False, layout="constrained")
+    for axis, one in zip(axes[:, 0], sited, strict=True):
+        names, shares = list(one.sites), np.array(list(one.sites.values()))
+        shown = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        full = np.flatnonzero((shares == 1).all(0))
+        above = axis.get_xaxis_transform()
+        axis.plot(full, np.full(len(full), 1.04), "v", color="black", transform=above, clip_on=False)
+        every = math.ceil(len(names) / MOST_NAMES)
+        axis.set_yticks(range(0, len(names), every), [name.partition(".")[2] for name in names[::every]])
+        axis.tick_params(axis="y", labelsize=8)
+        axis.set_title(_broken(one.name, "[:+]", 60), fontsize=9, pad=14)
+        axis.set_ylabel("block")
+    axes[-1, 0].set_xlabel("call; full ones marked")
+    figure.colorbar(shown, ax=axes, label="share of tokens computed")
     save(figure, file)
 
 

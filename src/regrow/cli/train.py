@@ -32,15 +32,23 @@ class Precision(str, Enum):
     FP16 = "fp16"
 
 
-Model = Annotated[str, typer.Option(help="Bundled name, folder, or hub id; DiT or PixArt.")]
+Model = Annotated[str, typer.Option(help="Bundled name, folder, or hub id; DiT, PixArt, Latte or Wan.")]
 DataFolder = Annotated[
     Path | None,
-    typer.Option("--data", help="Folder of pictures with captions (NAME.txt, or the name of the folder)."),
+    typer.Option(
+        "--data",
+        help="Folder of pictures, or of videos (mp4, gif, webp, folders of frames), with captions "
+        "(NAME.txt, or the name of the folder).",
+    ),
 ]
 Pictures = Annotated[
-    int, typer.Option(help="Instead of --data: pictures that the model makes.", min=2, max=MOST_COUNT)
+    int,
+    typer.Option(help="Instead of --data: pictures or videos that the model makes.", min=2, max=MOST_COUNT),
 ]
 PictureSteps = Annotated[int, typer.Option(help="Sampler steps of these.", min=1, max=MOST_CALLS)]
+Height = Annotated[int | None, typer.Option(help="In pixels; the model's own if none.", min=8)]
+Width = Annotated[int | None, typer.Option(help="In pixels.", min=8)]
+Frames = Annotated[int | None, typer.Option(help="Of a video; the model's own if none.", min=1)]
 Prompts = Annotated[str | None, typer.Option(help="A file of their prompts; the model's own.")]
 OptimiserSteps = Annotated[int, typer.Option(help="Steps of the optimiser.", min=1, max=MOST_COUNT)]
 Lr = Annotated[float, typer.Option(help="Learning rate.")]
@@ -64,6 +72,7 @@ class Request:
     data: Path | None
     pictures: int
     picture_steps: int
+    size: Mapping[str, int | None]
     prompts: str | None
     training: Mapping[str, Any]
     checkpointing: bool
@@ -79,6 +88,9 @@ def predictor(
     data: DataFolder = None,
     pictures: Pictures = 256,
     picture_steps: PictureSteps = 50,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     prompts: Prompts = None,
     steps: OptimiserSteps = 40_000,
     lr: Lr = 1e-5,
@@ -106,8 +118,20 @@ def predictor(
     --method tokencache --predictor predictor/predictor.safetensors
     """
     training = _training(steps, lr, batch, seed, precision, every, sampler_steps)
+    size = {"height": height, "width": width, "frames": frames}
     request = Request(
-        model, data, pictures, picture_steps, prompts, training, checkpointing, device, out, resume, as_json
+        model,
+        data,
+        pictures,
+        picture_steps,
+        size,
+        prompts,
+        training,
+        checkpointing,
+        device,
+        out,
+        resume,
+        as_json,
     )
 
     def work(place: Workplace) -> Trained:
@@ -124,6 +148,9 @@ def refine(
     data: DataFolder = None,
     pictures: Pictures = 256,
     picture_steps: PictureSteps = 50,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     prompts: Prompts = None,
     trained: Annotated[
         str | None, typer.Option("--predictor", help="Its file; the bundled one, if the model has one.")
@@ -152,8 +179,20 @@ def refine(
     --method tokencache --lora refined/lora.safetensors
     """
     training = _training(steps, lr, batch, seed, precision, every, sampler_steps)
+    size = {"height": height, "width": width, "frames": frames}
     request = Request(
-        model, data, pictures, picture_steps, prompts, training, checkpointing, device, out, resume, as_json
+        model,
+        data,
+        pictures,
+        picture_steps,
+        size,
+        prompts,
+        training,
+        checkpointing,
+        device,
+        out,
+        resume,
+        as_json,
     )
 
     def work(place: Workplace) -> Trained:
@@ -170,6 +209,9 @@ def router(
     data: DataFolder = None,
     pictures: Pictures = 256,
     picture_steps: PictureSteps = 50,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     prompts: Prompts = None,
     steps: OptimiserSteps = 10_000,
     lr: Lr = 1e-2,
@@ -194,8 +236,20 @@ def router(
     --method l2c --router router/router.safetensors --steps 20
     """
     training = _training(steps, lr, batch, seed, precision, every, sampler_steps)
+    size = {"height": height, "width": width, "frames": frames}
     request = Request(
-        model, data, pictures, picture_steps, prompts, training, checkpointing, device, out, resume, as_json
+        model,
+        data,
+        pictures,
+        picture_steps,
+        size,
+        prompts,
+        training,
+        checkpointing,
+        device,
+        out,
+        resume,
+        as_json,
     )
 
     def work(place: Workplace) -> Trained:
@@ -260,11 +314,12 @@ def _trained(request: Request, work: Callable[[Workplace], Trained]) -> Trained:
         folder=None if request.data is None else str(request.data),
         pictures=request.pictures,
         steps=request.picture_steps,
+        **request.size,
         guidance=zoo.guidance_of(request.model),
     )
     console = remarks()
     with busy(console, f"loading {request.model}"):
-        pipeline = load_pipeline(request.model, device, torch.float32)
+        pipeline = load_pipeline(request.model, device, torch.float32, videos=True)
     if not request.resume:
         forget(request.out)
     with Bar(console) as bar:

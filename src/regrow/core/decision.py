@@ -183,7 +183,7 @@ class Decider:
         """By the name of a site, what a call does there."""
         raise NotImplementedError
 
-    def begin(self, memory: Any) -> Any:
+    def begin(self, memory: Any = None) -> Any:
         """What is remembered until the next full call, before a full call.
 
         Args:

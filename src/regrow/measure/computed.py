@@ -1,4 +1,4 @@
-"""How often each token was computed: SiTo's figure 4, for methods that cache as well."""
+"""How often each token was computed (SiTo's figure 4), and how many in a block (TokenCache's figure 8)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from regrow.core.decision import ALL
+from regrow.core.decision import ALL, Decision, left_out
 from regrow.engine.call import Observation
 from regrow.models import Layout
 from regrow.models.table import Stream
@@ -100,6 +100,34 @@ class ComputedCounter:
     def shares(self) -> dict[int, Tensor]:
         """By level, the share of calls and blocks in which each token was computed ``(B, h, w)``."""
         return {level: count / self.possible(level) for level, count in self._counts.items()}
+
+
+class SiteShares:
+    """Notes, as an observer of a run, what share of its tokens each site computed in each call.
+
+    Args:
+        layout: the table of the denoiser.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._plans: list[Mapping[str, Decision]] = []
+
+    def __call__(self, seen: Observation) -> None:
+        self._plans.append(seen.record.plan)
+
+    def shares(self) -> dict[str, tuple[float, ...]]:
+        """By site, in the order they run, a share for each call; none if nothing was decided for sites.
+
+        They are the blocks, or the layers, whichever the method decides for.
+        """
+        decided = {name for plan in self._plans for name in plan}
+        return {
+            site.name: tuple(1 - left_out({site.name: plan.get(site.name, ALL)}) for plan in self._plans)
+            for sites in (self._layout.block_sites, self._layout.layer_sites)
+            if any(site.name in decided for site in sites)
+            for site in sites
+        }
 
 
 def _add(count: Tensor, tokens: Tensor, weight: float) -> None:

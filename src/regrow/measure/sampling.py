@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,15 +67,8 @@ def make(
         ValueError: if a prompt is no class where one is needed, only one side is given, or the
             pipeline takes none, or no number of frames.
     """
-    if (height is None) != (width is None):
-        # Pipelines fall back to their own size then.
-        missing, given = ("height", "width") if height is None else ("width", "height")
-        raise ValueError(f"{missing}: must be given together with {given}")
+    check_size(pipeline, height, width, frames)
     takes = inspect.signature(pipeline.__call__).parameters
-    if height is not None and not _takes(takes, "height"):
-        raise ValueError(f"height: {type(pipeline).__name__} has one size, it must not be given")
-
-    check_frames(pipeline, frames)
 
     def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
@@ -88,6 +82,7 @@ def make(
         "width": width or own.get("width"),
         _frames_name(type(pipeline)) or "": frames or own.get("frames"),
         "output_type": "latent" if latents else None,
+        "clean_caption": False if "clean_caption" in takes and not _cleans_captions() else None,
         "callback_on_step_end": after if on_step and _takes(takes, "callback_on_step_end") else None,
     }
     wait(pipeline)
@@ -104,6 +99,21 @@ def make(
     # Sound takes the place of pictures.
     images = made.audios if hasattr(made, "audios") and not hasattr(made, name) else getattr(made, name)
     return Pictures(images, time.perf_counter() - begin)
+
+
+def check_size(pipeline: Any, height: int | None, width: int | None, frames: int | None) -> None:
+    """Look whether a pipeline takes a size.
+
+    Raises:
+        ValueError: if only one side is given, or the pipeline takes none, or not these frames.
+    """
+    if (height is None) != (width is None):
+        # Pipelines fall back to their own size then.
+        missing, given = ("height", "width") if height is None else ("width", "height")
+        raise ValueError(f"{missing}: must be given together with {given}")
+    if height is not None and not _takes(inspect.signature(pipeline.__call__).parameters, "height"):
+        raise ValueError(f"height: {type(pipeline).__name__} has one size, it must not be given")
+    check_frames(pipeline, frames)
 
 
 def check_frames(pipeline: Any, frames: int | None) -> None:
@@ -135,6 +145,11 @@ def _frames_name(kind: type) -> str | None:
 
 
 _OWN_FRAMES = "video_length"
+
+
+def _cleans_captions() -> bool:
+    """Whether what pipelines clean captions with is there; else they leave it, with a warning each time."""
+    return all(importlib.util.find_spec(name) is not None for name in ("bs4", "ftfy"))
 
 
 def _own_sizes(pipeline: Any) -> dict[str, int]:

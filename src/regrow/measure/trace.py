@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from regrow.apply import apply
 from regrow.installed import is_hooked
-from regrow.measure.computed import ComputedCounter
+from regrow.measure.computed import ComputedCounter, SiteShares
 from regrow.measure.sampling import check_prompts, make
 from regrow.measure.variants import Variant
 from regrow.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
@@ -99,6 +99,8 @@ class Traced:
         computed: by level, the share of calls and transformer blocks in which each token was computed
             ``(halves, pictures, h, w)``; two halves with guidance, the unconditional one first. None for
             a variant that is no method and computes all.
+        sites: by name, the share of its tokens that a block, or layer, computed in each call of the first
+            batch; none of a method that decides for no sites.
         images: its pictures.
     """
 
@@ -106,6 +108,7 @@ class Traced:
     steps: int
     deviation: Deviation
     computed: Mapping[int, Tensor] | None
+    sites: Mapping[str, tuple[float, ...]]
     images: list[Image.Image]
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,6 +127,7 @@ class Traced:
                 }
                 for level, share in sorted(maps.items())
             ],
+            "sites": {name: [round(one, 4) for one in shares] for name, shares in self.sites.items()},
         }
 
 
@@ -247,12 +251,14 @@ class _Look:
         moments: its steps.
         images: its pictures.
         computed: as in `Traced`.
+        sites: likewise.
         differences: of each feature, by step the differences of all tokens.
     """
 
     moments: list[Moment]
     images: list[Image.Image]
     computed: Mapping[int, Tensor] | None
+    sites: Mapping[str, tuple[float, ...]]
     differences: Mapping[str, list[np.ndarray]]
 
 
@@ -277,12 +283,13 @@ def _look(
             return make(pipeline, prompts, **options).images
 
     if one.config is None:
-        return _Look(moments, generate(), None, features.found)
-    counter = ComputedCounter(known_layout(denoiser_of(pipeline)))
-    with apply(pipeline, one.config) as run, run.observed(counter):
+        return _Look(moments, generate(), None, {}, features.found)
+    layout = known_layout(denoiser_of(pipeline))
+    counter, sites = ComputedCounter(layout), SiteShares(layout)
+    with apply(pipeline, one.config) as run, run.observed(counter), run.observed(sites):
         images = generate()
     shares = {level: share.unflatten(0, (-1, len(prompts))) for level, share in counter.shares().items()}
-    return _Look(moments, images, shares, features.found)
+    return _Look(moments, images, shares, sites.shares(), features.found)
 
 
 @contextmanager
@@ -334,6 +341,7 @@ def _traced(one: Variant, looks: Sequence[_Look], reference: Sequence[_Look]) ->
         one.steps,
         deviation([look.moments for look in looks], [look.moments for look in reference]),
         {level: torch.cat([m[level] for m in maps], dim=1) for level in maps[0]} if maps else None,
+        looks[0].sites,
         [image for look in looks for image in look.images],
     )
 

@@ -1,18 +1,25 @@
-"""Videos as files: mp4, or an animated picture."""
+"""Videos as files: mp4, an animated picture, or a folder of frames."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
+
+from regrow.measure.images import on_white
 
 ANIMATED = (".gif", ".webp", ".png")
 """Endings of pictures that hold several frames."""
 FORMATS = (".mp4", *ANIMATED)
+READ = (".mp4", ".gif", ".webp")
+"""Endings of videos that can be read."""
+FRAMES = (".png", ".jpg", ".jpeg", ".bmp")
+"""Endings of frames in a folder."""
 # Of which the encoder needs sides to be multiples.
 EVEN = 2
 
@@ -28,11 +35,25 @@ def check_format(file: Path) -> None:
     """
     if file.suffix.lower() not in FORMATS:
         raise ValueError(f"--out: {file} is not allowed, a video must end in {', '.join(FORMATS)}")
+    check_codec("--out", file, ANIMATED)
+
+
+def check_codec(option: str, file: Path, others: Sequence[str]) -> None:
+    """Refuse an mp4 where nothing is installed that reads and writes it.
+
+    Args:
+        option: that names the file.
+        file: of a video.
+        others: endings that need nothing.
+
+    Raises:
+        ValueError: naming what is not installed.
+    """
     missing = [name for name in ("imageio", "imageio_ffmpeg") if importlib.util.find_spec(name) is None]
     if file.suffix.lower() == ".mp4" and missing:
         raise ValueError(
-            f"--out: {file} needs {' and '.join(missing)}: pip install 'regrow[video]'; "
-            f"{', '.join(ANIMATED)} need nothing"
+            f"{option}: {file} needs {' and '.join(missing)}: pip install 'regrow[video]'; "
+            f"{', '.join(others)} need nothing"
         )
 
 
@@ -56,6 +77,50 @@ def save_clip(file: Path, frames: Sequence[Image.Image], fps: int) -> None:
     # Webp's own default loses what is small.
     animated |= {"lossless": True} if file.suffix.lower() == ".webp" else {}
     frames[0].save(file, duration=1000 / fps, **animated)
+
+
+def find_clips(folder: Path) -> list[Path]:
+    """The videos in a folder and all folders in it: files of `READ`, and folders with frames."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    videos = {file for file in files if file.suffix.lower() in READ}
+    return sorted(videos | {file.parent for file in files if _is_frame(file) and file.parent != folder})
+
+
+def read_clip(video: Path, count: int) -> Clip:
+    """The first frames of a video, in RGB on white.
+
+    Args:
+        video: one that `find_clips` finds; frames of a folder are in the order of their names.
+        count: how many.
+
+    Raises:
+        OSError: if it can't be read.
+        ValueError: if it has fewer.
+    """
+    frames = list(islice(_read(video), count))
+    if len(frames) < count:
+        raise ValueError(
+            f"--data: {video} is not allowed, it must have at least {count} frames; it has {len(frames)}"
+        )
+    return frames
+
+
+def _read(video: Path) -> Iterator[Image.Image]:
+    if video.is_dir():
+        for file in sorted(filter(_is_frame, video.iterdir())):
+            with Image.open(file) as picture:
+                yield on_white(picture)
+    elif video.suffix.lower() == ".mp4":
+        from imageio.v3 import imiter
+
+        yield from (Image.fromarray(frame) for frame in imiter(video, plugin="FFMPEG"))
+    else:
+        with Image.open(video) as picture:
+            yield from (on_white(frame) for frame in ImageSequence.Iterator(picture))
+
+
+def _is_frame(file: Path) -> bool:
+    return file.suffix.lower() in FRAMES
 
 
 def clips_of(made: Any) -> list[Clip]:

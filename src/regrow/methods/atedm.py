@@ -268,7 +268,7 @@ class _Choosing(Decider):
         """All tokens but the plan's share."""
         return some_of_stream(view.step.ratio)
 
-    def begin(self, memory: _Scores | None) -> _Scores:
+    def begin(self, memory: _Scores | None = None) -> _Scores:
         """What is known stays."""
         return memory or _Scores()
 

@@ -227,7 +227,7 @@ class Choosing(Decider):
         """The share alpha of the tokens; the first t0 calls are full in any case."""
         return some_of_stream(view.step.ratio)
 
-    def begin(self, memory: State | None) -> State:
+    def begin(self, memory: State | None = None) -> State:
         """A generation's calls go by what the first of them gave."""
         return memory or State()
 

@@ -46,7 +46,7 @@ class L2C(MethodConfig):
     ABOUT: ClassVar[About] = About(
         title="Learning-to-Cache",
         what="a learned table says which attention and MLP outputs each second step reuses",
-        models="transformers: DiT, PixArt",
+        models="transformers: DiT, PixArt, Latte, Wan",
         paper="arXiv 2406.01733",
         note="needs a router trained for the model and its number of steps: regrow train router",
         place=31,
@@ -88,7 +88,7 @@ class _Rule(Sited):
         if not sites:
             raise UnsupportedModelError(
                 f"model: the layers of {type(denoiser).__name__} are not known; Learning-to-Cache works on "
-                "transformers such as DiT and PixArt"
+                "transformers such as DiT, PixArt, Latte and Wan"
             )
         c = self.config
         if c.router is None and not without_data(denoiser):

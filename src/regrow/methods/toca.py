@@ -279,7 +279,7 @@ class Choosing(Decider):
         depth = site.index / max(self.sites[-1].index, 1)
         return min((1 - ratio) * (1 + weight - 2 * weight * depth) * kind, 1.0)
 
-    def begin(self, memory: Memory | None) -> Memory:
+    def begin(self, memory: Memory | None = None) -> Memory:
         """Nothing is known before the full call."""
         return Memory()
 

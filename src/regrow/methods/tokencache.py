@@ -45,7 +45,7 @@ from regrow.methods.base import About, MethodConfig, Status, register
 from regrow.methods.parts import Attention, CallInfo, Parts, parts_of
 from regrow.methods.toca import Memory, influence, spread, staleness
 from regrow.models.errors import UnsupportedModelError
-from regrow.models.table import Layout, Site, Spans
+from regrow.models.table import Layout, Site, Spans, in_sequences
 from regrow.origin import denoiser_key
 from regrow.predictors import CachePredictor, LearnedFile, read_learned, without_data
 from regrow.recover.time import REUSE, RecoveryField
@@ -456,7 +456,7 @@ class _Deciding(Decider):
         predictor, data = self.predictor, self.config.counts is Counts.DATA
         return data and predictor is not None and not next(predictor.parameters()).is_meta
 
-    def begin(self, memory: Memory | None) -> Memory:
+    def begin(self, memory: Memory | None = None) -> Memory:
         """How often each token was reused, and what ToCa alone needs."""
         return Memory()
 
@@ -472,9 +472,7 @@ class _Deciding(Decider):
         if like.device != entered.x.device or like.dtype != entered.x.dtype:
             # The model was moved after `regrow.apply`, or casts what it is given.
             self.predictor.to(entered.x.device, entered.x.dtype)
-        alpha = self.predictor(entered.x, *entered.args, **entered.kwargs)[..., : len(self.sites)]
-        # A video's frames are one sample.
-        alpha = alpha.reshape(info.batch, -1, alpha.shape[-1])
+        alpha = self.predictor.of_samples(entered, info.batch)[..., : len(self.sites)]
         if self.config.counts is Counts.TABLE or alpha.is_meta:
             return _Seen(alpha, {})
         return _Seen(alpha, dict(zip((s.name for s in self.sites), self._shares(alpha), strict=True)))
@@ -506,7 +504,7 @@ class _Deciding(Decider):
         """``(B, N)``: high where a token should be computed."""
         sequences, tokens, channels = x.shape
         if seen is not None:
-            return _in_sequences(seen.alpha[..., site.index], site, sequences)
+            return in_sequences(seen.alpha[..., site.index], site.spans, sequences)
         if self.config.choice is Choice.RANDOM:
             chance = random_score(sequences // info.batch * tokens, info.generator).expand(info.batch, -1)
             return chance.reshape(sequences, tokens)
@@ -530,14 +528,6 @@ class _Seen:
 
     alpha: Tensor
     shares: Mapping[str, float]
-
-
-def _in_sequences(alpha: Tensor, site: Site, sequences: int) -> Tensor:
-    """A block's alpha ``(B, N)`` in the sequences ``(S, n)`` that the block is given."""
-    if site.spans is Spans.PLACE:
-        places = sequences // len(alpha)
-        return alpha.unflatten(1, (-1, places)).transpose(1, 2).reshape(sequences, -1)
-    return alpha.reshape(sequences, -1)
 
 
 def _grid(site: Site, tokens: int, info: CallInfo) -> Grid:

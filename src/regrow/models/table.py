@@ -211,6 +211,14 @@ class Spans(Enum):
     """Those of a place in the picture, one of each frame: ``(B h w, f, C)``."""
 
 
+def in_sequences(values: Tensor, spans: Spans, sequences: int) -> Tensor:
+    """Values of a sample's tokens ``(B, N)``, frame by frame, as those of so many sequences ``(S, n)``."""
+    if spans is Spans.PLACE:
+        places = sequences // len(values)
+        return values.unflatten(1, (-1, places)).transpose(1, 2).reshape(sequences, -1)
+    return values.reshape(sequences, -1)
+
+
 class Keeps(Enum):
     """What is kept of a site, from which later calls recover it."""
 

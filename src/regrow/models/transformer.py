@@ -240,8 +240,7 @@ def _block_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ..
     """The blocks, where each takes the image's tokens and returns them."""
     if any(place.returns is not Returns.TOKENS for place in blocks.values()):
         return ()
-    paths = [path for path, _, _ in family.stacks]
-    spans = dict(zip(paths, family.spans or (Spans.VIDEO,) * len(paths), strict=True))
+    spans = _spans(family)
     sites = []
     for index, (name, place) in enumerate(blocks.items()):
         attentions = own_layers([(name, place.module)], family.self_attentions)
@@ -263,6 +262,12 @@ def _block_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ..
     return tuple(sites)
 
 
+def _spans(family: Family) -> dict[str, Spans]:
+    """By path of a list of blocks, which tokens are one sequence there."""
+    paths = [path for path, _, _ in family.stacks]
+    return dict(zip(paths, family.spans or (Spans.VIDEO,) * len(paths), strict=True))
+
+
 def _layer_sites(family: Family, blocks: dict[str, Skippable], streams: bool) -> tuple[Site, ...]:
     """The attentions and feed-forwards, as they run."""
     names = {path: layers for path, layers, _ in family.stacks}
@@ -278,6 +283,7 @@ def _layer_site(family: Family, layer: Skippable, block: Skippable, index: int, 
     """An attention or a feed-forward."""
     child = layer.name.removeprefix(f"{block.name}.")
     kind = _kind(family, child)
+    spans = _spans(family)[_stack_of(block.name)]
     joined = (f"{child}_context",) if kind is LayerKind.FEED_FORWARD else ()
     return Site(
         layer.name,
@@ -287,6 +293,7 @@ def _layer_site(family: Family, layer: Skippable, block: Skippable, index: int, 
         index,
         _memory(family, {layer.name: layer}) if kind is LayerKind.SELF_ATTENTION else {},
         able=streams and kind is not None,
+        spans=spans,
         kind=kind,
         text=tuple(own_layers([(block.name, block.module)], joined)),
     )

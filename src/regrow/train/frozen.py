@@ -75,6 +75,11 @@ class Truth:
     entered: Entered
 
 
+def of_sequences(values: Tensor, sequences: int) -> Tensor:
+    """A value of each sample ``(B,)`` as that of its sequences ``(S,)``: of frames, or of places."""
+    return values.repeat_interleave(sequences // len(values))
+
+
 @contextmanager
 def acting(sites: Sequence[Site], act: Act) -> Iterator[None]:
     """Have sites return what ``act`` says, by torch's own hooks, for as long as this lasts."""
@@ -163,7 +168,7 @@ def relaxed(
         before: the call at t + 1.
         given: conditions.
         weights: by the name of a site, the part that is computed, 0 to 1, in a form that goes with its
-            output; other sites compute all.
+            output ``(S, n, C)``; other sites compute all.
 
     Returns:
         The denoiser's output, and that of the last site.

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from regrow.measure.plotting import COLOURS, check_matplotlib, save
+from regrow.models.table import Layout
+from regrow.tokens.grid import Grid
 from regrow.train.examples import Examples
 from regrow.train.loop import Curve, generator_of
 from regrow.train.predictor import PredictorObjective, alpha_at
@@ -40,16 +42,17 @@ def draw_loss(curve: Curve, file: Path) -> None:
 
 
 def draw_alpha(objective: PredictorObjective, examples: Examples, seed: int, file: Path) -> None:
-    """alpha of a few samples: a row for a block, a column for a part of the run, white where it is 1."""
+    """alpha of a few samples: a row for a block, a column for a part of the run, white where it is 1.
+
+    Of a video it is the mean over the frames.
+    """
     check_matplotlib()
     import matplotlib.pyplot as plt
 
     maps = _maps(objective, examples, seed)
-    samples, bins, tokens, blocks = maps.shape
-    side = round(tokens**0.5)
-    rows, columns = (side, side) if side * side == tokens else (1, tokens)
+    samples, bins, rows, columns, blocks = maps.shape
     # One picture of all maps, with a line between them: an axis for each would take seconds.
-    cells = pad(maps.permute(3, 0, 1, 2).reshape(blocks, samples * bins, rows, columns), (0, 1, 0, 1))
+    cells = pad(maps.permute(4, 0, 1, 2, 3).reshape(blocks, samples * bins, rows, columns), (0, 1, 0, 1))
     sheet = cells.transpose(1, 2).reshape(blocks * (rows + 1), -1).numpy()
     figure, axes = plt.subplots(figsize=(0.5 * samples * bins, 0.55 * blocks + 0.8), layout="constrained")
     axes.imshow(sheet, vmin=0, vmax=1, cmap="gray", aspect="auto")
@@ -62,15 +65,26 @@ def draw_alpha(objective: PredictorObjective, examples: Examples, seed: int, fil
     save(figure, file)
 
 
+def _grid(layout: Layout, latents: Tensor) -> Grid:
+    """The tokens of a picture, or of a frame."""
+    grid = layout.frame(latents)
+    if grid is None and layout.stream is not None:
+        grid = layout.stream.grid(latents, {})
+    assert grid is not None
+    return grid
+
+
 @torch.no_grad()
 def _maps(objective: PredictorObjective, examples: Examples, seed: int) -> Tensor:
-    """alpha ``(samples, bins, N, L)``."""
+    """alpha ``(samples, bins, rows, columns, L)``."""
     size = min(SHOWN, len(examples))
     generator = generator_of(seed, 0)
     noise = torch.randn((size, *examples.latents.shape[1:]), generator=generator)
     steps, found = objective.frozen.steps, []
+    grid = _grid(objective.frozen.layout, examples.latents)
     for part in range(BINS):
         index = torch.full((size,), int((part + 0.5) / BINS * len(steps)))
         batch = examples.at(steps, torch.arange(size), index, noise, torch.zeros(size, dtype=torch.bool))
-        found.append(alpha_at(objective, batch).float().cpu())
+        alpha = alpha_at(objective, batch).float().cpu()
+        found.append(alpha.unflatten(1, (-1, grid.height, grid.width)).mean(1))
     return torch.stack(found, dim=1)

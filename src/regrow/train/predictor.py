@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from regrow.models.table import Site
+from regrow.core.decision import Entered
+from regrow.models.table import Site, in_sequences
 from regrow.predictors import CachePredictor
 from regrow.train.examples import Batch, Examples, Told
-from regrow.train.frozen import Frozen, past, relaxed, truth
+from regrow.train.frozen import Frozen, Past, past, relaxed, truth
 from regrow.train.objective import Losses
 
 PLACES, LEVELS = 25, 17
 """Places in a run, and quantiles of alpha, that a table has."""
 
 
-def on_sites(alpha: Tensor, sites: tuple[Site, ...]) -> dict[str, Tensor]:
-    """By the name of a site, its column of alpha ``(B, N, L)`` as ``(B, N, 1)``."""
-    return {site.name: alpha[..., site.index, None] for site in sites}
+def on_sites(alpha: Tensor, sites: Sequence[Site], before: Past) -> dict[str, Tensor]:
+    """By the name of a site, its column of alpha ``(B, N, L)`` as its sequences ``(S, n, 1)``."""
+    return {
+        site.name: in_sequences(alpha[..., site.index], site.spans, len(before.kept[site.key]))[..., None]
+        for site in sites
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +62,8 @@ class PredictorObjective:
         sites = self.frozen.layout.block_sites
         before = past(self.frozen, sites, batch)
         full = truth(self.frozen, sites, before, batch.given)
-        alpha = self.predictor(full.entered.x, *full.entered.args, **full.entered.kwargs)
-        weights = on_sites(alpha, self.decided)
+        alpha = self.predictor.of_samples(full.entered, len(batch.x))
+        weights = on_sites(alpha, self.decided, before)
         _, last = relaxed(self.frozen, sites, before, batch.given, weights)
         error = (last.float() - full.last.float()).pow(2).mean()
         return Losses(error, self.price * alpha[..., : len(self.decided)].float().mean())
@@ -72,7 +76,8 @@ def alpha_at(objective: PredictorObjective, batch: Batch) -> Tensor:
     found: list[Tensor] = []
 
     def enter(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
-        found.append(objective.predictor(*args, **kwargs))
+        entered = Entered(args[0], args[1:], kwargs)
+        found.append(objective.predictor.of_samples(entered, len(batch.x)))
 
     hook = frozen.layout.block_sites[0].module.register_forward_pre_hook(enter, with_kwargs=True)
     try:

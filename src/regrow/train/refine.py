@@ -5,9 +5,8 @@ The last blocks are computed in every call. They learn to make of cached tokens 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +15,15 @@ from regrow.methods.tokencache import Table
 from regrow.models.table import Site
 from regrow.predictors import CachePredictor
 from regrow.train.examples import Batch
-from regrow.train.frozen import Frozen, Past, past, relaxed, truth
+from regrow.train.frozen import Frozen, Past, of_sequences, past, relaxed, truth
 from regrow.train.objective import Losses
 from regrow.train.predictor import on_sites
 
 ADAPTER = "regrow"
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+PROJECTIONS = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("ff.net.0.proj", "ff.net.2", "ffn.net.0.proj", "ffn.net.2"),
+)
 """Of a block's attentions and its feed-forward."""
 
 
@@ -30,20 +32,31 @@ def add_adapter(denoiser: nn.Module, sites: tuple[Site, ...], rank: int) -> None
 
     Raises:
         ImportError: if peft is not installed (extra ``train``).
+        ValueError: if a block has none of the projections.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("regrow train refine needs peft: pip install 'regrow[train]'") from error
 
-    names = [
+    names = [name for site in sites for name in _projections(site)]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, init_lora_weights=True)
+    inject_adapter_in_model(config, denoiser, adapter_name=ADAPTER)
+
+
+def _projections(site: Site) -> list[str]:
+    """Paths of a block's projections."""
+    found = [
         f"{site.name}.{name}"
-        for site in sites
         for name, module in site.module.named_modules()
         if isinstance(module, nn.Linear) and name.endswith(PROJECTIONS)
     ]
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, init_lora_weights=True)
-    inject_adapter_in_model(config, denoiser, adapter_name=ADAPTER)
+    if not found:
+        raise ValueError(
+            f"model: {site.name} has nothing that could learn, a block must have linear layers named "
+            f"{', '.join(PROJECTIONS)}"
+        )
+    return found
 
 
 def adapter_weights(denoiser: nn.Module) -> dict[str, nn.Parameter]:
@@ -95,22 +108,26 @@ class RefineObjective:
             before = past(self.frozen, sites, batch)
             full = truth(self.frozen, sites, before, batch.given)
         with torch.no_grad():
-            alpha = self.predictor(full.entered.x, *full.entered.args, **full.entered.kwargs)
-        weights = on_sites(self._chosen(alpha, before), decided)
+            alpha = self.predictor.of_samples(full.entered, len(batch.x))
+        weights = self._chosen(on_sites(alpha, decided, before), decided, before)
         output, _ = relaxed(self.frozen, sites, before, batch.given, weights)
         error = (output.float() - full.output.float()).pow(2).mean()
         return Losses(error, torch.zeros_like(error))
 
-    def _chosen(self, alpha: Tensor, before: Past) -> Tensor:
-        """1 for the tokens that a block computes, 0 for the others, ``(B, N, L)``."""
-        _, tokens, blocks = alpha.shape
-        decided = blocks - self.last_blocks
+    def _chosen(
+        self, alpha: Mapping[str, Tensor], sites: Sequence[Site], before: Past
+    ) -> dict[str, Tensor]:
+        """By site ``(S, n, 1)``: 1 for the tokens of each sequence that it computes, 0 for the others."""
         total = len(self.frozen.steps)
-        shares = [self.table.shares(index / total, decided, self.ratio) for index in before.index.tolist()]
-        counts = (torch.tensor(shares, device=alpha.device) * tokens - 1e-6).ceil()
-        rank = alpha[..., :decided].argsort(1, descending=True).argsort(1)
-        chosen = torch.ones_like(alpha)
-        chosen[..., :decided] = (rank < counts[:, None]).to(alpha.dtype)
+        shares = [
+            self.table.shares(index / total, len(sites), self.ratio) for index in before.index.tolist()
+        ]
+        chosen = {}
+        for own, site in zip(zip(*shares, strict=True), sites, strict=True):
+            score = alpha[site.name]
+            counts = (torch.tensor(own, device=score.device) * score.shape[1] - 1e-6).ceil()
+            rank = score.argsort(1, descending=True).argsort(1)
+            chosen[site.name] = (rank < of_sequences(counts, len(score))[:, None, None]).to(score.dtype)
         return chosen
 
 
@@ -118,7 +135,9 @@ class without_adapter:  # noqa: N801
     """The denoiser as it is without updates, for as long as this lasts."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self._layers: list[Any] = [m for m in denoiser.modules() if hasattr(m, "enable_adapters")]
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self._layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
     def __enter__(self) -> None:
         for layer in self._layers:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.train.examples import Batch
-from regrow.train.frozen import Frozen, past, relaxed, truth
+from regrow.train.frozen import Frozen, of_sequences, past, relaxed, truth
 from regrow.train.objective import Losses
 
 START = 2.0
@@ -68,7 +68,10 @@ class RouterObjective:
         before = past(self.frozen, sites, batch)
         full = truth(self.frozen, self.frozen.layout.block_sites, before, batch.given)
         beta = self.router(before.index)
-        weights = {site.name: beta[:, i, None, None] for i, site in enumerate(sites)}
+        weights = {
+            site.name: of_sequences(beta[:, i], len(before.kept[site.key]))[:, None, None]
+            for i, site in enumerate(sites)
+        }
         output, _ = relaxed(self.frozen, sites, before, batch.given, weights)
         error = (output.float() - full.output.float()).pow(2).mean()
         return Losses(error, self.price * beta.sum(1).mean())

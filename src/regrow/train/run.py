@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from regrow.fields import Calls, Checked, Count, Guidance
 from regrow.measure.keep import write_whole
 from regrow.measure.sampling import takes_classes
 from regrow.methods.tokencache import UNTRAINED, Table, bundled_for, load_predictor, table_of
-from regrow.models import denoiser_of, layout_of
+from regrow.models import denoiser_of, layout_of, other_denoisers
 from regrow.models.table import Layout
 from regrow.origin import denoiser_key
 from regrow.predictors import CachePredictor, Learned, LearnedFile, read_learned, write_learned
-from regrow.train.examples import Examples, Told, encoded, of_folder, opened, own
+from regrow.train.examples import Examples, Told, bytes_of, encoded, of_folder, opened, own, size_of
 from regrow.train.frozen import Frozen
 from regrow.train.loop import CHECKPOINT, Curve, Training, generator_of, train
 from regrow.train.objective import Objective
@@ -35,15 +36,19 @@ HELD_OUT = 8
 """One example in so many is held out."""
 DATA_SEED = 1000
 """Seed of the first picture that the model makes itself; comparisons begin with 0."""
+_MADE_BY = {"steps", "guidance", "height", "width", "frames"}
 
 
 class Data(Checked):
     """What is trained on.
 
     Args:
-        folder: of pictures; None for pictures that the model makes itself.
+        folder: of pictures, or of videos; None for those that the model makes itself.
         pictures: how many it makes.
         steps: of its sampler for them.
+        height: in pixels; None for the model's own, or its pipeline's, as with the others.
+        width: in pixels.
+        frames: of a video.
         guidance: of the sampler; None for the pipeline's own.
         batch: that are made or encoded together.
     """
@@ -51,6 +56,9 @@ class Data(Checked):
     folder: str | None = None
     pictures: Count = 256
     steps: Calls = 50
+    height: Count | None = None
+    width: Count | None = None
+    frames: Count | None = None
     guidance: Guidance | None = None
     batch: Count = 16
 
@@ -112,10 +120,10 @@ def workplace(
     """Make the data, once, and freeze the model; its pipeline is for nothing else from then on.
 
     Args:
-        pipeline: of pictures from texts or classes.
+        pipeline: of pictures from texts or classes, or of videos from texts.
         model: its name, for files.
         data: what to train on.
-        prompts: of the pictures that the model makes itself; again from the first if there are fewer.
+        prompts: of what the model makes itself; again from the first if there are fewer.
         training: settings.
         folder: of what is written.
         cpu: compute on the processor, whatever else there is.
@@ -129,26 +137,30 @@ def workplace(
 
     denoiser: Any = denoiser_of(pipeline)
     layout = layout_of(denoiser)
-    _check(denoiser, layout)
+    _check(pipeline, denoiser, layout)
+    size = size_of(pipeline, layout, data.height, data.width, data.frames)
     steps = Steps.of(pipeline.scheduler, training.sampler_steps)
-    files = None if data.folder is None else of_folder(Path(data.folder), takes_classes(pipeline))
+    files = None
+    if data.folder is not None:
+        files = of_folder(Path(data.folder), takes_classes(pipeline), size.frames is not None)
     count = data.pictures if files is None else len(files)
     if count < 2:
         raise ValueError(f"--pictures: {count} is not allowed, it must be >= 2: one is held out")
     accelerator = Accelerator(mixed_precision=training.precision, cpu=cpu)
     pipeline.to(accelerator.device)
-    listed = None if files is None else [[str(f), f.stat().st_size, caption] for f, caption in files]
+    listed = None if files is None else [[str(f), bytes_of(f), caption] for f, caption in files]
     made = [prompts[i % len(prompts)] for i in range(count)] if files is None else []
     key = {"data": data.model_dump(), "denoiser": denoiser_key(denoiser), "prompts": made, "files": listed}
     folder.mkdir(parents=True, exist_ok=True)
     pictures = (
-        own(pipeline, made, data.steps, data.guidance, DATA_SEED, data.batch)
+        own(pipeline, made, DATA_SEED, data.batch, **data.model_dump(include=_MADE_BY))
         if files is None
-        else opened(files)
+        else opened(files, size.frames)
     )
     everything = encoded(
         pipeline,
         layout,
+        size,
         pictures,
         count,
         data.batch,
@@ -171,13 +183,24 @@ def workplace(
     )
 
 
-def _check(denoiser: Any, layout: Layout) -> None:
-    """Refuse a denoiser whose blocks take or return more than the tokens of a picture."""
-    if not layout.block_sites or layout.stream is None:
+def _check(pipeline: Any, denoiser: Any, layout: Layout) -> None:
+    """Refuse a denoiser whose blocks return more than tokens, and pipelines with what no data gives."""
+    if not layout.block_sites:
         raise ValueError(
             f"model: {type(denoiser).__name__} is not allowed in training, its blocks must take and return "
-            "tokens alone, those of a picture, as those of DiT and PixArt do"
+            "tokens alone, as those of DiT, PixArt, Latte and Wan do"
         )
+    name = type(pipeline).__name__
+    if "image" in inspect.signature(pipeline.__call__).parameters:
+        raise ValueError(f"model: {name} is not allowed in training, it must need no picture to begin with")
+    others = other_denoisers(pipeline, denoiser)
+    if others:
+        raise ValueError(
+            f"model: {name} is not allowed in training, it must have one denoiser; this one has "
+            f"{', '.join(others)} beside it"
+        )
+    if pipeline.vae is None:
+        raise ValueError(f"model: {name} is not allowed in training, it must have a VAE")
 
 
 def train_predictor(

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from regrow.measure.x0 import prediction_type
+from regrow.measure.x0 import noise_level, prediction_type
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+FLOW = "flow_prediction"
 
 
 @dataclass(frozen=True, eq=False)
 class Steps:
     """The S steps of DDIM (Song et al., 2010.02502) in which ``x_t = alpha x_0 + sigma noise``.
+
+    With flow matching, where ``alpha = 1 - sigma``, they are Euler's.
 
     Args:
         times: ``(S,)``, timesteps of the denoiser, the noisiest first.
@@ -34,20 +38,34 @@ class Steps:
         """So many steps with a scheduler's noise levels.
 
         Raises:
-            ValueError: if the scheduler has none of these, as those of flow matching.
+            ValueError: if the scheduler has none of these, or noise levels that depend on the size.
         """
         from diffusers import DDIMScheduler
 
         prediction = prediction_type(scheduler)
+        if prediction == FLOW and _flows(scheduler):
+            return cls._of_flow(type(scheduler).from_config(scheduler.config), count)
         if "beta_schedule" not in scheduler.config or prediction not in PREDICTIONS:
             raise ValueError(
                 f"model: the scheduler {type(scheduler).__name__} ({prediction}) is not allowed in "
-                f"training, it must have betas and predict one of {', '.join(PREDICTIONS)}"
+                f"training, it must have betas and predict one of {', '.join(PREDICTIONS)}, or be of flow "
+                "matching with noise levels that don't depend on the picture's size"
             )
         ddim: Any = DDIMScheduler.from_config(scheduler.config)
         ddim.set_timesteps(count)
         share = ddim.alphas_cumprod[ddim.timesteps].double()
         return cls(ddim.timesteps, share.sqrt(), (1 - share).sqrt(), prediction)
+
+    @classmethod
+    def _of_flow(cls, scheduler: Any, count: int) -> Self:
+        scheduler.set_timesteps(count)
+        times = scheduler.timesteps
+        levels = [noise_level(scheduler, time, index) for index, time in enumerate(times)]
+        alpha, sigma = (
+            torch.tensor([getattr(level, name) for level in levels], dtype=torch.float64)
+            for name in ("alpha", "sigma")
+        )
+        return cls(times, alpha, sigma, FLOW)
 
     def __len__(self) -> int:
         return len(self.times)
@@ -64,6 +82,8 @@ class Steps:
                 x0 = (x - sigma * output) / alpha
             case "v_prediction":
                 x0 = alpha * x - sigma * output
+            case "flow_prediction":
+                x0 = x - sigma * output
             case _:
                 x0 = output
         return self.noised(x0, (x - alpha * x0) / sigma, index + 1)
@@ -73,3 +93,10 @@ class Steps:
         """The values of steps ``(B,)``, in the form of a batch."""
         chosen = values[index.cpu()].to(like.device, like.dtype)
         return chosen.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _flows(scheduler: Any) -> bool:
+    """Whether ``x_t = (1 - sigma) x_0 + sigma noise``, with one sigma a step for pictures of any size."""
+    config = scheduler.config
+    named = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    return (named or config.get("use_flow_sigmas", False)) and not config.get("use_dynamic_shifting", False)
