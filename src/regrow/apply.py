@@ -198,7 +198,8 @@ def _check_known(parts: Parts, denoiser: nn.Module) -> None:
 
 def _check_sites(parts: Parts) -> None:
     """Refuse calls that leave to a method what it does not decide."""
-    if parts.sites is None and any(step.depth == SITES for step in parts.plan.kinds()):
+    decides = parts.sites is not None and not parts.sites.by_ratio
+    if not decides and any(step.depth == SITES for step in parts.plan.kinds()):
         raise ValueError(
             "depth: 'sites' is not allowed for a method that decides for no single sites; it must be a "
             "number of layers, 'full', 'layers' or 'head'"

@@ -135,6 +135,11 @@ class Sites:
             self._look(call, Entered(x, (), {}))
             self._choose(call, site, x)
 
+    @property
+    def has_calls_of_its_own(self) -> bool:
+        """Whether calls of single sites or layers are what the method makes of them."""
+        return self.decider.space is None and self.stream is None
+
     def prunes(self, step: Step, cut: Cut | None) -> bool:
         """Whether a call of the plan leaves out tokens, of a layer or of all blocks."""
         if self.decider.space is not None:
@@ -180,11 +185,9 @@ class Sites:
 
     def keeps(self, call: Call, plan: Mapping[str, Decision]) -> bool:
         """Whether sites that are computed whole keep what they give."""
-        if self.decider.space is not None:
-            return False
-        if self.stream is None:
-            return call.cut is None or bool(plan)
-        return call.tells_apart and streams(call.cut)
+        if self.stream is not None:
+            return call.tells_apart and streams(call.cut)
+        return self.has_calls_of_its_own and (call.cut is None or bool(plan))
 
     def warn_of_whole_calls(self, steps: Sequence[Step], cuts: Mapping[int, Cut]) -> None:
         """Say if no call of a generation can leave tokens out of all blocks, though the method would."""

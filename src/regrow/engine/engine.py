@@ -401,7 +401,7 @@ class Engine:
         view = View(position.index, position.total, planned, cut, (height, width))
         if self.sites is not None and not generation.whole and self.sites.decides(planned, cut, slot.calls):
             plan = self.sites.plan(view)
-            if planned.of_sites and not plan:
+            if not plan and self.sites.has_calls_of_its_own:
                 # Every site is computed.
                 cut = None
         recovery = "" if cut is None else self._recovery(slot, cut, planned, position.index)
