@@ -26,14 +26,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from regrow.engine.engine import Engine
-from regrow.installed import Installed
-from regrow.macs import CallCounter, free_selection
+from regrow.core.engine import Engine
+from regrow.core.install import Installed
+from regrow.core.macs import CallCounter, free_selection
+from regrow.core.parts import CallInfo, Parts, Where, parts_of
 from regrow.measure.architectures import CONFIGS, architecture
 from regrow.measure.machine import PACKAGES, machine
 from regrow.memory import PeakMemory, keep_freed_memory
 from regrow.methods.dato import DaTo
-from regrow.methods.parts import CallInfo, Parts, Where, parts_of
 from regrow.methods.pruning import TokenRule
 from regrow.methods.sito import SiTo
 from regrow.schedule import FULL, Schedule

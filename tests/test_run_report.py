@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import regrow
-from regrow.meta import meta_copy
+from regrow.core.meta import meta_copy
 from regrow.recover.time import FittedStep
 
 EVERY_SECOND = regrow.DeepCache(interval=2)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from regrow import ATEDM, FULL, Schedule, ScheduleError, ToCa
-from regrow.methods.parts import parts_of
+from regrow.core.parts import parts_of
 from regrow.recover.time import REUSE, Chebyshev, Taylor, TimeRecovery
 from regrow.schedule import After, Both, Spaced, Step, used_recoveries
 

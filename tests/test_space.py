@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import regrow
+from regrow.core.parts import parts_of
 from regrow.methods import FORA, CATPruning, Combined, DaTo, SiTo
 from regrow.methods.base import MethodConfig
 from regrow.methods.catalogue import config_from, space_of, systems
-from regrow.methods.parts import parts_of
 from regrow.recover.time import REUSE, Chebyshev, Taylor, TimeRecovery, recovery_from
 from regrow.schedule import FULL, HEAD, LAYERS, Schedule, used_recoveries
 from regrow.space import Space, Variable, free, product

@@ -10,9 +10,9 @@ print(run.report())
 from regrow.apply import Run, apply
 from regrow.calibration.calibrate import calibrate
 from regrow.calibration.recording import Recording, record
-from regrow.clock import ConcurrentGenerationError
 from regrow.compiling import compile_blocks
-from regrow.engine.call import Observation
+from regrow.core.call import Observation
+from regrow.core.clock import ConcurrentGenerationError
 from regrow.methods import (
     ATEDM,
     FORA,

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from regrow.clock import ManualClock, SchedulerClock
-from regrow.engine.call import Observer
-from regrow.engine.engine import Engine
-from regrow.installed import Installed, is_hooked
+from regrow.core.call import Observer
+from regrow.core.clock import ManualClock, SchedulerClock
+from regrow.core.engine import Engine
+from regrow.core.install import Installed, is_hooked
+from regrow.core.parts import Parts, origin_of, parts_of
 from regrow.methods.names import method_of
-from regrow.methods.parts import Parts, origin_of, parts_of
 from regrow.models import DENOISERS, denoiser_of, known_layout, other_denoisers
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from regrow.engine.call import CallRecord
-from regrow.engine.engine import Engine
-from regrow.engine.others import shape_of
-from regrow.macs import CallCounter
-from regrow.meta import unknown_attentions
+from regrow.core.call import CallRecord
+from regrow.core.engine import Engine
+from regrow.core.macs import CallCounter
+from regrow.core.meta import unknown_attentions
+from regrow.core.others import shape_of
 from regrow.models.table import TOKENS
 from regrow.schedule import FULL, NAMES
 

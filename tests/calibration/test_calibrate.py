@@ -13,7 +13,7 @@ from transformer_pipelines import dit
 from regrow import apply, calibrate
 from regrow.calibration.calibrate import Calibration, Costs, Settings, Wish, plan_for
 from regrow.calibration.search import FewerSteps, Plan
-from regrow.installed import is_hooked
+from regrow.core.install import is_hooked
 from regrow.methods.calibrated import Calibrated
 from regrow.methods.catalogue import load_plan
 

@@ -37,8 +37,8 @@ from regrow import (
 from regrow.cli.ablations import ABLATIONS, ablated, against
 from regrow.cli.bench import Written, draw_bars, print_rows
 from regrow.compiling import compile_blocks
-from regrow.engine.inputs import without_data
-from regrow.macs import CallCounter, plain_macs
+from regrow.core.inputs import without_data
+from regrow.core.macs import CallCounter, plain_macs
 from regrow.measure.bench import BenchRow, bench
 from regrow.measure.evaluate import check_against
 from regrow.measure.machine import model_key

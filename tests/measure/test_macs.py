@@ -6,7 +6,7 @@ import pipelines
 import pytest
 import transformer_pipelines
 
-from regrow.engine.inputs import without_data
+from regrow.core.inputs import without_data
 from regrow.measure import architecture, architecture_of, profile
 from regrow.measure.macs import PlanCounter
 from regrow.methods import FORA, DaTo, SiTo

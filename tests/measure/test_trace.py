@@ -41,6 +41,7 @@ from torch import Tensor
 import regrow
 from regrow import FULL, DaTo, DeepCache, Schedule, SiTo, ToMeSD, cli, zoo
 from regrow.cli.trace_plots import draw
+from regrow.core.parts import CallInfo, Parts, Where, parts_of
 from regrow.measure.computed import ComputedCounter
 from regrow.measure.machine import model_key
 from regrow.measure.trace import PERCENTILES, Moment, Trace, deviation, trace, watched_steps
@@ -48,7 +49,6 @@ from regrow.measure.variants import Variant, variant
 from regrow.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
 from regrow.methods.base import MethodConfig
 from regrow.methods.l2c import L2C
-from regrow.methods.parts import CallInfo, Parts, Where, parts_of
 from regrow.methods.tokencache import TokenCache, bundled_for, full_calls, table_of
 from regrow.models import layout_of
 from regrow.tokens.grid import Grid

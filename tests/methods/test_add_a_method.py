@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import regrow
+from regrow.core.parts import CallInfo, parts_of
 from regrow.core.store import Store
-from regrow.methods.parts import CallInfo, parts_of
 from regrow.recover.time import Reuse, Taylor, recovery_from
 from regrow.tokens.grid import Grid
 

@@ -23,12 +23,12 @@ from whole_unet import assert_near, guided_inputs, outputs
 
 import regrow
 from regrow import ATEDM, After, Combined, DeepCache, Restored, Similarity
-from regrow.engine.inputs import without_data
+from regrow.core.inputs import without_data
+from regrow.core.meta import meta_copy
+from regrow.core.parts import Alignment, Parts, parts_of
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
-from regrow.meta import meta_copy
 from regrow.methods.base import MethodConfig
-from regrow.methods.parts import Alignment, Parts, parts_of
 from regrow.schedule import Schedule
 from regrow.tokens.scores import Heads
 

@@ -29,10 +29,10 @@ from waiting import NoWaiting
 import regrow
 from regrow import CATPruning, TokenChoice
 from regrow.core.decision import Decider, Decision, Sited, View
+from regrow.core.parts import Alignment, CallInfo, Parts, parts_of, some_of_stream, stream_of
 from regrow.measure import architecture, profile
 from regrow.methods.base import MethodConfig
 from regrow.methods.cat import Algorithm, Choosing, Memory
-from regrow.methods.parts import Alignment, CallInfo, Parts, parts_of, some_of_stream, stream_of
 from regrow.models.table import Layout, Site
 from regrow.schedule import Schedule
 from regrow.tokens.cluster import k_means

@@ -16,10 +16,10 @@ from transformer_pipelines import FORMS, LAYERS, SKIP_LAYER, STEPS, generate, in
 
 import regrow
 from regrow import ATEDM, FORA, FULL, CATPruning, Combined, DeepCache, Schedule, TokenChoice
+from regrow.core.parts import Parts, parts_of
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
 from regrow.methods.base import MethodConfig
-from regrow.methods.parts import Parts, parts_of
 from regrow.schedule import Both
 
 

@@ -14,8 +14,8 @@ from whole_unet import assert_near, guided_inputs, outputs, with_reference
 
 import regrow
 from regrow import FULL, Alignment, DaTo, Features, Recovery, Schedule
+from regrow.core.parts import CallInfo, parts_of
 from regrow.methods.dato import Score
-from regrow.methods.parts import CallInfo, parts_of
 from regrow.tokens.grid import Grid, patch_of_token
 
 

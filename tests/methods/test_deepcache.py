@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 import regrow
 from regrow import ATEDM, FULL, Combined, DeepCache, SiTo, ToMeSD
+from regrow.core.parts import parts_of
 from regrow.methods.deepcache import full_calls
-from regrow.methods.parts import parts_of
 
 
 def depths(config: Any, calls: int) -> list[int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from regrow import FULL, BaseChoice, DaTo, Schedule, SiTo, ToMeSD
-from regrow.methods.parts import CallInfo, parts_of
+from regrow.core.parts import CallInfo, parts_of
 from regrow.tokens.grid import Grid
 
 GRID = Grid(16, 16)

@@ -20,12 +20,12 @@ import regrow
 from regrow import cli
 from regrow.cli.options import method_config
 from regrow.cli.usual import usual_of
+from regrow.core.parts import Parts, parts_of
 from regrow.fields import explain
 from regrow.methods import DenoiserKind, Status, catalogue
 from regrow.methods.base import About, MethodConfig, Role, methods, methods_of, register
 from regrow.methods.catalogue import config_from, load_plan, space_of, systems
 from regrow.methods.names import method_of, named
-from regrow.methods.parts import Parts, parts_of
 from regrow.recover.time import TimeRecovery, recovery_from
 from regrow.schedule import Schedule, Spaced
 from regrow.space import Space, Variable, free
@@ -321,7 +321,7 @@ def test_every_method_of_the_library_is_registered_and_says_what_pairs_need() ->
 FILE = '''
 from typing import ClassVar, Literal
 from regrow.methods.base import About, MethodConfig, register
-from regrow.methods.parts import Parts, parts_of
+from regrow.core.parts import Parts, parts_of
 from regrow.schedule import Spaced
 
 @register

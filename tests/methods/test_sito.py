@@ -14,7 +14,7 @@ from whole_unet import assert_near, guided_inputs, outputs, with_reference
 
 import regrow
 from regrow import Alignment, BaseChoice, Features, Recovery, SiTo
-from regrow.methods.parts import CallInfo, parts_of
+from regrow.core.parts import CallInfo, parts_of
 from regrow.tokens.grid import Grid
 
 V = BaseChoice.BEST_IN_PATCH

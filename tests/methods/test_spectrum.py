@@ -24,7 +24,7 @@ from slow_forecasts import Calls, Spectral, counted, forecast_outputs
 from torch import Tensor, nn
 
 import regrow
-from regrow.methods.parts import parts_of
+from regrow.core.parts import parts_of
 from regrow.methods.spectrum import Spectrum, full_calls
 from regrow.schedule import FULL, HEAD
 

@@ -18,7 +18,7 @@ from slow_forecasts import Calls, Factors, counted, forecast_outputs
 from torch import Tensor, nn
 
 import regrow
-from regrow.methods.parts import parts_of
+from regrow.core.parts import parts_of
 from regrow.methods.taylorseer import ForecastLevel, TaylorSeer, full_calls
 from regrow.recover.time import Taylor
 from regrow.schedule import FULL, HEAD, LAYERS

@@ -21,12 +21,12 @@ from transformer_pipelines import FORMS, TWO_CALLS, generate
 import regrow
 from regrow import FORA, ToCa
 from regrow.core.decision import SKIP, Decision, Entered, Some, View
+from regrow.core.parts import Alignment, Attention, CallInfo, Parts, parts_of
 from regrow.core.store import Store, copied
 from regrow.layers import LayerKind
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
 from regrow.methods.base import MethodConfig
-from regrow.methods.parts import Alignment, Attention, CallInfo, Parts, parts_of
 from regrow.methods.toca import Choosing
 from regrow.models import layout_of
 from regrow.models.table import Keeps, Layout, Site

@@ -21,10 +21,10 @@ from transformer_pipelines import FORMS, generate
 
 import regrow
 from regrow.core.decision import Some
+from regrow.core.parts import CallInfo
 from regrow.files import FileError
 from regrow.measure import architecture, profile
 from regrow.methods import tokencache
-from regrow.methods.parts import CallInfo
 from regrow.methods.tokencache import UNTRAINED, Choice, Counts, Spacing, Table, TokenCache, i_steps
 from regrow.models import UnsupportedModelError, layout_of
 from regrow.origin import denoiser_key

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import regrow
 from regrow import Recovery, ToMeSD
-from regrow.methods.parts import CallInfo, parts_of
+from regrow.core.parts import CallInfo, parts_of
 from regrow.tokens.grid import Grid
 from regrow.tokens.recover import keep_merged, recover
 

@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 import regrow
-from regrow.installed import is_hooked
+from regrow.core.install import is_hooked
 from regrow.measure.evaluate import Setting
 from regrow.measure.images import psnr
 from regrow.measure.macs import PlanCounter

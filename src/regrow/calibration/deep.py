@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.calibration.influence import Array
-from regrow.hooks import taken
+from regrow.core.hooks import taken
 from regrow.models import layout_of
 
 MOST = 1 << 18

@@ -23,10 +23,10 @@ from typing_extensions import Self
 import regrow
 from regrow.calibration.deep import DeepFeatures, watched_features
 from regrow.calibration.influence import Array, influence
-from regrow.clock import begins_of, place_of
+from regrow.core.clock import begins_of, place_of
+from regrow.core.install import is_hooked
 from regrow.fields import MOST_CALLS, MOST_SEED, Block, Checked, check_within, explain
 from regrow.files import FileError, read_kept, said
-from regrow.installed import is_hooked
 from regrow.measure.keep import REMOVE, write_whole
 from regrow.measure.sampling import check_prompts, make
 from regrow.models import denoiser_of

@@ -10,13 +10,13 @@ from typing import Any, Protocol, cast
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
+from regrow.core.call import Call, Watched
 from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Some, View, runs
+from regrow.core.inputs import adds_to_tokens
+from regrow.core.parts import Attention, Recovery
 from regrow.core.store import copied
-from regrow.engine.call import Call, Watched
-from regrow.engine.inputs import adds_to_tokens
 from regrow.fields import MOST_CALLS
 from regrow.layers import LayerKind
-from regrow.methods.parts import Attention, Recovery
 from regrow.models.table import TOKENS, Cut, Keeps, Layout, Site
 from regrow.recover.time import REUSE
 from regrow.schedule import Step

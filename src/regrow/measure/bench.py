@@ -14,10 +14,10 @@ from diffusers.hooks import HookRegistry
 from torch.utils.flop_counter import sdpa_flop_count
 
 from regrow.apply import Run
-from regrow.engine.inputs import without_data
+from regrow.core.inputs import without_data
+from regrow.core.install import around_calls
+from regrow.core.macs import Flops, plain_macs
 from regrow.fields import MOST_COUNT, check_within
-from regrow.installed import around_calls
-from regrow.macs import Flops, plain_macs
 from regrow.measure.sampling import Moment, check_frames, make, moment, wait
 from regrow.measure.variants import Variant
 from regrow.memory import PeakMemory, keep_freed_memory

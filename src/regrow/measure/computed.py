@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from regrow.core.call import Observation
 from regrow.core.decision import ALL, Decision, left_out
-from regrow.engine.call import Observation
 from regrow.models import Layout
 from regrow.models.table import Stream
 from regrow.schedule import HEAD, LAYERS, SITES

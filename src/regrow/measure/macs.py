@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from regrow.core.decision import ALL, Decision, Sited, View, left_out
+from regrow.core.engine import asks
+from regrow.core.macs import CallCounter, Macs
+from regrow.core.parts import Parts, parts_of
 from regrow.core.sites import streams
-from regrow.engine.engine import asks
-from regrow.macs import CallCounter, Macs
 from regrow.measure.architectures import Architecture
-from regrow.methods.parts import Parts, parts_of
 from regrow.models import layout_of
 from regrow.run_report import depth_name
 from regrow.schedule import FULL, SITES, Schedule

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from regrow.apply import apply
-from regrow.installed import is_hooked
+from regrow.core.install import is_hooked
 from regrow.measure.computed import ComputedCounter, SiteShares
 from regrow.measure.sampling import check_prompts, make
 from regrow.measure.variants import Variant

@@ -6,6 +6,17 @@ Every file of this folder is imported, so that its methods are registered.
 from importlib import import_module
 from pkgutil import iter_modules
 
+from regrow.core.parts import (
+    After,
+    Alignment,
+    Attention,
+    CallInfo,
+    Features,
+    Parts,
+    Recovery,
+    Where,
+    parts_of,
+)
 from regrow.methods.atedm import ATEDM, Restored, Similarity
 from regrow.methods.base import (
     About,
@@ -23,17 +34,6 @@ from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
 from regrow.methods.l2p import L2P
-from regrow.methods.parts import (
-    After,
-    Alignment,
-    Attention,
-    CallInfo,
-    Features,
-    Parts,
-    Recovery,
-    Where,
-    parts_of,
-)
 from regrow.methods.pruning import TokenRule
 from regrow.methods.sito import BaseChoice, SiTo
 from regrow.methods.spectrum import Spectrum

@@ -27,9 +27,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from regrow.core.decision import Decider, Decision, Sited, View
-from regrow.fields import MOST_CALLS, Block, Ratio, check_within
-from regrow.methods.base import BLOCKS, UNETS, About, MethodConfig, Role, Status, register
-from regrow.methods.parts import (
+from regrow.core.parts import (
     After,
     Alignment,
     Attention,
@@ -43,6 +41,8 @@ from regrow.methods.parts import (
     some_of_stream,
     stream_of,
 )
+from regrow.fields import MOST_CALLS, Block, Ratio, check_within
+from regrow.methods.base import BLOCKS, UNETS, About, MethodConfig, Role, Status, register
 from regrow.methods.pruning import TokenRule
 from regrow.models.table import Layout, Site
 from regrow.schedule import FULL, Schedule, Step

@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from regrow.core.parts import MadeFor, Parts, parts_of
 from regrow.fields import MOST_CALLS, Calls, Checked, Count
 from regrow.methods.base import About, MethodConfig, register
 from regrow.methods.dato import DaTo
-from regrow.methods.parts import MadeFor, Parts, parts_of
 from regrow.schedule import FULL, Schedule
 
 Timestep = Annotated[float, Field(ge=0, le=MOST_CALLS)]

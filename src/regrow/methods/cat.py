@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from regrow.core.decision import Decider, Decision, Sited, View
+from regrow.core.parts import Alignment, CallInfo, Parts, parts_of, some_of_stream, stream_of
 from regrow.fields import MOST_CALLS, Seed, Share, Weight
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, Options, Role, register
-from regrow.methods.parts import Alignment, CallInfo, Parts, parts_of, some_of_stream, stream_of
 from regrow.models.table import Layout, Site
 from regrow.schedule import After, Schedule
 from regrow.space import Space, Variable, free

@@ -18,8 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from regrow.core.parts import Parts, parts_of
 from regrow.methods.base import About, MethodConfig, Role, methods_of, name_of
-from regrow.methods.parts import Parts, parts_of
 from regrow.schedule import LAYERS, After, Both, Plan, Schedule
 
 

@@ -16,6 +16,18 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from regrow import hub
+from regrow.core.parts import (
+    Alignment,
+    CallInfo,
+    Features,
+    Level,
+    Parts,
+    Recovery,
+    Where,
+    align,
+    check_ratio,
+    parts_of,
+)
 from regrow.fields import MOST_WEIGHT, Seed, Side, Weight
 from regrow.methods.base import (
     UNETS,
@@ -27,18 +39,6 @@ from regrow.methods.base import (
     TextError,
     register,
     whole,
-)
-from regrow.methods.parts import (
-    Alignment,
-    CallInfo,
-    Features,
-    Level,
-    Parts,
-    Recovery,
-    Where,
-    align,
-    check_ratio,
-    parts_of,
 )
 from regrow.methods.pruning import TokenRule
 from regrow.recover.time import REUSE, Chebyshev, RecoveryField

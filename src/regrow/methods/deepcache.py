@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from regrow.core.parts import Parts, parts_of
 from regrow.fields import Block, Calls
 from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
-from regrow.methods.parts import Parts, parts_of
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import Spaced
 from regrow.space import Space, Variable, free, recovery_variable

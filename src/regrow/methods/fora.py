@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from regrow.core.parts import Parts, parts_of
 from regrow.fields import Calls
 from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
-from regrow.methods.parts import Parts, parts_of
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import LAYERS, Spaced
 from regrow.space import Space, Variable, free, recovery_variable

@@ -17,9 +17,9 @@ from torch import nn
 from typing_extensions import Self
 
 from regrow.core.decision import ALL, SKIP, Decider, Decision, Sited, View
+from regrow.core.parts import Parts, parts_of
 from regrow.fields import MOST_CALLS, Share
 from regrow.methods.base import About, MethodConfig, register
-from regrow.methods.parts import Parts, parts_of
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, Site
 from regrow.predictors import read_learned, without_data

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from typing_extensions import Self
 
+from regrow.core.parts import Parts, parts_of
 from regrow.fields import MOST_CALLS, check_within
 from regrow.methods.base import About, MethodConfig, TextError, register
-from regrow.methods.parts import Parts, parts_of
 from regrow.recover.time import Fitted
 from regrow.schedule import FULL, Schedule
 

@@ -14,9 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 from torch import Tensor
 
-from regrow.fields import Ratio, Seed, Side, Weight
-from regrow.methods.base import UNETS, About, DenoiserKind, MethodConfig, Role, register
-from regrow.methods.parts import (
+from regrow.core.parts import (
     Alignment,
     CallInfo,
     Features,
@@ -28,6 +26,8 @@ from regrow.methods.parts import (
     check_ratio,
     parts_of,
 )
+from regrow.fields import Ratio, Seed, Side, Weight
+from regrow.methods.base import UNETS, About, DenoiserKind, MethodConfig, Role, register
 from regrow.methods.pruning import TokenRule
 from regrow.schedule import Schedule
 from regrow.space import Space, Variable, free

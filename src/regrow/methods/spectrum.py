@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from regrow.core.parts import Parts, parts_of
 from regrow.fields import MOST_CALLS, MOST_WEIGHT, Calls, Share
 from regrow.methods.base import About, DenoiserKind, MethodConfig, register
-from regrow.methods.parts import Parts, parts_of
 from regrow.recover.time import MOST_ORDER, Chebyshev
 from regrow.schedule import HEAD, Spaced
 from regrow.space import Space, Variable, free

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from regrow.core.parts import Parts, parts_of
 from regrow.fields import Calls
 from regrow.methods.base import ALL, About, MethodConfig, register
-from regrow.methods.parts import Parts, parts_of
 from regrow.recover.time import MOST_ORDER, TimeRecovery, Weights, ordered, register_recovery
 from regrow.schedule import HEAD, LAYERS, Spaced
 from regrow.space import Space, Variable, free

@@ -30,10 +30,10 @@ from torch.nn.functional import normalize
 from typing_extensions import Self
 
 from regrow.core.decision import SKIP, Decider, Decision, Sited, Some, View
+from regrow.core.parts import Alignment, Attention, CallInfo, Parts, align, parts_of
 from regrow.fields import MOST_SIDE, Calls, Share, Weight
 from regrow.layers import LayerKind
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, register
-from regrow.methods.parts import Alignment, Attention, CallInfo, Parts, align, parts_of
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, Site
 from regrow.recover.time import REUSE, RecoveryField, TimeRecovery

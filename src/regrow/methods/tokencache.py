@@ -38,11 +38,11 @@ from torch import Tensor, nn
 
 from regrow import zoo
 from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Sited, Some, View
+from regrow.core.parts import Attention, CallInfo, Parts, parts_of
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share, Weight
 from regrow.files import said
 from regrow.layers import LayerKind
 from regrow.methods.base import About, MethodConfig, Status, register
-from regrow.methods.parts import Attention, CallInfo, Parts, parts_of
 from regrow.methods.toca import Memory, influence, spread, staleness
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, Site, Spans, in_sequences

@@ -14,9 +14,9 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from regrow.core.parts import CallInfo, Features, Level, Parts, Recovery, Where, check_ratio, parts_of
 from regrow.fields import Ratio, Seed, Side
 from regrow.methods.base import UNETS, About, DenoiserKind, MethodConfig, Role, register
-from regrow.methods.parts import CallInfo, Features, Level, Parts, Recovery, Where, check_ratio, parts_of
 from regrow.methods.pruning import TokenRule
 from regrow.schedule import Schedule
 from regrow.space import Space, Variable, free

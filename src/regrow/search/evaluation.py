@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from regrow.apply import apply
-from regrow.engine.inputs import without_data
+from regrow.core.inputs import without_data
 from regrow.measure.clip import ClipScore
 from regrow.measure.evaluate import Setting
 from regrow.measure.extractors import Extractor, Network, extractor

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import regrow
+from regrow.core.parts import parts_of
 from regrow.measure.evaluate import Setting
 from regrow.measure.keep import write_whole
-from regrow.methods.parts import parts_of
 from regrow.origin import Origin
 from regrow.run_report import depth_name
 from regrow.schedule import FULL, Schedule

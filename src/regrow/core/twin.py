@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from regrow.meta import meta_copy, unknown_attentions
+from regrow.core.meta import meta_copy, unknown_attentions
 
 
 @dataclass(frozen=True)

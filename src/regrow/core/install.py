@@ -14,21 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from regrow.core.sites import (
-    AdapterHook,
-    BesideHook,
-    ChooseHook,
-    EntryHook,
-    NarrowHook,
-    SiteHook,
-    SiteKeysHook,
-    Sites,
-    TableHook,
-    TurnHereHook,
-)
-from regrow.engine.call import Watched
-from regrow.engine.engine import Engine
-from regrow.hooks import (
+from regrow.core.call import Watched
+from regrow.core.engine import Engine
+from regrow.core.hooks import (
     KEYS,
     QUERIES,
     CatchHook,
@@ -40,6 +28,18 @@ from regrow.hooks import (
     TextHook,
     TurnHook,
     UnturnedHook,
+)
+from regrow.core.sites import (
+    AdapterHook,
+    BesideHook,
+    ChooseHook,
+    EntryHook,
+    NarrowHook,
+    SiteHook,
+    SiteKeysHook,
+    Sites,
+    TableHook,
+    TurnHereHook,
 )
 from regrow.models.table import Keeps, Rotary
 

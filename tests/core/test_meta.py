@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from regrow.engine.inputs import without_data
-from regrow.macs import Flops, plain_macs
-from regrow.meta import KnownShapes, meta_copy
+from regrow.core.inputs import without_data
+from regrow.core.macs import Flops, plain_macs
+from regrow.core.meta import KnownShapes, meta_copy
 from regrow.models import module_of
 
 MODELS: dict[str, Callable[[], Any]] = {

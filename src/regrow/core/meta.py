@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regrow.engine.others import is_of_diffusers
+from regrow.core.others import is_of_diffusers
 
 # What others, and torch, leave on modules that has no part in what they compute.
 _WRAPPINGS = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_call_impl", "_compiled_call_impl")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import regrow
 from regrow import FULL
-from regrow.clock import _Watch
+from regrow.core.clock import _Watch
 from regrow.schedule import LAYERS
 
 SAMPLERS: dict[str, Callable[[], Any]] = {

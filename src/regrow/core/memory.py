@@ -16,7 +16,7 @@ Key = tuple[Any, ...]
 
 
 @dataclass
-class Slot:
+class BranchMemory:
     """The memory of one guidance branch; a call with another key starts a new one.
 
     Args:

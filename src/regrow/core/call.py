@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.clock import Position
+from regrow.core.branches import Branches
+from regrow.core.caller import Caller
+from regrow.core.clock import Position
 from regrow.core.decision import Decision
-from regrow.engine.branches import Branches
-from regrow.engine.caller import Caller
-from regrow.engine.twin import Twin
-from regrow.methods.parts import Attention, CallInfo
+from regrow.core.memory import BranchMemory
+from regrow.core.parts import Attention, CallInfo
+from regrow.core.twin import Twin
 from regrow.models.table import TOKENS, Cut, Rows
 from regrow.recover.time import TimeRecovery
-from regrow.reuse.depth import Slot
 from regrow.schedule import Step
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection, Subset
@@ -107,7 +107,7 @@ class Generation:
     whole: str = ""
     late: bool = False
     branches: Branches = field(default_factory=Branches)
-    slots: dict[int, Slot] = field(default_factory=dict)
+    slots: dict[int, BranchMemory] = field(default_factory=dict)
     records: list[CallRecord] = field(default_factory=list)
     ended: bool = False
     caller: Caller = field(default_factory=Caller)
@@ -158,7 +158,7 @@ class Call:
         partial: by the name of the site that runs, the tokens that it computes, if not all.
     """
 
-    slot: Slot
+    slot: BranchMemory
     step: int
     recovery: TimeRecovery
     cut: Cut | None

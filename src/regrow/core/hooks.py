@@ -1,7 +1,7 @@
 """What the layers of a denoiser do in a call that was decided at its root.
 
 Each hook is called in place of a module's forward method, with the module and the forward method that it
-lies around. `regrow.installed` puts hooks on modules for as long as a call of the denoiser lasts.
+lies around. `regrow.core.install` puts hooks on modules for as long as a call of the denoiser lasts.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
+from regrow.core.call import Call, Watched
 from regrow.core.decision import SKIP
+from regrow.core.engine import Engine
+from regrow.core.memory import placeholders
+from regrow.core.parts import Attention
 from regrow.core.store import copied
-from regrow.engine.call import Call, Watched
-from regrow.engine.engine import Engine
-from regrow.methods.parts import Attention
 from regrow.models.table import Cut, Returns, Skippable, Turned
-from regrow.reuse.depth import placeholders
 from regrow.tokens.select import put_rows, take_rows
 
 Forward = Callable[..., Any]

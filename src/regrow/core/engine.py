@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
+from regrow.core.branches import Branches
+from regrow.core.call import Call, CallRecord, Generation, Observation, Observer, Watched
+from regrow.core.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
 from regrow.core.decision import Decision, Sited, Some, View, left_out, runs
-from regrow.core.sites import Sites
-from regrow.core.store import Store, flatten
-from regrow.engine.branches import Branches
-from regrow.engine.call import Call, CallRecord, Generation, Observation, Observer, Watched
-from regrow.engine.inputs import (
+from regrow.core.inputs import (
     adds_to_layers,
     arguments_of,
     is_of_no_class,
     may_be_guided,
     without_data,
 )
-from regrow.engine.others import (
+from regrow.core.memory import BranchMemory
+from regrow.core.others import (
     adapter_state,
     attentions_in,
     grounding_of,
@@ -36,13 +35,14 @@ from regrow.engine.others import (
     shape_of,
     wrapped_by_others,
 )
-from regrow.engine.twin import Twin
-from regrow.methods.parts import CallInfo, Parts
+from regrow.core.parts import CallInfo, Parts
+from regrow.core.sites import Sites
+from regrow.core.store import Store, flatten
+from regrow.core.twin import Twin
 from regrow.models import layout_of
 from regrow.models.table import TOKENS, Cut, Rotary, Rows, decided
 from regrow.origin import Origin
 from regrow.recover.time import REUSE
-from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, SITES, Step
 from regrow.tokens.select import Subset, behind
 
@@ -463,7 +463,7 @@ class Engine:
             )
         )
 
-    def _recovery(self, slot: Slot, cut: Cut, planned: Step, index: int) -> str:
+    def _recovery(self, slot: BranchMemory, cut: Cut, planned: Step, index: int) -> str:
         """What a call's recovery does with the values that there are; warns if it was not made for them."""
         key = next(key for key in map(cut.key, cut.restore) if key in slot.store)
         if not slot.store.knows(key, index, planned.recovery):
@@ -474,7 +474,9 @@ class Engine:
             )
         return slot.store.used(key, index, planned.recovery)
 
-    def _cut(self, generation: Generation, slot: Slot, planned: Step, index: int) -> tuple[Cut | None, str]:
+    def _cut(
+        self, generation: Generation, slot: BranchMemory, planned: Step, index: int
+    ) -> tuple[Cut | None, str]:
         """What a call leaves out, and why if that is less than planned."""
         cut = generation.cuts.get(planned.depth)
         slot.calls += 1
@@ -506,7 +508,7 @@ class Engine:
         inputs: Mapping[str, Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-    ) -> Slot:
+    ) -> BranchMemory:
         """The memory of a branch; a new one if the batch is another."""
         for gone in generation.slots.keys() - generation.branches.numbers:
             del generation.slots[gone]
@@ -519,7 +521,7 @@ class Engine:
             bare = (without_data(args), without_data(dict(kwargs)))
             guided = wanted and self._may_be_guided(sample, inputs)
             store = Store({step.recovery for step in generation.steps}, len(generation.steps))
-            slot = Slot(key, bare, guided, store)
+            slot = BranchMemory(key, bare, guided, store)
             if self.layout.stream is not None:
                 slot.grid = self.layout.stream.grid(sample, inputs)
             generation.slots[branch] = slot
@@ -543,7 +545,7 @@ class Engine:
         # Pipelines of classes step both halves; their labels told.
         return batch is None or self.layout.conditional_first or 2 * batch == sample.shape[0]
 
-    def _tells_apart(self, slot: Slot) -> bool:
+    def _tells_apart(self, slot: BranchMemory) -> bool:
         """Whether some of the image's tokens can be computed, and attentions be looked at."""
         sites = self.sites is not None and self.sites.tells_apart
         if self.layout.stream is None:

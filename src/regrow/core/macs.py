@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from regrow.clock import Position
+from regrow.core.branches import Branches
+from regrow.core.clock import Position
 from regrow.core.decision import Adapter, Decider, Decision, Entered, Sited, View
-from regrow.engine.branches import Branches
-from regrow.engine.engine import Engine
-from regrow.engine.others import grounding_of
-from regrow.installed import Installed
+from regrow.core.engine import Engine
+from regrow.core.install import Installed
+from regrow.core.meta import KnownShapes, meta_copy
+from regrow.core.others import grounding_of
+from regrow.core.parts import Attention, CallInfo, Parts, Recovery
 from regrow.layers import LayerKind
-from regrow.meta import KnownShapes, meta_copy
-from regrow.methods.parts import Attention, CallInfo, Parts, Recovery
 from regrow.models import layout_of
 from regrow.models.table import Layout, Site
 from regrow.schedule import FULL, SITES, Schedule

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import regrow
 from regrow import FULL, DaTo, Schedule
-from regrow.macs import CallCounter
-from regrow.methods.parts import parts_of
+from regrow.core.macs import CallCounter
+from regrow.core.parts import parts_of
 
 RULE = parts_of(DaTo(schedule=Schedule.constant(0.5))).sites
 

@@ -1,1 +1,0 @@
-"""What is kept between calls of the denoiser."""
