@@ -344,8 +344,8 @@ class Sites:
             call.slot.remember(self._layout.stream.noise_of(call.slot.store.last(self.stream.key)))
 
     def done(self, call: Call) -> dict[str, Tensor]:
-        """By the name of a site, the tokens ``(B, n)`` that it computed in a call."""
-        some = {name: d.group for name, d in call.plan.items() if isinstance(d, Some)}
+        """By the name of a site within blocks, the tokens ``(B, n)`` that it computed in a call."""
+        some = {n: d.group for n, d in call.plan.items() if isinstance(d, Some) and n != TOKENS}
         return {n: call.chosen[group].tokens for n, group in some.items() if group in call.chosen}
 
     def selections(self, call: Call) -> dict[str, Selection]:
