@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regrow.core.branches import Branches
 from regrow.core.caller import Caller
 from regrow.core.clock import Position
-from regrow.core.decision import Decision
+from regrow.core.decision import SKIP, Decision
 from regrow.core.memory import BranchMemory
 from regrow.core.parts import Attention, CallInfo
 from regrow.core.twin import Twin
@@ -184,6 +184,13 @@ class Call:
     seen: tuple[Any, ...] = ()
     given: dict[str, int] = field(default_factory=dict)
     partial: dict[str, Subset] = field(default_factory=dict)
+
+    def reuses(self, layer: str) -> bool:
+        """Whether a layer returns what follows from earlier calls, whatever it is given."""
+        cut = self.cut
+        if cut is None or layer not in cut.restore or cut.entry is not None:
+            return False
+        return self.plan.get(layer, SKIP) is SKIP and cut.key(layer) in self.slot.store
 
     @property
     def tokens(self) -> Subset | None:

@@ -19,6 +19,7 @@ from regrow.core.engine import Engine
 from regrow.core.memory import placeholders
 from regrow.core.parts import Attention
 from regrow.core.store import copied
+from regrow.models.norms import Norm
 from regrow.models.table import Cut, Returns, Skippable, Turned
 from regrow.tokens.select import put_rows, take_rows
 
@@ -140,6 +141,25 @@ def taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     image = args[0] if args else kwargs["hidden_states"]
     text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
     return [text, image]
+
+
+class NormHook:
+    """A norm that computes nothing where nobody reads what it returns: the tokens but the first are gone.
+
+    What lies between it and the layers that read it goes token by token, and is spared as well.
+    """
+
+    def __init__(self, engine: Engine, norm: Norm) -> None:
+        self.engine, self.norm = engine, norm
+
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        call, norm = self.engine.call, self.norm
+        if call is None or not args or not all(map(call.reuses, norm.readers)):
+            return forward(*args, **kwargs)
+        # Chunks are counted, and somebody's own hook shall see what it would have seen.
+        if getattr(norm.block, "_chunk_size", None) is not None or module._forward_hooks:
+            return forward(*args, **kwargs)
+        return args[0][:, :1]
 
 
 class PositionHook:

@@ -22,6 +22,7 @@ from regrow.core.hooks import (
     CatchHook,
     Forward,
     Hook,
+    NormHook,
     ObserveHook,
     PositionHook,
     SkipHook,
@@ -181,6 +182,9 @@ class Installed:
                 continue
             skippable = engine.layout.skippable[name]
             self._hook(skippable.module, SkipHook(engine, skippable, owners.get(name, "")))
+        for norm in engine.layout.norms:
+            if norm.readers and all(name in skipped for name in norm.readers):
+                self._hook(norm.module, NormHook(engine, norm))
         self._skipping = {name: self._places[name] for name in skipped}
         self._edges = list(_edges(engine.denoiser, self._places))
 

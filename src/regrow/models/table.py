@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.layers import LayerKind
+from regrow.models.norms import Norm
 from regrow.schedule import HEAD, LAYERS
 from regrow.tokens.grid import Grid, grid_of_positions
 
@@ -316,6 +317,7 @@ class Layout:
         block_sites: the blocks of a transformer, as they run; none where a block returns more than tokens.
         layer_sites: the attentions and feed-forwards of its blocks.
         patch: of a model of videos, rows and columns of a latent frame that a token spans.
+        norms: those whose output only some layers read.
     """
 
     blocks: tuple[TokenBlock, ...]
@@ -332,6 +334,7 @@ class Layout:
     block_sites: tuple[Site, ...] = ()
     layer_sites: tuple[Site, ...] = ()
     patch: tuple[int, int] | None = None
+    norms: tuple[Norm, ...] = ()
 
     def frame(self, sample: Tensor) -> Grid | None:
         """The grid of tokens of one frame of a video's latent ``(B, C, F, H, W)``; None of pictures."""

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from regrow.layers import LayerKind
+from regrow.models.norms import norms_of
 from regrow.models.table import (
     OUTPUT,
     Cut,
@@ -155,6 +156,7 @@ def transformer_layout(transformer: Any) -> Layout:
         block_sites=_block_sites(family, blocks),
         layer_sites=_layer_sites(family, blocks, streams),
         patch=_patch(transformer.config.patch_size) if family.spans else None,
+        norms=norms_of((name, place.module) for name, place in blocks.items()),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from regrow.models.norms import norms_of
 from regrow.models.table import (
     OUTPUT,
     Cut,
@@ -92,8 +93,10 @@ def unet_layout(unet: Any) -> Layout | None:
         cuts.append(Cut(frozenset(skip), frozenset({unit[-1] if b in running else up_blocks[b]})))
 
     blocks = _token_blocks(unet)
-    layers = own_layers([(b.name, b.block) for b in blocks], ("attn1", "attn2", "ff"))
-    return Layout(blocks, whole(unet) | skippable | layers, tuple(cuts), reuse_all(layers), head)
+    own = [(b.name, b.block) for b in blocks]
+    layers = own_layers(own, ("attn1", "attn2", "ff"))
+    modules = whole(unet) | skippable | layers
+    return Layout(blocks, modules, tuple(cuts), reuse_all(layers), head, norms=norms_of(own))
 
 
 def _layers(path: str, block: Any, may_skip: Any) -> list[list[str]]:
