@@ -12,12 +12,14 @@ from regrow.calibration.calibrate import calibrate
 from regrow.calibration.recording import Recording, record
 from regrow.clock import ConcurrentGenerationError
 from regrow.compiling import compile_blocks
+from regrow.control import Control
 from regrow.engine.call import Observation
 from regrow.methods import (
     ATEDM,
     FORA,
     L2P,
     About,
+    Adaptive,
     After,
     Alignment,
     BaseChoice,
@@ -59,6 +61,7 @@ __all__ = [
     "FULL",
     "L2P",
     "About",
+    "Adaptive",
     "After",
     "Alignment",
     "BaseChoice",
@@ -67,6 +70,7 @@ __all__ = [
     "Chebyshev",
     "Combined",
     "ConcurrentGenerationError",
+    "Control",
     "DaTo",
     "DeepCache",
     "Features",

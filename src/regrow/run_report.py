@@ -33,6 +33,8 @@ class CallRow:
         recovery: what filled in what was not computed: ``"reuse"``, ``"taylor(1)"``, ``"fitted"`` in time,
             ``"copy"`` or ``"mean"`` for pruned tokens; empty if all was computed.
         reason: why it did something else than planned; empty if it did as planned.
+        error: of a full call, the relative deviation of what would have been forecast for it; None if it
+            was not measured.
     """
 
     step: int | None
@@ -46,6 +48,7 @@ class CallRow:
     age: int = 0
     recovery: str = ""
     reason: str = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ def _row(record: CallRecord, engine: Engine, counter: CallCounter | None) -> Cal
         record.age,
         " + ".join(filter(None, (record.recovery, _of_tokens(record, engine)))),
         record.reason,
+        None if record.error is None else record.error.read(),
     )
 
 

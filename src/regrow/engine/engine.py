@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from regrow.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
+from regrow.control import Control
 from regrow.core.decision import Decision, Sited, Some, View, left_out
 from regrow.core.sites import Sites
 from regrow.core.store import Store, flatten
 from regrow.engine.branches import Branches
 from regrow.engine.call import Call, CallRecord, Generation, Observation, Observer, Watched
+from regrow.engine.controlled import Controlled, Reading
 from regrow.engine.inputs import (
     adds_to_layers,
     arguments_of,
@@ -42,7 +44,7 @@ from regrow.methods.parts import CallInfo, Parts
 from regrow.models import layout_of
 from regrow.models.table import TOKENS, Cut, Rotary, Rows, decided
 from regrow.origin import Origin
-from regrow.recover.time import REUSE
+from regrow.recover.time import REUSE, TimeRecovery
 from regrow.reuse.depth import Slot
 from regrow.schedule import FULL, SITES, Step
 from regrow.tokens.grid import Grid
@@ -80,6 +82,7 @@ class Engine:
         self._keep_text, self._quiet = keep_text, quiet
         self._shape, self._twin = shape_of(denoiser), Twin.none()
         self.kinds = parts.plan.kinds()
+        self.control = parts.plan if isinstance(parts.plan, Control) else None
         streams = parts.sites is not None and parts.sites.full_calls > 0
         if streams and any(step.recovery != REUSE for step in self.kinds):
             raise ValueError(
@@ -283,7 +286,14 @@ class Engine:
             self.release()
         chooser = self.parts.tokens or self.parts.sites
         seed = 0 if chooser is None else chooser.seed
-        plan = self.parts.plan.resample(position.total)
+        controlled = None
+        if self.control is None:
+            steps = list(self.parts.plan.resample(position.total).steps())
+        else:
+            # Refused, it leaves no generation behind that calls could belong to.
+            self.generation = None
+            controlled = Controlled(self.control, position.total, position.index)
+            steps = [self.control.measured] * position.total
         differs = self._unlike(position)
         if differs:
             self.warn_once("run", differs)
@@ -310,7 +320,13 @@ class Engine:
                 "that leave that module out",
             )
         generation = Generation(
-            list(plan.steps()), self.cuts, _generator(device, seed), self._look(), whole, position.index > 0
+            steps,
+            self.cuts,
+            _generator(device, seed),
+            self._look(),
+            whole,
+            position.index > 0,
+            controlled=controlled,
         )
         if before is not None and again:
             # Members of an ensemble: one report tells of all.
@@ -418,6 +434,8 @@ class Engine:
         given = {k: v for k, v in inputs.items() if k not in (self.layout.sample, self.layout.time)}
         branch = generation.branches.find(given, position.index)
         slot = self._slot(generation, branch, sample, inputs, args, kwargs)
+        if generation.controlled is not None:
+            generation.steps[position.index] = generation.controlled.step(position.index)
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
         plan: Mapping[str, Decision] = {}
@@ -458,6 +476,7 @@ class Engine:
             info=info,
             counts=counts,
             prepared=prepared,
+            compares=self._compared(cut),
         )
         state = tuple(adapter_state(module) for module in self.layout.text.values())
         self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
@@ -490,6 +509,14 @@ class Engine:
                 plan=plan,
             )
         )
+
+    def _compared(self, cut: Cut | None) -> tuple[Cut, TimeRecovery] | None:
+        """What a call with a cut compares a forecast of with what it computes; nothing if not full."""
+        if self.control is None or cut is not None:
+            return None
+        measured = self.control.measured
+        own = self.cuts.get(measured.depth)
+        return None if own is None else (own, measured.recovery)
 
     def _recovery(self, slot: Slot, cut: Cut, planned: Step, index: int) -> str:
         """What a call's recovery does with the values that there are; warns if it was not made for them."""
@@ -547,7 +574,7 @@ class Engine:
             wanted = chooser is not None and chooser.aligns
             bare = (without_data(args), without_data(dict(kwargs)))
             guided = wanted and self._may_be_guided(sample, inputs)
-            store = Store({step.recovery for step in generation.steps}, len(generation.steps))
+            store = Store({step.recovery for step in self.kinds}, len(generation.steps))
             slot = Slot(key, bare, guided, store)
             if self.layout.stream is not None:
                 slot.grid = self.layout.stream.grid(sample, inputs)
@@ -618,6 +645,12 @@ class Engine:
                 self.warn_once("hooks", f"a cached call was computed in full: {reason}")
             records[-1] = replace(records[-1], depth=FULL, age=0, reason=reason, recovery="")
         call.slot.stored |= dict.fromkeys(call.store, call.slot.last)
+        controlled = self.generation.controlled
+        if controlled is not None and call.deviation is not None and not call.deviation.is_meta:
+            # Behind the call, so that nothing of a compiled denoiser is broken up.
+            reading = Reading(call.deviation)
+            controlled.add(call.step, reading)
+            records[-1] = replace(records[-1], error=reading)
         some = [name for name, d in call.plan.items() if isinstance(d, Some) and name != TOKENS]
         if (call.counts or some) and not call.pruned:
             layers = len(call.counts or some)

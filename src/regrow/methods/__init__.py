@@ -6,6 +6,7 @@ Every file of this folder is imported, so that its methods are registered.
 from importlib import import_module
 from pkgutil import iter_modules
 
+from regrow.methods.adaptive import Adaptive
 from regrow.methods.atedm import ATEDM, Restored, Similarity
 from regrow.methods.base import (
     About,
@@ -47,6 +48,7 @@ __all__ = [
     "FORA",
     "L2P",
     "About",
+    "Adaptive",
     "After",
     "Alignment",
     "Attention",
