@@ -3,12 +3,12 @@
     python benchmarks/adaptive.py emoji --pictures 16 --budgets 16 10
     python benchmarks/adaptive.py cifar10
 
-On a bundled model, with its own guidance. Rows of one number of full calls forecast the output by the line
-through the last two, but for the calibrated plans (those of benchmarks/forecasts.py, fitted and chosen on
-other prompts) and fewer steps. A bound is chosen on other prompts too, so that it gives about as many calls.
-Pictures are made one by one and compared with the unaccelerated ones of the same seeds; the noise that an
-ancestral sampler adds begins from the picture's seed in every row. Nothing is timed. Killed, it goes on after
-the last picture; a table is written beside the result.
+On a bundled model, with its own guidance. Rows of one number of full calls forecast the output by the
+line through the last two, but for the calibrated plans (those of benchmarks/forecasts.py, fitted and chosen
+on other prompts) and fewer steps. A bound is chosen on other prompts too, so that it gives about as many
+calls. Pictures are made one by one and compared with the unaccelerated ones of the same seeds; the noise
+that an ancestral sampler adds begins from the picture's seed in every row. Nothing is timed. Killed, or
+asked for more pictures, it goes on after the last one; a table is written beside the result.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ TRIED, ROUNDS = 2, 5
 """Prompts on which a bound is chosen, and halvings of its range."""
 EVEN, FEWER, PLANNED = "even full calls", "fewer steps", "calibrated plan"
 RECOVERY = Taylor(order=1)
+LONGEST = 12
+"""Most calls in a row that are not full under a bound; with fewer it is this that decides on 10 calls."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Pictures:
         self.setting = setting
         self.pipe = load_pipeline(setting.model, "cpu", torch.float32, setting.sampler)
         self.prompts = zoo.prompts_of(setting.model, FIT + setting.pictures, "")
+        self._plain: dict[int, Image.Image] = {}
 
     def one(self, number: int, config: Any, steps: int) -> tuple[Image.Image, int]:
         """A picture and its full calls; those of negative numbers belong to the calibrated plans."""
@@ -101,15 +104,26 @@ class Pictures:
         image: Image.Image = made.images[0]
         return image
 
+    def plain(self, number: int) -> Image.Image:
+        """An unaccelerated picture."""
+        if number not in self._plain:
+            self._plain[number] = self.one(number, None, self.setting.steps)[0]
+        return self._plain[number]
+
     def bound(self, calls: int) -> float:
         """The bound that gives about so many calls, on prompts of the calibrated plans."""
         low, high = 0.001, 1.0
         for _ in range(ROUNDS):
             middle = float(np.sqrt(low * high))
-            config = Adaptive(bound=middle, recovery=RECOVERY)
+            config = bounded(middle)
             made = [self.one(number, config, self.setting.steps)[1] for number in range(-TRIED, 0)]
             low, high = (middle, high) if np.mean(made) > calls else (low, middle)
         return float(f"{np.sqrt(low * high):.2g}")
+
+
+def bounded(bound: float) -> Adaptive:
+    """The method with a bound."""
+    return Adaptive(bound=bound, recovery=RECOVERY, longest=LONGEST)
 
 
 def even(steps: int, calls: int) -> Schedule:
@@ -137,11 +151,7 @@ def rows_of(setting: Setting, pictures: Pictures) -> Iterator[tuple[int, str, Ca
             plan = planned(setting.model, calls)
             if plan is not None:
                 yield calls, PLANNED, lambda plan=plan: plan, plan.steps
-        yield calls, "bound", partial(_bounded, pictures, calls), setting.steps
-
-
-def _bounded(pictures: Pictures, calls: int) -> Adaptive:
-    return Adaptive(bound=pictures.bound(calls), recovery=RECOVERY)
+        yield calls, "bound", lambda n=calls: bounded(pictures.bound(n)), setting.steps
 
 
 def run(settings: list[Setting], file: Path) -> None:
@@ -149,8 +159,7 @@ def run(settings: list[Setting], file: Path) -> None:
     data: dict[str, Any] = {"machine": machine(), "pictures": settings[0].pictures, "settings": {}}
     if file.exists():
         data = json.loads(file.read_text(encoding="utf-8"))
-    if data["pictures"] != settings[0].pictures:
-        raise SystemExit(f"{file}: it is of {data['pictures']} pictures; use another --out")
+    data["pictures"] = max(data["pictures"], settings[0].pictures)
 
     def save() -> None:
         text = json.dumps(data, indent=1) + "\n"
@@ -158,19 +167,18 @@ def run(settings: list[Setting], file: Path) -> None:
 
     for setting in settings:
         rows = data["settings"].setdefault(setting.name, {})
-        pictures, plain = Pictures(setting), list[Image.Image]()
+        pictures = Pictures(setting)
         for calls, name, make_config, steps in rows_of(setting, pictures):
             row = rows.setdefault(f"{calls}: {name}", {"psnr": [], "calls": []})
-            if len(row["psnr"]) == setting.pictures:
+            if len(row["psnr"]) >= setting.pictures:
                 continue
-            plain = plain or [pictures.one(i, None, setting.steps)[0] for i in range(setting.pictures)]
-            config = Adaptive(bound=row["bound"], recovery=RECOVERY) if "bound" in row else make_config()
+            config = bounded(row["bound"]) if "bound" in row else make_config()
             if name == "bound":
                 row["bound"] = config.bound
             print(setting.name, calls, name, flush=True)
             for number in range(len(row["psnr"]), setting.pictures):
                 image, made = pictures.one(number, config, steps)
-                row["psnr"].append(round(min(psnr(plain[number], image), EQUAL), 3))
+                row["psnr"].append(round(min(psnr(pictures.plain(number), image), EQUAL), 3))
                 row["calls"].append(made)
                 save()
         file.with_suffix(".md").write_text(tables(data), encoding="utf-8")
@@ -190,7 +198,8 @@ def tables(data: dict[str, Any]) -> str:
         ]
         for key, row in rows.items():
             calls, name = key.split(": ", 1)
-            shown = f"`adaptive:{row['bound']:g}`" if name == "bound" else name
+            bound = f"`adaptive:{row.get('bound', 0):g}:longest={LONGEST}`"
+            shown = bound if name == "bound" else name
             others = (rows.get(f"{calls}: {other}") for other in (EVEN, PLANNED, FEWER))
             gains = " | ".join(_nearer(row, other) for other in others)
             lines.append(

@@ -99,11 +99,11 @@ class RunReport:
         width = max((len(c.recovery) for c in self.calls), default=0)
         reasons: list[str] = []
         for c in self.calls:
-            mark = ""
+            mark = "" if c.error is None else f"  (forecast off by {c.error:.1%})"
             if c.reason:
                 reasons += [] if c.reason in reasons else [c.reason]
                 asked = "" if c.planned == c.depth else f"planned {c.planned}, "
-                mark = f"  ({asked}see {reasons.index(c.reason) + 1})"
+                mark += f"  ({asked}see {reasons.index(c.reason) + 1})"
             step = "-" if c.step is None else f"{c.step}" if c.branch == 0 else f"{c.step}.{c.branch}"
             share = c.macs / c.full_macs if c.full_macs else 0.0
             lines.append(
