@@ -45,7 +45,7 @@ ANCESTRAL = {"emoji": "EulerAncestralDiscrete", "cifar10": "DDPM"}
 FIT = 16
 """Prompts that belong to the calibrated plans."""
 SEED = 30_000
-TRIED, ROUNDS = 2, 5
+TRIED, ROUNDS = 2, 4
 """Prompts on which a bound is chosen, and halvings of its range."""
 EVEN, FEWER, PLANNED = "even full calls", "fewer steps", "calibrated plan"
 RECOVERY = Taylor(order=1)
@@ -112,7 +112,7 @@ class Pictures:
 
     def bound(self, calls: int) -> float:
         """The bound that gives about so many calls, on prompts of the calibrated plans."""
-        low, high = 0.001, 1.0
+        low, high = 0.01, 1.0
         for _ in range(ROUNDS):
             middle = float(np.sqrt(low * high))
             config = bounded(middle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import any_pipelines as ap
 import pipelines
@@ -17,11 +17,14 @@ from pydantic import ValidationError
 from waiting import NoWaiting
 
 import regrow
+from regrow.control import ErrorControl
 from regrow.engine.controlled import LAG
+from regrow.methods import base
 from regrow.methods.adaptive import Adaptive
+from regrow.methods.base import About, MethodConfig, Role
 from regrow.methods.names import method_of
-from regrow.methods.parts import parts_of
-from regrow.schedule import FULL, HEAD, LAYERS
+from regrow.methods.parts import Parts, parts_of
+from regrow.schedule import FULL, HEAD, LAYERS, Step
 
 STEPS = 12
 BUDGET = Adaptive(budget=6)
@@ -258,6 +261,29 @@ def test_chosen_tokens_are_no_schedule(pipe: Any, name: str) -> None:
         generated(pipe, num_inference_steps=2)
         with pytest.raises(ValueError, match="can't be kept as a schedule: its calls leave out tokens"):
             run.frozen()
+
+
+def test_it_is_no_half_of_a_pair() -> None:
+    with pytest.raises(ValueError, match=r"one side of the '\+' must be"):
+        method_of("adaptive:0.1+tome:0.5")
+
+
+class Controlling(MethodConfig):
+    """A caching method that decides as it goes."""
+
+    ABOUT: ClassVar[About] = About("Controlling", "decide", role=Role.CACHES)
+    method: Literal["controlling"] = "controlling"
+
+
+@parts_of.register
+def _(config: Controlling) -> Parts:
+    return Parts(ErrorControl(Step(1, 0.0), bound=0.1))
+
+
+def test_a_pair_takes_no_method_that_decides_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(base._METHODS, "controlling", Controlling)
+    with pytest.raises(ValueError, match=r"caching: .* measured errors is not allowed in a pair"):
+        method_of("controlling+tome:0.5")
 
 
 def test_names() -> None:
