@@ -13,11 +13,12 @@ import transformer_pipelines
 from waiting import NoWaiting
 
 import regrow
-from regrow import ATEDM, FORA, CATPruning, Combined, DaTo, DeepCache, SiTo, ToCa, ToMeSD
+from regrow import ATEDM, FORA, Adaptive, CATPruning, Combined, DaTo, DeepCache, SiTo, ToCa, ToMeSD
 
 STEPS = 5
 
 UNET_METHODS = {
+    "adaptive": Adaptive(budget=4),
     "sito": SiTo(ratio=0.5),
     "dato": DaTo.preset("b1"),
     "tome": ToMeSD(ratio=0.5),
@@ -27,6 +28,7 @@ UNET_METHODS = {
     "deepcache+tome": Combined(caching=DeepCache(interval=2), tokens=ToMeSD(ratio=0.5)),
 }
 TRANSFORMER_METHODS = {
+    "adaptive": Adaptive(bound=0.5),
     "cat": CATPruning(alpha=0.4, t0=2),
     "toca": ToCa(interval=2, ratio=0.6),
     "fora": FORA(interval=2),

@@ -11,6 +11,7 @@ from regrow.apply import Run, apply
 from regrow.calibration.calibrate import calibrate
 from regrow.calibration.recording import Recording, record
 from regrow.compiling import compile_blocks
+from regrow.control import Control
 from regrow.core.call import Observation
 from regrow.core.clock import ConcurrentGenerationError
 from regrow.methods import (
@@ -18,6 +19,7 @@ from regrow.methods import (
     FORA,
     L2P,
     About,
+    Adaptive,
     After,
     Alignment,
     BaseChoice,
@@ -59,6 +61,7 @@ __all__ = [
     "FULL",
     "L2P",
     "About",
+    "Adaptive",
     "After",
     "Alignment",
     "BaseChoice",
@@ -67,6 +70,7 @@ __all__ = [
     "Chebyshev",
     "Combined",
     "ConcurrentGenerationError",
+    "Control",
     "DaTo",
     "DeepCache",
     "Features",

@@ -13,11 +13,12 @@ from regrow.core.clock import ManualClock, SchedulerClock
 from regrow.core.engine import Engine
 from regrow.core.install import Installed, is_hooked
 from regrow.core.parts import Parts, origin_of, parts_of
+from regrow.freeze import check_freezable, schedule_of
 from regrow.methods.names import method_of
 from regrow.models import DENOISERS, denoiser_of, known_layout, other_denoisers
 from regrow.origin import Origin
 from regrow.run_report import RunReport, report_of
-from regrow.schedule import FULL, HEAD, SITES
+from regrow.schedule import FULL, HEAD, SITES, Schedule
 
 
 class Run:
@@ -88,6 +89,21 @@ class Run:
         if self._engine.generation is None and self._swapped:
             raise RuntimeError(f"there is nothing to report: {self._swapped}")
         return report_of(self._engine)
+
+    def frozen(self) -> Schedule:
+        """What the calls of the last generation did, as a plan: their depths and recoveries.
+
+        Saved and applied as any schedule, it gives the same pictures for the same seeds, bit for bit, and
+        measures nothing.
+
+        Raises:
+            RuntimeError: if nothing was generated yet.
+            ValueError: if calls left out tokens, or parts of layers, that the method chose.
+        """
+        check_freezable(self.config)
+        if self._engine.generation is None:
+            raise RuntimeError("there is nothing to keep: no generation has begun since regrow.apply")
+        return schedule_of(self._engine.generation)
 
     @property
     def _swapped(self) -> str:

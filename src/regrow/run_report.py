@@ -33,6 +33,8 @@ class CallRow:
         recovery: what filled in what was not computed: ``"reuse"``, ``"taylor(1)"``, ``"fitted"`` in time,
             ``"copy"`` or ``"mean"`` for pruned tokens; empty if all was computed.
         reason: why it did something else than planned; empty if it did as planned.
+        error: of a full call, the relative deviation of what would have been forecast for it; None if it
+            was not measured.
     """
 
     step: int | None
@@ -46,6 +48,7 @@ class CallRow:
     age: int = 0
     recovery: str = ""
     reason: str = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,11 @@ class RunReport:
         width = max((len(c.recovery) for c in self.calls), default=0)
         reasons: list[str] = []
         for c in self.calls:
-            mark = ""
+            mark = "" if c.error is None else f"  (forecast off by {c.error:.1%})"
             if c.reason:
                 reasons += [] if c.reason in reasons else [c.reason]
                 asked = "" if c.planned == c.depth else f"planned {c.planned}, "
-                mark = f"  ({asked}see {reasons.index(c.reason) + 1})"
+                mark += f"  ({asked}see {reasons.index(c.reason) + 1})"
             step = "-" if c.step is None else f"{c.step}" if c.branch == 0 else f"{c.step}.{c.branch}"
             share = c.macs / c.full_macs if c.full_macs else 0.0
             lines.append(
@@ -183,6 +186,7 @@ def _row(record: CallRecord, engine: Engine, counter: CallCounter | None) -> Cal
         record.age,
         " + ".join(filter(None, (record.recovery, _of_tokens(record, engine)))),
         record.reason,
+        None if record.error is None else record.error.read(),
     )
 
 

@@ -216,3 +216,42 @@ def test_the_least_that_pictures_need_grows_with_them(monkeypatch: pytest.Monkey
     monkeypatch.setattr("regrow.cli.models._memory", lambda device: weights - 1)
     with pytest.raises(ValueError, match="model: "):
         check_room("emoji", None, None, 1, "cpu", torch.float32)
+
+
+def test_what_the_calls_did_is_kept_as_a_schedule(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path
+) -> None:
+    plan, out, again = tmp_path / "plan.yaml", tmp_path / "a.png", tmp_path / "b.png"
+    words = ("--prompt", "owl", "--steps", "8")
+    saved = ("--method", "adaptive:budget=4", "--save-schedule", str(plan))
+    assert run(monkeypatch, *small(model, out), *words, *saved) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["files"] == ["a.png", "plan.yaml"]
+    depth = regrow.Schedule.load(plan).depth
+    assert (len(depth), depth.count(regrow.FULL)) == (8, 4)
+    assert run(monkeypatch, *small(model, again), *words, "--schedule", str(plan)) == 0
+    assert (pixels(out) == pixels(again)).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--method", "sito:d"), "sito can't be kept as a schedule: its calls leave out tokens"),
+        ((), "--save-schedule: it needs --method"),
+        (("--method", "fora:3", "--prompt", "cat", "--batch", "1"), "2 prompts in batches of 1"),
+        (("--method", "fora:3", "--save-schedule", "plan.txt"), "plan.txt is not allowed"),
+    ],
+)
+def test_what_can_not_be_kept_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: Path,
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    out, plan = tmp_path / "out.png", tmp_path / "plan.yaml"
+    given = (*small(model, out), "--prompt", "owl", "--save-schedule", str(plan), *words)
+    assert run(monkeypatch, *given) != 0
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+    assert not plan.exists()

@@ -19,12 +19,14 @@ from regrow import __version__, zoo
 from regrow.apply import apply
 from regrow.cli.models import best_device, check_device, check_room, is_video, load_pipeline
 from regrow.cli.terminal import Bar, busy, output, remarks, table
+from regrow.freeze import check_freezable
 from regrow.measure import contact_sheet, mean_psnr
 from regrow.measure.images import on_white
 from regrow.measure.keep import check_writable
 from regrow.measure.machine import machine, model_key
 from regrow.measure.sampling import Pictures, check_frames, check_prompts, make, makes_videos
 from regrow.measure.videos import Clip, check_format, clips_of, save_clip
+from regrow.schedule import Schedule
 
 # Steps; some schedulers have no single one.
 WARM_UP = 2
@@ -54,6 +56,7 @@ class Request:
     device: str | None
     dtype: str
     compare: bool
+    save_schedule: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,14 @@ class Made:
         macs: of the denoiser in all calls, and what they would be without the method; None of the plain
             pipeline.
         recovered: by recovery, the calls in which it filled in what was not computed.
+        schedule: what the last batch did, if it was asked for.
     """
 
     clips: list[Clip]
     seconds: float
     macs: tuple[int, int] | None
     recovered: Mapping[str, int] = field(default_factory=dict)
+    schedule: Schedule | None = None
 
 
 def run_generate(request: Request, config: Any, label: str, as_json: bool) -> None:
@@ -113,6 +118,10 @@ def run_generate(request: Request, config: Any, label: str, as_json: bool) -> No
     rows = _rows(request, results)
     if request.compare:
         files.append(_sheet(request, results))
+    schedule = results[variants[-1][0]].schedule
+    if request.save_schedule is not None and schedule is not None:
+        schedule.save(request.save_schedule)
+        files.append(request.save_schedule)
     record = {
         "what": "generated videos" if makes_videos(type(pipeline)) else "generated pictures",
         "regrow": __version__,
@@ -154,6 +163,8 @@ def _check(request: Request, config: Any) -> Image.Image | None:
     check_writable("--out", request.out.with_suffix(".json"))
     if request.compare and config is None:
         raise ValueError("--compare: it needs --method, which it compares with the unaccelerated run")
+    if request.save_schedule is not None:
+        _check_schedule(request, request.save_schedule, config)
     guidance = zoo.guidance_of(request.model, request.guidance)
     if request.negative_prompt is not None and guidance is not None and guidance <= 1:
         raise ValueError(
@@ -173,6 +184,21 @@ def _check(request: Request, config: Any) -> Image.Image | None:
         return on_white(Image.open(request.image))
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"--image: {request.image} can't be read as a picture") from error
+
+
+def _check_schedule(request: Request, file: Path, config: Any) -> None:
+    """Refuse to keep what no schedule can say, or is not one."""
+    if file.suffix not in (".yaml", ".json"):
+        raise ValueError(f"--save-schedule: {file} is not allowed, it must end in .yaml or .json")
+    if config is None:
+        raise ValueError("--save-schedule: it needs --method, whose calls it keeps")
+    if len(request.prompts) > request.batch:
+        raise ValueError(
+            f"--save-schedule: it is not allowed for {len(request.prompts)} prompts in batches of "
+            f"{request.batch}, each of which may have another; there must be one batch"
+        )
+    check_freezable(config)
+    check_writable("--save-schedule", file)
 
 
 def _options(request: Request, pipeline: Any) -> dict[str, Any]:
@@ -257,7 +283,7 @@ def _all(request: Request, pipeline: Any, method: Any, options: Mapping[str, Any
             made.append(_make(pipeline, prompts, seeded, request.negative_prompt))
             after()
 
-    macs, recovered = None, Counter[str]()
+    macs, recovered, schedule = None, Counter[str](), None
     if method is None:
         run()
     else:
@@ -270,9 +296,10 @@ def _all(request: Request, pipeline: Any, method: Any, options: Mapping[str, Any
                 recovered.update(report.recovered)
 
             run(count)
+            schedule = None if request.save_schedule is None else applied.frozen()
         macs = (sum(own for own, _ in sums), sum(full for _, full in sums))
     clips = [clip for pictures in made for clip in clips_of(pictures.images)]
-    return Made(clips, sum(pictures.seconds for pictures in made), macs, recovered)
+    return Made(clips, sum(pictures.seconds for pictures in made), macs, recovered, schedule)
 
 
 def _make(
@@ -327,7 +354,9 @@ def _said(request: Request) -> dict[str, Any]:
         name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()
     }
     return {
-        name: value for name, value in said.items() if name not in ("out", "device", "compare", "scheduler")
+        name: value
+        for name, value in said.items()
+        if name not in ("out", "device", "compare", "scheduler", "save_schedule")
     } | {"scheduler_given": request.scheduler}
 
 

@@ -234,6 +234,10 @@ def generate(
     dtype: Dtype = "float32",
     batch: Batch = 16,
     compare: Annotated[bool, typer.Option(help="Also unaccelerated, side by side.")] = False,
+    save_schedule: Annotated[
+        Optional[Path],
+        typer.Option(help="File (.yaml, .json) for what the calls did, to be had again by --schedule."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make pictures or videos from texts or classes with a diffusers model, accelerated by a method.
@@ -287,6 +291,7 @@ def generate(
             device=device,
             dtype=dtype,
             compare=compare,
+            save_schedule=save_schedule,
         ),
         config,
         label,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regrow.core.branches import Branches
 from regrow.core.caller import Caller
 from regrow.core.clock import Position
+from regrow.core.controlled import Controlled, Reading
 from regrow.core.decision import SKIP, Decision
 from regrow.core.memory import BranchMemory
 from regrow.core.parts import Attention, CallInfo
@@ -41,6 +42,7 @@ class CallRecord:
         recovery: in time, of what it left out, such as ``"taylor(1)"``; empty if it left out no module.
         grounded: whether boxes were attended to (GLIGEN), which pipelines do in their first calls.
         plan: by the name of a site, what was decided for it, where sites are decided for.
+        error: of a full call, the relative deviation of the forecast that a control compared with it.
     """
 
     position: Position | None
@@ -55,6 +57,7 @@ class CallRecord:
     recovery: str = ""
     grounded: bool = False
     plan: Mapping[str, Decision] = field(default_factory=dict)
+    error: Reading | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Generation:
         records: what the calls did.
         ended: whether its last step is done.
         caller: the call of a pipeline that it is part of.
+        controlled: what decides the steps as they come; None if they are all planned.
     """
 
     steps: list[Step]
@@ -111,6 +115,7 @@ class Generation:
     records: list[CallRecord] = field(default_factory=list)
     ended: bool = False
     caller: Caller = field(default_factory=Caller)
+    controlled: Controlled | None = None
 
     def due(self, cut: Cut, index: int) -> int:
         """The last step before one whose call, by the plan, keeps what a cut restores; -1 if none does."""
@@ -156,6 +161,8 @@ class Call:
         seen: what the method saw at the first site, in a call that computes some tokens; empty before.
         given: by the name of a site, how many sequences it was given.
         partial: by the name of the site that runs, the tokens that it computes, if not all.
+        compares: the cut and the recovery whose forecast a full call compares with what it computes.
+        deviation: how far the first restored value's was from it.
     """
 
     slot: BranchMemory
@@ -184,6 +191,13 @@ class Call:
     seen: tuple[Any, ...] = ()
     given: dict[str, int] = field(default_factory=dict)
     partial: dict[str, Subset] = field(default_factory=dict)
+    compares: tuple[Cut, TimeRecovery] | None = None
+    deviation: Tensor | None = None
+
+    def compare(self, cut: Cut, key: str, value: Any) -> None:
+        """Measure how far the forecast of what a cut restores is from a value, before it is kept."""
+        if self.compares is not None and self.compares[0] == cut and self.deviation is None:
+            self.deviation = self.slot.store.deviation(key, self.step, self.compares[1], value)
 
     def reuses(self, layer: str) -> bool:
         """Whether a layer returns what follows from earlier calls, whatever it is given."""

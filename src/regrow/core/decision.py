@@ -236,6 +236,10 @@ class Sited:
         """Whether it is asked where the plan's ratio is above 0, not in calls of single sites or layers."""
         return self.full_calls > 0
 
+    def acts_in(self, step: Step) -> bool:
+        """Whether it is asked in a call of a plan."""
+        return step.ratio > 0 if self.by_ratio else step.of_sites
+
     @property
     def full_calls(self) -> int:
         """Of a method that chooses the tokens of whole calls, those of all tokens that a generation begins

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.control import Control
 from regrow.core.branches import Branches
 from regrow.core.call import Call, CallRecord, Generation, Observation, Observer, Watched
 from regrow.core.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
-from regrow.core.decision import Decision, Sited, Some, View, left_out, runs
+from regrow.core.controlled import Controlled, Reading
+from regrow.core.decision import Decision, Some, View, left_out, runs
 from regrow.core.inputs import (
     adds_to_layers,
     arguments_of,
@@ -42,7 +44,7 @@ from regrow.core.twin import Twin
 from regrow.models import layout_of
 from regrow.models.table import TOKENS, Cut, Rotary, Rows, decided
 from regrow.origin import Origin
-from regrow.recover.time import REUSE
+from regrow.recover.time import REUSE, TimeRecovery
 from regrow.schedule import FULL, SITES, Step
 from regrow.tokens.select import Subset, behind
 
@@ -78,6 +80,7 @@ class Engine:
         self._keep_text, self._quiet = keep_text, quiet
         self._shape, self._twin = shape_of(denoiser), Twin.none()
         self.kinds = parts.plan.kinds()
+        self.control = parts.plan if isinstance(parts.plan, Control) else None
         streams = parts.sites is not None and parts.sites.full_calls > 0
         if streams and any(step.recovery != REUSE for step in self.kinds):
             raise ValueError(
@@ -136,7 +139,7 @@ class Engine:
 
     def _sites(self) -> Sites | None:
         sites = self.parts.sites
-        if sites is None or not any(asks(sites, step) for step in self.kinds):
+        if sites is None or not any(map(sites.acts_in, self.kinds)):
             return None
         decider = sites.on(self.denoiser, self.layout)
         return Sites(decider, self.layout, sites.full_calls, self.warn_once)
@@ -260,7 +263,14 @@ class Engine:
         if not again:
             self.release()
         seed = 0 if self.parts.sites is None else self.parts.sites.seed
-        plan = self.parts.plan.resample(position.total)
+        controlled = None
+        if self.control is None:
+            steps = list(self.parts.plan.resample(position.total).steps())
+        else:
+            # Refused, it leaves no generation behind that calls could belong to.
+            self.generation = None
+            controlled = Controlled(self.control, position.total, position.index)
+            steps = [self.control.measured] * position.total
         differs = self._unlike(position)
         if differs:
             self.warn_once("run", differs)
@@ -287,7 +297,13 @@ class Engine:
                 "that leave that module out",
             )
         generation = Generation(
-            list(plan.steps()), self.cuts, _generator(device, seed), self._look(), whole, position.index > 0
+            steps,
+            self.cuts,
+            _generator(device, seed),
+            self._look(),
+            whole,
+            position.index > 0,
+            controlled=controlled,
         )
         if before is not None and again:
             # Members of an ensemble: one report tells of all.
@@ -394,6 +410,8 @@ class Engine:
         given = {k: v for k, v in inputs.items() if k not in (self.layout.sample, self.layout.time)}
         branch = generation.branches.find(given, position.index)
         slot = self._slot(generation, branch, sample, inputs, args, kwargs)
+        if generation.controlled is not None:
+            generation.steps[position.index] = generation.controlled.step(position.index)
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
         plan: Mapping[str, Decision] = {}
@@ -430,6 +448,7 @@ class Engine:
             store=_stored(generation.cuts.values(), cut),
             dense=adds_to_layers(inputs) or _freeu(self.denoiser),
             info=info,
+            compares=self._compared(cut),
         )
         state = tuple(adapter_state(module) for module in self.layout.text.values())
         self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
@@ -462,6 +481,14 @@ class Engine:
                 plan=plan,
             )
         )
+
+    def _compared(self, cut: Cut | None) -> tuple[Cut, TimeRecovery] | None:
+        """What a call with a cut compares a forecast of with what it computes; nothing if not full."""
+        if self.control is None or cut is not None:
+            return None
+        measured = self.control.measured
+        own = self.cuts.get(measured.depth)
+        return None if own is None else (own, measured.recovery)
 
     def _recovery(self, slot: BranchMemory, cut: Cut, planned: Step, index: int) -> str:
         """What a call's recovery does with the values that there are; warns if it was not made for them."""
@@ -520,7 +547,7 @@ class Engine:
             wanted = self.parts.sites is not None and self.parts.sites.aligns
             bare = (without_data(args), without_data(dict(kwargs)))
             guided = wanted and self._may_be_guided(sample, inputs)
-            store = Store({step.recovery for step in generation.steps}, len(generation.steps))
+            store = Store({step.recovery for step in self.kinds}, len(generation.steps))
             slot = BranchMemory(key, bare, guided, store)
             if self.layout.stream is not None:
                 slot.grid = self.layout.stream.grid(sample, inputs)
@@ -591,6 +618,12 @@ class Engine:
                 self.warn_once("hooks", f"a cached call was computed in full: {reason}")
             records[-1] = replace(records[-1], depth=FULL, age=0, reason=reason, recovery="")
         call.slot.stored |= dict.fromkeys(call.store, call.slot.last)
+        controlled = self.generation.controlled
+        if controlled is not None and call.deviation is not None and not call.deviation.is_meta:
+            # Behind the call, so that nothing of a compiled denoiser is broken up.
+            reading = Reading(call.deviation)
+            controlled.add(call.step, reading)
+            records[-1] = replace(records[-1], error=reading)
         some = [name for name, d in call.plan.items() if isinstance(d, Some) and name != TOKENS]
         if some and not call.pruned:
             reason = call.unpruned or "they were not called"
@@ -640,11 +673,6 @@ class Engine:
         finally:
             self.release()
             self.clock = before
-
-
-def asks(sites: Sited, step: Step) -> bool:
-    """Whether a method of sites is asked in a call of its plan."""
-    return step.ratio > 0 if sites.by_ratio else step.of_sites
 
 
 def _computes_some(plan: Mapping[str, Decision]) -> bool:

@@ -78,12 +78,14 @@ class SkipHook:
         if cut.entry is None:
             # Whoever is handed this output may write to it, such as the caller of the denoiser.
             key = _turn(cut.key(self.place.name), call.turns[self.place.name])
+            call.compare(cut, key, out)
             store.add(key, call.step, copied(out) if call.dense or cut.final else out)
         elif cut in call.entered:
             before, after = call.entered.pop(cut), self.place.tensors(out)
             added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
             key, (text, image) = cut.key(self.place.name), added
             if call.tokens is None:
+                call.compare(cut, key, added)
                 store.add(key, call.step, added)
             elif key in store and image is not None:
                 # The other tokens keep what was added to them before.

@@ -99,6 +99,24 @@ class Store:
         values = history.values[-len(of_values) :]
         return combine([*values, *sums], [*of_values, *of_sums], like=values[-1])
 
+    def deviation(self, key: str, step: int, recovery: TimeRecovery, value: Value) -> Tensor | None:
+        """How far what a recovery makes for a step is from what was computed: ``|value - made| / |value|``.
+
+        Args:
+            key: of the site.
+            step: of the computed value, which is not kept yet.
+            recovery: what makes the other.
+            value: what was computed.
+
+        Returns:
+            a number on the value's device; None if nothing of its form was computed in an earlier step.
+        """
+        history = self._kept.get(key)
+        if history is None or _shapes(history.values[-1]) != _shapes(value) or history.times[-1] >= step:
+            return None
+        own, made = flatten(value)[0], flatten(self.at(key, step, recovery))[0]
+        return _norm([one - other for one, other in zip(own, made, strict=True)]) / _norm(own)
+
     def knows(self, key: str, step: int, recovery: TimeRecovery) -> bool:
         """Whether a recovery was made for this step from the values that there are."""
         return recovery.knows(self._kept[key].times, step, self._total)
@@ -145,6 +163,13 @@ def _weighted(pairs: Sequence[tuple[Tensor, float]]) -> Tensor:
     for tensor, factor in pairs[1:]:
         total.add_(tensor.to(wide), alpha=factor)
     return total
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all elements together, in float32 at least."""
+    wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+    norms = [torch.linalg.vector_norm(t, dtype=w) for t, w in zip(tensors, wide, strict=True)]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def flatten(value: Value) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Value]]:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from regrow.core.decision import ALL, Decision, Sited, View, left_out
-from regrow.core.engine import asks
 from regrow.core.macs import CallCounter, Macs
 from regrow.core.parts import Parts, parts_of
 from regrow.core.sites import streams
@@ -136,7 +135,7 @@ class PlanCounter:
 def _asked(parts: Parts) -> Sited | None:
     """What decides for sites, if the plan has calls in which it does."""
     sites = parts.sites
-    return sites if sites is not None and any(asks(sites, step) for step in parts.plan.kinds()) else None
+    return sites if sites is not None and any(map(sites.acts_in, parts.plan.kinds())) else None
 
 
 def profile(

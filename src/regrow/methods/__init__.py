@@ -17,6 +17,7 @@ from regrow.core.parts import (
     Where,
     parts_of,
 )
+from regrow.methods.adaptive import Adaptive
 from regrow.methods.atedm import ATEDM, Restored, Similarity
 from regrow.methods.base import (
     About,
@@ -47,6 +48,7 @@ __all__ = [
     "FORA",
     "L2P",
     "About",
+    "Adaptive",
     "After",
     "Alignment",
     "Attention",

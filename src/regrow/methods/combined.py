@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from regrow.control import Control
 from regrow.core.parts import Parts, parts_of
 from regrow.methods.base import About, MethodConfig, Role, methods_of, name_of
 from regrow.schedule import LAYERS, After, Both, Plan, Schedule
@@ -92,6 +93,11 @@ class Combined(MethodConfig):
                 "caching: calls in which every layer hands on its last output (fora, depth 'layers') are "
                 f"not allowed with {name_of(type(self.tokens))} where it chooses the tokens of whole "
                 "calls; it must be deepcache or a schedule of other depths"
+            )
+        if isinstance(self.plan, Control):
+            raise ValueError(
+                "caching: a method that decides by measured errors is not allowed in a pair; keep what it "
+                "did (run.frozen()), and pair that schedule"
             )
         return self
 
