@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ from regrow.measure.variants import Variant, variant
 from regrow.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
 from regrow.methods.base import MethodConfig
 from regrow.methods.l2c import L2C
+from regrow.methods.pruning import TokenRule
 from regrow.methods.tokencache import TokenCache, bundled_for, full_calls, table_of
 from regrow.models import layout_of
 from regrow.tokens.grid import Grid
@@ -365,15 +365,9 @@ class EveryOther(MethodConfig):
 
 
 @dataclass(frozen=True)
-class _EveryOther:
+class _EveryOther(TokenRule):
     where = Where()
     patch = 2
-    seed = 0
-    reads_outputs = False
-    aligns = False
-
-    def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
-        return {}
 
     def select(self, x: Tensor, grid: Grid, count: int, prepared: Any, call: CallInfo) -> Selection:
         kept = torch.arange(0, grid.tokens, 2).expand(len(x), -1)
@@ -384,7 +378,7 @@ class _EveryOther:
 
 @parts_of.register
 def _(config: EveryOther) -> Parts:
-    return Parts(Schedule.constant(config.ratio), _EveryOther())
+    return Parts(Schedule.constant(config.ratio), sites=_EveryOther())
 
 
 def test_a_rule_that_prunes_the_same_tokens_gives_exactly_that_map() -> None:

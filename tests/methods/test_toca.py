@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pytest
 import reference
@@ -20,7 +20,7 @@ from transformer_pipelines import FORMS, TWO_CALLS, generate
 
 import regrow
 from regrow import FORA, ToCa
-from regrow.core.decision import SKIP, Decision, Entered, Some, View
+from regrow.core.decision import SKIP, Decider, Decision, Sited, Some, View
 from regrow.core.parts import Alignment, Attention, CallInfo, Parts, parts_of
 from regrow.core.store import Store, copied
 from regrow.layers import LayerKind
@@ -252,15 +252,10 @@ class PerBlock(MethodConfig):
 
 
 @dataclass(frozen=True)
-class _PerBlock:
+class _PerBlock(Decider, Sited):
     """Two of every three blocks compute every third token, another third in each block."""
 
     sites: tuple[Site, ...] = ()
-
-    seed, aligns = 0, False
-    observes: ClassVar[frozenset[LayerKind]] = frozenset()
-    adapters: ClassVar[Mapping[str, Any]] = {}
-    remarks: ClassVar[tuple[str, ...]] = ()
 
     def on(self, denoiser: nn.Module, layout: Layout) -> _PerBlock:
         return _PerBlock(layout.layer_sites)
@@ -271,12 +266,6 @@ class _PerBlock:
         return {
             s.name: Some(share, s.block, SKIP, down=True) if s.name in some else SKIP for s in self.sites
         }
-
-    def begin(self) -> None:
-        return None
-
-    def look(self, memory: None, entered: Entered, info: CallInfo) -> None:
-        return None
 
     def choose(
         self, memory: None, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo

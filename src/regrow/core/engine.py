@@ -415,7 +415,7 @@ class Engine:
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
         plan: Mapping[str, Decision] = {}
-        height, width = sample.shape[-2:]
+        height, width = sample.shape[-2:] if sample.ndim > 3 else (0, 0)
         view = View(position.index, position.total, planned, cut, (height, width))
         if self.sites is not None and not generation.whole and self.sites.decides(planned, cut, slot.calls):
             plan = self.sites.plan(view)
@@ -463,6 +463,7 @@ class Engine:
             ratio = _share(planned, plan)
             if not plan:
                 slot.observed = self.sites.decider.begin(slot.observed)
+            self.sites.prepare(self.call, sample)
         if planned.ratio and not reason and not _computes_some(plan):
             reason = generation.whole or self._said
         generation.records.append(

@@ -132,7 +132,6 @@ class Sites:
             return
         site = next(self._sites_of(group, call), None)
         if site is not None:
-            self._look(call, Entered(x, (), {}))
             self._choose(call, site, x)
 
     @property
@@ -298,6 +297,11 @@ class Sites:
         if decision.group not in call.chosen and not site.leading:
             self._choose(call, site, entered.x)
         return call.chosen.get(decision.group)
+
+    def prepare(self, call: Call, sample: Tensor) -> None:
+        """What layers that prune have in common, before any of them runs: chance can't be compiled."""
+        if self.decider.space is not None:
+            self._look(call, Entered(sample, (), {}))
 
     def _look(self, call: Call, entered: Entered) -> None:
         if not call.seen and any(isinstance(what, Some) for what in call.plan.values()):
