@@ -29,8 +29,8 @@ from regrow import zoo
 from regrow.apply import apply
 from regrow.calibration.calibrate import EQUAL
 from regrow.cli.models import load_pipeline
+from regrow.measure.atomic_files import write_whole
 from regrow.measure.images import psnr
-from regrow.measure.keep import write_whole
 from regrow.measure.machine import machine
 from regrow.measure.sampling import make
 from regrow.methods.adaptive import Adaptive

@@ -29,9 +29,9 @@ from regrow import zoo
 from regrow.apply import apply
 from regrow.calibration.calibrate import EQUAL, Calibration, Costs, Settings, plan_of
 from regrow.cli.models import load_pipeline
+from regrow.measure.atomic_files import write_whole
 from regrow.measure.bench import bench
 from regrow.measure.images import psnr
-from regrow.measure.keep import write_whole
 from regrow.measure.machine import machine
 from regrow.measure.samplers import Sampler
 from regrow.measure.sampling import make

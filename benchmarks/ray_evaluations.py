@@ -27,8 +27,8 @@ from rich.table import Table
 
 from regrow import zoo
 from regrow.cli.models import load_pipeline
+from regrow.measure.atomic_files import write_whole
 from regrow.measure.evaluate import Setting
-from regrow.measure.keep import write_whole
 from regrow.measure.machine import PACKAGES, machine
 from regrow.methods import DaTo
 from regrow.schedule import Schedule

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from regrow.measure.keep import write_whole
+from regrow.measure.atomic_files import write_whole
 from regrow.measure.machine import PACKAGES, machine
 from regrow.workers import RayWorkers
 

@@ -29,7 +29,7 @@ from rich.table import Table
 from regrow.core.engine import Engine
 from regrow.core.install import Installed
 from regrow.core.macs import CallCounter, free_selection
-from regrow.core.parts import CallInfo, Parts, Where, parts_of
+from regrow.core.recipe import CallInfo, Recipe, Where, recipe_of
 from regrow.measure.architectures import CONFIGS, architecture
 from regrow.measure.machine import PACKAGES, machine
 from regrow.memory import PeakMemory, keep_freed_memory
@@ -80,7 +80,7 @@ class Ours:
             kinds = [(FULL, 0.0)] * CALLS_AT_MOST + [(1, ratio)]
         schedule = Schedule(depth=tuple(d for d, _ in kinds), ratio=tuple(r for _, r in kinds))
         self.engine = Engine(
-            unet, Parts(schedule, sites=_Free(rule) if rule is not None and free else rule)
+            unet, Recipe(schedule, sites=_Free(rule) if rule is not None and free else rule)
         )
         self.stack = ExitStack()
         self.clock = self.stack.enter_context(self.engine.manual(len(kinds)))
@@ -187,7 +187,7 @@ def real_inputs(shapes: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 def rule_of(config: Any) -> TokenRule:
     """How a method that prunes in layers selects tokens."""
-    rule = parts_of(config).sites
+    rule = recipe_of(config).sites
     assert isinstance(rule, TokenRule)
     return rule
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from regrow import ATEDM, FULL, Schedule, ScheduleError, ToCa
-from regrow.core.parts import parts_of
+from regrow.core.recipe import recipe_of
 from regrow.recover.time import REUSE, Chebyshev, Taylor, TimeRecovery
 from regrow.schedule import After, Both, Spaced, Step, used_recoveries
 
@@ -412,5 +412,5 @@ def test_plans_tell_for_how_many_calls_they_are() -> None:
     assert After(2, uneven).calls == 3
     assert Both(Spaced(5, 1), uneven).calls == 3
     assert Both(Spaced(5, 1), Schedule.constant()).calls is None
-    assert parts_of(ATEDM()).plan.calls is None
-    assert parts_of(ToCa()).plan.calls is None
+    assert recipe_of(ATEDM()).plan.calls is None
+    assert recipe_of(ToCa()).plan.calls is None

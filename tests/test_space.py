@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import regrow
-from regrow.core.parts import parts_of
+from regrow.core.recipe import recipe_of
 from regrow.methods import FORA, CATPruning, Combined, DaTo, SiTo
 from regrow.methods.base import MethodConfig
 from regrow.methods.catalogue import config_from, space_of, systems
@@ -61,7 +61,7 @@ def test_every_method_has_plans_that_are_configurations(name: str) -> None:
     assert len(set(found)) > 5
     for config in found:
         assert isinstance(config, MethodConfig)
-        assert len(parts_of(config).plan.resample(10)) == 10
+        assert len(recipe_of(config).plan.resample(10)) == 10
         assert config_from(config.model_dump(mode="json")) == config
 
 
@@ -178,8 +178,8 @@ def test_depths_of_plans_of_one_call_are_full() -> None:
 
 def test_plans_that_choose_tokens_alike_are_counted_together() -> None:
     one, other = (DaTo(schedule=Schedule.every(n, 10, ratio=0.5)) for n in (2, 3))
-    assert parts_of(one).sites == parts_of(other).sites
-    assert parts_of(one).sites != parts_of(one.model_copy(update={"patch": 4})).sites
+    assert recipe_of(one).sites == recipe_of(other).sites
+    assert recipe_of(one).sites != recipe_of(one.model_copy(update={"patch": 4})).sites
 
 
 def test_configuration_for_another_number_of_calls_has_that_many() -> None:
@@ -198,7 +198,7 @@ def test_plans_of_methods_that_cache_reuse_or_forecast(name: str) -> None:
     chosen = random.Random(0).sample(space.uniform, 20)
     plans = [space.config(space.genes(plan)) for plan in chosen]
     found = {
-        next(s.recovery for s in parts_of(plan).plan.resample(10).steps() if s.depth < FULL)
+        next(s.recovery for s in recipe_of(plan).plan.resample(10).steps() if s.depth < FULL)
         for plan in plans
     }
     assert found == {REUSE, LINE, PARABOLA}

@@ -31,7 +31,7 @@ from regrow.methods import (
     Features,
     ForecastLevel,
     MethodConfig,
-    Parts,
+    Recipe,
     Recovery,
     Restored,
     Role,
@@ -45,7 +45,7 @@ from regrow.methods import (
     TokenRule,
     ToMeSD,
     Where,
-    parts_of,
+    recipe_of,
     register,
 )
 from regrow.models import UnsupportedModelError
@@ -78,8 +78,8 @@ __all__ = [
     "ForecastLevel",
     "MethodConfig",
     "Observation",
-    "Parts",
     "Plan",
+    "Recipe",
     "Recording",
     "Recovery",
     "Restored",
@@ -105,7 +105,7 @@ __all__ = [
     "apply",
     "calibrate",
     "compile_blocks",
-    "parts_of",
+    "recipe_of",
     "record",
     "register",
 ]

@@ -12,7 +12,7 @@ from regrow.core.call import Observer
 from regrow.core.clock import ManualClock, SchedulerClock
 from regrow.core.engine import Engine
 from regrow.core.install import Installed, is_hooked
-from regrow.core.parts import Parts, origin_of, parts_of
+from regrow.core.recipe import Recipe, origin_of, recipe_of
 from regrow.freeze import check_freezable, schedule_of
 from regrow.methods.names import method_of
 from regrow.models import DENOISERS, denoiser_of, known_layout, other_denoisers
@@ -146,7 +146,7 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     """
     config = method_of(config) if isinstance(config, str) else config
     denoiser = denoiser_of(target)
-    parts = parts_of(config)
+    parts = recipe_of(config)
     if is_hooked(denoiser):
         raise ValueError(
             "target: a method is applied to this denoiser already; call its run's remove() first. "
@@ -198,7 +198,7 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
     prunes = any(engine.prunes(step) for step in engine.kinds)
     if asked:
         _check_pruned(engine, denoiser)
-    if not prunes and not engine.cuts and not engine.parts.whole:
+    if not prunes and not engine.cuts and not engine.recipe.whole:
         engine.warn_once(
             "nothing",
             "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
@@ -206,13 +206,13 @@ def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
         )
 
 
-def _check_known(parts: Parts, denoiser: nn.Module) -> None:
+def _check_known(parts: Recipe, denoiser: nn.Module) -> None:
     """Refuse calls that leave out a part of a denoiser of which the output alone is known."""
     if any(step.ratio or step.depth not in (FULL, HEAD, 0) for step in parts.plan.kinds()):
         known_layout(denoiser)
 
 
-def _check_sites(parts: Parts) -> None:
+def _check_sites(parts: Recipe) -> None:
     """Refuse calls that leave to a method what it does not decide."""
     decides = parts.sites is not None and not parts.sites.by_ratio
     if not decides and any(step.depth == SITES for step in parts.plan.kinds()):
@@ -250,10 +250,10 @@ def _check_pruned(engine: Engine, denoiser: nn.Module) -> None:
     idle = sorted({s.depth for s in asked if not engine.prunes(s)})
     if not idle or engine.sites is None:
         return
-    calls, deeper = engine.parts.plan.calls, engine.sites.shallowest
+    calls, deeper = engine.recipe.plan.calls, engine.sites.shallowest
     pruned = "full calls only" if deeper is None else f"calls of depth {deeper} or more only"
     if calls is not None:
-        steps = engine.parts.plan.resample(calls).steps()
+        steps = engine.recipe.plan.resample(calls).steps()
         pruned = f"{sum(engine.prunes(step) for step in steps)} of {calls} calls"
     hint = f" (depth {deeper} in a schedule, branch={deeper - 1} of DeepCache)" if deeper else ""
     engine.warn_once(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from regrow.core.call import CallRecord, Generation
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.schedule import FULL, Schedule
 
 
@@ -16,7 +16,7 @@ def check_freezable(config: Any) -> None:
     Raises:
         ValueError: if it chooses tokens, or decides for single sites.
     """
-    parts = parts_of(config)
+    parts = recipe_of(config)
     if _chooses(parts):
         raise ValueError(
             f"method: {getattr(config, 'method', type(config).__name__)} can't be kept as a schedule: its "
@@ -25,7 +25,7 @@ def check_freezable(config: Any) -> None:
         )
 
 
-def _chooses(parts: Parts) -> bool:
+def _chooses(parts: Recipe) -> bool:
     """Whether calls leave out what the method chooses."""
     kinds, sites = parts.plan.kinds(), parts.sites
     return sites is not None and any(map(sites.acts_in, kinds))

@@ -149,8 +149,8 @@ def report_of(engine: Engine) -> RunReport:
             "the denoiser's modules or attention processors were replaced since that generation; the "
             "figures are of those that it has now"
         )
-    parts = engine.parts
-    sites = None if engine.sites is None else parts.sites
+    recipe = engine.recipe
+    sites = None if engine.sites is None else recipe.sites
     try:
         counter = CallCounter(model, sites)
         rows = [_row(record, engine, counter) for record in generation.records]

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import regrow
 from regrow import FULL, DaTo, Schedule
 from regrow.core.macs import CallCounter
-from regrow.core.parts import parts_of
+from regrow.core.recipe import recipe_of
 
-RULE = parts_of(DaTo(schedule=Schedule.constant(0.5))).sites
+RULE = recipe_of(DaTo(schedule=Schedule.constant(0.5))).sites
 
 
 @pytest.fixture(scope="module")

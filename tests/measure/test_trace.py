@@ -40,9 +40,9 @@ from torch import Tensor
 import regrow
 from regrow import FULL, DaTo, DeepCache, Schedule, SiTo, ToMeSD, cli, zoo
 from regrow.cli.trace_plots import draw
-from regrow.core.parts import CallInfo, Parts, Where, parts_of
-from regrow.measure.computed import ComputedCounter
+from regrow.core.recipe import CallInfo, Recipe, Where, recipe_of
 from regrow.measure.machine import model_key
+from regrow.measure.token_counts import ComputedCounter
 from regrow.measure.trace import PERCENTILES, Moment, Trace, deviation, trace, watched_steps
 from regrow.measure.variants import Variant, variant
 from regrow.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
@@ -376,9 +376,9 @@ class _EveryOther(TokenRule):
         )
 
 
-@parts_of.register
-def _(config: EveryOther) -> Parts:
-    return Parts(Schedule.constant(config.ratio), sites=_EveryOther())
+@recipe_of.register
+def _(config: EveryOther) -> Recipe:
+    return Recipe(Schedule.constant(config.ratio), sites=_EveryOther())
 
 
 def test_a_rule_that_prunes_the_same_tokens_gives_exactly_that_map() -> None:

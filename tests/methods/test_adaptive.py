@@ -19,7 +19,7 @@ from waiting import NoWaiting
 import regrow
 from regrow.control import ErrorControl
 from regrow.core.controlled import LAG
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.methods import base
 from regrow.methods.adaptive import Adaptive
 from regrow.methods.base import About, MethodConfig, Role
@@ -37,7 +37,7 @@ def generated(pipe: Any, **options: Any) -> torch.Tensor:
 
 def replayed(config: Adaptive, rows: Any, total: int) -> list[str]:
     """Of each call, what follows from the errors of the report: the largest of a step, two steps later."""
-    control: Any = parts_of(config).plan
+    control: Any = recipe_of(config).plan
     errors, steps = defaultdict[int, list[float]](list), sorted({row.step for row in rows})
     for row in rows:
         if row.error is not None:
@@ -275,9 +275,9 @@ class Controlling(MethodConfig):
     method: Literal["controlling"] = "controlling"
 
 
-@parts_of.register
-def _(config: Controlling) -> Parts:
-    return Parts(ErrorControl(Step(1, 0.0), bound=0.1))
+@recipe_of.register
+def _(config: Controlling) -> Recipe:
+    return Recipe(ErrorControl(Step(1, 0.0), bound=0.1))
 
 
 def test_a_pair_takes_no_method_that_decides_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:

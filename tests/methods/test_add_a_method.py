@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import regrow
-from regrow.core.parts import CallInfo, parts_of
+from regrow.core.recipe import CallInfo, recipe_of
 from regrow.core.store import Store
 from regrow.recover.time import Reuse, Taylor, recovery_from
 from regrow.tokens.grid import Grid
@@ -74,7 +74,7 @@ def test_the_selection_keeps_in_each_patch_what_differs_most(selection: Any) -> 
     torch.manual_seed(0)
     x, grid = torch.randn(2, 4 * 6, 5), Grid(4, 6)
     call = CallInfo(batch=2, guided=False, outputs=(), generator=torch.Generator())
-    chosen = parts_of(selection.Detail()).sites.select(x, grid, 12, None, call)
+    chosen = recipe_of(selection.Detail()).sites.select(x, grid, 12, None, call)
     assert chosen.kept.shape == (2, 12)
     for sample, kept in zip(x, chosen.kept, strict=True):
         difference = [float(((token - sample.mean(0)) ** 2).sum()) for token in sample]

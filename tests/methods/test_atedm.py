@@ -25,7 +25,7 @@ import regrow
 from regrow import ATEDM, After, Combined, DeepCache, Restored, Similarity
 from regrow.core.inputs import without_data
 from regrow.core.meta import meta_copy
-from regrow.core.parts import Alignment, Parts, parts_of
+from regrow.core.recipe import Alignment, Recipe, recipe_of
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
 from regrow.methods.base import MethodConfig
@@ -197,9 +197,9 @@ class Everything(MethodConfig):
     method: Literal["everything_behind"] = "everything_behind"
 
 
-@parts_of.register
-def _(config: Everything) -> Parts:
-    return Parts(Schedule.constant(0.5), sites=All(reads=3))
+@recipe_of.register
+def _(config: Everything) -> Recipe:
+    return Recipe(Schedule.constant(0.5), sites=All(reads=3))
 
 
 @pytest.mark.parametrize(("kind", "form"), [("sd3", "batch"), ("pixart", "wide"), ("flux", "wide")])
@@ -329,13 +329,13 @@ def test_a_unets_cached_calls_are_those_of_the_definitions(
 
 
 def test_the_first_steps_prune_less() -> None:
-    plan = parts_of(ATEDM(ratio=0.5, early_ratio=0.2)).plan
+    plan = recipe_of(ATEDM(ratio=0.5, early_ratio=0.2)).plan
     for calls, early in ((50, 15), (20, 6), (10, 3), (1, 0)):
         ratios = [step.ratio for step in plan.resample(calls).steps()]
         assert ratios == [0.2] * early + [0.5] * (calls - early)
-    reused = [step.ratio for step in parts_of(reuse(early=0.2)).plan.resample(20).steps()]
+    reused = [step.ratio for step in recipe_of(reuse(early=0.2)).plan.resample(20).steps()]
     assert reused == [0.0] * 4 + [0.6] * 16
-    assert [s.ratio for s in parts_of(reuse()).plan.resample(4).steps()] == [0, 0, 0.6, 0.6]
+    assert [s.ratio for s in recipe_of(reuse()).plan.resample(4).steps()] == [0, 0, 0.6, 0.6]
 
 
 @pytest.mark.parametrize("kind", transformer_pipelines.KINDS)
@@ -513,7 +513,7 @@ def test_wrong_fields_are_named(fields: dict[str, Any], named: str) -> None:
 def test_configurations_by_name_and_as_json() -> None:
     assert variant("atedm:.3", 50).config == ATEDM(ratio=0.3)
     assert variant("atedm:reuse:ratio=0.5", 50).config == ATEDM(ratio=0.5, early=8, recovery=Restored.REUSE)
-    steps = parts_of(variant("atedm:reuse:early=0.2", 50).config).plan.resample(50).steps()
+    steps = recipe_of(variant("atedm:reuse:early=0.2", 50).config).plan.resample(50).steps()
     assert [step.ratio for step in steps].count(0.0) == 10
     assert variant("atedm:paper", 50).config == ATEDM(after=After.FEED_FORWARD)
     config = reuse(block=2, alignment="mean")

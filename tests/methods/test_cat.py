@@ -29,7 +29,7 @@ from waiting import NoWaiting
 import regrow
 from regrow import CATPruning, TokenChoice
 from regrow.core.decision import Decider, Decision, Sited, View
-from regrow.core.parts import Alignment, CallInfo, Parts, parts_of, some_of_stream, stream_of
+from regrow.core.recipe import Alignment, CallInfo, Recipe, recipe_of, some_of_stream, stream_of
 from regrow.measure import architecture, profile
 from regrow.methods.base import MethodConfig
 from regrow.methods.cat import Algorithm, Choosing, Memory
@@ -78,9 +78,9 @@ class All(Sited):
         return _Choosing(stream_of(denoiser, layout, self.reads))
 
 
-@parts_of.register
-def _(config: Everything) -> Parts:
-    return Parts(Schedule.constant(0.5), sites=All())
+@recipe_of.register
+def _(config: Everything) -> Recipe:
+    return Recipe(Schedule.constant(0.5), sites=All())
 
 
 @pytest.fixture(params=KINDS)

@@ -16,7 +16,7 @@ from transformer_pipelines import FORMS, LAYERS, SKIP_LAYER, STEPS, generate, in
 
 import regrow
 from regrow import ATEDM, FORA, FULL, CATPruning, Combined, DeepCache, Schedule, TokenChoice
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.measure import architecture, profile
 from regrow.measure.variants import variant
 from regrow.methods.base import MethodConfig
@@ -31,10 +31,10 @@ class Everything(MethodConfig):
     branch: int = 2
 
 
-@parts_of.register
-def _(config: Everything) -> Parts:
+@recipe_of.register
+def _(config: Everything) -> Recipe:
     caching = DeepCache(interval=config.interval, branch=config.branch)
-    return Parts(Both(parts_of(caching).plan, Schedule.constant(0.5)), sites=All())
+    return Recipe(Both(recipe_of(caching).plan, Schedule.constant(0.5)), sites=All())
 
 
 @pytest.fixture(params=KINDS)

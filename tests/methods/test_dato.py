@@ -14,7 +14,7 @@ from whole_unet import assert_near, guided_inputs, outputs, with_reference
 
 import regrow
 from regrow import FULL, Alignment, DaTo, Features, Recovery, Schedule
-from regrow.core.parts import CallInfo, parts_of
+from regrow.core.recipe import CallInfo, recipe_of
 from regrow.methods.dato import Score
 from regrow.tokens.grid import Grid, patch_of_token
 
@@ -157,7 +157,7 @@ def bases(
     config: DaTo, grid: Grid, outputs: list[Tensor], *, batch: int = 2, guided: bool, seed: int = 0
 ) -> Tensor:
     call = CallInfo(batch, guided, tuple(outputs), torch.Generator().manual_seed(seed))
-    return parts_of(config).sites.prepare([grid], call)[grid]
+    return recipe_of(config).sites.prepare([grid], call)[grid]
 
 
 @pytest.mark.parametrize("known", [0, 1])

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 import regrow
 from regrow import ATEDM, FULL, Combined, DeepCache, SiTo, ToMeSD
-from regrow.core.parts import parts_of
+from regrow.core.recipe import recipe_of
 from regrow.methods.deepcache import full_calls
 
 
 def depths(config: Any, calls: int) -> list[int]:
-    return list(parts_of(config).plan.resample(calls).depth)
+    return list(recipe_of(config).plan.resample(calls).depth)
 
 
 @given(interval=st.integers(1, 12), calls=st.integers(1, 60), branch=st.integers(0, 3))
@@ -145,5 +145,5 @@ def test_wrong_fields_are_named(fields: dict[str, Any], named: str) -> None:
 
 
 def test_interval_1_makes_every_call_full_also_when_spread_unevenly() -> None:
-    plan = parts_of(DeepCache(interval=1, center=0.3)).plan.resample(50)
+    plan = recipe_of(DeepCache(interval=1, center=0.3)).plan.resample(50)
     assert set(plan.depth) == {FULL}

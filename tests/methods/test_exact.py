@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from regrow import FULL, BaseChoice, DaTo, Schedule, SiTo, ToMeSD
-from regrow.core.parts import CallInfo, parts_of
+from regrow.core.recipe import CallInfo, recipe_of
 from regrow.tokens.grid import Grid
 
 GRID = Grid(16, 16)
@@ -31,7 +31,7 @@ def test_exact_choices_of_half_precision_are_those_of_float32(config: Any) -> No
     x = (4 * torch.randn(1, 1, 32, generator=g) + torch.randn(2, 256, 32, generator=g)).bfloat16()
 
     def choice(config: Any, x: torch.Tensor) -> Any:
-        rule: Any = parts_of(config).sites
+        rule: Any = recipe_of(config).sites
         call = CallInfo(len(x), False, (), torch.Generator().manual_seed(0))
         return rule.select(x, GRID, GRID.pruned(0.5), rule.prepare([GRID], call).get(GRID), call)
 

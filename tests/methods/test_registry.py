@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 import regrow
 from regrow import cli
+from regrow.cli.default_methods import usual_of
 from regrow.cli.options import method_config
-from regrow.cli.usual import usual_of
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import explain
 from regrow.methods import DenoiserKind, Status, catalogue
 from regrow.methods.base import About, MethodConfig, Role, methods, methods_of, register
@@ -75,14 +75,14 @@ class Some(MethodConfig):
         return free((Variable("share", (0.25, 0.5)),), cls)
 
 
-@parts_of.register
-def _(config: Mine) -> Parts:
-    return Parts(Spaced(config.interval, 1))
+@recipe_of.register
+def _(config: Mine) -> Recipe:
+    return Recipe(Spaced(config.interval, 1))
 
 
-@parts_of.register
-def _(config: Some) -> Parts:
-    return parts_of(regrow.SiTo(ratio=config.share))
+@recipe_of.register
+def _(config: Some) -> Recipe:
+    return recipe_of(regrow.SiTo(ratio=config.share))
 
 
 @pytest.fixture(autouse=True)
@@ -321,7 +321,7 @@ def test_every_method_of_the_library_is_registered_and_says_what_pairs_need() ->
 FILE = '''
 from typing import ClassVar, Literal
 from regrow.methods.base import About, MethodConfig, register
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.schedule import Spaced
 
 @register
@@ -330,9 +330,9 @@ class Dropped(MethodConfig):
     ABOUT: ClassVar[About] = About("Dropped", "nothing")
     method: Literal["dropped"] = "dropped"
 
-@parts_of.register
-def _(config: Dropped) -> Parts:
-    return Parts(Spaced(2, 1))
+@recipe_of.register
+def _(config: Dropped) -> Recipe:
+    return Recipe(Spaced(2, 1))
 '''
 
 

@@ -14,7 +14,7 @@ from whole_unet import assert_near, guided_inputs, outputs, with_reference
 
 import regrow
 from regrow import Alignment, BaseChoice, Features, Recovery, SiTo
-from regrow.core.parts import CallInfo, parts_of
+from regrow.core.recipe import CallInfo, recipe_of
 from regrow.tokens.grid import Grid
 
 V = BaseChoice.BEST_IN_PATCH
@@ -177,7 +177,7 @@ def test_the_global_random_state_is_left_alone(pipe: Any) -> None:
 
 def base_tokens(config: SiTo, x: Tensor, grid: Grid, seed: int = 0) -> list[list[int]]:
     """The tokens that stay when every other token goes, in ascending order."""
-    rule = parts_of(config).sites
+    rule = recipe_of(config).sites
     call = CallInfo(len(x), False, (), torch.Generator().manual_seed(seed))
     prepared = rule.prepare([grid], call).get(grid)
     kept = rule.select(x, grid, grid.tokens - grid.patches, prepared, call).kept

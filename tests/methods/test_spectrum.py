@@ -24,7 +24,7 @@ from slow_forecasts import Calls, Spectral, counted, forecast_outputs
 from torch import Tensor, nn
 
 import regrow
-from regrow.core.parts import parts_of
+from regrow.core.recipe import recipe_of
 from regrow.methods.spectrum import Spectrum, full_calls
 from regrow.schedule import FULL, HEAD
 
@@ -49,7 +49,7 @@ def by_hand(config: Spectrum, calls: int) -> set[int]:
 
 @pytest.mark.parametrize(("preset", "count"), [("quality", 14), ("fast", 10)])
 def test_the_papers_presets_make_as_many_full_calls(preset: str, count: int) -> None:
-    plan = parts_of(Spectrum.preset(preset)).plan.resample(50)
+    plan = recipe_of(Spectrum.preset(preset)).plan.resample(50)
     assert plan.depth.count(FULL) == count
     assert plan.depth.count(HEAD) == 50 - count
 

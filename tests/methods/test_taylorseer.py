@@ -18,7 +18,7 @@ from slow_forecasts import Calls, Factors, counted, forecast_outputs
 from torch import Tensor, nn
 
 import regrow
-from regrow.core.parts import parts_of
+from regrow.core.recipe import recipe_of
 from regrow.methods.taylorseer import ForecastLevel, TaylorSeer, full_calls
 from regrow.recover.time import Taylor
 from regrow.schedule import FULL, HEAD, LAYERS
@@ -49,7 +49,7 @@ def test_the_first_calls_and_every_nth_behind_them_are_full(interval: int, first
     ("level", "depth"), [(ForecastLevel.LAYERS, LAYERS), (ForecastLevel.LAST_BLOCK, HEAD)]
 )
 def test_the_others_forecast_at_their_level(level: ForecastLevel, depth: int) -> None:
-    plan = parts_of(TaylorSeer(interval=5, order=1, first=1, level=level)).plan.resample(50)
+    plan = recipe_of(TaylorSeer(interval=5, order=1, first=1, level=level)).plan.resample(50)
     assert [d == FULL for d in plan.depth] == [step % 5 == 0 for step in range(50)]
     assert set(plan.depth) == {FULL, depth}
 

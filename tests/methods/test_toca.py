@@ -21,7 +21,7 @@ from transformer_pipelines import FORMS, TWO_CALLS, generate
 import regrow
 from regrow import FORA, ToCa
 from regrow.core.decision import SKIP, Decider, Decision, Sited, Some, View
-from regrow.core.parts import Alignment, Attention, CallInfo, Parts, parts_of
+from regrow.core.recipe import Alignment, Attention, CallInfo, Recipe, recipe_of
 from regrow.core.store import Store, copied
 from regrow.layers import LayerKind
 from regrow.measure import architecture, profile
@@ -232,7 +232,7 @@ def test_no_tokens_are_bit_for_bit_fora(kind: str) -> None:
     with regrow.apply(pipe, ToCa(ratio=0.995)) as run:
         assert torch.equal(generate(pipe, guidance_scale=4.0), expected)
     assert [c.macs for c in run.report().calls] == [c.macs for c in fora.calls]
-    assert parts_of(ToCa(ratio=1)) == parts_of(FORA(interval=3))
+    assert recipe_of(ToCa(ratio=1)) == recipe_of(FORA(interval=3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -274,10 +274,10 @@ class _PerBlock(Decider, Sited):
         return torch.arange(site.index % 3, info.grid.tokens, 3)[:count].repeat(info.batch, 1)
 
 
-@parts_of.register
-def _(config: PerBlock) -> Parts:
+@recipe_of.register
+def _(config: PerBlock) -> Recipe:
     plan = Schedule(depth=(FULL, LAYERS, LAYERS), ratio=(0.0, 0.7, 0.8))
-    return Parts(plan, sites=_PerBlock())
+    return Recipe(plan, sites=_PerBlock())
 
 
 @pytest.mark.parametrize("kind", ["sd3", "dit"])
@@ -581,7 +581,7 @@ def count_of(
 
 def test_shares_are_by_block_call_and_kind() -> None:
     config = ToCa(interval=2, ratio=0.8, cross_attention=0.5, layer_weight=0.8, step_weight=0.4)
-    steps = list(parts_of(config).plan.resample(50).steps())
+    steps = list(recipe_of(config).plan.resample(50).steps())
     cached = [1 - s.ratio for s in steps if s.depth == LAYERS]
     assert len(cached) == 25
     assert sum(cached) / 25 == pytest.approx(0.2, rel=0.02)
@@ -608,7 +608,7 @@ def test_macs_are_those_of_fora_and_of_the_tokens_computed() -> None:
     """DiT-XL/2 at 256 x 256: 256 tokens, 1,152 wide, MLPs four times as wide."""
     arch, config = architecture("dit-xl-256"), ToCa()
     ours, fora = profile(arch, config, 6), profile(arch, FORA(interval=3), 6)
-    steps = list(parts_of(config).plan.resample(6).steps())
+    steps = list(recipe_of(config).plan.resample(6).steps())
     for step, mine, cached in zip(steps, ours.per_call, fora.per_call, strict=True):
         counts = [count_of(config, LayerKind.FEED_FORWARD, i, 256, step.ratio) or 0 for i in range(28)]
         tokens = 0 if step.full else sum(counts)
@@ -769,7 +769,7 @@ def test_the_preset_of_pixart_computes_the_released_codes_shares() -> None:
     """0.3 times 1.6 of a feed-forward's tokens and 0.3 times 0.6 of a cross-attention's, from 1.9 times in
     the first call to 0.1 times, and from 1.6 times in the first block to 0.4 times."""
     config, calls, tokens = ToCa.preset("pixart"), 2000, 10_000
-    steps = list(parts_of(config).plan.resample(calls).steps())
+    steps = list(recipe_of(config).plan.resample(calls).steps())
     assert steps[0].full
     assert not steps[1].full
     for step, growth in ((steps[1], 1.9), (steps[1000], 1.0), (steps[-1], 0.1)):

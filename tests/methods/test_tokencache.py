@@ -21,7 +21,7 @@ from transformer_pipelines import FORMS, generate
 
 import regrow
 from regrow.core.decision import Some
-from regrow.core.parts import CallInfo
+from regrow.core.recipe import CallInfo
 from regrow.files import FileError
 from regrow.measure import architecture, profile
 from regrow.methods import tokencache

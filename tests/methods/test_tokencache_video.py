@@ -18,7 +18,7 @@ from transformer_pipelines import PAIRS, STEPS, TEXT
 import regrow
 from regrow import FORA, DeepCache
 from regrow.core.decision import Entered
-from regrow.core.parts import CallInfo
+from regrow.core.recipe import CallInfo
 from regrow.measure import architecture, profile
 from regrow.methods.tokencache import Choice, Counts, TokenCache, _Rule
 from regrow.models import layout_of

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import regrow
 from regrow import Recovery, ToMeSD
-from regrow.core.parts import CallInfo, parts_of
+from regrow.core.recipe import CallInfo, recipe_of
 from regrow.tokens.grid import Grid
 from regrow.tokens.recover import keep_merged, recover
 
@@ -21,7 +21,7 @@ SHAPES = [(8, 8), (6, 10), (7, 5), (2, 2)]
 
 
 def selected(config: ToMeSD, x: Tensor, grid: Grid, ratio: float) -> Any:
-    rule = parts_of(config).sites
+    rule = recipe_of(config).sites
     assert rule is not None
     call = CallInfo(x.shape[0], False, (), torch.Generator().manual_seed(config.seed))
     prepared = rule.prepare([grid], call)[grid]
@@ -53,7 +53,7 @@ def test_destinations_are_one_of_each_patch_by_chance_and_the_same_for_the_batch
     shape: tuple[int, int],
 ) -> None:
     grid = Grid(*shape)
-    rule: Any = parts_of(ToMeSD()).sites
+    rule: Any = recipe_of(ToMeSD()).sites
     generator = torch.Generator().manual_seed(0)
     drawn = [rule.destinations(grid, generator) for _ in range(30)]
     for d in drawn:

@@ -27,7 +27,7 @@ from regrow.core.clock import begins_of, place_of
 from regrow.core.install import is_hooked
 from regrow.fields import MOST_CALLS, MOST_SEED, Block, Checked, check_within, explain
 from regrow.files import FileError, read_kept, said
-from regrow.measure.keep import REMOVE, write_whole
+from regrow.measure.atomic_files import REMOVE, write_whole
 from regrow.measure.sampling import check_prompts, make
 from regrow.models import denoiser_of
 from regrow.origin import Origin, denoiser_key, scheduler_key

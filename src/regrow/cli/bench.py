@@ -15,8 +15,8 @@ from regrow import zoo
 from regrow.cli.models import best_device, check_device, check_room, load_pipeline
 from regrow.cli.terminal import Bar, busy, output, remarks, table
 from regrow.compiling import compile_blocks
+from regrow.measure.atomic_files import check_writable, write_whole
 from regrow.measure.bench import BenchRow, bench
-from regrow.measure.keep import check_writable, write_whole
 from regrow.measure.machine import PACKAGES, machine, model_key
 from regrow.measure.random_weights import random_pipeline
 from regrow.measure.samplers import Sampler

@@ -15,8 +15,8 @@ from regrow.calibration.search import FewerSteps
 from regrow.cli.models import best_device, check_device, check_room, load_pipeline
 from regrow.cli.terminal import Bar, busy, output, remarks, table
 from regrow.measure import contact_sheet
+from regrow.measure.atomic_files import check_writable, write_whole
 from regrow.measure.images import on_white
-from regrow.measure.keep import check_writable, write_whole
 from regrow.measure.lock import locked
 from regrow.measure.machine import machine
 from regrow.methods.calibrated import Calibrated

@@ -14,8 +14,8 @@ from regrow.apply import apply
 from regrow.cli.models import load_pipeline
 from regrow.cli.terminal import Bar, busy, output, remarks, table
 from regrow.measure import contact_sheet, feature_distances, mean_psnr
+from regrow.measure.atomic_files import check_writable
 from regrow.measure.features import MissingWeightsError
-from regrow.measure.keep import check_writable
 from regrow.measure.machine import machine
 from regrow.measure.sampling import Pictures, make
 from regrow.methods.calibrated import Calibrated

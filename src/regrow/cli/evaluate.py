@@ -27,6 +27,7 @@ from regrow.cli.models import (
 )
 from regrow.cli.terminal import Bar, busy, output, remarks, table
 from regrow.measure import contact_sheet
+from regrow.measure.atomic_files import check_writable, write_whole
 from regrow.measure.clip import ClipScore
 from regrow.measure.evaluate import (
     Gain,
@@ -37,10 +38,9 @@ from regrow.measure.evaluate import (
     check_against,
     compare,
 )
-from regrow.measure.exchange import Scores, check_export, export, read_scores
+from regrow.measure.external_scores import Scores, check_export, export, read_scores
 from regrow.measure.extractors import Extractor, Labels, Network, extractor
 from regrow.measure.images import to_picture
-from regrow.measure.keep import check_writable, write_whole
 from regrow.measure.lock import locked
 from regrow.measure.machine import machine, model_key, text_key
 from regrow.measure.prompts import PromptSet, fetch, named, read_prompts

@@ -21,8 +21,8 @@ from regrow.cli.models import best_device, check_device, check_room, is_video, l
 from regrow.cli.terminal import Bar, busy, output, remarks, table
 from regrow.freeze import check_freezable
 from regrow.measure import contact_sheet, mean_psnr
+from regrow.measure.atomic_files import check_writable
 from regrow.measure.images import on_white
-from regrow.measure.keep import check_writable
 from regrow.measure.machine import machine, model_key
 from regrow.measure.sampling import Pictures, check_frames, check_prompts, make, makes_videos
 from regrow.measure.videos import Clip, check_format, clips_of, save_clip

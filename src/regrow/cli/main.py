@@ -18,11 +18,11 @@ import typer
 
 from regrow import __version__, zoo
 from regrow.cli.ablations import ABLATIONS, ablated, against, merged, pair
+from regrow.cli.default_methods import usual
 from regrow.cli.engine import Engine, Where
 from regrow.cli.harmless import in_one_line, in_plain_words
 from regrow.cli.terminal import busy, output, remarks, table
 from regrow.cli.train import train_app
-from regrow.cli.usual import usual
 from regrow.fields import MOST_CALLS, MOST_COUNT, MOST_GUIDANCE, MOST_PIXELS, MOST_SEED, check_within
 from regrow.measure.extractors import Network
 from regrow.search.search import Algorithm

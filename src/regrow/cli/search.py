@@ -24,7 +24,7 @@ from regrow.cli.models import best_device, check_device, check_room, load_pipeli
 from regrow.cli.terminal import Bar, busy, named, output, remarks, table
 from regrow.fields import MOST_COUNT, check_within, explain
 from regrow.files import damaged, read_kept
-from regrow.measure.keep import check_writable
+from regrow.measure.atomic_files import check_writable
 from regrow.measure.lock import locked
 from regrow.measure.machine import machine
 from regrow.measure.macs import PlanCounter

@@ -15,7 +15,7 @@ from regrow import zoo
 from regrow.cli.models import best_device, check_device, check_room, load_pipeline
 from regrow.cli.terminal import Bar, busy, named, output, remarks, table
 from regrow.cli.trace_plots import draw
-from regrow.measure.keep import check_writable
+from regrow.measure.atomic_files import check_writable
 from regrow.measure.machine import machine, model_key
 from regrow.measure.plotting import check_matplotlib
 from regrow.measure.trace import Trace, trace

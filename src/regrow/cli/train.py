@@ -276,7 +276,7 @@ def _training(
 
 def _run(request: Request, work: Callable[[Workplace], Trained], use: str) -> None:
     """Train in a folder that nobody else writes, and say what came of it."""
-    from regrow.measure.keep import check_writable
+    from regrow.measure.atomic_files import check_writable
     from regrow.measure.lock import locked
     from regrow.measure.plotting import check_matplotlib
 

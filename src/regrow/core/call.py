@@ -15,7 +15,7 @@ from regrow.core.clock import Position
 from regrow.core.controlled import Controlled, Reading
 from regrow.core.decision import SKIP, Decision
 from regrow.core.memory import BranchMemory
-from regrow.core.parts import Attention, CallInfo
+from regrow.core.recipe import Attention, CallInfo
 from regrow.core.twin import Twin
 from regrow.models.table import TOKENS, Cut, Rows
 from regrow.recover.time import TimeRecovery
@@ -145,7 +145,7 @@ class Call:
         restored: how many modules handed on what is cached.
         stood_in: modules that handed on what nobody may read, for which no module has restored yet.
         entered: what the first module of a cut was given in this call.
-        tells_apart: whether the image's tokens, and their queries and keys, can be told apart: some of them
+        can_subset: whether the image's tokens, and their queries and keys, can be told apart: some of them
             can be computed, and attentions be looked at.
         positions: cosines and sines ``(T + N, D)`` of all tokens, by which queries and keys are turned.
         turned: the tokens whose positions were asked for last; None for all.
@@ -178,7 +178,7 @@ class Call:
     pruned: int = 0
     unpruned: str = ""
     entered: dict[Cut, list[Any]] = field(default_factory=dict)
-    tells_apart: bool = False
+    can_subset: bool = False
     positions: Sequence[Tensor] = ()
     turned: Subset | None = None
     rotary: dict[Rows, tuple[Tensor, ...]] = field(default_factory=dict)

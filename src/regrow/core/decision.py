@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from regrow.layers import LayerKind
 
 if TYPE_CHECKING:
-    from regrow.core.parts import Attention, CallInfo, Recovery
+    from regrow.core.recipe import Attention, CallInfo, Recovery
     from regrow.models.table import Cut, Layout, Site
     from regrow.schedule import Step
     from regrow.tokens.select import Selection

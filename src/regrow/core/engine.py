@@ -37,7 +37,7 @@ from regrow.core.others import (
     shape_of,
     wrapped_by_others,
 )
-from regrow.core.parts import CallInfo, Parts
+from regrow.core.recipe import CallInfo, Recipe
 from regrow.core.sites import Sites
 from regrow.core.store import Store, flatten
 from regrow.core.twin import Twin
@@ -57,7 +57,7 @@ class Engine:
 
     Args:
         denoiser: the module.
-        parts: the method.
+        recipe: the method.
         clock: where calls stand; None until a generation is opened by hand.
         keep_text: compute what depends on the text alone once for each text.
         quiet: warn of nothing.
@@ -70,18 +70,18 @@ class Engine:
     def __init__(
         self,
         denoiser: nn.Module,
-        parts: Parts,
+        recipe: Recipe,
         clock: Clock | None = None,
         *,
         keep_text: bool = True,
         quiet: bool = False,
     ) -> None:
-        self.denoiser, self.parts, self.clock = denoiser, parts, clock
+        self.denoiser, self.recipe, self.clock = denoiser, recipe, clock
         self._keep_text, self._quiet = keep_text, quiet
         self._shape, self._twin = shape_of(denoiser), Twin.none()
-        self.kinds = parts.plan.kinds()
-        self.control = parts.plan if isinstance(parts.plan, Control) else None
-        streams = parts.sites is not None and parts.sites.full_calls > 0
+        self.kinds = recipe.plan.kinds()
+        self.control = recipe.plan if isinstance(recipe.plan, Control) else None
+        streams = recipe.sites is not None and recipe.sites.full_calls > 0
         if streams and any(step.recovery != REUSE for step in self.kinds):
             raise ValueError(
                 "recovery: a forecast is not allowed where the tokens of whole calls are chosen, of which "
@@ -138,7 +138,7 @@ class Engine:
         return True
 
     def _sites(self) -> Sites | None:
-        sites = self.parts.sites
+        sites = self.recipe.sites
         if sites is None or not any(map(sites.acts_in, self.kinds)):
             return None
         decider = sites.on(self.denoiser, self.layout)
@@ -262,10 +262,10 @@ class Engine:
         again = before is not None and before.caller.is_same()
         if not again:
             self.release()
-        seed = 0 if self.parts.sites is None else self.parts.sites.seed
+        seed = 0 if self.recipe.sites is None else self.recipe.sites.seed
         controlled = None
         if self.control is None:
-            steps = list(self.parts.plan.resample(position.total).steps())
+            steps = list(self.recipe.plan.resample(position.total).steps())
         else:
             # Refused, it leaves no generation behind that calls could belong to.
             self.generation = None
@@ -274,12 +274,12 @@ class Engine:
         differs = self._unlike(position)
         if differs:
             self.warn_once("run", differs)
-        elif self.found is not None and not self.parts.whole and self.found.calls != position.total:
+        elif self.found is not None and not self.recipe.whole and self.found.calls != position.total:
             self.warn_once(
                 "origin calls",
                 f"the plan was found for {self.found.calls} calls; this generation has {position.total}",
             )
-        planned = self.parts.plan.calls
+        planned = self.recipe.plan.calls
         if planned is not None and 2 * position.total < planned and not differs:
             self.warn_once(
                 "resampled",
@@ -314,7 +314,7 @@ class Engine:
 
     def _unlike(self, position: Position) -> str:
         """How a generation that begins differs from the run that the plan is for; empty if it does not."""
-        clock, made_for = self.clock, self.parts.made_for
+        clock, made_for = self.clock, self.recipe.made_for
         if clock is None or made_for is None:
             return ""
         return made_for.unlike(clock.steps, position.total, position.index, clock.timesteps)
@@ -455,7 +455,7 @@ class Engine:
         if not self.call.knows_text:
             # A module that this call skips must not hand on another text's output later.
             slot.store.drop(*self.layout.text)
-        self.call.tells_apart = not generation.whole and self._tells_apart(slot)
+        self.call.can_subset = not generation.whole and self._can_subset(slot)
         ratio = 0.0
         if self.sites is not None:
             self.call.plan = plan = self.sites.settled(plan, self.call, inputs)
@@ -545,7 +545,7 @@ class Engine:
         key = (shapes, sample.dtype, sample.device)
         slot = generation.slots.get(branch)
         if slot is None or slot.key != key:
-            wanted = self.parts.sites is not None and self.parts.sites.aligns
+            wanted = self.recipe.sites is not None and self.recipe.sites.aligns
             bare = (without_data(args), without_data(dict(kwargs)))
             guided = wanted and self._may_be_guided(sample, inputs)
             store = Store({step.recovery for step in self.kinds}, len(generation.steps))
@@ -573,9 +573,9 @@ class Engine:
         # Pipelines of classes step both halves; their labels told.
         return batch is None or self.layout.conditional_first or 2 * batch == sample.shape[0]
 
-    def _tells_apart(self, slot: BranchMemory) -> bool:
+    def _can_subset(self, slot: BranchMemory) -> bool:
         """Whether some of the image's tokens can be computed, and attentions be looked at."""
-        sites = self.sites is not None and self.sites.tells_apart
+        sites = self.sites is not None and self.sites.can_subset
         if self.layout.stream is None:
             return sites
         if not sites:

@@ -17,7 +17,7 @@ from regrow.core.call import Call, Watched
 from regrow.core.decision import SKIP
 from regrow.core.engine import Engine
 from regrow.core.memory import placeholders
-from regrow.core.parts import Attention
+from regrow.core.recipe import Attention
 from regrow.core.store import copied
 from regrow.models.norms import Norm
 from regrow.models.table import Cut, Returns, Skippable, Turned
@@ -187,7 +187,7 @@ class TurnHook:
     def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
         output = forward(*args, **kwargs)
         call = self.engine.call
-        if call is None or not call.tells_apart:
+        if call is None or not call.can_subset:
             return output
         table: Any = self.engine.positions(self.attention, self.rows)
         # Samples that compute other tokens have other positions: then all are one sequence.
@@ -204,7 +204,7 @@ class UnturnedHook:
 
     def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         call = self.engine.call
-        if call is not None and call.tells_apart:
+        if call is not None and call.can_subset:
             kwargs["image_rotary_emb"] = None
         return forward(*args, **kwargs)
 

@@ -24,7 +24,7 @@ from regrow.core.engine import Engine
 from regrow.core.install import Installed
 from regrow.core.meta import KnownShapes, meta_copy
 from regrow.core.others import grounding_of
-from regrow.core.parts import Attention, CallInfo, Parts, Recovery
+from regrow.core.recipe import Attention, CallInfo, Recipe, Recovery
 from regrow.layers import LayerKind
 from regrow.models import layout_of
 from regrow.models.table import Layout, Site
@@ -297,7 +297,7 @@ class _BehindFull:
         ratio = 0.5 if sites.full_calls else 0.0
         plan = Schedule(depth=(FULL,) * full + (depth,), ratio=(0.0,) * full + (ratio,))
         clock = _Here(len(plan))
-        self._engine = Engine(denoiser, Parts(plan, sites=sites), clock, quiet=True)
+        self._engine = Engine(denoiser, Recipe(plan, sites=sites), clock, quiet=True)
         for _ in range(full):
             self._call(inputs)
             clock.index += 1
@@ -397,7 +397,7 @@ class CallCounter:
             depth=(FULL,) * before + (depth, *after),
             ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * len(after),
         )
-        engine = Engine(self._model, Parts(plan, sites), quiet=True)
+        engine = Engine(self._model, Recipe(plan, sites), quiet=True)
         hooks = Installed(engine)
         try:
             with torch.no_grad(), self._shapes, engine.manual(len(plan)) as clock:

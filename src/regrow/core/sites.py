@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from regrow.core.call import Call, Watched
 from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Some, View, runs
 from regrow.core.inputs import adds_to_tokens
-from regrow.core.parts import Attention, Recovery
+from regrow.core.recipe import Attention, Recovery
 from regrow.core.store import copied
 from regrow.fields import MOST_CALLS
 from regrow.layers import LayerKind
@@ -112,7 +112,7 @@ class Sites:
                 yield from ((site, attention) for attention in site.attentions.values())
 
     @property
-    def tells_apart(self) -> bool:
+    def can_subset(self) -> bool:
         """Whether the tokens of an image must be told apart: to look at attentions, or in single layers."""
         own = (site for site in self.able if site.keeps is not Keeps.NOTHING)
         parts = any(site.kind is not None or site.stream for site in own)
@@ -185,7 +185,7 @@ class Sites:
     def keeps(self, call: Call, plan: Mapping[str, Decision]) -> bool:
         """Whether sites that are computed whole keep what they give."""
         if self.stream is not None:
-            return call.tells_apart and streams(call.cut)
+            return call.can_subset and streams(call.cut)
         return self.has_calls_of_its_own and (call.cut is None or bool(plan))
 
     def warn_of_whole_calls(self, steps: Sequence[Step], cuts: Mapping[int, Cut]) -> None:
@@ -234,7 +234,7 @@ class Sites:
 
     def _is_able_stream(self, site: Site, decision: Some, call: Call, inputs: Mapping[str, Any]) -> bool:
         """Whether some tokens can go through all blocks."""
-        if not call.tells_apart:
+        if not call.can_subset:
             return False
         if adds_to_tokens(inputs):
             self._warn_once("residuals", "a ControlNet adds to all tokens; its calls are computed in full")
@@ -254,7 +254,7 @@ class Sites:
     def _is_able(self, site: Site, decision: Some, call: Call, inputs: Mapping[str, Any]) -> bool:
         """Whether a site has what it needs to compute some of its tokens by themselves."""
         store = call.slot.store
-        if not site.able or site.key not in store or (site.kind is not None and not call.tells_apart):
+        if not site.able or site.key not in store or (site.kind is not None and not call.can_subset):
             return False
         attention = site.attention
         known = all(name in store for name in _memory_of(site)) and (
@@ -686,7 +686,7 @@ def _of_tokens(given: Any, tokens: Subset, x: Tensor) -> Any:
 
 def _is_full(call: Call) -> bool:
     """Whether a call computes all sites."""
-    return call.cut is None and not call.plan and call.tells_apart
+    return call.cut is None and not call.plan and call.can_subset
 
 
 def streams(cut: Cut | None) -> bool:

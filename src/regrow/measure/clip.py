@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.measure.keep import digest
+from regrow.measure.atomic_files import digest
 
 
 class ClipScore:

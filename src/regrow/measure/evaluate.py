@@ -19,10 +19,10 @@ from torch import Tensor
 
 from regrow.fields import MOST_COUNT, MOST_GUIDANCE, MOST_PIXELS, MOST_SEED, check_within
 from regrow.files import damaged, read_kept
+from regrow.measure.atomic_files import check_writable, digest, kept, opened_kept, write_whole
 from regrow.measure.clip import ClipScore
 from regrow.measure.extractors import Extractor, Features
 from regrow.measure.images import to_tensor
-from regrow.measure.keep import check_writable, digest, kept, opened_kept, write_whole
 from regrow.measure.machine import maker_key
 from regrow.measure.quality import (
     FeatureSet,

@@ -86,7 +86,7 @@ def model_key(model: str) -> str:
         return ""
     found = hashlib.sha256(index.read_bytes())
     named = read_kept(index, "give the folder of a pipeline")
-    # Parts are arguments of the pipeline's class; any other name may lead out of the folder.
+    # Recipe are arguments of the pipeline's class; any other name may lead out of the folder.
     parts = [folder / name for name in named if name.isidentifier() and len(name) < 64]
     files = [file for part in parts if part.is_dir() for file in part.iterdir()]
     for file in sorted(file for file in files if file.suffix in _MODEL):

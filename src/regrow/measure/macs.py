@@ -9,7 +9,7 @@ from typing import Any
 
 from regrow.core.decision import ALL, Decision, Sited, View, left_out
 from regrow.core.macs import CallCounter, Macs
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.core.sites import streams
 from regrow.measure.architectures import Architecture
 from regrow.models import layout_of
@@ -88,7 +88,7 @@ class PlanCounter:
 
     def full(self) -> Macs:
         """A call without a method."""
-        return self._counter(Parts(Schedule.constant())).count(FULL, 0.0, self._inputs)
+        return self._counter(Recipe(Schedule.constant())).count(FULL, 0.0, self._inputs)
 
     def calls(self, config: Any, calls: int) -> list[tuple[tuple[int, float], Macs]]:
         """Depth, ratio and MACs of every call of a generation; the ratio is 0 where nothing is pruned.
@@ -99,7 +99,7 @@ class PlanCounter:
         """
         if config is None:
             return [((FULL, 0.0), self.full())] * calls
-        parts = parts_of(config)
+        parts = recipe_of(config)
         counter = self._counter(parts)
         sites = _asked(parts)
         decider = None if sites is None else sites.on(self._denoiser, self.layout)
@@ -124,7 +124,7 @@ class PlanCounter:
             out.append(((depth, ratio), counted))
         return out
 
-    def _counter(self, parts: Parts) -> CallCounter:
+    def _counter(self, parts: Recipe) -> CallCounter:
         """Methods that decide alike share one."""
         sites = _asked(parts)
         if sites not in self._counters:
@@ -132,7 +132,7 @@ class PlanCounter:
         return self._counters[sites]
 
 
-def _asked(parts: Parts) -> Sited | None:
+def _asked(parts: Recipe) -> Sited | None:
     """What decides for sites, if the plan has calls in which it does."""
     sites = parts.sites
     return sites if sites is not None and any(map(sites.acts_in, parts.plan.kinds())) else None

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regrow.files import said
+from regrow.measure.atomic_files import opened_kept, write_whole
 from regrow.measure.extractors import Extractor
 from regrow.measure.images import on_white, to_tensor
-from regrow.measure.keep import opened_kept, write_whole
 from regrow.words import shown
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

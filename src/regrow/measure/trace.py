@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from regrow.apply import apply
 from regrow.core.install import is_hooked
-from regrow.measure.computed import ComputedCounter, SiteShares
 from regrow.measure.sampling import check_prompts, make
+from regrow.measure.token_counts import ComputedCounter, SiteShares
 from regrow.measure.variants import Variant
 from regrow.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
 from regrow.models import denoiser_of, known_layout

@@ -6,16 +6,16 @@ Every file of this folder is imported, so that its methods are registered.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from regrow.core.parts import (
+from regrow.core.recipe import (
     After,
     Alignment,
     Attention,
     CallInfo,
     Features,
-    Parts,
+    Recipe,
     Recovery,
     Where,
-    parts_of,
+    recipe_of,
 )
 from regrow.methods.adaptive import Adaptive
 from regrow.methods.atedm import ATEDM, Restored, Similarity
@@ -63,7 +63,7 @@ __all__ = [
     "ForecastLevel",
     "MethodConfig",
     "Options",
-    "Parts",
+    "Recipe",
     "Recovery",
     "Restored",
     "Role",
@@ -79,7 +79,7 @@ __all__ = [
     "TokenChoice",
     "TokenRule",
     "Where",
-    "parts_of",
+    "recipe_of",
     "register",
 ]
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
 from regrow.control import ErrorControl
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import MOST_CALLS, Calls, not_allowed
 from regrow.methods.base import About, MethodConfig, TextError, register, whole
 from regrow.recover.time import RecoveryField, Taylor
@@ -87,7 +87,7 @@ class Adaptive(MethodConfig):
         return cls(bound=bound)
 
 
-@parts_of.register
-def _(config: Adaptive) -> Parts:
+@recipe_of.register
+def _(config: Adaptive) -> Recipe:
     skip = Step(config.depth, 0.0, config.recovery)
-    return Parts(ErrorControl(skip, config.bound, config.budget, config.longest, config.first))
+    return Recipe(ErrorControl(skip, config.bound, config.budget, config.longest, config.first))

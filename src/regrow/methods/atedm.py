@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from regrow.core.decision import Decider, Decision, Sited, View
-from regrow.core.parts import (
+from regrow.core.recipe import (
     After,
     Alignment,
     Attention,
     CallInfo,
     Features,
     Level,
-    Parts,
+    Recipe,
     Where,
     align,
-    parts_of,
+    recipe_of,
     some_of_stream,
     stream_of,
 )
@@ -332,8 +332,8 @@ class _Plan:
         return Schedule(depth=(FULL,) * calls, ratio=ratio, name=f"from {max(early, self.whole)}")
 
 
-@parts_of.register
-def _(config: ATEDM) -> Parts:
+@recipe_of.register
+def _(config: ATEDM) -> Recipe:
     reuses = config.recovery is Restored.REUSE
     plan = _Plan(config.early, config.early_ratio, config.ratio, FULL_CALLS if reuses else 0)
-    return Parts(plan, sites=_Reusing(config) if reuses else _Copying(config))
+    return Recipe(plan, sites=_Reusing(config) if reuses else _Copying(config))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from regrow.core.parts import MadeFor, Parts, parts_of
+from regrow.core.recipe import MadeFor, Recipe, recipe_of
 from regrow.fields import MOST_CALLS, Calls, Checked, Count
 from regrow.methods.base import About, MethodConfig, register
 from regrow.methods.dato import DaTo
@@ -114,9 +114,9 @@ class Calibrated(MethodConfig):
         return self.model_copy(update={"schedule": self.schedule.resample(calls)})
 
 
-@parts_of.register
-def _(config: Calibrated) -> Parts:
+@recipe_of.register
+def _(config: Calibrated) -> Recipe:
     made_for = MadeFor(config.steps, config.schedule.calls, config.before, config.timesteps)
     if config.schedule.max_ratio:
-        return replace(parts_of(DaTo(schedule=config.schedule)), made_for=made_for)
-    return Parts(config.schedule, whole=not config.leaves_out, made_for=made_for)
+        return replace(recipe_of(DaTo(schedule=config.schedule)), made_for=made_for)
+    return Recipe(config.schedule, whole=not config.leaves_out, made_for=made_for)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from regrow.core.decision import Decider, Decision, Sited, View
-from regrow.core.parts import Alignment, CallInfo, Parts, parts_of, some_of_stream, stream_of
+from regrow.core.recipe import Alignment, CallInfo, Recipe, recipe_of, some_of_stream, stream_of
 from regrow.fields import MOST_CALLS, Seed, Share, Weight
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, Options, Role, register
 from regrow.models.table import Layout, Site
@@ -371,6 +371,6 @@ def one_half(noise: Tensor, alignment: Alignment, call: CallInfo) -> Tensor:
     return conditional if alignment is Alignment.CONDITIONAL else unconditional
 
 
-@parts_of.register
-def _(config: CATPruning) -> Parts:
-    return Parts(After(config.t0, Schedule.constant(1 - config.alpha)), sites=_Rule(config))
+@recipe_of.register
+def _(config: CATPruning) -> Recipe:
+    return Recipe(After(config.t0, Schedule.constant(1 - config.alpha)), sites=_Rule(config))

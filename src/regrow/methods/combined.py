@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from regrow.control import Control
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.methods.base import About, MethodConfig, Role, methods_of, name_of
 from regrow.schedule import LAYERS, After, Both, Plan, Schedule
 
@@ -56,7 +56,7 @@ def _kind(caching: Any) -> Any:
 
 def full_calls_of(config: Any) -> int:
     """Of a method that chooses the tokens of whole calls, how many full ones come first; 0 of others."""
-    sites = parts_of(config).sites
+    sites = recipe_of(config).sites
     return 0 if sites is None else sites.full_calls
 
 
@@ -104,7 +104,7 @@ class Combined(MethodConfig):
     @property
     def plan(self) -> Plan:
         """The plan of `caching`."""
-        return self.caching if isinstance(self.caching, Schedule) else parts_of(self.caching).plan
+        return self.caching if isinstance(self.caching, Schedule) else recipe_of(self.caching).plan
 
     def at(self, calls: int) -> Combined:
         """The same with a schedule of so many calls; a caching method is itself."""
@@ -113,8 +113,8 @@ class Combined(MethodConfig):
         return self.model_copy(update={"caching": self.caching.resample(calls)})
 
 
-@parts_of.register
-def _(config: Combined) -> Parts:
-    tokens, first = parts_of(config.tokens), full_calls_of(config.tokens)
+@recipe_of.register
+def _(config: Combined) -> Recipe:
+    tokens, first = recipe_of(config.tokens), full_calls_of(config.tokens)
     plan = Both(config.plan, tokens.plan)
     return replace(tokens, plan=After(first, plan) if first else plan)

@@ -16,17 +16,17 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from regrow import hub
-from regrow.core.parts import (
+from regrow.core.recipe import (
     Alignment,
     CallInfo,
     Features,
     Level,
-    Parts,
+    Recipe,
     Recovery,
     Where,
     align,
     check_ratio,
-    parts_of,
+    recipe_of,
 )
 from regrow.fields import MOST_WEIGHT, Seed, Side, Weight
 from regrow.methods.base import (
@@ -280,16 +280,16 @@ class _Rule(TokenRule):
         return prune_similar(x, prepared, grid, count, **options)
 
 
-@parts_of.register
-def _(config: DaTo) -> Parts:
+@recipe_of.register
+def _(config: DaTo) -> Recipe:
     plan, recovery = config.schedule, config.time_recovery
     plan = plan if recovery is None else plan.with_recovery(recovery)
     # Tokens are chosen alike under every schedule.
     rule = config.model_copy(update={"schedule": Schedule.constant(), "time_recovery": None})
-    return Parts(plan, sites=_Rule(rule))
+    return Recipe(plan, sites=_Rule(rule))
 
 
-@parts_of.register
-def _(schedule: Schedule) -> Parts:
+@recipe_of.register
+def _(schedule: Schedule) -> Recipe:
     # As a schedule file is one for DaTo.
-    return parts_of(DaTo(schedule=schedule))
+    return recipe_of(DaTo(schedule=schedule))

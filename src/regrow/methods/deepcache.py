@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import Block, Calls
 from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
 from regrow.recover.time import REUSE, RecoveryField
@@ -99,7 +99,7 @@ def _signed(x: float, power: float) -> float:
     return abs(x) ** power * (1 if x >= 0 else -1)
 
 
-@parts_of.register
-def _(config: DeepCache) -> Parts:
+@recipe_of.register
+def _(config: DeepCache) -> Recipe:
     full = partial(full_calls, config)
-    return Parts(Spaced(config.interval, config.branch + 1, full, config.recovery))
+    return Recipe(Spaced(config.interval, config.branch + 1, full, config.recovery))

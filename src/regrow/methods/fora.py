@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import Calls
 from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
 from regrow.recover.time import REUSE, RecoveryField
@@ -52,6 +52,6 @@ class FORA(MethodConfig):
         return free((Variable("interval", tuple(range(2, 11))), recovery_variable()), cls)
 
 
-@parts_of.register
-def _(config: FORA) -> Parts:
-    return Parts(Spaced(config.interval, LAYERS, recovery=config.recovery))
+@recipe_of.register
+def _(config: FORA) -> Recipe:
+    return Recipe(Spaced(config.interval, LAYERS, recovery=config.recovery))

@@ -17,7 +17,7 @@ from torch import nn
 from typing_extensions import Self
 
 from regrow.core.decision import ALL, SKIP, Decider, Decision, Sited, View
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import MOST_CALLS, Share
 from regrow.methods.base import About, MethodConfig, register
 from regrow.models.errors import UnsupportedModelError
@@ -137,6 +137,6 @@ class _Deciding(Decider):
         return {site.name: ALL if whole else SKIP for site, whole in zip(self.sites, row, strict=True)}
 
 
-@parts_of.register
-def _(config: L2C) -> Parts:
-    return Parts(Spaced(MOST_CALLS, SITES), sites=_Rule(config))
+@recipe_of.register
+def _(config: L2C) -> Recipe:
+    return Recipe(Spaced(MOST_CALLS, SITES), sites=_Rule(config))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from typing_extensions import Self
 
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import MOST_CALLS, check_within
 from regrow.methods.base import About, MethodConfig, TextError, register
 from regrow.recover.time import Fitted
@@ -67,8 +67,8 @@ class L2P(MethodConfig):
         raise TextError("nothing: its weights are of a model, fit them with regrow.L2P.fit")
 
 
-@parts_of.register
-def _(config: L2P) -> Parts:
+@recipe_of.register
+def _(config: L2P) -> Recipe:
     skipped = {one.step for one in config.fitted.steps}
     depth = tuple(0 if step in skipped else FULL for step in range(config.fitted.total))
-    return Parts(Schedule(depth=depth, ratio=(0.0,) * len(depth), recovery=(config.fitted,)))
+    return Recipe(Schedule(depth=depth, ratio=(0.0,) * len(depth), recovery=(config.fitted,)))

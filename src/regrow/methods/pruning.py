@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.core.decision import Decider, Decision, Entered, Sited, Some, View, runs
-from regrow.core.parts import After, CallInfo, Features, Recovery, Where
+from regrow.core.recipe import After, CallInfo, Features, Recovery, Where
 from regrow.layers import LayerKind
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Keeps, Layout, Site, TokenBlock

@@ -14,17 +14,17 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 from torch import Tensor
 
-from regrow.core.parts import (
+from regrow.core.recipe import (
     Alignment,
     CallInfo,
     Features,
     Level,
-    Parts,
+    Recipe,
     Recovery,
     Where,
     align,
     check_ratio,
-    parts_of,
+    recipe_of,
 )
 from regrow.fields import Ratio, Seed, Side, Weight
 from regrow.methods.base import UNETS, About, DenoiserKind, MethodConfig, Role, register
@@ -205,6 +205,6 @@ class _Rule(TokenRule):
         return best_of_patch(score, grid)
 
 
-@parts_of.register
-def _(config: SiTo) -> Parts:
-    return Parts(Schedule.constant(config.ratio, name=f"constant {config.ratio:g}"), sites=_Rule(config))
+@recipe_of.register
+def _(config: SiTo) -> Recipe:
+    return Recipe(Schedule.constant(config.ratio, name=f"constant {config.ratio:g}"), sites=_Rule(config))

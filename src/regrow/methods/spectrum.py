@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import MOST_CALLS, MOST_WEIGHT, Calls, Share
 from regrow.methods.base import About, DenoiserKind, MethodConfig, register
 from regrow.recover.time import MOST_ORDER, Chebyshev
@@ -100,7 +100,7 @@ def full_calls(config: Spectrum, calls: int) -> set[int]:
     return full
 
 
-@parts_of.register
-def _(config: Spectrum) -> Parts:
+@recipe_of.register
+def _(config: Spectrum) -> Recipe:
     forecast = Chebyshev(degree=config.degree, ridge=config.ridge, mix=config.mix)
-    return Parts(Spaced(2, HEAD, partial(full_calls, config), forecast))
+    return Recipe(Spaced(2, HEAD, partial(full_calls, config), forecast))

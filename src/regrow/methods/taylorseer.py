@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from regrow.core.parts import Parts, parts_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import Calls
 from regrow.methods.base import ALL, About, MethodConfig, register
 from regrow.recover.time import MOST_ORDER, TimeRecovery, Weights, ordered, register_recovery
@@ -127,8 +127,8 @@ def full_calls(config: TaylorSeer, calls: int) -> set[int]:
     return {*range(first), *range(first - 1, calls, config.interval)}
 
 
-@parts_of.register
-def _(config: TaylorSeer) -> Parts:
+@recipe_of.register
+def _(config: TaylorSeer) -> Recipe:
     depth = LAYERS if config.level is ForecastLevel.LAYERS else HEAD
     forecast = Differences(order=config.order)
-    return Parts(Spaced(config.interval, depth, partial(full_calls, config), forecast))
+    return Recipe(Spaced(config.interval, depth, partial(full_calls, config), forecast))

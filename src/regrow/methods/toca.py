@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 from typing_extensions import Self
 
 from regrow.core.decision import SKIP, Decider, Decision, Sited, Some, View
-from regrow.core.parts import Alignment, Attention, CallInfo, Parts, align, parts_of
+from regrow.core.recipe import Alignment, Attention, CallInfo, Recipe, align, recipe_of
 from regrow.fields import MOST_SIDE, Calls, Share, Weight
 from regrow.layers import LayerKind
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, register
@@ -360,9 +360,9 @@ class _Plan:
         return max(1 - (1 - self.ratio) * growth, 0.0)
 
 
-@parts_of.register
-def _(config: ToCa) -> Parts:
+@recipe_of.register
+def _(config: ToCa) -> Recipe:
     if config.ratio == 1:
-        return Parts(Spaced(config.interval, LAYERS, recovery=config.recovery))
+        return Recipe(Spaced(config.interval, LAYERS, recovery=config.recovery))
     plan = _Plan(config.interval, config.ratio, config.step_weight, config.recovery)
-    return Parts(plan, sites=_Rule(config))
+    return Recipe(plan, sites=_Rule(config))

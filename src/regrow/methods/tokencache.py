@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from regrow import zoo
 from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Sited, Some, View
-from regrow.core.parts import Attention, CallInfo, Parts, parts_of
+from regrow.core.recipe import Attention, CallInfo, Recipe, recipe_of
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share, Weight
 from regrow.files import said
 from regrow.layers import LayerKind
@@ -549,9 +549,9 @@ def _unlike(x: Tensor, grid: Grid, info: CallInfo) -> Tensor:
     return first.clone().scatter_(1, rest, -similarity)
 
 
-@parts_of.register
-def _(config: TokenCache) -> Parts:
+@recipe_of.register
+def _(config: TokenCache) -> Recipe:
     if config.ratio == 0:
-        return Parts(Schedule.constant())
+        return Recipe(Schedule.constant())
     # Which calls are I-steps is decided when the predictor is known; behind the first, any may be.
-    return Parts(Spaced(MOST_CALLS, SITES, recovery=config.recovery), sites=_Rule(config))
+    return Recipe(Spaced(MOST_CALLS, SITES, recovery=config.recovery), sites=_Rule(config))

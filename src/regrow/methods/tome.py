@@ -14,7 +14,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from regrow.core.parts import CallInfo, Features, Level, Parts, Recovery, Where, check_ratio, parts_of
+from regrow.core.recipe import CallInfo, Features, Level, Recipe, Recovery, Where, check_ratio, recipe_of
 from regrow.fields import Ratio, Seed, Side
 from regrow.methods.base import UNETS, About, DenoiserKind, MethodConfig, Role, register
 from regrow.methods.pruning import TokenRule
@@ -132,6 +132,6 @@ class _Rule(TokenRule):
         return tokens_of_patch(grid, generator.device)[None, :, 0]
 
 
-@parts_of.register
-def _(config: ToMeSD) -> Parts:
-    return Parts(Schedule.constant(config.ratio, name=f"constant {config.ratio:g}"), sites=_Rule(config))
+@recipe_of.register
+def _(config: ToMeSD) -> Recipe:
+    return Recipe(Schedule.constant(config.ratio, name=f"constant {config.ratio:g}"), sites=_Rule(config))

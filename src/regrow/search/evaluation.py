@@ -20,11 +20,11 @@ from torch import Tensor
 
 from regrow.apply import apply
 from regrow.core.inputs import without_data
+from regrow.measure.atomic_files import kept
 from regrow.measure.clip import ClipScore
 from regrow.measure.evaluate import Setting
 from regrow.measure.extractors import Extractor, Network, extractor
 from regrow.measure.images import to_picture, to_tensor
-from regrow.measure.keep import kept
 from regrow.measure.quality import frechet_distance
 from regrow.measure.sampling import make
 from regrow.measure.trace import Moment, nearest, watched_steps
@@ -34,7 +34,7 @@ from regrow.origin import denoiser_key, scheduler_key, scheduler_settings
 from regrow.search.objectives import Cost, Objective, Quality
 
 QUARTERS = 4
-"""Parts of a run at whose ends its deviation is read."""
+"""Recipe of a run at whose ends its deviation is read."""
 MOST_PSNR = 100.0
 
 

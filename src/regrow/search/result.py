@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import regrow
-from regrow.core.parts import parts_of
+from regrow.core.recipe import recipe_of
+from regrow.measure.atomic_files import write_whole
 from regrow.measure.evaluate import Setting
-from regrow.measure.keep import write_whole
 from regrow.origin import Origin
 from regrow.run_report import depth_name
 from regrow.schedule import FULL, Schedule
@@ -83,7 +83,7 @@ def schedule_of(candidate: Candidate, calls: int) -> Schedule:
     """What a plan does at each call."""
     if candidate.config is None:
         return Schedule.constant().resample(calls)
-    return parts_of(candidate.config).plan.resample(calls)
+    return recipe_of(candidate.config).plan.resample(calls)
 
 
 def _schedule(known: Known, facts: Facts, objectives: Sequence[Objective], setting: Setting) -> Schedule:

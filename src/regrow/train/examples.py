@@ -14,8 +14,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from regrow.files import read_text
+from regrow.measure.atomic_files import kept
 from regrow.measure.images import on_white, to_tensor
-from regrow.measure.keep import kept
 from regrow.measure.sampling import check_size, make, makes_videos, takes_classes
 from regrow.measure.videos import FRAMES, READ, Clip, check_codec, clips_of, find_clips, read_clip
 from regrow.models import denoiser_of

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from regrow.fields import Calls, Checked, Count, Seed, Share
 from regrow.files import damaged, parse_json, said
-from regrow.measure.keep import opened_kept, write_whole
+from regrow.measure.atomic_files import opened_kept, write_whole
 from regrow.train.examples import Examples
 from regrow.train.objective import Objective
 from regrow.train.steps import Steps

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from regrow.fields import Calls, Checked, Count, Guidance
-from regrow.measure.keep import write_whole
+from regrow.measure.atomic_files import write_whole
 from regrow.measure.sampling import takes_classes
 from regrow.methods.tokencache import UNTRAINED, Table, bundled_for, load_predictor, table_of
 from regrow.models import denoiser_of, layout_of, other_denoisers

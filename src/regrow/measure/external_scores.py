@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 
 from regrow.files import read_json, read_kept, said
+from regrow.measure.atomic_files import check_writable, write_whole
 from regrow.measure.evaluate import Pictures, Setting
-from regrow.measure.keep import check_writable, write_whole
 from regrow.measure.variants import Variant
 from regrow.words import offer, one_line, shown
 

@@ -215,8 +215,8 @@ def _listed(timesteps: Sequence[float]) -> str:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """A system, taken apart.
+class Recipe:
+    """What a system is made of.
 
     Args:
         plan: what each call does, for any number of calls.
@@ -233,19 +233,19 @@ class Parts:
 
 
 @singledispatch
-def parts_of(config: Any) -> Parts:
-    """The parts of a configured system; each system registers its own configuration type.
+def recipe_of(config: Any) -> Recipe:
+    """The recipe of a configured system; each system registers its own configuration type.
 
     Raises:
         TypeError: if ``config`` is no configuration of a system.
     """
-    known = sorted(kind.__name__ for kind in parts_of.registry if kind is not object)
+    known = sorted(kind.__name__ for kind in recipe_of.registry if kind is not object)
     raise TypeError(f"config: {type(config).__name__} is no method; methods are {', '.join(known)}")
 
 
 def origin_of(config: Any) -> Origin | None:
     """What a configuration, or the schedule that is its plan, was searched on."""
-    plan = parts_of(config).plan
+    plan = recipe_of(config).plan
     of_plan = plan.found if isinstance(plan, Schedule) else None
     return of_plan or getattr(config, "found", None)
 

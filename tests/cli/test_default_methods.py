@@ -11,7 +11,7 @@ import pytest
 import transformer_pipelines
 
 from regrow import cli
-from regrow.cli.usual import Usual, usual, usual_of
+from regrow.cli.default_methods import Usual, usual, usual_of
 from regrow.measure.architectures import NAMES
 from regrow.measure.variants import variant
 from regrow.methods import DenoiserKind

@@ -17,7 +17,7 @@ from PIL import Image
 from test_evaluate import PROMPTS, SETTING, VARIANTS, Pictures, made
 
 from regrow.measure.evaluate import Setting
-from regrow.measure.exchange import check_export, export, read_scores
+from regrow.measure.external_scores import check_export, export, read_scores
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "external"
 
