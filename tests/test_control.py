@@ -98,8 +98,8 @@ def test_distances_within_a_budget_are_as_the_mean_density_to_the_newest() -> No
     assert spread(even, 30, 6) == 5
     assert spread([*even, Measured(4, 0.04, 1)], 30, 6) == round(5 * (2 + 0.5 * 1) / 3 / 0.5)
     assert spread([*even, Measured(4, 0.64, 1)], 30, 6) == round(5 * (2 + 2 * 1) / 3 / 2)
-    # The growth, and what is no number.
-    assert spread([*even, Measured(1, 1e-9, 1)], 30, 6) == 2
+    # An error of nothing reaches to the end; what is no number reaches nowhere.
+    assert spread([*even, Measured(1, 1e-9, 1)], 30, 6) == 30
     assert spread([*even, Measured(4, math.nan, 1)], 30, 6) == 1
     assert spread([], 30, 6) == 5
     # Errors of another degree do not count.

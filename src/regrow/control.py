@@ -112,7 +112,8 @@ def spread(measured: Sequence[Measured], rest: int, left: int) -> int:
     """The distance of the next full call from the last, for which the rest of a budget lasts.
 
     The bound is that under which as many full calls as are left make the rest of the run, if it needs them
-    as densely as the run so far: distances are to ``rest / left`` as the mean density is to the newest.
+    as densely as the run so far: distances are to ``rest / left`` as the mean density is to the newest. They
+    grow at once as far as that: a budget that is spent on short distances at the beginning lacks later.
 
     Args:
         measured: the forecasts that were compared, the newest last.
@@ -131,7 +132,7 @@ def spread(measured: Sequence[Measured], rest: int, left: int) -> int:
     alike = [m for m in measured if m.degree == newest.degree and math.isfinite(m.error)]
     mean = sum(m.density * m.distance for m in alike) / sum(m.distance for m in alike)
     factor = mean / newest.density if newest.density else (math.inf if mean else 1.0)
-    return max(round(min(even * factor, GROWTH * newest.distance)), 1)
+    return max(round(min(even * factor, rest)), 1)
 
 
 @dataclass(frozen=True)
