@@ -112,8 +112,8 @@ def spread(measured: Sequence[Measured], rest: int, left: int) -> int:
     """The distance of the next full call from the last, for which the rest of a budget lasts.
 
     The bound is that under which as many full calls as are left make the rest of the run, if it needs them
-    as densely as the run so far: distances are to ``rest / left`` as the mean density is to the newest. They
-    grow at once as far as that: a budget that is spent on short distances at the beginning lacks later.
+    as densely as the run so far: distances are to ``rest / left`` as the mean density is to the newest.
+    They grow at once as far as that: what short distances at the beginning take of a budget lacks later.
 
     Args:
         measured: the forecasts that were compared, the newest last.
