@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DiTPipeline, StableDiffusionPipeline
+from diffusers import DiTPipeline, LattePipeline, StableDiffusionPipeline
 
 from regrow import zoo
 
@@ -32,7 +32,7 @@ def test_load_is_quiet_and_has_one_precision(capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("model", "megabytes"), [("emoji", 30), ("cifar10", 40)])
+@pytest.mark.parametrize(("model", "megabytes"), [("emoji", 30), ("cifar10", 40), ("clips", 6)])
 def test_everything_together_stays_small(model, megabytes):
     files = [f for f in zoo.path(model).rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < megabytes * 1e6
@@ -87,6 +87,15 @@ def test_a_folder_goes_before_a_bundled_model_of_its_name(tmp_path, monkeypatch)
 
 def test_unknown_name_lists_the_known():
     with pytest.raises(
-        ValueError, match=r"'emojis' is not bundled; .* emoji, cifar10; did you mean 'emoji'"
+        ValueError, match=r"'emojis' is not bundled; .* emoji, cifar10, clips; did you mean 'emoji'"
     ):
         zoo.path("emojis")
+
+
+def test_videos_are_drawn_by_the_word_of_their_class():
+    pipe = LattePipeline.from_pretrained(zoo.path("clips"))
+    pipe.set_progress_bar_config(disable=True)
+    options = {"video_length": 8, "height": 32, "width": 32, "clean_caption": False}
+    (frames,) = pipe("penguin", num_inference_steps=2, guidance_scale=3.0, **options).frames
+    assert [frame.size for frame in frames] == [(32, 32)] * 8
+    assert zoo.captions("clips")[0] == "penguin"

@@ -152,9 +152,9 @@ def check_scheduler(model: str, scheduler: str) -> None:
 
 
 def _load(model: str, device: str, dtype: torch.dtype, videos: bool) -> Any:
+    kind = _kind(model, videos)
     if zoo.bundles(model):
         return zoo.load(model, dtype=dtype, device=device)
-    kind = _kind(model, videos)
     if is_single(model):
         pipeline: Any = kind.from_single_file(model, config=config_of(model), dtype=dtype)
     else:
@@ -170,8 +170,7 @@ def check_pictures(model: str) -> None:
         ValueError: if it makes videos.
         OSError: if there is no such model.
     """
-    if not zoo.bundles(model):
-        _kind(model, videos=False)
+    _kind(model, videos=False)
 
 
 def is_video(model: str) -> bool:
@@ -181,7 +180,7 @@ def is_video(model: str) -> bool:
         ValueError: if it makes them from more than a text.
         OSError: if there is no such model.
     """
-    return not zoo.bundles(model) and makes_videos(_kind(model, videos=True))
+    return makes_videos(_kind(model, videos=True))
 
 
 def _kind(model: str, videos: bool) -> Any:

@@ -42,7 +42,7 @@ from regrow.core.recipe import Attention, CallInfo, Recipe, recipe_of
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share, Weight
 from regrow.files import said
 from regrow.layers import LayerKind
-from regrow.methods.base import About, MethodConfig, Status, register
+from regrow.methods.base import About, MethodConfig, register
 from regrow.methods.toca import Memory, influence, spread, staleness
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, Site, Spans, in_sequences
@@ -132,9 +132,8 @@ class TokenCache(MethodConfig):
         what="a trained predictor says which tokens each block computes; the others get its last update",
         models="transformers: DiT, PixArt, Latte, Wan",
         paper="arXiv 2409.18523",
-        status=Status.PARTLY,
-        note="needs a predictor trained for the model (regrow train predictor); on the bundled model its "
-        "choice gains nothing over chance",
+        note="needs a predictor trained for the model (regrow train predictor); on the bundled model of "
+        "pictures its choice gains nothing over chance",
         default="even",
         value="full_steps",
         place=30,

@@ -14,8 +14,8 @@ import torch
 from regrow.files import FileError, read_json, said
 from regrow.words import offer, shown
 
-MODELS = ("emoji", "cifar10")
-GUIDANCE = {"emoji": 3.0, "cifar10": 2.0}
+MODELS = ("emoji", "cifar10", "clips")
+GUIDANCE = {"emoji": 3.0, "cifar10": 2.0, "clips": 3.0}
 """Guidance scale that suits a bundled model."""
 
 
