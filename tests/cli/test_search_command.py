@@ -1,8 +1,8 @@
 """``regrow search``, as a user types it, on a small pipeline in a folder."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -332,26 +332,29 @@ def test_a_folder_is_written_by_one_process(
     prompts: Path,
 ) -> None:
     out = tmp_path / "search"
-    code = (
-        "import sys; from pathlib import Path; from regrow.measure.lock import locked\n"
-        "with locked('--out', Path(sys.argv[1])):\n    print('in', flush=True)\n    input()"
-    )
+    forks = multiprocessing.get_context("fork")
+    inside = forks.Event()
+
+    def hold() -> None:
+        with locked("--out", out):
+            inside.set()
+            time.sleep(600)
+
     monkeypatch.setattr("regrow.cli.models._load", lambda *_: pytest.fail("loaded"))
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "in\n"
-        for command in (
-            (),
-            ("calibrate", "--speedup", "2", "--out", str(out)),
-            ("eval", "--out", str(out)),
-        ):
-            assert run(monkeypatch, *(command or words(model, prompts, out))) == 2
-            said = capsys.readouterr().err
-            assert f"--out: another regrow, process {other.pid}, is at work in {out}" in said
-        # Killed, it leaves nothing locked.
-        other.kill()
+    other = forks.Process(target=hold)
+    other.start()
+    assert inside.wait(60)
+    for command in (
+        (),
+        ("calibrate", "--speedup", "2", "--out", str(out)),
+        ("eval", "--out", str(out)),
+    ):
+        assert run(monkeypatch, *(command or words(model, prompts, out))) == 2
+        said = capsys.readouterr().err
+        assert f"--out: another regrow, process {other.pid}, is at work in {out}" in said
+    # Killed, it leaves nothing locked.
+    other.kill()
+    other.join()
     with locked("--out", out):
         pass
     assert not (out / ".lock").exists()
