@@ -57,6 +57,7 @@ def words(model: Path, prompts: Path, out: Path) -> tuple[str, ...]:
     return ("search", *common, *size, "--device", "cpu", "--out", str(out))
 
 
+@pytest.mark.slow
 def test_search_leaves_schedules_a_result_and_a_page(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -177,6 +178,7 @@ def test_forecasts_of_the_output_are_searched_on_a_denoiser_without_a_table(
         assert [*Schedule.load(out / row["file"]).depth].count(FULL) == full
 
 
+@pytest.mark.slow
 def test_folder_of_another_search_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -195,6 +197,7 @@ def test_folder_of_another_search_is_refused(
     assert "method: the search in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_search_of_before_recoveries_goes_on_without_them(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
