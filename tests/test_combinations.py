@@ -118,7 +118,7 @@ def test_ip_adapter_masks_keep_only_the_cross_attention_from_pruning(pipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("compile_first", [True, False])
 def test_blocks_may_be_compiled_before_and_after_a_method_is_applied(compile_first):
-    pipe = transformer_pipelines.sd3()
+    pipe = transformer_pipelines.sd3(layers=3)
     plain = transformer_pipelines.generate(pipe)
     config = regrow.FORA(interval=2)
     with regrow.apply(pipe, config):
