@@ -363,8 +363,8 @@ def test_the_script_writes_what_it_prints_and_the_quality_of_those_that_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out, quality, table = (tmp_path / name for name in ("peers.json", "peers-quality.json", "peers.md"))
-    words = "--model emoji --methods steps:2,deepcache:2 --peers DeepCache:2,firstblock --steps 2 --rounds 1"
-    words += f" --quality {tmp_path / 'pictures'} --prompts 2 --device cpu --json {out}"
+    words = "--model emoji --methods steps:2,deepcache:2 --peers DeepCache:2,firstblock --steps 2"
+    words += f" --rounds 1 --quality {tmp_path / 'pictures'} --prompts 2 --device cpu --json {out}"
     monkeypatch.setattr("sys.argv", ["peers_table", *words.split()])
     monkeypatch.setenv("CACHE_DIT_LOG_LEVEL", "error")
     peers_table.main()
