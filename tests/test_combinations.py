@@ -29,6 +29,7 @@ def pipeline():
     return zoo.load("emoji")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -54,6 +55,7 @@ def test_compiled_blocks_give_the_same_without_graph_breaks(pipeline, config):
     assert counters["stats"]["unique_graphs"] == graphs, "a second generation compiles nothing"
 
 
+@pytest.mark.slow
 def test_blocks_that_diffusers_names_none_of_are_compiled_too() -> None:
     pipe = transformer_pipelines.sd3()
     config = regrow.CATPruning(alpha=0.25, t0=2)
@@ -113,9 +115,10 @@ def test_ip_adapter_masks_keep_only_the_cross_attention_from_pruning(pipe):
     assert torch.equal(with_masks, full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_first", [True, False])
 def test_blocks_may_be_compiled_before_and_after_a_method_is_applied(compile_first):
-    pipe = transformer_pipelines.sd3()
+    pipe = transformer_pipelines.sd3(layers=3)
     plain = transformer_pipelines.generate(pipe)
     config = regrow.FORA(interval=2)
     with regrow.apply(pipe, config):

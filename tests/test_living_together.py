@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import regrow
 
-SEQUENCES = int(os.environ.get("REGROW_SEQUENCES", "200"))
+SEQUENCES = int(os.environ.get("REGROW_SEQUENCES", "80"))
 CPU = torch.device("cpu")
 PAB = PyramidAttentionBroadcastConfig(
     spatial_attention_block_skip_range=2,
@@ -475,6 +475,7 @@ class WithFlux(Together):
         self.each(swap)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", [WithUnet, WithFlux])
 def test_each_that_is_on_works_and_each_that_is_off_is_gone(machine: type[Together]) -> None:
     run_state_machine_as_test(

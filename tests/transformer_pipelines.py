@@ -91,13 +91,13 @@ class StableDiffusion3Small(StableDiffusion3Pipeline):
         return super().__call__(*args, max_sequence_length=16, **kwargs)
 
 
-def sd3(**changes: Any) -> StableDiffusion3Pipeline:
+def sd3(layers: int = LAYERS, **changes: Any) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=LAYERS,
+        num_layers=layers,
         attention_head_dim=8,
         num_attention_heads=4,
         joint_attention_dim=2 * TEXT,

@@ -19,6 +19,7 @@ def _as_before() -> Iterator[None]:
     golden.pipeline.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_changed_bit_is_found_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tmp_path)
     assert golden.main(["write", folder, *ONLY]) == 0

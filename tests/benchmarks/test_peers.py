@@ -99,18 +99,25 @@ def pictures(name: str, pipe: Any) -> Tensor:
     return torch.from_numpy(images)
 
 
+def does(name: str) -> dict[str, str]:
+    """What each peer does on a model, in one of the words of the tables above, or its error."""
+    return dict.fromkeys(WORKING[name], ACCELERATES) | OTHERS[name]
+
+
 def outcome(row: BenchRow) -> str:
     """What a row says of a peer, in one of the words of the tables above, or its error."""
     return row.error or (NOTHING if row.changes_nothing else ACCELERATES)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "some"), [("sd", ()), ("flux", ()), ("dit", ("pab", "firstblock", "taylorseer"))]
+)
 def test_each_does_what_it_does_there_and_the_table_says_so(
-    name: str, capsys: pytest.CaptureFixture[str]
+    name: str, some: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe = MODELS[name]()
-    expected = dict.fromkeys(WORKING[name], ACCELERATES) | OTHERS[name]
-    assert {spec.partition(":")[0] for spec in expected} == set(PEERS)
+    expected = {spec: what for spec, what in does(name).items() if not some or spec in some}
     variants = [variant(f"steps:{STEPS}", STEPS), *(peer(spec, STEPS) for spec in expected)]
     plain, *rows = bench(pipe, variants, prompts(name), rounds=1, **options(name))
     assert (plain.error, plain.changes_nothing) == (None, None)
@@ -138,10 +145,11 @@ def test_macs_that_are_seen_are_those_that_are_told() -> None:
     assert seen.macs_ratio == told.macs_ratio
 
 
+@pytest.mark.slow
 def test_macs_of_compiled_models_are_not_seen() -> None:
     pipe = MODELS["sd"]()
     pipe.unet.conv_out.compile(backend="eager")
-    variants = [variant(f"steps:{STEPS}", STEPS), peer("pab", STEPS)]
+    variants = [variant("steps:3", 3), peer("pab", 3)]
     plain, row = bench(pipe, variants, prompts("sd"), rounds=1, **SIZE)
     assert (plain.error, row.error) == (None, None)
     assert row.macs is row.macs_ratio is row.efficiency is None
@@ -168,6 +176,12 @@ def state(module: nn.Module) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_peer_is_named(name: str) -> None:
+    assert {spec.partition(":")[0] for spec in does(name)} == set(PEERS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_each_begins_anew_and_leaves_nothing_even_if_stopped(name: str) -> None:
     pipe = MODELS[name]()
@@ -205,10 +219,15 @@ def test_each_begins_anew_and_leaves_nothing_even_if_stopped(name: str) -> None:
         check(spec)
     assert torch.equal(pictures(name, pipe), plain)
     for spec, reason in OTHERS[name].items():
-        if reason != NOTHING:
-            with pytest.raises(Exception), peer(spec, STEPS).applied(pipe):  # noqa: B017, PT011
+        one = peer(spec, STEPS)
+        if reason == NOTHING:
+            with one.applied(pipe):
+                assert torch.equal(pictures(name, pipe), plain), spec
+        else:
+            with pytest.raises(Exception) as failed, one.applied(pipe):  # noqa: PT011
                 pictures(name, pipe)
-            check(spec)
+            assert reason in f"{failed.typename}: {failed.value}", spec
+        check(spec)
     assert torch.equal(pictures(name, pipe), plain)
 
 
@@ -339,66 +358,61 @@ def test_a_pipeline_of_classes_takes_their_numbers_only() -> None:
         make(MODELS["dit"](), ["1", "a penguin"], steps=STEPS)
 
 
-def test_the_script_writes_what_it_prints(
+@pytest.mark.slow
+def test_the_script_writes_what_it_prints_and_the_quality_of_those_that_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "peers.json"
-    words = "--model emoji --methods steps:2,dato:b1 --peers DeepCache:2,firstblock --steps 2 --rounds 1"
-    monkeypatch.setattr("sys.argv", ["peers_table", *words.split(), "--device", "cpu", "--json", str(out)])
+    out, quality, table = (tmp_path / name for name in ("peers.json", "peers-quality.json", "peers.md"))
+    words = "--model emoji --methods steps:2,deepcache:2 --peers DeepCache:2,firstblock --steps 2"
+    words += f" --rounds 1 --quality {tmp_path / 'pictures'} --prompts 2 --device cpu --json {out}"
+    monkeypatch.setattr("sys.argv", ["peers_table", *words.split()])
     monkeypatch.setenv("CACHE_DIT_LOG_LEVEL", "error")
     peers_table.main()
     printed, written = capsys.readouterr().out, json.loads(out.read_text())
-    assert [row["name"] for row in written["rows"]] == ["steps:2", "dato:b1", "DeepCache:2", "firstblock"]
+    names = ["steps:2", "deepcache:2", "DeepCache:2", "firstblock"]
+    assert [row["name"] for row in written["rows"]] == names
     assert "firstblock: IndexError: pop from empty list" in printed
     assert len(written["rows"][2]["rounds"]) == 1
-    lines = out.with_suffix(".md").read_text().splitlines()
+    assert {"tomesd", "DeepCache", "cache-dit", "diffusers"} <= set(written["machine"]["versions"])
+    kept = json.loads(quality.read_text())
+    assert [row["name"] for row in kept["rows"]] == names[:3]
+    _, own, other = kept["rows"]
+    # Both reuse the same features.
+    assert other["psnr"] == pytest.approx(own["psnr"], abs=0.5)
+    lines = table.read_text().splitlines()
+    assert lines[3].endswith(f"| {own['psnr']:.1f} | {own['feature_distance']:.4f} | - |")
+    for changed, said in (
+        ({"dtype": "float16"}, "another dtype"),
+        ({"rows": kept["rows"][:2]}, "without DeepC"),
+    ):
+        quality.write_text(json.dumps(kept | changed))
+        with pytest.raises(ValueError, match=f"peers-quality.json is (of )?{said}"):
+            peers_table.write_table(out)
+    quality.unlink()
+    peers_table.write_table(out)
+    lines = table.read_text().splitlines()
     # Whatever else the machine does while they are timed is marked.
     marked = [f"`{row['name']}`" + " (disturbed)" * bool(row["disturbed"]) for row in written["rows"]]
     assert [line.split("|")[1].strip() for line in lines[2:]] == marked
     assert lines[0].endswith("| efficiency | peak MiB |")
     assert lines[5].startswith("| `firstblock` | fails: IndexError: pop from empty list |")
-    assert {"tomesd", "DeepCache", "cache-dit", "diffusers"} <= set(written["machine"]["versions"])
-    monkeypatch.setattr("sys.argv", ["peers_table", "--arch", "sd15", "--peers", "toca"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--arch sd15 --peers toca", "peers_table: peers: 'toca' is not known"),
+        ("--arch sd15 --quality x", "--quality: it needs --model, and goes without --compile"),
+        ("--model emoji --compile --quality x", "--quality: it needs --model, and goes without --compile"),
+    ],
+)
+def test_wrong_words_are_refused_by_the_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["peers_table", *words.split()])
     with pytest.raises(SystemExit, match="2"):
         peers_table.main()
-    assert "peers_table: peers: 'toca' is not known" in capsys.readouterr().err
-
-
-def test_quality_is_of_those_that_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    words = ["--model", "emoji", "--steps", "2", "--methods", "steps:2,deepcache:2", "--rounds", "1"]
-    words += [
-        "--peers",
-        "DeepCache:2,firstblock",
-        "--quality",
-        str(tmp_path / "pictures"),
-        "--prompts",
-        "2",
-    ]
-    words += ["--json", str(tmp_path / "peers.json"), "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", ["peers_table", *words])
-    peers_table.main()
-    found = json.loads((tmp_path / "peers-quality.json").read_text())
-    _, own, other = found["rows"]
-    assert [own["name"], other["name"]] == ["deepcache:2", "DeepCache:2"]
-    lines = (tmp_path / "peers.md").read_text().splitlines()
-    assert lines[3].endswith(f"| {own['psnr']:.1f} | {own['feature_distance']:.4f} | - |")
-    kept = json.loads((tmp_path / "peers-quality.json").read_text())
-    for changed, said in (
-        ({"dtype": "float16"}, "another dtype"),
-        ({"rows": kept["rows"][:2]}, "without DeepC"),
-    ):
-        (tmp_path / "peers-quality.json").write_text(json.dumps(kept | changed))
-        with pytest.raises(ValueError, match=f"peers-quality.json is (of )?{said}"):
-            peers_table.write_table(tmp_path / "peers.json")
-    # Both reuse the same features.
-    assert other["psnr"] == pytest.approx(own["psnr"], abs=0.5)
-    for wrong in (["--arch", "sd15"], ["--model", "emoji", "--compile"]):
-        monkeypatch.setattr("sys.argv", ["peers_table", *wrong, "--quality", str(tmp_path / "x")])
-        with pytest.raises(SystemExit, match="2"):
-            peers_table.main()
-        assert "--quality: it needs --model, and goes without --compile" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 def test_rows_are_compared_with_the_slowest_plan_that_is_at_least_as_fast() -> None:
@@ -413,6 +427,7 @@ def test_rows_are_compared_with_the_slowest_plan_that_is_at_least_as_fast() -> N
     assert peers_table.plans_beside(variants[:2], timed[:2]) == {}
 
 
+@pytest.mark.slow
 def test_peers_are_compared_with_plans_picture_by_picture(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -435,6 +450,7 @@ def test_peers_are_compared_with_plans_picture_by_picture(
         assert line.endswith(f"| `{plan}` | {-gain['psnr']:+.1f} ± {gain['error']:.1f} |")
 
 
+@pytest.mark.slow
 def test_no_quality_is_compared_with_a_baseline_that_failed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -54,12 +54,12 @@ def with_scheduler(kind: Any, **changes: Any) -> Any:
 )
 def test_a_plan_makes_as_few_calls_as_wished(kind: Any, changes: dict[str, Any]) -> None:
     pipe, calls = with_scheduler(kind, **changes), []
-    plan = regrow.calibrate(pipe, PROMPTS, fewer_macs=2.0, steps=8, guidance=3.0, **SIZE)
+    plan = regrow.calibrate(pipe, PROMPTS, fewer_macs=2.0, steps=6, guidance=3.0, **SIZE)
     whole = len(pipe.scheduler.timesteps) if not plan.leaves_out else None
     with regrow.apply(pipe, plan) as run:
         pipe("e", num_inference_steps=plan.steps, guidance_scale=3.0, **SIZE, **plan.arguments())
         calls = run.report().calls
-    pipe.scheduler.set_timesteps(8)
+    pipe.scheduler.set_timesteps(6)
     full = sum(call.depth == "full" for call in calls)
     assert full <= len(pipe.scheduler.timesteps) / 2 + 1, (plan.tried[0].name, whole)
 

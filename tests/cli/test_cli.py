@@ -420,6 +420,7 @@ def test_generate_warms_up_before_it_compares(monkeypatch: pytest.MonkeyPatch, t
         assert steps == expected
 
 
+@pytest.mark.slow
 def test_demo_leaves_a_picture_and_a_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

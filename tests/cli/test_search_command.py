@@ -1,8 +1,8 @@
 """``regrow search``, as a user types it, on a small pipeline in a folder."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def words(model: Path, prompts: Path, out: Path) -> tuple[str, ...]:
     return ("search", *common, *size, "--device", "cpu", "--out", str(out))
 
 
+@pytest.mark.slow
 def test_search_leaves_schedules_a_result_and_a_page(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -177,6 +178,7 @@ def test_forecasts_of_the_output_are_searched_on_a_denoiser_without_a_table(
         assert [*Schedule.load(out / row["file"]).depth].count(FULL) == full
 
 
+@pytest.mark.slow
 def test_folder_of_another_search_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -195,6 +197,7 @@ def test_folder_of_another_search_is_refused(
     assert "method: the search in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_search_of_before_recoveries_goes_on_without_them(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -332,26 +335,29 @@ def test_a_folder_is_written_by_one_process(
     prompts: Path,
 ) -> None:
     out = tmp_path / "search"
-    code = (
-        "import sys; from pathlib import Path; from regrow.measure.lock import locked\n"
-        "with locked('--out', Path(sys.argv[1])):\n    print('in', flush=True)\n    input()"
-    )
+    forks = multiprocessing.get_context("fork")
+    inside = forks.Event()
+
+    def hold() -> None:
+        with locked("--out", out):
+            inside.set()
+            time.sleep(600)
+
     monkeypatch.setattr("regrow.cli.models._load", lambda *_: pytest.fail("loaded"))
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "in\n"
-        for command in (
-            (),
-            ("calibrate", "--speedup", "2", "--out", str(out)),
-            ("eval", "--out", str(out)),
-        ):
-            assert run(monkeypatch, *(command or words(model, prompts, out))) == 2
-            said = capsys.readouterr().err
-            assert f"--out: another regrow, process {other.pid}, is at work in {out}" in said
-        # Killed, it leaves nothing locked.
-        other.kill()
+    other = forks.Process(target=hold)
+    other.start()
+    assert inside.wait(60)
+    for command in (
+        (),
+        ("calibrate", "--speedup", "2", "--out", str(out)),
+        ("eval", "--out", str(out)),
+    ):
+        assert run(monkeypatch, *(command or words(model, prompts, out))) == 2
+        said = capsys.readouterr().err
+        assert f"--out: another regrow, process {other.pid}, is at work in {out}" in said
+    # Killed, it leaves nothing locked.
+    other.kill()
+    other.join()
     with locked("--out", out):
         pass
     assert not (out / ".lock").exists()

@@ -299,6 +299,7 @@ def test_plain_calls_are_counted_as_a_method_that_does_nothing_is() -> None:
     assert plain_macs(denoiser, calls) == sum(expected)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 

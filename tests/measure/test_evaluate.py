@@ -567,6 +567,7 @@ def completed(process: ForkServerProcess) -> None:
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_killed_three_times_gives_what_an_undisturbed_run_gives(
     tmp_path: Path, pictures: Pictures, forks: ForkServerContext
 ) -> None:
@@ -680,6 +681,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_the_command_killed_four_times_prints_what_an_undisturbed_one_prints(
     tmp_path: Path, forks: ForkServerContext
 ) -> None:

@@ -84,6 +84,7 @@ def test_the_selection_keeps_in_each_patch_what_differs_most(selection: Any) -> 
                 assert max(patch, key=difference.__getitem__) in kept.tolist()
 
 
+@pytest.mark.slow
 def test_the_file_brings_the_method_to_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(SELECTION + "\n\n" + START)

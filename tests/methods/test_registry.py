@@ -336,6 +336,7 @@ def _(config: Dropped) -> Recipe:
 '''
 
 
+@pytest.mark.slow
 def test_a_file_in_the_folder_is_all_that_a_new_method_needs(tmp_path: Path) -> None:
     package, copy = Path(regrow.__file__).parent, tmp_path / "regrow"
     (copy / "methods").mkdir(parents=True)

@@ -17,7 +17,7 @@ from regrow.search.objectives import Cost, Quality
 from regrow.search.proposals import Operators
 from regrow.search.search import Algorithm, Budget, Economy, Known, Search
 from regrow.space import Space, Variable
-from regrow.workers import LocalWorkers, RayWorkers
+from regrow.workers import LocalWorkers, RayWorkers, Workers
 
 CALLS = 24
 OBJECTIVES = (Quality.DEVIATION, Cost.MACS)
@@ -102,15 +102,18 @@ def front_of(plans: list[Known]) -> list[tuple[Any, ...]]:
     return [(p.candidate.key, p.macs, p.value(Quality.DEVIATION), p.prompts, p.generation) for p in plans]
 
 
-if __name__ == "__main__":
-    # A process that kills itself at an evaluation, as kill -9 does; its own, or that of workers on Ray.
-    folder, number, engine = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def killed(folder: Path, number: int, workers: Workers[Job, Outcome] | None = None) -> None:
+    """A search that kills its process at an evaluation, as kill -9 does; with workers, behind it."""
 
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    killed = search(folder, Stub((number, kill)))
-    if engine == "ray":
-        killed._workers = RayWorkers(Stub, 2)
-        killed._on_progress = lambda progress: progress.done == number and kill()
-    killed.run(Budget(generations=6))
+    found = search(folder, Stub((number, kill)))
+    if workers is not None:
+        found._workers = workers
+        found._on_progress = lambda progress: progress.done == number and kill()
+    found.run(Budget(generations=6))
+
+
+if __name__ == "__main__":
+    killed(Path(sys.argv[1]), int(sys.argv[2]), RayWorkers(Stub, 2))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from search.stub import CALLS, OBJECTIVES, Stub, deviation, front_of, macs, search, space
+from search.stub import CALLS, OBJECTIVES, Stub, deviation, front_of, killed, macs, search, space
 
 from regrow.methods import DaTo
 from regrow.schedule import FULL, Schedule
@@ -96,10 +97,12 @@ def test_stopped_search_goes_on_as_if_it_had_not_been(
 
 def test_search_killed_by_the_system_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=6)))
-    here = Path(__file__).with_name("stub.py")
+    forks = multiprocessing.get_context("fork")
     for number in (5, 9):
-        words = [sys.executable, str(here), str(tmp_path / "two"), str(number), "local"]
-        assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+        process = forks.Process(target=killed, args=(tmp_path / "two", number))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     rest = Stub()
     assert front_of(search(tmp_path / "two", rest).run(Budget(generations=6))) == expected
     log = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
@@ -305,6 +308,7 @@ def _ratios(known: Known) -> set[float]:
     return {step.ratio for step in known.candidate.config.schedule.steps() if step.depth}
 
 
+@pytest.mark.slow
 def test_workers_of_a_cluster_find_the_same_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Its processes import the stub from the folder of the tests.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -315,13 +319,14 @@ def test_workers_of_a_cluster_find_the_same_front(tmp_path: Path, monkeypatch: p
         assert front_of(found.run(Budget(generations=2))) == expected
 
 
+@pytest.mark.slow
 def test_search_on_workers_killed_by_the_system_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     whole = Stub()
     expected = front_of(search(tmp_path / "one", whole).run(Budget(generations=6)))
-    words = [sys.executable, str(Path(__file__).with_name("stub.py")), str(tmp_path / "two"), "5", "ray"]
+    words = [sys.executable, str(Path(__file__).with_name("stub.py")), str(tmp_path / "two"), "5"]
     assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
     log = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
     assert len(log) == 5

@@ -70,6 +70,7 @@ def train(
     return load_file(out / index["tensors"])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_straight_and_a_model_starts_the_next(data: Path, tmp_path: Path) -> None:
     straight = train(data, tmp_path / "straight", export_to=tmp_path / "model")
     with pytest.raises(Killed):
