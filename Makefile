@@ -26,7 +26,7 @@ demo: .venv/demo
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
-# What daily work changes most often, in a minute and a half on two cores.
+# What daily work changes most often, in a minute on two cores.
 QUICK = $(addprefix tests/,tokens recover core/test_imports.py core/test_store.py test_schedule.py)
 
 quick: .venv/installed
