@@ -26,8 +26,8 @@ demo: .venv/demo
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
-# What daily work changes most often, in a minute and a half on two cores.
-QUICK = $(addprefix tests/,tokens recover core methods/test_names.py methods/test_registry.py test_schedule.py)
+# What daily work changes most often, in a minute on two cores.
+QUICK = $(addprefix tests/,tokens recover core/test_imports.py core/test_store.py test_schedule.py)
 
 quick: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(QUICK)
