@@ -6,6 +6,7 @@ forecasts are good they reach further, where they are bad full calls are denser 
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -17,6 +18,7 @@ from regrow.fields import MOST_CALLS, Calls, not_allowed
 from regrow.methods.base import About, MethodConfig, TextError, register, whole
 from regrow.recover.time import RecoveryField, Taylor
 from regrow.schedule import FULL, SITES, Depth, Step
+from regrow.space import Space, Variable, free, recovery_variable
 
 
 def _left_out(depth: int) -> int:
@@ -85,6 +87,15 @@ class Adaptive(MethodConfig):
         except ValueError as error:
             raise TextError("a bound, such as 0.05, or budget=N") from error
         return cls(bound=bound)
+
+    @classmethod
+    def space(cls, calls: int) -> Space:
+        """Budgets that last for so many calls, and recoveries."""
+        own = cls.model_fields
+        first, longest = own["first"].default, own["longest"].default
+        least = first + max(ceil((calls - first) / (longest + 1)), 1)
+        budgets = Variable("budget", tuple(range(least, max(calls, least) + 1)))
+        return free((budgets, recovery_variable()), cls)
 
 
 @recipe_of.register
