@@ -1,7 +1,7 @@
 #!/bin/sh
 # Trains the predictor of the bundled model cifar10 on pictures that it makes itself: one thread of a CPU,
 # about 10 minutes where nothing else runs. It goes on where it was stopped. Run it from the repository.
-# The rate is for a model of 6 blocks; at the paper's lambda it would compute everything. Then trains, some 5 minutes,
+# The rate is for a model of 6 blocks; at the paper's lambda it would compute everything. Then trains, some 7 minutes,
 # what else benchmarks/tokencache.py compares.
 set -eu
 out=${1:-work/predictor}
@@ -14,7 +14,7 @@ cp "$out/predictor.safetensors" "$out/predictor.json" src/regrow/zoo/cifar10/
 # What benchmarks/tokencache.py takes besides: Learning-to-Cache's routers, and updates of the last block.
 learned=${2:-work/learned}
 mkdir -p "$learned"
-for steps in 50 20 10; do
+for steps in 250 50 20 10; do
     OMP_NUM_THREADS=1 python -m regrow train router --model cifar10 --device cpu --out "$out/router-$steps" \
         --sampler-steps "$steps" --pictures 64 --picture-steps 12 --batch 4 --steps 300 --every 100 \
         --lr 0.1 --lambda 5e-5
