@@ -17,7 +17,7 @@ from regrow.core.decision import SKIP, Decision
 from regrow.core.memory import BranchMemory
 from regrow.core.recipe import Attention, CallInfo
 from regrow.core.twin import Twin
-from regrow.models.table import TOKENS, Cut, Rows
+from regrow.models.table import TOKENS, Cut, Rows, Site
 from regrow.recover.time import TimeRecovery
 from regrow.schedule import Step
 from regrow.tokens.grid import Grid
@@ -157,6 +157,7 @@ class Call:
         chosen: by the group of a site, the tokens that it computes.
         caught: by name, what the projections of an observed attention gave, or the norms behind them.
         plan: by the name of a site, what it does; those that are not in it are computed.
+        choosers: by the group of sites that compute the same tokens, the first of them.
         keeps_sites: sites that are computed whole keep what they give.
         seen: what the method saw at the first site, in a call that computes some tokens; empty before.
         given: by the name of a site, how many sequences it was given.
@@ -187,6 +188,7 @@ class Call:
     chosen: dict[str, Subset] = field(default_factory=dict)
     caught: dict[str, Tensor] = field(default_factory=dict)
     plan: Mapping[str, Decision] = field(default_factory=dict)
+    choosers: Mapping[str, Site] = field(default_factory=dict)
     keeps_sites: bool = False
     seen: tuple[Any, ...] = ()
     given: dict[str, int] = field(default_factory=dict)

@@ -459,9 +459,10 @@ class Engine:
         ratio = 0.0
         if self.sites is not None:
             self.call.plan = plan = self.sites.settled(plan, self.call, inputs)
-            self.call.keeps_sites = self.sites.keeps(self.call, plan)
+            self.call.choosers = self.sites.choosers(plan)
+            self.call.keeps_sites = self.sites.keeps(self.call)
             ratio = _share(planned, plan)
-            if not plan:
+            if cut is None and not plan:
                 slot.observed = self.sites.decider.begin(slot.observed)
             self.sites.prepare(self.call, sample)
         if planned.ratio and not reason and not _computes_some(plan):

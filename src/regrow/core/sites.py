@@ -35,6 +35,8 @@ class Sites:
 
     Attributes:
         stream: the way of the tokens through the blocks, where those of whole calls are chosen.
+        attending: by the name of a self-attention in which some tokens may be computed, the site whose they
+            are.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class Sites:
         self.decider, self._layout, self._warn_once = decider, layout, warn_once
         self.full_calls = full_calls
         self.stream = next((site for site in decider.sites if site.stream), None)
+        self.attending = {name: site.name for site in self.able for name in _attentions_of(site)}
+        self._by_name = {site.name: site for site in decider.sites}
         for remark in decider.remarks:
             warn_once(f"remark {remark}", remark)
 
@@ -50,11 +54,6 @@ class Sites:
     def able(self) -> Iterator[Site]:
         """Those that can compute some of their tokens."""
         return (site for site in self.decider.sites if site.able)
-
-    @property
-    def attending(self) -> dict[str, str]:
-        """By the name of a self-attention in which some tokens may be computed, the site whose they are."""
-        return {name: site.name for site in self.able for name in _attentions_of(site)}
 
     @property
     def memory(self) -> Iterator[tuple[str, nn.Module, Site]]:
@@ -77,22 +76,19 @@ class Sites:
         last = self._layout.first_layers()[self.stream.leading[-1], LayerKind.SELF_ATTENTION]
         return {TOKENS: (last.name, last.module)}
 
-    def _sites_of(self, group: str, call: Call) -> Iterator[Site]:
-        """The sites that compute the same tokens of a call."""
-        plan = call.plan
+    def choosers(self, plan: Mapping[str, Decision]) -> dict[str, Site]:
+        """By group, the first of the sites that compute the same tokens of a call."""
+        found: dict[str, Site] = {}
         for site in self.decider.sites:
             decision = plan.get(site.name)
-            if isinstance(decision, Some) and decision.group == group:
-                yield site
-
-    def _waits(self, group: str, call: Call) -> bool:
-        """Whether tokens of a group are to be chosen."""
-        return self._is_open(group, call) and next(self._sites_of(group, call), None) is not None
+            if isinstance(decision, Some):
+                found.setdefault(decision.group, site)
+        return found
 
     @staticmethod
-    def _is_open(group: str, call: Call) -> bool:
-        """Whether the tokens of a group were not chosen yet."""
-        return group not in call.chosen and group not in call.selections
+    def _waits(group: str, call: Call) -> bool:
+        """Whether tokens of a group are to be chosen."""
+        return group in call.choosers and group not in call.chosen and group not in call.selections
 
     def _looked_at(self) -> Iterator[tuple[str, nn.Module, Site]]:
         kinds = self.decider.observes
@@ -128,11 +124,8 @@ class Sites:
 
     def choose_from(self, group: str, call: Call | None, x: Tensor) -> None:
         """Choose the tokens of a group from features ``(B, N, C)``."""
-        if call is None or not self._is_open(group, call):
-            return
-        site = next(self._sites_of(group, call), None)
-        if site is not None:
-            self._choose(call, site, x)
+        if call is not None and self._waits(group, call):
+            self._choose(call, call.choosers[group], x)
 
     @property
     def has_calls_of_its_own(self) -> bool:
@@ -182,11 +175,11 @@ class Sites:
             return cut is not None and step.of_sites
         return step.ratio > 0 and streams(cut) and calls > self.full_calls
 
-    def keeps(self, call: Call, plan: Mapping[str, Decision]) -> bool:
+    def keeps(self, call: Call) -> bool:
         """Whether sites that are computed whole keep what they give."""
         if self.stream is not None:
             return call.can_subset and streams(call.cut)
-        return self.has_calls_of_its_own and (call.cut is None or bool(plan))
+        return self.has_calls_of_its_own
 
     def warn_of_whole_calls(self, steps: Sequence[Step], cuts: Mapping[int, Cut]) -> None:
         """Say if no call of a generation can leave tokens out of all blocks, though the method would."""
@@ -216,7 +209,7 @@ class Sites:
         self, plan: Mapping[str, Decision], call: Call, inputs: Mapping[str, Any]
     ) -> dict[str, Decision]:
         """What of a plan a call can do: which sites can compute some of their tokens by themselves."""
-        sites = {site.name: site for site in self.decider.sites}
+        sites = self._by_name
         found = {name: self._settled(sites[name], what, call, inputs) for name, what in plan.items()}
         for name, what in plan.items():
             if isinstance(what, Some) and isinstance(found[name], Some):
@@ -304,7 +297,7 @@ class Sites:
             self._look(call, Entered(sample, (), {}))
 
     def _look(self, call: Call, entered: Entered) -> None:
-        if not call.seen and any(isinstance(what, Some) for what in call.plan.values()):
+        if call.choosers and not call.seen:
             call.seen = (self.decider.look(call.slot.observed, entered, call.info),)
 
     def _choose(self, call: Call, site: Site, x: Tensor) -> None:
