@@ -27,12 +27,12 @@ from PIL import Image
 
 from regrow import zoo
 from regrow.apply import apply
-from regrow.calibration.calibrate import EQUAL
-from regrow.cli.models import load_pipeline
-from regrow.measure.atomic_files import write_whole
-from regrow.measure.images import psnr
-from regrow.measure.machine import machine
-from regrow.measure.sampling import make
+from regrow.lab.calibration.calibrate import EQUAL
+from regrow.lab.cli.models import load_pipeline
+from regrow.lab.measure.atomic_files import write_whole
+from regrow.lab.measure.images import psnr
+from regrow.lab.measure.machine import machine
+from regrow.lab.measure.sampling import make
 from regrow.methods.adaptive import Adaptive
 from regrow.methods.calibrated import Calibrated
 from regrow.methods.dato import DaTo

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from regrow import zoo
-from regrow.measure.machine import machine
-from regrow.memory import keep_freed_memory
+from regrow.lab.measure.machine import machine
+from regrow.lab.memory import keep_freed_memory
 from regrow.models import layout_of
 from regrow.tokens.grid import Grid, best_of_patch
 from regrow.tokens.scores import random_score

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.measure.variants import Variant
+from regrow.lab.measure.variants import Variant
 from regrow.models import module_of
 
 

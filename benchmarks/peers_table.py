@@ -25,14 +25,14 @@ from typing import Any
 
 from peers import PEERS, peer
 
-from regrow.cli import evaluate
-from regrow.cli.bench import Request, noted, run_bench, shown
-from regrow.cli.engine import Engine, Where
-from regrow.cli.models import check_pictures
-from regrow.measure.bench import BenchRow
-from regrow.measure.extractors import Network
-from regrow.measure.machine import PACKAGES
-from regrow.measure.variants import Variant, variant
+from regrow.lab.cli import evaluate
+from regrow.lab.cli.bench import Request, noted, run_bench, shown
+from regrow.lab.cli.engine import Engine, Where
+from regrow.lab.cli.models import check_pictures
+from regrow.lab.measure.bench import BenchRow
+from regrow.lab.measure.extractors import Network
+from regrow.lab.measure.machine import PACKAGES
+from regrow.lab.measure.variants import Variant, variant
 from regrow.methods.calibrated import Calibrated
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.progress import track
 
-from regrow.cli.ablations import alternatives
-from regrow.measure.machine import machine
+from regrow.lab.cli.ablations import alternatives
+from regrow.lab.measure.machine import machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

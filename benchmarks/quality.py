@@ -1,7 +1,7 @@
 """Quality against speed and MACs: every method a curve, on one model.
 
-    python tools/compose_scenes.py --data noto.tgz --model src/regrow/zoo/emoji --decoded --count 1000 \\
-        --out work/decoded
+    python tools/compose_scenes.py --data noto.tgz --model src/regrow/zoo/emoji --decoded \\
+        --count 1000 --out work/decoded
     python benchmarks/quality.py --prompts 1000 --reference work/decoded --dtype bfloat16 --engine ray
     python tools/cifar.py --data cifar-10-binary.tar.gz --count 1000 --out work/cifar-test
     python benchmarks/quality.py --model cifar10 --methods transformer --prompts 1000 \\
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import torch
 
-from regrow.measure.prompts import named
+from regrow.lab.measure.prompts import named
 from regrow.zoo import guidance_of
 
 matplotlib.use("agg")

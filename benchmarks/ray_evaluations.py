@@ -26,15 +26,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 from regrow import zoo
-from regrow.cli.models import load_pipeline
-from regrow.measure.atomic_files import write_whole
-from regrow.measure.evaluate import Setting
-from regrow.measure.machine import PACKAGES, machine
+from regrow.lab.cli.models import load_pipeline
+from regrow.lab.measure.atomic_files import write_whole
+from regrow.lab.measure.evaluate import Setting
+from regrow.lab.measure.machine import PACKAGES, machine
+from regrow.lab.search.evaluation import Candidate, Evaluator, Job, Outcome
+from regrow.lab.search.objectives import Cost, Quality
+from regrow.lab.workers import RayWorkers
 from regrow.methods import DaTo
 from regrow.schedule import Schedule
-from regrow.search.evaluation import Candidate, Evaluator, Job, Outcome
-from regrow.search.objectives import Cost, Quality
-from regrow.workers import RayWorkers
 
 MODEL = "emoji"
 

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from regrow.measure.atomic_files import write_whole
-from regrow.measure.machine import PACKAGES, machine
-from regrow.workers import RayWorkers
+from regrow.lab.measure.atomic_files import write_whole
+from regrow.lab.measure.machine import PACKAGES, machine
+from regrow.lab.workers import RayWorkers
 
 TARGET = 0.9
 

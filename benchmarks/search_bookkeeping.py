@@ -11,18 +11,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from regrow.measure.architectures import architecture
-from regrow.measure.machine import machine
-from regrow.measure.macs import PlanCounter
+from regrow.lab.measure.architectures import architecture
+from regrow.lab.measure.machine import machine
+from regrow.lab.measure.macs import PlanCounter
+from regrow.lab.search.evaluation import Candidate, Job, Outcome
+from regrow.lab.search.log import Log
+from regrow.lab.search.objectives import Cost, Quality
+from regrow.lab.search.proposals import Operators
+from regrow.lab.search.search import Budget, Economy, Search
+from regrow.lab.workers import LocalWorkers
 from regrow.methods import DaTo
 from regrow.schedule import FULL
-from regrow.search.evaluation import Candidate, Job, Outcome
-from regrow.search.log import Log
-from regrow.search.objectives import Cost, Quality
-from regrow.search.proposals import Operators
-from regrow.search.search import Budget, Economy, Search
 from regrow.space import Variable
-from regrow.workers import LocalWorkers
 
 CALLS = 50
 

@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from regrow.search.objectives import minimised, objective
-from regrow.search.plots import compare
-from regrow.search.proposals import hypervolume
+from regrow.lab.search.objectives import minimised, objective
+from regrow.lab.search.plots import compare
+from regrow.lab.search.proposals import hypervolume
 
 Point = tuple[float, ...]
 

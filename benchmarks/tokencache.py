@@ -25,14 +25,14 @@ from PIL import Image
 
 from regrow import zoo
 from regrow.apply import apply
-from regrow.calibration.calibrate import EQUAL, Calibration, Costs, Settings, plan_of
-from regrow.cli.models import load_pipeline
-from regrow.measure.atomic_files import write_whole
-from regrow.measure.bench import bench
-from regrow.measure.images import feature_distances, psnr
-from regrow.measure.machine import machine
-from regrow.measure.sampling import make
-from regrow.measure.variants import Variant, variant
+from regrow.lab.calibration.calibrate import EQUAL, Calibration, Costs, Settings, plan_of
+from regrow.lab.cli.models import load_pipeline
+from regrow.lab.measure.atomic_files import write_whole
+from regrow.lab.measure.bench import bench
+from regrow.lab.measure.images import feature_distances, psnr
+from regrow.lab.measure.machine import machine
+from regrow.lab.measure.sampling import make
+from regrow.lab.measure.variants import Variant, variant
 from regrow.methods.calibrated import Calibrated
 
 MODEL = "cifar10"

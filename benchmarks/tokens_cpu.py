@@ -29,8 +29,8 @@ from rich.table import Table
 
 import regrow
 from regrow import CATPruning, ToCa
-from regrow.measure.machine import PACKAGES, machine
-from regrow.memory import keep_freed_memory
+from regrow.lab.measure.machine import PACKAGES, machine
+from regrow.lab.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 # By share computed: the part of the MAC-theoretical speed-up to be reached.

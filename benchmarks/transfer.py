@@ -28,20 +28,20 @@ from rich.progress import Progress
 from rich.table import Table
 
 from regrow import zoo
-from regrow.cli.engine import Engine, Where
-from regrow.cli.models import load_pipeline
-from regrow.cli.search import PATIENCE, Asked, Request, run_search
-from regrow.measure.evaluate import Setting
-from regrow.measure.machine import machine, model_key
-from regrow.measure.macs import PlanCounter
-from regrow.measure.variants import variant
+from regrow.lab.cli.engine import Engine, Where
+from regrow.lab.cli.models import load_pipeline
+from regrow.lab.cli.search import PATIENCE, Asked, Request, run_search
+from regrow.lab.measure.evaluate import Setting
+from regrow.lab.measure.machine import machine, model_key
+from regrow.lab.measure.macs import PlanCounter
+from regrow.lab.measure.variants import variant
+from regrow.lab.search.evaluation import Candidate, Evaluator, Facts, Job
+from regrow.lab.search.objectives import Cost, Quality
+from regrow.lab.search.proposals import hypervolume
+from regrow.lab.search.search import Economy
+from regrow.lab.search.settings import SearchSettings, doubled
 from regrow.methods import DaTo
 from regrow.schedule import Schedule
-from regrow.search.evaluation import Candidate, Evaluator, Facts, Job
-from regrow.search.objectives import Cost, Quality
-from regrow.search.proposals import hypervolume
-from regrow.search.search import Economy
-from regrow.search.settings import SearchSettings, doubled
 
 STRENGTH = 0.6
 # Prompts of a search, with the first seeds.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,6 @@ logging.set_verbosity_error()
 torch.set_num_threads(1)
 # Pipelines are so many objects that the default looks for garbage a tenth of the time.
 gc.set_threshold(50_000)
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pipelines  # noqa: E402
 

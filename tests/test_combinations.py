@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 import regrow
 from regrow import zoo
-from regrow.compiling import compile_blocks
+from regrow.core.compiling import compile_blocks
 from regrow.models import UnsupportedModelError
 
 PLAN = regrow.Schedule(depth=("full", 1, 1, 0), ratio=(0.5, 0.3, 0.6, 0.0))

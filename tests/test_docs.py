@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from regrow.cli.main import app
-from regrow.measure.variants import variant
+from regrow.lab.cli.main import app
+from regrow.lab.measure.variants import variant
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

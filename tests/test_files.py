@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from regrow import Schedule, ScheduleError, hub
 from regrow.fields import MOST_BLOCKS, MOST_CALLS
 from regrow.files import DEEPEST, PLAN, FileError, parse_json, parse_yaml, read_json, read_kept, read_text
-from regrow.measure.atomic_files import kept, opened_kept, write_whole
-from regrow.measure.prompts import read_prompts
+from regrow.lab.measure.atomic_files import kept, opened_kept, write_whole
+from regrow.lab.measure.prompts import read_prompts
 from regrow.words import one_line, shown
 
 READERS: list[Callable[[Path], Any]] = [Schedule.load, hub.load, read_prompts, read_json, read_text]

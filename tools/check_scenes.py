@@ -32,9 +32,9 @@ from training import write_json
 
 import regrow
 from regrow import zoo
-from regrow.measure.features import EfficientNetFeatures, feature_distance
-from regrow.measure.machine import machine
-from regrow.memory import keep_freed_memory
+from regrow.lab.measure.features import EfficientNetFeatures, feature_distance
+from regrow.lab.measure.machine import machine
+from regrow.lab.memory import keep_freed_memory
 
 # Scenes to fit, to test and to draw from are those of different seeds.
 FIT, HELD_OUT, DRAWN = 10**9, 2 * 10**9, 3 * 10**9

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from regrow.measure.images import to_picture
+from regrow.lab.measure.images import to_picture
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32

@@ -19,7 +19,7 @@ from torch import Tensor
 from training import decoded
 
 from regrow import zoo
-from regrow.measure.images import to_picture
+from regrow.lab.measure.images import to_picture
 
 # Other scenes than those a model is tested on.
 FIRST = 4 * 10**9

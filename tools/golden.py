@@ -44,15 +44,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import regrow
-from regrow.measure.machine import machine
-from regrow.measure.variants import variant
+from regrow.lab.measure.machine import machine
+from regrow.lab.measure.variants import variant
 from regrow.methods.base import methods
 from regrow.methods.calibrated import Calibrated
 from regrow.methods.l2c import L2C
 from regrow.origin import denoiser_key
 from regrow.predictors import CachePredictor, Learned, write_learned
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 import any_pipelines
 import pipelines
 import transformer_pipelines

@@ -33,7 +33,7 @@ from training import (
     write_json,
 )
 
-from regrow.memory import keep_freed_memory
+from regrow.lab.memory import keep_freed_memory
 
 # The class that DiTPipeline hands on for "no class".
 NO_CLASS = 1000

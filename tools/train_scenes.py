@@ -45,7 +45,7 @@ from training import (
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from regrow import zoo
-from regrow.memory import keep_freed_memory
+from regrow.lab.memory import keep_freed_memory
 
 WORDS = (*SIZES, *PLACES, "and", "on", "to")
 SEEDS = 2**62

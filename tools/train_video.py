@@ -40,7 +40,7 @@ from training import (
 )
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from regrow.memory import keep_freed_memory
+from regrow.lab.memory import keep_freed_memory
 
 SIDE = 32
 CLASSES = ("penguin", "pizza", "cat", "sunflower", "octopus", "strawberry", "owl", "frog", "turtle", "crab")

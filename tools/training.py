@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from regrow.measure.machine import machine
+from regrow.lab.measure.machine import machine
 
 PAUSE_SECONDS = 20.0
 # Share of the budget at the full learning rate.

@@ -8,12 +8,12 @@ print(run.report())
 """
 
 from regrow.apply import Run, apply
-from regrow.calibration.calibrate import calibrate
-from regrow.calibration.recording import Recording, record
-from regrow.compiling import compile_blocks
 from regrow.control import Control
 from regrow.core.call import Observation
 from regrow.core.clock import ConcurrentGenerationError
+from regrow.core.compiling import compile_blocks
+from regrow.lab.calibration.calibrate import calibrate
+from regrow.lab.calibration.recording import Recording, record
 from regrow.methods import (
     ATEDM,
     FORA,
@@ -50,7 +50,7 @@ from regrow.methods import (
 )
 from regrow.models import UnsupportedModelError
 from regrow.recover.time import Chebyshev, Fitted, Reuse, Taylor, TimeRecovery
-from regrow.run_report import RunReport
+from regrow.report import RunReport
 from regrow.schedule import FULL, Plan, Schedule, ScheduleError
 
 __version__ = "0.1.0"

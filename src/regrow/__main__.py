@@ -1,5 +1,5 @@
 """``python -m regrow``."""
 
-from regrow.cli import main
+from regrow.lab.cli import main
 
 main()

@@ -17,7 +17,7 @@ from regrow.freeze import check_freezable, schedule_of
 from regrow.methods.names import method_of
 from regrow.models import DENOISERS, denoiser_of, known_layout, other_denoisers
 from regrow.origin import Origin
-from regrow.run_report import RunReport, report_of
+from regrow.report import RunReport, report_of
 from regrow.schedule import FULL, HEAD, SITES, Schedule
 
 

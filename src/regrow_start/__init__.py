@@ -13,7 +13,7 @@ STOPPED = 130
 def main() -> None:
     """Load the command and run it."""
     before = signal.signal(signal.SIGINT, _stopped)
-    from regrow.cli import main as command
+    from regrow.lab.cli import main as command
 
     signal.signal(signal.SIGINT, before)
     command()

@@ -17,11 +17,11 @@ import transformer_pipelines
 from peers import PEERS, Peer, always_computed, peer
 from torch import Tensor, nn
 
-from regrow.cli.bench import print_rows
-from regrow.measure.bench import BenchRow, bench
-from regrow.measure.evaluate import Pictures, Setting
-from regrow.measure.sampling import make, prompt_arguments
-from regrow.measure.variants import Variant, variant
+from regrow.lab.cli.bench import print_rows
+from regrow.lab.measure.bench import BenchRow, bench
+from regrow.lab.measure.evaluate import Pictures, Setting
+from regrow.lab.measure.sampling import make, prompt_arguments
+from regrow.lab.measure.variants import Variant, variant
 from regrow.methods.calibrated import Calibrated
 from regrow.models import module_of
 from regrow.schedule import Schedule

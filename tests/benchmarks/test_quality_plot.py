@@ -27,7 +27,7 @@ from quality import (
     variants_table,
 )
 
-from regrow.measure.variants import variant
+from regrow.lab.measure.variants import variant
 
 REST: dict[str, Any] = {
     "sfd": 900.4,

@@ -18,10 +18,10 @@ import pytest
 import quality
 import typer
 
-from regrow import cli
-from regrow.cli.ablations import ABLATIONS, ablated
-from regrow.measure.architectures import architecture
-from regrow.measure.variants import variant
+from regrow.lab import cli
+from regrow.lab.cli.ablations import ABLATIONS, ablated
+from regrow.lab.measure.architectures import architecture
+from regrow.lab.measure.variants import variant
 
 ROOT = Path(quality.__file__).parents[1]
 OF_TRANSFORMERS = ("cat", "predictor", "ratio", "spacing", "blocks")

@@ -26,8 +26,8 @@ from regrow import ATEDM, After, Combined, DeepCache, Restored, Similarity
 from regrow.core.inputs import without_data
 from regrow.core.meta import meta_copy
 from regrow.core.recipe import Alignment, Recipe, recipe_of
-from regrow.measure import architecture, profile
-from regrow.measure.variants import variant
+from regrow.lab.measure import architecture, profile
+from regrow.lab.measure.variants import variant
 from regrow.methods.base import MethodConfig
 from regrow.schedule import Schedule
 from regrow.tokens.scores import Heads

@@ -30,7 +30,7 @@ import regrow
 from regrow import CATPruning, TokenChoice
 from regrow.core.decision import Decider, Decision, Sited, View
 from regrow.core.recipe import Alignment, CallInfo, Recipe, recipe_of, some_of_stream, stream_of
-from regrow.measure import architecture, profile
+from regrow.lab.measure import architecture, profile
 from regrow.methods.base import MethodConfig
 from regrow.methods.cat import Algorithm, Choosing, Memory
 from regrow.models.table import Layout, Site

@@ -17,8 +17,8 @@ from transformer_pipelines import FORMS, LAYERS, SKIP_LAYER, STEPS, generate, in
 import regrow
 from regrow import ATEDM, FORA, FULL, CATPruning, Combined, DeepCache, Schedule, TokenChoice
 from regrow.core.recipe import Recipe, recipe_of
-from regrow.measure import architecture, profile
-from regrow.measure.variants import variant
+from regrow.lab.measure import architecture, profile
+from regrow.lab.measure.variants import variant
 from regrow.methods.base import MethodConfig
 from regrow.schedule import Both
 

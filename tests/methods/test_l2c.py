@@ -13,7 +13,7 @@ from transformer_pipelines import FORMS, STEPS, generate
 
 import regrow
 from regrow.files import FileError
-from regrow.measure import architecture, profile
+from regrow.lab.measure import architecture, profile
 from regrow.methods.fora import FORA
 from regrow.methods.l2c import L2C, UNTRAINED
 from regrow.methods.names import named

@@ -10,8 +10,8 @@ import torch
 from pipelines import sd
 
 from regrow import L2P, apply, record
-from regrow.calibration.recording import Recording
-from regrow.measure.sampling import make
+from regrow.lab.calibration.recording import Recording
+from regrow.lab.measure.sampling import make
 from regrow.methods.catalogue import load_plan
 
 STEPS, INTERVAL = 9, 3

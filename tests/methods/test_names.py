@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import regrow
-from regrow.cli.options import method_config
+from regrow.lab.cli.options import method_config
 from regrow.methods.catalogue import default_of, systems
 from regrow.methods.names import CALLS, method_of, named
 from regrow.schedule import Schedule

@@ -17,11 +17,11 @@ import pytest
 from pydantic import ValidationError
 
 import regrow
-from regrow import cli
-from regrow.cli.default_methods import usual_of
-from regrow.cli.options import method_config
 from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import explain
+from regrow.lab import cli
+from regrow.lab.cli.default_methods import usual_of
+from regrow.lab.cli.options import method_config
 from regrow.methods import DenoiserKind, Status, catalogue
 from regrow.methods.base import About, MethodConfig, Role, methods, methods_of, register
 from regrow.methods.catalogue import config_from, load_plan, space_of, systems

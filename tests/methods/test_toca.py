@@ -23,12 +23,12 @@ from regrow import FORA, ToCa
 from regrow.core.decision import SKIP, Decider, Decision, Sited, Some, View
 from regrow.core.recipe import Alignment, Attention, CallInfo, Recipe, recipe_of
 from regrow.core.store import Store, copied
-from regrow.layers import LayerKind
-from regrow.measure import architecture, profile
-from regrow.measure.variants import variant
+from regrow.lab.measure import architecture, profile
+from regrow.lab.measure.variants import variant
 from regrow.methods.base import MethodConfig
 from regrow.methods.toca import Choosing
 from regrow.models import layout_of
+from regrow.models.layers import LayerKind
 from regrow.models.table import Keeps, Layout, Site
 from regrow.schedule import FULL, LAYERS, Schedule, Step
 from regrow.tokens.grid import Grid

@@ -23,7 +23,7 @@ import regrow
 from regrow.core.decision import Some
 from regrow.core.recipe import CallInfo
 from regrow.files import FileError
-from regrow.measure import architecture, profile
+from regrow.lab.measure import architecture, profile
 from regrow.methods import tokencache
 from regrow.methods.tokencache import UNTRAINED, Choice, Counts, Spacing, Table, TokenCache, i_steps
 from regrow.models import UnsupportedModelError, layout_of

@@ -19,7 +19,7 @@ import regrow
 from regrow import FORA, DeepCache
 from regrow.core.decision import Entered
 from regrow.core.recipe import CallInfo
-from regrow.measure import architecture, profile
+from regrow.lab.measure import architecture, profile
 from regrow.methods.tokencache import Choice, Counts, TokenCache, _Rule
 from regrow.models import layout_of
 from regrow.models.table import Spans

@@ -16,7 +16,7 @@ from transformer_pipelines import LAYERS, STEPS, TEXT
 
 import regrow
 from regrow import FORA, CATPruning, DeepCache
-from regrow.measure import architecture, profile
+from regrow.lab.measure import architecture, profile
 
 FORMS: dict[str, dict[str, Any]] = {"guided": {}, "unguided-batch": {"guidance_scale": 1.0, "count": 2}}
 

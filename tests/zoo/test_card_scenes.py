@@ -15,7 +15,7 @@ from check_scenes import border_right
 from emoji_scenes import OBJECTS, Caption, Phrase, Sprites, compose, scene
 from PIL import Image
 
-from regrow.measure.images import to_tensor
+from regrow.lab.measure.images import to_tensor
 
 NAMES = list(OBJECTS[:6])
 CHECK: dict[str, Any] = {

@@ -24,7 +24,7 @@ from test_training import Killed, ticking
 from train_cifar import Recipe, pixel_vae
 
 from regrow import zoo
-from regrow.measure.sampling import make
+from regrow.lab.measure.sampling import make
 
 TINY = Recipe(batch=2, layers=2, heads=1, head_size=32)
 

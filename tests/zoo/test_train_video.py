@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from test_training import Killed, ticking
 from train_video import CLASSES, FASTEST, SIDE, Recipe, clip, draw, fold
 
-from regrow.cli import main
-from regrow.measure.sampling import make
+from regrow.lab.cli import main
+from regrow.lab.measure.sampling import make
 
 TINY = Recipe(batch=2, frames=3, patch=8, pairs=2, heads=1, head_size=32)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from regrow.layers import LayerKind
+from regrow.models.layers import LayerKind
 
 if TYPE_CHECKING:
     from regrow.core.recipe import Attention, CallInfo, Recovery

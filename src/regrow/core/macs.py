@@ -25,8 +25,8 @@ from regrow.core.install import Installed
 from regrow.core.meta import KnownShapes, meta_copy
 from regrow.core.others import grounding_of
 from regrow.core.recipe import Attention, CallInfo, Recipe, Recovery
-from regrow.layers import LayerKind
 from regrow.models import layout_of
+from regrow.models.layers import LayerKind
 from regrow.models.table import Layout, Site
 from regrow.schedule import FULL, SITES, Schedule
 from regrow.tokens.select import Selection

@@ -16,7 +16,7 @@ from regrow.core.inputs import adds_to_tokens
 from regrow.core.recipe import Attention, Recovery
 from regrow.core.store import copied
 from regrow.fields import MOST_CALLS
-from regrow.layers import LayerKind
+from regrow.models.layers import LayerKind
 from regrow.models.table import TOKENS, Cut, Keeps, Layout, Site
 from regrow.recover.time import REUSE
 from regrow.schedule import Step

@@ -13,11 +13,12 @@ from typing_extensions import Self
 from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import MOST_CALLS, check_within
 from regrow.methods.base import About, MethodConfig, TextError, register
+from regrow.recover.fit import fitted
 from regrow.recover.time import Fitted
 from regrow.schedule import FULL, Schedule
 
 if TYPE_CHECKING:
-    from regrow.calibration.recording import Recording
+    from regrow.lab.calibration.recording import Recording
 
 
 @register
@@ -53,8 +54,6 @@ class L2P(MethodConfig):
         Raises:
             ValueError: naming what is not allowed.
         """
-        from regrow.calibration.fit import fitted
-
         check_within("interval", interval, 1, MOST_CALLS)
         full = range(0, recording.origin.calls, interval)
         weights = fitted(recording.products, full, last=last)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from regrow.core.decision import Decider, Decision, Entered, Sited, Some, View, runs
 from regrow.core.recipe import After, CallInfo, Features, Recovery, Where
-from regrow.layers import LayerKind
 from regrow.models.errors import UnsupportedModelError
+from regrow.models.layers import LayerKind
 from regrow.models.table import Keeps, Layout, Site, TokenBlock
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection

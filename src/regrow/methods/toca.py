@@ -32,9 +32,9 @@ from typing_extensions import Self
 from regrow.core.decision import SKIP, Decider, Decision, Sited, Some, View
 from regrow.core.recipe import Alignment, Attention, CallInfo, Recipe, align, recipe_of
 from regrow.fields import MOST_SIDE, Calls, Share, Weight
-from regrow.layers import LayerKind
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, register
 from regrow.models.errors import UnsupportedModelError
+from regrow.models.layers import LayerKind
 from regrow.models.table import Layout, Site
 from regrow.recover.time import REUSE, RecoveryField, TimeRecovery
 from regrow.schedule import FULL, LAYERS, Schedule, Spaced, Step

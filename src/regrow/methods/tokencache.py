@@ -41,10 +41,10 @@ from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered,
 from regrow.core.recipe import Attention, CallInfo, Recipe, recipe_of
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share, Weight
 from regrow.files import said
-from regrow.layers import LayerKind
 from regrow.methods.base import About, MethodConfig, register
 from regrow.methods.toca import Memory, influence, spread, staleness
 from regrow.models.errors import UnsupportedModelError
+from regrow.models.layers import LayerKind
 from regrow.models.table import Layout, Site, Spans, in_sequences
 from regrow.origin import denoiser_key
 from regrow.predictors import CachePredictor, LearnedFile, read_learned, without_data

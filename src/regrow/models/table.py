@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.layers import LayerKind
+from regrow.models.layers import LayerKind
 from regrow.models.norms import Norm
 from regrow.schedule import HEAD, LAYERS
 from regrow.tokens.grid import Grid, grid_of_positions

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from regrow.layers import LayerKind
+from regrow.models.layers import LayerKind
 from regrow.models.norms import norms_of
 from regrow.models.table import (
     OUTPUT,

@@ -1,0 +1,1 @@
+"""What stands on the public surface: measuring, searching, calibrating, training, the command line."""

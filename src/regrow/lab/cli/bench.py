@@ -1,0 +1,272 @@
+"""``regrow bench``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regrow import zoo
+from regrow.core.compiling import compile_blocks
+from regrow.lab.cli.models import best_device, check_device, check_room, load_pipeline
+from regrow.lab.cli.terminal import Bar, busy, output, remarks, table
+from regrow.lab.measure.atomic_files import check_writable, write_whole
+from regrow.lab.measure.bench import BenchRow, bench
+from regrow.lab.measure.machine import PACKAGES, machine, model_key
+from regrow.lab.measure.random_weights import random_pipeline
+from regrow.lab.measure.samplers import Sampler
+from regrow.lab.measure.sampling import takes_classes
+from regrow.lab.measure.variants import Variant
+from regrow.models import module_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure; fields are the options of the command, the methods as variants."""
+
+    variants: tuple[Variant, ...]
+    model: str | None
+    arch: str | None
+    prompts: tuple[str, ...]
+    images: int
+    rounds: int
+    scheduler: str | None
+    guidance: float | None
+    height: int | None
+    width: int | None
+    frames: int | None
+    device: str | None
+    dtype: str
+    compiled: bool
+    out: Path | None
+    plot: Path | None
+
+
+def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGES) -> list[BenchRow]:
+    """Measure, save, and print a table; returns its rows.
+
+    Each timed generation is printed, and the file written anew, as soon as it is known.
+
+    Args:
+        request: what to measure.
+        as_json: print the result instead of the table.
+        packages: whose versions go with the result.
+    """
+    # What is missing or not allowed is so before the measurement, not after it.
+    if request.plot is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        kinds = FigureCanvasBase.get_supported_filetypes()
+        if request.plot.suffix.lower().removeprefix(".") not in kinds:
+            raise ValueError(f"--plot: {request.plot} is not allowed, it must end in .{', .'.join(kinds)}")
+    for option, file in (("--out", request.out), ("--plot", request.plot)):
+        if file is not None:
+            check_writable(option, file)
+    console = remarks()
+    device = check_device(request.device) if request.device else best_device()
+    dtype = getattr(torch, request.dtype)
+    key = ""
+    if request.model is not None:
+        key = model_key(request.model)
+        check_room(request.model, request.height, request.width, request.images, device, dtype)
+    with busy(console, f"loading {request.model or request.arch}"):
+        if request.model is None:
+            pipeline = random_pipeline(request.arch or "", device, dtype)
+        else:
+            pipeline = load_pipeline(request.model, device, dtype, videos=True)
+        if request.scheduler is not None:
+            Sampler.parse(request.scheduler).put_into(pipeline)
+        if request.compiled:
+            compile_blocks(module_of(pipeline))
+    guidance = zoo.guidance_of(request.model, request.guidance)
+    known: Sequence[str] = ("0",) if takes_classes(pipeline) else ("a photo",)
+    if request.model is not None and zoo.bundles(request.model):
+        known = zoo.captions(request.model)
+    head: dict[str, Any] = {
+        "what": "time and memory of generations",
+        "model": request.model or f"{request.arch}, random weights",
+        "model_key": key,
+        "images": request.images,
+        "frames": request.frames,
+        "height": request.height,
+        "width": request.width,
+        "rounds": request.rounds,
+        "dtype": request.dtype,
+        "guidance": guidance,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler_given": request.scheduler,
+        "compiled": request.compiled,
+        "machine": machine(device, packages),
+    }
+    with Written(head, request.out, as_json) as written, Bar(console) as bar:
+        task = bar.add_task("warming up", total=len(request.variants) * (request.rounds + 2))
+        rows = bench(
+            pipeline,
+            request.variants,
+            list(islice(cycle(request.prompts or known), request.images)),
+            rounds=request.rounds,
+            guidance=guidance,
+            height=request.height,
+            width=request.width,
+            frames=request.frames,
+            on_generation=lambda name: bar.update(task, advance=1, description=name),
+            on_timed=written.timed,
+        )
+        written.all(rows)
+    if request.plot is not None:
+        draw_bars(rows, request.plot)
+    if not as_json:
+        print_rows(rows, request.variants[0].name)
+    return rows
+
+
+class Written:
+    """The result of a measurement, written as it is known.
+
+    As JSON it is one object: what was measured, ``timed``, a line for each timed generation as soon as it
+    is known, whether it is ``complete``, and ``rows``. Stopped by Ctrl-C, it is ended with the rows so far.
+    The file is whole at any moment.
+
+    Args:
+        head: what was measured.
+        file: written anew after each generation, if given.
+        as_json: print the object instead of a line a generation.
+    """
+
+    def __init__(self, head: Mapping[str, Any], file: Path | None, as_json: bool) -> None:
+        self._head, self._file, self._as_json = head, file, as_json
+        self._timed: list[dict[str, Any]] = []
+        self._rows: dict[str, BenchRow] = {}
+        self._complete = False
+
+    def __enter__(self) -> Written:
+        if self._as_json:
+            begun = json.dumps(self._head, indent=1).removesuffix("\n}")
+            print(f'{begun},\n "timed": [', end="", flush=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._save()
+        if self._as_json:
+            end = json.dumps({"complete": self._complete, "rows": self._plain()}, indent=1)
+            print("\n ],\n" + end.removeprefix("{\n"), flush=True)
+
+    def timed(self, number: int, row: BenchRow) -> None:
+        """A variant was timed in a round, or failed.
+
+        Args:
+            number: of the round, from 0.
+            row: of the variant, as far as it is known.
+        """
+        before = self._rows.get(row.name)
+        if row.error is not None and before is not None and before.error is not None:
+            return
+        self._rows[row.name] = row
+        said = {
+            "round": number + 1,
+            "method": row.name,
+            "seconds": None,
+            "speedup": None,
+            "error": row.error,
+        }
+        if row.error is None:
+            said |= {"seconds": row.rounds[-1], "speedup": row.speedup}
+        self._timed.append(said)
+        if self._as_json:
+            print(f"{',' if len(self._timed) > 1 else ''}\n  {json.dumps(said)}", end="", flush=True)
+        else:
+            figures = f"{row.seconds_per_image:.3f} s each, {shown(row.speedup, '.2f', 'x')}"
+            print(f"round {number + 1}  {row.name}: {row.error or figures}", flush=True)
+        self._save()
+
+    def all(self, rows: Sequence[BenchRow]) -> None:
+        """Everything was measured."""
+        self._rows, self._complete = {row.name: row for row in rows}, True
+
+    def _plain(self) -> list[dict[str, Any]]:
+        return [row.to_dict() for row in self._rows.values()]
+
+    def _save(self) -> None:
+        if self._file is None or not self._timed:
+            return
+        whole = {**self._head, "timed": self._timed, "complete": self._complete, "rows": self._plain()}
+        text = json.dumps(whole, indent=1) + "\n"
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._file, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def print_rows(rows: list[BenchRow], baseline: str) -> None:
+    """The table of a measurement."""
+    times = table(
+        f"speed-up over {baseline}",
+        "method",
+        *("s each", "images\na minute", "spread", "speed-up"),
+        *("fewer\nMACs", "efficiency\nof calls", "peak\nMiB"),
+    )
+    for row in rows:
+        if row.error is not None:
+            times.add_row(row.name, "failed")
+            continue
+        times.add_row(
+            row.name,
+            f"{row.seconds_per_image:.3f}",
+            f"{60 * row.images_per_second:.1f}",
+            f"{row.spread:.2f}",
+            shown(row.speedup, ".2f", "x"),
+            shown(row.macs_ratio, ".2f", "x"),
+            shown(row.efficiency, ".2f"),
+            shown(row.peak_mib, ".0f"),
+        )
+    console = output()
+    console.print(times)
+    for row in rows:
+        if row.error is not None:
+            console.print(f"{row.name}: {row.error}", soft_wrap=True)
+        elif noted(row) != row.name:
+            console.print(noted(row), soft_wrap=True)
+    calls = table("", "method", "calls", "depth", "pruned", "ms a call")
+    for row in rows:
+        for kind in row.calls:
+            pruned, milliseconds = shown(kind.ratio, ".0%"), f"{kind.seconds * 1e3:.1f}"
+            calls.add_row(row.name, str(kind.count), kind.depth or "-", pruned, milliseconds)
+    console.print(calls)
+
+
+def noted(row: BenchRow) -> str:
+    """The name with what is to be known of the row."""
+    notes = {"changes nothing": row.changes_nothing, "disturbed": row.disturbed}
+    seen = ", ".join(note for note, holds in notes.items() if holds)
+    return f"{row.name} ({seen})" if seen else row.name
+
+
+def shown(value: float | None, form: str, unit: str = "") -> str:
+    """A figure in a form and with its unit; a dash for what is not known."""
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def draw_bars(rows: list[BenchRow], file: Path) -> None:
+    """Speed-ups as bars, with what the MACs promise beside them; what failed has a place without a bar."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.42 * len(rows)), layout="constrained")
+    place = range(len(rows))
+    axis.barh([i + 0.2 for i in place], [r.macs_ratio or 0 for r in rows], 0.36, color="0.8", label="MACs")
+    bars = axis.barh([i - 0.2 for i in place], [r.speedup or 0 for r in rows], 0.36, label="measured")
+    labels = ["failed" if r.error is not None else shown(r.speedup, ".2f", "x") for r in rows]
+    axis.bar_label(bars, labels, padding=3)
+    axis.set_yticks(list(place), [r.name for r in rows])
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_xlabel(f"speed-up over {rows[0].name}")
+    axis.legend(loc="lower right", frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

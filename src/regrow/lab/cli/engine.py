@@ -1,0 +1,68 @@
+"""Where a command's jobs are done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from regrow.lab.workers import LocalWorkers, RayWorkers, Workers, import_ray
+
+
+class Engine(Enum):
+    """What does the jobs."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+@dataclass(frozen=True)
+class Where:
+    """The options ``--engine``, ``--workers`` and ``--address``.
+
+    Args:
+        engine: this process, or a Ray cluster.
+        workers: how many; None for as many as the cluster has room for.
+        address: of the cluster; None to start one on this machine.
+    """
+
+    engine: Engine = Engine.LOCAL
+    workers: int | None = None
+    address: str | None = None
+
+    def check(self, device: str) -> None:
+        """Look before any work whether it can be done so.
+
+        Raises:
+            ValueError: if an option is not allowed.
+            ImportError: if ray is not installed.
+        """
+        if self.engine is Engine.RAY:
+            import_ray()
+            if torch.device(device).index is not None:
+                raise ValueError(
+                    f"--device: {device!r} is not allowed with --engine ray, it must be without a number: "
+                    "each worker has its own GPU"
+                )
+        elif self.workers is not None or self.address is not None:
+            raise ValueError("--workers, --address: they go with --engine ray")
+
+    @property
+    def threads(self) -> int:
+        """Of torch in the process that does a job; a worker of a cluster has one CPU."""
+        return 1 if self.engine is Engine.RAY else torch.get_num_threads()
+
+    def open(self, make: Callable[[], Callable[[Any], Any]], device: str) -> Workers[Any, Any]:
+        """The workers; a GPU for each if that is the device.
+
+        Args:
+            make: builds one; see `RayWorkers`.
+            device: it computes on.
+        """
+        if self.engine is Engine.LOCAL:
+            return LocalWorkers(make)
+        gpus = 1 if torch.device(device).type == "cuda" else 0
+        return RayWorkers(make, self.workers, self.address, gpus=gpus)

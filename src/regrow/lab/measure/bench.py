@@ -1,0 +1,389 @@
+"""Speed and memory of methods on one pipeline, all in one run, one after the other in turns."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry
+from torch.utils.flop_counter import sdpa_flop_count
+
+from regrow.apply import Run
+from regrow.core.inputs import without_data
+from regrow.core.install import around_calls
+from regrow.core.macs import Flops, plain_macs
+from regrow.fields import MOST_COUNT, check_within
+from regrow.lab.measure.sampling import Moment, check_frames, make, moment, wait
+from regrow.lab.measure.variants import Variant
+from regrow.lab.memory import PeakMemory, keep_freed_memory
+from regrow.models import module_of
+
+# A generation this much slower than the median of its variant was disturbed by something else.
+DISTURBED = 1.25
+# Attention on a processor, which torch's counter leaves out.
+_UNKNOWN = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
+        sdpa_flop_count(query.shape, key.shape, value.shape)
+    )
+}
+
+
+@dataclass(frozen=True)
+class CallKind:
+    """One kind of call of the denoiser; None where the method does not tell.
+
+    Args:
+        depth: ``"full"`` or a number of up-path layers.
+        ratio: share of tokens pruned where the method prunes.
+        count: calls of this kind in a generation.
+        seconds: median of one call, the whole batch; the mean where kinds are not told apart.
+    """
+
+    depth: str | None
+    ratio: float | None
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """What one variant took; times are medians over its timed generations, None is what is not known.
+
+    Args:
+        name: of the variant.
+        seconds: of a generation of all pictures.
+        seconds_per_image: the same for one picture.
+        images_per_second: throughput.
+        spread: the slowest generation over the fastest.
+        disturbed: numbers of the generations that something slowed down.
+        speedup: of the first variant's time, the mean of its generations before and after, over this one's;
+            the median over rounds. None if the first failed.
+        denoiser_seconds: of all calls of the denoiser in a generation.
+        macs: of the denoiser in a generation, the whole batch; with choosing tokens where a method does not
+            tell its MACs and they were counted while it ran, without it where it does.
+        macs_ratio: of the first variant's MACs over this one's.
+        efficiency: speed-up of the denoiser's calls, measured likewise, over ``macs_ratio``.
+        peak_mib: peak memory of a generation, above what was there before it.
+        changes_nothing: whether every call of the denoiser gave, bit for bit, what it gives in the plain
+            pipeline with as many steps; None if that is not one of the variants.
+        calls: the kinds of calls.
+        rounds: seconds of every timed generation, one a round; the first of several variants has more.
+        error: why it did not run; all else is empty then.
+    """
+
+    name: str
+    seconds: float = 0.0
+    seconds_per_image: float = 0.0
+    images_per_second: float = 0.0
+    spread: float = 0.0
+    disturbed: tuple[int, ...] = ()
+    speedup: float | None = None
+    denoiser_seconds: float = 0.0
+    macs: int | None = None
+    macs_ratio: float | None = None
+    efficiency: float | None = None
+    peak_mib: float | None = None
+    changes_nothing: bool | None = None
+    calls: tuple[CallKind, ...] = ()
+    rounds: tuple[float, ...] = ()
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return asdict(self)
+
+
+@dataclass
+class _Timed:
+    """What the generations of a variant gave.
+
+    Args:
+        beside: of each timed generation, how many the first variant had made before it.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    denoiser: list[float] = field(default_factory=list)
+    beside: list[int] = field(default_factory=list)
+    calls: list[list[float]] = field(default_factory=list)
+    kinds: Sequence[tuple[str | None, float | None]] = ()
+    macs: int | None = None
+    outputs: str = ""
+    peak: float | None = None
+    error: str | None = None
+
+
+def bench(
+    pipeline: Any,
+    variants: Sequence[Variant],
+    prompts: Sequence[str],
+    *,
+    rounds: int = 3,
+    guidance: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    on_generation: Callable[[str], None] = lambda name: None,
+    on_timed: Callable[[int, BenchRow], None] = lambda number, row: None,
+) -> list[BenchRow]:
+    """Time variants in turns: round by round, each variant once.
+
+    The first of several variants is timed again whenever the others since its last turn took as long as it,
+    and at the end: a machine whose speed drifts in a round slows what is compared alike. Before the rounds
+    every variant makes one generation, untimed, in which the denoiser's outputs are compared with the plain
+    pipeline's, and one that does not tell its MACs another, in which they are counted. After the rounds
+    each makes one more, in which memory is measured, when caches that are no method's are filled. A variant
+    that fails gets a row with its error. From now on glibc keeps freed memory (`keep_freed_memory`).
+
+    Where blocks are compiled, all that the process compiled is dropped before each turn, and a generation
+    before the timed one compiles it again: hooks put on anew are other code to torch.compile, which at its
+    limit of recompilations goes on uncompiled.
+
+    Args:
+        pipeline: a diffusers pipeline; regrow's own methods may not support it, the plain one runs.
+        variants: what to compare; the first is the baseline of the ratios.
+        prompts: one a picture, all in one batch.
+        rounds: timed rounds, >= 1.
+        guidance: guidance scale; the pipeline's own if not given.
+        height: in pixels.
+        width: in pixels.
+        frames: of a video; the pipeline's own if not given.
+        on_generation: called with each variant's name after it was warmed up, after its turn in each round,
+            and after its memory was measured.
+        on_timed: called after each turn in a round with the round's number, from 0, and the variant's row
+            as far as it is known then.
+
+    Raises:
+        ValueError: if there is no variant, no prompt or no round, or frames are given and no video is made.
+    """
+    for name, value in (("methods", len(variants)), ("images", len(prompts)), ("rounds", rounds)):
+        check_within(name, value, 1, MOST_COUNT)
+    check_frames(pipeline, frames)
+    options = {"guidance": guidance, "height": height, "width": width, "frames": frames}
+    found = [_Timed() for _ in variants]
+    rows = list(zip(variants, found, strict=True))
+    base = found[0]
+    keep_freed_memory()
+
+    def turn(act: Callable[..., None], one: Variant, timed: _Timed) -> None:
+        if timed.error is None:
+            try:
+                act(pipeline, one, prompts, timed, options)
+            except Exception as error:
+                timed.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+    for one, timed in rows:
+        turn(_warm_up, one, timed)
+        on_generation(one.name)
+
+    def row(one: Variant, timed: _Timed) -> BenchRow:
+        plain = {v.steps: t.outputs for v, t in rows if v.config is None and t.error is None}
+        return _row(one, timed, base, len(prompts), None if one.config is None else plain.get(one.steps))
+
+    for number in range(rounds):
+        turn(_time, *rows[0])
+        on_generation(variants[0].name)
+        on_timed(number, row(*rows[0]))
+        since = 0.0
+        for one, timed in rows[1:]:
+            if base.error is None and since >= base.seconds[-1]:
+                turn(_time, *rows[0])
+                since = 0.0
+            timed.beside.append(len(base.seconds))
+            turn(_time, one, timed)
+            since += timed.seconds[-1] if timed.error is None else 0.0
+            on_generation(one.name)
+            on_timed(number, row(one, timed))
+    if len(rows) > 1:
+        turn(_time, *rows[0])
+    for one, timed in rows:
+        turn(_measure_memory, one, timed)
+        on_generation(one.name)
+    return [row(one, timed) for one, timed in rows]
+
+
+@contextmanager
+def _applied(
+    pipeline: Any, one: Variant, prompts: Sequence[str], options: dict[str, Any]
+) -> Iterator[Run | None]:
+    """A variant on the pipeline; where blocks are compiled, compiled for it."""
+    compiled = _compiled(module_of(pipeline))
+    if compiled:
+        torch._dynamo.reset()
+    with one.applied(pipeline) as run:
+        if compiled:
+            make(pipeline, prompts, steps=one.steps, **one.arguments(options))
+            # diffusers' own caches go on where they were, unless the denoiser has a cache mixin.
+            for module in module_of(pipeline).modules():
+                if isinstance(registry := getattr(module, "_diffusers_hook", None), HookRegistry):
+                    registry.reset_stateful_hooks(recurse=False)
+        yield run
+
+
+def _compiled(denoiser: Any) -> bool:
+    """Whether any of its modules is."""
+    return any(module._compiled_call_impl is not None for module in denoiser.modules())
+
+
+def _hooked(
+    pipeline: Any,
+    one: Variant,
+    prompts: Sequence[str],
+    before: Callable[[Any, Any, Any], None],
+    after: Callable[[Any, Any, Any], None],
+    options: dict[str, Any],
+) -> tuple[Run | None, float]:
+    """One generation with hooks around the denoiser's calls, and its seconds."""
+    denoiser = module_of(pipeline)
+    with _applied(pipeline, one, prompts, options) as run, around_calls(denoiser, before, after):
+        return run, make(pipeline, prompts, steps=one.steps, **one.arguments(options)).seconds
+
+
+def _warm_up(
+    pipeline: Any, one: Variant, prompts: Sequence[str], timed: _Timed, options: dict[str, Any]
+) -> None:
+    """One generation of a variant, untimed: what its calls compute and give."""
+    inputs: list[Any] = []
+    outputs = hashlib.sha256()
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        inputs.append(without_data((args, kwargs)))
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        values = output if isinstance(output, torch.Tensor) else output[0]
+        outputs.update(values.detach().contiguous().view(torch.uint8).cpu().numpy().data)
+
+    run, _ = _hooked(pipeline, one, prompts, before, after, options)
+    timed.outputs = outputs.hexdigest()
+    if run is not None:
+        report = run.report()
+        kinds = [(c.depth, c.ratio) for c in report.calls]
+        # A call that the clock could not place is in no report.
+        whole = len(kinds) == len(inputs)
+        timed.kinds = kinds if whole else [(None, None)] * len(inputs)
+        timed.macs = report.macs if whole else None
+    elif one.config is None:
+        timed.kinds = [("full", 0.0)] * len(inputs)
+        timed.macs = _plain_macs(module_of(pipeline), inputs)
+    else:
+        timed.kinds = [(None, None)] * len(inputs)
+        timed.macs = _counted_macs(pipeline, one, prompts, options)
+
+
+def _time(
+    pipeline: Any, one: Variant, prompts: Sequence[str], timed: _Timed, options: dict[str, Any]
+) -> None:
+    """One generation of a variant, with the times of its calls."""
+    calls: list[tuple[Moment, Moment]] = []
+    begun: list[Moment] = []
+    device = pipeline.device
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        begun.append(moment(device))
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        calls.append((begun.pop(), moment(device)))
+
+    _, seconds = _hooked(pipeline, one, prompts, before, after, options)
+    wait(pipeline)
+    if len(calls) != len(timed.kinds):
+        raise ValueError(f"{len(calls)} calls of the denoiser where an earlier run had {len(timed.kinds)}")
+    taken = [begin.until(end) for begin, end in calls]
+    timed.seconds.append(seconds)
+    timed.denoiser.append(sum(taken))
+    timed.calls.append(taken)
+
+
+def _measure_memory(
+    pipeline: Any, one: Variant, prompts: Sequence[str], timed: _Timed, options: dict[str, Any]
+) -> None:
+    """Peak memory of one generation."""
+    with _applied(pipeline, one, prompts, options):
+        with PeakMemory(pipeline.device) as memory:
+            make(pipeline, prompts, steps=one.steps, **one.arguments(options))
+        timed.peak = memory.mib
+
+
+def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
+    """MACs of plain calls; None if the forward pass needs what the meta device lacks, such as data."""
+    try:
+        return plain_macs(denoiser, inputs)
+    except Exception:
+        # It ran on the device.
+        return None
+
+
+def _counted_macs(
+    pipeline: Any, one: Variant, prompts: Sequence[str], options: dict[str, Any]
+) -> int | None:
+    """MACs of a method that does not tell them, counted in one more generation; None if they can't be."""
+    if _compiled(module_of(pipeline)) or pipeline.device.type not in ("cpu", "cuda"):
+        return None
+    begun: list[int] = []
+    flops: list[int] = []
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        begun.append(counter.total)
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        flops.append(counter.total - begun.pop())
+
+    try:
+        with Flops(_UNKNOWN) as counter:
+            _hooked(pipeline, one, prompts, before, after, options)
+    except Exception:
+        # It ran uncounted.
+        return None
+    return sum(flops) // 2
+
+
+def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | None) -> BenchRow:
+    """The medians of a variant; ``plain`` are the outputs it is compared with."""
+    if timed.error is not None:
+        return BenchRow(one.name, error=timed.error)
+    seconds = statistics.median(timed.seconds)
+    kinds: dict[tuple[str | None, float | None], list[float]] = {}
+    for calls in timed.calls:
+        for kind, value in zip(timed.kinds, calls, strict=True):
+            kinds.setdefault(kind, []).append(value)
+    macs_ratio = base.macs / timed.macs if base.macs and timed.macs else None
+    of_calls = _over(base, timed, lambda of: of.denoiser) if macs_ratio else None
+    return BenchRow(
+        name=one.name,
+        seconds=seconds,
+        seconds_per_image=seconds / images,
+        images_per_second=images / seconds,
+        spread=max(timed.seconds) / min(timed.seconds),
+        disturbed=tuple(i for i, s in enumerate(timed.seconds) if s > DISTURBED * seconds),
+        speedup=_over(base, timed, lambda of: of.seconds),
+        denoiser_seconds=statistics.median(timed.denoiser),
+        macs=timed.macs,
+        macs_ratio=macs_ratio,
+        efficiency=of_calls / macs_ratio if of_calls and macs_ratio else None,
+        peak_mib=timed.peak,
+        changes_nothing=None if plain is None else timed.outputs == plain,
+        calls=tuple(
+            CallKind(
+                depth,
+                ratio,
+                timed.kinds.count((depth, ratio)),
+                statistics.fmean(values) if depth is None else statistics.median(values),
+            )
+            for (depth, ratio), values in kinds.items()
+        ),
+        rounds=tuple(timed.seconds),
+    )
+
+
+def _over(base: _Timed, timed: _Timed, times: Callable[[_Timed], Sequence[float]]) -> float | None:
+    """How many times as long the first variant took, before and after on average; None if it failed."""
+    if base.error is not None:
+        return None
+    if timed is base:
+        return 1.0
+    around = [statistics.fmean(times(base)[turn - 1 : turn + 1]) for turn in timed.beside]
+    return statistics.median(b / t for b, t in zip(around, times(timed), strict=True))

@@ -1,0 +1,164 @@
+"""The networks whose features pictures are compared by, and what figures on them are called.
+
+Only the standard Inception network's features give FID, sFID, KID and IS. The same formulas on
+EfficientNet-Lite0 are FD-EffNet, sFD-EffNet, KD-EffNet and IS-EffNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from regrow.lab.measure.features import EfficientNetFeatures
+
+
+class Network(str, Enum):
+    """A network whose features pictures are compared by."""
+
+    EFFNET = "effnet"
+    INCEPTION = "inception"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network sees in N pictures, float32 on the CPU.
+
+    Args:
+        pooled: before the classifier ``(N, C)``, for Fréchet and kernel distance, precision and recall.
+        spatial: a few channels of a layer in the middle, with their places ``(N, S)``, S near 2,000, for
+            the spatial Fréchet distance (Nash et al., 2021).
+        logits: of the classifier ``(N, classes)``, for the Inception Score's formula.
+    """
+
+    pooled: Tensor
+    spatial: Tensor
+    logits: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        """Those of several sets in a row."""
+        names = ("pooled", "spatial", "logits")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the figures on a network's features are called.
+
+    Args:
+        network: the network itself.
+        fd: Fréchet distance of the pooled features.
+        sfd: that of the spatial ones.
+        kd: kernel distance.
+        inception_score: the Inception Score's formula.
+    """
+
+    network: str
+    fd: str
+    sfd: str
+    kd: str
+    inception_score: str
+
+
+class Extractor(Protocol):
+    """Features of pictures.
+
+    Attributes:
+        name: short, for file names; two extractors with one name must give the same features.
+        labels: what figures on its features are called.
+    """
+
+    name: str
+    labels: Labels
+
+    def __call__(self, images: Tensor) -> Features:
+        """The features of pictures ``(B, 3, H, W)`` with values in [0, 1], of any size."""
+
+
+class EffNet:
+    """EfficientNet-Lite0: works offline, with the weights of a small package.
+
+    Args:
+        device: where it runs.
+
+    Raises:
+        MissingWeightsError: if that package is not installed (extra ``measure``).
+    """
+
+    name = Network.EFFNET.value
+    labels = Labels("EfficientNet-Lite0", "FD-EffNet", "sFD-EffNet", "KD-EffNet", "IS-EffNet")
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.network = EfficientNetFeatures().to(device)
+        # The weights load at the first use; if they are missing, say so now.
+        self.network(torch.zeros(1, 3, 8, 8))
+
+    def __call__(self, images: Tensor) -> Features:
+        return _on_cpu(*self.network.measured(images))
+
+
+class Inception:
+    """The Inception v3 of the published FID, through torch-fidelity, which fetches its weights.
+
+    torch-fidelity needs torchvision. Its weights come from its GitHub page at the first use and stay in
+    torch.hub's folder (``~/.cache/torch/hub/checkpoints``). The spatial features are the first 7 channels
+    of ``mixed_6/conv`` (in torch-fidelity ``Mixed_6d.branch1x1``), 17 x 17 x 7 = 2,023 numbers (Nash et
+    al., 2021). Pictures are rounded to 8 bits, as it takes them.
+
+    Args:
+        device: where it runs.
+
+    Raises:
+        ImportError: if torch-fidelity is not installed.
+        OSError: if the weights can't be fetched.
+    """
+
+    name = Network.INCEPTION.value
+    labels = Labels("Inception v3 of torch-fidelity", "FID", "sFID", "KID", "IS")
+    spatial_channels = 7
+
+    def __init__(self, device: str = "cpu") -> None:
+        try:
+            from torch_fidelity import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ImportError(
+                "features: inception needs torch-fidelity, which fetches the weights at its first use: "
+                f"pip install torch-fidelity ({error})"
+            ) from error
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+        self.network: Any = network.to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        seen: list[Tensor] = []
+        layer = self.network.Mixed_6d.branch1x1
+        hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            pooled, logits = self.network((images * 255).round().to(self.device, torch.uint8))
+        finally:
+            hook.remove()
+        return _on_cpu(pooled, seen[0][:, : self.spatial_channels].flatten(1), logits)
+
+
+def extractor(network: Network, device: str = "cpu") -> Extractor:
+    """The extractor of a network, with its weights.
+
+    Args:
+        network: which.
+        device: where it runs.
+
+    Raises:
+        ImportError: if the package that carries or fetches the weights is not installed.
+        OSError: if the weights can't be fetched.
+    """
+    return EffNet(device) if network is Network.EFFNET else Inception(device)
+
+
+def _on_cpu(pooled: Tensor, spatial: Tensor, logits: Tensor) -> Features:
+    return Features(*(part.float().cpu() for part in (pooled, spatial, logits)))

@@ -1,0 +1,249 @@
+"""Pictures from a pipeline, timed."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from regrow.fields import check_within
+from regrow.lab.measure.random_weights import random_text
+
+SHOWN_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures and how long they took.
+
+    Args:
+        images: one a prompt; a tensor of latents from a pipeline with random weights; of a pipeline of
+            videos or of sound whatever it makes of frames or waves.
+        seconds: for all of them together.
+    """
+
+    images: Any
+    seconds: float
+
+
+def make(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float | None = None,
+    seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    latents: bool = False,
+    on_step: Callable[[], None] | None = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> Pictures:
+    """One batch of pictures, prompt number i from seed ``seed + i``.
+
+    Args:
+        pipeline: a pipeline of pictures from text or from classes, or of videos from text, also one of
+            `random_pipeline`.
+        prompts: one a picture; names or numbers of classes if that is what the pipeline takes.
+        steps: sampler steps.
+        guidance: guidance scale; the pipeline's own default if not given.
+        seed: of the first picture.
+        height: in pixels.
+        width: in pixels.
+        frames: of a video.
+        latents: leave them undecoded; the images are a tensor then.
+        on_step: called without arguments after each step.
+        more: arguments of the pipeline's call that others have no use for, such as a negative prompt.
+
+    Raises:
+        ValueError: if a prompt is no class where one is needed, only one side is given, or the
+            pipeline takes none, or no number of frames.
+    """
+    check_size(pipeline, height, width, frames)
+    takes = inspect.signature(pipeline.__call__).parameters
+
+    def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step()
+        return tensors
+
+    own = _own_sizes(pipeline)
+    options = {
+        "guidance_scale": guidance,
+        "height": height or own.get("height"),
+        "width": width or own.get("width"),
+        _frames_name(type(pipeline)) or "": frames or own.get("frames"),
+        "output_type": "latent" if latents else None,
+        "clean_caption": False if "clean_caption" in takes and not _cleans_captions() else None,
+        "callback_on_step_end": after if on_step and _takes(takes, "callback_on_step_end") else None,
+    }
+    wait(pipeline)
+    begin = time.perf_counter()
+    made = pipeline(
+        num_inference_steps=steps,
+        generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
+        **{name: value for name, value in options.items() if value is not None}
+        | prompt_arguments(pipeline, prompts)
+        | dict(more),
+    )
+    wait(pipeline)
+    name = "frames" if makes_videos(type(pipeline)) else "images"
+    # Sound takes the place of pictures.
+    images = made.audios if hasattr(made, "audios") and not hasattr(made, name) else getattr(made, name)
+    return Pictures(images, time.perf_counter() - begin)
+
+
+def check_size(pipeline: Any, height: int | None, width: int | None, frames: int | None) -> None:
+    """Look whether a pipeline takes a size.
+
+    Raises:
+        ValueError: if only one side is given, or the pipeline takes none, or not these frames.
+    """
+    if (height is None) != (width is None):
+        # Pipelines fall back to their own size then.
+        missing, given = ("height", "width") if height is None else ("width", "height")
+        raise ValueError(f"{missing}: must be given together with {given}")
+    if height is not None and not _takes(inspect.signature(pipeline.__call__).parameters, "height"):
+        raise ValueError(f"height: {type(pipeline).__name__} has one size, it must not be given")
+    check_frames(pipeline, frames)
+
+
+def check_frames(pipeline: Any, frames: int | None) -> None:
+    """Look whether a pipeline takes a number of frames.
+
+    Raises:
+        ValueError: if one is given and it does not, or it is < 1, or the model has positions of another.
+    """
+    if frames is None:
+        return
+    if not makes_videos(type(pipeline)):
+        raise ValueError(f"frames: {type(pipeline).__name__} makes pictures, it must not be given")
+    check_within("frames", frames, 1, 10_000)
+    own = _own_sizes(pipeline).get("frames", frames)
+    if frames not in (1, own):
+        raise ValueError(f"frames: {frames} is not allowed, it must be {own}, which the model is made for")
+
+
+def makes_videos(kind: type) -> bool:
+    """Whether a class of pipelines makes videos, not pictures."""
+    return _frames_name(kind) is not None
+
+
+def _frames_name(kind: type) -> str | None:
+    """What a class of pipelines calls the number of frames; None if it makes pictures."""
+    call: Any = kind.__call__
+    takes = inspect.signature(call).parameters
+    return next((name for name in ("num_frames", _OWN_FRAMES) if name in takes), None)
+
+
+_OWN_FRAMES = "video_length"
+
+
+def _cleans_captions() -> bool:
+    """Whether what pipelines clean captions with is there; else they leave it, with a warning each time."""
+    return all(importlib.util.find_spec(name) is not None for name in ("bs4", "ftfy"))
+
+
+def _own_sizes(pipeline: Any) -> dict[str, int]:
+    """The sizes of a model whose pipeline has those of the public model as its own (Latte)."""
+    if _frames_name(type(pipeline)) != _OWN_FRAMES:
+        return {}
+    config = pipeline.transformer.config
+    side = config.sample_size * pipeline.vae_scale_factor
+    return {"height": side, "width": side, "frames": config.video_length}
+
+
+def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    """Whether a function takes an argument, by its name or among others."""
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a pipeline's device came to a point of its work; see `moment`.
+
+    Args:
+        clock: seconds of the processor's clock.
+        event: a GPU's, which runs behind the processor.
+    """
+
+    clock: float
+    event: torch.cuda.Event | None
+
+    def until(self, later: Moment) -> float:
+        """Seconds between two moments; the device must have come to both, see `wait`."""
+        if self.event is None or later.event is None:
+            return later.clock - self.clock
+        return self.event.elapsed_time(later.event) / 1000
+
+
+def moment(device: torch.device) -> Moment:
+    """This point of a device's work; waits for it only where it has no CUDA events.
+
+    Args:
+        device: a pipeline's. To ask the pipeline for it takes longer than some calls of the denoiser.
+    """
+    event = None
+    if device.type == "mps":
+        torch.mps.synchronize()
+    if device.type == "cuda":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+    return Moment(time.perf_counter(), event)
+
+
+def wait(pipeline: Any) -> None:
+    """Until a GPU has done what it was given."""
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize(pipeline.device)
+    elif pipeline.device.type == "mps":
+        torch.mps.synchronize()
+
+
+def prompt_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    """The prompts as a pipeline takes them: texts, classes, or random embeddings if it has no encoder."""
+    if takes_classes(pipeline):
+        return {"class_labels": [_class(pipeline, prompt) for prompt in prompts]}
+    if pipeline.text_encoder is not None:
+        return {"prompt": list(prompts)}
+    return random_text(pipeline, len(prompts))
+
+
+def check_prompts(pipeline: Any, prompts: Sequence[str]) -> None:
+    """Look whether a pipeline takes all prompts.
+
+    Raises:
+        ValueError: if one is no class where one is needed.
+    """
+    if takes_classes(pipeline):
+        prompt_arguments(pipeline, prompts)
+
+
+def takes_classes(pipeline: Any) -> bool:
+    """Whether a pipeline makes pictures of classes, not of texts."""
+    return "class_labels" in inspect.signature(pipeline.__call__).parameters
+
+
+def _class(pipeline: Any, prompt: str) -> int:
+    """The number of a class that is given by it or by its name."""
+    # The number after the last class is that of no class.
+    known = [int(number) for number in pipeline.labels.values()] or range(
+        pipeline.transformer.config.num_embeds_ada_norm
+    )
+    if prompt.isdecimal() and int(prompt) in known:
+        return int(prompt)
+    if prompt not in pipeline.labels:
+        names = ", ".join(islice(pipeline.labels, SHOWN_CLASSES))
+        raise ValueError(
+            f"prompt: {prompt!r} is not allowed, it must be the number of a class, {min(known)} to "
+            f"{max(known)}" + (f", or its name, such as {names}" if names else "")
+        )
+    return int(pipeline.labels[prompt])

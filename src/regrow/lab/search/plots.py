@@ -1,0 +1,436 @@
+"""The pictures of a search: its front, how it came about, and the plans on it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrow.lab.measure.plotting import COLOURS, LINES, check_matplotlib, save
+from regrow.lab.search.objectives import objective
+from regrow.lab.search.proposals import front, hypervolume
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Result = Mapping[str, Any]
+
+WORDS = {
+    "quality:deviation": "mean absolute error of the last latents to the unaccelerated run's",
+    "quality:psnr": "PSNR to the unaccelerated picture, dB",
+    "quality:features": "1 - cosine of EfficientNet features, to the unaccelerated picture",
+    "quality:fd": "Fréchet distance of EfficientNet features, to the unaccelerated pictures",
+    "quality:clip": "CLIP score",
+    "quality:imagereward": "ImageReward",
+    "cost:macs": "MACs of the denoiser, share of the unaccelerated run",
+    "cost:latency": "time of a generation, share of the unaccelerated run",
+    "cost:memory": "peak memory of a generation, MiB",
+}
+# What is one over a cost that is a share.
+SPEEDS = {"cost:macs": "times fewer MACs", "cost:latency": "speed-up"}
+# Qualities whose values span orders of magnitude.
+LOGARITHMIC = ("quality:deviation", "quality:features")
+# Settings of both searches that make their objectives the same figures.
+COMPARABLE = (
+    "model",
+    "denoiser",
+    "scheduler",
+    "scheduler_settings",
+    "calls",
+    "objectives",
+    "prompts",
+    "seed",
+    "guidance",
+)
+IDLE, MOST = "#e4e4e4", "#08306b"
+
+
+def draw(result: Result, folder: Path) -> list[Path]:
+    """Draw what a search found; returns the files.
+
+    Args:
+        result: of a search, as plain data.
+        folder: is there already.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    check_matplotlib()
+    figures = {"front": draw_front(result)}
+    if result["history"]:
+        figures |= {"evolution": draw_evolution(result), "hypervolume": draw_hypervolume(result)}
+    if result["front"]:
+        figures["plans"] = draw_plans(result)
+    files = []
+    for name, figure in figures.items():
+        files.append(folder / f"{name}.png")
+        save(figure, files[-1])
+    return files
+
+
+def draw_front(result: Result) -> Figure:
+    """Quality against cost: what was tried, the front, and what it is compared with."""
+    from matplotlib.figure import Figure
+
+    cost, quality = axes_of(result)
+    figure = Figure(figsize=(7.4, 5.6), layout="constrained")
+    axis = figure.subplots()
+    tried = _points([p for p in result["plans"] if not p["given_up"]], cost, quality)
+    given_up = sum(plan["given_up"] for plan in result["plans"])
+    label = f"plans tried, {len(tried)}" + (f" ({given_up} more given up)" if given_up else "")
+    axis.scatter(*_columns(tried), s=9, color="0.78", linewidths=0, label=label)
+    for i, (name, rows) in enumerate(_groups(result["beside"]).items()):
+        colour = COLOURS[1 + i % (len(COLOURS) - 1)]
+        known = [row for row in rows if _points([row], cost, quality)]
+        known.sort(key=lambda row: row["values"][cost])
+        xs, ys = _columns(_points(known, cost, quality))
+        axis.plot(xs, ys, color=colour, linestyle=":", marker="s", markersize=4, label=name)
+        for row, x, y in zip(known, xs, ys, strict=True):
+            axis.annotate(
+                _settings(row["name"]),
+                (x, y),
+                xytext=(5, 3),
+                textcoords="offset points",
+                fontsize=7,
+                color=colour,
+            )
+    found = _points(result["front"], cost, quality)
+    # Where there are more objectives, not every plan of the front is on that of these two.
+    line = [found[i] for i in front([_less(point[::-1], quality) for point in found])]
+    axis.plot(*_columns(line), color=COLOURS[0], linewidth=1.2)
+    axis.scatter(*_columns(found), s=16, color=COLOURS[0], zorder=3, label=f"front, {len(found)}")
+    _scale(axis, quality, [y for _, y in _points(result["beside"], cost, quality) + tried + found])
+    _name_picked(axis, result, cost, quality)
+    _name_axes(axis, cost, quality)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_evolution(result: Result) -> Figure:
+    """The fronts of five generations, the later the darker."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    cost, quality = axes_of(result)
+    history = result["history"]
+    last = len(history) - 1
+    chosen = sorted({round(last * quarter / 4) for quarter in range(5)})
+    figure = Figure(figsize=(7.4, 5.2), layout="constrained")
+    axis = figure.subplots()
+    colours = matplotlib.colormaps["Blues"](np.linspace(0.35, 1, len(chosen)))
+    fronts = [_front_of(row["front"], result) for row in (history[i] for i in chosen)]
+    for i, points, colour in zip(chosen, fronts, colours, strict=True):
+        label = f"generation {history[i]['generation']}, {history[i]['pictures']} pictures"
+        style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3.5, "linewidth": 1.2}
+        axis.plot(*_columns(points), label=label if points else f"{label}: no front yet", **style)
+    _scale(axis, quality, [y for points in fronts for _, y in points])
+    _name_axes(axis, cost, quality)
+    axis.legend(loc="best", frameon=False, fontsize=9)
+    return figure
+
+
+def draw_hypervolume(result: Result) -> Figure:
+    """The front's hypervolume against what was spent on it."""
+    from matplotlib.figure import Figure
+
+    history = result["history"]
+    found = [plan["generation"] for plan in result["plans"]]
+    spent = {
+        "pictures generated": [row["pictures"] for row in history],
+        "plans tried": [sum(g <= row["generation"] for g in found) for row in history],
+    }
+    figure = Figure(figsize=(8.4, 3.8), layout="constrained")
+    for axis, (name, values) in zip(figure.subplots(1, 2, sharey=True), spent.items(), strict=True):
+        volumes = [row["hypervolume"] for row in history]
+        axis.plot(values, volumes, color=COLOURS[0], marker=".", label="front of the search")
+        if result["beside"]:
+            axis.axhline(
+                result["hypervolume"]["beside"],
+                color=COLOURS[1],
+                linestyle="--",
+                label=f"the {len(result['beside'])} plans it is compared with",
+            )
+        axis.set_xlabel(name)
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.grid(color="0.9")
+        axis.set_axisbelow(True)
+    reference = result["hypervolume"]["reference"]
+    figure.axes[0].set_ylabel(f"hypervolume up to {_point(reference)}")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_plans(result: Result) -> Figure:
+    """What each plan of the front does at each call: how deep it goes, and how much it prunes; and how it
+    recovers the rest, if some plan does otherwise than reuse."""
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    plans = result["front"]
+    calls = max(len(plan["depth"]) for plan in plans)
+    depths = sorted({depth for plan in plans for depth in plan["depth"]}, key=_rank)
+    place = {depth: i for i, depth in enumerate(depths)}
+    depth = np.full((len(plans), calls), np.nan)
+    ratio = np.full((len(plans), calls), np.nan)
+    idle = np.full((len(plans), calls), np.nan)
+    for i, plan in enumerate(plans):
+        count = len(plan["depth"])
+        depth[i, :count] = [place[d] for d in plan["depth"]]
+        nothing = np.array([d == 0 for d in plan["depth"]])
+        ratio[i, :count] = np.where(nothing, np.nan, plan["ratio"])
+        idle[i, :count] = np.where(nothing, 0, np.nan)
+
+    recoveries = [_recoveries(plan) for plan in plans]
+    kinds = sorted({name for row in recoveries for name in row if name}, key=lambda n: (n != "reuse", n))
+    width = 2 if set(kinds) <= {"reuse"} else 3
+    figure = Figure(figsize=(5.5 * width, 1.9 + 0.23 * len(plans)), layout="constrained")
+    left, right, *more = figure.subplots(1, width, sharey=True)
+    colours = _depth_colours(depths)
+    left.imshow(depth, ListedColormap(colours), aspect="auto", vmin=-0.5, vmax=len(depths) - 0.5)
+    right.imshow(idle, ListedColormap([IDLE]), aspect="auto")
+    shown = right.imshow(ratio, "viridis_r", aspect="auto", vmin=0, vmax=max(0.1, np.nanmax(ratio)))
+    left.set_title("depth of each call", fontsize=10)
+    right.set_title("share of tokens pruned", fontsize=10)
+    left.set_yticks(range(len(plans)), [", ".join([p["name"], *p["picked"]]) for p in plans], fontsize=8)
+    for axis in more:
+        shades = [COLOURS[i % len(COLOURS)] for i in range(len(kinds))]
+        _draw_recoveries(axis, recoveries, kinds, shades, calls)
+        rows = [Patch(facecolor=c, label=name) for c, name in zip(shades, kinds, strict=True)]
+        axis.legend(handles=rows, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+        axis.tick_params(axis="y", length=0)
+    for axis in (left, right, *more):
+        axis.set_xlabel("call")
+        axis.set_yticks(np.arange(len(plans) + 1) - 0.5, minor=True)
+        axis.grid(which="minor", axis="y", color="white", linewidth=2)
+        axis.tick_params(which="minor", length=0)
+        axis.spines[:].set_visible(False)
+    right.tick_params(axis="y", length=0)
+    height = figure.get_size_inches()[1]
+    figure.colorbar(shown, ax=right, pad=0.02, shrink=min(1, 4 / height), anchor=(0, 1))
+    legend = [Patch(facecolor=c, label=_depth_label(d)) for d, c in zip(depths, colours, strict=True)]
+    figure.legend(handles=legend, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
+    return figure
+
+
+def _recoveries(plan: Mapping[str, Any]) -> list[str]:
+    """The recovery of each call that has one, "" of the others; results of before have none at all."""
+    names = plan.get("recovery", ["reuse"] * len(plan["depth"]))
+    return ["" if depth == "full" else name for depth, name in zip(plan["depth"], names, strict=True)]
+
+
+def _draw_recoveries(
+    axis: Axes, rows: Sequence[Sequence[str]], kinds: Sequence[str], colours: Sequence[str], calls: int
+) -> None:
+    """A row of colours for each plan; calls that recover nothing have none."""
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+
+    shown = np.full((len(rows), calls), np.nan)
+    for i, row in enumerate(rows):
+        shown[i, : len(row)] = [kinds.index(name) if name else np.nan for name in row]
+    axis.imshow(shown, ListedColormap(colours), aspect="auto", vmin=-0.5, vmax=len(kinds) - 0.5)
+    axis.set_title("recovery of what is not computed", fontsize=10)
+
+
+def compare(results: Mapping[str, Result], folder: Path) -> Path:
+    """Draw how fast several searches find their fronts; returns the file.
+
+    The reference point of the hypervolume is the worst of all their fronts.
+
+    Args:
+        results: by the searches' names, which are the labels.
+        folder: is there already.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if there is no search with a front, or they don't measure the same.
+    """
+    check_matplotlib()
+    file = folder / "compare.png"
+    save(draw_comparison(results), file)
+    return file
+
+
+def draw_comparison(results: Mapping[str, Result]) -> Figure:
+    """The hypervolumes of several searches up to one point, against pictures and time."""
+    from matplotlib.figure import Figure
+
+    volumes, reference = common_hypervolumes(results)
+    figure = Figure(figsize=(8.4, 4), layout="constrained")
+    spent = {"pictures": "pictures generated", "seconds": "seconds"}
+    for axis, (name, label) in zip(figure.subplots(1, 2, sharey=True), spent.items(), strict=True):
+        for i, (search, values) in enumerate(volumes.items()):
+            style: dict[str, Any] = {
+                "color": COLOURS[i % len(COLOURS)],
+                "linestyle": LINES[i // len(COLOURS) % len(LINES)],
+            }
+            x = [row[name] for row in results[search]["history"]]
+            axis.plot(x, values, marker=".", label=search, **style)
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+        axis.grid(color="0.9")
+        axis.set_axisbelow(True)
+    figure.axes[0].set_ylabel(f"hypervolume up to {_point(reference)}")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def common_hypervolumes(
+    results: Mapping[str, Result],
+) -> tuple[dict[str, list[float]], tuple[float, ...]]:
+    """The hypervolume of each generation of each search, and the reference point of all of them.
+
+    Raises:
+        ValueError: if there is no search with a front, or they don't measure the same.
+    """
+    for name in COMPARABLE:
+        values = {search: result[name] for search, result in results.items()}
+        if any(value != next(iter(values.values())) for value in values.values()):
+            found = ", ".join(f"{value!r} ({search})" for search, value in values.items())
+            raise ValueError(f"{name}: {found} is not allowed, it must be the same in all searches")
+    rows = [row for result in results.values() for h in result["history"] for row in h["front"]]
+    if not rows:
+        raise ValueError(f"results: {list(results)} is not allowed, there must be a search with a front")
+    reference = tuple(max(column) for column in zip(*rows, strict=True))
+    volumes = {
+        search: [hypervolume(h["front"], reference) for h in result["history"]]
+        for search, result in results.items()
+    }
+    return volumes, reference
+
+
+def axes_of(result: Result) -> tuple[str, str]:
+    """The first cost and the first quality of a search."""
+    names = result["objectives"]
+    return (
+        next(name for name in names if name.startswith("cost:")),
+        next(name for name in names if name.startswith("quality:")),
+    )
+
+
+Points = list[tuple[float, float]]
+
+
+def _points(rows: Sequence[Mapping[str, Any]], cost: str, quality: str) -> Points:
+    """Cost and quality of the rows for which both are known."""
+    pairs = [(row["values"][cost], row["values"][quality]) for row in rows]
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by their methods, without settings: ``deepcache`` of ``deepcache:3``, or ``deepcache+tome``."""
+    out: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        out.setdefault(re.sub(r":[^+]*", "", row["name"]), []).append(row)
+    return out
+
+
+def _settings(name: str) -> str:
+    """What `_groups` leaves out of a name."""
+    return "+".join(part.partition(":")[2] for part in name.split("+"))
+
+
+def _less(values: Sequence[float], quality: str) -> tuple[float, float]:
+    """Quality and cost, so that less is better; or back again."""
+    value, cost = values
+    return (-value if objective(quality).higher_is_better else value), cost
+
+
+def _front_of(rows: Sequence[Sequence[float]], result: Result) -> Points:
+    """Cost and quality of what is on the front of these two, from minimised values."""
+    cost, quality = axes_of(result)
+    names = result["objectives"]
+    pairs = [(row[names.index(quality)], row[names.index(cost)]) for row in rows]
+    return [_less(pairs[i], quality)[::-1] for i in front(pairs)]
+
+
+def _scale(axis: Axes, quality: str, values: Sequence[float]) -> None:
+    """A logarithmic axis of quality where it suits; a run that changes nothing is at 0, which has a place
+    on it as well."""
+    above = [value for value in values if value > 0]
+    if quality not in LOGARITHMIC or not above:
+        return
+    if len(above) == len(values):
+        axis.set_yscale("log")
+    else:
+        least = 10 ** math.floor(math.log10(min(above)))
+        axis.set_yscale("symlog", linthresh=least, linscale=0.4)
+        axis.set_ylim(bottom=-least / 5)
+
+
+def _name_picked(axis: Axes, result: Result, cost: str, quality: str) -> None:
+    """Names of the picked plans, on the side of their front where nothing is."""
+    up = objective(quality).higher_is_better
+    for plan in result["front"]:
+        if plan["picked"]:
+            axis.annotate(
+                "\n".join([plan["name"], ", ".join(plan["picked"])]),
+                (plan["values"][cost], plan["values"][quality]),
+                xytext=(-5, 5 if up else -5),
+                textcoords="offset points",
+                ha="right",
+                va="bottom" if up else "top",
+                fontsize=8,
+            )
+
+
+def _name_axes(axis: Axes, cost: str, quality: str) -> None:
+    """Labels of the axes; a cost that is a share has its inverse on top."""
+    better = "more" if objective(quality).higher_is_better else "less"
+    axis.set_xlabel(WORDS[cost])
+    axis.set_ylabel(f"{WORDS[quality]}\n({better} is better)", fontsize=9)
+    axis.grid(color="0.92")
+    axis.set_axisbelow(True)
+    if cost not in SPEEDS:
+        return
+    axis.set_xlim(left=0)
+    width = axis.get_xlim()[1]
+    speeds = [1.0]
+    for speed in (1.25, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 50):
+        if min(1 / speeds[-1] - 1 / speed, 1 / speed) > 0.045 * width:
+            speeds.append(speed)
+    top = axis.secondary_xaxis("top")
+    top.set_xticks([1 / s for s in speeds], [f"{s:g}x" for s in speeds])
+    top.set_xlabel(SPEEDS[cost])
+
+
+def _rank(depth: int | str) -> tuple[int, int]:
+    """Deepest first: ``full``, ``sites``, ``layers``, numbers, ``head``, 0."""
+    if isinstance(depth, str):
+        return {"full": 0, "sites": 1, "layers": 2, "head": 4}[depth], 0
+    return (3, -depth) if depth else (5, 0)
+
+
+def _depth_colours(depths: Sequence[int | str]) -> list[str]:
+    """The deeper the darker; calls of layers are orange, of sites green, of heads pink, of nothing grey."""
+    import matplotlib
+    from matplotlib.colors import to_hex
+
+    fixed: dict[int | str, str] = {0: IDLE, "full": MOST}
+    fixed |= {"sites": "#009e73", "layers": "#e69f00", "head": "#cc79a7"}
+    numbers = [depth for depth in depths if depth not in fixed]
+    shades = matplotlib.colormaps["Blues"]
+    between = {d: to_hex(shades(0.7 - 0.45 * i / len(numbers))) for i, d in enumerate(numbers)}
+    return [(fixed | between)[depth] for depth in depths]
+
+
+def _depth_label(depth: int | str) -> str:
+    words = {"sites": "some sites", "layers": "layers reused", 0: "0, nothing computed"}
+    return words.get(depth, str(depth))
+
+
+def _point(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{value:.3g}' for value in values)})"

@@ -1,0 +1,72 @@
+"""Pipelines of public architectures with random weights run without text encoders."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regrow.lab.measure import random_weights
+from regrow.lab.measure.bench import bench
+from regrow.lab.measure.random_weights import NAMES, random_pipeline
+from regrow.lab.measure.variants import variant
+
+SMALL = {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": 8, "sample_size": 8}
+SMALL_XL = SMALL | {"block_out_channels": (32, 32, 32), "transformer_layers_per_block": 1}
+PATCHES = {"num_layers": 2, "num_attention_heads": 2, "sample_size": 8}
+CHANGES = {
+    "sd15": SMALL,
+    "sd2": SMALL,
+    "sdxl": SMALL_XL,
+    "dit-xl-256": PATCHES,
+    "dit-xl-512": PATCHES,
+    "pixart-alpha-256": PATCHES | {"cross_attention_dim": 144},
+    "pixart-alpha-1024": PATCHES | {"cross_attention_dim": 144, "sample_size": 128},
+    "pixart-sigma-1024": PATCHES | {"cross_attention_dim": 144},
+    "sd3-1024": PATCHES | {"caption_projection_dim": 128},
+    "latte-512": {"num_attention_heads": 2, "cross_attention_dim": 144, "num_layers": 2, "video_length": 3},
+    "wan-1.3b-480": {"num_attention_heads": 2, "ffn_dim": 64, "num_layers": 2},
+    "wan-14b-480": {"num_attention_heads": 2, "ffn_dim": 64, "num_layers": 2},
+    "flux-1024": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public architectures, but for their sizes."""
+    unets, transformers = random_weights.CONFIGS, random_weights.TRANSFORMERS
+    monkeypatch.setattr(random_weights, "CONFIGS", {n: unets[n] | CHANGES[n] for n in unets})
+    smaller = {n: (k, text, config | CHANGES[n]) for n, (k, text, config) in transformers.items()}
+    monkeypatch.setattr(random_weights, "TRANSFORMERS", smaller)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture_makes_latents_and_saves_something(name: str) -> None:
+    pipe = random_pipeline(name, dtype=torch.bfloat16)
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    assert denoiser.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+    saves = variant("sito:d" if hasattr(pipe, "unet") else "deepcache:2", 2)
+    classes = name.startswith("dit")
+    rows = bench(
+        pipe,
+        [variant("steps:2", 2), saves],
+        ["1" if classes else "a penguin"],
+        rounds=1,
+        guidance=5.0,
+        **({} if classes else {"height": 64, "width": 128}),
+        **({"frames": 5} if name.startswith("wan") else {}),
+    )
+    assert [row.error for row in rows] == [None, None]
+    assert rows[1].macs < rows[0].macs
+
+
+def test_pictures_have_no_frames() -> None:
+    with pytest.raises(ValueError, match="frames: StableDiffusionPipeline makes pictures"):
+        bench(random_pipeline("sd15"), [variant("steps:2", 2)], ["a penguin"], frames=5)
+    with pytest.raises(ValueError, match="frames: 0 is not allowed, it must be >= 1"):
+        bench(random_pipeline("wan-1.3b-480"), [variant("steps:2", 2)], ["a penguin"], frames=0)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="arch: 'sd9' is not known"):
+        random_pipeline("sd9")
