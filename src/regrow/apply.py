@@ -271,8 +271,9 @@ def _check_attentions(engine: Engine, denoiser: nn.Module) -> None:
             f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept or "
             "seen by themselves; call unfuse_qkv_projections() first"
         )
-    stream = engine.layout.stream
-    others = [] if stream is None or stream.rotary is None else stream.rotary.others()
+    # Sites that stand for themselves (blocks) are computed whole instead.
+    streams = engine.layout.stream is not None
+    others = [one for one in engine.layout.rotary.values() if streams and not one.is_plain]
     if others:
         raise ValueError(
             f"target: {len(others)} attentions have processors of their own (IP-Adapter), so they can't "

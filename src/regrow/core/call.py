@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regrow.core.branches import Branches
 from regrow.core.caller import Caller
@@ -15,9 +15,9 @@ from regrow.core.clock import Position
 from regrow.core.controlled import Controlled, Reading
 from regrow.core.decision import SKIP, Decision
 from regrow.core.memory import BranchMemory
-from regrow.core.recipe import Attention, CallInfo
+from regrow.core.recipe import CallInfo
 from regrow.core.twin import Twin
-from regrow.models.table import TOKENS, Cut, Rows, Site
+from regrow.models.table import TOKENS, Site, SkipPlan
 from regrow.recover.time import TimeRecovery
 from regrow.schedule import Step
 from regrow.tokens.grid import Grid
@@ -105,7 +105,7 @@ class Generation:
     """
 
     steps: list[Step]
-    cuts: Mapping[int, Cut]
+    cuts: Mapping[int, SkipPlan]
     generator: torch.Generator
     twin: Twin
     whole: str = ""
@@ -117,7 +117,7 @@ class Generation:
     caller: Caller = field(default_factory=Caller)
     controlled: Controlled | None = None
 
-    def due(self, cut: Cut, index: int) -> int:
+    def due(self, cut: SkipPlan, index: int) -> int:
         """The last step before one whose call, by the plan, keeps what a cut restores; -1 if none does."""
         for step in range(index - 1, -1, -1):
             other = self.cuts.get(self.steps[step].depth)
@@ -142,21 +142,22 @@ class Call:
         dense: skipped modules hand on zeros of the true shape.
         info: what the method may look at.
         selections: by group, which tokens its layers compute, and which of them the others copy.
-        restored: how many modules handed on what is cached.
-        stood_in: modules that handed on what nobody may read, for which no module has restored yet.
+        restored: how many modules returned what is cached.
+        stood_in: modules that returned what nobody may read, for which no module has restored yet.
         entered: what the first module of a cut was given in this call.
         can_subset: whether the image's tokens, and their queries and keys, can be told apart: some of them
             can be computed, and attentions be looked at.
-        positions: cosines and sines ``(T + N, D)`` of all tokens, by which queries and keys are turned.
-        turned: the tokens whose positions were asked for last; None for all.
-        rotary: their cosines and sines.
+        positions: of the attention that runs, if its queries and keys are turned where they are made: the
+            cosines and sines ``(T + N, D)`` of all tokens; and the tokens that it computes, None for all.
         turns: how often modules that may be skipped were called before in this call.
         knows_text: whether the text is that of the last call.
         pruned: how many layers left tokens out.
         unpruned: why a layer that should leave tokens out did not.
         chosen: by the group of a site, the tokens that it computes.
         caught: by name, what the projections of an observed attention gave, or the norms behind them.
-        plan: by the name of a site, what it does; those that are not in it are computed.
+        plan: by the name of a site, what the method decided; those that are not in it are computed.
+        decisions: by the name of a site, what it does: by the plan, or as the cut leaves it out.
+        spans: the cuts that recover what several modules added, of those that are skipped or kept.
         choosers: by the group of sites that compute the same tokens, the first of them.
         keeps_sites: sites that are computed whole keep what they give.
         seen: what the method saw at the first site, in a call that computes some tokens; empty before.
@@ -169,8 +170,8 @@ class Call:
     slot: BranchMemory
     step: int
     recovery: TimeRecovery
-    cut: Cut | None
-    store: tuple[Cut, ...]
+    cut: SkipPlan | None
+    store: tuple[SkipPlan, ...]
     dense: bool
     info: CallInfo
     selections: dict[str, Selection] = field(default_factory=dict)
@@ -178,25 +179,25 @@ class Call:
     stood_in: set[str] = field(default_factory=set)
     pruned: int = 0
     unpruned: str = ""
-    entered: dict[Cut, list[Any]] = field(default_factory=dict)
+    entered: dict[SkipPlan, list[Any]] = field(default_factory=dict)
     can_subset: bool = False
-    positions: Sequence[Tensor] = ()
-    turned: Subset | None = None
-    rotary: dict[Rows, tuple[Tensor, ...]] = field(default_factory=dict)
+    positions: tuple[tuple[Tensor, ...], Subset | None] | None = None
     turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
     chosen: dict[str, Subset] = field(default_factory=dict)
     caught: dict[str, Tensor] = field(default_factory=dict)
     plan: Mapping[str, Decision] = field(default_factory=dict)
+    decisions: Mapping[str, Decision] = field(default_factory=dict)
+    spans: tuple[SkipPlan, ...] = ()
     choosers: Mapping[str, Site] = field(default_factory=dict)
     keeps_sites: bool = False
     seen: tuple[Any, ...] = ()
     given: dict[str, int] = field(default_factory=dict)
     partial: dict[str, Subset] = field(default_factory=dict)
-    compares: tuple[Cut, TimeRecovery] | None = None
+    compares: tuple[SkipPlan, TimeRecovery] | None = None
     deviation: Tensor | None = None
 
-    def compare(self, cut: Cut, key: str, value: Any) -> None:
+    def compare(self, cut: SkipPlan, key: str, value: Any) -> None:
         """Measure how far the forecast of what a cut restores is from a value, before it is kept."""
         if self.compares is not None and self.compares[0] == cut and self.deviation is None:
             self.deviation = self.slot.store.deviation(key, self.step, self.compares[1], value)
@@ -204,30 +205,11 @@ class Call:
     def reuses(self, layer: str) -> bool:
         """Whether a layer returns what follows from earlier calls, whatever it is given."""
         cut = self.cut
-        if cut is None or layer not in cut.restore or cut.entry is not None:
+        if cut is None or cut.entry is not None or self.decisions.get(layer) is not SKIP:
             return False
-        return self.plan.get(layer, SKIP) is SKIP and cut.key(layer) in self.slot.store
+        return cut.key(layer) in self.slot.store
 
     @property
     def tokens(self) -> Subset | None:
         """Those that go through the blocks from here on; None if all do."""
         return self.partial.get(TOKENS)
-
-
-@dataclass(frozen=True)
-class Watched:
-    """An attention that is looked at.
-
-    Args:
-        name: its path.
-        module: it.
-        wanted: whether a call looks at it.
-        tell: what is done with its input ``(B, N, C)`` and what it multiplied, when it has run.
-        turned: its queries and keys are turned behind its norms, before their heads are split.
-    """
-
-    name: str
-    module: nn.Module
-    wanted: Callable[[Call], bool]
-    tell: Callable[[Call, Tensor, Attention], None]
-    turned: bool = False

@@ -15,7 +15,7 @@ from regrow.models.layers import LayerKind
 
 if TYPE_CHECKING:
     from regrow.core.recipe import Attention, CallInfo, Recovery
-    from regrow.models.table import Cut, Layout, Site
+    from regrow.models.table import Layout, Site, SkipPlan
     from regrow.schedule import Step
     from regrow.tokens.select import Selection
 
@@ -27,9 +27,11 @@ class Whole(Enum):
     """The site is computed, and what it gives is kept."""
     SKIP = "skip"
     """What it would give follows from what it gave in earlier calls."""
+    UNREAD = "unread"
+    """It is left out, and what it would give is read by nobody: what reads it is left out as well."""
 
 
-ALL, SKIP = Whole.ALL, Whole.SKIP
+ALL, SKIP, UNREAD = Whole
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,11 @@ class View:
     index: int
     total: int
     step: Step
-    cut: Cut | None = None
+    cut: SkipPlan | None = None
     size: tuple[int, int] = (0, 0)
 
 
-def runs(block: str, cut: Cut | None) -> bool:
+def runs(block: str, cut: SkipPlan | None) -> bool:
     """Whether a block runs, with its layers, in a call with a cut."""
     own = f"{block}."
     if cut is None or cut.final:

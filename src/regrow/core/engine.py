@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from regrow.control import Control
 from regrow.core.branches import Branches
-from regrow.core.call import Call, CallRecord, Generation, Observation, Observer, Watched
+from regrow.core.call import Call, CallRecord, Generation, Observation, Observer
 from regrow.core.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
 from regrow.core.controlled import Controlled, Reading
-from regrow.core.decision import Decision, Some, View, left_out, runs
+from regrow.core.decision import SKIP, UNREAD, Decision, Some, View, left_out, runs
 from regrow.core.inputs import (
     adds_to_layers,
     arguments_of,
@@ -41,12 +41,12 @@ from regrow.core.recipe import CallInfo, Recipe
 from regrow.core.sites import Sites
 from regrow.core.store import Store, flatten
 from regrow.core.twin import Twin
+from regrow.core.watch import Watched
 from regrow.models import layout_of
-from regrow.models.table import TOKENS, Cut, Rotary, Rows, decided
+from regrow.models.table import TOKENS, SkipPlan, decided
 from regrow.origin import Origin
 from regrow.recover.time import REUSE, TimeRecovery
 from regrow.schedule import FULL, SITES, Step
-from regrow.tokens.select import Subset, behind
 
 # Calls of a generation that are noted, so that a loop of training with a method applied fills no memory.
 MOST_RECORDS = 10_000
@@ -108,7 +108,9 @@ class Engine:
         self.cuts = self._used_cuts()
         if self.sites is not None:
             self.sites.check(self.cuts)
-        self.rotary = self._rotary()
+        attends = self.sites is not None and self.sites.attending
+        self.turning = self.layout.rotary if attends or self.watched else {}
+        self._left_out = {cut: _decisions(cut) for cut in self.cuts.values()}
         self._attentions = attentions_in(self.denoiser, self._acts_in())
         self._grounding = grounding_of(self.denoiser)
 
@@ -125,11 +127,11 @@ class Engine:
 
         What was kept is dropped: it is of the modules of before.
         """
-        before = self.layout, self.sites, self.cuts, self.rotary
+        before = self.layout, self.sites, self.cuts, self.turning
         try:
             self._read()
         except (ValueError, TypeError, AttributeError) as error:
-            self.layout, self.sites, self.cuts, self.rotary = before
+            self.layout, self.sites, self.cuts, self.turning = before
             self._unfit = f"the denoiser's modules were replaced, and the method no longer fits: {error}"
             return False
         if self.generation is not None:
@@ -144,36 +146,18 @@ class Engine:
         decider = sites.on(self.denoiser, self.layout)
         return Sites(decider, self.layout, sites.full_calls, self.warn_once)
 
-    def _rotary(self) -> Rotary | None:
-        """The attentions in which queries and keys are turned where they are made, if that is needed."""
-        attends = self.sites is not None and self.sites.attending
-        needed = attends or self.watched
-        return self.layout.stream.rotary if needed and self.layout.stream is not None else None
+    @property
+    def sited(self) -> Sites:
+        """The method's decisions for sites, where it has some."""
+        assert self.sites is not None
+        return self.sites
 
     @property
     def watched(self) -> tuple[Watched, ...]:
         """The attentions that are looked at."""
         return () if self.sites is None else tuple(self.sites.watched)
 
-    def positions(self, attention: str, rows: Rows) -> tuple[Tensor, ...]:
-        """Cosines and sines of the tokens whose queries and keys an attention makes in the present call.
-
-        Returns:
-            Each ``(n, D)``; ``(B * n, D)`` where it makes those of some of the image's tokens only.
-        """
-        call = self.call
-        assert call is not None
-        assert call.slot.grid is not None
-        site = "" if self.sites is None else self.sites.attending.get(attention, "")
-        tokens = call.partial.get(site)
-        if call.turned is not tokens:
-            call.turned, call.rotary = tokens, {}
-        if rows not in call.rotary:
-            text = len(call.positions[0]) - call.slot.grid.tokens
-            call.rotary[rows] = tuple(_rows_of(t, rows, text, tokens) for t in call.positions)
-        return call.rotary[rows]
-
-    def _used_cuts(self) -> dict[int, Cut]:
+    def _used_cuts(self) -> dict[int, SkipPlan]:
         """The cuts of the depths that the plan uses on this model."""
         depths = sorted({step.depth for step in self.kinds})
         cuts = {d: cut for d in depths if (cut := self.layout.cut(d)) is not None}
@@ -440,12 +424,15 @@ class Engine:
             view=view,
         )
         self._said = ""
+        store = _stored(generation.cuts.values(), cut)
+        cuts = store if cut is None else (*store, cut)
         self.call = Call(
             slot=slot,
             step=position.index,
             recovery=planned.recovery,
             cut=cut,
-            store=_stored(generation.cuts.values(), cut),
+            store=store,
+            spans=tuple(one for one in cuts if one.entry is not None),
             dense=adds_to_layers(inputs) or _freeu(self.denoiser),
             info=info,
             compares=self._compared(cut),
@@ -465,6 +452,7 @@ class Engine:
             if cut is None and not plan:
                 slot.observed = self.sites.decider.begin(slot.observed)
             self.sites.prepare(self.call, sample)
+        self.call.decisions = self._decisions(cut, plan)
         if planned.ratio and not reason and not _computes_some(plan):
             reason = generation.whole or self._said
         generation.records.append(
@@ -484,7 +472,12 @@ class Engine:
             )
         )
 
-    def _compared(self, cut: Cut | None) -> tuple[Cut, TimeRecovery] | None:
+    def _decisions(self, cut: SkipPlan | None, plan: Mapping[str, Decision]) -> Mapping[str, Decision]:
+        """By the name of a site, what it does in a call: as the cut leaves it out, or as the plan says."""
+        left_out = {} if cut is None else self._left_out[cut]
+        return left_out | dict(self.sited.decisions(plan)) if plan else left_out
+
+    def _compared(self, cut: SkipPlan | None) -> tuple[SkipPlan, TimeRecovery] | None:
         """What a call with a cut compares a forecast of with what it computes; nothing if not full."""
         if self.control is None or cut is not None:
             return None
@@ -492,7 +485,7 @@ class Engine:
         own = self.cuts.get(measured.depth)
         return None if own is None else (own, measured.recovery)
 
-    def _recovery(self, slot: BranchMemory, cut: Cut, planned: Step, index: int) -> str:
+    def _recovery(self, slot: BranchMemory, cut: SkipPlan, planned: Step, index: int) -> str:
         """What a call's recovery does with the values that there are; warns if it was not made for them."""
         key = next(key for key in map(cut.key, cut.restore) if key in slot.store)
         if not slot.store.knows(key, index, planned.recovery):
@@ -505,7 +498,7 @@ class Engine:
 
     def _cut(
         self, generation: Generation, slot: BranchMemory, planned: Step, index: int
-    ) -> tuple[Cut | None, str]:
+    ) -> tuple[SkipPlan | None, str]:
         """What a call leaves out, and why if that is less than planned."""
         cut = generation.cuts.get(planned.depth)
         slot.calls += 1
@@ -585,7 +578,7 @@ class Engine:
         instead = "all tokens are computed" if whole else "layers hand on their last output whole"
         if slot.grid is None:
             self.warn_once("grid", f"{instead}, because the tokens are not those of one picture (Kontext)")
-        elif self.rotary is not None and self.rotary.others():
+        elif not all(rotary.is_plain for rotary in self.turning.values()):
             self.warn_once(
                 "processor",
                 f"{instead}, because attention processors were replaced after regrow.apply (IP-Adapter), "
@@ -691,17 +684,12 @@ def _share(planned: Step | None, plan: Mapping[str, Decision]) -> float:
     return 1.0 if plan else 0.0
 
 
-def _rows_of(table: Tensor, rows: Rows, text: int, tokens: Subset | None) -> Tensor:
-    """The rows of a table ``(T + N, D)`` of T text tokens and then the image's, or some of those."""
-    if rows is Rows.TEXT:
-        return table[:text]
-    if tokens is None:
-        return table if rows is Rows.JOINT else table[text:]
-    index = behind(tokens.tokens, text)
-    return table[(index if rows is Rows.JOINT else index[:, text:]).flatten()]
+def _decisions(cut: SkipPlan) -> dict[str, Decision]:
+    """By the name of a module, what a cut alone makes of it."""
+    return {name: SKIP if name in cut.restore else UNREAD for name in cut.skip}
 
 
-def _stored(cuts: Iterable[Cut], cut: Cut | None) -> tuple[Cut, ...]:
+def _stored(cuts: Iterable[SkipPlan], cut: SkipPlan | None) -> tuple[SkipPlan, ...]:
     """The cuts whose features a call with a cut computes: all of them in a full call, else the output."""
     return tuple(c for c in dict.fromkeys(cuts) if cut is None or (c.final and not cut.final))
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.tokens.select import Subset, take_rows
+
 # Arguments by which a ControlNet adds to the tokens of all blocks of a transformer.
 RESIDUALS = (
     "block_controlnet_hidden_states",
@@ -61,3 +63,29 @@ def adds_to_layers(kwargs: Mapping[str, Any]) -> bool:
 def adds_to_tokens(kwargs: Mapping[str, Any]) -> bool:
     """Whether a ControlNet adds to the tokens of a transformer's blocks."""
     return any(kwargs.get(name) is not None for name in RESIDUALS)
+
+
+def taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The text, or None, and the image tokens that a transformer block is given."""
+    image = args[0] if args else kwargs["hidden_states"]
+    text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    return [text, image]
+
+
+def some_rows(
+    tokens: Subset, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module for some of its tokens, which come first or as ``hidden_states``."""
+    x = args[0] if args else kwargs["hidden_states"]
+    named = {name: _of_tokens(value, tokens, x) for name, value in kwargs.items()}
+    rows = take_rows(x, tokens.rows(x.shape[1]))
+    if args:
+        return (rows, *(_of_tokens(value, tokens, x) for value in args[1:])), named
+    return (), named | {"hidden_states": rows}
+
+
+def _of_tokens(given: Any, tokens: Subset, x: Tensor) -> Any:
+    """Of what is given for each token ``(B, N, k, C)`` (timesteps of Wan 2.2), the rows of some."""
+    if not isinstance(given, Tensor) or given.ndim != 4 or given.shape[:2] != x.shape[:2]:
+        return given
+    return take_rows(given.flatten(2), tokens.rows(x.shape[1])).unflatten(2, given.shape[2:])

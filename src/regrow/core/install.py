@@ -14,35 +14,24 @@ from typing import Any
 
 from torch import nn
 
-from regrow.core.call import Watched
 from regrow.core.engine import Engine
 from regrow.core.hooks import (
-    KEYS,
-    QUERIES,
-    CatchHook,
-    Forward,
-    Hook,
-    NormHook,
-    ObserveHook,
-    PositionHook,
-    SkipHook,
-    TextHook,
-    TurnHook,
-    UnturnedHook,
-)
-from regrow.core.sites import (
     AdapterHook,
-    BesideHook,
     ChooseHook,
     EntryHook,
-    NarrowHook,
-    SiteHook,
-    SiteKeysHook,
-    Sites,
+    Forward,
+    FusedAttentionHook,
+    Hook,
+    KeysHook,
+    NormHook,
     TableHook,
-    TurnHereHook,
+    TextHook,
+    TurnHook,
 )
-from regrow.models.table import Keeps, Rotary
+from regrow.core.site_hook import SiteHook
+from regrow.core.sites import Sites
+from regrow.core.watch import KEYS, QUERIES, CatchHook, ObserveHook, Watched
+from regrow.models.table import Keeps
 
 
 class _Around:
@@ -164,9 +153,11 @@ class Installed:
             self._hook_pruned(engine, engine.sites)
         for name, module in engine.layout.text.items():
             self._hook(module, TextHook(engine, name))
-        if engine.rotary is not None:
-            # Inside what keeps and catches keys, so that those are turned.
-            self._hook_rotary(engine, engine.rotary)
+        # Inside what keeps and catches keys, so that those are turned.
+        for name, rotary in engine.turning.items():
+            self._hook(rotary.attention, TableHook(engine, name, rotary))
+            for module, rows in rotary.turned:
+                self._hook(module, TurnHook(engine, rotary.attention, rows))
         if engine.sites is not None:
             self._hook_inside(engine, engine.sites)
         for watched in engine.watched:
@@ -175,62 +166,46 @@ class Installed:
         skipped = sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values())))
         own = () if engine.sites is None else engine.sites.decider.sites
         sites = {site.name: site for site in own if site.keeps is not Keeps.NOTHING}
-        owners = {part: site.name for site in sites.values() for part in site.parts}
         for name in skipped:
-            if engine.sites is not None and name in sites:
-                self._hook(sites[name].module, SiteHook(engine, engine.sites, sites[name]))
-                continue
-            skippable = engine.layout.skippable[name]
-            self._hook(skippable.module, SkipHook(engine, skippable, owners.get(name, "")))
+            site = sites.get(name) or engine.layout.skippable[name]
+            self._hook(site.module, SiteHook(engine, site, decided=name in sites))
         for norm in engine.layout.norms:
             if norm.readers and all(name in skipped for name in norm.readers):
                 self._hook(norm.module, NormHook(engine, norm))
         self._skipping = {name: self._places[name] for name in skipped}
         self._edges = list(_edges(engine.denoiser, self._places))
 
-    def _hook_rotary(self, engine: Engine, rotary: Rotary) -> None:
-        self._hook(rotary.positions, PositionHook(engine))
-        for attention in rotary.attentions.values():
-            self._hook(attention, UnturnedHook(engine))
-        for turned in rotary.turned:
-            self._hook(turned.module, TurnHook(engine, turned))
-
     def _hook_pruned(self, engine: Engine, sites: Sites) -> None:
         """Hook layers that leave tokens out, and what those are chosen from."""
         for site in sites.able:
             if site.keeps is Keeps.NOTHING:
-                self._hook(site.module, SiteHook(engine, sites, site))
+                self._hook(site.module, SiteHook(engine, site, decided=True))
         # Outside the layer's own hook, so that it runs before it.
         for group, module in sites.decider.entries.items():
-            self._hook(module, ChooseHook(engine, sites, group))
+            self._hook(module, ChooseHook(engine, group))
 
     def _hook_inside(self, engine: Engine, sites: Sites) -> None:
         """Hook what lies in sites."""
-        # Inside what keeps and catches keys, so that those are turned.
-        for site, attention in sites.turning:
-            self._hook(attention, TableHook(engine, site))
-            for norm in ("norm_q", "norm_k"):
-                self._hook(attention.get_submodule(norm), TurnHereHook(engine, attention))
         for name, module, site in sites.memory:
-            self._hook(module, SiteKeysHook(engine, sites, name, site))
+            self._hook(module, KeysHook(engine, name, site))
         for site in sites.able:
             if site.entry is not None:
-                hook = NarrowHook if site.stream else EntryHook
-                self._hook(site.entry, hook(engine, sites, site))
+                self._hook(site.entry, EntryHook(engine, site))
             if site.stream:
-                self._hook(site.module, SiteHook(engine, sites, site))
-            if site.beside is not None:
-                self._hook(site.beside.module, BesideHook(engine, site, site.beside))
+                self._hook(site.module, SiteHook(engine, site, decided=True))
+            if site.fused_attention is not None:
+                fused = site.fused_attention
+                self._hook(fused.module, FusedAttentionHook(engine, site, fused))
         for name, adapter in sites.decider.adapters.items():
             self._hook(engine.denoiser.get_submodule(name), AdapterHook(engine, adapter))
 
     def _hook_watched(self, engine: Engine, watched: Watched) -> None:
+        # Norms give what is turned by position.
+        turned = watched.name in engine.turning
         for projection, norm in (*QUERIES, *KEYS):
-            # Norms give what is turned by position.
-            turned = watched.turned or engine.rotary is not None
             part = getattr(watched.module, norm if turned else projection, None)
             if part is not None:
-                self._hook(part, CatchHook(engine, watched, projection))
+                self._hook(part, CatchHook(engine, watched, projection, turned=turned))
         self._hook(watched.module, ObserveHook(engine, watched))
 
     def _hook(self, module: nn.Module, hook: Hook) -> None:

@@ -234,10 +234,10 @@ class _Rule(Sited):
 
 def _restricted(site: Site, kinds: frozenset[LayerKind]) -> Site:
     """A site that computes some of its tokens if it is of one of some kinds."""
-    beside = site.beside
-    if beside is not None and beside.kind not in kinds:
-        beside = beside.whole
-    return replace(site, able=site.able and site.kind in kinds, beside=beside)
+    fused = site.fused_attention
+    if fused is not None and fused.kind not in kinds:
+        fused = fused.whole
+    return replace(site, able=site.able and site.kind in kinds, fused_attention=fused)
 
 
 @dataclass(frozen=True)

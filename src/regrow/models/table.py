@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regrow.models.layers import LayerKind
 from regrow.models.norms import Norm
+from regrow.models.rotary import Rotary
 from regrow.schedule import HEAD, LAYERS
 from regrow.tokens.grid import Grid, grid_of_positions
 
@@ -56,38 +57,7 @@ class Returns(Enum):
 
 
 @dataclass(frozen=True)
-class Skippable:
-    """A module that may be skipped in a cached call.
-
-    Args:
-        name: path of the module in the denoiser.
-        module: the module.
-        returns: the form of what it returns.
-        count: for `Returns.DOWN`, the number of tensors in the inner tuple.
-    """
-
-    name: str
-    module: nn.Module
-    returns: Returns
-    count: int = 0
-
-    def tensors(self, out: Any) -> list[Any]:
-        """The tensors in what it returned; of a transformer's block the text or None, then the image."""
-        match self.returns:
-            case Returns.TENSOR | Returns.OWN:
-                return [out]
-            case Returns.TUPLE:
-                return [out[0]]
-            case Returns.DOWN:
-                return list(out[1])
-            case Returns.TOKENS:
-                return [None, out]
-            case Returns.JOINT:
-                return list(out)
-
-
-@dataclass(frozen=True)
-class Cut:
+class SkipPlan:
     """A call that computes less: what it skips, and where cached features come in.
 
     Args:
@@ -117,57 +87,6 @@ class Cut:
         return len(self.restore) == 1 or name.rpartition(".")[0] == restoring.rpartition(".")[0]
 
 
-class Rows(Enum):
-    """Which tokens the rows of a module's output are."""
-
-    IMAGE = "image"
-    TEXT = "text"
-    JOINT = "joint"  # all of the text, then the image's
-
-
-@dataclass(frozen=True)
-class Turned:
-    """A module that gives queries or keys as an attention turns them.
-
-    Args:
-        module: the module; it returns ``(B, n, heads, D)``.
-        attention: path of its attention.
-        rows: the queries or keys of which tokens.
-    """
-
-    module: nn.Module
-    attention: str
-    rows: Rows
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Attentions that turn queries and keys by the positions of their tokens.
-
-    They turn both by one table, so both must be of the same tokens. Where some tokens only are computed, or
-    queries and keys are looked at, the table is kept from them, and both are turned where they are made.
-
-    Args:
-        positions: gives cosines and sines ``(T + N, D)`` of T text tokens, then N image tokens.
-        attentions: by name, the attentions; they take the table as ``image_rotary_emb``, or None.
-        turned: what gives queries and keys as the attention turns them.
-        processor: the attention processor that does nothing between these but turn.
-    """
-
-    positions: nn.Module
-    attentions: dict[str, nn.Module]
-    turned: tuple[Turned, ...]
-    processor: type
-
-    def others(self) -> list[str]:
-        """The attentions with another processor, which may read what is not turned (IP-Adapter)."""
-        return [
-            name
-            for name, attention in self.attentions.items()
-            if type(getattr(attention, "processor", None)) is not self.processor
-        ]
-
-
 @dataclass(frozen=True)
 class Stream:
     """Where the image's tokens begin and end, and what is remembered of those that a call leaves out.
@@ -179,7 +98,6 @@ class Stream:
         output: makes the output of the tokens ``(B, N, D)``.
         patch: latent positions a token spans along one side; 1 where the pipeline packs the latent.
         noise: of the output's channels, how many are predicted noise; they come first.
-        rotary: of attentions that turn queries and keys by position.
     """
 
     embed: nn.Module
@@ -187,7 +105,6 @@ class Stream:
     output: nn.Module
     patch: int
     noise: int
-    rotary: Rotary | None = None
 
     def grid(self, sample: Tensor, inputs: Mapping[str, Any]) -> Grid | None:
         """The grid of tokens of a latent ``(B, C, H, W)``, or one packed to tokens ``(B, N, C)``, whose
@@ -243,43 +160,45 @@ class Site:
         name: path of the module in the denoiser.
         module: takes tokens ``(B, N, C)`` first and, where `Keeps.UPDATE` is kept, returns them.
         keeps: what is kept of it.
-        block: path of the block that it is, or is in.
+        block: path of the transformer's block that it is, or is in.
         index: of that block, in the order they run, from 0.
         memory: by name, the modules in it that give the keys and values of its tokens.
         able: whether some of its tokens can be computed by themselves.
         attentions: of a block, by name, the self-attentions in it.
-        turns: by a table that they are handed, they turn queries and keys behind ``norm_q`` and ``norm_k``.
         spans: which tokens of a video are one of its sequences; a picture is a video of one frame.
         kind: of a layer with tokens of the image; None of a block, and of a layer of the text.
         joint: the text's tokens come first in its sequences.
         text: names of the sites that do the same for the text's tokens.
         entry: takes the tokens, as ``module`` returns them, as its first argument; None if ``module`` does.
         parts: names of other modules that it is made of.
-        beside: of a block with one last projection for both, the self-attention whose output ``module``
-            reads beside what the other parts make. Its tokens are those of the site.
+        fused_attention: of a block with one last projection for both, the self-attention whose output
+            ``module`` reads beside what the other parts make. Its tokens are those of the site.
         stream: it is the way of the tokens through the blocks: they are some behind what ``entry`` returns,
             and all again behind ``module``, whose output the denoiser hands out.
         leading: of a stream, the blocks before it, by the attention of the last of which tokens are chosen.
+        returns: the form of what ``module`` returns.
+        count: for `Returns.DOWN`, the number of tensors in the inner tuple.
     """
 
     name: str
     module: nn.Module
-    keeps: Keeps
-    block: str
-    index: int
+    keeps: Keeps = Keeps.OUTPUT
+    block: str = ""
+    index: int = 0
     memory: Mapping[str, nn.Module] = field(default_factory=dict)
     able: bool = False
     attentions: Mapping[str, nn.Module] = field(default_factory=dict)
-    turns: bool = False
     spans: Spans = Spans.VIDEO
     kind: LayerKind | None = None
     joint: bool = False
     text: tuple[str, ...] = ()
     entry: nn.Module | None = None
     parts: frozenset[str] = frozenset()
-    beside: Site | None = None
+    fused_attention: Site | None = None
     stream: bool = False
     leading: tuple[str, ...] = ()
+    returns: Returns = Returns.OWN
+    count: int = 0
 
     @property
     def key(self) -> str:
@@ -288,13 +207,41 @@ class Site:
 
     @property
     def attention(self) -> Site:
-        """The attention beside it, or else the site itself."""
-        return self.beside or self
+        """The attention that is fused with it, or else the site itself."""
+        return self.fused_attention or self
 
     @property
     def whole(self) -> Site:
         """The same, computed whole or not at all."""
         return replace(self, able=False)
+
+    def tensors(self, out: Any) -> list[Any]:
+        """The tensors in what ``module`` returned; of a transformer's block the text or None, the image."""
+        match self.returns:
+            case Returns.TENSOR | Returns.OWN:
+                return [out]
+            case Returns.TUPLE:
+                return [out[0]]
+            case Returns.DOWN:
+                return list(out[1])
+            case Returns.TOKENS:
+                return [None, out]
+            case Returns.JOINT:
+                return list(out)
+
+    def packed(self, tensors: Sequence[Any]) -> Any:
+        """What ``module`` would return with these tensors, see `tensors`."""
+        match self.returns:
+            case Returns.TENSOR | Returns.OWN:
+                return tensors[0]
+            case Returns.TUPLE:
+                return (tensors[0],)
+            case Returns.DOWN:
+                return tensors[-1], tuple(tensors)
+            case Returns.TOKENS:
+                return tensors[-1]
+            case Returns.JOINT:
+                return tuple(tensors)
 
 
 @dataclass(frozen=True)
@@ -318,13 +265,14 @@ class Layout:
         layer_sites: the attentions and feed-forwards of its blocks.
         patch: of a model of videos, rows and columns of a latent frame that a token spans.
         norms: those whose output only some layers read.
+        rotary: by path, the attentions that turn queries and keys by the positions of their tokens.
     """
 
     blocks: tuple[TokenBlock, ...]
-    skippable: dict[str, Skippable]
-    cuts: tuple[Cut, ...]
-    layers: Cut | None
-    head: Cut | None
+    skippable: dict[str, Site]
+    cuts: tuple[SkipPlan, ...]
+    layers: SkipPlan | None
+    head: SkipPlan | None
     sample: str = "sample"
     time: str = "timestep"
     timestep_scale: float | None = 1.0
@@ -335,6 +283,7 @@ class Layout:
     layer_sites: tuple[Site, ...] = ()
     patch: tuple[int, int] | None = None
     norms: tuple[Norm, ...] = ()
+    rotary: Mapping[str, Rotary] = field(default_factory=dict)
 
     def frame(self, sample: Tensor) -> Grid | None:
         """The grid of tokens of one frame of a video's latent ``(B, C, F, H, W)``; None of pictures."""
@@ -383,7 +332,7 @@ class Layout:
         """Whether more is known of the model than its output."""
         return self.layers is not None
 
-    def cut(self, depth: int) -> Cut | None:
+    def cut(self, depth: int) -> SkipPlan | None:
         """The cut of a depth; None if everything is computed."""
         if depth == LAYERS:
             return self.layers
@@ -393,7 +342,7 @@ class Layout:
         return self.cuts[depth] if depth < self.depths else None
 
     def first_layers(self) -> dict[tuple[str, LayerKind], Site]:
-        """By block and kind, the first layer with tokens of the image, or the attention beside it."""
+        """By block and kind, the first layer with tokens of the image, or the attention fused with it."""
         first: dict[tuple[str, LayerKind], Site] = {}
         for site in (site.attention for site in self.layer_sites):
             if site.kind is not None:
@@ -406,7 +355,7 @@ class Layout:
         return min((b.downsample for b in self.blocks if b.self_attention is not None), default=1)
 
 
-def own_layers(blocks: Iterable[tuple[str, nn.Module]], layers: Sequence[str]) -> dict[str, Skippable]:
+def own_layers(blocks: Iterable[tuple[str, nn.Module]], layers: Sequence[str]) -> dict[str, Site]:
     """The attentions and feed-forwards of blocks, each of which can hand on its own last output.
 
     Args:
@@ -419,26 +368,26 @@ def own_layers(blocks: Iterable[tuple[str, nn.Module]], layers: Sequence[str]) -
         for layer in layers
         if getattr(block, layer, None) is not None
     }
-    return {name: Skippable(name, module, Returns.OWN) for name, module in found.items()}
+    return {name: Site(name, module) for name, module in found.items()}
 
 
-OUTPUT = Cut(frozenset({""}), frozenset({""}), final=True)
+OUTPUT = SkipPlan(frozenset({""}), frozenset({""}), final=True)
 """The denoiser itself, under the empty name, hands on its output: the cut of depth 0 of every model."""
 
 
-def whole(denoiser: nn.Module) -> dict[str, Skippable]:
+def whole(denoiser: nn.Module) -> dict[str, Site]:
     """What `OUTPUT` skips."""
-    return {"": Skippable("", denoiser, Returns.OWN)}
+    return {"": Site("", denoiser)}
 
 
-def reuse_all(layers: Iterable[str]) -> Cut:
+def reuse_all(layers: Iterable[str]) -> SkipPlan:
     """The cut in which all of these hand on their own last output."""
     names = frozenset(layers)
-    return Cut(names, names)
+    return SkipPlan(names, names)
 
 
-def decided(sites: Sequence[Site]) -> Cut:
+def decided(sites: Sequence[Site]) -> SkipPlan:
     """The cut in which each of these sites does what a method decides for it."""
     keys = {site.name: site.key for site in sites}
     parts = frozenset[str]().union(*(site.parts for site in sites))
-    return Cut(frozenset(keys) | parts, frozenset(keys), keys=keys)
+    return SkipPlan(frozenset(keys) | parts, frozenset(keys), keys=keys)

@@ -17,19 +17,16 @@ from torch import nn
 
 from regrow.models.layers import LayerKind
 from regrow.models.norms import norms_of
+from regrow.models.rotary import Rotary, Rows
 from regrow.models.table import (
     OUTPUT,
-    Cut,
     Keeps,
     Layout,
     Returns,
-    Rotary,
-    Rows,
     Site,
-    Skippable,
+    SkipPlan,
     Spans,
     Stream,
-    Turned,
     own_layers,
     whole,
 )
@@ -50,11 +47,11 @@ class Family:
         text: paths of the modules that project the text.
         cross_attentions: names of the blocks' attentions whose keys and values are of the text alone.
         embed: path of the module that makes the image's tokens.
-        rotary: path of the module that gives the rotary embeddings, where some tokens only can be computed.
+        rotary: name of the attentions' argument with a table of positions, by which they turn queries and
+            keys behind their norms; empty if they do not.
         spans: of a model of videos, which tokens are one sequence in each list of blocks. Some tokens can
             be computed in its blocks, not in whole calls.
         in_turn: a block of each list runs, then the next of each.
-        turns: the attentions are handed a table by which they turn queries and keys behind their norms.
     """
 
     stacks: tuple[tuple[str, tuple[str, ...], Returns], ...]
@@ -68,7 +65,6 @@ class Family:
     rotary: str = ""
     spans: tuple[Spans, ...] = ()
     in_turn: bool = False
-    turns: bool = False
 
 
 _BASIC = ("transformer_blocks", ("attn1", "attn2", "ff"), Returns.TOKENS)
@@ -99,7 +95,7 @@ FAMILIES = {
         timestep_scale=1000.0,
         text=("context_embedder",),
         embed="x_embedder",
-        rotary="pos_embed",
+        rotary="image_rotary_emb",
     ),
     "LatteTransformer3DModel": Family(
         (_BASIC, ("temporal_transformer_blocks", ("attn1", "ff"), Returns.TOKENS)),
@@ -117,7 +113,7 @@ FAMILIES = {
         text=("condition_embedder.text_embedder",),
         cross_attentions=("attn2",),
         spans=(Spans.VIDEO,),
-        turns=True,
+        rotary="rotary_emb",
     ),
 }
 """The families by class name, so that none is imported before somebody uses it."""
@@ -127,7 +123,7 @@ def transformer_layout(transformer: Any) -> Layout:
     """The table of a transformer of one of the families."""
     family = FAMILIES[_family_name(transformer)]
     blocks = _blocks(transformer, family)
-    layers: dict[str, Skippable] = {}
+    layers: dict[str, Site] = {}
     restored: set[str] = set()
     for path, names, _ in family.stacks:
         stack = [(name, place.module) for name, place in blocks.items() if _stack_of(name) == path]
@@ -141,13 +137,13 @@ def transformer_layout(transformer: Any) -> Layout:
         # What is added between is of one arrangement of tokens if the first and the last are of one list.
         last -= family.in_turn and (last - first) % 2 == 0
         between = order[first:last]
-        cuts.append(Cut(frozenset(between), frozenset(between[-1:]), between[0]))
+        cuts.append(SkipPlan(frozenset(between), frozenset(between[-1:]), between[0]))
     return Layout(
         blocks=(),
         skippable=whole(transformer) | blocks | layers,
         cuts=tuple(cuts),
-        layers=Cut(frozenset(layers), frozenset(restored)),
-        head=Cut(frozenset(order), frozenset(order[-1:])),
+        layers=SkipPlan(frozenset(layers), frozenset(restored)),
+        head=SkipPlan(frozenset(order), frozenset(order[-1:])),
         sample="hidden_states",
         timestep_scale=family.timestep_scale,
         conditional_first=family.conditional_first,
@@ -157,13 +153,14 @@ def transformer_layout(transformer: Any) -> Layout:
         layer_sites=_layer_sites(family, blocks, streams),
         patch=_patch(transformer.config.patch_size) if family.spans else None,
         norms=norms_of((name, place.module) for name, place in blocks.items()),
+        rotary=_rotary(family, blocks),
     )
 
 
-def _blocks(transformer: Any, family: Family) -> dict[str, Skippable]:
+def _blocks(transformer: Any, family: Family) -> dict[str, Site]:
     """The blocks by name, as they run."""
     stacks = [
-        [Skippable(f"{path}.{i}", block, returns) for i, block in enumerate(getattr(transformer, path))]
+        [Site(f"{path}.{i}", block, returns=returns) for i, block in enumerate(getattr(transformer, path))]
         for path, _, returns in family.stacks
     ]
     order = chain(*zip(*stacks, strict=True)) if family.in_turn else chain(*stacks)
@@ -180,21 +177,21 @@ def _patch(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[-2], size[-1])
 
 
-def _text(transformer: Any, family: Family, blocks: dict[str, Skippable]) -> dict[str, nn.Module]:
+def _text(transformer: Any, family: Family, blocks: dict[str, Site]) -> dict[str, nn.Module]:
     """The modules whose output depends on the text alone."""
     own = {name: attrgetter(name)(transformer) for name in family.text}
     found = {name: module for name, module in own.items() if module is not None}
     return found | _keys_and_values(blocks, family.cross_attentions)
 
 
-def _keys_and_values(blocks: dict[str, Skippable], attentions: Sequence[str]) -> dict[str, nn.Module]:
+def _keys_and_values(blocks: dict[str, Site], attentions: Sequence[str]) -> dict[str, nn.Module]:
     """The modules that give keys and values in these attentions of all blocks."""
     layers = own_layers([(name, place.module) for name, place in blocks.items()], attentions)
     places = own_layers([(name, place.module) for name, place in layers.items()], ("to_k", "to_v"))
     return {name: place.module for name, place in places.items()}
 
 
-def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable]) -> Stream:
+def _stream(transformer: Any, family: Family, blocks: dict[str, Site]) -> Stream:
     """The tokens' way through the blocks."""
     config = transformer.config
     attentions = own_layers(
@@ -206,39 +203,43 @@ def _stream(transformer: Any, family: Family, blocks: dict[str, Skippable]) -> S
         output=getattr(transformer, family.output),
         patch=config.patch_size,
         noise=config.in_channels,
-        rotary=_rotary(transformer, family, attentions) if family.rotary else None,
     )
 
 
-def _memory(family: Family, attentions: dict[str, Skippable]) -> dict[str, nn.Module]:
+def _memory(family: Family, attentions: dict[str, Site]) -> dict[str, nn.Module]:
     """What gives the keys and values of the image's tokens."""
     # Turned keys are remembered, so that only those that are new are turned.
-    kept = ("norm_k", "to_v") if family.rotary or family.turns else ("to_k", "to_v")
+    kept = ("norm_k", "to_v") if family.rotary else ("to_k", "to_v")
     places = own_layers([(name, place.module) for name, place in attentions.items()], kept)
     return {name: place.module for name, place in places.items()}
 
 
-def _rotary(transformer: Any, family: Family, attentions: dict[str, Skippable]) -> Rotary:
-    """Flux's attentions: they turn queries and keys after their norms."""
-    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-
-    rows = dict.fromkeys(("norm_q", "norm_k"), Rows.IMAGE)
-    rows |= dict.fromkeys(("norm_added_q", "norm_added_k"), Rows.TEXT)
-    return Rotary(
-        positions=getattr(transformer, family.rotary),
-        attentions={name: place.module for name, place in attentions.items()},
-        turned=tuple(
-            # Single blocks have the text in front.
-            Turned(getattr(place.module, norm), name, Rows.JOINT if name.startswith(_SINGLE[0]) else which)
-            for name, place in attentions.items()
-            for norm, which in rows.items()
-            if getattr(place.module, norm, None) is not None
-        ),
-        processor=FluxAttnProcessor,
-    )
+# Of the image's tokens, and of the text's in blocks that have both apart.
+_TURNED = {
+    "norm_q": Rows.IMAGE,
+    "norm_k": Rows.IMAGE,
+    "norm_added_q": Rows.TEXT,
+    "norm_added_k": Rows.TEXT,
+}
 
 
-def _block_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ...]:
+def _rotary(family: Family, blocks: dict[str, Site]) -> dict[str, Rotary]:
+    """The attentions that turn queries and keys."""
+    if not family.rotary:
+        return {}
+    own = own_layers([(name, place.module) for name, place in blocks.items()], family.self_attentions)
+    return {name: Rotary(place.module, family.rotary, _turned(place)) for name, place in own.items()}
+
+
+def _turned(attention: Site) -> tuple[tuple[nn.Module, Rows], ...]:
+    """The norms behind which an attention turns, and the tokens that they are given."""
+    # Single blocks have the text in front.
+    joint = attention.name.startswith(_SINGLE[0])
+    found = ((getattr(attention.module, name, None), rows) for name, rows in _TURNED.items())
+    return tuple((norm, Rows.JOINT if joint else rows) for norm, rows in found if norm is not None)
+
+
+def _block_sites(family: Family, blocks: dict[str, Site]) -> tuple[Site, ...]:
     """The blocks, where each takes the image's tokens and returns them."""
     if any(place.returns is not Returns.TOKENS for place in blocks.values()):
         return ()
@@ -248,16 +249,14 @@ def _block_sites(family: Family, blocks: dict[str, Skippable]) -> tuple[Site, ..
         attentions = own_layers([(name, place.module)], family.self_attentions)
         memory = _memory(family, attentions)
         sites.append(
-            Site(
-                name,
-                place.module,
-                Keeps.UPDATE,
-                name,
-                index,
-                memory,
+            replace(
+                place,
+                keeps=Keeps.UPDATE,
+                block=name,
+                index=index,
+                memory=memory,
                 able=bool(memory),
                 attentions={path: layer.module for path, layer in attentions.items()},
-                turns=family.turns,
                 spans=spans[_stack_of(name)],
             )
         )
@@ -270,7 +269,7 @@ def _spans(family: Family) -> dict[str, Spans]:
     return dict(zip(paths, family.spans or (Spans.VIDEO,) * len(paths), strict=True))
 
 
-def _layer_sites(family: Family, blocks: dict[str, Skippable], streams: bool) -> tuple[Site, ...]:
+def _layer_sites(family: Family, blocks: dict[str, Site], streams: bool) -> tuple[Site, ...]:
     """The attentions and feed-forwards, as they run."""
     names = {path: layers for path, layers, _ in family.stacks}
     sites: list[Site] = []
@@ -281,19 +280,17 @@ def _layer_sites(family: Family, blocks: dict[str, Skippable], streams: bool) ->
     return tuple(sites)
 
 
-def _layer_site(family: Family, layer: Skippable, block: Skippable, index: int, streams: bool) -> Site:
+def _layer_site(family: Family, layer: Site, block: Site, index: int, streams: bool) -> Site:
     """An attention or a feed-forward."""
     child = layer.name.removeprefix(f"{block.name}.")
     kind = _kind(family, child)
     spans = _spans(family)[_stack_of(block.name)]
     joined = (f"{child}_context",) if kind is LayerKind.FEED_FORWARD else ()
-    return Site(
-        layer.name,
-        layer.module,
-        Keeps.OUTPUT,
-        block.name,
-        index,
-        _memory(family, {layer.name: layer}) if kind is LayerKind.SELF_ATTENTION else {},
+    return replace(
+        layer,
+        block=block.name,
+        index=index,
+        memory=_memory(family, {layer.name: layer}) if kind is LayerKind.SELF_ATTENTION else {},
         able=streams and kind is not None,
         spans=spans,
         kind=kind,
@@ -321,7 +318,7 @@ def _single(layers: Sequence[Site], block: nn.Module) -> Site:
         joint=True,
         entry=block.get_submodule("proj_mlp"),
         parts=frozenset(site.name for site in layers) - {last.name},
-        beside=replace(attention, joint=True),
+        fused_attention=replace(attention, joint=True),
     )
 
 

@@ -15,10 +15,10 @@ from torch import nn
 from regrow.models.norms import norms_of
 from regrow.models.table import (
     OUTPUT,
-    Cut,
     Layout,
     Returns,
-    Skippable,
+    Site,
+    SkipPlan,
     TokenBlock,
     own_layers,
     reuse_all,
@@ -47,10 +47,10 @@ def unet_layout(unet: Any) -> Layout | None:
     if unknown_blocks(unet):
         return None
     middle_blocks = [] if unet.mid_block is None else [unet.mid_block]
-    skippable: dict[str, Skippable] = {}
+    skippable: dict[str, Site] = {}
 
     def may_skip(name: str, module: nn.Module, returns: Returns, count: int = 0) -> str:
-        skippable[name] = Skippable(name, module, returns, count)
+        skippable[name] = Site(name, module, returns=returns, count=count)
         return name
 
     entry = may_skip("conv_in", unet.conv_in, Returns.TENSOR)
@@ -78,7 +78,7 @@ def unet_layout(unet: Any) -> Layout | None:
         up_layers += [(b, unit) for unit in _layers(path, block, may_skip)]
         up_blocks.append(may_skip(path, block, Returns.TENSOR))
 
-    head = Cut(frozenset([entry, *down_blocks, *middle, *up_blocks]), frozenset(up_blocks[-1:]))
+    head = SkipPlan(frozenset([entry, *down_blocks, *middle, *up_blocks]), frozenset(up_blocks[-1:]))
     cuts = [OUTPUT]
     for depth in range(1, len(up_layers)):
         skip = set(middle)
@@ -90,7 +90,7 @@ def unet_layout(unet: Any) -> Layout | None:
         for b, unit in up_layers[:first]:
             skip.update(unit if b in running else [up_blocks[b]])
         b, unit = up_layers[first - 1]
-        cuts.append(Cut(frozenset(skip), frozenset({unit[-1] if b in running else up_blocks[b]})))
+        cuts.append(SkipPlan(frozenset(skip), frozenset({unit[-1] if b in running else up_blocks[b]})))
 
     blocks = _token_blocks(unet)
     own = [(b.name, b.block) for b in blocks]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.core.hooks import taken
+from regrow.core.inputs import taken
 from regrow.models import layout_of
 from regrow.recover.fit import Array
 

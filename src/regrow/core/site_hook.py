@@ -1,0 +1,230 @@
+"""What a site does in a call: the one hook that carries out decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from regrow.core.call import Call
+from regrow.core.decision import ALL, SKIP, UNREAD, Some
+from regrow.core.inputs import some_rows, taken
+from regrow.core.memory import placeholders
+from regrow.core.recipe import Recovery
+from regrow.core.store import copied
+from regrow.models.layers import LayerKind
+from regrow.models.table import Keeps, Returns, Site, SkipPlan
+from regrow.recover.time import REUSE
+from regrow.tokens.recover import keep, keep_merged, recover
+from regrow.tokens.select import Subset, put_rows, take_rows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from regrow.core.engine import Engine
+
+Forward = Callable[..., Any]
+
+
+class SiteHook:
+    """A site that does what was decided for it before the call.
+
+    Args:
+        engine: of the denoiser.
+        site: the site.
+        decided: whether the method decides for it; if not, it is left out in cached calls alone.
+    """
+
+    def __init__(self, engine: Engine, site: Site, *, decided: bool) -> None:
+        self.engine, self.site, self.decided = engine, site, decided
+
+    def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        call, site = self.engine.call, self.site
+        if call is None:
+            return forward(*args, **kwargs)
+        if site.keeps is Keeps.NOTHING:
+            return self._pruned(call, forward, args, kwargs)
+        for cut in call.spans:
+            if site.name == cut.entry:
+                call.entered[cut] = taken(args, kwargs)
+        turn = call.turns[site.name] = call.turns.get(site.name, -1) + 1
+        decision = call.decisions.get(site.name, ALL)
+        if decision is UNREAD:
+            call.stood_in.add(site.name)
+            return self._stand_in(call, args, kwargs)
+        tokens = self._tokens(call, args, kwargs)
+        restoring = call.cut if call.cut is not None and site.name in call.cut.restore else None
+        key = _turn(site.key if restoring is None else restoring.key(site.name), turn)
+        # A layer that the last full call left out (skip-layer guidance) has nothing to return.
+        if key in call.slot.store:
+            if decision is SKIP or (tokens is not None and not tokens.tokens.shape[1]):
+                return self._recovered(call, key, args, kwargs)
+            if tokens is not None:
+                computed = self._computed(call, tokens, forward, args, kwargs)
+                return self._completed(call, key, args, kwargs, tokens, computed)
+        out = forward(*args, **kwargs)
+        if call.cut is None and site.returns not in (Returns.TOKENS, Returns.JOINT):
+            call.slot.shapes[site.name] = [t.shape for t in site.tensors(out) if isinstance(t, Tensor)]
+        for cut in call.store:
+            if site.name in cut.restore and not (self.decided and site.name in cut.keys):
+                self._keep(call, cut, turn, out)
+        return self._kept(call, turn, out, args, kwargs) if self.decided else out
+
+    def _tokens(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Subset | None:
+        """The tokens that it computes; None if all."""
+        if not self.decided:
+            return None
+        if self.site.entry is not None:
+            return call.partial.get(self.site.name)
+        return self.engine.sited.enter(call, self.site, args, kwargs)
+
+    def _pruned(self, call: Call, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a layer returns that computes the kept tokens only: the others copy from them."""
+        decision = call.plan.get(self.site.name)
+        selection = call.selections.get(decision.group) if isinstance(decision, Some) else None
+        if selection is None:
+            return forward(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        # IP-Adapter masks, which every attention is given, speak of all tokens to the cross-attention.
+        crosses = self.site.kind is LayerKind.CROSS_ATTENTION
+        if crosses and kwargs.get("ip_adapter_masks") is not None:
+            call.unpruned = "they are given the masks of an IP-Adapter, which are of all tokens"
+            return forward(*args, **kwargs)
+        if x.shape[1] != selection.tokens:
+            call.unpruned = (
+                f"they are given {x.shape[1]} tokens where their grid has {selection.tokens} (another "
+                "library, such as tomesd, merges tokens, or a feed-forward is computed in chunks)"
+            )
+            return forward(*args, **kwargs)
+        call.pruned += 1
+        merges = self.engine.sited.decider.space is Recovery.MEAN
+        short = keep_merged(x, selection) if merges else keep(x, selection)
+        args, kwargs = ((short, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": short})
+        mask = kwargs.get("attention_mask")
+        if mask is not None and self.site.kind is LayerKind.SELF_ATTENTION:
+            index = selection.kept.view(len(selection.kept), *[1] * (mask.ndim - 2), -1)
+            kwargs["attention_mask"] = mask.gather(-1, index.expand(*mask.shape[:-1], -1))
+        return recover(forward(*args, **kwargs), selection)
+
+    def _stand_in(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a site returns that is left out and that nobody reads."""
+        site = self.site
+        if site.returns in (Returns.TOKENS, Returns.JOINT):
+            return site.packed(taken(args, kwargs))
+        like = args[0] if args else kwargs["hidden_states"]
+        shapes = call.slot.shapes.get(site.name)
+        if site.returns is Returns.OWN:
+            assert shapes is not None
+            return like.new_empty(1).expand(shapes[0])
+        return site.packed(placeholders(like, shapes, max(site.count, 1), dense=call.dense))
+
+    def _recovered(self, call: Call, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What it returns where nothing of it is computed."""
+        cut, store = call.cut, call.slot.store
+        call.restored += 1
+        if cut is not None:
+            call.stood_in = {other for other in call.stood_in if not cut.feeds(other, self.site.name)}
+        value = store.at(key, call.step, call.recovery)
+        if cut is not None and cut.entry is not None:
+            # Not to its own input: others may have added to the tokens on the way here (ControlNet).
+            before = call.entered.pop(cut)
+            if call.tokens is not None:
+                value = [value[0], take_rows(value[1], call.tokens.rows(value[1].shape[1]))]
+            return self.site.packed([x if d is None else x + d for x, d in zip(before, value, strict=True)])
+        if self.decided and self.site.keeps is Keeps.UPDATE:
+            return (args[0] if args else kwargs["hidden_states"]) + value
+        # Whoever is given this value may write to it, such as the caller of the denoiser.
+        ours = cut is not None and (call.dense or cut.final) and value is store.last(key)
+        return copied(value) if ours else value
+
+    def _computed(
+        self,
+        call: Call,
+        tokens: Subset,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """What it gives for some of its tokens, in the form that is kept of it."""
+        site = self.site
+        if site.entry is not None:
+            return forward(*args, **kwargs)
+        short = some_rows(tokens, args, kwargs)
+        call.partial[site.name] = tokens
+        given = forward(*short[0], **short[1])
+        del call.partial[site.name]
+        if site.keeps is Keeps.OUTPUT:
+            return given
+        return given - (short[0][0] if short[0] else short[1]["hidden_states"])
+
+    def _completed(
+        self,
+        call: Call,
+        key: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        tokens: Subset,
+        computed: Any,
+    ) -> Any:
+        """What it returns where some of its tokens were computed: the others are recovered."""
+        store = call.slot.store
+        value = store.at(key, call.step, call.recovery)
+        if call.recovery != REUSE:
+            # Of a single value even a forecast is that value itself.
+            value = copied(value)
+        image, new = (value[0], computed[0]) if isinstance(computed, tuple) else (value, computed)
+        put_rows(image, tokens.rows(image.shape[1]), new)
+        value = (image, *computed[1:]) if isinstance(computed, tuple) else image
+        if call.recovery == REUSE:
+            # A forecast is of whole calls alone.
+            store.amend(key, value)
+        if self.site.stream:
+            # The caller of the denoiser may write to its output.
+            return image.clone()
+        call.restored += 1
+        call.pruned += 1
+        if self.site.keeps is Keeps.OUTPUT:
+            return value
+        return (args[0] if args else kwargs["hidden_states"]) + image
+
+    def _keep(self, call: Call, cut: SkipPlan, turn: int, out: Any) -> None:
+        """Keep what calls with a cut recover: what it returned, or what was added to the entry's input."""
+        store, key = call.slot.store, cut.key(self.site.name)
+        if cut.entry is None:
+            key = _turn(key, turn)
+            call.compare(cut, key, out)
+            # Whoever is given this output may write to it, such as the caller of the denoiser.
+            store.add(key, call.step, copied(out) if call.dense or cut.final else out)
+        elif cut in call.entered:
+            before, after = call.entered.pop(cut), self.site.tensors(out)
+            added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
+            text, image = added
+            if call.tokens is None:
+                call.compare(cut, key, added)
+                store.add(key, call.step, added)
+            elif key in store and image is not None:
+                # The other tokens keep what was added to them before.
+                old = store.last(key)[1]
+                put_rows(old, call.tokens.rows(old.shape[1]), image)
+                store.amend(key, [text, old])
+
+    def _kept(
+        self, call: Call, turn: int, out: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Keep what the site gave that the method decides for; what it returns."""
+        site = self.site
+        if call.keeps_sites and site.stream and len(out) != call.info.batch:
+            self.engine.sited.forget(call, site)
+        if not call.keeps_sites:
+            return out
+        x = args[0] if args else kwargs["hidden_states"]
+        value = out if site.keeps is Keeps.OUTPUT else out - x
+        call.slot.store.add(_turn(site.key, turn), call.step, value)
+        # Blocks only read what layers return, but the caller of the denoiser may write to its output.
+        return out.clone() if site.stream else out
+
+
+def _turn(key: str, turn: int) -> str:
+    """What a value is kept under if its module runs several times a call (chunked feed-forwards)."""
+    return key if turn == 0 else f"{key}, turn {turn}"
