@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from regrow.core import checks
 from regrow.core.call import Observer
 from regrow.core.clock import ManualClock, SchedulerClock
 from regrow.core.engine import Engine
 from regrow.core.install import Installed, is_hooked
-from regrow.core.recipe import Recipe, origin_of, recipe_of
+from regrow.core.recipe import origin_of, recipe_of
 from regrow.freeze import check_freezable, schedule_of
 from regrow.methods.names import method_of
-from regrow.models import DENOISERS, denoiser_of, known_layout, other_denoisers
-from regrow.origin import Origin
+from regrow.models import DENOISERS, denoiser_of, other_denoisers
 from regrow.report import RunReport, report_of
-from regrow.schedule import FULL, HEAD, SITES, Schedule
+from regrow.schedule import Schedule
 
 
 class Run:
@@ -155,20 +155,12 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     pipeline = None if target is denoiser else target
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
-    _check_known(parts, denoiser)
-    _check_sites(parts)
+    checks.check_recipe(parts, denoiser)
     engine = Engine(denoiser, parts, keep_text=keep_text)
-    _check_useful(engine, denoiser)
-    engine.found = origin_of(config)
-    for difference in _elsewhere(engine.found, denoiser, getattr(pipeline, "scheduler", scheduler)):
-        engine.warn_once(f"origin {difference}", f"the plan may not suit: {difference}")
-    for name in other_denoisers(pipeline, denoiser):
-        engine.warn_once(
-            f"second {name}",
-            f"the pipeline has a second denoiser, {name}, which is left as it is; for it call "
-            f"regrow.apply(pipeline.{name}, config, scheduler=pipeline.scheduler), or with the scheduler "
-            "that it is sampled by if that is another",
-        )
+    checks.check_useful(engine)
+    engine.origin = origin_of(config)
+    checks.warn_of_origin(engine, getattr(pipeline, "scheduler", scheduler))
+    checks.warn_of_others(engine, other_denoisers(pipeline, denoiser))
     source = (lambda: pipeline.scheduler) if pipeline is not None else (lambda: scheduler)
     if source() is not None and not hasattr(source(), "step"):
         raise TypeError(f"scheduler: {type(source()).__name__} has no step()")
@@ -176,106 +168,3 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     if source() is not None:
         engine.clock = SchedulerClock(source, engine.release, engine.layout.timestep_scale)
     return Run(config, engine, installed, pipeline)
-
-
-def _elsewhere(found: Origin | None, denoiser: nn.Module, scheduler: Any) -> Iterator[str]:
-    """How what a plan was found on differs from what it is applied to."""
-    if found is not None:
-        yield from found.unlike(denoiser, scheduler)
-
-
-def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
-    """Refuse what could only do nothing, warn of what is asked to do nothing."""
-    clash = engine.clash()
-    if clash:
-        raise ValueError(f"target: {clash}")
-    asked = engine.sites is not None and engine.sites.decider.space is not None
-    _check_head(engine, denoiser)
-    attends = engine.sites is not None and engine.sites.attending
-    if attends or engine.watched:
-        _check_attentions(engine, denoiser)
-    _check_depths(engine, denoiser)
-    prunes = any(engine.prunes(step) for step in engine.kinds)
-    if asked:
-        _check_pruned(engine, denoiser)
-    if not prunes and not engine.cuts and not engine.recipe.whole:
-        engine.warn_once(
-            "nothing",
-            "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
-            f"call goes less deep than {engine.layout.depths} layers, and no ratio is above 0",
-        )
-
-
-def _check_known(parts: Recipe, denoiser: nn.Module) -> None:
-    """Refuse calls that leave out a part of a denoiser of which the output alone is known."""
-    if any(step.ratio or step.depth not in (FULL, HEAD, 0) for step in parts.plan.kinds()):
-        known_layout(denoiser)
-
-
-def _check_sites(parts: Recipe) -> None:
-    """Refuse calls that leave to a method what it does not decide."""
-    decides = parts.sites is not None and not parts.sites.by_ratio
-    if not decides and any(step.depth == SITES for step in parts.plan.kinds()):
-        raise ValueError(
-            "depth: 'sites' is not allowed for a method that decides for no single sites; it must be a "
-            "number of layers, 'full', 'layers' or 'head'"
-        )
-
-
-def _check_head(engine: Engine, denoiser: nn.Module) -> None:
-    """Warn of calls that can't compute what lies behind the last block, since that is not known."""
-    if not engine.layout.is_known and any(step.depth == HEAD for step in engine.kinds):
-        engine.warn_once(
-            "head",
-            f"the last block of {type(denoiser).__name__} is not known: calls that should compute what "
-            "lies behind it recover the output instead",
-        )
-
-
-def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
-    """Warn of depths that the model does not have."""
-    deepest = engine.layout.depths
-    beyond = sorted({s.depth for s in engine.kinds if deepest <= s.depth < SITES})
-    if beyond and engine.cuts:
-        engine.warn_once(
-            "depths",
-            f"calls of depth {', '.join(map(str, beyond))} are full: a depth (a branch, plus 1) must be "
-            f"below {deepest} to leave layers of {type(denoiser).__name__} out",
-        )
-
-
-def _check_pruned(engine: Engine, denoiser: nn.Module) -> None:
-    """Warn of calls that should prune, but compute no layer that does."""
-    asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < SITES}
-    idle = sorted({s.depth for s in asked if not engine.prunes(s)})
-    if not idle or engine.sites is None:
-        return
-    calls, deeper = engine.recipe.plan.calls, engine.sites.shallowest
-    pruned = "full calls only" if deeper is None else f"calls of depth {deeper} or more only"
-    if calls is not None:
-        steps = engine.recipe.plan.resample(calls).steps()
-        pruned = f"{sum(engine.prunes(step) for step in steps)} of {calls} calls"
-    hint = f" (depth {deeper} in a schedule, branch={deeper - 1} of DeepCache)" if deeper else ""
-    engine.warn_once(
-        "idle",
-        f"tokens are pruned in {pruned}: those of depth {', '.join(map(str, idle))} compute no layer of "
-        f"{type(denoiser).__name__} that prunes; use a deeper branch{hint}",
-    )
-
-
-def _check_attentions(engine: Engine, denoiser: nn.Module) -> None:
-    """Refuse attentions whose keys can't be kept, or whose queries can't be fewer than their keys."""
-    fused = [name for name, m in denoiser.named_modules() if getattr(m, "fused_projections", False)]
-    if fused:
-        raise ValueError(
-            f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept or "
-            "seen by themselves; call unfuse_qkv_projections() first"
-        )
-    # Sites that stand for themselves (blocks) are computed whole instead.
-    streams = engine.layout.stream is not None
-    others = [one for one in engine.layout.rotary.values() if streams and not one.is_plain]
-    if others:
-        raise ValueError(
-            f"target: {len(others)} attentions have processors of their own (IP-Adapter), so they can't "
-            "compute some of their tokens or be looked at; call unload_ip_adapter() first"
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.control import Control
+from regrow.core import checks
 from regrow.core.branches import Branches
 from regrow.core.call import Call, CallRecord, Generation, Observation, Observer
 from regrow.core.clock import Clock, ConcurrentGenerationError, ManualClock, OutsideError, Position
@@ -31,11 +32,7 @@ from regrow.core.others import (
     adapter_state,
     attentions_in,
     grounding_of,
-    hooked_by_others,
-    keeps_maps,
-    other_caches,
     shape_of,
-    wrapped_by_others,
 )
 from regrow.core.recipe import CallInfo, Recipe
 from regrow.core.sites import Sites
@@ -45,7 +42,7 @@ from regrow.core.watch import Watched
 from regrow.models import layout_of
 from regrow.models.table import TOKENS, SkipPlan, decided
 from regrow.origin import Origin
-from regrow.recover.time import REUSE, TimeRecovery
+from regrow.recover.time import TimeRecovery
 from regrow.schedule import FULL, SITES, Step
 
 # Calls of a generation that are noted, so that a loop of training with a method applied fills no memory.
@@ -81,12 +78,6 @@ class Engine:
         self._shape, self._twin = shape_of(denoiser), Twin.none()
         self.kinds = recipe.plan.kinds()
         self.control = recipe.plan if isinstance(recipe.plan, Control) else None
-        streams = recipe.sites is not None and recipe.sites.full_calls > 0
-        if streams and any(step.recovery != REUSE for step in self.kinds):
-            raise ValueError(
-                "recovery: a forecast is not allowed where the tokens of whole calls are chosen, of which "
-                "each is as old as its last choice; it must be 'reuse'"
-            )
         self.names = arguments_of(denoiser)
         self._warned: set[str] = set()
         self._said = ""
@@ -94,7 +85,7 @@ class Engine:
         self.call: Call | None = None
         self.generation: Generation | None = None
         self.observers: list[Observer] = []
-        self.found: Origin | None = None
+        self.origin: Origin | None = None
         self._busy: int | None = None
         self._aside = False
         self._unfit = ""
@@ -255,31 +246,12 @@ class Engine:
             self.generation = None
             controlled = Controlled(self.control, position.total, position.index)
             steps = [self.control.measured] * position.total
-        differs = self._unlike(position)
-        if differs:
-            self.warn_once("run", differs)
-        elif self.found is not None and not self.recipe.whole and self.found.calls != position.total:
-            self.warn_once(
-                "origin calls",
-                f"the plan was found for {self.found.calls} calls; this generation has {position.total}",
-            )
-        planned = self.recipe.plan.calls
-        if planned is not None and 2 * position.total < planned and not differs:
-            self.warn_once(
-                "resampled",
-                f"the schedule is for {planned} calls and is resampled to {position.total}; so few may "
-                "need another: find one by regrow search --steps, or use a method without a schedule",
-            )
+        checks.warn_of_run(self, position)
         # Of the denoiser itself hooks are called in every call, and who wraps it wraps what we do as well.
         skipped = sorted(frozenset().union(*(cut.skip for cut in self.cuts.values())) - {""})
-        whole = self.clash() or self._listened(skipped)
-        wrapped = wrapped_by_others(self.denoiser, skipped)
-        if wrapped and not whole:
-            self.warn_once(
-                "wrapped",
-                f"{wrapped}, for one, has a forward method of somebody's own, which is not called in calls "
-                "that leave that module out",
-            )
+        whole = checks.beside_others(self) or checks.listened(self.denoiser, skipped)
+        if not whole:
+            checks.warn_of_wrapped(self, skipped)
         generation = Generation(
             steps,
             self.cuts,
@@ -295,20 +267,6 @@ class Engine:
         if self.sites is not None and not whole:
             self.sites.warn_of_whole_calls(generation.steps[position.index :], self.cuts)
         return generation
-
-    def _unlike(self, position: Position) -> str:
-        """How a generation that begins differs from the run that the plan is for; empty if it does not."""
-        clock, made_for = self.clock, self.recipe.made_for
-        if clock is None or made_for is None:
-            return ""
-        return made_for.unlike(clock.steps, position.total, position.index, clock.timesteps)
-
-    def _listened(self, skipped: Sequence[str]) -> str:
-        """Why modules can't be left out that somebody listens to; empty if nobody does."""
-        module = hooked_by_others(self.denoiser, skipped)
-        if not module:
-            return ""
-        return f"{module}, for one, has a forward hook, whose owner would get nothing to read of it"
 
     def _look(self) -> Twin:
         """What the denoiser is now, with a model to count by if it is not what the method was applied to.
@@ -327,54 +285,6 @@ class Engine:
         """Whether the denoiser has no weights, as one that calls are counted by."""
         return next(self.denoiser.parameters()).is_meta
 
-    def clash(self) -> str:
-        """Why the method can't act beside another cache; empty if it can, or if there is none."""
-        caches = " and ".join(other_caches(self.denoiser))
-        if not caches:
-            return ""
-        if self.sites is not None:
-            return (
-                f"diffusers' {caches} is on, which would hand outputs for some tokens on to others; call "
-                "disable_cache() first"
-            )
-        self.warn_once(
-            "other caches",
-            f"diffusers' {caches} is on as well and leaves out work of its own, which the report doesn't "
-            "know of; call disable_cache() to see what regrow does",
-        )
-        return ""
-
-    def _left_maps(self) -> str:
-        """Why calls can't leave out attentions; empty if they can."""
-        keeper = next((name for name, attention in self._attentions if keeps_maps(attention)), "")
-        if not keeper:
-            return ""
-        return (
-            f"attention processors, that of {keeper} for one, keep attention maps that somebody reads "
-            "afterwards, and calls that leave attentions or tokens out make none"
-        )
-
-    def _finish(self, generation: Generation) -> None:
-        """Say if a generation that is over saved nothing though the method would."""
-        known = [record for record in generation.records if record.position is not None]
-        would = any(step.ratio or self.cuts.get(step.depth) is not None for step in self.kinds)
-        saved = any(record.depth != FULL or record.ratio for record in known)
-        if not known or not would or saved or generation.whole or "whole" in self._warned:
-            return
-        position = known[-1].position
-        if position is None or position.index < position.total - 1:
-            # Interrupted.
-            return
-        reasons = [record.reason for record in known if record.reason]
-        reason = max(set(reasons), key=reasons.count) if reasons else ""
-        if len(known) == 1:
-            reason = "the first call of a run always is"
-        self.warn_once(
-            "saved nothing",
-            f"a generation saved nothing: all of its {len(known)} calls were computed in full"
-            + (f" ({reason})" if reason else ""),
-        )
-
     def _decide(
         self,
         position: Position,
@@ -387,7 +297,7 @@ class Engine:
         if position.begins or generation is None or not generation.steps:
             generation = self.generation = self._begin_generation(position, sample.device)
         # Adapters come within a generation, and pipelines put processors on when they will.
-        generation.whole = generation.whole or self._unfit or self._left_maps()
+        generation.whole = generation.whole or self._unfit or checks.keeps_maps(self._attentions)
         if generation.whole:
             reason = generation.whole
             self.warn_once(f"whole {reason}", f"calls of a generation are computed in full: {reason}")
@@ -442,7 +352,7 @@ class Engine:
         if not self.call.knows_text:
             # A module that this call skips must not hand on another text's output later.
             slot.store.drop(*self.layout.text)
-        self.call.can_subset = not generation.whole and self._can_subset(slot)
+        self.call.can_subset = not generation.whole and checks.can_subset(self, slot)
         ratio = 0.0
         if self.sites is not None:
             self.call.plan = plan = self.sites.settled(plan, self.call, inputs)
@@ -567,29 +477,6 @@ class Engine:
         # Pipelines of classes step both halves; their labels told.
         return batch is None or self.layout.conditional_first or 2 * batch == sample.shape[0]
 
-    def _can_subset(self, slot: BranchMemory) -> bool:
-        """Whether some of the image's tokens can be computed, and attentions be looked at."""
-        sites = self.sites is not None and self.sites.can_subset
-        if self.layout.stream is None:
-            return sites
-        if not sites:
-            return False
-        whole = self.sites is None or self.sites.stream is not None
-        instead = "all tokens are computed" if whole else "layers hand on their last output whole"
-        if slot.grid is None:
-            self.warn_once("grid", f"{instead}, because the tokens are not those of one picture (Kontext)")
-        elif not all(rotary.is_plain for rotary in self.turning.values()):
-            self.warn_once(
-                "processor",
-                f"{instead}, because attention processors were replaced after regrow.apply (IP-Adapter), "
-                "so that queries can't be turned before the attention",
-            )
-        else:
-            return True
-        # What was kept gets old.
-        slot.outputs.clear()
-        return False
-
     def end(self, output: Any) -> bool:
         """The call is over; False if its output must not be used.
 
@@ -655,7 +542,8 @@ class Engine:
         if self.generation is not None and not self.generation.ended:
             self.generation.slots.clear()
             self.generation.branches = Branches()
-            self._finish(self.generation)
+            if "whole" not in self._warned:
+                checks.warn_of_nothing_saved(self, self.generation)
             self.generation.ended = True
 
     @contextmanager
