@@ -225,7 +225,9 @@ def test_a_series_that_is_continued_exactly_is_skipped_up_to_the_longest(order: 
             deviation = store.deviation("x", index, recovery, value.double())
             if deviation is not None:
                 controlled.add(index, Reading(deviation))
-            store.add("x", index, value.double())
+            store.begin(index)
+            store.add("x", value.double())
+            store.end()
             full.append(index)
     gaps = [b - a for a, b in pairwise(full)]
     assert max(gaps) == 7
@@ -241,7 +243,9 @@ def test_the_deviation_is_that_of_the_weighted_sum_from_what_was_computed() -> N
     store, times = Store([Taylor(order=2)], 20), (1, 4, 5)
     assert store.deviation("x", 0, Taylor(order=2), values[0]) is None
     for time, value in zip(times, values, strict=False):
-        store.add("x", time, value)
+        store.begin(time)
+        store.add("x", value)
+        store.end()
     weights = Taylor(order=2).weights(times, 9, 20)
     rows = torch.stack([torch.cat([t.flatten() for t in value]) for value in values])
     wanted = (rows[3] - torch.tensor(weights) @ rows[:3]).norm() / rows[3].norm()

@@ -42,12 +42,19 @@ def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def add(store: Store, key: str, step: int, value: Any) -> None:
+    """A call of a step that computes one value."""
+    store.begin(step)
+    store.add(key, value)
+    store.end()
+
+
 def added(
     store: Store, times: Sequence[int], *shape: int, key: str = "site", first: int = 0
 ) -> list[Tensor]:
     values = [drawn(first + time, *shape) for time in times]
     for time, value in zip(times, values, strict=True):
-        store.add(key, time, value)
+        add(store, key, time, value)
     return values
 
 
@@ -118,7 +125,7 @@ def test_memory_does_not_grow_with_the_run(used: list[TimeRecovery], values: int
     for step in range(40):
         value = drawn(step, 2, 3)
         given_values.append(weakref.ref(value))
-        store.add("site", step, value)
+        add(store, "site", step, value)
         del value
     assert tensors_alive() - before == values + sums
     assert [ref() is not None for ref in given_values] == [False] * (40 - values) + [True] * values
@@ -148,7 +155,7 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(
     store, values = Store([recovery], TOTAL), []
     for step in range(0, 40, 2):
         values.append(drawn(step, 16, 16).to(dtype))
-        store.add("site", step, values[-1])
+        add(store, "site", step, values[-1])
     found = store.at("site", 40, recovery)
     exact = summed(recovery, range(0, 40, 2), 40, values)
     assert found.dtype == dtype
@@ -176,7 +183,7 @@ def test_nested_values_are_summed_part_by_part() -> None:
 
     store = Store([Taylor()], TOTAL)
     for step in (0, 1):
-        store.add("site", step, value(step))
+        add(store, "site", step, value(step))
     found = store.at("site", 3, Taylor())
     # The line through the values at 0 and 1.
     first, last = value(0), value(1)
@@ -194,8 +201,8 @@ def test_nested_values_are_summed_part_by_part() -> None:
 def test_outputs_of_diffusers_keep_their_type() -> None:
     store = Store([Taylor()], TOTAL)
     for step in (0, 1):
-        store.add("plain", step, Transformer2DModelOutput(sample=drawn(step, 2)))
-        store.add("pair", step, Pair(sample=drawn(step, 2), extra=[drawn(50 + step, 1)]))
+        add(store, "plain", step, Transformer2DModelOutput(sample=drawn(step, 2)))
+        add(store, "pair", step, Pair(sample=drawn(step, 2), extra=[drawn(50 + step, 1)]))
     plain, pair = store.at("plain", 2, Taylor()), store.at("pair", 2, Taylor())
     assert type(plain) is Transformer2DModelOutput
     assert type(pair) is Pair

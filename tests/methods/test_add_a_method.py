@@ -106,7 +106,9 @@ def test_the_recovery_goes_a_part_of_the_way(recovery: Any, times: tuple[int, ..
     assert damped == recovery.Damped(part=0.25)
     store = Store([damped], 12)
     for time in times:
-        store.add("site", time, torch.full((2, 3), 2.0 + 3.0 * time))
+        store.begin(time)
+        store.add("site", torch.full((2, 3), 2.0 + 3.0 * time))
+        store.end()
     for t in (10, 11):
         expected = 2.0 + 3.0 * times[-1] + 0.25 * 3.0 * (t - times[-1])
         assert store.at("site", t, damped)[0, 0] == pytest.approx(expected)

@@ -137,6 +137,7 @@ class Call:
         slot: memory of the branch.
         step: of the sampler, in which it is.
         recovery: how what is skipped follows from earlier calls.
+        forecasts: that is more than the last value.
         cut: what is skipped; None in a full call.
         store: the cuts whose features this call keeps.
         dense: skipped modules hand on zeros of the true shape.
@@ -170,6 +171,7 @@ class Call:
     slot: BranchMemory
     step: int
     recovery: TimeRecovery
+    forecasts: bool
     cut: SkipPlan | None
     store: tuple[SkipPlan, ...]
     dense: bool
@@ -201,6 +203,11 @@ class Call:
         """Measure how far the forecast of what a cut restores is from a value, before it is kept."""
         if self.compares is not None and self.compares[0] == cut and self.deviation is None:
             self.deviation = self.slot.store.deviation(key, self.step, self.compares[1], value)
+
+    def recovered(self, key: str) -> Any:
+        """What follows from the values of a site, by its key; the last one itself where it is reused."""
+        store = self.slot.store
+        return store.at(key, self.step, self.recovery) if self.forecasts else store.last(key)
 
     def reuses(self, layer: str) -> bool:
         """Whether a layer returns what follows from earlier calls, whatever it is given."""

@@ -6,17 +6,20 @@ from typing import Any
 
 import torch
 
+from regrow.core.install import COMPILED
 from regrow.models import known_layout
 
-GRAPHS = 64
+GRAPHS = 8
+"""Kinds of calls that a block may be compiled for; a method that picks single layers has the most."""
 
 
 def compile_blocks(denoiser: Any, **options: Any) -> None:
     """Compile the transformer blocks of a denoiser, also of those for which diffusers names none.
 
-    Sets ``torch._dynamo.config.recompile_limit`` to 64 if it is lower: a method that picks single layers
-    makes a graph for each, and at torch's own limit of 8 the rest would stay uncompiled. Every
-    `regrow.apply` puts on new hooks, which are compiled anew: apply once, and generate often.
+    A block is compiled once for each kind of call: the first full one, the other full ones, cached ones.
+    A method that is taken off and applied again is not compiled again. Blocks share their code, of which
+    torch compiles 8 variants: ``torch._dynamo.config.recompile_limit`` is raised to 8 a block, and
+    ``accumulated_recompile_limit`` with it.
 
     Args:
         denoiser: a model of diffusers, such as ``pipe.transformer``.
@@ -25,10 +28,14 @@ def compile_blocks(denoiser: Any, **options: Any) -> None:
     Raises:
         UnsupportedModelError: if neither diffusers nor a table of regrow's tells which they are.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     try:
         denoiser.compile_repeated_blocks(**options)
     except ValueError:
         # SD3, PixArt and DiT.
         for path in {site.block for site in known_layout(denoiser).layer_sites}:
             denoiser.get_submodule(path).compile(**options)
+    blocks = sum(module._compiled_call_impl is not None for module in denoiser.modules())
+    config: Any = torch._dynamo.config
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(config, limit, max(getattr(config, limit), GRAPHS * blocks))
+    denoiser.__dict__.setdefault(COMPILED, {})

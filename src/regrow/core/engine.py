@@ -42,7 +42,7 @@ from regrow.core.watch import Watched
 from regrow.models import layout_of
 from regrow.models.table import TOKENS, SkipPlan, decided
 from regrow.origin import Origin
-from regrow.recover.time import TimeRecovery
+from regrow.recover.time import REUSE, TimeRecovery
 from regrow.schedule import FULL, SITES, Step
 
 # Calls of a generation that are noted, so that a loop of training with a method applied fills no memory.
@@ -99,8 +99,8 @@ class Engine:
         self.cuts = self._used_cuts()
         if self.sites is not None:
             self.sites.check(self.cuts)
-        attends = self.sites is not None and self.sites.attending
-        self.turning = self.layout.rotary if attends or self.watched else {}
+        turning = set() if self.sites is None else self.sites.turning
+        self.turning = {name: one for name, one in self.layout.rotary.items() if name in turning}
         self._left_out = {cut: _decisions(cut) for cut in self.cuts.values()}
         self._attentions = attentions_in(self.denoiser, self._acts_in())
         self._grounding = grounding_of(self.denoiser)
@@ -304,6 +304,7 @@ class Engine:
         given = {k: v for k, v in inputs.items() if k not in (self.layout.sample, self.layout.time)}
         branch = generation.branches.find(given, position.index)
         slot = self._slot(generation, branch, sample, inputs, args, kwargs)
+        slot.store.begin(position.index)
         if generation.controlled is not None:
             generation.steps[position.index] = generation.controlled.step(position.index)
         planned = generation.steps[position.index]
@@ -340,6 +341,7 @@ class Engine:
             slot=slot,
             step=position.index,
             recovery=planned.recovery,
+            forecasts=planned.recovery != REUSE,
             cut=cut,
             store=store,
             spans=tuple(one for one in cuts if one.entry is not None),
@@ -494,6 +496,7 @@ class Engine:
             self.warn_once("restored", f"a call of the denoiser is computed again, in full: {reason}")
             records[-1] = replace(records[-1], depth=FULL, ratio=0.0, age=0, reason=reason, recovery="")
             return False
+        call.slot.store.end()
         if call.cut is not None and not call.restored:
             reason = call.unpruned or "the modules that would reuse were not called"
             if not call.unpruned:

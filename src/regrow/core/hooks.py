@@ -91,12 +91,12 @@ class FusedAttentionHook:
         if call is None or tokens is None:
             out = forward(*args, **kwargs)
             if call is not None and call.cut is None and not attention.able:
-                call.slot.store.add(attention.key, call.step, out)
+                call.slot.store.add(attention.key, out)
             return out
         if attention.able:
             args, kwargs = some_rows(tokens, args, kwargs)
             return forward(*args, **kwargs)
-        last = call.slot.store.at(attention.key, call.step, call.recovery)
+        last = call.recovered(attention.key)
         return take_rows(last, tokens.rows(last.shape[1]))
 
 

@@ -44,21 +44,35 @@ class _Around:
     """
 
     def __init__(self, module: nn.Module, hooks: Sequence[Hook], below: Forward | None) -> None:
-        self.kind, self.below, self.retired = type(module), below, False
+        self.module, self.kind, self.below = module, type(module), below
         self.inner: Forward = functools.partial(self.kind.forward, module) if below is None else below
-        self.hooked = self.inner
+        self.serve(hooks)
+
+    def serve(self, hooks: Sequence[Hook]) -> None:
+        """Have these hooks around the module from now on."""
+        self.hooked, self.retired = self.inner, False
         for hook in hooks:
-            self.hooked = functools.partial(hook, module, self.hooked)
+            self.hooked = functools.partial(hook, self.module, self.hooked)
+
+    def retire(self) -> None:
+        """Pass everything through from now on."""
+        self.hooked, self.retired = self.inner, True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.inner(*args, **kwargs) if self.retired else self.hooked(*args, **kwargs)
 
 
 class _Place:
-    """A module that hooks lie around while a call of the denoiser lasts."""
+    """A module that hooks lie around while a call of the denoiser lasts.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    Args:
+        module: the module.
+        name: its path.
+        known: by path, what lay around modules of compiled blocks before.
+    """
+
+    def __init__(self, module: nn.Module, name: str, known: dict[str, _Around] | None) -> None:
+        self.module, self.name, self._known = module, name, known
         self.hooks: list[Hook] = []
         self._around: _Around | None = None
 
@@ -72,8 +86,19 @@ class _Place:
         # One object as long as nothing changes: compiled blocks would be compiled anew for another.
         if last is None or last.below is not below or last.kind is not type(self.module):
             self.retire()
-            self._around = _Around(self.module, self.hooks, below)
+            self._around = self._lying_around(below)
         self.module.__dict__["forward"] = self._around
+
+    def _lying_around(self, below: Forward | None) -> _Around:
+        """Hooks around a forward method; with compiled blocks, in what lay around it in a run before."""
+        known = {} if self._known is None else self._known
+        around = known.get(self.name)
+        fits = around is not None and around.retired and around.module is self.module
+        if around is None or not fits or around.below is not below or around.kind is not type(self.module):
+            around = known[self.name] = _Around(self.module, self.hooks, below)
+        else:
+            around.serve(self.hooks)
+        return around
 
     def detach(self) -> None:
         """Leave the module as it was, unless somebody replaced its forward method within the call."""
@@ -91,7 +116,7 @@ class _Place:
     def retire(self) -> None:
         """Let what others may have kept of this place pass everything through from now on."""
         if self._around is not None:
-            self._around.retired = True
+            self._around.retire()
 
 
 class Installed:
@@ -209,7 +234,9 @@ class Installed:
         self._hook(watched.module, ObserveHook(engine, watched))
 
     def _hook(self, module: nn.Module, hook: Hook) -> None:
-        self._places.setdefault(self._names[module], _Place(module)).hooks.append(hook)
+        name = self._names[module]
+        known = self._engine.denoiser.__dict__.get(COMPILED)
+        self._places.setdefault(name, _Place(module, name, known)).hooks.append(hook)
 
 
 def _edges(
@@ -228,6 +255,10 @@ def _edges(
                 yield module._modules, child, below
             module = below
 
+
+# Where a denoiser with compiled blocks keeps what lies around its modules, from run to run: code is
+# compiled for these very objects.
+COMPILED = "_regrow_compiled"
 
 # What torch calls when a module is called: its hooks, then the forward method that it has now. A hook of
 # torch's own comes too late to stand in for the latter.

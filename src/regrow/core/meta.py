@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from regrow.core.others import is_of_diffusers
 
 # What others, and torch, leave on modules that has no part in what they compute.
-_WRAPPINGS = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_call_impl", "_compiled_call_impl")
+_WRAPPINGS = (
+    "forward",
+    "_old_forward",
+    "_hf_hook",
+    "_diffusers_hook",
+    "_call_impl",
+    "_compiled_call_impl",
+    "_regrow_compiled",
+)
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",

@@ -15,7 +15,6 @@ from regrow.core.recipe import Recovery
 from regrow.core.store import copied
 from regrow.models.layers import LayerKind
 from regrow.models.table import Keeps, Returns, Site, SkipPlan
-from regrow.recover.time import REUSE
 from regrow.tokens.recover import keep, keep_merged, recover
 from regrow.tokens.select import Subset, put_rows, take_rows
 
@@ -57,12 +56,11 @@ class SiteHook:
         restoring = call.cut if call.cut is not None and site.name in call.cut.restore else None
         key = _turn(site.key if restoring is None else restoring.key(site.name), turn)
         # A layer that the last full call left out (skip-layer guidance) has nothing to return.
-        if key in call.slot.store:
-            if decision is SKIP or (tokens is not None and not tokens.tokens.shape[1]):
+        if (decision is SKIP or tokens is not None) and key in call.slot.store:
+            if tokens is None or not tokens.tokens.shape[1]:
                 return self._recovered(call, key, args, kwargs)
-            if tokens is not None:
-                computed = self._computed(call, tokens, forward, args, kwargs)
-                return self._completed(call, key, args, kwargs, tokens, computed)
+            computed = self._computed(call, tokens, forward, args, kwargs)
+            return self._completed(call, key, args, kwargs, tokens, computed)
         out = forward(*args, **kwargs)
         if call.cut is None and site.returns not in (Returns.TOKENS, Returns.JOINT):
             call.slot.shapes[site.name] = [t.shape for t in site.tensors(out) if isinstance(t, Tensor)]
@@ -125,7 +123,7 @@ class SiteHook:
         call.restored += 1
         if cut is not None:
             call.stood_in = {other for other in call.stood_in if not cut.feeds(other, self.site.name)}
-        value = store.at(key, call.step, call.recovery)
+        value = call.recovered(key)
         if cut is not None and cut.entry is not None:
             # Not to its own input: others may have added to the tokens on the way here (ControlNet).
             before = call.entered.pop(cut)
@@ -169,14 +167,14 @@ class SiteHook:
     ) -> Any:
         """What it returns where some of its tokens were computed: the others are recovered."""
         store = call.slot.store
-        value = store.at(key, call.step, call.recovery)
-        if call.recovery != REUSE:
+        value = call.recovered(key)
+        if call.forecasts:
             # Of a single value even a forecast is that value itself.
             value = copied(value)
         image, new = (value[0], computed[0]) if isinstance(computed, tuple) else (value, computed)
         put_rows(image, tokens.rows(image.shape[1]), new)
         value = (image, *computed[1:]) if isinstance(computed, tuple) else image
-        if call.recovery == REUSE:
+        if not call.forecasts:
             # A forecast is of whole calls alone.
             store.amend(key, value)
         if self.site.stream:
@@ -195,14 +193,14 @@ class SiteHook:
             key = _turn(key, turn)
             call.compare(cut, key, out)
             # Whoever is given this output may write to it, such as the caller of the denoiser.
-            store.add(key, call.step, copied(out) if call.dense or cut.final else out)
+            store.add(key, copied(out) if call.dense or cut.final else out)
         elif cut in call.entered:
             before, after = call.entered.pop(cut), self.site.tensors(out)
             added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
             text, image = added
             if call.tokens is None:
                 call.compare(cut, key, added)
-                store.add(key, call.step, added)
+                store.add(key, added)
             elif key in store and image is not None:
                 # The other tokens keep what was added to them before.
                 old = store.last(key)[1]
@@ -220,7 +218,7 @@ class SiteHook:
             return out
         x = args[0] if args else kwargs["hidden_states"]
         value = out if site.keeps is Keeps.OUTPUT else out - x
-        call.slot.store.add(_turn(site.key, turn), call.step, value)
+        call.slot.store.add(_turn(site.key, turn), value)
         # Blocks only read what layers return, but the caller of the denoiser may write to its output.
         return out.clone() if site.stream else out
 

@@ -97,6 +97,14 @@ class Sites:
             if layer.kind in kinds and layer.name in own:
                 yield layer.name, layer.module, layer
 
+    @property
+    def turning(self) -> set[str]:
+        """The attentions whose queries and keys are turned by position where they are made, if at all."""
+        watched = {one.name for one in self.watched}
+        if not self.attending and not watched:
+            return set()
+        return watched | {*self.attending} | {name for s in self.decider.sites for name in s.attentions}
+
     def tokens_of(self, call: Call, attention: str) -> Subset | None:
         """The tokens that an attention, given by its path, computes in a call; None if all."""
         return call.partial.get(self.attending.get(attention, ""))

@@ -42,6 +42,9 @@ class Store:
         self._recoveries, self._total = tuple(dict.fromkeys(recoveries)), total
         self._window = max([1, *(r.window for r in self._recoveries)])
         self._kept: dict[str, _History] = {}
+        self._step = 0
+        self._again: frozenset[str] = frozenset()
+        self._new: dict[str, None] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._kept
@@ -57,26 +60,36 @@ class Store:
         """Keep a value alone, whatever its site had before."""
         self._kept[key] = _History([0], [value])
 
-    def add(self, key: str, step: int, value: Value) -> None:
-        """Keep a value that was computed in a step.
+    def begin(self, step: int) -> None:
+        """A call of a step begins; what was kept of one that was interrupted is dropped."""
+        self.drop(*list(self._new))
+        self._step = step
+        # A step that is computed again begins a run, or is another call of the same step.
+        self._again = frozenset(key for key, kept in self._kept.items() if kept.times[-1] >= step)
+
+    def add(self, key: str, value: Value) -> None:
+        """Keep a value that the present call computed.
 
         Values of other shapes before it are dropped, and so are all if the last is of this step or a later
-        one.
+        one. Nothing here depends on the step itself, so that it can be compiled once for all.
         """
         history = self._kept.get(key)
-        if history is None or _shapes(history.values[-1]) != _shapes(value) or history.times[-1] >= step:
-            # A step that is computed again begins a run, or another call of the same step.
+        again = key in self._again or key in self._new
+        if history is None or again or _shapes(history.values[-1]) != _shapes(value):
             history = self._kept[key] = _History()
-        history.times.append(step)
         history.values = [*history.values, value][-self._window :]
-        for recovery in self._recoveries:
-            factors = recovery.basis(step, self._total)
-            before = history.sums.get(recovery)
-            if factors:
-                history.sums[recovery] = [
-                    combine([value], [f]) if before is None else combine([before[i], value], [1.0, f])
-                    for i, f in enumerate(factors)
-                ]
+        self._new[key] = None
+
+    def end(self) -> None:
+        """The call is over: note the step of what it computed."""
+        for key in self._new:
+            history = self._kept[key]
+            history.times.append(self._step)
+            for recovery in self._recoveries:
+                factors = recovery.basis(self._step, self._total)
+                if factors:
+                    history.sums[recovery] = _added(history.sums.get(recovery), history.values[-1], factors)
+        self._new = {}
 
     def last(self, key: str) -> Value:
         """The last computed value itself; who writes to it changes what is kept."""
@@ -86,6 +99,7 @@ class Store:
         """Put a value in the place of the last one of its site."""
         self._kept[key].values[-1] = value
 
+    @torch.compiler.disable
     def at(self, key: str, step: int, recovery: TimeRecovery) -> Value:
         """What a recovery makes of the computed values for a step.
 
@@ -99,6 +113,7 @@ class Store:
         values = history.values[-len(of_values) :]
         return combine([*values, *sums], [*of_values, *of_sums], like=values[-1])
 
+    @torch.compiler.disable
     def deviation(self, key: str, step: int, recovery: TimeRecovery, value: Value) -> Tensor | None:
         """How far what a recovery makes for a step is from what was computed: ``|value - made| / |value|``.
 
@@ -133,6 +148,14 @@ class Store:
         """Forget sites, if they are known."""
         for key in keys:
             self._kept.pop(key, None)
+            self._new.pop(key, None)
+
+
+def _added(sums: Sequence[Value] | None, value: Value, factors: Weights) -> list[Value]:
+    """Sums to which a value was added, with a factor for each."""
+    if sums is None:
+        return [combine([value], [factor]) for factor in factors]
+    return [combine([before, value], [1.0, f]) for before, f in zip(sums, factors, strict=True)]
 
 
 def combine(values: Sequence[Value], weights: Weights | Sequence[float], like: Value = None) -> Value:
