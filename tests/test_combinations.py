@@ -1,5 +1,7 @@
 """Together with what users switch on beside it: compiled blocks, model offload."""
 
+import copy
+
 import pipelines
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_compiled_blocks_give_the_same_without_graph_breaks(pipeline, config):
         expected = generate(pipeline)
     torch._dynamo.reset()
     counters.clear()
-    pipeline.unet.compile_repeated_blocks(backend="eager")
+    compile_blocks(pipeline.unet, backend="eager")
     with regrow.apply(pipeline, config):
         compiled = generate(pipeline)
         assert not counters["graph_break"]
@@ -53,6 +55,29 @@ def test_compiled_blocks_give_the_same_without_graph_breaks(pipeline, config):
     assert torch.allclose(expected, compiled, atol=1e-4)
     assert torch.equal(compiled, again)
     assert counters["stats"]["unique_graphs"] == graphs, "a second generation compiles nothing"
+    with regrow.apply(pipeline, config):
+        again = generate(pipeline)
+    assert torch.equal(compiled, again)
+    assert counters["stats"]["unique_graphs"] == graphs, "nor does applying it again"
+
+
+@pytest.mark.slow
+def test_layers_are_compiled_once_for_all_steps_and_once_for_all_runs() -> None:
+    """The first full call, the others, and cached calls: three graphs a block, however many steps."""
+    pipe, config = transformer_pipelines.dit(), regrow.FORA(interval=2)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(pipe.transformer, backend="eager")
+    blocks, found = len(pipe.transformer.transformer_blocks), []
+    for steps in (6, 11):
+        with regrow.apply(pipe, config):
+            transformer_pipelines.generate(pipe, num_inference_steps=steps)
+        found.append(counters["stats"]["unique_graphs"])
+    # What the first block is given may lie in memory otherwise.
+    assert 3 * blocks <= found[0] <= 3 * (blocks + 1)
+    assert found[1] == found[0]
+    assert not counters["graph_break"]
+    assert "forward" not in copy.deepcopy(pipe.transformer).transformer_blocks[0].ff.__dict__
 
 
 @pytest.mark.slow

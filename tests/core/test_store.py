@@ -105,7 +105,8 @@ def test_sites_are_apart() -> None:
 
 
 def tensors_alive() -> int:
-    gc.collect()
+    while gc.collect():
+        pass
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
 
@@ -129,6 +130,19 @@ def test_memory_does_not_grow_with_the_run(used: list[TimeRecovery], values: int
         del value
     assert tensors_alive() - before == values + sums
     assert [ref() is not None for ref in given_values] == [False] * (40 - values) + [True] * values
+
+
+def test_values_of_a_call_that_was_interrupted_are_forgotten() -> None:
+    """Else a value would be taken for one of the step before."""
+    store = Store([Taylor(order=1)], TOTAL)
+    added(store, (0, 1), 2, 3)
+    store.begin(2)
+    store.add("site", drawn(9, 2, 3))
+    store.begin(2)
+    assert "site" not in store
+    store.add("site", drawn(2, 2, 3))
+    store.end()
+    assert torch.equal(store.at("site", 3, Taylor(order=1)), drawn(2, 2, 3))
 
 
 def test_values_of_another_shape_begin_anew() -> None:
