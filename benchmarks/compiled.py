@@ -2,9 +2,9 @@
 
     python benchmarks/compiled.py --model cifar10 --methods fora:2 fora:3 toca deepcache:3
 
-Each method runs on a bundled model as it is and with its blocks compiled. Graphs are counted after the first
-generation (of fewer steps than the others), after the second, and after the method was taken off and applied
-again. Then generations of all variants are timed in turns; figures are medians over rounds.
+Each method runs on a bundled model as it is and with its blocks compiled. Graphs are counted after the
+first generation (of fewer steps than the others), after the second, and after the method was taken off and
+applied again. Then generations of all variants are timed in turns; figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -92,18 +92,16 @@ def compiled_row(timed: Timed, method: str, steps: int) -> Row:
     with timed.with_method(method):
         timed.generate(steps)
     graphs.append(counters["stats"]["unique_graphs"])
-    return Row(
-        method,
-        (graphs[0], graphs[1] - graphs[0], graphs[2] - graphs[1]),
-        sum(counters["graph_break"].values()),
-    )
+    first, second, again = graphs
+    breaks = sum(counters["graph_break"].values())
+    return Row(method, (first, second - first, again - second), breaks)
 
 
 def table_of(rows: list[Row]) -> str:
     """The result in Markdown."""
     lines = [
-        "| method | graphs of the first generation | of a second one of more steps | after applying again | graph breaks "
-        "| seconds | compiled | ratio |",
+        "| method | graphs of the first generation | of a second one of more steps "
+        "| after applying again | graph breaks | seconds | compiled | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
