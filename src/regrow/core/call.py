@@ -33,7 +33,7 @@ class CallRecord:
         branch: of guidance, in the order in which they first came.
         depth: up-path layers computed; `FULL` for a full call.
         ratio: share of tokens pruned where the method prunes; 1 if layers in which tokens should have been
-            computed again handed on all they had.
+            computed again reused all they had.
         planned: what the schedule asked for; None if no plan holds for the call.
         inputs: its positional and keyword arguments on the meta device, enough to count its MACs.
         knew_text: whether what depends on the text alone was not computed again.
@@ -140,14 +140,13 @@ class Call:
         forecasts: that is more than the last value.
         cut: what is skipped; None in a full call.
         store: the cuts whose features this call keeps.
-        dense: skipped modules hand on zeros of the true shape.
+        dense: skipped modules return zeros of the true shape.
         info: what the method may look at.
         selections: by group, which tokens its layers compute, and which of them the others copy.
         restored: how many modules returned what is cached.
         stood_in: modules that returned what nobody may read, for which no module has restored yet.
         entered: what the first module of a cut was given in this call.
-        can_subset: whether the image's tokens, and their queries and keys, can be told apart: some of them
-            can be computed, and attentions be looked at.
+        can_subset: whether some of the image's tokens can be computed, and attentions be looked at.
         positions: of the attention that runs, if its queries and keys are turned where they are made: the
             cosines and sines ``(T + N, D)`` of all tokens; and the tokens that it computes, None for all.
         turns: how often modules that may be skipped were called before in this call.

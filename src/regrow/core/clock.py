@@ -178,8 +178,8 @@ class _Watch:
 class SchedulerClock:
     """A clock that follows the scheduler of a pipeline.
 
-    A generation is known by the tensor its loop runs over: pipelines hand on elements of it, so calls
-    of other loops are told apart even where their timesteps have the same values.
+    A generation is known by the tensor its loop runs over: pipelines pass elements of it to the
+    denoiser, so calls of other loops are known even where their timesteps have the same values.
 
     Args:
         scheduler: returns the scheduler in use, so that one swapped between generations is followed.

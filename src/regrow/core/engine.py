@@ -352,7 +352,7 @@ class Engine:
         state = tuple(adapter_state(module) for module in self.layout.text.values())
         self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
         if not self.call.knows_text:
-            # A module that this call skips must not hand on another text's output later.
+            # A module that this call skips must not return another text's output later.
             slot.store.drop(*self.layout.text)
         self.call.can_subset = not generation.whole and checks.can_subset(self, slot)
         ratio = 0.0

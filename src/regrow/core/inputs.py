@@ -55,7 +55,7 @@ def is_of_no_class(labels: Tensor | None, no_class: int) -> bool:
 
 
 def adds_to_layers(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a ControlNet or an adapter adds to what the blocks of a U-Net hand on."""
+    """Whether a ControlNet or an adapter adds to what the blocks of a U-Net return."""
     added = any(v is not None for k, v in kwargs.items() if k.endswith("additional_residuals"))
     return added or kwargs.get("mid_block_additional_residual") is not None
 

@@ -147,7 +147,7 @@ class Installed:
         """Put the hooks that the present call needs on the modules."""
         call = self._engine.call
         assert call is not None
-        # A call that hands on the last output runs none of the modules within those it leaves out.
+        # A call that reuses the last output runs none of the modules within those it leaves out.
         final = call.cut is not None and call.cut.final
         wanted = self._skipping if final else self._places
         for name, place in wanted.items():

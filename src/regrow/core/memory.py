@@ -71,7 +71,7 @@ class BranchMemory:
 
 
 def placeholders(like: Tensor, shapes: list[torch.Size] | None, count: int, *, dense: bool) -> list[Tensor]:
-    """What skipped modules hand on: tensors that nobody reads.
+    """What skipped modules return: tensors that nobody reads.
 
     Concatenations of them cost nothing, since they have no channels.
 

@@ -53,7 +53,7 @@ class Returns(Enum):
     DOWN = "down"  # tensor, (tensor, ...): a U-Net's down block
     TOKENS = "tokens"  # tensor (B, N, C), as it takes
     JOINT = "joint"  # text or None, image: each (B, N, C), as it takes them
-    OWN = "own"  # whatever it returns, it only ever hands on its own
+    OWN = "own"  # whatever it returns; where it is left out, what it returned before
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SkipPlan:
 
     Args:
         skip: names of the modules that do not run.
-        restore: those of them that hand on what is cached; the others hand on nothing that is read.
+        restore: those of them that return what is cached; what the others return is read by nobody.
         entry: the first skipped module, if what is cached is what the skipped ones added to its input;
             None if it is the restoring module's own output.
         final: what is restored is handed to the denoiser's caller.
@@ -82,7 +82,7 @@ class SkipPlan:
         return name if self.entry is None else f"{self.entry} to {name}"
 
     def feeds(self, name: str, restoring: str) -> bool:
-        """Whether what a skipped module hands on reaches nobody but a restoring one."""
+        """Whether what a skipped module returns reaches nobody but a restoring one."""
         # With several, each restores what is in its own block.
         return len(self.restore) == 1 or name.rpartition(".")[0] == restoring.rpartition(".")[0]
 
@@ -251,10 +251,10 @@ class Layout:
     Args:
         blocks: the transformer blocks in which tokens can be left out of a layer, in the order they run.
         skippable: the modules that some cut skips, by name.
-        cuts: the cut of each depth from 0 to ``depths - 1``; that of depth 0 hands on the last output.
-        layers: the cut in which every attention and feed-forward hands on its last output; None where the
+        cuts: the cut of each depth from 0 to ``depths - 1``; that of depth 0 reuses the last output.
+        layers: the cut in which every attention and feed-forward reuses its last output; None where the
             model's layers are not known.
-        head: the cut that computes what lies behind the last block alone; None likewise.
+        head: the cut that computes what lies behind the last block alone; None where it is not known.
         sample: name of the argument that is denoised.
         time: name of the argument that holds the timestep.
         timestep_scale: what pipelines divide the scheduler's timesteps by; None if that is not known.
@@ -356,7 +356,7 @@ class Layout:
 
 
 def own_layers(blocks: Iterable[tuple[str, nn.Module]], layers: Sequence[str]) -> dict[str, Site]:
-    """The attentions and feed-forwards of blocks, each of which can hand on its own last output.
+    """The attentions and feed-forwards of blocks, each of which can reuse its own last output.
 
     Args:
         blocks: paths and modules.
@@ -372,7 +372,7 @@ def own_layers(blocks: Iterable[tuple[str, nn.Module]], layers: Sequence[str]) -
 
 
 OUTPUT = SkipPlan(frozenset({""}), frozenset({""}), final=True)
-"""The denoiser itself, under the empty name, hands on its output: the cut of depth 0 of every model."""
+"""The denoiser itself, under the empty name, reuses its output: the cut of depth 0 of every model."""
 
 
 def whole(denoiser: nn.Module) -> dict[str, Site]:
@@ -381,7 +381,7 @@ def whole(denoiser: nn.Module) -> dict[str, Site]:
 
 
 def reuse_all(layers: Iterable[str]) -> SkipPlan:
-    """The cut in which all of these hand on their own last output."""
+    """The cut in which all of these reuse their own last output."""
     names = frozenset(layers)
     return SkipPlan(names, names)
 
