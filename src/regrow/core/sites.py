@@ -111,7 +111,7 @@ class Sites:
 
     @property
     def can_subset(self) -> bool:
-        """Whether tokens must be known as the image's: to look at attentions, or to compute some in layers."""
+        """Whether it matters which tokens are the image's: to look at attentions, or to compute some."""
         own = (site for site in self.able if site.keeps is not Keeps.NOTHING)
         parts = any(site.kind is not None or site.stream for site in own)
         return parts or bool(self.decider.observes)

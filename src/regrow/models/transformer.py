@@ -126,7 +126,7 @@ def transformer_layout(transformer: Any) -> Layout:
     layers: dict[str, Site] = {}
     restored: set[str] = set()
     for path, names, _ in family.stacks:
-        stack = [(name, place.module) for name, place in blocks.items() if _stack_of(name) == path]
+        stack = [(name, site.module) for name, site in blocks.items() if _stack_of(name) == path]
         layers |= own_layers(stack, names)
         restored |= set(own_layers(stack, _ENDS.get(path, names)))
     order = list(blocks)
@@ -152,7 +152,7 @@ def transformer_layout(transformer: Any) -> Layout:
         block_sites=_block_sites(family, blocks),
         layer_sites=_layer_sites(family, blocks, streams),
         patch=_patch(transformer.config.patch_size) if family.spans else None,
-        norms=norms_of((name, place.module) for name, place in blocks.items()),
+        norms=norms_of((name, site.module) for name, site in blocks.items()),
         rotary=_rotary(family, blocks),
     )
 
@@ -164,7 +164,7 @@ def _blocks(transformer: Any, family: Family) -> dict[str, Site]:
         for path, _, returns in family.stacks
     ]
     order = chain(*zip(*stacks, strict=True)) if family.in_turn else chain(*stacks)
-    return {place.name: place for place in order}
+    return {site.name: site for site in order}
 
 
 def _stack_of(block: str) -> str:
@@ -186,16 +186,16 @@ def _text(transformer: Any, family: Family, blocks: dict[str, Site]) -> dict[str
 
 def _keys_and_values(blocks: dict[str, Site], attentions: Sequence[str]) -> dict[str, nn.Module]:
     """The modules that give keys and values in these attentions of all blocks."""
-    layers = own_layers([(name, place.module) for name, place in blocks.items()], attentions)
-    places = own_layers([(name, place.module) for name, place in layers.items()], ("to_k", "to_v"))
-    return {name: place.module for name, place in places.items()}
+    layers = own_layers([(name, site.module) for name, site in blocks.items()], attentions)
+    found = own_layers([(name, site.module) for name, site in layers.items()], ("to_k", "to_v"))
+    return {name: site.module for name, site in found.items()}
 
 
 def _stream(transformer: Any, family: Family, blocks: dict[str, Site]) -> Stream:
     """The tokens' way through the blocks."""
     config = transformer.config
     attentions = own_layers(
-        [(name, place.module) for name, place in blocks.items()], family.self_attentions
+        [(name, site.module) for name, site in blocks.items()], family.self_attentions
     )
     return Stream(
         embed=getattr(transformer, family.embed),
@@ -210,8 +210,8 @@ def _memory(family: Family, attentions: dict[str, Site]) -> dict[str, nn.Module]
     """What gives the keys and values of the image's tokens."""
     # Turned keys are remembered, so that only those that are new are turned.
     kept = ("norm_k", "to_v") if family.rotary else ("to_k", "to_v")
-    places = own_layers([(name, place.module) for name, place in attentions.items()], kept)
-    return {name: place.module for name, place in places.items()}
+    found = own_layers([(name, site.module) for name, site in attentions.items()], kept)
+    return {name: site.module for name, site in found.items()}
 
 
 # Of the image's tokens, and of the text's in blocks that have both apart.
@@ -227,8 +227,8 @@ def _rotary(family: Family, blocks: dict[str, Site]) -> dict[str, Rotary]:
     """The attentions that turn queries and keys."""
     if not family.rotary:
         return {}
-    own = own_layers([(name, place.module) for name, place in blocks.items()], family.self_attentions)
-    return {name: Rotary(place.module, family.rotary, _turned(place)) for name, place in own.items()}
+    own = own_layers([(name, site.module) for name, site in blocks.items()], family.self_attentions)
+    return {name: Rotary(site.module, family.rotary, _turned(site)) for name, site in own.items()}
 
 
 def _turned(attention: Site) -> tuple[tuple[nn.Module, Rows], ...]:
@@ -241,16 +241,16 @@ def _turned(attention: Site) -> tuple[tuple[nn.Module, Rows], ...]:
 
 def _block_sites(family: Family, blocks: dict[str, Site]) -> tuple[Site, ...]:
     """The blocks, where each takes the image's tokens and returns them."""
-    if any(place.returns is not Returns.TOKENS for place in blocks.values()):
+    if any(site.returns is not Returns.TOKENS for site in blocks.values()):
         return ()
     spans = _spans(family)
     sites = []
-    for index, (name, place) in enumerate(blocks.items()):
-        attentions = own_layers([(name, place.module)], family.self_attentions)
+    for index, (name, site) in enumerate(blocks.items()):
+        attentions = own_layers([(name, site.module)], family.self_attentions)
         memory = _memory(family, attentions)
         sites.append(
             replace(
-                place,
+                site,
                 keeps=Keeps.UPDATE,
                 block=name,
                 index=index,
@@ -273,10 +273,10 @@ def _layer_sites(family: Family, blocks: dict[str, Site], streams: bool) -> tupl
     """The attentions and feed-forwards, as they run."""
     names = {path: layers for path, layers, _ in family.stacks}
     sites: list[Site] = []
-    for index, (block, place) in enumerate(blocks.items()):
-        own = own_layers([(block, place.module)], names[_stack_of(block)])
-        layers = [_layer_site(family, layer, place, index, streams) for layer in own.values()]
-        sites += [_single(layers, place.module)] if block.startswith(_SINGLE[0]) else layers
+    for index, (block, site) in enumerate(blocks.items()):
+        own = own_layers([(block, site.module)], names[_stack_of(block)])
+        layers = [_layer_site(family, layer, site, index, streams) for layer in own.values()]
+        sites += [_single(layers, site.module)] if block.startswith(_SINGLE[0]) else layers
     return tuple(sites)
 
 
