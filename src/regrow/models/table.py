@@ -355,18 +355,18 @@ class Layout:
         return min((b.downsample for b in self.blocks if b.self_attention is not None), default=1)
 
 
-def own_layers(blocks: Iterable[tuple[str, nn.Module]], layers: Sequence[str]) -> dict[str, Site]:
+def own_layers(blocks: Iterable[Site], layers: Sequence[str]) -> dict[str, Site]:
     """The attentions and feed-forwards of blocks, each of which can reuse its own last output.
 
     Args:
-        blocks: paths and modules.
+        blocks: the blocks, or other modules.
         layers: names of their children; those that a block lacks are left out.
     """
     found = {
-        f"{path}.{layer}": getattr(block, layer)
-        for path, block in blocks
+        f"{block.name}.{layer}": getattr(block.module, layer)
+        for block in blocks
         for layer in layers
-        if getattr(block, layer, None) is not None
+        if getattr(block.module, layer, None) is not None
     }
     return {name: Site(name, module) for name, module in found.items()}
 

@@ -126,7 +126,7 @@ def transformer_layout(transformer: Any) -> Layout:
     layers: dict[str, Site] = {}
     restored: set[str] = set()
     for path, names, _ in family.stacks:
-        stack = [(name, site.module) for name, site in blocks.items() if _stack_of(name) == path]
+        stack = [block for block in blocks.values() if _stack_of(block.name) == path]
         layers |= own_layers(stack, names)
         restored |= set(own_layers(stack, _ENDS.get(path, names)))
     order = list(blocks)
@@ -186,17 +186,15 @@ def _text(transformer: Any, family: Family, blocks: dict[str, Site]) -> dict[str
 
 def _keys_and_values(blocks: dict[str, Site], attentions: Sequence[str]) -> dict[str, nn.Module]:
     """The modules that give keys and values in these attentions of all blocks."""
-    layers = own_layers([(name, site.module) for name, site in blocks.items()], attentions)
-    found = own_layers([(name, site.module) for name, site in layers.items()], ("to_k", "to_v"))
+    layers = own_layers(blocks.values(), attentions)
+    found = own_layers(layers.values(), ("to_k", "to_v"))
     return {name: site.module for name, site in found.items()}
 
 
 def _stream(transformer: Any, family: Family, blocks: dict[str, Site]) -> Stream:
     """The tokens' way through the blocks."""
     config = transformer.config
-    attentions = own_layers(
-        [(name, site.module) for name, site in blocks.items()], family.self_attentions
-    )
+    attentions = own_layers(blocks.values(), family.self_attentions)
     return Stream(
         embed=getattr(transformer, family.embed),
         memory=_memory(family, attentions),
@@ -210,7 +208,7 @@ def _memory(family: Family, attentions: dict[str, Site]) -> dict[str, nn.Module]
     """What gives the keys and values of the image's tokens."""
     # Turned keys are remembered, so that only those that are new are turned.
     kept = ("norm_k", "to_v") if family.rotary else ("to_k", "to_v")
-    found = own_layers([(name, site.module) for name, site in attentions.items()], kept)
+    found = own_layers(attentions.values(), kept)
     return {name: site.module for name, site in found.items()}
 
 
@@ -227,7 +225,7 @@ def _rotary(family: Family, blocks: dict[str, Site]) -> dict[str, Rotary]:
     """The attentions that turn queries and keys."""
     if not family.rotary:
         return {}
-    own = own_layers([(name, site.module) for name, site in blocks.items()], family.self_attentions)
+    own = own_layers(blocks.values(), family.self_attentions)
     return {name: Rotary(site.module, family.rotary, _turned(site)) for name, site in own.items()}
 
 
@@ -246,7 +244,7 @@ def _block_sites(family: Family, blocks: dict[str, Site]) -> tuple[Site, ...]:
     spans = _spans(family)
     sites = []
     for index, (name, site) in enumerate(blocks.items()):
-        attentions = own_layers([(name, site.module)], family.self_attentions)
+        attentions = own_layers([site], family.self_attentions)
         memory = _memory(family, attentions)
         sites.append(
             replace(
@@ -274,7 +272,7 @@ def _layer_sites(family: Family, blocks: dict[str, Site], streams: bool) -> tupl
     names = {path: layers for path, layers, _ in family.stacks}
     sites: list[Site] = []
     for index, (block, site) in enumerate(blocks.items()):
-        own = own_layers([(block, site.module)], names[_stack_of(block)])
+        own = own_layers([site], names[_stack_of(block)])
         layers = [_layer_site(family, layer, site, index, streams) for layer in own.values()]
         sites += [_single(layers, site.module)] if block.startswith(_SINGLE[0]) else layers
     return tuple(sites)
@@ -294,7 +292,7 @@ def _layer_site(family: Family, layer: Site, block: Site, index: int, streams: b
         able=streams and kind is not None,
         spans=spans,
         kind=kind,
-        text=tuple(own_layers([(block.name, block.module)], joined)),
+        text=tuple(own_layers([block], joined)),
     )
 
 

@@ -93,10 +93,16 @@ def unet_layout(unet: Any) -> Layout | None:
         cuts.append(SkipPlan(frozenset(skip), frozenset({unit[-1] if b in running else up_blocks[b]})))
 
     blocks = _token_blocks(unet)
-    own = [(b.name, b.block) for b in blocks]
-    layers = own_layers(own, ("attn1", "attn2", "ff"))
+    layers = own_layers([Site(b.name, b.block) for b in blocks], ("attn1", "attn2", "ff"))
     modules = whole(unet) | skippable | layers
-    return Layout(blocks, modules, tuple(cuts), reuse_all(layers), head, norms=norms_of(own))
+    return Layout(
+        blocks,
+        modules,
+        tuple(cuts),
+        reuse_all(layers),
+        head,
+        norms=norms_of((b.name, b.block) for b in blocks),
+    )
 
 
 def _layers(path: str, block: Any, may_skip: Any) -> list[list[str]]:
