@@ -24,7 +24,7 @@ from regrow.files import damaged, read_kept
 from regrow.lab.cli.engine import Engine, Where
 from regrow.lab.cli.models import best_device, check_device, check_room, load_pipeline
 from regrow.lab.cli.terminal import Bar, busy, named, output, remarks, table
-from regrow.lab.measure.atomic_files import check_writable
+from regrow.lab.measure.atomic_files import check_writable, write_json
 from regrow.lab.measure.lock import locked
 from regrow.lab.measure.machine import machine
 from regrow.lab.measure.macs import PlanCounter
@@ -38,7 +38,7 @@ from regrow.lab.search.objectives import Cost, Objective, Quality, label
 from regrow.lab.search.objectives import objective as known
 from regrow.lab.search.page import check_jinja2, page
 from regrow.lab.search.plots import draw
-from regrow.lab.search.result import Found, figures, found, to_dict, write_front, write_json
+from regrow.lab.search.result import Found, figures, found, to_dict, write_front
 from regrow.lab.search.search import Budget, Known, Search, may_give_up
 from regrow.lab.search.search import Progress as Step
 from regrow.lab.search.settings import SearchSettings, doubled

@@ -11,12 +11,12 @@ from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, m
 
 from regrow.fields import Calls, Checked, Count, Guidance, Pixels, Seed, explain
 from regrow.files import FileError, read_kept, said
+from regrow.lab.measure.atomic_files import write_json
 from regrow.lab.measure.evaluate import Setting
 from regrow.lab.measure.machine import model_key
 from regrow.lab.search.evaluation import Candidate
 from regrow.lab.search.objectives import Cost, Objective, Quality, check_objectives, label, objective
 from regrow.lab.search.proposals import Operators
-from regrow.lab.search.result import write_json
 from regrow.lab.search.search import Algorithm, Economy, check_economy
 from regrow.methods.catalogue import space_of
 from regrow.recover.time import REUSE
