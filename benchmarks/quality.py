@@ -28,14 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import torch
 
 from regrow.lab.measure.prompts import named
+from regrow.lab.plots import add_grid, legend_below, new_figure, save
 from regrow.zoo import guidance_of
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 Curves = Mapping[str, tuple[str, ...]]
 ANYWHERE: Curves = {
@@ -289,7 +286,8 @@ def origins(quality: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
     """Every figure against the measured speed-up, a line for every curve."""
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(15, 5.4), layout="constrained")
+    figure = new_figure(15, 5.4)
+    axes = figure.subplots(1, len(MEASURES))
     for axis, measure in zip(axes, MEASURES, strict=True):
         for (name, curve), marker in zip(of_curves(found).items(), itertools.cycle(MARKERS), strict=False):
             known = [(p.speedup, v) for p in curve if (v := getattr(p, measure.field)) is not None]
@@ -303,11 +301,10 @@ def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
         axis.minorticks_off()
         better = "lower is better" if measure.best is min else "higher is better"
         axis.set(xlabel="measured speed-up over 50 steps", ylabel=f"{measure.label} ({better})")
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    add_grid(*axes)
+    legend_below(figure, 5)
     figure.suptitle(title)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    save(figure, file, dpi=100)
 
 
 def claim(file: Path, inputs: dict[str, Any]) -> None:

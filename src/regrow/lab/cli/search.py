@@ -28,10 +28,10 @@ from regrow.lab.measure.atomic_files import check_writable, write_json
 from regrow.lab.measure.lock import locked
 from regrow.lab.measure.machine import machine
 from regrow.lab.measure.macs import PlanCounter
-from regrow.lab.measure.plotting import check_matplotlib
 from regrow.lab.measure.prompts import read_prompts
 from regrow.lab.measure.sampling import make
 from regrow.lab.measure.variants import variant
+from regrow.lab.plots import check_matplotlib
 from regrow.lab.search.evaluation import Candidate, Evaluator, Facts
 from regrow.lab.search.log import Log
 from regrow.lab.search.objectives import Cost, Objective, Quality, label
