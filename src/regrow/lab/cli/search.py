@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
 from regrow import zoo
-from regrow.apply import apply
 from regrow.fields import MOST_COUNT, check_within, explain
 from regrow.files import damaged, read_kept
 from regrow.lab.cli.engine import Engine, Where
@@ -29,8 +28,7 @@ from regrow.lab.measure.lock import locked
 from regrow.lab.measure.machine import machine
 from regrow.lab.measure.macs import PlanCounter
 from regrow.lab.measure.prompts import read_prompts
-from regrow.lab.measure.sampling import make
-from regrow.lab.measure.variants import variant
+from regrow.lab.measure.variants import applied, variant
 from regrow.lab.plots import check_matplotlib
 from regrow.lab.search.evaluation import Candidate, Evaluator, Facts
 from regrow.lab.search.log import Log
@@ -386,31 +384,15 @@ def _pictures(
     evaluator: Evaluator, plans: Sequence[Found], console: Console
 ) -> Mapping[str, Sequence[Image.Image]]:
     """Pictures of some plans, evenly over the front, beside the unaccelerated ones."""
-    s = evaluator.setting
     count = min(SHOWN_PLANS, len(plans))
     places = sorted({round(i * (len(plans) - 1) / max(count - 1, 1)) for i in range(count)})
     rows: list[tuple[str, Candidate]] = [("unaccelerated", Candidate(evaluator.steps, None))]
     rows += [(plans[i].name, plans[i].known.candidate) for i in places]
     out = {}
     for name, candidate in rows:
-
-        def run(candidate: Candidate = candidate) -> list[Image.Image]:
-            return make(
-                evaluator.pipeline,
-                s.prompts[:SHOWN_PROMPTS],
-                steps=candidate.steps,
-                guidance=s.guidance,
-                seed=s.seed,
-                height=s.height,
-                width=s.width,
-            ).images
-
-        with busy(console, f"pictures of {name}"):
-            if candidate.config is None:
-                out[name] = run()
-            else:
-                with apply(evaluator.pipeline, candidate.config):
-                    out[name] = run()
+        with busy(console, f"pictures of {name}"), applied(evaluator.pipeline, candidate.config):
+            made = evaluator.setting.make(evaluator.pipeline, 0, SHOWN_PROMPTS, candidate.steps)
+            out[name] = made.images
     return out
 
 

@@ -39,6 +39,7 @@ from regrow.lab.measure.quality import (
     precision_recall,
 )
 from regrow.lab.measure.reference import Reference
+from regrow.lab.measure.sampling import Pictures as Made
 from regrow.lab.measure.sampling import make
 from regrow.lab.measure.variants import Variant
 from regrow.lab.workers import LocalWorkers, Workers
@@ -77,6 +78,27 @@ class Setting:
     model_key: str = ""
     shard: int = 16
 
+    def make(self, pipeline: Any, start: int, stop: int, steps: int, **options: Any) -> Made:
+        """One batch of pictures of some of the prompts, each from its own seed.
+
+        Args:
+            pipeline: of the model.
+            start: the first prompt.
+            stop: behind the last prompt.
+            steps: sampler steps.
+            options: others of `sampling.make`.
+        """
+        return make(
+            pipeline,
+            self.prompts[start:stop],
+            steps=steps,
+            guidance=self.guidance,
+            seed=self.seed + start,
+            height=self.height,
+            width=self.width,
+            **options,
+        )
+
     def shards(self) -> Iterator[tuple[int, tuple[str, ...]]]:
         """The number of each shard and its prompts."""
         for number, start in enumerate(range(0, len(self.prompts), self.shard)):
@@ -114,23 +136,15 @@ class ShardMaker:
     def __call__(self, shard: Shard) -> bytes:
         """The content of the shard's file: its pictures, uint8 ``(B, 3, H, W)``, and seconds, ``(1,)``; as
         metadata `maker_key` of what made them."""
-        s = self.setting
+        one, start = shard.variant, shard.number * self.setting.shard
         try:
             # Anew for each shard: what a method keeps must not pass from one to the next.
-            with shard.variant.applied(self.pipeline):
-                made = make(
-                    self.pipeline,
-                    shard.prompts,
-                    steps=shard.variant.steps,
-                    guidance=s.guidance,
-                    seed=s.seed + shard.number * s.shard,
-                    height=s.height,
-                    width=s.width,
-                    **shard.variant.arguments({}),
-                )
+            with one.applied(self.pipeline):
+                stop = start + len(shard.prompts)
+                made = self.setting.make(self.pipeline, start, stop, one.steps, **one.arguments({}))
         except torch.OutOfMemoryError as error:
             raise MemoryError(
-                f"batch: {len(shard.prompts)} pictures by {shard.variant.name} need more memory than the "
+                f"batch: {len(shard.prompts)} pictures by {one.name} need more memory than the "
                 "device has; use fewer, in another folder"
             ) from error
         pictures = torch.stack([to_tensor(image) for image in made.images])

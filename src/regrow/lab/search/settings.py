@@ -109,18 +109,9 @@ class SearchSettings(Checked):
     @property
     def setting(self) -> Setting:
         """What pictures are made of."""
-        return Setting(
-            model=self.model,
-            prompts=self.prompts,
-            seed=self.seed,
-            scheduler=self.scheduler,
-            guidance=self.guidance,
-            height=self.height,
-            width=self.width,
-            dtype=self.dtype,
-            model_key=model_key(self.model),
-            shard=self.batch,
-        )
+        names = ("model", "prompts", "seed", "scheduler", "guidance", "height", "width", "dtype")
+        shared = {name: getattr(self, name) for name in names}
+        return Setting(**shared, model_key=model_key(self.model), shard=self.batch)
 
     def space(self, calls_at: Callable[[int], int]) -> Space:
         """The plans, which decode to a `Candidate`; where steps are open, they are one more variable.
