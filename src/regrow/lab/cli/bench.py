@@ -15,7 +15,7 @@ from regrow import zoo
 from regrow.core.compiling import compile_blocks
 from regrow.lab.cli.models import best_device, check_device, check_room, load_pipeline
 from regrow.lab.cli.terminal import Bar, busy, output, remarks, table
-from regrow.lab.measure.atomic_files import check_writable, write_whole
+from regrow.lab.measure.atomic_files import check_writable, write_json
 from regrow.lab.measure.bench import BenchRow, bench
 from regrow.lab.measure.machine import PACKAGES, machine, model_key
 from regrow.lab.measure.random_weights import random_pipeline
@@ -192,9 +192,8 @@ class Written:
         if self._file is None or not self._timed:
             return
         whole = {**self._head, "timed": self._timed, "complete": self._complete, "rows": self._plain()}
-        text = json.dumps(whole, indent=1) + "\n"
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._file, lambda to: to.write_text(text, encoding="utf-8"))
+        write_json(self._file, whole)
 
 
 def print_rows(rows: list[BenchRow], baseline: str) -> None:
