@@ -15,8 +15,11 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 LINES = ("-", "--", ":", "-.")
 
 
-def check_matplotlib() -> None:
+def check_matplotlib(instead: str = "--no-plots") -> None:
     """Refuse early what could not be drawn.
+
+    Args:
+        instead: what goes without.
 
     Raises:
         ImportError: if matplotlib is not installed (extra ``plot``).
@@ -24,7 +27,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'regrow[plot]', or --no-plots") from error
+        raise ImportError(f"plots need matplotlib: pip install 'regrow[plot]', or {instead}") from error
 
 
 def check_ending(option: str, file: Path) -> None:
@@ -38,7 +41,7 @@ def check_ending(option: str, file: Path) -> None:
         ImportError: if matplotlib is not installed.
         ValueError: if it writes no files of that ending.
     """
-    check_matplotlib()
+    check_matplotlib(f"leave out {option}")
     from matplotlib.backend_bases import FigureCanvasBase
 
     kinds = FigureCanvasBase.get_supported_filetypes()

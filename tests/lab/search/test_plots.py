@@ -244,3 +244,14 @@ def test_a_figure_is_written_into_a_folder_that_is_made_for_it(tmp_path: Path) -
     figure = shared.new_figure(4, 3)
     shared.save(figure, tmp_path / "new" / "figure.png", dpi=50)
     assert Image.open(tmp_path / "new" / "figure.png").size == (200, 150)
+
+
+def test_what_a_file_of_a_plot_needs_is_said_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shared.check_ending("--plot", tmp_path / "bars.svg")
+    with pytest.raises(ValueError, match=r"--plot: .*bars\.docx is not allowed, it must end in .* \.png"):
+        shared.check_ending("--plot", tmp_path / "bars.docx")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'regrow\[plot\]', or leave out --plot"):
+        shared.check_ending("--plot", tmp_path / "bars.svg")
