@@ -29,7 +29,7 @@ from regrow import zoo
 from regrow.apply import apply
 from regrow.lab.calibration.calibrate import EQUAL
 from regrow.lab.cli.models import load_pipeline
-from regrow.lab.measure.atomic_files import write_whole
+from regrow.lab.measure.atomic_files import write_json
 from regrow.lab.measure.images import psnr
 from regrow.lab.measure.machine import machine
 from regrow.lab.measure.sampling import make
@@ -162,8 +162,7 @@ def run(settings: list[Setting], file: Path) -> None:
     data["pictures"] = max(data["pictures"], settings[0].pictures)
 
     def save() -> None:
-        text = json.dumps(data, indent=1) + "\n"
-        write_whole(file, lambda to: to.write_text(text, encoding="utf-8"))
+        write_json(file, data)
 
     for setting in settings:
         rows = data["settings"].setdefault(setting.name, {})

@@ -29,7 +29,7 @@ from regrow import zoo
 from regrow.apply import apply
 from regrow.lab.calibration.calibrate import EQUAL, Calibration, Costs, Settings, plan_of
 from regrow.lab.cli.models import load_pipeline
-from regrow.lab.measure.atomic_files import write_whole
+from regrow.lab.measure.atomic_files import write_json
 from regrow.lab.measure.bench import bench
 from regrow.lab.measure.images import psnr
 from regrow.lab.measure.machine import machine
@@ -129,8 +129,7 @@ class Result:
 
     def save(self) -> None:
         """Write the file."""
-        text = json.dumps(self.data, indent=1) + "\n"
-        write_whole(self.file, lambda to: to.write_text(text, encoding="utf-8"))
+        write_json(self.file, self.data)
 
 
 class Pictures:

@@ -98,7 +98,6 @@ def compare(args: argparse.Namespace, variants: Sequence[Variant], timed: Sequen
             batch=args.batch,
             where=Where(Engine.LOCAL, None, None),
             out=args.quality,
-            check_kept=args.check_kept,
         ),
         as_json=False,
     )
@@ -199,7 +198,6 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
     parser.add_argument("--json", type=Path, default=None, help="file for the result")
     parser.add_argument("--quality", type=Path, default=None, help="folder for the pictures; gone on with")
-    parser.add_argument("--check-kept", action="store_true", help="of --quality, as in regrow eval")
     parser.add_argument(
         "--prompts", default="32", help="of --quality: a file, or a number of the model's own"
     )

@@ -28,14 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import torch
 
 from regrow.lab.measure.prompts import named
+from regrow.lab.plots import add_grid, legend_below, new_figure, save
 from regrow.zoo import guidance_of
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 Curves = Mapping[str, tuple[str, ...]]
 ANYWHERE: Curves = {
@@ -278,8 +275,7 @@ def origin(machine: Mapping[str, Any]) -> str:
 def origins(quality: Mapping[str, Any]) -> dict[str, list[str]]:
     """The variants whose pictures were compared on a machine on a day, by `origin`.
 
-    One of which some pictures were made by other code or elsewhere, and not compared with those of this,
-    is marked.
+    One of which some pictures were made by other code or elsewhere is marked.
     """
     found: dict[str, list[str]] = {}
     for row in quality["rows"]:
@@ -290,7 +286,8 @@ def origins(quality: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
     """Every figure against the measured speed-up, a line for every curve."""
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(15, 5.4), layout="constrained")
+    figure = new_figure(15, 5.4)
+    axes = figure.subplots(1, len(MEASURES))
     for axis, measure in zip(axes, MEASURES, strict=True):
         for (name, curve), marker in zip(of_curves(found).items(), itertools.cycle(MARKERS), strict=False):
             known = [(p.speedup, v) for p in curve if (v := getattr(p, measure.field)) is not None]
@@ -304,11 +301,10 @@ def draw(found: Mapping[str, Point], file: Path, title: str) -> None:
         axis.minorticks_off()
         better = "lower is better" if measure.best is min else "higher is better"
         axis.set(xlabel="measured speed-up over 50 steps", ylabel=f"{measure.label} ({better})")
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    add_grid(*axes)
+    legend_below(figure, 5)
     figure.suptitle(title)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    save(figure, file, dpi=100)
 
 
 def claim(file: Path, inputs: dict[str, Any]) -> None:
@@ -358,7 +354,8 @@ def together(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> di
                 raise SystemExit(
                     f"--also: {row['name']} is not allowed, it must be one of {', '.join(order)}"
                 )
-            otherwise = row["name"] in result["made_otherwise"]
+            # Rows of older results do not say it.
+            otherwise = row["name"] in result.get("made_otherwise", ())
             rows.setdefault(row["name"], {"machine": result["machine"], "made_otherwise": otherwise} | row)
     found = sorted(rows.values(), key=lambda row: order.index(row["name"]))
     return {**here, "rows": found}
@@ -422,7 +419,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for pair in AGAINST:
         words += ["--against", ",".join(pair)] if set(pair) <= set(seen) else []
     words += [] if args.workers is None else ["--workers", str(args.workers)]
-    words += ["--check-kept"] if args.check_kept else []
     if features.exists():
         words += ["--reference", str(features)]
     elif args.reference is not None:
@@ -483,7 +479,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("work/quality"), help="resumed if it exists")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality-emoji"))
     parser.add_argument("--images", type=int, default=4, help="pictures a timed generation")
-    parser.add_argument("--check-kept", action="store_true", help="as in regrow eval")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--guidance", type=float, help="guidance scale; a bundled model's own if none")

@@ -10,7 +10,6 @@ worker. Both must find the same figures, bit for bit.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -27,7 +26,7 @@ from rich.table import Table
 
 from regrow import zoo
 from regrow.lab.cli.models import load_pipeline
-from regrow.lab.measure.atomic_files import write_whole
+from regrow.lab.measure.atomic_files import write_json
 from regrow.lab.measure.evaluate import Setting
 from regrow.lab.measure.machine import PACKAGES, machine
 from regrow.lab.search.evaluation import Candidate, Evaluator, Job, Outcome
@@ -132,8 +131,7 @@ def main() -> None:
             "machine": machine("cpu", packages=(*PACKAGES, "ray")),
             "rows": rows,
         }
-        text = json.dumps(result, indent=1) + "\n"
-        write_whole(args.json, lambda to: to.write_text(text, encoding="utf-8"))
+        write_json(args.json, result)
         print(args.json)
     if not same:
         raise SystemExit("the figures differ between numbers of workers")

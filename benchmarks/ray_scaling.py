@@ -11,7 +11,6 @@ Ray's own on this machine with logical CPUs. The workers are all up before the c
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from regrow.lab.measure.atomic_files import write_whole
+from regrow.lab.measure.atomic_files import write_json
 from regrow.lab.measure.machine import PACKAGES, machine
 from regrow.lab.workers import RayWorkers
 
@@ -126,8 +125,7 @@ def main() -> None:
             "rows": [vars(r) for r in rows],
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1) + "\n"
-        write_whole(args.json, lambda to: to.write_text(text, encoding="utf-8"))
+        write_json(args.json, result)
         print(args.json)
 
 

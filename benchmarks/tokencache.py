@@ -27,7 +27,7 @@ from regrow import zoo
 from regrow.apply import apply
 from regrow.lab.calibration.calibrate import EQUAL, Calibration, Costs, Settings, plan_of
 from regrow.lab.cli.models import load_pipeline
-from regrow.lab.measure.atomic_files import write_whole
+from regrow.lab.measure.atomic_files import write_json
 from regrow.lab.measure.bench import bench
 from regrow.lab.measure.images import feature_distances, psnr
 from regrow.lab.measure.machine import machine
@@ -151,8 +151,7 @@ def run(file: Path, learned: Path, steps: list[int], count: int, *, timed: bool)
         raise SystemExit(f"{file}: it is of {data['pictures']} pictures; use another --out")
 
     def save() -> None:
-        text = json.dumps(data, indent=1) + "\n"
-        write_whole(file, lambda to: to.write_text(text, encoding="utf-8"))
+        write_json(file, data)
 
     pipe = load_pipeline(MODEL, "cpu", torch.float32, "DDIM")
     for setting in (Setting(one, guided) for guided in (True, False) for one in steps):

@@ -13,25 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from cifar import CLASSES
 from training import read_log
 
 from regrow import zoo
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+from regrow.lab.plots import add_grid, new_figure, save
 
 
 def loss_curve(log: Path, target: Path) -> None:
     """Loss against minutes of training."""
     records = read_log(log / "denoiser.log.jsonl")
-    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    figure = new_figure(6, 3)
+    axis = figure.subplots()
     axis.semilogy([r["seconds"] / 60 for r in records], [r["loss"] for r in records], linewidth=1.2)
     axis.set(xlabel="minutes", ylabel="mean squared error of the velocity")
-    axis.grid(alpha=0.3, which="both")
-    figure.savefig(target, dpi=90)
-    plt.close(figure)
+    add_grid(axis)
+    save(figure, target, dpi=90)
 
 
 def by_class(name: str, accuracy: dict[str, Any]) -> str:

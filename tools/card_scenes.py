@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from check_scenes import DRAWN, draw
 from emoji_scenes import objects_in, scene
@@ -24,9 +23,7 @@ from training import read_log
 from regrow import zoo
 from regrow.lab.measure.images import to_picture
 from regrow.lab.memory import keep_freed_memory
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+from regrow.lab.plots import add_grid, new_figure, save
 
 STAGES = ("vae", "decoder", "denoiser")
 CAPTIONS, SEEDS = 64, 4
@@ -45,7 +42,8 @@ def stages_of(log: Path) -> list[str]:
 
 def loss_curves(logs: list[Path], target: Path) -> None:
     """One panel a stage: loss against minutes of training, of all rounds one after the other."""
-    figure, axes = plt.subplots(1, len(STAGES), figsize=(10, 3), layout="constrained")
+    figure = new_figure(10, 3)
+    axes = figure.subplots(1, len(STAGES))
     for axis, stage in zip(axes, STAGES, strict=True):
         before = 0.0
         for number, log in enumerate(logs, 1):
@@ -54,12 +52,11 @@ def loss_curves(logs: list[Path], target: Path) -> None:
             axis.semilogy(minutes, [r["loss"] for r in records], linewidth=1.2, label=f"round {number}")
             before = minutes[-1] if minutes else before
         axis.set(title=stage, xlabel="minutes")
-        axis.grid(alpha=0.3, which="both")
+        add_grid(axis)
     axes[0].set_ylabel("mean squared error")
     if len(logs) > 1:
         axes[-1].legend()
-    figure.savefig(target, dpi=90)
-    plt.close(figure)
+    save(figure, target, dpi=90)
 
 
 def contact_sheet(drawn: list[Tensor], captions: list[str]) -> Image.Image:

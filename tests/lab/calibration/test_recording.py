@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from any_pipelines import FAMILIES
 from diffusers import DDIMScheduler, UniPCMultistepScheduler
 from pipelines import scheduler, sd
 from transformer_pipelines import dit
@@ -157,3 +158,16 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, Any], said:
     file.write_text(json.dumps(copy.deepcopy(json.loads(file.read_text())) | change))
     with pytest.raises(FileError, match=said):
         Recording.load(file)
+
+
+def test_a_pipeline_of_an_unknown_family_without_text_encoder_is_told_what_it_lacks() -> None:
+    with pytest.raises(ValueError, match=r"ChromaPipeline has no text encoder, .* give the encoded text"):
+        record(FAMILIES["chroma"].make(), PROMPTS[:1], steps=STEPS)
+
+
+def test_a_pipeline_of_an_unknown_family_is_recorded_with_an_encoded_text() -> None:
+    family = FAMILIES["chroma"]
+    found = record(family.make(), PROMPTS[:2], steps=STEPS, more=family.arguments(1, 3))
+    assert found.products.shape == (STEPS, STEPS)
+    assert np.linalg.eigvalsh(found.products)[-1] > 0
+    assert found.origin.prompts == 2

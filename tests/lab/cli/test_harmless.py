@@ -138,7 +138,7 @@ def test_damaged_pictures_are_named_with_what_to_do(tmp_path: Path) -> None:
             look(one, 0)
     (folder / "000000.safetensors").write_bytes(whole)
     assert torch.equal(pictures.shard(one, 0), made["pictures"])
-    (folder / "variant.json").write_text('{"alike": 3}')
+    (folder / "variant.json").write_text('["alike"]')
     with pytest.raises(FileError, match=r"variant\.json: .*; remove its folder, and the pictures are made"):
         pictures.missing(one)
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib import metadata
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -33,11 +34,11 @@ from regrow.lab import cli
 from regrow.lab.cli.ablations import ABLATIONS, ablated
 from regrow.lab.cli.evaluate import patient, print_rows
 from regrow.lab.measure import machine
-from regrow.lab.measure.evaluate import Gain, Pictures, Quality, Setting, Shard, ShardMaker, compare
+from regrow.lab.measure.evaluate import Gain, Pictures, Quality, Setting, ShardMaker, compare
 from regrow.lab.measure.extractors import Features, Labels
 from regrow.lab.measure.quality import frechet_distance, inception_score
 from regrow.lab.measure.reference import Reference
-from regrow.lab.measure.variants import Variant, variant
+from regrow.lab.measure.variants import variant
 from regrow.lab.workers import LocalWorkers
 
 PROMPTS = ("a penguin", "a pizza", "a cat", "a dog", "an owl")
@@ -317,108 +318,55 @@ def test_another_configuration_of_the_same_name_is_refused(pictures: Pictures) -
         pictures.missing(type(VARIANTS[1])("steps:2", None, 3))
 
 
-def checked(pictures: Pictures, variants: Sequence[Variant]) -> list[str]:
-    """The names of the variants in the order in which their shards were made again."""
-    done: list[str] = []
-    with LocalWorkers(lambda: ShardMaker(SETTING, pipelines.sd())) as workers:
-        pictures.check(workers, variants, lambda one: done.append(one.name))
-    return done
-
-
 def coded(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> Pictures:
     """The pictures of a folder as other code opens it."""
     monkeypatch.setattr("regrow.lab.measure.evaluate.maker_key", lambda *_: code)
     return Pictures(folder, SETTING)
 
 
-def test_pictures_made_otherwise_are_as_good_if_they_come_out_as_they_were(
+def test_pictures_of_other_code_are_used_and_marked(
     tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine, one = copied(pictures, tmp_path), VARIANTS[2]
-    assert not any(map(mine.made_otherwise, VARIANTS))
+    mine = copied(pictures, tmp_path)
+    rows = compare(mine, VARIANTS, Colours())
+    assert not any(row.made_otherwise for row in rows)
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     later = coded(monkeypatch, tmp_path, "later")
-    assert [later.made_otherwise(v) for v in VARIANTS] == [[0], [0], [0]]
-    assert checked(later, VARIANTS[1:]) == [v.name for v in VARIANTS[1:]]
-    assert [later.made_otherwise(v) for v in VARIANTS] == [[0], [], []]
+    assert not any(map(later.missing, VARIANTS))
+    assert compare(later, VARIANTS, Colours()) == [replace(row, made_otherwise=True) for row in rows]
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
-    # Known to each other, not to others.
-    assert not any(map(mine.made_otherwise, VARIANTS[1:]))
-    assert coded(monkeypatch, tmp_path, "latest").made_otherwise(one) == [0]
 
 
-def test_pictures_of_several_codes_in_one_folder_are_all_told(
+def test_one_batch_of_other_code_marks_its_variant(
     tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = VARIANTS[1]
     copied(pictures, tmp_path)
-    for number in (1, 2):
-        (tmp_path / "steps-2" / f"{number:06d}.safetensors").unlink()
-    for code, number in (("second", 1), ("third", 2)):
-        later = coded(monkeypatch, tmp_path, code)
-        shard = Shard(one, number, dict(SETTING.shards())[number])
-        content = ShardMaker(SETTING, pipelines.sd())(shard)
-        (tmp_path / "steps-2" / f"{number:06d}.safetensors").write_bytes(content)
-    assert later.made_otherwise(one) == [0, 1]
-    assert checked(later, [one]) == ["steps:2"] * 2
-    assert later.made_otherwise(one) == []
+    for one in VARIANTS[:2]:
+        for number in (0, 1) if one is VARIANTS[0] else (0, 1, 2):
+            (tmp_path / f"steps-{one.steps}" / f"{number:06d}.safetensors").unlink()
+    later = coded(monkeypatch, tmp_path, "later")
+    for one in VARIANTS[:2]:
+        later.make(pipelines.sd(), one)
+    assert [later.made_otherwise(one) for one in VARIANTS[:2]] == [True, False]
 
 
-@pytest.mark.parametrize("change", ["pixel", "size"])
-def test_pictures_that_this_code_makes_otherwise_are_refused_and_stay(
-    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    one = VARIANTS[2]
-    file = copied(pictures, tmp_path).folder_of(one) / "000000.safetensors"
-    tensors = load_file(file)
-    if change == "pixel":
-        tensors["pictures"][0, 0, 0, 0] += 1
-    else:
-        tensors["pictures"] = tensors["pictures"][..., 1:].contiguous()
-    save_file(tensors, file, {"maker": machine.maker_key("cpu", torch.get_num_threads())})
-    later, before = coded(monkeypatch, tmp_path, "later"), file.read_bytes()
-    with pytest.raises(ValueError, match=r"deepcache:2\+tome:0.5 makes other pictures .*, batch 0; remove"):
-        checked(later, [one])
-    assert later.made_otherwise(one) == [0]
-    assert file.read_bytes() == before
-
-
-def test_pictures_of_another_machine_or_number_of_threads_are_made_otherwise(
+def test_pictures_of_another_machine_are_made_otherwise(
     tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, one = copied(pictures, tmp_path), VARIANTS[1]
-    threads = torch.get_num_threads()
-    assert not Pictures(tmp_path, SETTING, threads=threads).made_otherwise(one)
-    assert Pictures(tmp_path, SETTING, threads=threads + 1).made_otherwise(one) == [0]
     keys = set()
     for seen in ("model name : A", "model name : B", "model name : A\nflags : amx_bf16 avx512_bf16"):
         with monkeypatch.context() as patch:
             patch.setattr(machine, "_cpuinfo", lambda seen=seen: seen)
-            elsewhere = Pictures(tmp_path, SETTING)
-            assert elsewhere.made_otherwise(one) == [0]
-            keys.add(elsewhere.maker)
+            assert Pictures(tmp_path, SETTING).made_otherwise(one)
+            keys.add(machine.maker_key("cpu"))
     assert len(keys) == 3
     assert not mine.made_otherwise(one)
 
 
-def test_workers_on_other_machines_settle_what_they_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = VARIANTS[1]
-    with monkeypatch.context() as patch:
-        patch.setattr("regrow.lab.measure.evaluate.maker_key", lambda *_: "a node")
-        made(tmp_path)
-        worker = ShardMaker(SETTING, pipelines.sd())
-    here = Pictures(tmp_path, SETTING)
-    assert here.made_otherwise(one) == [0]
-    with LocalWorkers(lambda: worker) as workers:
-        here.check(workers, [one], lambda _: None)
-    assert not here.made_otherwise(one)
-
-
-def test_pictures_of_a_gpu_name_it_and_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_of_a_gpu_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    assert machine.maker_key("cuda", 1) == machine.maker_key("cuda", 2) == f"{machine.code_key()} on H100"
+    assert machine.maker_key("cuda") == f"{machine.code_key()} on H100"
 
 
 def test_pictures_that_do_not_say_what_made_them_are_made_otherwise(
@@ -428,10 +376,9 @@ def test_pictures_that_do_not_say_what_made_them_are_made_otherwise(
     file = mine.folder_of(VARIANTS[1]) / "000001.safetensors"
     save_file(load_file(file), file)
     # Older ones say the code alone.
-    for number, code in ((1, "earlier"), (2, "later")):
-        older = mine.folder_of(VARIANTS[2]) / f"{number:06d}.safetensors"
-        save_file(load_file(older), older, {"code": code})
-    assert [mine.made_otherwise(one) for one in VARIANTS] == [[], [1], [1, 2]]
+    older = mine.folder_of(VARIANTS[2]) / "000002.safetensors"
+    save_file(load_file(older), older, {"code": machine.code_key()})
+    assert [mine.made_otherwise(one) for one in VARIANTS] == [False, True, True]
     assert not mine.missing(VARIANTS[1])
 
 
@@ -461,34 +408,18 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
         Pictures(tmp_path / "letter.txt" / "pictures", SETTING)
 
 
-def test_a_folder_from_before_model_and_code_were_kept_is_gone_on_with(
+def test_a_folder_from_before_model_and_device_were_kept_is_gone_on_with(
     tmp_path: Path, pictures: Pictures
 ) -> None:
     copied(pictures, tmp_path)
-    for file in (tmp_path / "setting.json", tmp_path / "steps-2" / "variant.json"):
-        said = json.loads(file.read_text())
-        file.write_text(
-            json.dumps({k: v for k, v in said.items() if k not in ("model_key", "device", "alike")})
-        )
+    setting, variant = tmp_path / "setting.json", tmp_path / "steps-2" / "variant.json"
+    said = json.loads(setting.read_text())
+    setting.write_text(json.dumps({k: v for k, v in said.items() if k not in ("model_key", "device")}))
+    # Others name what was known to make the same pictures.
+    variant.write_text(json.dumps(json.loads(variant.read_text()) | {"alike": ["earlier"]}))
     later = Pictures(tmp_path, Setting(**(vars(SETTING) | {"model_key": "some"})))
     assert not any(map(later.missing, VARIANTS))
     assert not any(map(later.made_otherwise, VARIANTS))
-
-
-def test_what_a_check_refused_the_next_one_refuses(
-    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = VARIANTS[1]
-    folder = copied(pictures, tmp_path).folder_of(one)
-    file = folder / "000001.safetensors"
-    tensors = load_file(file)
-    tensors["pictures"][0, 0, 0, 0] += 1
-    save_file(tensors, file, {"maker": "earlier"})
-    later = coded(monkeypatch, tmp_path, "later")
-    for _ in range(2):
-        assert later.made_otherwise(one) == [0, 1]
-        with pytest.raises(ValueError, match=r"steps:2 makes other pictures .*, batch 1; remove"):
-            checked(later, [one])
 
 
 def test_a_model_that_was_trained_further_or_configured_otherwise_has_another_key(tmp_path: Path) -> None:
@@ -750,13 +681,18 @@ def test_the_command_goes_on_and_prints_what_it_writes(
     assert (again["reference"], again["reference_pictures"]) == ("steps-2", count)
     assert again["rows"][1]["sfd"] == pytest.approx(result["rows"][1]["sfd"], rel=1e-4)
 
-    # Later code says that it did not make these, until it has looked.
+    # Later code says that it did not make these.
+    assert not any(row["made_otherwise"] for row in again["rows"])
     monkeypatch.setattr("regrow.lab.measure.evaluate.maker_key", lambda *_: "later")
-    for words, others in (((), ["steps:2", "dato:b1"]), (("--check-kept",), [])):
-        assert command(monkeypatch, *SMALL, "--json", *out, *words) == 0
-        seen = capsys.readouterr()
-        assert ("made by other code" in seen.err) == bool(others)
-        assert json.loads(seen.out)["made_otherwise"] == others
+    assert command(monkeypatch, *SMALL, "--json", *out) == 0
+    seen = capsys.readouterr()
+    assert seen.err.count("made by other code") == 1
+    assert "pictures of steps:2, dato:b1 in" in seen.err
+    assert [row["made_otherwise"] for row in json.loads(seen.out)["rows"]] == [True, True]
+    assert command(monkeypatch, *SMALL, *out) == 0
+    shown = capsys.readouterr().out
+    assert "dato:b1 *" in shown
+    assert "* made by other code or packages, or on another machine\n" in shown
 
 
 def test_what_cannot_be_made_costs_no_look_at_the_reference(

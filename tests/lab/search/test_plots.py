@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regrow.lab import plots as shared
 from regrow.lab.search import plots
 
 
@@ -225,3 +226,32 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'regrow\[plot\]'"):
         plots.draw(found.result(), tmp_path)
+
+
+def test_curves_and_legends_of_all_plots_are_told_apart() -> None:
+    styles = [tuple(shared.line_style(i).values()) for i in range(28)]
+    assert len(set(styles)) == 28
+    figure = shared.new_figure(4, 3)
+    axis = figure.subplots()
+    for i in range(3):
+        axis.plot([0, 1], label=f"curve {i}", **shared.line_style(i))
+    shared.legend_below(figure, 2)
+    assert legend(figure) == ["curve 0", "curve 1", "curve 2"]
+    assert [line.get_color() for line in axis.lines] == [*shared.COLOURS[:3]]
+
+
+def test_a_figure_is_written_into_a_folder_that_is_made_for_it(tmp_path: Path) -> None:
+    figure = shared.new_figure(4, 3)
+    shared.save(figure, tmp_path / "new" / "figure.png", dpi=50)
+    assert Image.open(tmp_path / "new" / "figure.png").size == (200, 150)
+
+
+def test_what_a_file_of_a_plot_needs_is_said_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shared.check_ending("--plot", tmp_path / "bars.svg")
+    with pytest.raises(ValueError, match=r"--plot: .*bars\.docx is not allowed, it must end in .* \.png"):
+        shared.check_ending("--plot", tmp_path / "bars.docx")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'regrow\[plot\]', or leave out --plot"):
+        shared.check_ending("--plot", tmp_path / "bars.svg")

@@ -15,13 +15,14 @@ from regrow import zoo
 from regrow.core.compiling import compile_blocks
 from regrow.lab.cli.models import best_device, check_device, check_room, load_pipeline
 from regrow.lab.cli.terminal import Bar, busy, output, remarks, table
-from regrow.lab.measure.atomic_files import check_writable, write_whole
+from regrow.lab.measure.atomic_files import check_writable, write_json
 from regrow.lab.measure.bench import BenchRow, bench
 from regrow.lab.measure.machine import PACKAGES, machine, model_key
 from regrow.lab.measure.random_weights import random_pipeline
 from regrow.lab.measure.samplers import Sampler
 from regrow.lab.measure.sampling import takes_classes
 from regrow.lab.measure.variants import Variant
+from regrow.lab.plots import check_ending, new_figure, save
 from regrow.models import module_of
 
 
@@ -59,11 +60,7 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
     """
     # What is missing or not allowed is so before the measurement, not after it.
     if request.plot is not None:
-        from matplotlib.backend_bases import FigureCanvasBase
-
-        kinds = FigureCanvasBase.get_supported_filetypes()
-        if request.plot.suffix.lower().removeprefix(".") not in kinds:
-            raise ValueError(f"--plot: {request.plot} is not allowed, it must end in .{', .'.join(kinds)}")
+        check_ending("--plot", request.plot)
     for option, file in (("--out", request.out), ("--plot", request.plot)):
         if file is not None:
             check_writable(option, file)
@@ -195,9 +192,8 @@ class Written:
         if self._file is None or not self._timed:
             return
         whole = {**self._head, "timed": self._timed, "complete": self._complete, "rows": self._plain()}
-        text = json.dumps(whole, indent=1) + "\n"
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._file, lambda to: to.write_text(text, encoding="utf-8"))
+        write_json(self._file, whole)
 
 
 def print_rows(rows: list[BenchRow], baseline: str) -> None:
@@ -251,12 +247,8 @@ def shown(value: float | None, form: str, unit: str = "") -> str:
 
 def draw_bars(rows: list[BenchRow], file: Path) -> None:
     """Speed-ups as bars, with what the MACs promise beside them; what failed has a place without a bar."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.42 * len(rows)), layout="constrained")
+    figure = new_figure(7, 0.6 + 0.42 * len(rows))
+    axis = figure.subplots()
     place = range(len(rows))
     axis.barh([i + 0.2 for i in place], [r.macs_ratio or 0 for r in rows], 0.36, color="0.8", label="MACs")
     bars = axis.barh([i - 0.2 for i in place], [r.speedup or 0 for r in rows], 0.36, label="measured")
@@ -267,6 +259,4 @@ def draw_bars(rows: list[BenchRow], file: Path) -> None:
     axis.margins(x=0.12)
     axis.set_xlabel(f"speed-up over {rows[0].name}")
     axis.legend(loc="lower right", frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    save(figure, file)

@@ -50,11 +50,6 @@ class Where:
         elif self.workers is not None or self.address is not None:
             raise ValueError("--workers, --address: they go with --engine ray")
 
-    @property
-    def threads(self) -> int:
-        """Of torch in the process that does a job; a worker of a cluster has one CPU."""
-        return 1 if self.engine is Engine.RAY else torch.get_num_threads()
-
     def open(self, make: Callable[[], Callable[[Any], Any]], device: str) -> Workers[Any, Any]:
         """The workers; a GPU for each if that is the device.
 

@@ -27,7 +27,7 @@ from regrow.lab.cli.models import (
 )
 from regrow.lab.cli.terminal import Bar, busy, output, remarks, table
 from regrow.lab.measure import contact_sheet
-from regrow.lab.measure.atomic_files import check_writable, write_whole
+from regrow.lab.measure.atomic_files import check_writable, write_text, write_whole
 from regrow.lab.measure.clip import ClipScore
 from regrow.lab.measure.evaluate import (
     Gain,
@@ -52,6 +52,8 @@ FEW = 256
 """Pictures below which figures of sets say nothing."""
 SHEET = 8
 """Prompts on the contact sheet."""
+OTHERWISE = "*"
+"""Marks rows whose pictures were made by other code or on another machine."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,6 @@ class Request:
     batch: int
     where: Where
     out: Path
-    check_kept: bool
 
 
 def run_eval(request: Request, as_json: bool) -> None:
@@ -144,7 +145,7 @@ def _evaluate(request: Request, as_json: bool) -> None:
     true_pictures = pictures_in(request.reference) if request.reference and reference is None else []
     with busy(console, "loading the CLIP model") if request.clip is not None else nullcontext():
         clip = None if request.clip is None else ClipScore(request.clip, device)
-    pictures = Pictures(request.out, setting, device, request.where.threads)
+    pictures = Pictures(request.out, setting, device)
     _make(request, pictures, variants, device, console)
     if true_pictures:
         # After the pictures, which are kept: what refuses to be made must not cost a look at all of these.
@@ -177,11 +178,10 @@ def _evaluate(request: Request, as_json: bool) -> None:
         "engine": request.where.engine.value,
         "workers": request.where.workers,
         "machine": machine(device),
-        "made_otherwise": [one.name for one in variants if pictures.made_otherwise(one)],
         "rows": [row.to_dict() | {"scores": scores[row.name]} for row in rows],
     }
     text = json.dumps(result, indent=1)
-    write_whole(request.out / "result.json", lambda to: to.write_text(text + "\n", encoding="utf-8"))
+    write_text(request.out / "result.json", text + "\n")
     sheet = _sheet(pictures, variants)
     if as_json:
         print(text)
@@ -244,33 +244,27 @@ def _make(
     request: Request, pictures: Pictures, variants: Sequence[Variant], device: str, console: Console
 ) -> None:
     """Make what is missing; the model is loaded only if something is."""
-    others = [one for one in variants if pictures.made_otherwise(one)]
-    if others and not request.check_kept:
-        names = ", ".join(one.name for one in others)
+    missing = [(one, len(shards)) for one in variants if (shards := pictures.missing(one))]
+    others = ", ".join(one.name for one in variants if pictures.made_otherwise(one))
+    if others:
         console.print(
-            "regrow: warning: made by other code or packages, or on another processor or number of "
-            f"threads: pictures of {names} in {pictures.folder}. --check-kept makes a batch of each again "
-            "and compares.",
+            "regrow: warning: made by other code or packages, or on another machine: pictures of "
+            f"{others} in {pictures.folder}; they are used, and marked in the result.",
             style="yellow",
             soft_wrap=True,
         )
-    check = others if request.check_kept else []
-    jobs = sum(len(pictures.made_otherwise(one)) for one in check)
-    jobs += sum(len(pictures.missing(one)) for one in variants)
-    if not jobs:
+    if not missing:
         return
     s = pictures.setting
     check_room(s.model, s.height, s.width, min(s.shard, len(s.prompts)), device, getattr(torch, s.dtype))
     setting = replace(pictures.setting, model=zoo.from_anywhere(pictures.setting.model))
-    asked = [one for one in variants if one in check or pictures.missing(one)]
-    maker = partial(_maker, setting, device, asked)
+    maker = partial(_maker, setting, device, [one for one, _ in missing])
     with request.where.open(maker, device) as workers, Bar(console) as progress:
-        task = progress.add_task(f"loading {request.model}", total=jobs)
+        task = progress.add_task(f"loading {request.model}", total=sum(count for _, count in missing))
 
         def advance(one: Variant) -> None:
             progress.update(task, description=one.name, advance=1)
 
-        pictures.check(workers, check, advance)
         pictures.make_all(workers, variants, advance)
 
 
@@ -302,6 +296,8 @@ def print_rows(
     console.print(_single(rows, seconds, scores))
     if pictures >= FEW:
         console.print(_together(rows, reference, labels))
+    if any(row.made_otherwise for row in rows):
+        console.print(f"{OTHERWISE} made by other code or packages, or on another machine", soft_wrap=True)
 
 
 def _single(rows: Sequence[Quality], seconds: dict[str, float], scores: Scores) -> Table:
@@ -321,7 +317,7 @@ def _single(rows: Sequence[Quality], seconds: dict[str, float], scores: Scores) 
     )
     for row in rows:
         made.add_row(
-            row.name,
+            _named(row),
             f"{seconds[row.name]:.3f}",
             _shown(row.psnr, 1),
             _shown(row.ssim, 3),
@@ -343,7 +339,7 @@ def _together(rows: Sequence[Quality], reference: str, labels: Labels) -> Table:
     )
     for row in rows:
         made.add_row(
-            row.name,
+            _named(row),
             _shown(row.fd, 2),
             _shown(row.sfd, 2),
             _shown(row.kd, 4),
@@ -368,6 +364,11 @@ def _sheet(pictures: Pictures, variants: Sequence[Variant]) -> Path:
     file = pictures.folder / "contact-sheet.png"
     write_whole(file, lambda to: sheet.save(to, "PNG"))
     return file
+
+
+def _named(row: Quality) -> str:
+    """A row's name, with its mark."""
+    return f"{row.name} {OTHERWISE}" if row.made_otherwise else row.name
 
 
 def _shown(value: float | None, digits: int) -> str:

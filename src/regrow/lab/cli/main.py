@@ -552,10 +552,6 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for pictures and results; gone on with.")] = Path(
         "eval"
     ),
-    check_kept: Annotated[
-        bool,
-        typer.Option("--check-kept", help="Make some of other code or machines again and compare."),
-    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make pictures of many prompts by each method and compare them. Killed, it goes on where it was.
@@ -600,7 +596,6 @@ def evaluate(
             batch=batch,
             where=Where(engine, workers, address),
             out=out,
-            check_kept=check_kept,
         ),
         as_json,
     )

@@ -18,27 +18,25 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
 from regrow import zoo
-from regrow.apply import apply
 from regrow.fields import MOST_COUNT, check_within, explain
 from regrow.files import damaged, read_kept
 from regrow.lab.cli.engine import Engine, Where
 from regrow.lab.cli.models import best_device, check_device, check_room, load_pipeline
 from regrow.lab.cli.terminal import Bar, busy, named, output, remarks, table
-from regrow.lab.measure.atomic_files import check_writable
+from regrow.lab.measure.atomic_files import check_writable, write_json
 from regrow.lab.measure.lock import locked
 from regrow.lab.measure.machine import machine
 from regrow.lab.measure.macs import PlanCounter
-from regrow.lab.measure.plotting import check_matplotlib
 from regrow.lab.measure.prompts import read_prompts
-from regrow.lab.measure.sampling import make
-from regrow.lab.measure.variants import variant
+from regrow.lab.measure.variants import applied, variant
+from regrow.lab.plots import check_matplotlib
 from regrow.lab.search.evaluation import Candidate, Evaluator, Facts
 from regrow.lab.search.log import Log
 from regrow.lab.search.objectives import Cost, Objective, Quality, label
 from regrow.lab.search.objectives import objective as known
 from regrow.lab.search.page import check_jinja2, page
 from regrow.lab.search.plots import draw
-from regrow.lab.search.result import Found, figures, found, to_dict, write_front, write_json
+from regrow.lab.search.result import Found, figures, found, to_dict, write_front
 from regrow.lab.search.search import Budget, Known, Search, may_give_up
 from regrow.lab.search.search import Progress as Step
 from regrow.lab.search.settings import SearchSettings, doubled
@@ -386,31 +384,15 @@ def _pictures(
     evaluator: Evaluator, plans: Sequence[Found], console: Console
 ) -> Mapping[str, Sequence[Image.Image]]:
     """Pictures of some plans, evenly over the front, beside the unaccelerated ones."""
-    s = evaluator.setting
     count = min(SHOWN_PLANS, len(plans))
     places = sorted({round(i * (len(plans) - 1) / max(count - 1, 1)) for i in range(count)})
     rows: list[tuple[str, Candidate]] = [("unaccelerated", Candidate(evaluator.steps, None))]
     rows += [(plans[i].name, plans[i].known.candidate) for i in places]
     out = {}
     for name, candidate in rows:
-
-        def run(candidate: Candidate = candidate) -> list[Image.Image]:
-            return make(
-                evaluator.pipeline,
-                s.prompts[:SHOWN_PROMPTS],
-                steps=candidate.steps,
-                guidance=s.guidance,
-                seed=s.seed,
-                height=s.height,
-                width=s.width,
-            ).images
-
-        with busy(console, f"pictures of {name}"):
-            if candidate.config is None:
-                out[name] = run()
-            else:
-                with apply(evaluator.pipeline, candidate.config):
-                    out[name] = run()
+        with busy(console, f"pictures of {name}"), applied(evaluator.pipeline, candidate.config):
+            made = evaluator.setting.make(evaluator.pipeline, 0, SHOWN_PROMPTS, candidate.steps)
+            out[name] = made.images
     return out
 
 

@@ -17,9 +17,9 @@ from regrow.lab.cli.terminal import Bar, busy, named, output, remarks, table
 from regrow.lab.cli.trace_plots import draw
 from regrow.lab.measure.atomic_files import check_writable
 from regrow.lab.measure.machine import machine, model_key
-from regrow.lab.measure.plotting import check_matplotlib
 from regrow.lab.measure.trace import Trace, trace
 from regrow.lab.measure.variants import variant
+from regrow.lab.plots import check_matplotlib
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,11 @@ import math
 import re
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from regrow.lab.measure.plotting import COLOURS, LINES, save
 from regrow.lab.measure.trace import PERCENTILES, Difference, Trace, Traced
+from regrow.lab.plots import add_grid, legend_below, line_style, new_figure, save
 
 PICTURES = 4
 MOST_NAMES = 28
@@ -43,46 +42,33 @@ def draw(trace: Trace, prompts: tuple[str, ...], folder: Path) -> list[Path]:
 
 def draw_deviation(trace: Trace, file: Path) -> None:
     """A line a method: how far x_t and the predicted x_0 are from the unaccelerated run's."""
-    import matplotlib.pyplot as plt
-
     panels = ["x_t after each step"] + ([] if trace.x0_unknown else ["predicted x_0"])
-    size = (4.6 * len(panels), 4.2)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = new_figure(4.6 * len(panels), 4.2)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for i, one in enumerate(trace.variants):
         d = one.deviation
-        style: dict[str, Any] = {
-            "color": COLOURS[i % len(COLOURS)],
-            "linestyle": LINES[i // len(COLOURS) % len(LINES)],
-            "marker": ".",
-            "label": one.name,
-        }
-        # A logarithmic axis has no place for 0.
-        axes[0, 0].plot(d.after, [value or math.nan for value in d.x], **style)
-        if d.x0 is not None:
-            axes[0, 1].plot(d.timestep, [value or math.nan for value in d.x0], **style)
-    for axis, title in zip(axes[0], panels, strict=True):
+        for axis, at, values in ((axes[0], d.after, d.x), (axes[-1], d.timestep, d.x0)):
+            if values is not None:
+                # A logarithmic axis has no place for 0.
+                seen = [value or math.nan for value in values]
+                axis.plot(at, seen, marker=".", label=one.name, **line_style(i))
+    for axis, title in zip(axes, panels, strict=True):
         axis.set_yscale("log")
         axis.invert_xaxis()
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("timestep")
-        axis.grid(color="0.9")
-    axes[0, 0].set_ylabel(f"mean absolute error to {trace.baseline}")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    columns = min(len(labels), 2 * len(panels))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    add_grid(*axes)
+    axes[0].set_ylabel(f"mean absolute error to {trace.baseline}")
+    legend_below(figure, 2 * len(panels))
     save(figure, file)
 
 
 def draw_differences(differences: tuple[Difference, ...], file: Path) -> None:
     """A panel a feature: the spread over tokens of its change from step to step."""
-    import matplotlib.pyplot as plt
-
     columns = min(len(differences), 3)
     rows = math.ceil(len(differences) / columns)
-    size = (3.6 * columns, 2.5 * rows + 0.7)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = new_figure(3.6 * columns, 2.5 * rows + 0.7)
+    axes = figure.subplots(rows, columns, squeeze=False)
     low, lower, middle, upper, high = (f"{p}" for p in PERCENTILES)
     for axis, d in zip(axes.flat, differences, strict=False):
         p5, p25, p50, p75, p95 = zip(*d.percentiles, strict=True)
@@ -93,24 +79,21 @@ def draw_differences(differences: tuple[Difference, ...], file: Path) -> None:
         axis.set_xlabel("timestep")
         axis.invert_xaxis()
         axis.set_ylim(bottom=0)
-        axis.grid(color="0.9")
-        axis.set_axisbelow(True)
+        add_grid(axis)
     for axis in axes.flat[len(differences) :]:
         axis.set_visible(False)
     figure.supylabel("change of a token since the step before", fontsize=10)
-    figure.legend(handles=[outer, inner, line], loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, 3, [outer, inner, line])
     save(figure, file)
 
 
 def draw_computed(trace: Trace, mapped: list[Traced], prompts: tuple[str, ...], file: Path) -> None:
     """Pictures, and beside each how often its tokens were computed at the finest level."""
-    import matplotlib.pyplot as plt
-
     rows, columns = min(len(trace.images), PICTURES), 1 + 2 * len(mapped)
     first = trace.images[0]
     height = 1.35 * first.height / first.width
-    size = (1.35 * columns + 1.6, height * rows + 0.6)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = new_figure(1.35 * columns + 1.6, height * rows + 0.6)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for r in range(rows):
         axes[r, 0].imshow(trace.images[r])
         axes[r, 0].set_ylabel("\n".join(textwrap.wrap(prompts[r], 18)), fontsize=8)
@@ -133,11 +116,9 @@ def draw_computed(trace: Trace, mapped: list[Traced], prompts: tuple[str, ...], 
 
 def draw_blocks(sited: list[Traced], file: Path) -> None:
     """A panel a method: what share of its tokens each block computed in each call; full calls marked."""
-    import matplotlib.pyplot as plt
-
     rows = max(len(one.sites) for one in sited)
-    size = (7.2, len(sited) * (min(0.24 * rows, 7.0) + 1.1))
-    figure, axes = plt.subplots(len(sited), 1, figsize=size, squeeze=False, layout="constrained")
+    figure = new_figure(7.2, len(sited) * (min(0.24 * rows, 7.0) + 1.1))
+    axes = figure.subplots(len(sited), 1, squeeze=False)
     for axis, one in zip(axes[:, 0], sited, strict=True):
         names, shares = list(one.sites), np.array(list(one.sites.values()))
         shown = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")

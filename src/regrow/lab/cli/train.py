@@ -278,7 +278,7 @@ def _run(request: Request, work: Callable[[Workplace], Trained], use: str) -> No
     """Train in a folder that nobody else writes, and say what came of it."""
     from regrow.lab.measure.atomic_files import check_writable
     from regrow.lab.measure.lock import locked
-    from regrow.lab.measure.plotting import check_matplotlib
+    from regrow.lab.plots import check_matplotlib
 
     check_writable("--out", request.out, folder=True)
     check_matplotlib()

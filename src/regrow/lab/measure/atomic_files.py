@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,22 @@ def write_whole(file: Path, write: Callable[[Path], Any], writer: str = "") -> N
         raise
     if os.name == "posix":
         _to_disk(file.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text as `write_whole` does."""
+    write_whole(file, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def write_json(file: Path, value: Any, *, ascii_only: bool = True) -> None:
+    """Write plain data as `write_whole` does.
+
+    Args:
+        file: the file.
+        value: what JSON can hold.
+        ascii_only: escape all other characters.
+    """
+    write_text(file, json.dumps(value, indent=1, ensure_ascii=ascii_only) + "\n")
 
 
 def _to_disk(place: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from regrow.core.inputs import without_data
 from regrow.core.install import around_calls
 from regrow.core.macs import Flops, plain_macs
 from regrow.fields import MOST_COUNT, check_within
-from regrow.lab.measure.sampling import Moment, check_frames, make, moment, wait
+from regrow.lab.measure.sampling import Moment, Pictures, check_frames, make, moment, wait
 from regrow.lab.measure.variants import Variant
 from regrow.lab.memory import PeakMemory, keep_freed_memory
 from regrow.models import module_of
@@ -98,23 +98,142 @@ class BenchRow:
         return asdict(self)
 
 
-@dataclass
 class _Timed:
-    """What the generations of a variant gave.
+    """The generations of a variant, and what they gave.
 
     Args:
-        beside: of each timed generation, how many the first variant had made before it.
+        pipeline: that they are made by.
+        variant: how.
+        prompts: of all of them.
+        options: of `make`.
     """
 
-    seconds: list[float] = field(default_factory=list)
-    denoiser: list[float] = field(default_factory=list)
-    beside: list[int] = field(default_factory=list)
-    calls: list[list[float]] = field(default_factory=list)
-    kinds: Sequence[tuple[str | None, float | None]] = ()
-    macs: int | None = None
-    outputs: str = ""
-    peak: float | None = None
-    error: str | None = None
+    def __init__(
+        self, pipeline: Any, variant: Variant, prompts: Sequence[str], options: Mapping[str, Any]
+    ) -> None:
+        self.variant = variant
+        self.seconds: list[float] = []
+        self.denoiser: list[float] = []
+        self.beside: list[int] = []
+        """Of each timed generation, how many the first variant had made before it."""
+        self.calls: list[list[float]] = []
+        self.kinds: Sequence[tuple[str | None, float | None]] = ()
+        self.macs: int | None = None
+        self.outputs = ""
+        self.peak: float | None = None
+        self.error: str | None = None
+        self._pipeline, self._prompts, self._options = pipeline, prompts, options
+
+    def turn(self, act: Callable[[_Timed], None]) -> None:
+        """Do something, unless the variant failed before; an exception is kept as its error."""
+        if self.error is None:
+            try:
+                act(self)
+            except Exception as error:
+                self.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+    def warm_up(self) -> None:
+        """Make one generation, untimed: what its calls compute and give."""
+        inputs: list[Any] = []
+        outputs = hashlib.sha256()
+
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            inputs.append(without_data((args, kwargs)))
+
+        def after(module: Any, args: Any, output: Any) -> None:
+            values = output if isinstance(output, torch.Tensor) else output[0]
+            outputs.update(values.detach().contiguous().view(torch.uint8).cpu().numpy().data)
+
+        run, _ = self._hooked(before, after)
+        self.outputs = outputs.hexdigest()
+        self.kinds = [(None, None)] * len(inputs)
+        if run is not None:
+            report = run.report()
+            # A call that the clock could not place is in no report.
+            if len(report.calls) == len(inputs):
+                self.kinds = [(c.depth, c.ratio) for c in report.calls]
+                self.macs = report.macs
+        elif self.variant.config is None:
+            self.kinds = [("full", 0.0)] * len(inputs)
+            self.macs = _plain_macs(module_of(self._pipeline), inputs)
+        else:
+            self.macs = self._counted_macs()
+
+    def time(self) -> None:
+        """Make one generation, with the times of its calls."""
+        calls: list[tuple[Moment, Moment]] = []
+        begun: list[Moment] = []
+        device = self._pipeline.device
+
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            begun.append(moment(device))
+
+        def after(module: Any, args: Any, output: Any) -> None:
+            calls.append((begun.pop(), moment(device)))
+
+        _, seconds = self._hooked(before, after)
+        wait(self._pipeline)
+        if len(calls) != len(self.kinds):
+            raise ValueError(
+                f"{len(calls)} calls of the denoiser where an earlier run had {len(self.kinds)}"
+            )
+        taken = [begin.until(end) for begin, end in calls]
+        self.seconds.append(seconds)
+        self.denoiser.append(sum(taken))
+        self.calls.append(taken)
+
+    def measure_memory(self) -> None:
+        """Make one generation for its peak memory."""
+        with self._applied(), PeakMemory(self._pipeline.device) as memory:
+            self._make()
+        self.peak = memory.mib
+
+    def _make(self) -> Pictures:
+        one = self.variant
+        return make(self._pipeline, self._prompts, steps=one.steps, **one.arguments(self._options))
+
+    @contextmanager
+    def _applied(self) -> Iterator[Run | None]:
+        """The variant on the pipeline; where blocks are compiled, compiled for it."""
+        compiled = _compiled(module_of(self._pipeline))
+        if compiled:
+            torch._dynamo.reset()
+        with self.variant.applied(self._pipeline) as run:
+            if compiled:
+                self._make()
+                # diffusers' own caches go on where they were, unless the denoiser has a cache mixin.
+                for module in module_of(self._pipeline).modules():
+                    if isinstance(registry := getattr(module, "_diffusers_hook", None), HookRegistry):
+                        registry.reset_stateful_hooks(recurse=False)
+            yield run
+
+    def _hooked(
+        self, before: Callable[[Any, Any, Any], None], after: Callable[[Any, Any, Any], None]
+    ) -> tuple[Run | None, float]:
+        """One generation with hooks around the denoiser's calls, and its seconds."""
+        with self._applied() as run, around_calls(module_of(self._pipeline), before, after):
+            return run, self._make().seconds
+
+    def _counted_macs(self) -> int | None:
+        """MACs counted in one more generation, of a method that does not tell; None if they can't be."""
+        if _compiled(module_of(self._pipeline)) or self._pipeline.device.type not in ("cpu", "cuda"):
+            return None
+        begun: list[int] = []
+        flops: list[int] = []
+
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            begun.append(counter.total)
+
+        def after(module: Any, args: Any, output: Any) -> None:
+            flops.append(counter.total - begun.pop())
+
+        try:
+            with Flops(_UNKNOWN) as counter:
+                self._hooked(before, after)
+        except Exception:
+            # It ran uncounted.
+            return None
+        return sum(flops) // 2
 
 
 def bench(
@@ -164,148 +283,43 @@ def bench(
         check_within(name, value, 1, MOST_COUNT)
     check_frames(pipeline, frames)
     options = {"guidance": guidance, "height": height, "width": width, "frames": frames}
-    found = [_Timed() for _ in variants]
-    rows = list(zip(variants, found, strict=True))
-    base = found[0]
+    found = [_Timed(pipeline, one, prompts, options) for one in variants]
+    base, *others = found
     keep_freed_memory()
+    for one in found:
+        one.turn(_Timed.warm_up)
+        on_generation(one.variant.name)
 
-    def turn(act: Callable[..., None], one: Variant, timed: _Timed) -> None:
-        if timed.error is None:
-            try:
-                act(pipeline, one, prompts, timed, options)
-            except Exception as error:
-                timed.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-    for one, timed in rows:
-        turn(_warm_up, one, timed)
-        on_generation(one.name)
-
-    def row(one: Variant, timed: _Timed) -> BenchRow:
-        plain = {v.steps: t.outputs for v, t in rows if v.config is None and t.error is None}
-        return _row(one, timed, base, len(prompts), None if one.config is None else plain.get(one.steps))
+    def row(one: _Timed) -> BenchRow:
+        plain = {t.variant.steps: t.outputs for t in found if t.variant.config is None and t.error is None}
+        compared = None if one.variant.config is None else plain.get(one.variant.steps)
+        return _row(one, base, len(prompts), compared)
 
     for number in range(rounds):
-        turn(_time, *rows[0])
-        on_generation(variants[0].name)
-        on_timed(number, row(*rows[0]))
+        base.turn(_Timed.time)
+        on_generation(base.variant.name)
+        on_timed(number, row(base))
         since = 0.0
-        for one, timed in rows[1:]:
+        for one in others:
             if base.error is None and since >= base.seconds[-1]:
-                turn(_time, *rows[0])
+                base.turn(_Timed.time)
                 since = 0.0
-            timed.beside.append(len(base.seconds))
-            turn(_time, one, timed)
-            since += timed.seconds[-1] if timed.error is None else 0.0
-            on_generation(one.name)
-            on_timed(number, row(one, timed))
-    if len(rows) > 1:
-        turn(_time, *rows[0])
-    for one, timed in rows:
-        turn(_measure_memory, one, timed)
-        on_generation(one.name)
-    return [row(one, timed) for one, timed in rows]
-
-
-@contextmanager
-def _applied(
-    pipeline: Any, one: Variant, prompts: Sequence[str], options: dict[str, Any]
-) -> Iterator[Run | None]:
-    """A variant on the pipeline; where blocks are compiled, compiled for it."""
-    compiled = _compiled(module_of(pipeline))
-    if compiled:
-        torch._dynamo.reset()
-    with one.applied(pipeline) as run:
-        if compiled:
-            make(pipeline, prompts, steps=one.steps, **one.arguments(options))
-            # diffusers' own caches go on where they were, unless the denoiser has a cache mixin.
-            for module in module_of(pipeline).modules():
-                if isinstance(registry := getattr(module, "_diffusers_hook", None), HookRegistry):
-                    registry.reset_stateful_hooks(recurse=False)
-        yield run
+            one.beside.append(len(base.seconds))
+            one.turn(_Timed.time)
+            since += one.seconds[-1] if one.error is None else 0.0
+            on_generation(one.variant.name)
+            on_timed(number, row(one))
+    if others:
+        base.turn(_Timed.time)
+    for one in found:
+        one.turn(_Timed.measure_memory)
+        on_generation(one.variant.name)
+    return [row(one) for one in found]
 
 
 def _compiled(denoiser: Any) -> bool:
     """Whether any of its modules is."""
     return any(module._compiled_call_impl is not None for module in denoiser.modules())
-
-
-def _hooked(
-    pipeline: Any,
-    one: Variant,
-    prompts: Sequence[str],
-    before: Callable[[Any, Any, Any], None],
-    after: Callable[[Any, Any, Any], None],
-    options: dict[str, Any],
-) -> tuple[Run | None, float]:
-    """One generation with hooks around the denoiser's calls, and its seconds."""
-    denoiser = module_of(pipeline)
-    with _applied(pipeline, one, prompts, options) as run, around_calls(denoiser, before, after):
-        return run, make(pipeline, prompts, steps=one.steps, **one.arguments(options)).seconds
-
-
-def _warm_up(
-    pipeline: Any, one: Variant, prompts: Sequence[str], timed: _Timed, options: dict[str, Any]
-) -> None:
-    """One generation of a variant, untimed: what its calls compute and give."""
-    inputs: list[Any] = []
-    outputs = hashlib.sha256()
-
-    def before(module: Any, args: Any, kwargs: Any) -> None:
-        inputs.append(without_data((args, kwargs)))
-
-    def after(module: Any, args: Any, output: Any) -> None:
-        values = output if isinstance(output, torch.Tensor) else output[0]
-        outputs.update(values.detach().contiguous().view(torch.uint8).cpu().numpy().data)
-
-    run, _ = _hooked(pipeline, one, prompts, before, after, options)
-    timed.outputs = outputs.hexdigest()
-    if run is not None:
-        report = run.report()
-        kinds = [(c.depth, c.ratio) for c in report.calls]
-        # A call that the clock could not place is in no report.
-        whole = len(kinds) == len(inputs)
-        timed.kinds = kinds if whole else [(None, None)] * len(inputs)
-        timed.macs = report.macs if whole else None
-    elif one.config is None:
-        timed.kinds = [("full", 0.0)] * len(inputs)
-        timed.macs = _plain_macs(module_of(pipeline), inputs)
-    else:
-        timed.kinds = [(None, None)] * len(inputs)
-        timed.macs = _counted_macs(pipeline, one, prompts, options)
-
-
-def _time(
-    pipeline: Any, one: Variant, prompts: Sequence[str], timed: _Timed, options: dict[str, Any]
-) -> None:
-    """One generation of a variant, with the times of its calls."""
-    calls: list[tuple[Moment, Moment]] = []
-    begun: list[Moment] = []
-    device = pipeline.device
-
-    def before(module: Any, args: Any, kwargs: Any) -> None:
-        begun.append(moment(device))
-
-    def after(module: Any, args: Any, output: Any) -> None:
-        calls.append((begun.pop(), moment(device)))
-
-    _, seconds = _hooked(pipeline, one, prompts, before, after, options)
-    wait(pipeline)
-    if len(calls) != len(timed.kinds):
-        raise ValueError(f"{len(calls)} calls of the denoiser where an earlier run had {len(timed.kinds)}")
-    taken = [begin.until(end) for begin, end in calls]
-    timed.seconds.append(seconds)
-    timed.denoiser.append(sum(taken))
-    timed.calls.append(taken)
-
-
-def _measure_memory(
-    pipeline: Any, one: Variant, prompts: Sequence[str], timed: _Timed, options: dict[str, Any]
-) -> None:
-    """Peak memory of one generation."""
-    with _applied(pipeline, one, prompts, options):
-        with PeakMemory(pipeline.device) as memory:
-            make(pipeline, prompts, steps=one.steps, **one.arguments(options))
-        timed.peak = memory.mib
 
 
 def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
@@ -317,34 +331,10 @@ def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
         return None
 
 
-def _counted_macs(
-    pipeline: Any, one: Variant, prompts: Sequence[str], options: dict[str, Any]
-) -> int | None:
-    """MACs of a method that does not tell them, counted in one more generation; None if they can't be."""
-    if _compiled(module_of(pipeline)) or pipeline.device.type not in ("cpu", "cuda"):
-        return None
-    begun: list[int] = []
-    flops: list[int] = []
-
-    def before(module: Any, args: Any, kwargs: Any) -> None:
-        begun.append(counter.total)
-
-    def after(module: Any, args: Any, output: Any) -> None:
-        flops.append(counter.total - begun.pop())
-
-    try:
-        with Flops(_UNKNOWN) as counter:
-            _hooked(pipeline, one, prompts, before, after, options)
-    except Exception:
-        # It ran uncounted.
-        return None
-    return sum(flops) // 2
-
-
-def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | None) -> BenchRow:
+def _row(timed: _Timed, base: _Timed, images: int, plain: str | None) -> BenchRow:
     """The medians of a variant; ``plain`` are the outputs it is compared with."""
     if timed.error is not None:
-        return BenchRow(one.name, error=timed.error)
+        return BenchRow(timed.variant.name, error=timed.error)
     seconds = statistics.median(timed.seconds)
     kinds: dict[tuple[str | None, float | None], list[float]] = {}
     for calls in timed.calls:
@@ -353,7 +343,7 @@ def _row(one: Variant, timed: _Timed, base: _Timed, images: int, plain: str | No
     macs_ratio = base.macs / timed.macs if base.macs and timed.macs else None
     of_calls = _over(base, timed, lambda of: of.denoiser) if macs_ratio else None
     return BenchRow(
-        name=one.name,
+        name=timed.variant.name,
         seconds=seconds,
         seconds_per_image=seconds / images,
         images_per_second=images / seconds,

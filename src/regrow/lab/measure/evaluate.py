@@ -14,12 +14,19 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from regrow.fields import MOST_COUNT, MOST_GUIDANCE, MOST_PIXELS, MOST_SEED, check_within
 from regrow.files import damaged, read_kept
-from regrow.lab.measure.atomic_files import check_writable, digest, kept, opened_kept, write_whole
+from regrow.lab.measure.atomic_files import (
+    check_writable,
+    digest,
+    kept,
+    opened_kept,
+    write_json,
+    write_whole,
+)
 from regrow.lab.measure.clip import ClipScore
 from regrow.lab.measure.extractors import Extractor, Features
 from regrow.lab.measure.images import to_tensor
@@ -32,6 +39,7 @@ from regrow.lab.measure.quality import (
     precision_recall,
 )
 from regrow.lab.measure.reference import Reference
+from regrow.lab.measure.sampling import Pictures as Made
 from regrow.lab.measure.sampling import make
 from regrow.lab.measure.variants import Variant
 from regrow.lab.workers import LocalWorkers, Workers
@@ -70,6 +78,27 @@ class Setting:
     model_key: str = ""
     shard: int = 16
 
+    def make(self, pipeline: Any, start: int, stop: int, steps: int, **options: Any) -> Made:
+        """One batch of pictures of some of the prompts, each from its own seed.
+
+        Args:
+            pipeline: of the model.
+            start: the first prompt.
+            stop: behind the last prompt.
+            steps: sampler steps.
+            options: others of `sampling.make`.
+        """
+        return make(
+            pipeline,
+            self.prompts[start:stop],
+            steps=steps,
+            guidance=self.guidance,
+            seed=self.seed + start,
+            height=self.height,
+            width=self.width,
+            **options,
+        )
+
     def shards(self) -> Iterator[tuple[int, tuple[str, ...]]]:
         """The number of each shard and its prompts."""
         for number, start in enumerate(range(0, len(self.prompts), self.shard)):
@@ -102,28 +131,20 @@ class ShardMaker:
     def __init__(self, setting: Setting, pipeline: Any) -> None:
         # At once: files may change while pictures are made.
         self.setting, self.pipeline = setting, pipeline
-        self.maker = maker_key(pipeline.device, torch.get_num_threads())
+        self.maker = maker_key(pipeline.device)
 
     def __call__(self, shard: Shard) -> bytes:
         """The content of the shard's file: its pictures, uint8 ``(B, 3, H, W)``, and seconds, ``(1,)``; as
         metadata `maker_key` of what made them."""
-        s = self.setting
+        one, start = shard.variant, shard.number * self.setting.shard
         try:
             # Anew for each shard: what a method keeps must not pass from one to the next.
-            with shard.variant.applied(self.pipeline):
-                made = make(
-                    self.pipeline,
-                    shard.prompts,
-                    steps=shard.variant.steps,
-                    guidance=s.guidance,
-                    seed=s.seed + shard.number * s.shard,
-                    height=s.height,
-                    width=s.width,
-                    **shard.variant.arguments({}),
-                )
+            with one.applied(self.pipeline):
+                stop = start + len(shard.prompts)
+                made = self.setting.make(self.pipeline, start, stop, one.steps, **one.arguments({}))
         except torch.OutOfMemoryError as error:
             raise MemoryError(
-                f"batch: {len(shard.prompts)} pictures by {shard.variant.name} need more memory than the "
+                f"batch: {len(shard.prompts)} pictures by {one.name} need more memory than the "
                 "device has; use fewer, in another folder"
             ) from error
         pictures = torch.stack([to_tensor(image) for image in made.images])
@@ -140,7 +161,6 @@ class Pictures:
         setting: what the pictures are made of.
         device: that makes what is missing. Pictures of another kind of device can be compared, but not
             gone on with: they are rounded otherwise, and methods may draw otherwise.
-        threads: with which what is missing is made; this process's if None.
 
     Attributes:
         setting: with the model's key, if only the folder knows it.
@@ -150,9 +170,7 @@ class Pictures:
             within a shard, or there is nothing to make.
     """
 
-    def __init__(
-        self, folder: Path, setting: Setting, device: str = "cpu", threads: int | None = None
-    ) -> None:
+    def __init__(self, folder: Path, setting: Setting, device: str = "cpu") -> None:
         check_within("prompts", len(setting.prompts), 1, MOST_COUNT)
         check_within("shard", setting.shard, 1, MOST_COUNT)
         check_within("seed", setting.seed, 0, MOST_SEED)
@@ -163,7 +181,6 @@ class Pictures:
                 check_within(name, side, 1, MOST_PIXELS)
         check_writable("out", folder, folder=True)
         self.folder, self.device = folder, torch.device(device)
-        self._threads = threads or torch.get_num_threads()
         made_on = self.device.type
         file = folder / "setting.json"
         now = json.loads(json.dumps(asdict(setting)))
@@ -193,11 +210,6 @@ class Pictures:
         self._described = now | {"device": made_on}
         self.setting = replace(setting, model_key=now["model_key"])
 
-    @cached_property
-    def maker(self) -> str:
-        """`maker_key` of what makes what is missing."""
-        return maker_key(self.device, self._threads)
-
     def missing(self, one: Variant) -> list[tuple[int, tuple[str, ...]]]:
         """The shards of a variant that are not made yet.
 
@@ -205,7 +217,7 @@ class Pictures:
             ValueError: if the folder holds pictures of another configuration under this name, or some are
                 missing and the others were made on another kind of device.
         """
-        self._alike(one)
+        self._check_configuration(one)
         found = [(n, prompts) for n, prompts in self.setting.shards() if not self._file(one, n).exists()]
         if found and self.device.type != self._described["device"]:
             raise ValueError(
@@ -214,53 +226,19 @@ class Pictures:
             )
         return found
 
-    def made_otherwise(self, one: Variant) -> list[int]:
-        """The first shard of each other code, set of packages, processor or number of threads that made
-        pictures of a variant.
+    def made_otherwise(self, one: Variant) -> bool:
+        """Whether other code or packages, or another machine, made some of the pictures of a variant.
 
-        What is known from `check` to make the same ones is no other.
-
-        Raises:
-            ValueError: if the folder holds pictures of another configuration under this name.
+        Pictures that do not say what made them count as such.
         """
-        alike = self._alike(one)
-        known = alike if self.maker in alike else [self.maker]
-        first: dict[str, int] = {}
+        here = maker_key(self.device)
         for number, _ in self.setting.shards():
             file = self._file(one, number)
             if file.exists():
                 with opened_kept(file) as opened:
-                    first.setdefault(_maker_in(opened.metadata() or {}), number)
-        return [number for maker, number in first.items() if maker not in known]
-
-    def check(
-        self,
-        workers: Workers[Shard, bytes],
-        variants: Sequence[Variant],
-        on_shard: Callable[[Variant], None],
-    ) -> None:
-        """Make the shards of `made_otherwise` again; makers of those that come out as before are no others.
-
-        Args:
-            workers: of `ShardMaker` with this setting.
-            variants: whose pictures to check.
-            on_shard: called after every shard with its variant.
-
-        Raises:
-            ValueError: if one comes out otherwise, or the folder holds pictures of another configuration
-                under a variant's name.
-        """
-        prompts = dict(self.setting.shards())
-        jobs = [Shard(one, n, prompts[n]) for one in variants for n in self.made_otherwise(one)]
-        alike: dict[str, set[str]] = {one.name: set() for one in variants}
-        for index, content in workers.run(jobs):
-            alike[jobs[index].variant.name] |= self._same(jobs[index], content)
-            on_shard(jobs[index].variant)
-        # Not before all were equal: the next check must find what this one found.
-        for one in variants:
-            if alike[one.name]:
-                # Workers may be on other machines than this process.
-                self._keep(one, self.maker, *alike[one.name])
+                    if (opened.metadata() or {}).get("maker") != here:
+                        return True
+        return False
 
     def make(self, pipeline: Any, one: Variant, on_shard: Callable[[], None] = lambda: None) -> None:
         """Make what is missing of a variant in this process.
@@ -292,10 +270,13 @@ class Pictures:
         jobs = [Shard(one, number, prompts) for one in variants for number, prompts in self.missing(one)]
         # Ended early, the first prompts are done by all variants.
         jobs.sort(key=lambda job: job.number)
+        described: set[str] = set()
         for index, content in workers.run(jobs):
             job = jobs[index]
-            # Not before there is a picture: what can't be made leaves nothing behind.
-            self._keep(job.variant)
+            if job.variant.name not in described:
+                # Not before there is a picture: what can't be made leaves nothing behind.
+                self._describe(job.variant)
+                described.add(job.variant.name)
             write_whole(self._file(job.variant, job.number), partial(Path.write_bytes, data=content))
             on_shard(job.variant)
 
@@ -324,61 +305,29 @@ class Pictures:
     def _file(self, one: Variant, number: int) -> Path:
         return self.folder_of(one) / f"{number:06d}.safetensors"
 
-    def _alike(self, one: Variant) -> list[str]:
-        """The makers that are known to make the same pictures of a variant."""
+    def _check_configuration(self, one: Variant) -> None:
+        """Refuse pictures of another configuration under a variant's name."""
         file = self.folder_of(one) / "variant.json"
-        anew = "remove its folder, and the pictures are made again"
-        before = read_kept(file, anew) if file.exists() else self._of(one)
-        alike: list[str] = before.pop("alike", [])
-        if not isinstance(alike, list) or not all(isinstance(maker, str) for maker in alike):
-            raise damaged(file, anew)
+        if not file.exists():
+            return
+        before = read_kept(file, "remove its folder, and the pictures are made again")
+        # Names of what made equal pictures, in older folders.
+        before.pop("alike", None)
         if before != self._of(one):
             raise ValueError(
                 f"methods: {file.parent} holds pictures of another {one.name}; use another folder"
             )
-        return alike
 
     def _of(self, one: Variant) -> dict[str, Any]:
         """A variant as plain data."""
         return json.loads(json.dumps({"name": one.name, "steps": one.steps, "config": one.settings()}))
 
-    def _keep(self, one: Variant, *alike: str) -> None:
-        """Write setting and configuration beside a variant's pictures, and makers that make the same."""
-        said = self._of(one) | {"alike": sorted({*self._alike(one), *alike})}
+    def _describe(self, one: Variant) -> None:
+        """Write setting and configuration beside a variant's pictures."""
         folder = self.folder_of(one)
         folder.mkdir(parents=True, exist_ok=True)
-        for file, data in (
-            (self.folder / "setting.json", self._described),
-            (folder / "variant.json", said),
-        ):
-            text = json.dumps(data, indent=1) + "\n"
-            if not file.exists() or file.read_text(encoding="utf-8") != text:
-                write_whole(file, partial(Path.write_text, data=text, encoding="utf-8"))
-
-    def _same(self, job: Shard, content: bytes) -> set[str]:
-        """The makers of a kept shard, and of this content of it, if both have equal pictures."""
-        file = self._file(job.variant, job.number)
-        with opened_kept(file) as opened:
-            before = opened.get_tensor("pictures")
-        kept, made = file.read_bytes(), content
-        if not torch.equal(before, load(made)["pictures"]):
-            raise ValueError(
-                f"methods: {job.variant.name} makes other pictures here and now than those in "
-                f"{file.parent}, batch {job.number}; remove them or use another folder"
-            )
-        return {_maker_of(kept), _maker_of(made)}
-
-
-def _maker_of(shard: bytes) -> str:
-    """`_maker_in` of the content of a shard's file."""
-    # Safetensors begin with the size of a head in JSON.
-    size = int.from_bytes(shard[:8], "little")
-    return _maker_in(json.loads(shard[8 : 8 + size]).get("__metadata__", {}))
-
-
-def _maker_in(metadata: Mapping[str, str]) -> str:
-    """`maker_key` of what made a shard, of older ones `code_key`; empty if it does not say."""
-    return metadata.get("maker", metadata.get("code", ""))
+        write_json(self.folder / "setting.json", self._described)
+        write_json(folder / "variant.json", self._of(one))
 
 
 @dataclass(frozen=True)
@@ -414,6 +363,7 @@ class Quality:
         inception_score: the Inception Score's formula on the extractor's classifier; needs no reference.
         clip_score: mean of `ClipScore` over the pictures; None if it was not asked for.
         gain: over the variant that it was to be compared with, if any.
+        made_otherwise: whether other code or packages, or another machine, made some of the pictures.
     """
 
     name: str
@@ -428,6 +378,7 @@ class Quality:
     inception_score: float | None
     clip_score: float | None
     gain: Gain | None
+    made_otherwise: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -499,7 +450,19 @@ def compare(
             f"{_MEASURE} {digest(vars(seen.features).values())} {data_key}",
             partial(_as_sets, seen, data),
         )
-        out.append(_quality(one.name, seen, base, as_sets, gain))
+        cosine = torch.cosine_similarity(seen.features.pooled.double(), base.features.pooled.double())
+        differing = -10 * seen.error[seen.error > 0].log10()
+        row = Quality(
+            name=one.name,
+            psnr=float(differing.quantile(0.5)) if len(differing) else None,
+            ssim=float(seen.ssim.mean()),
+            feature_distance=float((1 - cosine).mean()),
+            clip_score=None if seen.clip is None else float(seen.clip.double().mean()),
+            gain=gain,
+            made_otherwise=pictures.made_otherwise(one),
+            **{name: float(as_sets[name]) if name in as_sets else None for name in _OF_SETS},
+        )
+        out.append(row)
     return out
 
 
@@ -584,6 +547,9 @@ def _clip(clip: ClipScore, own: Tensor, prompts: tuple[str, ...]) -> dict[str, T
     return {"clip": clip(own, prompts)}
 
 
+_OF_SETS = ("fd", "sfd", "kd", "precision", "recall", "inception_score")
+
+
 def _as_sets(seen: _Seen, data: tuple[FeatureSet, FeatureSet]) -> dict[str, Tensor]:
     """Figures of all pictures of a variant together, scalars in float64; those there are enough for."""
     (own, spatial), (others, others_spatial) = seen.sets, data
@@ -596,29 +562,3 @@ def _as_sets(seen: _Seen, data: tuple[FeatureSet, FeatureSet]) -> dict[str, Tens
         found["kd"] = kernel_distance(others, own)
         found["precision"], found["recall"] = precision_recall(others, own)
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
-
-
-def _quality(
-    name: str, seen: _Seen, base: _Seen, as_sets: Mapping[str, Tensor], gain: Gain | None
-) -> Quality:
-    """The row of a variant."""
-    finite = -10 * seen.error[seen.error > 0].log10()
-    cosine = torch.cosine_similarity(seen.features.pooled.double(), base.features.pooled.double())
-
-    def of_sets(figure: str) -> float | None:
-        return float(as_sets[figure]) if figure in as_sets else None
-
-    return Quality(
-        name=name,
-        psnr=float(finite.quantile(0.5)) if len(finite) else None,
-        ssim=float(seen.ssim.mean()),
-        feature_distance=float((1 - cosine).mean()),
-        fd=of_sets("fd"),
-        sfd=of_sets("sfd"),
-        kd=of_sets("kd"),
-        precision=of_sets("precision"),
-        recall=of_sets("recall"),
-        inception_score=of_sets("inception_score"),
-        clip_score=None if seen.clip is None else float(seen.clip.double().mean()),
-        gain=gain,
-    )

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from regrow.files import read_json, read_kept, said
-from regrow.lab.measure.atomic_files import check_writable, write_whole
+from regrow.lab.measure.atomic_files import check_writable, write_json
 from regrow.lab.measure.evaluate import Pictures, Setting
 from regrow.lab.measure.variants import Variant
 from regrow.words import offer, one_line, shown
@@ -69,11 +69,11 @@ def export(
     for one in variants:
         held[pictures.folder_of(one).name] = one.name
     listing = {"setting": _plain(pictures.setting), "variants": held}
-    _write(folder / _LIST, listing)
+    write_json(folder / _LIST, listing, ascii_only=False)
     for one in variants:
         to = folder / pictures.folder_of(one).name
         to.mkdir(exist_ok=True)
-        _write(to / "prompts.json", dict(zip(names, prompts, strict=True)))
+        write_json(to / "prompts.json", dict(zip(names, prompts, strict=True)), ascii_only=False)
         left = iter(names)
         for number, _ in pictures.setting.shards():
             for picture in pictures.shard(one, number):
@@ -119,8 +119,3 @@ def read_scores(files: Iterable[Path], variants: Sequence[Variant]) -> Scores:
 def _plain(setting: Setting) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(asdict(setting)))
     return plain
-
-
-def _write(file: Path, data: Any) -> None:
-    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    write_whole(file, lambda to: to.write_text(text, "utf-8"))

@@ -57,13 +57,6 @@ class EfficientNetFeatures(nn.Module):
         return self._loaded().features(self._prepared(images))
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        """Scores of the 1000 ImageNet classes, (B, 1000)."""
-        network = self._loaded()
-        scores: Tensor = network._fc(network.features(self._prepared(images)))
-        return scores
-
-    @torch.no_grad()
     def measured(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pooled features (B, 1280), spatial features (B, 1960) and logits (B, 1000), in one go.
 

@@ -39,18 +39,13 @@ def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAG
     }
 
 
-def maker_key(device: torch.device | str, threads: int) -> str:
-    """What the last bits of pictures depend on, apart from what is asked for: `code_key` and where it runs.
-
-    Args:
-        device: that computes.
-        threads: of a processor; pictures of CUDA do not depend on them.
-    """
+def maker_key(device: torch.device | str) -> str:
+    """What makes pictures: `code_key`, and the processor with its instructions for bfloat16 or the GPU."""
     device = torch.device(device)
     if device.type == "cuda":
         return f"{code_key()} on {torch.cuda.get_device_name(device)}"
     bf16 = [name for name in ("avx512_bf16", "amx_bf16") if name in _cpuinfo()]
-    return f"{code_key()} on {device.type}: {' '.join([processor(), *bf16])}, threads: {threads}"
+    return f"{code_key()} on {device.type}: {' '.join([processor(), *bf16])}"
 
 
 @cache

@@ -5,6 +5,7 @@ Their speed is that of the real ones' denoisers; their latents mean nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, FlowMatchEu
 from torch import Tensor
 
 from regrow.lab.measure.architectures import CONFIGS, TRANSFORMERS
+from regrow.models import module_of
 from regrow.words import offer, shown
 
 
@@ -41,45 +43,66 @@ def random_pipeline(name: str, device: str = "cpu", dtype: torch.dtype = torch.f
     torch.manual_seed(0)
     with torch.device(device), _default_dtype(dtype):
         denoiser: Any = getattr(diffusers, kind).from_config(config).eval()
-    pipeline = (_stable_diffusion_xl if name == "sdxl" else _PIPELINES[kind])(denoiser)
+    wanted = "StableDiffusionXLPipeline" if name == "sdxl" else _PIPELINES[kind]
+    pipeline = _without_encoders(wanted, denoiser)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device, dtype)
 
 
+def has_random_text(pipeline: Any) -> bool:
+    """Whether `random_text` knows what text the denoiser of a pipeline takes."""
+    return type(module_of(pipeline)).__name__ in _TEXTS
+
+
 def random_text(pipeline: Any, count: int) -> dict[str, Any]:
-    """Arguments of a call of a pipeline without text encoder, for so many pictures."""
-    denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+    """Arguments of a call of a pipeline without text encoder, for so many pictures.
+
+    Raises:
+        ValueError: if it is not known what text the denoiser takes.
+    """
+    denoiser: Any = module_of(pipeline)
+    family = type(denoiser).__name__
+    if family not in _TEXTS:
+        raise ValueError(
+            f"pipeline: {type(pipeline).__name__} has no text encoder, and regrow does not know what text "
+            f"{family} takes, only that of {', '.join(_TEXTS)}; load it with its text encoders, or give "
+            "the encoded text as further arguments of its call (prompt_embeds and so on)"
+        )
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         noise = torch.randn(count, *shape, generator=generator)
         return noise.to(pipeline.device, denoiser.dtype)
 
-    return _TEXTS[type(denoiser).__name__](denoiser.config, draw) | {"output_type": "latent"}
+    return _TEXTS[family](denoiser.config, draw) | {"output_type": "latent"}
 
 
 Draw = Callable[..., Tensor]
 
 
+def _both(name: str, of: Callable[[], Tensor]) -> dict[str, Any]:
+    """An argument for the prompt and one for the negative prompt."""
+    return {name: of(), f"negative_{name}": of()}
+
+
 def _unet_text(config: Any, draw: Draw) -> dict[str, Any]:
-    said = {f"{negative}prompt_embeds": draw(77, config.cross_attention_dim) for negative in _BOTH}
+    said = _both("prompt_embeds", lambda: draw(77, config.cross_attention_dim))
     if config.addition_embed_type != "text_time":
         return said
     width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    return said | {f"{negative}pooled_prompt_embeds": draw(width) for negative in _BOTH}
+    return said | _both("pooled_prompt_embeds", lambda: draw(width))
 
 
 def _pixart_text(config: Any, draw: Draw) -> dict[str, Any]:
     tokens = 120 if config.use_additional_conditions or config.sample_size < 128 else 300
-    said = {f"{negative}prompt_embeds": draw(tokens, config.caption_channels) for negative in _BOTH}
-    masks = {f"{negative}prompt_attention_mask": draw(tokens).fill_(1) for negative in _BOTH}
+    said = _both("prompt_embeds", lambda: draw(tokens, config.caption_channels))
+    masks = _both("prompt_attention_mask", lambda: draw(tokens).fill_(1))
     return said | masks | {"negative_prompt": None, "use_resolution_binning": False}
 
 
 def _sd3_text(config: Any, draw: Draw) -> dict[str, Any]:
-    said = {f"{negative}prompt_embeds": draw(77 + 256, config.joint_attention_dim) for negative in _BOTH}
-    pooled = config.pooled_projection_dim
-    return said | {f"{negative}pooled_prompt_embeds": draw(pooled) for negative in _BOTH}
+    said = _both("prompt_embeds", lambda: draw(77 + 256, config.joint_attention_dim))
+    return said | _both("pooled_prompt_embeds", lambda: draw(config.pooled_projection_dim))
 
 
 def _flux_text(config: Any, draw: Draw) -> dict[str, Any]:
@@ -90,15 +113,14 @@ def _flux_text(config: Any, draw: Draw) -> dict[str, Any]:
 
 
 def _latte_text(config: Any, draw: Draw) -> dict[str, Any]:
-    said = {f"{negative}prompt_embeds": draw(120, config.caption_channels) for negative in _BOTH}
+    said = _both("prompt_embeds", lambda: draw(120, config.caption_channels))
     return said | {"negative_prompt": None}
 
 
 def _wan_text(config: Any, draw: Draw) -> dict[str, Any]:
-    return {f"{negative}prompt_embeds": draw(512, config.text_dim) for negative in _BOTH}
+    return _both("prompt_embeds", lambda: draw(512, config.text_dim))
 
 
-_BOTH = ("", "negative_")
 _TEXTS: Mapping[str, Callable[[Any, Draw], dict[str, Any]]] = {
     "UNet2DConditionModel": _unet_text,
     "PixArtTransformer2DModel": _pixart_text,
@@ -109,8 +131,48 @@ _TEXTS: Mapping[str, Callable[[Any, Draw], dict[str, Any]]] = {
 }
 
 
-def _vae() -> AutoencoderKL:
-    """Only its number of levels counts: pixels a latent position spans."""
+# The pipeline of each family of denoisers.
+_PIPELINES: Mapping[str, str] = {
+    "UNet2DConditionModel": "StableDiffusionPipeline",
+    "DiTTransformer2DModel": "DiTPipeline",
+    # Only this one hands on the sizes that PixArt-alpha was told.
+    "PixArtTransformer2DModel": "PixArtAlphaPipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "FluxTransformer2DModel": "FluxPipeline",
+    "LatteTransformer3DModel": "LattePipeline",
+    "WanTransformer3DModel": "WanPipeline",
+}
+_FLOW = ("StableDiffusion3Pipeline", "FluxPipeline", "WanPipeline")
+
+
+def _without_encoders(kind: str, denoiser: Any) -> Any:
+    """A pipeline of a denoiser, a scheduler and, but for Wan, an autoencoder; None for all other parts."""
+    made: Any = getattr(diffusers, kind)
+    takes = inspect.signature(made.__init__).parameters
+    own = {
+        "unet" if "unet" in takes else "transformer": denoiser,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0) if kind in _FLOW else _ddim(),
+        "vae": None if kind == "WanPipeline" else _vae(decodes=kind == "DiTPipeline"),
+    }
+    if "requires_safety_checker" in takes:
+        own["requires_safety_checker"] = False
+    needed = [name for name, one in takes.items() if name != "self" and one.default is one.empty]
+    return made(**dict.fromkeys(needed) | own)
+
+
+def _vae(decodes: bool) -> AutoencoderKL | AutoencoderTiny:
+    """An autoencoder of which only the number of levels counts: pixels a latent position spans.
+
+    Args:
+        decodes: the pipeline always decodes, so it is as small as possible.
+    """
+    if decodes:
+        return AutoencoderTiny(
+            encoder_block_out_channels=(4,) * 4,
+            decoder_block_out_channels=(4,) * 4,
+            num_encoder_blocks=(0,) * 4,
+            num_decoder_blocks=(0,) * 4,
+        )
     return AutoencoderKL(
         block_out_channels=(32,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -128,99 +190,6 @@ def _ddim() -> DDIMScheduler:
         steps_offset=1,
     )
 
-
-def _stable_diffusion(unet: Any) -> Any:
-    return diffusers.StableDiffusionPipeline(
-        vae=_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        scheduler=_ddim(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def _stable_diffusion_xl(unet: Any) -> Any:
-    return diffusers.StableDiffusionXLPipeline(
-        vae=_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        unet=unet,
-        scheduler=_ddim(),
-    )
-
-
-def _dit(transformer: Any) -> Any:
-    # This pipeline always decodes: as little as possible.
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(4,) * 4,
-        decoder_block_out_channels=(4,) * 4,
-        num_encoder_blocks=(0,) * 4,
-        num_decoder_blocks=(0,) * 4,
-    )
-    return diffusers.DiTPipeline(transformer=transformer, vae=vae, scheduler=_ddim())
-
-
-def _pixart(transformer: Any) -> Any:
-    # Only this one hands on the sizes that PixArt-alpha was told.
-    return diffusers.PixArtAlphaPipeline(
-        tokenizer=None, text_encoder=None, vae=_vae(), transformer=transformer, scheduler=_ddim()
-    )
-
-
-def _sd3(transformer: Any) -> Any:
-    encoders = (
-        "text_encoder",
-        "tokenizer",
-        "text_encoder_2",
-        "tokenizer_2",
-        "text_encoder_3",
-        "tokenizer_3",
-    )
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(),
-        **dict.fromkeys(encoders),
-    )
-
-
-def _flux(transformer: Any) -> Any:
-    encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    return diffusers.FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(),
-        transformer=transformer,
-        **dict.fromkeys(encoders),
-    )
-
-
-def _latte(transformer: Any) -> Any:
-    return diffusers.LattePipeline(
-        tokenizer=None, text_encoder=None, vae=_vae(), transformer=transformer, scheduler=_ddim()
-    )
-
-
-def _wan(transformer: Any) -> Any:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer
-    )
-
-
-_PIPELINES: Mapping[str, Callable[[Any], Any]] = {
-    "UNet2DConditionModel": _stable_diffusion,
-    "DiTTransformer2DModel": _dit,
-    "PixArtTransformer2DModel": _pixart,
-    "SD3Transformer2DModel": _sd3,
-    "FluxTransformer2DModel": _flux,
-    "LatteTransformer3DModel": _latte,
-    "WanTransformer3DModel": _wan,
-}
 
 NAMES = (*CONFIGS, *TRANSFORMERS)
 

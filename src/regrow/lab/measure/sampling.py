@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from regrow.fields import check_within
-from regrow.lab.measure.random_weights import random_text
+from regrow.lab.measure.random_weights import has_random_text, random_text
 
 SHOWN_CLASSES = 10
 
@@ -91,7 +91,7 @@ def make(
         num_inference_steps=steps,
         generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
         **{name: value for name, value in options.items() if value is not None}
-        | prompt_arguments(pipeline, prompts)
+        | prompt_arguments(pipeline, prompts, more)
         | dict(more),
     )
     wait(pipeline)
@@ -208,13 +208,25 @@ def wait(pipeline: Any) -> None:
         torch.mps.synchronize()
 
 
-def prompt_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
-    """The prompts as a pipeline takes them: texts, classes, or random embeddings if it has no encoder."""
+def prompt_arguments(
+    pipeline: Any, prompts: Sequence[str], more: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The prompts as a pipeline takes them: texts, classes, or random embeddings if it has no encoder.
+
+    Args:
+        pipeline: the pipeline.
+        prompts: texts, or names or numbers of classes.
+        more: other arguments of the call; embeddings for a denoiser that `random_text` does not know.
+
+    Raises:
+        ValueError: if a prompt is no class where one is needed, or there is nothing to encode a text.
+    """
     if takes_classes(pipeline):
         return {"class_labels": [_class(pipeline, prompt) for prompt in prompts]}
-    if pipeline.text_encoder is not None:
+    if getattr(pipeline, "text_encoder", None) is not None:
         return {"prompt": list(prompts)}
-    return random_text(pipeline, len(prompts))
+    encoded = any("embeds" in name for name in more)
+    return {} if encoded and not has_random_text(pipeline) else random_text(pipeline, len(prompts))
 
 
 def check_prompts(pipeline: Any, prompts: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -358,25 +359,22 @@ def deviation(own: Sequence[Sequence[Moment]], reference: Sequence[Sequence[Mome
     x_against = nearest(after, reference_after)
     x0_against = nearest(timestep, reference_timestep)
     known = all(m.x0 is not None for batches in (own, reference) for batch in batches for m in batch)
-    x = _mae(_x(own), _x(reference), x_against)
-    x0 = _mae(_x0(own), _x0(reference), x0_against) if known else None
+    x = _mae(own, reference, x_against, attrgetter("x"))
+    x0 = _mae(own, reference, x0_against, attrgetter("x0")) if known else None
     return Deviation(tuple(timestep), tuple(after), x, x0, x_against, x0_against)
 
 
-def _x(batches: Sequence[Sequence[Moment]]) -> list[list[Tensor]]:
-    return [[m.x for m in batch] for batch in batches]
-
-
-def _x0(batches: Sequence[Sequence[Moment]]) -> list[list[Tensor]]:
-    return [[m.x0 for m in batch if m.x0 is not None] for batch in batches]
-
-
 def _mae(
-    own: Sequence[Sequence[Tensor]], reference: Sequence[Sequence[Tensor]], against: Sequence[int]
+    own: Sequence[Sequence[Moment]],
+    reference: Sequence[Sequence[Moment]],
+    against: Sequence[int],
+    of: Callable[[Moment], Tensor],
 ) -> tuple[float, ...]:
     """The mean absolute error at each step, over all pictures of all batches."""
     pictures = [
-        torch.stack([(a - other[j]).abs().flatten(1).mean(1) for a, j in zip(mine, against, strict=True)])
+        torch.stack(
+            [(of(m) - of(other[j])).abs().flatten(1).mean(1) for m, j in zip(mine, against, strict=True)]
+        )
         for mine, other in zip(own, reference, strict=True)
     ]
     return tuple(torch.cat(pictures, dim=1).mean(1).tolist())

@@ -13,6 +13,21 @@ from regrow.methods.base import MethodConfig
 from regrow.methods.names import named
 
 
+def applied(pipeline: Any, config: Any) -> AbstractContextManager[Run | None]:
+    """A pipeline with a method on it for one generation; the run tells what it computed.
+
+    Args:
+        pipeline: the pipeline.
+        config: the method's configuration; None for the pipeline as it is.
+    """
+    return nullcontext() if config is None else apply(pipeline, config)
+
+
+def plain_settings(config: Any) -> Any:
+    """A method's configuration as plain data; None for the pipeline as it is."""
+    return None if config is None else config.model_dump(mode="json")
+
+
 @dataclass(frozen=True)
 class Variant:
     """One row of a comparison. What is not regrow's own is a subclass.
@@ -33,7 +48,7 @@ class Variant:
         Raises:
             Exception: whatever keeps the method off this pipeline.
         """
-        return nullcontext() if self.config is None else apply(pipeline, self.config)
+        return applied(pipeline, self.config)
 
     def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `sampling.make` with what the method wants the pipeline to be given."""
@@ -56,7 +71,7 @@ class Variant:
 
     def settings(self) -> Any:
         """What tells it from another of its name, as plain data."""
-        return None if self.config is None else self.config.model_dump(mode="json")
+        return plain_settings(self.config)
 
 
 def variant(spec: str, steps: int) -> Variant:

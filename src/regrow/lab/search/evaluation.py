@@ -8,8 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from regrow.apply import apply
 from regrow.core.inputs import without_data
 from regrow.lab.measure.atomic_files import kept
 from regrow.lab.measure.clip import ClipScore
@@ -26,8 +24,8 @@ from regrow.lab.measure.evaluate import Setting
 from regrow.lab.measure.extractors import Extractor, Network, extractor
 from regrow.lab.measure.images import to_picture, to_tensor
 from regrow.lab.measure.quality import frechet_distance
-from regrow.lab.measure.sampling import make
 from regrow.lab.measure.trace import Moment, nearest, watched_steps
+from regrow.lab.measure.variants import applied, plain_settings
 from regrow.lab.memory import PeakMemory
 from regrow.lab.search.objectives import Cost, Objective, Quality
 from regrow.models import denoiser_of, module_of
@@ -52,7 +50,7 @@ class Candidate:
 
     def settings(self) -> Any:
         """The configuration as plain data."""
-        return None if self.config is None else self.config.model_dump(mode="json")
+        return plain_settings(self.config)
 
     @property
     def key(self) -> str:
@@ -249,17 +247,7 @@ class Evaluator:
         )
 
     def _make(self, start: int, stop: int, steps: int) -> list[Any]:
-        s = self.setting
-        return make(
-            self.pipeline,
-            s.prompts[start:stop],
-            steps=steps,
-            guidance=s.guidance,
-            seed=s.seed + start,
-            height=s.height,
-            width=s.width,
-            latents=not self._pictures,
-        ).images
+        return self.setting.make(self.pipeline, start, stop, steps, latents=not self._pictures).images
 
     def _baseline(self, start: int, stop: int) -> dict[str, Tensor]:
         """The unaccelerated run of some prompts: x_t after each step ``x (steps, B, ...)``, its timesteps
@@ -315,9 +303,8 @@ class Evaluator:
             if index < total and limits is not None and curve[-1] > limits[len(curve) - 1]:
                 raise _HopelessError
 
-        applied = nullcontext() if candidate.config is None else apply(self.pipeline, candidate.config)
         try:
-            with applied, watched_steps(scheduler, moment):
+            with applied(self.pipeline, candidate.config), watched_steps(scheduler, moment):
                 images = self._make(start, stop, candidate.steps)
         except _HopelessError:
             return _Run(tuple(curve), None, None)
@@ -363,8 +350,7 @@ class Evaluator:
         out: dict[str, float] = {}
 
         def run() -> float:
-            applied = nullcontext() if candidate.config is None else apply(self.pipeline, candidate.config)
-            with applied:
+            with applied(self.pipeline, candidate.config):
                 return self._seconds(start, stop, candidate.steps)
 
         if Cost.LATENCY in self.objectives:
@@ -409,15 +395,10 @@ def _calls_each(scheduler: Any, steps: int) -> int:
 
 
 def outcome_from(record: Mapping[str, Any]) -> Outcome:
-    """What `record_of` gave."""
+    """An outcome of which a record has all fields."""
     quality = {name: tuple(values) for name, values in record["quality"].items()}
     curve = tuple(record["curve"])
     return Outcome(quality, record["cost"], curve, record["seconds"], record.get("error"))
-
-
-def record_of(outcome: Outcome) -> dict[str, Any]:
-    """An outcome as plain data."""
-    return json.loads(json.dumps(asdict(outcome)))
 
 
 def _pixels(images: Sequence[Any]) -> Tensor:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow.lab.measure.plotting import COLOURS, LINES, check_matplotlib, save
+import numpy as np
+
+from regrow.lab.plots import COLOURS, add_grid, legend_below, line_style, new_figure, save
 from regrow.lab.search.objectives import objective
 from regrow.lab.search.proposals import front, hypervolume
 
@@ -58,7 +61,6 @@ def draw(result: Result, folder: Path) -> list[Path]:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    check_matplotlib()
     figures = {"front": draw_front(result)}
     if result["history"]:
         figures |= {"evolution": draw_evolution(result), "hypervolume": draw_hypervolume(result)}
@@ -73,10 +75,8 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 def draw_front(result: Result) -> Figure:
     """Quality against cost: what was tried, the front, and what it is compared with."""
-    from matplotlib.figure import Figure
-
     cost, quality = axes_of(result)
-    figure = Figure(figsize=(7.4, 5.6), layout="constrained")
+    figure = new_figure(7.4, 5.6)
     axis = figure.subplots()
     tried = _points([p for p in result["plans"] if not p["given_up"]], cost, quality)
     given_up = sum(plan["given_up"] for plan in result["plans"])
@@ -105,21 +105,19 @@ def draw_front(result: Result) -> Figure:
     _scale(axis, quality, [y for _, y in _points(result["beside"], cost, quality) + tried + found])
     _name_picked(axis, result, cost, quality)
     _name_axes(axis, cost, quality)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    legend_below(figure, 5)
     return figure
 
 
 def draw_evolution(result: Result) -> Figure:
     """The fronts of five generations, the later the darker."""
     import matplotlib
-    import numpy as np
-    from matplotlib.figure import Figure
 
     cost, quality = axes_of(result)
     history = result["history"]
     last = len(history) - 1
     chosen = sorted({round(last * quarter / 4) for quarter in range(5)})
-    figure = Figure(figsize=(7.4, 5.2), layout="constrained")
+    figure = new_figure(7.4, 5.2)
     axis = figure.subplots()
     colours = matplotlib.colormaps["Blues"](np.linspace(0.35, 1, len(chosen)))
     fronts = [_front_of(row["front"], result) for row in (history[i] for i in chosen)]
@@ -135,17 +133,15 @@ def draw_evolution(result: Result) -> Figure:
 
 def draw_hypervolume(result: Result) -> Figure:
     """The front's hypervolume against what was spent on it."""
-    from matplotlib.figure import Figure
-
     history = result["history"]
     found = [plan["generation"] for plan in result["plans"]]
     spent = {
         "pictures generated": [row["pictures"] for row in history],
         "plans tried": [sum(g <= row["generation"] for g in found) for row in history],
     }
-    figure = Figure(figsize=(8.4, 3.8), layout="constrained")
-    for axis, (name, values) in zip(figure.subplots(1, 2, sharey=True), spent.items(), strict=True):
-        volumes = [row["hypervolume"] for row in history]
+    volumes = [row["hypervolume"] for row in history]
+    figure = new_figure(8.4, 3.8)
+    for axis, values in zip(figure.subplots(1, 2, sharey=True), spent.values(), strict=True):
         axis.plot(values, volumes, color=COLOURS[0], marker=".", label="front of the search")
         if result["beside"]:
             axis.axhline(
@@ -154,55 +150,46 @@ def draw_hypervolume(result: Result) -> Figure:
                 linestyle="--",
                 label=f"the {len(result['beside'])} plans it is compared with",
             )
-        axis.set_xlabel(name)
-        axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
-        axis.grid(color="0.9")
-        axis.set_axisbelow(True)
-    reference = result["hypervolume"]["reference"]
-    figure.axes[0].set_ylabel(f"hypervolume up to {_point(reference)}")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _name_spent(figure, [*spent], result["hypervolume"]["reference"])
     return figure
+
+
+def _name_spent(figure: Figure, spent: Sequence[str], reference: Sequence[float]) -> None:
+    """Labels of hypervolumes, a panel for each thing that they are drawn against."""
+    for axis, label in zip(figure.axes, spent, strict=True):
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+        add_grid(axis)
+    point = ", ".join(f"{value:.3g}" for value in reference)
+    figure.axes[0].set_ylabel(f"hypervolume up to ({point})")
+    legend_below(figure, 4)
 
 
 def draw_plans(result: Result) -> Figure:
     """What each plan of the front does at each call: how deep it goes, and how much it prunes; and how it
     recovers the rest, if some plan does otherwise than reuse."""
-    import numpy as np
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     plans = result["front"]
-    calls = max(len(plan["depth"]) for plan in plans)
     depths = sorted({depth for plan in plans for depth in plan["depth"]}, key=_rank)
-    place = {depth: i for i, depth in enumerate(depths)}
-    depth = np.full((len(plans), calls), np.nan)
-    ratio = np.full((len(plans), calls), np.nan)
-    idle = np.full((len(plans), calls), np.nan)
-    for i, plan in enumerate(plans):
-        count = len(plan["depth"])
-        depth[i, :count] = [place[d] for d in plan["depth"]]
-        nothing = np.array([d == 0 for d in plan["depth"]])
-        ratio[i, :count] = np.where(nothing, np.nan, plan["ratio"])
-        idle[i, :count] = np.where(nothing, 0, np.nan)
-
     recoveries = [_recoveries(plan) for plan in plans]
     kinds = sorted({name for row in recoveries for name in row if name}, key=lambda n: (n != "reuse", n))
     width = 2 if set(kinds) <= {"reuse"} else 3
-    figure = Figure(figsize=(5.5 * width, 1.9 + 0.23 * len(plans)), layout="constrained")
+    figure = new_figure(5.5 * width, 1.9 + 0.23 * len(plans))
     left, right, *more = figure.subplots(1, width, sharey=True)
     colours = _depth_colours(depths)
-    left.imshow(depth, ListedColormap(colours), aspect="auto", vmin=-0.5, vmax=len(depths) - 0.5)
-    right.imshow(idle, ListedColormap([IDLE]), aspect="auto")
+    _draw_kinds(left, [plan["depth"] for plan in plans], depths, colours)
+    _draw_kinds(right, [plan["depth"] for plan in plans], [0], [IDLE])
+    ratio = _filled([[r if d else nan for d, r in zip(p["depth"], p["ratio"], strict=True)] for p in plans])
     shown = right.imshow(ratio, "viridis_r", aspect="auto", vmin=0, vmax=max(0.1, np.nanmax(ratio)))
     left.set_title("depth of each call", fontsize=10)
     right.set_title("share of tokens pruned", fontsize=10)
     left.set_yticks(range(len(plans)), [", ".join([p["name"], *p["picked"]]) for p in plans], fontsize=8)
     for axis in more:
-        shades = [COLOURS[i % len(COLOURS)] for i in range(len(kinds))]
-        _draw_recoveries(axis, recoveries, kinds, shades, calls)
+        shades = [line_style(i)["color"] for i in range(len(kinds))]
+        _draw_kinds(axis, recoveries, kinds, shades)
+        axis.set_title("recovery of what is not computed", fontsize=10)
         rows = [Patch(facecolor=c, label=name) for c, name in zip(shades, kinds, strict=True)]
         axis.legend(handles=rows, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
         axis.tick_params(axis="y", length=0)
@@ -215,8 +202,8 @@ def draw_plans(result: Result) -> Figure:
     right.tick_params(axis="y", length=0)
     height = figure.get_size_inches()[1]
     figure.colorbar(shown, ax=right, pad=0.02, shrink=min(1, 4 / height), anchor=(0, 1))
-    legend = [Patch(facecolor=c, label=_depth_label(d)) for d, c in zip(depths, colours, strict=True)]
-    figure.legend(handles=legend, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
+    rows = [Patch(facecolor=c, label=_depth_label(d)) for d, c in zip(depths, colours, strict=True)]
+    legend_below(figure, 7, rows)
     return figure
 
 
@@ -226,18 +213,20 @@ def _recoveries(plan: Mapping[str, Any]) -> list[str]:
     return ["" if depth == "full" else name for depth, name in zip(plan["depth"], names, strict=True)]
 
 
-def _draw_recoveries(
-    axis: Axes, rows: Sequence[Sequence[str]], kinds: Sequence[str], colours: Sequence[str], calls: int
+def _draw_kinds(
+    axis: Axes, rows: Sequence[Sequence[Any]], kinds: Sequence[Any], colours: list[str]
 ) -> None:
-    """A row of colours for each plan; calls that recover nothing have none."""
-    import numpy as np
+    """A row of colours for each plan, a colour for each kind; what is of no kind has none."""
     from matplotlib.colors import ListedColormap
 
-    shown = np.full((len(rows), calls), np.nan)
-    for i, row in enumerate(rows):
-        shown[i, : len(row)] = [kinds.index(name) if name else np.nan for name in row]
+    shown = _filled([[kinds.index(one) if one in kinds else nan for one in row] for row in rows])
     axis.imshow(shown, ListedColormap(colours), aspect="auto", vmin=-0.5, vmax=len(kinds) - 0.5)
-    axis.set_title("recovery of what is not computed", fontsize=10)
+
+
+def _filled(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """Rows as long as the longest, with nothing behind the end of the others."""
+    most = max(map(len, rows))
+    return np.array([[*row, *(nan,) * (most - len(row))] for row in rows])
 
 
 def compare(results: Mapping[str, Result], folder: Path) -> Path:
@@ -253,7 +242,6 @@ def compare(results: Mapping[str, Result], folder: Path) -> Path:
         ImportError: if matplotlib is not installed.
         ValueError: if there is no search with a front, or they don't measure the same.
     """
-    check_matplotlib()
     file = folder / "compare.png"
     save(draw_comparison(results), file)
     return file
@@ -261,26 +249,14 @@ def compare(results: Mapping[str, Result], folder: Path) -> Path:
 
 def draw_comparison(results: Mapping[str, Result]) -> Figure:
     """The hypervolumes of several searches up to one point, against pictures and time."""
-    from matplotlib.figure import Figure
-
     volumes, reference = common_hypervolumes(results)
-    figure = Figure(figsize=(8.4, 4), layout="constrained")
     spent = {"pictures": "pictures generated", "seconds": "seconds"}
-    for axis, (name, label) in zip(figure.subplots(1, 2, sharey=True), spent.items(), strict=True):
+    figure = new_figure(8.4, 4)
+    for axis, name in zip(figure.subplots(1, 2, sharey=True), spent, strict=True):
         for i, (search, values) in enumerate(volumes.items()):
-            style: dict[str, Any] = {
-                "color": COLOURS[i % len(COLOURS)],
-                "linestyle": LINES[i // len(COLOURS) % len(LINES)],
-            }
             x = [row[name] for row in results[search]["history"]]
-            axis.plot(x, values, marker=".", label=search, **style)
-        axis.set_xlabel(label)
-        axis.set_xlim(left=0)
-        axis.grid(color="0.9")
-        axis.set_axisbelow(True)
-    figure.axes[0].set_ylabel(f"hypervolume up to {_point(reference)}")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+            axis.plot(x, values, marker=".", label=search, **line_style(i))
+    _name_spent(figure, [*spent.values()], reference)
     return figure
 
 
@@ -392,8 +368,7 @@ def _name_axes(axis: Axes, cost: str, quality: str) -> None:
     better = "more" if objective(quality).higher_is_better else "less"
     axis.set_xlabel(WORDS[cost])
     axis.set_ylabel(f"{WORDS[quality]}\n({better} is better)", fontsize=9)
-    axis.grid(color="0.92")
-    axis.set_axisbelow(True)
+    add_grid(axis)
     if cost not in SPEEDS:
         return
     axis.set_xlim(left=0)
@@ -430,7 +405,3 @@ def _depth_colours(depths: Sequence[int | str]) -> list[str]:
 def _depth_label(depth: int | str) -> str:
     words = {"sites": "some sites", "layers": "layers reused", 0: "0, nothing computed"}
     return words.get(depth, str(depth))
-
-
-def _point(values: Sequence[float]) -> str:
-    return f"({', '.join(f'{value:.3g}' for value in values)})"

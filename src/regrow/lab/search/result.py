@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import regrow
 from regrow.core.recipe import recipe_of
-from regrow.lab.measure.atomic_files import write_whole
+from regrow.lab.measure.atomic_files import write_text
 from regrow.lab.measure.evaluate import Setting
 from regrow.lab.search.evaluation import Candidate, Facts
 from regrow.lab.search.objectives import Cost, Objective, Quality, label
@@ -131,16 +129,9 @@ def write_front(plans: Sequence[Found], folder: Path) -> dict[str, str]:
             plan.schedule.model_copy(update={"name": plan.name}).save(file)
         else:
             file = folder / f"{plan.name}.json"
-            text = config.model_copy(update={"found": plan.schedule.found}).dump()
-            write_whole(file, partial(Path.write_text, data=text, encoding="utf-8"))
+            write_text(file, config.model_copy(update={"found": plan.schedule.found}).dump())
         files[plan.name] = f"{folder.name}/{file.name}"
     return files
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Plain data as a file that is whole or not there."""
-    text = json.dumps(value, indent=1) + "\n"
-    write_whole(file, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 def figures(known: Known, objectives: Sequence[Objective]) -> dict[str, float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from math import inf, isfinite
 from typing import Any
@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import NotRequired, TypedDict
 
 from regrow.fields import Checked, Count
-from regrow.lab.search.evaluation import QUARTERS, Candidate, Job, Outcome, outcome_from, record_of
+from regrow.lab.search.evaluation import QUARTERS, Candidate, Job, Outcome, outcome_from
 from regrow.lab.search.log import Log
 from regrow.lab.search.objectives import Cost, Objective, Quality, minimised
 from regrow.lab.search.proposals import (
@@ -469,7 +469,7 @@ def _record(job: Job, outcome: Outcome) -> dict[str, Any]:
     """An evaluation as the log keeps it."""
     what = {"key": job.candidate.key, "start": job.start, "stop": job.stop}
     plan = {"steps": job.candidate.steps, "config": job.candidate.settings()}
-    return {**what, **plan, **record_of(outcome)}
+    return {**what, **plan, **asdict(outcome)}
 
 
 def _add(known: Known, job: Job, outcome: Outcome) -> None:

@@ -11,12 +11,12 @@ from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, m
 
 from regrow.fields import Calls, Checked, Count, Guidance, Pixels, Seed, explain
 from regrow.files import FileError, read_kept, said
+from regrow.lab.measure.atomic_files import write_json
 from regrow.lab.measure.evaluate import Setting
 from regrow.lab.measure.machine import model_key
 from regrow.lab.search.evaluation import Candidate
 from regrow.lab.search.objectives import Cost, Objective, Quality, check_objectives, label, objective
 from regrow.lab.search.proposals import Operators
-from regrow.lab.search.result import write_json
 from regrow.lab.search.search import Algorithm, Economy, check_economy
 from regrow.methods.catalogue import space_of
 from regrow.recover.time import REUSE
@@ -109,18 +109,9 @@ class SearchSettings(Checked):
     @property
     def setting(self) -> Setting:
         """What pictures are made of."""
-        return Setting(
-            model=self.model,
-            prompts=self.prompts,
-            seed=self.seed,
-            scheduler=self.scheduler,
-            guidance=self.guidance,
-            height=self.height,
-            width=self.width,
-            dtype=self.dtype,
-            model_key=model_key(self.model),
-            shard=self.batch,
-        )
+        names = ("model", "prompts", "seed", "scheduler", "guidance", "height", "width", "dtype")
+        shared = {name: getattr(self, name) for name in names}
+        return Setting(**shared, model_key=model_key(self.model), shard=self.batch)
 
     def space(self, calls_at: Callable[[int], int]) -> Space:
         """The plans, which decode to a `Candidate`; where steps are open, they are one more variable.

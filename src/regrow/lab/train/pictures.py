@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from regrow.lab.measure.plotting import COLOURS, check_matplotlib, save
+from regrow.lab.plots import COLOURS, new_figure, save
 from regrow.lab.train.examples import Examples
 from regrow.lab.train.loop import Curve, generator_of
 from regrow.lab.train.predictor import PredictorObjective, alpha_at
@@ -24,10 +24,8 @@ SMOOTH = 50
 
 def draw_loss(curve: Curve, file: Path) -> None:
     """The loss of each step, smoothed, and that of held-out examples."""
-    check_matplotlib()
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = new_figure(6, 3.6)
+    axes = figure.subplots()
     losses = np.array([point.loss for point in curve.train])
     width = min(SMOOTH, len(losses))
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
@@ -46,15 +44,13 @@ def draw_alpha(objective: PredictorObjective, examples: Examples, seed: int, fil
 
     Of a video it is the mean over the frames.
     """
-    check_matplotlib()
-    import matplotlib.pyplot as plt
-
     maps = _maps(objective, examples, seed)
     samples, bins, rows, columns, blocks = maps.shape
     # One picture of all maps, with a line between them: an axis for each would take seconds.
     cells = pad(maps.permute(4, 0, 1, 2, 3).reshape(blocks, samples * bins, rows, columns), (0, 1, 0, 1))
     sheet = cells.transpose(1, 2).reshape(blocks * (rows + 1), -1).numpy()
-    figure, axes = plt.subplots(figsize=(0.5 * samples * bins, 0.55 * blocks + 0.8), layout="constrained")
+    figure = new_figure(0.5 * samples * bins, 0.55 * blocks + 0.8)
+    axes = figure.subplots()
     axes.imshow(sheet, vmin=0, vmax=1, cmap="gray", aspect="auto")
     axes.set_yticks([(rows + 1) * (i + 0.5) for i in range(blocks)], [str(i) for i in range(blocks)])
     axes.set_xticks(
