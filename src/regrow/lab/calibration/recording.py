@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import json
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 import regrow
-from regrow.core.clock import begins_of, place_of
+from regrow.core.clock import StepWatch, begins_of, place_of
 from regrow.core.install import is_hooked
 from regrow.fields import MOST_CALLS, MOST_SEED, Block, Checked, check_within, explain
 from regrow.files import FileError, read_kept, said
@@ -33,7 +31,6 @@ from regrow.models import denoiser_of
 from regrow.origin import Origin, denoiser_key, scheduler_key
 from regrow.recover.fit import Array
 
-_STEPPING = threading.Lock()
 # Elements of each output that are multiplied at a time, in float64.
 _PART = 1 << 18
 DEPTH = 1
@@ -255,12 +252,24 @@ class Seen:
         total: all of them.
     """
 
-    def __init__(self, deep: DeepFeatures | None = None) -> None:
+    def __init__(self, scheduler: Any, deep: DeepFeatures | None = None) -> None:
         self.outputs: list[Tensor] = []
         self.before = self.total = 0
         self.deep = deep
-        self._scheduler: Any = None
+        self._scheduler = scheduler
         self._influence: Array = np.zeros(0)
+
+    def step(self, given: Mapping[str, Any]) -> None:
+        """Keep an output; at the first, the scheduler as it was before it."""
+        if not self.outputs:
+            self.before = place_of(self._scheduler, given["timestep"])
+            self.total = len(begins_of(self._scheduler))
+            self._scheduler = copy.deepcopy(self._scheduler)
+            # Before more is run: a sampler that is not linear in the outputs is refused.
+            self._influence = influence(self._scheduler, self.before, self.total)
+        self.outputs.append(given["model_output"].detach().clone())
+        if self.deep is not None:
+            self.deep.end_step()
 
     @property
     def influence(self) -> Array:
@@ -268,16 +277,6 @@ class Seen:
         if len(self.outputs) < len(self._influence):
             self._influence = influence(self._scheduler, self.before, self.before + len(self.outputs))
         return self._influence
-
-    def step(self, scheduler: Any, output: Tensor, timestep: Any) -> None:
-        """Keep an output; at the first, the scheduler as it was before it."""
-        if not self.outputs:
-            self._scheduler = copy.deepcopy(scheduler)
-            self.before, self.total = place_of(scheduler, timestep), len(begins_of(scheduler))
-            self._influence = influence(scheduler, self.before, self.total)
-        self.outputs.append(output.detach().clone())
-        if self.deep is not None:
-            self.deep.end_step()
 
     def gram(self) -> Array:
         """``(T, T)``, the mean product of the outputs of two calls over their elements.
@@ -299,45 +298,12 @@ class Seen:
 
 @contextmanager
 def watched(pipe: Any, deep: bool = False) -> Iterator[Seen]:
-    """See what the pipeline's scheduler is given, and deep features if they are wanted, until this is left.
-
-    The watch is on the scheduler's class, as that of `SchedulerClock`: whoever copies the scheduler
-    meanwhile finds nothing on it.
-    """
+    """See what a scheduler is given, and deep features if they are wanted, until this is left."""
     features = DeepFeatures() if deep else None
-    scheduler, seen = pipe.scheduler, Seen(features)
-    watch: AbstractContextManager[None] = nullcontext()
-    if features is not None:
-        watch = watched_features(denoiser_of(pipe), DEPTH, features)
-    own = "step" in vars(scheduler)
-    holder: Any = scheduler if own else type(scheduler)
-    with _STEPPING:
-        before, below = vars(holder).get("step"), holder.step
-        watching = [True]
-
-        @functools.wraps(below)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            rest = args if own else args[1:]
-            if watching[0] and (own or args[0] is scheduler):
-                given = dict(zip(("model_output", "timestep"), rest, strict=False)) | kwargs
-                seen.step(scheduler, given["model_output"], given["timestep"])
-            return below(*args, **kwargs)
-
-        # Not that of a clock which lies below.
-        vars(step).pop("watch", None)
-        vars(step)["recorder"] = watching, before
-        holder.step = step
-    try:
-        with watch:
+    seen = Seen(pipe.scheduler, features)
+    with nullcontext() if features is None else watched_features(denoiser_of(pipe), DEPTH, features):
+        watch = StepWatch(pipe.scheduler, seen.step, lasting=True)
+        try:
             yield seen
-    finally:
-        watching[0] = False
-        with _STEPPING:
-            # Those of other threads that ended before go with it; below one that lasts it passes all on.
-            top = vars(holder).get("step")
-            while (recorder := getattr(top, "recorder", None)) is not None and not recorder[0][0]:
-                top = recorder[1]
-            if top is not None:
-                holder.step = top
-            elif "step" in vars(holder):
-                del holder.step
+        finally:
+            watch.remove()
