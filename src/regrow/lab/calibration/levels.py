@@ -11,7 +11,7 @@ import numpy as np
 from diffusers.schedulers import AysSchedules
 from numpy.typing import ArrayLike
 
-from regrow.lab.calibration.positions import dense_at_start
+from regrow.lab.calibration.positions import denser
 from regrow.recover.fit import Array
 
 Timesteps = tuple[float, ...]
@@ -26,8 +26,8 @@ _TRAINED = 1000
 def other_timesteps(pipe: Any, whole: int, steps: int) -> Iterator[tuple[str, Timesteps]]:
     """Timesteps that a pipeline and its sampler take, each with what they are in words.
 
-    Some of those of the whole run, denser at the start; noise levels whose logarithms are evenly spaced;
-    those of "Align Your Steps" for the models that these were found for.
+    They are some of the whole run's, denser at the start; those at noise levels whose logarithms are evenly
+    spaced; and those of "Align Your Steps", for the models that these were found for.
 
     Args:
         pipe: a diffusers pipeline.
@@ -44,12 +44,8 @@ def other_timesteps(pipe: Any, whole: int, steps: int) -> Iterator[tuple[str, Ti
     try:
         scheduler.set_timesteps(whole)
         own = list(dict.fromkeys(scheduler.timesteps.tolist()))
-        found = {
-            f"denser at the start ({power:g})": tuple(
-                own[i] for i in dense_at_start(len(own), min(steps, len(own)), power)
-            )
-            for power in DENSER
-        }
+        places = denser(len(own), min(steps, len(own)), DENSER)
+        found = {name: tuple(own[i] for i in some) for name, some in places.items()}
         levels = _trained_levels(scheduler)
         if levels is not None:
             found["noise levels even in logarithm"] = log_even(levels, own[0], steps)
