@@ -13,11 +13,9 @@ from regrow.core.clock import ManualClock, SchedulerClock
 from regrow.core.engine import Engine
 from regrow.core.install import Installed, is_hooked
 from regrow.core.recipe import Recipe, origin_of, recipe_of
-from regrow.freeze import check_freezable, schedule_of
 from regrow.methods.names import method_of
 from regrow.models import DENOISERS, denoiser_of, known_layout, other_denoisers
-from regrow.origin import Origin
-from regrow.report import RunReport, report_of
+from regrow.report import RunReport, check_freezable, report_of, schedule_of
 from regrow.schedule import FULL, HEAD, SITES, Schedule
 
 
@@ -155,12 +153,14 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     pipeline = None if target is denoiser else target
     if pipeline is not None and scheduler is not None:
         raise ValueError("scheduler: a pipeline has its own; give one with a bare denoiser only")
-    _check_known(parts, denoiser)
-    _check_sites(parts)
+    _check_plan(parts, denoiser)
     engine = Engine(denoiser, parts, keep_text=keep_text)
-    _check_useful(engine, denoiser)
+    _check_useful(engine)
     engine.found = origin_of(config)
-    for difference in _elsewhere(engine.found, denoiser, getattr(pipeline, "scheduler", scheduler)):
+    differences = (
+        engine.found.unlike(denoiser, getattr(pipeline, "scheduler", scheduler)) if engine.found else ()
+    )
+    for difference in differences:
         engine.warn_once(f"origin {difference}", f"the plan may not suit: {difference}")
     for name in other_denoisers(pipeline, denoiser):
         engine.warn_once(
@@ -178,79 +178,66 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     return Run(config, engine, installed, pipeline)
 
 
-def _elsewhere(found: Origin | None, denoiser: nn.Module, scheduler: Any) -> Iterator[str]:
-    """How what a plan was found on differs from what it is applied to."""
-    if found is not None:
-        yield from found.unlike(denoiser, scheduler)
+def _check_plan(parts: Recipe, denoiser: nn.Module) -> None:
+    """Refuse calls that the denoiser, or the method, has no answer for.
 
-
-def _check_useful(engine: Engine, denoiser: nn.Module) -> None:
-    """Refuse what could only do nothing, warn of what is asked to do nothing."""
-    clash = engine.clash()
-    if clash:
-        raise ValueError(f"target: {clash}")
-    asked = engine.sites is not None and engine.sites.decider.space is not None
-    _check_head(engine, denoiser)
-    attends = engine.sites is not None and engine.sites.attending
-    if attends or engine.watched:
-        _check_attentions(engine, denoiser)
-    _check_depths(engine, denoiser)
-    prunes = any(engine.prunes(step) for step in engine.kinds)
-    if asked:
-        _check_pruned(engine, denoiser)
-    if not prunes and not engine.cuts and not engine.recipe.whole:
-        engine.warn_once(
-            "nothing",
-            "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
-            f"call goes less deep than {engine.layout.depths} layers, and no ratio is above 0",
-        )
-
-
-def _check_known(parts: Recipe, denoiser: nn.Module) -> None:
-    """Refuse calls that leave out a part of a denoiser of which the output alone is known."""
-    if any(step.ratio or step.depth not in (FULL, HEAD, 0) for step in parts.plan.kinds()):
+    These leave out a part of a denoiser of which the output alone is known, or leave to a method what it
+    does not decide.
+    """
+    kinds = parts.plan.kinds()
+    if any(step.ratio or step.depth not in (FULL, HEAD, 0) for step in kinds):
         known_layout(denoiser)
-
-
-def _check_sites(parts: Recipe) -> None:
-    """Refuse calls that leave to a method what it does not decide."""
     decides = parts.sites is not None and not parts.sites.by_ratio
-    if not decides and any(step.depth == SITES for step in parts.plan.kinds()):
+    if not decides and any(step.depth == SITES for step in kinds):
         raise ValueError(
             "depth: 'sites' is not allowed for a method that decides for no single sites; it must be a "
             "number of layers, 'full', 'layers' or 'head'"
         )
 
 
-def _check_head(engine: Engine, denoiser: nn.Module) -> None:
-    """Warn of calls that can't compute what lies behind the last block, since that is not known."""
-    if not engine.layout.is_known and any(step.depth == HEAD for step in engine.kinds):
+def _check_useful(engine: Engine) -> None:
+    """Refuse what could only do nothing, warn of what is asked to do nothing."""
+    clash, layout, sites, name = engine.clash(), engine.layout, engine.sites, type(engine.denoiser).__name__
+    if clash:
+        raise ValueError(f"target: {clash}")
+    if not layout.is_known and any(step.depth == HEAD for step in engine.kinds):
         engine.warn_once(
             "head",
-            f"the last block of {type(denoiser).__name__} is not known: calls that should compute what "
-            "lies behind it recover the output instead",
+            f"the last block of {name} is not known: calls that should compute what lies behind it recover "
+            "the output instead",
         )
-
-
-def _check_depths(engine: Engine, denoiser: nn.Module) -> None:
-    """Warn of depths that the model does not have."""
-    deepest = engine.layout.depths
-    beyond = sorted({s.depth for s in engine.kinds if deepest <= s.depth < SITES})
+    if engine.watched or (sites is not None and sites.attending):
+        _check_attentions(engine)
+    beyond = sorted({s.depth for s in engine.kinds if layout.depths <= s.depth < SITES})
     if beyond and engine.cuts:
         engine.warn_once(
             "depths",
             f"calls of depth {', '.join(map(str, beyond))} are full: a depth (a branch, plus 1) must be "
-            f"below {deepest} to leave layers of {type(denoiser).__name__} out",
+            f"below {layout.depths} to leave layers of {name} out",
+        )
+    if sites is not None and sites.decider.space is not None:
+        _check_pruned(engine, sites.shallowest)
+    prunes = any(engine.prunes(step) for step in engine.kinds)
+    if not prunes and not engine.cuts and not engine.recipe.whole:
+        engine.warn_once(
+            "nothing",
+            "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
+            f"call goes less deep than {layout.depths} layers, and no ratio is above 0",
         )
 
 
-def _check_pruned(engine: Engine, denoiser: nn.Module) -> None:
-    """Warn of calls that should prune, but compute no layer that does."""
+def _check_pruned(engine: Engine, deeper: int | None) -> None:
+    """Warn of calls that should prune, but compute no layer that does.
+
+    Args:
+        engine: of the run.
+        deeper: the least depth of calls that prune; None if only full ones do.
+    """
     asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < SITES}
     idle = sorted({s.depth for s in asked if not engine.prunes(s)})
-    if not idle or engine.sites is None:
+    if not idle:
         return
-    calls, deeper = engine.recipe.plan.calls, engine.sites.shallowest
+    calls = engine.recipe.plan.calls
     pruned = "full calls only" if deeper is None else f"calls of depth {deeper} or more only"
     if calls is not None:
         steps = engine.recipe.plan.resample(calls).steps()
@@ -259,16 +246,16 @@ def _check_pruned(engine: Engine, denoiser: nn.Module) -> None:
     engine.warn_once(
         "idle",
         f"tokens are pruned in {pruned}: those of depth {', '.join(map(str, idle))} compute no layer of "
-        f"{type(denoiser).__name__} that prunes; use a deeper branch{hint}",
+        f"{type(engine.denoiser).__name__} that prunes; use a deeper branch{hint}",
     )
 
 
-def _check_attentions(engine: Engine, denoiser: nn.Module) -> None:
+def _check_attentions(engine: Engine) -> None:
     """Refuse attentions whose keys can't be kept, or whose queries can't be fewer than their keys."""
-    fused = [name for name, m in denoiser.named_modules() if getattr(m, "fused_projections", False)]
+    fused = sum(getattr(module, "fused_projections", False) for module in engine.denoiser.modules())
     if fused:
         raise ValueError(
-            f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept or "
+            f"target: the projections of {fused} attentions are fused, so keys can't be kept or "
             "seen by themselves; call unfuse_qkv_projections() first"
         )
     stream = engine.layout.stream

@@ -151,7 +151,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class ErrorControl:
+class ErrorControl(Control):
     """Full calls as the measured errors ask for them, under a bound or within a budget.
 
     Whatever is measured: the first ``first`` calls and the last are full, never more than ``longest`` calls
@@ -172,11 +172,6 @@ class ErrorControl:
     budget: int | None = None
     longest: int = 6
     first: int = 2
-
-    @property
-    def calls(self) -> None:
-        """Any number."""
-        return None
 
     @property
     def measured(self) -> Step:

@@ -258,7 +258,7 @@ class Schedule(Checked):
         first = next(source for source in order if depth[source] == FULL)
         order.remove(first)
         order.insert(0, first)
-        each = {"depth": depth, "ratio": self.ratio}
+        each: dict[str, tuple[Any, ...]] = {"depth": depth, "ratio": self.ratio}
         if len(self.recovery) > 1:
             each["recovery"] = self.recovery
         return self.model_copy(update={k: tuple(v[source] for source in order) for k, v in each.items()})

@@ -262,7 +262,7 @@ class SchedulerClock:
     def _tick(self, given: Mapping[str, Any]) -> None:
         if threading.get_ident() != self._owner:
             return
-        sample = given.get("sample")
+        sample: Any = given.get("sample")
         known = isinstance(sample, torch.Tensor) and sample.ndim > 1
         self._batch = len(sample) if known else None
         self._index, self._stepped, self._first = self._place + 1, True, None
