@@ -179,10 +179,10 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
 
 
 def _check_plan(parts: Recipe, denoiser: nn.Module) -> None:
-    """Refuse calls that the denoiser, or the method, has no answer for.
+    """Refuse calls that the denoiser can't make, or for which the method decides nothing.
 
-    These leave out a part of a denoiser of which the output alone is known, or leave to a method what it
-    does not decide.
+    The first leave out a part of a denoiser though only its output is known. The others are of depth
+    `SITES`, with a method that decides for no sites.
     """
     kinds = parts.plan.kinds()
     if any(step.ratio or step.depth not in (FULL, HEAD, 0) for step in kinds):
@@ -251,7 +251,7 @@ def _check_pruned(engine: Engine, deeper: int | None) -> None:
 
 
 def _check_attentions(engine: Engine) -> None:
-    """Refuse attentions whose keys can't be kept, or whose queries can't be fewer than their keys."""
+    """Refuse attentions with keys that can't be kept, or with as many queries as keys at all times."""
     fused = sum(getattr(module, "fused_projections", False) for module in engine.denoiser.modules())
     if fused:
         raise ValueError(

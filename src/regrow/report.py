@@ -193,7 +193,7 @@ def _row(record: CallRecord, engine: Engine, counter: CallCounter | None) -> Cal
 
 
 def check_freezable(config: Any) -> None:
-    """Refuse a method whose calls a schedule can't say.
+    """Refuse a method with calls that a schedule can't describe.
 
     Raises:
         ValueError: if it chooses tokens, or decides for single sites.
@@ -210,7 +210,7 @@ def check_freezable(config: Any) -> None:
 def schedule_of(generation: Generation) -> Schedule:
     """Depth and recovery of every step of a generation, as it was carried out.
 
-    Steps whose calls were all computed in full are full. So are those that it did not make: before the
+    A step is full if all its calls were computed in full. So are steps that were not made: before the
     beginning of a run that began late, and behind the end of one that was interrupted.
 
     Raises:
@@ -226,7 +226,7 @@ def schedule_of(generation: Generation) -> Schedule:
         if record.depth != FULL and record.planned is not None:
             depth[record.position.index] = record.planned.depth
     if not depth:
-        raise ValueError("calls: none of them belongs to a generation whose steps are known")
+        raise ValueError("calls: none of them belongs to a generation with known steps")
     used = {step.recovery for step, d in zip(steps, depth, strict=True) if d != FULL} or {steps[0].recovery}
     return Schedule(
         depth=tuple(depth),

@@ -210,7 +210,7 @@ class Schedule(Checked):
         return len(self) if len(set(self.steps())) > 1 else None
 
     def kinds(self) -> frozenset[Step]:
-        """Every step that may occur; the first one is full whatever the plan says."""
+        """Every step that may occur; the first one is always full."""
         first, *others = self.steps()
         return frozenset((replace(first, depth=FULL), *others))
 
@@ -230,7 +230,7 @@ class Schedule(Checked):
     def resample(self, calls: int) -> Schedule:
         """The same plan for another number of calls.
 
-        The first call is full whatever the plan says, since nothing is cached before it. Every depth
+        The first call is always full, since nothing is cached before it. Every depth
         keeps its share of the calls to within one call (largest remainders), and its place in the run:
         the j-th of m calls of a depth takes the place, and the ratio, of that depth's occurrence at
         quantile (j + 1/2) / m. For as many calls as the plan has, it is the plan itself.
@@ -387,7 +387,7 @@ class Both(Plan):
 
 @dataclass(frozen=True)
 class After(Plan):
-    """A plan whose first calls are full and prune nothing.
+    """A plan with first calls that are full and prune nothing.
 
     Args:
         full: number of these calls.

@@ -181,7 +181,7 @@ class Calibration:
         prompts: at least `FEWEST`; half of them are fitted on, the others compared.
         settings: how pictures are made.
         on_progress: told what is done.
-        file: keeps the recording, so that one that was stopped goes on; None keeps it in memory.
+        file: keeps the recording, so that a stopped one is continued; None keeps it in memory.
 
     Raises:
         ValueError: if there are too few prompts.
@@ -273,9 +273,13 @@ class Calibration:
     def _batch(
         self, config: Calibrated | None, steps: int, prompts: Sequence[str] = (), place: int = 0
     ) -> Pictures:
-        """Pictures of some compared prompts, the first of which has that place; of the first batch if none.
+        """Make a batch of pictures, under a plan or with the pipeline as it is.
 
-        A plan is applied while they are made; without one the pipeline is left as it is.
+        Args:
+            config: the plan; None for none.
+            steps: of the sampler.
+            prompts: some of the compared ones; the first batch of these if empty.
+            place: of the first among the compared ones.
         """
         s = self.settings
         applied = config is not None and config.leaves_out

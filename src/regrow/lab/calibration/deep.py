@@ -81,8 +81,8 @@ def watched_features(denoiser: nn.Module, depth: int, to: DeepFeatures) -> Itera
     cut = layout.cut(depth)
     if cut is None or cut.final:
         raise ValueError(
-            f"deep: True is not allowed, {type(denoiser).__name__} has no layers known that calls of depth "
-            f"{depth} would leave out"
+            f"deep: True is not allowed, {type(denoiser).__name__} has no known layers that calls of depth "
+            f"{depth} would leave out; give deep=False"
         )
     entered: list[Any] = []
 

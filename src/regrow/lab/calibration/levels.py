@@ -62,7 +62,7 @@ def other_timesteps(pipe: Any, whole: int, steps: int) -> Iterator[tuple[str, Ti
 
 
 def log_even(levels: Array, first: float, steps: int) -> Timesteps:
-    """Timesteps from the first one on whose noise levels are evenly spaced in their logarithm.
+    """Timesteps with noise levels that are evenly spaced in their logarithm.
 
     Args:
         levels: the noise level of every training step, ascending, ``(S,)``.
@@ -74,10 +74,10 @@ def log_even(levels: Array, first: float, steps: int) -> Timesteps:
 
 
 def align_your_steps(pipe: Any, levels: Array, steps: int) -> Timesteps | None:
-    """The timesteps of "Align Your Steps" (arXiv 2404.14507); None for models that they were not found for.
+    """The timesteps of "Align Your Steps" (arXiv 2404.14507); None for models without published ones.
 
-    Published for 10 steps; for other numbers the logarithms of the noise levels are interpolated, as the
-    authors say.
+    They are published for 10 steps. For other numbers the logarithms of the noise levels are interpolated,
+    as the authors say.
 
     Args:
         pipe: its denoiser and scheduler tell the model.

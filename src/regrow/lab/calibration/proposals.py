@@ -76,9 +76,9 @@ class Proposal:
 
 
 def probes(recording: Recording, count: int) -> tuple[Proposal, ...]:
-    """Plans whose errors lie in different parts of the run, so that running them tells how these grow.
+    """Plans with errors in different parts of the run: to run them tells how errors grow.
 
-    Even positions first; then denser ones at the start and at the end.
+    Even positions come first, then denser ones at the start and at the end.
     """
     total = recording.origin.calls
     places = {"evenly": evenly(total, count)}

@@ -106,8 +106,8 @@ def search(
         fewer: samplers that cost as much, >= 1 of them.
         measure: runs a plan.
         prompts: how many there are to measure on.
-        others: given how errors grow, plans of another kind that cost as much, whose errors the recorded
-            outputs do not tell.
+        others: given how errors grow, makes plans of another kind that cost as much. The recorded outputs
+            do not tell the errors of these.
 
     Raises:
         ValueError: naming what is not allowed.

@@ -151,7 +151,7 @@ class Size:
 
     Args:
         height: a multiple of what a token spans.
-        width: likewise.
+        width: a multiple of what a token spans.
         frames: of a video; None of pictures.
     """
 

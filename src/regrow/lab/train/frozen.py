@@ -160,11 +160,11 @@ def relaxed(
     given: Mapping[str, Any],
     weights: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The call at t whose sites return mixtures of what they compute and what is kept (Eq. 10).
+    """Make the call at t with mixtures of what sites compute and what is kept of them (Eq. 10).
 
     Args:
         frozen: the model.
-        sites: of which the last one's output is given back.
+        sites: whose outputs are mixed; that of the last one is returned.
         before: the call at t + 1.
         given: conditions.
         weights: by the name of a site, the part that is computed, 0 to 1, in a form that goes with its

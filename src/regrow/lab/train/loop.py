@@ -1,7 +1,7 @@
-"""The training loop: AdamW on what is learned, checkpoints that it goes on from, and its curve.
+"""The training loop: AdamW on what is learned, checkpoints to continue from, and its curve.
 
-What step number i draws follows from the seed and i alone. So a run that was killed goes on with the very
-numbers that it would have had.
+What step number i draws follows from the seed and i alone. So a run that was killed and is continued has
+the same numbers as one that was not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What training asks of whatever is learned."""
+"""What training needs to know of a thing that is learned."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def workplace(
         prompts: of what the model makes itself; again from the first if there are fewer.
         training: settings.
         folder: of what is written.
-        cpu: compute on the processor, whatever else there is.
+        cpu: compute on the processor, also where there is a GPU.
         checkpointing: compute blocks again in the backward pass, rather than keep what they made.
         told: is told how far everything is.
 
@@ -146,7 +146,7 @@ def workplace(
 
 
 def _check(pipeline: Any, denoiser: Any, layout: Layout) -> None:
-    """Refuse a denoiser whose blocks return more than tokens, and pipelines with what no data gives."""
+    """Refuse a denoiser with blocks that return more than tokens, and a pipeline that needs more than data."""
     if not layout.block_sites:
         raise ValueError(
             f"model: {type(denoiser).__name__} is not allowed in training, its blocks must take and return "
@@ -225,7 +225,9 @@ def train_refinement(
     frozen = place.frozen
     blocks = _check_last(frozen, last_blocks)
     if last_blocks == 0:
-        raise ValueError("last_blocks: 0 is not allowed, the last blocks are those that learn")
+        raise ValueError(
+            "last_blocks: 0 is not allowed, it must be >= 1: the last blocks are those that learn"
+        )
     learner = CachePredictor.of(frozen.denoiser, blocks).eval().requires_grad_(False)
     alpha_table = Table(np.zeros((PLACES, blocks, LEVELS)), np.zeros(PLACES))
     key: dict[str, Any] = {"last_blocks": last_blocks, "ratio": ratio, "rank": rank, "predictor": predictor}
@@ -269,7 +271,7 @@ def train_router(
 
 
 def _check_last(frozen: Frozen, last_blocks: int) -> int:
-    """The number of blocks, of which the last K must leave some."""
+    """Count the blocks, and refuse to compute all of them in every call."""
     blocks = len(frozen.layout.block_sites)
     if not 0 <= last_blocks < blocks:
         raise ValueError(f"last_blocks: {last_blocks} is not allowed, it must be >= 0 and < {blocks}")
