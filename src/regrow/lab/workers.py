@@ -76,8 +76,9 @@ class LocalWorkers(Workers[Job, Result], Generic[Job, Result]):
 class RayWorkers(Workers[Job, Result], Generic[Job, Result]):
     """Workers in processes of a Ray cluster; each holds its part of the cluster until they are closed.
 
-    If the process of a worker dies, another one takes its place, and its job is done again. Jobs and results travel as Ray pickles them; no file is sent. Every node needs regrow and what
-    ``make`` imports; processes on this machine, of a cluster started here, inherit ``PYTHONPATH``.
+    If the process of a worker dies, another one takes its place, and its job is done again. Jobs and
+    results travel as Ray pickles them; no file is sent. Every node needs regrow and what ``make`` imports.
+    Processes on this machine, of a cluster started here, inherit ``PYTHONPATH``.
 
     torch gets as many threads as the worker has CPUs, at least one, so that workers on one machine leave
     each other theirs. The number of threads may change results by rounding, and by nothing else.
@@ -117,7 +118,8 @@ class RayWorkers(Workers[Job, Result], Generic[Job, Result]):
         self._own = not ray.is_initialized()
         if address is not None and not self._own:
             raise ValueError(
-                f"address: {address!r} is not allowed, it must be None: this process is connected to a cluster"
+                f"address: {address!r} is not allowed, it must be None: this process is connected to a "
+                "cluster already"
             )
         self._make, self._attempts, self._threads = make, attempts, max(int(cpus), 1)
         self._idle: list[Any] = []
@@ -139,8 +141,8 @@ class RayWorkers(Workers[Job, Result], Generic[Job, Result]):
             self._count = count or max(room, 1)
             if self._count > room:
                 raise ValueError(
-                    f"count: {self._count} is not allowed, it must be <= {room}: the cluster has room for "
-                    f"{room} workers of {cpus:g} CPUs and {gpus:g} GPUs"
+                    f"count: {self._count} is not allowed, the cluster has room for {room} workers of "
+                    f"{cpus:g} CPUs and {gpus:g} GPUs"
                 )
         except BaseException:
             self.close()

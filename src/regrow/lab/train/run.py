@@ -146,7 +146,7 @@ def workplace(
 
 
 def _check(pipeline: Any, denoiser: Any, layout: Layout) -> None:
-    """Refuse a denoiser with blocks that return more than tokens, and a pipeline that needs more than data."""
+    """Refuse blocks that return more than tokens, and a pipeline that needs more than the data have."""
     if not layout.block_sites:
         raise ValueError(
             f"model: {type(denoiser).__name__} is not allowed in training, its blocks must take and return "
