@@ -278,10 +278,8 @@ def encoded(
         some.append(pair)
         if len(some) == batch or done == count:
             clips, captions = zip(*some, strict=True)
-            given, nothing = conditions(pipeline, layout, captions, size)
-            found = {"latents": _latents(pipeline, clips, size)}
-            found |= {f"given{_SEPARATOR}{name}": value for name, value in given.items()}
-            found |= {f"nothing{_SEPARATOR}{name}": value for name, value in nothing.items()}
+            found = conditions(pipeline, layout, captions, size)
+            found["latents"] = _latents(pipeline, clips, size)
             parts.append({name: value.cpu() for name, value in found.items()})
             some = []
         told("pictures", done, count)
@@ -292,21 +290,20 @@ def encoded(
 def _latents(pipeline: Any, clips: Sequence[Clip], size: Size) -> Tensor:
     """The VAE's means ``(B, C, H, W)``, of videos ``(B, C, F, H, W)``; the middle of pictures, scaled."""
     vae, sides = pipeline.vae, (size.width, size.height)
-    pixels = torch.stack(
-        [
-            torch.stack([to_tensor(ImageOps.fit(frame, sides, Image.Resampling.LANCZOS)) for frame in clip])
-            for clip in clips
-        ]
-    )
+
+    def fitted(clip: Clip) -> Tensor:
+        fits = (ImageOps.fit(frame, sides, Image.Resampling.LANCZOS) for frame in clip)
+        return torch.stack([to_tensor(frame) for frame in fits])
+
+    pixels = torch.stack([fitted(clip) for clip in clips])
     x = (pixels.to(vae.device, vae.dtype) / 255) * 2 - 1
     if size.frames is None:
         mean = _mean(vae, x[:, 0])
     elif hasattr(pipeline, "vae_scale_factor_temporal"):
         mean = torch.cat([_mean(vae, video[None].transpose(1, 2)) for video in x])
     else:
-        mean = torch.stack([torch.cat([_mean(vae, f[None]) for f in video], 0) for video in x]).transpose(
-            1, 2
-        )
+        frames = [torch.cat([_mean(vae, frame[None]) for frame in video]) for video in x]
+        mean = torch.stack(frames).transpose(1, 2)
     if vae.config.get("scaling_factor") is None:
         # Wan's has a mean and a deviation of each channel.
         middle, spread = (
@@ -334,10 +331,11 @@ def _scale(pipeline: Any) -> int:
     return int(2 ** (len(stages) - 1))
 
 
-def conditions(
-    pipeline: Any, layout: Layout, captions: Sequence[str], size: Size
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the pipeline gives its denoiser for captions, and for none: seen in one guided step."""
+def conditions(pipeline: Any, layout: Layout, captions: Sequence[str], size: Size) -> dict[str, Tensor]:
+    """What the pipeline gives its denoiser for captions, and for none, as in `Examples`.
+
+    It is seen in one guided step.
+    """
     seen: list[tuple[int, Mapping[str, Any]]] = []
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
@@ -361,11 +359,11 @@ def conditions(
     ]
     if seen[0][0] == len(asked):
         # A call for each, the one with the captions first.
-        given, nothing = calls[:2]
+        kinds = {"given": calls[0], "nothing": calls[1]}
     else:
-        one = 0 if layout.conditional_first else 1
-        given, nothing = (
-            {name: value.chunk(2)[half] for name, value in calls[0].items()} for half in (one, 1 - one)
-        )
+        order = ("given", "nothing") if layout.conditional_first else ("nothing", "given")
+        kinds = {
+            kind: {n: v.chunk(2)[half] for n, v in calls[0].items()} for half, kind in enumerate(order)
+        }
     count = len(captions)
-    return {n: v[:count] for n, v in given.items()}, {n: v[:count] for n, v in nothing.items()}
+    return {f"{kind}{_SEPARATOR}{n}": v[:count] for kind, part in kinds.items() for n, v in part.items()}
