@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -26,6 +26,7 @@ from regrow.lab.measure.sampling import Pictures, make
 from regrow.methods.calibrated import Calibrated, Tried
 from regrow.models import denoiser_of, layout_of
 from regrow.recover.fit import Array
+from regrow.recover.time import REUSE
 from regrow.schedule import FULL, Schedule
 
 FEWEST = 4
@@ -150,29 +151,6 @@ class Progress:
     total: int
 
 
-@dataclass(frozen=True)
-class _ShortRun:
-    """A run in which calls are timed or counted.
-
-    Args:
-        steps: of the sampler.
-        calls: of the denoiser.
-        before: timesteps of the sampler before the first call.
-        total: all of its timesteps.
-    """
-
-    steps: int
-    calls: int
-    before: int
-    total: int
-
-    def config(self, depth: int, ratio: float = 0.0) -> Calibrated:
-        """All calls but the first, which is full, of one depth and ratio."""
-        depths = (FULL,) * (self.before + 1) + (depth,) * (self.total - self.before - 1)
-        schedule = Schedule(depth=depths, ratio=(ratio,) * self.total)
-        return Calibrated(steps=self.steps, before=self.before, schedule=schedule, instead_of=self.steps)
-
-
 class Calibration:
     """The runs of a calibration.
 
@@ -254,13 +232,22 @@ class Calibration:
         self._make(plan.name.split(",")[0], self.config(plan), made, prompts)
         return np.array([_psnr(a, b) for a, b in zip(plain, made[:prompts], strict=True)])
 
-    def config(self, plan: Plan) -> Calibrated:
-        """What a plan is as a configuration."""
+    def config(self, plan: Plan, steps: int | None = None) -> Calibrated:
+        """What a plan is as a configuration.
+
+        Args:
+            plan: the plan.
+            steps: of the sampler, where the plan forecasts; those of the settings if None.
+        """
+        whole = self.settings.steps
         if isinstance(plan, FewerSteps):
-            given = {"steps": plan.steps, "timesteps": plan.timesteps, "schedule": Schedule.constant()}
-        else:
-            given = {"steps": self.settings.steps, "before": plan.before, "schedule": plan.schedule()}
-        return Calibrated.model_validate({**given, "instead_of": self.settings.steps})
+            schedule = Schedule.constant()
+            return Calibrated(
+                steps=plan.steps, timesteps=plan.timesteps, schedule=schedule, instead_of=whole
+            )
+        return Calibrated(
+            steps=steps or whole, before=plan.before, schedule=plan.schedule(), instead_of=whole
+        )
 
     def _make(self, what: str, config: Calibrated | None, made: list[Any], prompts: int) -> None:
         """Add the pictures that are missing of the first so many compared prompts."""
@@ -307,42 +294,44 @@ class Calibration:
     def timed(self) -> Costs:
         """What calls cost in time."""
         self._tell(Progress("timing calls", 0, 1))
-        short, long = self._short_run(SHORT), self._short_run(LONG)
+        (few, short), (many, long) = self._short_run(SHORT), self._short_run(LONG)
 
-        def seconds(run: _ShortRun, config: Calibrated | None = None) -> float:
-            return median([self._batch(config, run.steps).seconds for _ in range(ROUNDS)])
+        def seconds(steps: int, plan: Proposal | None = None) -> float:
+            config = None if plan is None else self.config(plan, steps)
+            return median([self._batch(config, steps).seconds for _ in range(ROUNDS)])
 
-        few, many = seconds(short), seconds(long)
-        call = max((many - few) / (long.calls - short.calls), 1e-9)
-        rest, others = max(few / call - short.calls, 0.0), max(long.calls - 1, 1)
+        least, most = seconds(few), seconds(many)
+        call = max((most - least) / (long.total - short.total), 1e-9)
+        rest, others = max(least / call - short.total, 0.0), max(long.total - 1, 1)
 
         def share(depth: int) -> float:
-            return min(max((seconds(long, long.config(depth)) / call - rest - 1) / others, 0.0), 0.99)
+            cost = seconds(many, replace(long, depth=depth)) / call - rest - 1
+            return min(max(cost / others, 0.0), 0.99)
 
         layout = layout_of(denoiser_of(self.pipe))
         output, deep = share(0), share(1) if layout.depths > 1 else None
         if not layout.blocks:
             return Costs(rest, output, deep)
-        return Costs(
-            rest, output, deep, (seconds(long, long.config(FULL, RATIO)) / call - rest) / long.calls
-        )
+        pruning = (seconds(many, replace(long, depth=FULL, ratio=RATIO)) / call - rest) / long.total
+        return Costs(rest, output, deep, pruning)
 
     def counted(self) -> Costs:
         """What calls cost in MACs."""
         if layout_of(denoiser_of(self.pipe)).depths == 1:
             return Costs(0.0, 0.0, None)
-        short = self._short_run(LONG)
-        with apply(self.pipe, short.config(1)) as run:
-            self._batch(None, short.steps, self.compared[:1])
+        steps, plan = self._short_run(LONG)
+        with apply(self.pipe, self.config(replace(plan, depth=1), steps)) as run:
+            self._batch(None, steps, self.compared[:1])
             last = run.report().calls[-1]
         return Costs(0.0, 0.0, last.macs / last.full_macs if last.full_macs else None)
 
-    def _short_run(self, steps: int) -> _ShortRun:
-        """Count the calls of a run of so many steps, or of as many as make so many calls."""
+    def _short_run(self, steps: int) -> tuple[int, Proposal]:
+        """Steps, and a plan of them with one full call: so many, or as many as make so many calls."""
         steps = max(steps, math.ceil(steps / self.calls_a_step - 1e-6))
         with watched(self.pipe) as seen:
             self._batch(None, steps)
-        return _ShortRun(steps, len(seen.outputs), seen.before, seen.total)
+        calls = len(seen.outputs)
+        return steps, Proposal("", (0,), REUSE, calls, seen.before, seen.total - seen.before - calls)
 
     def find(self, budget: float, costs: Costs) -> Answer:
         """The nearest of the plans within a budget, in full calls."""

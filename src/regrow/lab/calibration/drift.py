@@ -1,9 +1,9 @@
-"""The error of a plan that runs: the network answers to a latent that has left its path.
+"""The error of a plan that runs, in which the network answers to a latent that has left its path.
 
 With the network frozen, the errors of all gaps between computed steps add up, and may cancel
-(`offline_error`). In a run the network amplifies or mends each, and turns it elsewhere, so they do not
-cancel. So the squares of the gaps' errors are added here, each grown by a factor that depends on where in
-the run its gap is. The factors are few numbers a model, found from a few plans that ran.
+(`offline_error`). In a run the network makes each error larger or smaller, and turns it, so that they do
+not cancel. So here the squares of the gaps' errors are added, each times a factor that depends on the place
+of its gap in the run. The factors are few numbers a model, found from a few plans that ran.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class FittedGaps:
 
 
 def fitted_growth(gram: Array, influence: Array, ran: Sequence[tuple[Array, float]]) -> Growth:
-    """The growth with which the sum of gaps' errors tells best how near some plans came that ran.
+    """Fit the growth, so that the sum of gaps' errors tells best how near plans came that ran.
 
     Errors are compared in decibels, by least squares (Gauss and Newton's steps, damped). That the one is
     of latents and the other of pictures is a factor, which the growth takes in.

@@ -1,4 +1,4 @@
-"""Where the steps of a sampler with fewer steps are: timesteps of its own, instead of the sampler's."""
+"""Choose timesteps for a run with fewer steps, in place of the sampler's own."""
 
 from __future__ import annotations
 

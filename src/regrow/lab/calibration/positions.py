@@ -1,4 +1,4 @@
-"""Where the computed steps of a run are: families of positions, and a local search among them."""
+"""Choose which steps of a run are computed: families of positions, and a local search among them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained on: latents of pictures or videos, with the conditions that the denoiser is given."""
+"""Make what is trained on: latents of pictures or videos, and the conditions for the denoiser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CAPTION = 1 << 16
 """Bytes of a caption."""
 _SEPARATOR = "/"
 Told = Callable[[str, int, int], None]
-"""Takes what is done, how much of it, and of how much."""
+"""Takes what is done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Batch:
     Args:
         x: ``(B, C, H, W)``, of videos ``(B, C, F, H, W)``, noised to the earlier of two steps.
         index: ``(B,)``, its number.
-        given: what the denoiser is given beside x and the time.
+        given: the other arguments of the denoiser, without x and the time.
     """
 
     x: Tensor
@@ -343,7 +343,7 @@ def conditions(pipeline: Any, layout: Layout, captions: Sequence[str], size: Siz
         seen.append((len(sample), kwargs))
 
     hook = denoiser_of(pipeline).register_forward_pre_hook(look, with_kwargs=True)
-    # A single text Latte cuts to its own length, which others could not be put beside.
+    # Latte cuts a single text to its own length, which texts of other batches don't have.
     asked = captions if len(captions) > 1 else [*captions, *captions]
     options: dict[str, Any] = {}
     if not takes_classes(pipeline):

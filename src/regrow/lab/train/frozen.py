@@ -86,8 +86,7 @@ def acting(sites: Sequence[Site], act: Act) -> Iterator[None]:
 
     def hook(site: Site) -> Callable[..., Tensor]:
         def replace(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-            x = args[0] if args else kwargs["hidden_states"]
-            return act(site, Entered(x, args[1:], kwargs), out)
+            return act(site, Entered.of(args, kwargs), out)
 
         return replace
 

@@ -1,4 +1,4 @@
-"""Pictures of a training while it runs: its loss, and alpha over the tokens."""
+"""Draw a training while it runs: its loss, and alpha over the tokens."""
 
 from __future__ import annotations
 

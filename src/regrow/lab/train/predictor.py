@@ -1,4 +1,4 @@
-"""The training of TokenCache's predictor (algorithm 1 of arXiv 2409.18523), and the table made after it."""
+"""Train TokenCache's predictor (algorithm 1 of arXiv 2409.18523), and make a table of what it says."""
 
 from __future__ import annotations
 

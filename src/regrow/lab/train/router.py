@@ -1,4 +1,4 @@
-"""The training of Learning-to-Cache's router (arXiv 2406.01733)."""
+"""Train Learning-to-Cache's router (arXiv 2406.01733)."""
 
 from __future__ import annotations
 

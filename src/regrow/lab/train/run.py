@@ -1,4 +1,4 @@
-"""A training from beginning to end: data, the loop, the file that methods take."""
+"""Make a training from beginning to end: data, the loop, the file that methods take."""
 
 from __future__ import annotations
 
