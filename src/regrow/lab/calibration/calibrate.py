@@ -282,11 +282,11 @@ class Calibration:
                 more={**s.more, **({} if config is None else config.arguments())},
             )
 
-    def speedup(self, config: Calibrated, rounds: int = ROUNDS) -> float:
+    def speedup(self, config: Calibrated) -> float:
         """The speed-up of a plan as measured: unaccelerated and plan in turn, the median of the rounds."""
         found = []
-        for done in range(rounds):
-            self._tell(Progress("measuring the plan's time", done, rounds))
+        for done in range(ROUNDS):
+            self._tell(Progress("measuring the plan's time", done, ROUNDS))
             plain = self._batch(None, self.settings.steps).seconds
             found.append(plain / self._batch(config, config.steps).seconds)
         return median(found)

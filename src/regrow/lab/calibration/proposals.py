@@ -88,18 +88,17 @@ def probes(recording: Recording, count: int) -> tuple[Proposal, ...]:
     return tuple(_fitted(recording, full, where) for where, full in places.items())
 
 
-def proposals(recording: Recording, count: int, growth: Growth, keep: int = 2) -> tuple[Proposal, ...]:
-    """Fitted plans at the positions that a search finds, the most promising first.
+def proposals(recording: Recording, count: int, growth: Growth) -> tuple[Proposal, ...]:
+    """Fitted plans at the positions that a search finds, the most promising first, at most two.
 
     Args:
         recording: of unaccelerated runs.
         count: calls that are computed.
         growth: see `fitted_growth`.
-        keep: how many at most.
     """
     gaps = FittedGaps(recording.products, recording.moves, LAST)
     total = recording.origin.calls
-    found = candidates(total, count, lambda full: gaps.error(full, growth), keep)[:keep]
+    found = candidates(total, count, lambda full: gaps.error(full, growth), 2)[:2]
     return tuple(_fitted(recording, full, "searched") for full in found)
 
 
