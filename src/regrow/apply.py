@@ -157,11 +157,9 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     engine = Engine(denoiser, parts, keep_text=keep_text)
     _check_useful(engine)
     engine.found = origin_of(config)
-    differences = (
-        engine.found.unlike(denoiser, getattr(pipeline, "scheduler", scheduler)) if engine.found else ()
-    )
-    for difference in differences:
-        engine.warn_once(f"origin {difference}", f"the plan may not suit: {difference}")
+    if engine.found is not None:
+        for difference in engine.found.unlike(denoiser, getattr(pipeline, "scheduler", scheduler)):
+            engine.warn_once(f"origin {difference}", f"the plan may not suit: {difference}")
     for name in other_denoisers(pipeline, denoiser):
         engine.warn_once(
             f"second {name}",
@@ -251,7 +249,7 @@ def _check_pruned(engine: Engine, deeper: int | None) -> None:
 
 
 def _check_attentions(engine: Engine) -> None:
-    """Refuse attentions with keys that can't be kept, or with as many queries as keys at all times."""
+    """Refuse attentions that can't keep their keys, or can't compute some of their tokens alone."""
     fused = sum(getattr(module, "fused_projections", False) for module in engine.denoiser.modules())
     if fused:
         raise ValueError(

@@ -108,7 +108,7 @@ class Settings:
         check_within("batch", self.batch, 1, 10_000)
         for name in ("timesteps", "sigmas", "num_inference_steps", "generator"):
             if name in self.more:
-                raise ValueError(f"more: {name} is not allowed in it, it is set here")
+                raise ValueError(f"more: {name} is not allowed in it, it must be left out: it is set here")
 
 
 @dataclass(frozen=True)
@@ -410,7 +410,7 @@ def calibrate(
         pipeline: ``pipe(prompt, num_inference_steps=plan.steps, **plan.arguments())``.
 
     Raises:
-        ValueError: naming what is not allowed, or if no plan gives what is wished for.
+        ValueError: naming the argument that is out of bounds, or if no plan gives what is wished for.
     """
     wish = Wish(speedup, fewer_macs, psnr)
     settings = Settings(steps, guidance, seed, height, width, batch, model, more)

@@ -155,9 +155,9 @@ def record(
         on_prompt: called after each run with the number of prompts recorded so far.
 
     Raises:
-        ValueError: naming what is not allowed, or if a method is on the pipeline, or its sampler is not
-            linear in the outputs, or steps more often than it has timesteps, or ``deep`` is asked of a
-            denoiser whose layers are not known.
+        ValueError: naming the argument that is out of bounds, or if a method is on the pipeline, or its
+            sampler is not linear in the outputs or steps more often than it has timesteps, or ``deep`` is
+            asked of a denoiser with layers that are not known.
         FileError: if the file is damaged, or of other runs.
     """
     if isinstance(prompts, str):

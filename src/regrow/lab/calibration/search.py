@@ -110,7 +110,7 @@ def search(
             do not tell the errors of these.
 
     Raises:
-        ValueError: naming what is not allowed.
+        ValueError: naming the argument that is out of bounds.
     """
     check_within("count", count, 2, recording.origin.calls)
     check_within("prompts", prompts, 1, 10_000)
