@@ -14,10 +14,9 @@ from regrow.core.clock import ManualClock, SchedulerClock
 from regrow.core.engine import Engine
 from regrow.core.install import Installed, is_hooked
 from regrow.core.recipe import origin_of, recipe_of
-from regrow.freeze import check_freezable, schedule_of
 from regrow.methods.names import method_of
 from regrow.models import DENOISERS, denoiser_of, other_denoisers
-from regrow.report import RunReport, report_of
+from regrow.report import RunReport, check_freezable, report_of, schedule_of
 from regrow.schedule import Schedule
 
 

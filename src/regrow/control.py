@@ -1,8 +1,8 @@
-"""Control of a run: which calls are full is decided on the way, from errors that are measured in it.
+"""Control of a run: errors that are measured in it decide which calls are full.
 
-A full call tells what a forecast for it would have missed by: ``|computed - forecast| / |computed|``. From
-that follows how far ahead the next forecasts may reach. The rule is that of step-size control in solvers
-(Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", II.4).
+A full call tells the error of a forecast for it: ``|computed - forecast| / |computed|``. From that follows
+how far ahead the next forecasts may reach. The rule is that of step-size control in solvers (Hairer,
+Norsett, Wanner, "Solving Ordinary Differential Equations I", II.4).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Control(Plan, Protocol):
 
     @property
     def measured(self) -> Step:
-        """The step whose forecast is compared with what full calls compute."""
+        """The step that gives the forecasts which full calls are compared with."""
 
     def start(self, total: int, begin: int = 0) -> Any:
         """The state of a run of ``total`` steps that begins at step ``begin``.
@@ -49,8 +49,8 @@ class Control(Plan, Protocol):
         Args:
             state: behind the step before.
             index: of the step.
-            errors: by full step, the relative deviation of its forecast, where it is known by now. Those
-                that are not finite may be of any kind.
+            errors: by full step, the relative deviation of its forecast, where it is known by now. One that
+                is not finite may be infinite or no number.
         """
 
 
@@ -151,13 +151,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class ErrorControl:
+class ErrorControl(Control):
     """Full calls as the measured errors ask for them, under a bound or within a budget.
 
-    Whatever is measured: the first ``first`` calls and the last are full, never more than ``longest`` calls
-    in a row are not, after an error that is no finite number the next call is full, and a run with a budget
-    makes so many full calls, no more and, if it has so many steps, no fewer. An error is known two steps
-    behind its call; with a bound, all calls before the first known one are full.
+    Some things hold for all errors. The first ``first`` calls and the last are full. At most ``longest``
+    calls in a row are not full. After an error that is no finite number the next call is full. A run with a
+    budget makes so many full calls: no more and, if it has so many steps, no fewer. An error is known two
+    steps behind its call; with a bound, all calls before the first known one are full.
 
     Args:
         skip: what calls do that are not full.
@@ -172,11 +172,6 @@ class ErrorControl:
     budget: int | None = None
     longest: int = 6
     first: int = 2
-
-    @property
-    def calls(self) -> None:
-        """Any number."""
-        return None
 
     @property
     def measured(self) -> Step:

@@ -1,4 +1,4 @@
-"""Files of others are data: checked before they are opened, and before they are parsed."""
+"""Read files of others: they are checked before they are opened, and before they are parsed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FileError(ValueError):
 
 
 def check_file(file: Path, most: int) -> None:
-    """Look whether a file can be read, and open nothing: what is no plain file may never answer.
+    """Refuse what is no readable file, without opening it: a pipe or device may never answer.
 
     Args:
         file: the file.
@@ -125,13 +125,21 @@ def parse_json(text: str, name: str) -> Any:
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
         if depth > DEEPEST:
             raise _too_deep(name)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise FileError(f"{name}: the key {shown(twice)} is there twice")
+        return found
+
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise FileError(f"{name}: it is no JSON, look at {where}{_near(text, error.lineno)}") from error
-    except _TwiceError as error:
-        raise FileError(f"{name}: the key {error} is there twice") from error
+    except FileError:
+        raise
     except ValueError as error:
         raise FileError(f"{name}: it is no JSON, a number has thousands of digits") from error
 
@@ -169,18 +177,6 @@ def said(file: Path | str) -> str:
     return one_line(str(file), 300)
 
 
-class _TwiceError(ValueError):
-    """A key is there twice."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise _TwiceError(shown(twice))
-    return found
-
-
 def _check_events(text: str, name: str) -> None:
     depth = 0
     events: Iterable[Any] = YAML(typ="rt", pure=True).parse(text)
@@ -190,7 +186,9 @@ def _check_events(text: str, name: str) -> None:
         if depth > DEEPEST:
             raise _too_deep(f"{name}:{line}")
         if kind == "AliasEvent" or getattr(event, "anchor", None):
-            raise FileError(f"{name}:{line}: anchors (&) and aliases (*) are not allowed, write it out")
+            raise FileError(
+                f"{name}:{line}: anchors (&) and aliases (*) are not allowed, write the values out"
+            )
         if getattr(event, "tag", None):
             raise FileError(f"{name}:{line}: tags (!) are not allowed, write plain values")
 

@@ -1,4 +1,4 @@
-"""Plans on the Hugging Face hub: one file in a repository of models."""
+"""Plans on the Hugging Face hub: each is one file in a repository of models."""
 
 from __future__ import annotations
 

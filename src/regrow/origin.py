@@ -1,4 +1,4 @@
-"""Where a schedule was found: what it was searched on, and what it gave there."""
+"""The origin of a schedule: what it was searched on, and what it gave there."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Origin(Checked):
         calls: calls of the denoiser at each branch of guidance; PLMS makes one more than steps.
         guidance: guidance scale; None for the pipeline's own.
         height: in pixels; None for the model's own.
-        width: likewise.
+        width: in pixels; None for the model's own.
         prompts: how many the plan was measured on.
         seed: of the first of them; the others follow.
         quality: what was minimised or maximised, by name.
-        cost: likewise; shares are of the unaccelerated run.
+        cost: what was minimised of the costs, by name; shares are of the unaccelerated run.
         regrow: version that found it.
         date: of that day, ISO 8601.
     """

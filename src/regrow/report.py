@@ -1,4 +1,4 @@
-"""What a generation computed, reused and saved."""
+"""What a generation computed, reused and saved; and the same as a schedule."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from regrow.core.call import CallRecord
+from regrow.core.call import CallRecord, Generation
 from regrow.core.engine import Engine
 from regrow.core.macs import CallCounter
 from regrow.core.meta import unknown_attentions
 from regrow.core.others import shape_of
+from regrow.core.recipe import recipe_of
 from regrow.models.table import TOKENS
-from regrow.schedule import FULL, NAMES
+from regrow.schedule import FULL, NAMES, Schedule
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class CallRow:
         step: step of the sampler, from 0; None if the call belongs to no generation that is known.
         branch: of guidance, in the order in which they first came, from 0.
         depth: what was computed: ``"full"`` or a number of up-path layers.
-        planned: what the schedule asked for.
+        planned: what the schedule asked for, as depth.
         ratio: share of tokens pruned where the method prunes.
         macs: MACs of the call, the whole batch, attention counted.
         selection_macs: MACs of choosing tokens.
@@ -135,8 +136,7 @@ def report_of(engine: Engine) -> RunReport:
     generation = engine.generation
     if generation is None:
         raise RuntimeError("there is nothing to report: no generation has begun since regrow.apply")
-    notes = []
-    twin = generation.twin
+    notes, twin = [], generation.twin
     model = engine.denoiser if twin.model is None else twin.model
     unknown = unknown_attentions(engine.denoiser) if twin.model is None else twin.unknown
     if unknown:
@@ -149,10 +149,8 @@ def report_of(engine: Engine) -> RunReport:
             "the denoiser's modules or attention processors were replaced since that generation; the "
             "figures are of those that it has now"
         )
-    recipe = engine.recipe
-    sites = None if engine.sites is None else recipe.sites
     try:
-        counter = CallCounter(model, sites)
+        counter = CallCounter(model, None if engine.sites is None else engine.recipe.sites)
         rows = [_row(record, engine, counter) for record in generation.records]
     except Exception as error:
         # Whatever a module of somebody's own says to tensors without data.
@@ -173,28 +171,67 @@ def _row(record: CallRecord, engine: Engine, counter: CallCounter | None) -> Cal
         )
         macs, selection = counted.denoiser, counted.selection
         full = counter.count(FULL, 0.0, record.inputs).denoiser
-    planned = FULL if record.planned is None else record.planned.depth
+    # What filled in the tokens that the call left out.
+    space = None if engine.sites is None else engine.sites.decider.space
+    of_tokens = "reuse" if TOKENS in record.plan else ""
+    if space is not None:
+        of_tokens = space.value
     return CallRow(
-        None if record.position is None else record.position.index,
-        record.branch,
-        depth_name(record.depth, depths),
-        depth_name(planned, depths),
-        record.ratio,
-        macs,
-        selection,
-        full,
-        record.age,
-        " + ".join(filter(None, (record.recovery, _of_tokens(record, engine)))),
-        record.reason,
-        None if record.error is None else record.error.read(),
+        step=None if record.position is None else record.position.index,
+        branch=record.branch,
+        depth=depth_name(record.depth, depths),
+        planned=depth_name(FULL if record.planned is None else record.planned.depth, depths),
+        ratio=record.ratio,
+        macs=macs,
+        selection_macs=selection,
+        full_macs=full,
+        age=record.age,
+        recovery=" + ".join(filter(None, (record.recovery, of_tokens if record.ratio else ""))),
+        reason=record.reason,
+        error=None if record.error is None else record.error.read(),
     )
 
 
-def _of_tokens(record: CallRecord, engine: Engine) -> str:
-    """What filled in the tokens that a call left out; empty if it computed all."""
-    if not record.ratio:
-        return ""
-    space = None if engine.sites is None else engine.sites.decider.space
-    if space is not None:
-        return space.value
-    return "reuse" if TOKENS in record.plan else ""
+def check_freezable(config: Any) -> None:
+    """Refuse a method with calls that a schedule can't describe.
+
+    Raises:
+        ValueError: if it chooses tokens, or decides for single sites.
+    """
+    parts = recipe_of(config)
+    if parts.sites is not None and any(map(parts.sites.acts_in, parts.plan.kinds())):
+        raise ValueError(
+            f"method: {getattr(config, 'method', type(config).__name__)} can't be kept as a schedule: its "
+            "calls leave out tokens, or parts of layers, that the method chooses, and a schedule has no "
+            "more than depths and recoveries"
+        )
+
+
+def schedule_of(generation: Generation) -> Schedule:
+    """Depth and recovery of every step of a generation, as it was carried out.
+
+    A step is full if all its calls were computed in full. So are steps that were not made: before the
+    beginning of a run that began late, and behind the end of one that was interrupted.
+
+    Raises:
+        ValueError: if no step of it is known.
+    """
+    steps, depth = generation.steps, [FULL] * len(generation.steps)
+    for record in generation.records:
+        if record.position is None:
+            continue
+        if record.position.begins:
+            # Members of an ensemble share one list: what counts is the last run over the steps.
+            depth = [FULL] * len(steps)
+        if record.depth != FULL and record.planned is not None:
+            depth[record.position.index] = record.planned.depth
+    if not depth:
+        raise ValueError("calls: none of them belongs to a generation with known steps")
+    used = {step.recovery for step, d in zip(steps, depth, strict=True) if d != FULL} or {steps[0].recovery}
+    return Schedule(
+        depth=tuple(depth),
+        ratio=(0.0,) * len(depth),
+        recovery=tuple(used) if len(used) == 1 else tuple(step.recovery for step in steps),
+        name="frozen",
+        note="what a generation did",
+    )

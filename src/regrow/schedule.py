@@ -1,4 +1,4 @@
-"""The plan of a run: for every call of the denoiser how deep it goes and how many tokens it prunes.
+"""The plan of a run: how deep each call of the denoiser goes, and how many tokens it prunes.
 
 A schedule is data. It is read from and written to YAML or JSON, checked field by field, and
 resampled to as many calls as a sampler makes.
@@ -37,7 +37,7 @@ from regrow.words import offer, shown
 
 # Deeper than any model: a call at this depth computes everything.
 FULL = 1_000_000
-# A call of all blocks in which every attention and feed-forward hands on its last output.
+# A call of all blocks in which every attention and feed-forward reuses its last output.
 LAYERS = FULL - 1
 # A call of the layers behind the last block alone.
 HEAD = FULL - 2
@@ -75,17 +75,24 @@ class Step:
 
 
 class Plan(Protocol):
-    """What says what each call does, for any number of calls."""
+    """Says what each call does, for any number of calls."""
 
     @property
     def calls(self) -> int | None:
-        """For how many calls each was planned by itself; None if for any number."""
+        """The number of calls that were planned one by one; None if the plan is for any number."""
+        return None
 
     def kinds(self) -> frozenset[Step]:
         """Every step that may occur."""
+        ...
 
     def resample(self, calls: int) -> Schedule:
-        """The steps of a generation of so many calls."""
+        """The steps of a generation of so many calls.
+
+        Raises:
+            ValueError: if ``calls < 1``.
+        """
+        ...
 
 
 NAMES: Mapping[int, str] = MappingProxyType({FULL: "full", LAYERS: "layers", HEAD: "head", SITES: "sites"})
@@ -122,7 +129,7 @@ class Schedule(Checked):
 
     Args:
         depth: a depth for each call: a whole number from 0 to 1000, ``"full"``; ``"layers"``, a call of
-            all blocks in which every attention and feed-forward hands on its last output; ``"head"``, a
+            all blocks in which every attention and feed-forward reuses its last output; ``"head"``, a
             call of what lies behind the last block alone; or ``"sites"``, one in which a method that
             decides for single sites does so (TokenCache). Depths at or above the number of up-path layers
             of a model are full there (12 for Stable Diffusion 1.5).
@@ -131,7 +138,8 @@ class Schedule(Checked):
             as depths; each a recovery, its fields, or its name (``"taylor"``).
         name: a name for tables.
         note: where the schedule comes from.
-        found: what it was searched on, if it was; applied elsewhere, it is warned of.
+        found: what it was searched on; None if it was not. Where it is applied to something else, there is
+            a warning.
 
     Raises:
         pydantic.ValidationError: with the field and the value, if one is not allowed.
@@ -202,7 +210,7 @@ class Schedule(Checked):
         return len(self) if len(set(self.steps())) > 1 else None
 
     def kinds(self) -> frozenset[Step]:
-        """Every step that may occur; the first one is full whatever the plan says."""
+        """Every step that may occur; the first one is always full."""
         first, *others = self.steps()
         return frozenset((replace(first, depth=FULL), *others))
 
@@ -213,18 +221,16 @@ class Schedule(Checked):
 
     def with_recovery(self, recovery: TimeRecovery) -> Schedule:
         """The same depths and ratios with one recovery for all calls; no longer the plan that was found."""
-        changes = {"recovery": (recovery,), "found": None}
-        return Schedule.model_validate(dict(self) | changes)
+        return Schedule.model_validate(dict(self) | {"recovery": (recovery,), "found": None})
 
     def with_ratio(self, ratio: float) -> Schedule:
         """The same depths with one ratio for all calls; no longer the plan that was found."""
-        changes = {"ratio": (ratio,) * len(self), "found": None}
-        return Schedule.model_validate(self.model_dump() | changes)
+        return Schedule.model_validate(dict(self) | {"ratio": (ratio,) * len(self), "found": None})
 
     def resample(self, calls: int) -> Schedule:
         """The same plan for another number of calls.
 
-        The first call is full whatever the plan says, since nothing is cached before it. Every depth
+        The first call is always full, since nothing is cached before it. Every depth
         keeps its share of the calls to within one call (largest remainders), and its place in the run:
         the j-th of m calls of a depth takes the place, and the ratio, of that depth's occurrence at
         quantile (j + 1/2) / m. For as many calls as the plan has, it is the plan itself.
@@ -239,7 +245,7 @@ class Schedule(Checked):
             places.setdefault(d, []).append(place)
         counts = _shares([len(p) for p in places.values()], calls)
         if counts[0] == 0:
-            # Depth of the first call comes first in `places`: it keeps at least that call.
+            # `FULL` comes first in `places`: it keeps at least the first call.
             counts[counts.index(max(counts))] -= 1
             counts[0] = 1
         chosen: list[tuple[float, int]] = []
@@ -248,18 +254,14 @@ class Schedule(Checked):
                 quantile = (j + 0.5) * len(occurrences) / count
                 source = occurrences[int(quantile)]
                 chosen.append((source + quantile % 1, source))
-        first = min((c for c in chosen if depth[c[1]] == FULL), default=chosen[0])
-        chosen.remove(first)
-        order = [first[1], *(source for _, source in sorted(chosen))]
-        return self.model_copy(
-            update={
-                "depth": tuple(depth[source] for source in order),
-                "ratio": tuple(self.ratio[source] for source in order),
-                "recovery": self.recovery
-                if len(self.recovery) == 1
-                else tuple(self.recovery[source] for source in order),
-            }
-        )
+        order = [source for _, source in sorted(chosen)]
+        first = next(source for source in order if depth[source] == FULL)
+        order.remove(first)
+        order.insert(0, first)
+        each: dict[str, tuple[Any, ...]] = {"depth": depth, "ratio": self.ratio}
+        if len(self.recovery) > 1:
+            each["recovery"] = self.recovery
+        return self.model_copy(update={k: tuple(v[source] for source in order) for k, v in each.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
@@ -323,14 +325,14 @@ class Schedule(Checked):
 
 
 @dataclass(frozen=True)
-class Spaced:
+class Spaced(Plan):
     """A plan of full calls with calls of one lesser depth between, for any number of calls.
 
     Args:
         interval: one call in so many is full; 1 makes all of them full.
         depth: of the others.
         full: the indices of the full calls among so many calls; every ``interval``-th if None.
-        recovery: how what the others do not compute follows from earlier calls.
+        recovery: how what the other calls do not compute follows from earlier calls.
     """
 
     interval: int
@@ -338,25 +340,17 @@ class Spaced:
     full: Callable[[int], set[int]] | None = None
     recovery: TimeRecovery = REUSE
 
-    @property
-    def calls(self) -> None:
-        """Any number."""
-        return None
-
     def kinds(self) -> frozenset[Step]:
         """Full calls and the others."""
         full = {Step(FULL, 0.0)}
         return frozenset(full if self.interval == 1 else full | {Step(self.depth, 0.0, self.recovery)})
 
     def resample(self, calls: int) -> Schedule:
-        """The schedule of a generation.
-
-        Raises:
-            ValueError: if ``calls < 1``.
-        """
+        """The schedule of a generation."""
         check_within("calls", calls, 1, MOST_CALLS)
-        even = self.full is None or self.interval == 1
-        full = set(range(0, calls, self.interval)) if even or self.full is None else self.full(calls)
+        full = set(range(0, calls, self.interval))
+        if self.full is not None and self.interval > 1:
+            full = self.full(calls)
         depth = tuple(FULL if i in full else self.depth for i in range(calls))
         return Schedule(
             depth=depth, ratio=(0.0,) * calls, recovery=(self.recovery,), name=f"1:{self.interval}"
@@ -364,7 +358,7 @@ class Spaced:
 
 
 @dataclass(frozen=True)
-class Both:
+class Both(Plan):
     """The depths of one plan with the pruning ratios of another.
 
     Args:
@@ -386,18 +380,14 @@ class Both:
         return frozenset(replace(d, ratio=r.ratio) for d in depths for r in ratios)
 
     def resample(self, calls: int) -> Schedule:
-        """The schedule of a generation.
-
-        Raises:
-            ValueError: if ``calls < 1``.
-        """
+        """The schedule of a generation."""
         depths = self.depths.resample(calls)
         return depths.model_copy(update={"ratio": self.ratios.resample(calls).ratio})
 
 
 @dataclass(frozen=True)
-class After:
-    """A plan whose first calls are full and prune nothing.
+class After(Plan):
+    """A plan with first calls that are full and prune nothing.
 
     Args:
         full: number of these calls.
@@ -417,11 +407,7 @@ class After:
         return self.plan.kinds() | {Step(FULL, 0.0)}
 
     def resample(self, calls: int) -> Schedule:
-        """The schedule of a generation.
-
-        Raises:
-            ValueError: if ``calls < 1``.
-        """
+        """The schedule of a generation."""
         rest = self.plan.resample(calls)
         full = min(self.full, calls)
         return rest.model_copy(

@@ -1,4 +1,4 @@
-"""Text of others in messages: short, on one line, harmless; and names offered for misspelt ones."""
+"""Put text of others into messages, short, on one line and harmless; offer names for misspelt ones."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import regrow
 from regrow import FULL
-from regrow.core.clock import _Watch
+from regrow.core.clock import StepWatch
 from regrow.schedule import LAYERS
 
 SAMPLERS: dict[str, Callable[[], Any]] = {
@@ -194,7 +194,7 @@ def test_watches_of_two_clocks_on_one_class_are_taken_off_in_any_order() -> None
     ticks: list[int] = []
     for order in ((0, 1), (1, 0)):
         both = [Sampler(), Sampler()]
-        watches = [_Watch(one, lambda _, i=i: ticks.append(i)) for i, one in enumerate(both)]
+        watches = [StepWatch(one, lambda _, i=i: ticks.append(i)) for i, one in enumerate(both)]
         sample, noise = torch.randn(2, 1, 4, 8, 8)
         for one in both:
             one.set_timesteps(4)

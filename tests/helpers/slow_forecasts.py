@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from regrow.lab.calibration.drift import Growth, gap_errors
+from regrow.recover.fit import decibels
+
 
 def chebyshev(
     times: Sequence[int], values: Any, t: int, *, total: int, degree: int, ridge: float, mix: float
@@ -140,3 +143,14 @@ def forecast_outputs(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def drifting_error(gram: np.ndarray, influence: np.ndarray, weights: np.ndarray, growth: Growth) -> float:
+    """The sum over gaps of the mean square of each gap's error, as much as it grows until the end."""
+    squares, places = gap_errors(gram, influence, weights)
+    return float(squares @ growth.at(places))
+
+
+def foretold(gram: np.ndarray, influence: np.ndarray, weights: np.ndarray, growth: Growth) -> float:
+    """The PSNR that a plan is expected to have, in dB."""
+    return decibels(drifting_error(gram, influence, weights, growth))

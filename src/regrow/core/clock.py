@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -130,20 +130,26 @@ class ManualClock:
         self._index = self._total
 
 
-class _Watch:
-    """Ticks when a scheduler steps next.
+class StepWatch:
+    """Tells when a scheduler steps.
 
-    It is on the scheduler's class, until that scheduler has stepped: whoever copies or pickles the
-    scheduler meanwhile finds nothing on it, and a copy steps itself. Only where somebody gave the scheduler
-    a ``step`` of its own, it is on that.
+    It is on the scheduler's class: whoever copies or pickles the scheduler meanwhile finds nothing on it,
+    and a copy steps itself. Only where somebody gave the scheduler a ``step`` of its own, it is on that.
+
+    Args:
+        scheduler: whose steps.
+        tell: given by name what a step is given: ``model_output``, ``timestep``, ``sample``.
+        lasting: tell before each step until `remove`; otherwise once, behind the next step.
     """
 
     _lock = threading.Lock()
 
-    def __init__(self, scheduler: Any, tick: Callable[[Any], None]) -> None:
+    def __init__(
+        self, scheduler: Any, tell: Callable[[Mapping[str, Any]], None], lasting: bool = False
+    ) -> None:
         own = "step" in vars(scheduler)
         self._holder: Any = scheduler if own else type(scheduler)
-        self._scheduler, first = scheduler, 0 if own else 1
+        self._scheduler = scheduler
         with self._lock:
             # None if the class inherits it.
             self._below = vars(self._holder).get("step")
@@ -151,23 +157,27 @@ class _Watch:
 
             @functools.wraps(below)
             def step(*args: Any, **kwargs: Any) -> Any:
-                mine = self._scheduler is not None and (own or args[0] is self._scheduler)
-                if mine:
-                    self.remove()
+                if self._scheduler is None or not (own or args[0] is self._scheduler):
+                    return below(*args, **kwargs)
+                names = ("model_output", "timestep", "sample")
+                given = dict(zip(names, args if own else args[1:], strict=False)) | kwargs
+                if lasting:
+                    tell(given)
+                    return below(*args, **kwargs)
+                self.remove()
                 out = below(*args, **kwargs)
-                if mine:
-                    tick(kwargs.get("sample", args[first + 2] if len(args) > first + 2 else None))
+                tell(given)
                 return out
 
             step.__dict__["watch"] = self
             self._holder.step = step
 
     def remove(self) -> None:
-        """Leave all as it was, or, below the watch of another clock, let steps pass."""
+        """Leave all as it was, or, below another watch, let steps pass."""
         self._scheduler = None
         with self._lock:
             top = vars(self._holder).get("step")
-            while isinstance(watch := getattr(top, "watch", None), _Watch) and watch._scheduler is None:
+            while isinstance(watch := getattr(top, "watch", None), StepWatch) and watch._scheduler is None:
                 top = watch._below
             if top is not None:
                 self._holder.step = top
@@ -193,7 +203,7 @@ class SchedulerClock:
     ) -> None:
         self._current, self._on_end, self._scale = scheduler, on_end, scale
         self._scheduler: Any = None
-        self._watch: _Watch | None = None
+        self._watch: StepWatch | None = None
         self._timesteps: Any = None
         self._unproven: Any = None
         # What the first call was given, until the sampler steps.
@@ -242,16 +252,17 @@ class SchedulerClock:
     def called(self) -> None:
         self._unwatch()
         if self._scheduler is not None:
-            self._watch = _Watch(self._scheduler, self._tick)
+            self._watch = StepWatch(self._scheduler, self._tick)
 
     def _unwatch(self) -> None:
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
 
-    def _tick(self, sample: Any) -> None:
+    def _tick(self, given: Mapping[str, Any]) -> None:
         if threading.get_ident() != self._owner:
             return
+        sample: Any = given.get("sample")
         known = isinstance(sample, torch.Tensor) and sample.ndim > 1
         self._batch = len(sample) if known else None
         self._index, self._stepped, self._first = self._place + 1, True, None

@@ -1,4 +1,4 @@
-"""The memory of a process: how glibc hands it out, and how much a piece of work takes at its peak."""
+"""The memory of a process: what glibc keeps of it, and how much a piece of work takes at its peak."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def keep_freed_memory() -> None:
     By itself it gives large blocks back at once, and every page of the next one costs a fault. What was
     freed before is given back. Nothing happens on a system with another C library.
     """
-    _hand_out(_KEPT)
+    _set_glibc(_KEPT)
 
 
-def _hand_out(parameters: Mapping[int, int]) -> None:
+def _set_glibc(parameters: Mapping[int, int]) -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for name, value in parameters.items():
@@ -62,7 +62,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before: float | None = torch.cuda.memory_allocated(self.device) / 2**20
             return self
-        _hand_out(_GIVEN_BACK)
+        _set_glibc(_GIVEN_BACK)
         try:
             # 5 sets the peak back to the present.
             Path("/proc/self/clear_refs").write_text("5")

@@ -28,7 +28,7 @@ class Workers(Protocol[Job, Result]):
     """What does jobs. As a context manager it closes itself."""
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Result]]:
-        """Do jobs. One iterator at a time; what is left when it is closed is given up.
+        """Do jobs. Have one iterator at a time; when it is closed, the jobs that are left are dropped.
 
         Args:
             jobs: plain data.
@@ -37,12 +37,12 @@ class Workers(Protocol[Job, Result]):
             The index of a job and its result, as they finish.
 
         Raises:
-            Exception: what a job raised; the rest is given up.
+            Exception: what a job raised; the other jobs are dropped.
         """
         ...
 
     def close(self) -> None:
-        """Let go of the workers and of all that they hold."""
+        """End the workers, and free all that they hold."""
         ...
 
     def __enter__(self) -> Self:
@@ -76,9 +76,9 @@ class LocalWorkers(Workers[Job, Result], Generic[Job, Result]):
 class RayWorkers(Workers[Job, Result], Generic[Job, Result]):
     """Workers in processes of a Ray cluster; each holds its part of the cluster until they are closed.
 
-    A worker whose process dies costs what it was at: another one takes its place, and the job is done
-    again. Jobs and results travel as Ray pickles them; no file is sent. Every node needs regrow and what
-    ``make`` imports; processes on this machine, of a cluster started here, inherit ``PYTHONPATH``.
+    If the process of a worker dies, another one takes its place, and its job is done again. Jobs and
+    results travel as Ray pickles them; no file is sent. Every node needs regrow and what ``make`` imports.
+    Processes on this machine, of a cluster started here, inherit ``PYTHONPATH``.
 
     torch gets as many threads as the worker has CPUs, at least one, so that workers on one machine leave
     each other theirs. The number of threads may change results by rounding, and by nothing else.
@@ -95,7 +95,7 @@ class RayWorkers(Workers[Job, Result], Generic[Job, Result]):
 
     Raises:
         ImportError: if ray is not installed.
-        ValueError: if an argument is not allowed, or the cluster has no room for so many.
+        ValueError: naming the argument, if it is out of bounds or the cluster has no room for so many.
         ConnectionError: if no cluster is at the address.
     """
 
@@ -117,7 +117,10 @@ class RayWorkers(Workers[Job, Result], Generic[Job, Result]):
         ray = import_ray()
         self._own = not ray.is_initialized()
         if address is not None and not self._own:
-            raise ValueError(f"address: {address!r} is not allowed, this process is connected to a cluster")
+            raise ValueError(
+                f"address: {address!r} is not allowed, it must be None: this process is connected to a "
+                "cluster already"
+            )
         self._make, self._attempts, self._threads = make, attempts, max(int(cpus), 1)
         self._idle: list[Any] = []
         # Of every call that is not over: the actor, and the index of its job or None while it starts.
@@ -203,7 +206,7 @@ class RayWorkers(Workers[Job, Result], Generic[Job, Result]):
         self._calls.clear()
 
     def _start(self, count: int) -> None:
-        """Let there be so many workers, those included that are still starting."""
+        """Start workers until there are so many, with those that are still starting."""
         for _ in range(count - len(self._idle) - len(self._calls)):
             actor = self._kind.remote()
             self._calls[actor.start.remote(self._make, self._threads)] = actor, None

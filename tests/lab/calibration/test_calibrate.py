@@ -28,7 +28,7 @@ class Still(Calibration):
     def timed(self) -> Costs:
         return COSTS
 
-    def speedup(self, config: Calibrated, rounds: int = 3) -> float:
+    def speedup(self, config: Calibrated) -> float:
         full = sum(step.full for step in config.schedule.resample(config.steps).steps())
         return self.settings.steps / full
 

@@ -162,7 +162,7 @@ def test_a_text_is_no_list_of_prompts() -> None:
 def test_a_speed_that_is_never_measured_is_refused() -> None:
     found = Calibration(pipelines.sd(), PROMPTS, Settings(steps=8, guidance=3.0))
     found.timed = lambda: Costs(0.0, 0.0, None)  # type: ignore[method-assign]
-    found.speedup = lambda config, rounds=3: 1.0  # type: ignore[method-assign]
+    found.speedup = lambda config: 1.0  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="speedup: 2 can't be reached, the fastest plan gave 1"):
         plan_for(found, Wish(speedup=2.0))
 
@@ -213,7 +213,7 @@ def test_a_wish_of_quality_passes_over_speeds_that_are_out_of_reach() -> None:
     found = Calibration(pipelines.sd(), PROMPTS, Settings(steps=8, guidance=3.0))
     found.timed = lambda: Costs(0.0, 0.0, None)  # type: ignore[method-assign]
 
-    def speedup(config: Any, rounds: int = 3) -> float:
+    def speedup(config: Any) -> float:
         full = sum(step.full for step in config.schedule.resample(config.steps).steps())
         return 8 / (4 + full / 2)
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import least_squares
+from slow_forecasts import drifting_error, foretold
 
-from regrow.lab.calibration.drift import (
-    KNOTS,
-    FittedGaps,
-    Growth,
-    Ran,
-    drifting_error,
-    fitted_growth,
-    foretold,
-    gap_errors,
-)
+from regrow.lab.calibration.drift import KNOTS, FittedGaps, Growth, fitted_growth, gap_errors
 from regrow.lab.calibration.positions import Positions, families, neighbours
 from regrow.recover.fit import decibels, fitted, offline_error, weight_matrix
 from regrow.recover.time import Taylor
@@ -69,13 +63,13 @@ def test_all_computed_is_no_error() -> None:
     assert drifting_error(gram, influence, np.eye(TOTAL), AMPLIFIES) == 0
 
 
-def ran(gram: np.ndarray, influence: np.ndarray, growth: Growth, noise: float) -> list[Ran]:
+def ran(gram: np.ndarray, influence: np.ndarray, growth: Growth, noise: float) -> list[Any]:
     rng, found = np.random.default_rng(0), []
     for count in (4, 7):
         for full in families(TOTAL, count):
             weights = weight_matrix(full, fitted(gram, full, last=3), TOTAL)
             told = decibels(drifting_error(gram, influence, weights, growth))
-            found.append(Ran(weights, told + 17 + noise * rng.normal()))
+            found.append((weights, told + 17 + noise * rng.normal()))
     return found
 
 
@@ -99,12 +93,12 @@ def test_it_is_the_optimum_that_scipy_finds() -> None:
 
     def misses(logarithms: np.ndarray) -> np.ndarray:
         growth = Growth(logarithms=tuple(logarithms))
-        told = [drifting_error(gram, influence, one.weights, Growth()) for one in plans]
+        told = [drifting_error(gram, influence, weights, Growth()) for weights, _ in plans]
         assert min(told) > 0
-        wanted = [-one.decibels * np.log(10) / 10 for one in plans]
+        wanted = [-near * np.log(10) / 10 for _, near in plans]
         parts = []
-        for one in plans:
-            squares, places = gap_errors(gram, influence, one.weights)
+        for weights, _ in plans:
+            squares, places = gap_errors(gram, influence, weights)
             hats = [np.interp(places, KNOTS, row) @ squares for row in np.eye(len(KNOTS))]
             parts.append(np.log(np.dot(hats, np.exp(growth.logarithms))))
         return np.append(np.array(parts) - wanted, np.sqrt(0.02) * np.diff(logarithms))
@@ -117,7 +111,7 @@ def test_it_is_the_optimum_that_scipy_finds() -> None:
 def test_one_plan_tells_the_scale() -> None:
     gram, influence = known()
     weights = weight_matrix((0, 5, 11), Taylor(order=1), TOTAL)
-    growth = fitted_growth(gram, influence, [Ran(weights, 23.0)])
+    growth = fitted_growth(gram, influence, [(weights, 23.0)])
     assert foretold(gram, influence, weights, growth) == pytest.approx(23.0, abs=0.1)
     assert np.ptp(growth.logarithms) < 0.5
 

@@ -10,9 +10,10 @@ import pipelines
 import pytest
 import torch
 from pipelines import KINDS
+from slow_forecasts import drifting_error, foretold
 
 from regrow import DaTo, apply
-from regrow.lab.calibration.drift import Growth, drifting_error, foretold
+from regrow.lab.calibration.drift import Growth
 from regrow.lab.calibration.positions import evenly
 from regrow.lab.calibration.proposals import Proposal, near_the_line, probes, proposals
 from regrow.lab.calibration.recording import Recording, record

@@ -48,7 +48,7 @@ def asked(model: Path, tmp_path: Path) -> tuple[str, ...]:
 def alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """All calls cost the same, on any machine."""
 
-    def speedup(self: Calibration, config: Calibrated, rounds: int = 3) -> float:
+    def speedup(self: Calibration, config: Calibrated) -> float:
         steps = config.schedule.resample(config.steps).steps()
         return STEPS / sum(step.full for step in steps)
 

@@ -1,10 +1,12 @@
-"""A plan for a user's own pipeline, never worse than fewer steps: recorded, fitted, run, compared."""
+"""Find a plan for a user's own pipeline, never worse than fewer steps: record, fit, run, compare."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -18,12 +20,13 @@ from regrow.lab.calibration.drift import Growth
 from regrow.lab.calibration.levels import other_timesteps
 from regrow.lab.calibration.proposals import Proposal, deep_proposals, pruned
 from regrow.lab.calibration.recording import Recording, record, watched
-from regrow.lab.calibration.search import Answer, FewerSteps, Plan, search
+from regrow.lab.calibration.search import Answer, FewerSteps, Outcome, Plan, search
 from regrow.lab.measure.images import psnr
-from regrow.lab.measure.sampling import make
+from regrow.lab.measure.sampling import Pictures, make
 from regrow.methods.calibrated import Calibrated, Tried
 from regrow.models import denoiser_of, layout_of
 from regrow.recover.fit import Array
+from regrow.recover.time import REUSE
 from regrow.schedule import FULL, Schedule
 
 FEWEST = 4
@@ -50,15 +53,16 @@ class OutOfReachError(ValueError):
 
 @dataclass(frozen=True)
 class Wish:
-    """What a plan is to give; one of the three.
+    """What a plan is to give: one of the three.
 
     Args:
-        speedup: of the whole pipeline in measured time.
-        fewer_macs: of the denoiser in MACs.
-        psnr: in dB, of its pictures to the unaccelerated ones; the fastest plan that reaches it is meant.
+        speedup: of the whole pipeline in measured time, > 1.
+        fewer_macs: of the denoiser in MACs, > 1.
+        psnr: in dB, > 0, of its pictures to the unaccelerated ones. The fastest plan that reaches it is
+            meant.
 
     Raises:
-        ValueError: if none, or more than one, is given, or it is not allowed.
+        ValueError: if none, or more than one, is given, or its value is out of bounds.
     """
 
     speedup: float | None = None
@@ -84,7 +88,7 @@ class Settings:
         guidance: scale; the pipeline's own if None.
         seed: of the first prompt; the others follow.
         height: in pixels; the model's own if None.
-        width: likewise.
+        width: in pixels; the model's own if None.
         batch: pictures made at once, also where time is measured.
         model: name, for the plan's file.
         more: further arguments of the pipeline's call.
@@ -104,7 +108,7 @@ class Settings:
         check_within("batch", self.batch, 1, 10_000)
         for name in ("timesteps", "sigmas", "num_inference_steps", "generator"):
             if name in self.more:
-                raise ValueError(f"more: {name} is not allowed in it, it is set here")
+                raise ValueError(f"more: {name} is not allowed in it, it must be left out: it is set here")
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,10 @@ class Costs:
         """How many of so many calls may be full within a budget, if each of the others costs so much."""
         return min(math.floor((budget - self.rest - calls * other) / (full - other) + 1e-6), calls)
 
+    def least(self, calls: int) -> float:
+        """What so many calls cost if two are full and the output of the others is forecast."""
+        return self.rest + 2 + (calls - 2) * self.output
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -143,29 +151,6 @@ class Progress:
     total: int
 
 
-@dataclass(frozen=True)
-class _ShortRun:
-    """A run in which calls are timed or counted.
-
-    Args:
-        steps: of the sampler.
-        calls: of the denoiser.
-        before: timesteps of the sampler before the first call.
-        total: all of its timesteps.
-    """
-
-    steps: int
-    calls: int
-    before: int
-    total: int
-
-    def config(self, depth: int, ratio: float = 0.0) -> Calibrated:
-        """All calls but the first, which is full, of one depth and ratio."""
-        depths = (FULL,) * (self.before + 1) + (depth,) * (self.total - self.before - 1)
-        schedule = Schedule(depth=depths, ratio=(ratio,) * self.total)
-        return Calibrated(steps=self.steps, before=self.before, schedule=schedule, instead_of=self.steps)
-
-
 class Calibration:
     """The runs of a calibration.
 
@@ -174,7 +159,7 @@ class Calibration:
         prompts: at least `FEWEST`; half of them are fitted on, the others compared.
         settings: how pictures are made.
         on_progress: told what is done.
-        file: keeps the recording, so that one that was stopped goes on; None keeps it in memory.
+        file: keeps the recording, so that a stopped one is continued; None keeps it in memory.
 
     Raises:
         ValueError: if there are too few prompts.
@@ -199,31 +184,20 @@ class Calibration:
         self.answer: Answer | None = None
         """The last one that was found."""
         self._tell = on_progress or (lambda progress: None)
-        self._recording: Recording | None = None
         self._plain: list[Any] = []
 
-    @property
+    @functools.cached_property
     def recording(self) -> Recording:
         """The unaccelerated runs that plans are fitted on."""
-        if self._recording is None:
-            s, what = self.settings, "recording unaccelerated runs"
-            self._tell(Progress(what, 0, len(self.fit)))
-            self._recording = record(
-                self.pipe,
-                self.fit,
-                steps=s.steps,
-                guidance=s.guidance,
-                seed=s.seed,
-                height=s.height,
-                width=s.width,
-                model=s.model,
-                batch=s.batch,
-                deep=layout_of(denoiser_of(self.pipe)).depths > 1,
-                file=self._file,
-                more=s.more,
-                on_prompt=lambda done: self._tell(Progress(what, done, len(self.fit))),
-            )
-        return self._recording
+
+        def told(done: int) -> None:
+            self._tell(Progress("recording unaccelerated runs", done, len(self.fit)))
+
+        told(0)
+        deep = layout_of(denoiser_of(self.pipe)).depths > 1
+        return record(
+            self.pipe, self.fit, **vars(self.settings), deep=deep, file=self._file, on_prompt=told
+        )
 
     @property
     def calls(self) -> int:
@@ -258,98 +232,106 @@ class Calibration:
         self._make(plan.name.split(",")[0], self.config(plan), made, prompts)
         return np.array([_psnr(a, b) for a, b in zip(plain, made[:prompts], strict=True)])
 
-    def config(self, plan: Plan) -> Calibrated:
-        """What a plan is as a configuration."""
-        s = self.settings
+    def config(self, plan: Plan, steps: int | None = None) -> Calibrated:
+        """What a plan is as a configuration.
+
+        Args:
+            plan: the plan.
+            steps: of the sampler, where the plan forecasts; those of the settings if None.
+        """
+        whole = self.settings.steps
         if isinstance(plan, FewerSteps):
-            whole = Schedule.constant()
+            schedule = Schedule.constant()
             return Calibrated(
-                steps=plan.steps, timesteps=plan.timesteps, schedule=whole, instead_of=s.steps
+                steps=plan.steps, timesteps=plan.timesteps, schedule=schedule, instead_of=whole
             )
-        return Calibrated(steps=s.steps, before=plan.before, schedule=plan.schedule(), instead_of=s.steps)
+        return Calibrated(
+            steps=steps or whole, before=plan.before, schedule=plan.schedule(), instead_of=whole
+        )
 
     def _make(self, what: str, config: Calibrated | None, made: list[Any], prompts: int) -> None:
         """Add the pictures that are missing of the first so many compared prompts."""
+        steps = self.settings.steps if config is None else config.steps
         while len(made) < prompts:
             part = self.compared[len(made) : min(len(made) + self.settings.batch, prompts)]
-            steps = self.settings.steps if config is None else config.steps
-            made += list(self._batch(config, steps, part, len(made))[0])
+            made += list(self._batch(config, steps, part, len(made)).images)
             self._tell(Progress(what, len(made), prompts))
 
     def _batch(
-        self, config: Calibrated | None, steps: int, prompts: Sequence[str], place: int
-    ) -> tuple[Any, float]:
-        """Pictures of one batch of compared prompts, the first of which has that place, and seconds."""
-        if config is None or not config.leaves_out:
-            return self._run(config, steps, prompts, place)
-        with apply(self.pipe, config):
-            return self._run(config, steps, prompts, place)
+        self, config: Calibrated | None, steps: int, prompts: Sequence[str] = (), place: int = 0
+    ) -> Pictures:
+        """Make a batch of pictures, under a plan or with the pipeline as it is.
 
-    def _run(
-        self, config: Calibrated | None, steps: int, prompts: Sequence[str], place: int
-    ) -> tuple[Any, float]:
-        """The same with the pipeline as it is."""
+        Args:
+            config: the plan; None for none.
+            steps: of the sampler.
+            prompts: some of the compared ones; the first batch of these if empty.
+            place: of the first among the compared ones.
+        """
         s = self.settings
-        done = make(
-            self.pipe,
-            prompts,
-            steps=steps,
-            guidance=s.guidance,
-            seed=s.seed + len(self.fit) + place,
-            height=s.height,
-            width=s.width,
-            more={**s.more, **({} if config is None else config.arguments())},
-        )
-        return done.images, done.seconds
+        applied = config is not None and config.leaves_out
+        with apply(self.pipe, config) if applied else nullcontext():
+            return make(
+                self.pipe,
+                prompts or self.compared[: s.batch],
+                steps=steps,
+                guidance=s.guidance,
+                seed=s.seed + len(self.fit) + place,
+                height=s.height,
+                width=s.width,
+                more={**s.more, **({} if config is None else config.arguments())},
+            )
 
-    def speedup(self, config: Calibrated, rounds: int = ROUNDS) -> float:
-        """Of a plan, as measured: unaccelerated and plan in turn, the median of the rounds."""
-        part, found = self.compared[: self.settings.batch], []
-        for done in range(rounds):
-            self._tell(Progress("measuring the plan's time", done, rounds))
-            plain = self._batch(None, self.settings.steps, part, 0)[1]
-            found.append(plain / self._batch(config, config.steps, part, 0)[1])
+    def speedup(self, config: Calibrated) -> float:
+        """The speed-up of a plan as measured: unaccelerated and plan in turn, the median of the rounds."""
+        found = []
+        for done in range(ROUNDS):
+            self._tell(Progress("measuring the plan's time", done, ROUNDS))
+            plain = self._batch(None, self.settings.steps).seconds
+            found.append(plain / self._batch(config, config.steps).seconds)
         return median(found)
 
     def timed(self) -> Costs:
         """What calls cost in time."""
         self._tell(Progress("timing calls", 0, 1))
-        short, long = self._short_run(SHORT), self._short_run(LONG)
+        (few, short), (many, long) = self._short_run(SHORT), self._short_run(LONG)
 
-        def middle(config: Calibrated | None, run: _ShortRun) -> float:
-            part = self.compared[: self.settings.batch]
-            return median([self._batch(config, run.steps, part, 0)[1] for _ in range(ROUNDS)])
+        def seconds(steps: int, plan: Proposal | None = None) -> float:
+            config = None if plan is None else self.config(plan, steps)
+            return median([self._batch(config, steps).seconds for _ in range(ROUNDS)])
 
-        few, many = middle(None, short), middle(None, long)
-        call = max((many - few) / (long.calls - short.calls), 1e-9)
-        rest, others = max(few / call - short.calls, 0.0), max(long.calls - 1, 1)
+        least, most = seconds(few), seconds(many)
+        call = max((most - least) / (long.total - short.total), 1e-9)
+        rest, others = max(least / call - short.total, 0.0), max(long.total - 1, 1)
 
         def share(depth: int) -> float:
-            return min(max((middle(long.config(depth), long) / call - rest - 1) / others, 0.0), 0.99)
+            cost = seconds(many, replace(long, depth=depth)) / call - rest - 1
+            return min(max(cost / others, 0.0), 0.99)
 
         layout = layout_of(denoiser_of(self.pipe))
         output, deep = share(0), share(1) if layout.depths > 1 else None
         if not layout.blocks:
             return Costs(rest, output, deep)
-        pruning = (middle(long.config(FULL, RATIO), long) / call - rest) / long.calls
+        pruning = (seconds(many, replace(long, depth=FULL, ratio=RATIO)) / call - rest) / long.total
         return Costs(rest, output, deep, pruning)
 
     def counted(self) -> Costs:
         """What calls cost in MACs."""
         if layout_of(denoiser_of(self.pipe)).depths == 1:
             return Costs(0.0, 0.0, None)
-        short = self._short_run(LONG)
-        with apply(self.pipe, short.config(1)) as run:
-            self._run(None, short.steps, self.compared[:1], 0)
+        steps, plan = self._short_run(LONG)
+        with apply(self.pipe, self.config(replace(plan, depth=1), steps)) as run:
+            self._batch(None, steps, self.compared[:1])
             last = run.report().calls[-1]
         return Costs(0.0, 0.0, last.macs / last.full_macs if last.full_macs else None)
 
-    def _short_run(self, steps: int) -> _ShortRun:
-        """A run of so many steps, or of as many as make so many calls, counted."""
+    def _short_run(self, steps: int) -> tuple[int, Proposal]:
+        """Steps, and a plan of them with one full call: so many, or as many as make so many calls."""
         steps = max(steps, math.ceil(steps / self.calls_a_step - 1e-6))
         with watched(self.pipe) as seen:
-            self._batch(None, steps, self.compared[: self.settings.batch], 0)
-        return _ShortRun(steps, len(seen.outputs), seen.before, seen.total)
+            self._batch(None, steps)
+        calls = len(seen.outputs)
+        return steps, Proposal("", (0,), REUSE, calls, seen.before, seen.total - seen.before - calls)
 
     def find(self, budget: float, costs: Costs) -> Answer:
         """The nearest of the plans within a budget, in full calls."""
@@ -358,14 +340,8 @@ class Calibration:
         least = max(math.ceil(1 / each - 1e-6), 1)
         fewer = min(max(math.floor((budget - costs.rest) / each + 1e-6), least), steps)
         count = max(min(costs.full_calls(budget, calls, costs.output), calls - 1), 2)
-        self.answer = search(
-            self.recording,
-            count,
-            list(self._fewer(fewer)),
-            self.measure,
-            len(self.compared),
-            lambda growth: self._others(budget, costs, growth),
-        )
+        plain, others = list(self._fewer(fewer)), lambda growth: self._others(budget, costs, growth)
+        self.answer = search(self.recording, count, plain, self.measure, len(self.compared), others)
         return self.answer
 
     def _fewer(self, steps: int) -> Iterator[FewerSteps]:
@@ -423,7 +399,7 @@ def calibrate(
         guidance: scale; the pipeline's own if None.
         seed: of the first prompt.
         height: in pixels; the model's own if None.
-        width: likewise.
+        width: in pixels; the model's own if None.
         batch: pictures made at once; the time is that of such batches.
         model: its name, for the plan's file.
         more: further arguments of the pipeline's call.
@@ -434,7 +410,7 @@ def calibrate(
         pipeline: ``pipe(prompt, num_inference_steps=plan.steps, **plan.arguments())``.
 
     Raises:
-        ValueError: naming what is not allowed, or if no plan gives what is wished for.
+        ValueError: naming the argument that is out of bounds, or if no plan gives what is wished for.
     """
     wish = Wish(speedup, fewer_macs, psnr)
     settings = Settings(steps, guidance, seed, height, width, batch, model, more)
@@ -459,24 +435,20 @@ def plan_for(calibration: Calibration, wish: Wish) -> Calibrated:
     raise ValueError(f"psnr: {wish.psnr} dB is reached by no plan that is {LADDER[-1]}x faster")
 
 
-def _fastest(calibration: Calibration, costs: Costs) -> float:
-    """The speed-up of a plan of two full calls."""
-    return (costs.rest + calibration.calls) / (costs.rest + 2 + (calibration.calls - 2) * costs.output)
-
-
 def _budget(calibration: Calibration, costs: Costs, factor: float) -> float:
     """What a generation may cost, in full calls.
 
     Raises:
         OutOfReachError: if two calls cost more.
     """
-    fastest = _fastest(calibration, costs)
+    whole = costs.rest + calibration.calls
+    fastest = whole / costs.least(calibration.calls)
     if factor > fastest:
         raise OutOfReachError(
             f"speedup, fewer_macs: {factor:g} can't be reached, it must be <= {fastest:.3g}: two calls of "
             "the denoiser, and what is no call of it, take the rest"
         )
-    return (costs.rest + calibration.calls) / factor
+    return whole / factor
 
 
 def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Calibrated:
@@ -485,11 +457,10 @@ def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Cali
     Raises:
         OutOfReachError: if none is.
     """
-    budget = _budget(calibration, costs, speedup)
+    budget, least = _budget(calibration, costs, speedup), costs.least(calibration.calls)
     while True:
         plan = plan_of(calibration, calibration.find(budget, costs))
         measured = calibration.speedup(plan)
-        least = costs.rest + 2 + (calibration.calls - 2) * costs.output
         if measured >= ENOUGH * speedup:
             return plan.model_copy(update={"speedup": round(measured, 3)})
         if budget < least + 1:
@@ -502,30 +473,23 @@ def _fast_enough(calibration: Calibration, costs: Costs, speedup: float) -> Cali
 def plan_of(calibration: Calibration, answer: Answer) -> Calibrated:
     """The configuration of an answer, with all that was tried: the plan first."""
     best = answer.best
-    outcomes = [best, *(one for one in answer.outcomes if one is not best)]
-    tried = []
-    for one in outcomes:
-        behind, error = best.gain(one)
-        tried.append(
-            Tried(
-                name=one.plan.name,
-                psnr=round(one.mean, 3),
-                error=round(one.error, 3),
-                behind=round(behind, 3),
-                behind_error=round(error, 3),
-                prompts=len(one.psnr),
-            )
-        )
+
+    def tried(one: Outcome) -> Tried:
+        figures = {"psnr": one.mean, "error": one.error}
+        figures["behind"], figures["behind_error"] = best.gain(one)
+        rounded = {name: round(value, 3) for name, value in figures.items()}
+        return Tried(name=one.plan.name, prompts=len(one.psnr), **rounded)
+
     config = calibration.config(best.plan)
-    found = calibration.recording.origin.model_copy(
-        update={
-            "steps": config.steps,
-            "calls": config.schedule.calls or round(config.steps * calibration.calls_a_step),
-            "prompts": len(best.psnr),
-            "quality": {"psnr": round(best.mean, 3)},
-        }
-    )
-    return config.model_copy(update={"tried": tuple(tried), "found": found})
+    changes = {
+        "steps": config.steps,
+        "calls": config.schedule.calls or round(config.steps * calibration.calls_a_step),
+        "prompts": len(best.psnr),
+        "quality": {"psnr": round(best.mean, 3)},
+    }
+    outcomes = [best, *(one for one in answer.outcomes if one is not best)]
+    found = calibration.recording.origin.model_copy(update=changes)
+    return config.model_copy(update={"tried": tuple(map(tried, outcomes)), "found": found})
 
 
 def _psnr(plain: Any, made: Any) -> float:

@@ -1,4 +1,4 @@
-"""How alike the deep features of every two calls of a run are: what calls of a lesser depth reuse."""
+"""Record how alike the deep features of every two calls are: what calls of a lesser depth reuse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SEED = 0
 
 
 class DeepFeatures:
-    """The deep features of the calls of a run, of large ones some elements: the same in every call.
+    """The deep features of the calls of a run; of large ones some elements, the same in every call.
 
     Args:
         most: elements of a call that are kept.
@@ -32,7 +32,7 @@ class DeepFeatures:
         self._places: dict[tuple[int, int], Tensor] = {}
 
     def add(self, features: Sequence[Tensor]) -> None:
-        """Keep those of a call of the denoiser; guidance may make several in a step of the sampler."""
+        """Keep those of a call of the denoiser. With guidance a step of the sampler may have several."""
         total = sum(one.numel() for one in features)
         for one in features:
             flat = one.detach().flatten()
@@ -41,7 +41,7 @@ class DeepFeatures:
             self._step.append(flat.to(torch.float32, copy=True))
 
     def end_step(self) -> None:
-        """The sampler steps: what is added from now on is of the next step."""
+        """End a step of the sampler: what is added from now on is of the next one."""
         self._calls.append(torch.cat(self._step) if self._step else torch.empty(0))
         self._step = []
 
@@ -81,8 +81,8 @@ def watched_features(denoiser: nn.Module, depth: int, to: DeepFeatures) -> Itera
     cut = layout.cut(depth)
     if cut is None or cut.final:
         raise ValueError(
-            f"deep: True is not allowed, {type(denoiser).__name__} has no layers known that calls of depth "
-            f"{depth} would leave out"
+            f"deep: True is not allowed, {type(denoiser).__name__} has no known layers that calls of depth "
+            f"{depth} would leave out; give deep=False"
         )
     entered: list[Any] = []
 

@@ -1,21 +1,21 @@
-"""The error of a plan that runs: the network answers to a latent that has left its path.
+"""The error of a plan that runs, in which the network answers to a latent that has left its path.
 
 With the network frozen, the errors of all gaps between computed steps add up, and may cancel
-(`offline_error`). In a run the network amplifies or mends each, and turns it elsewhere, so they do not
-cancel. So the squares of the gaps' errors are added here, each grown by a factor that depends on where in
-the run its gap is. The factors are few numbers a model, found from a few plans that ran.
+(`offline_error`). In a run the network makes each error larger or smaller, and turns it, so that they do
+not cancel. So here the squares of the gaps' errors are added, each times a factor that depends on the place
+of its gap in the run. The factors are few numbers a model, found from a few plans that ran.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from pydantic import Field
 
 from regrow.fields import Checked
-from regrow.recover.fit import Array, decibels, least_squares
+from regrow.recover.fit import Array, least_squares
 
 KNOTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 """Places in a run, as shares of its calls, at which the growth is known; closer where it changes most."""
@@ -40,19 +40,6 @@ class Growth(Checked):
         return np.exp(np.interp(places, KNOTS, self.logarithms))
 
 
-@dataclass(frozen=True)
-class Ran:
-    """A plan that was run.
-
-    Args:
-        weights: ``(T, T)``, see `weight_matrix`.
-        decibels: how near it came to the unaccelerated pictures, the mean PSNR.
-    """
-
-    weights: Array
-    decibels: float
-
-
 def gap_errors(gram: Array, influence: Array, weights: Array) -> tuple[Array, Array]:
     """The mean square by which each gap's outputs miss the final latent, and the gaps' places.
 
@@ -72,19 +59,12 @@ def gap_errors(gram: Array, influence: Array, weights: Array) -> tuple[Array, Ar
     return np.maximum(squares, 0.0), (begins + np.append(begins[1:], total)) / (2 * total)
 
 
-def drifting_error(gram: Array, influence: Array, weights: Array, growth: Growth) -> float:
-    """The sum over gaps of the mean square of each gap's error, as much as it grows until the end.
-
-    The arguments are those of `gap_errors`.
-    """
-    squares, places = gap_errors(gram, influence, weights)
-    return float(squares @ growth.at(places))
-
-
 class FittedGaps:
-    """`drifting_error` of fitted plans: a gap's error depends on its own ends and sources alone.
+    """The errors of fitted plans, from a Gram matrix alone.
 
-    So it is computed once, however many plans have that gap.
+    An error is the sum over gaps of the mean square by which each gap misses the final latent
+    (`gap_errors`), as much as it grows until the end. A gap's depends on its own ends and sources alone, so
+    it is computed once, however many plans have that gap.
 
     Args:
         gram: ``(T, T)``, the mean product of the outputs of two steps.
@@ -94,25 +74,20 @@ class FittedGaps:
 
     def __init__(self, gram: Array, influence: Array, last: int) -> None:
         self._gram, self._influence, self._last = gram, influence, last
-        self._squares: dict[tuple[tuple[int, ...], int], float] = {}
+        self._square = functools.cache(self._missed)
 
     def error(self, full: Sequence[int], growth: Growth) -> float:
         """The error of the plan that computes these steps."""
-        total = len(self._gram)
+        total, last = len(self._gram), self._last
         ends = [*full[1:], total]
-        squares = [
-            self._square(tuple(full[max(k + 1 - self._last, 0) : k + 1]), end) for k, end in enumerate(ends)
-        ]
+        sources = (tuple(full[max(k - last, 0) : k]) for k in range(1, len(full) + 1))
+        squares = [self._square(some, end) for some, end in zip(sources, ends, strict=True)]
         places = (np.array(full) + np.array(ends)) / (2 * total)
         return float(np.array(squares) @ growth.at(places))
 
-    def _square(self, sources: tuple[int, ...], end: int) -> float:
+    def _missed(self, sources: tuple[int, ...], end: int) -> float:
         """The mean square by which the gap from its last source to its end misses the final latent."""
-        if (sources, end) not in self._squares:
-            self._squares[sources, end] = self._missed(list(sources), list(range(sources[-1] + 1, end)))
-        return self._squares[sources, end]
-
-    def _missed(self, sources: list[int], skipped: list[int]) -> float:
+        skipped = list(range(sources[-1] + 1, end))
         if not skipped:
             return 0.0
         weights = least_squares(self._gram, sources, skipped)
@@ -122,30 +97,31 @@ class FittedGaps:
         return max(float(factors @ self._gram[np.ix_(steps, steps)] @ factors), 0.0)
 
 
-def fitted_growth(gram: Array, influence: Array, ran: Sequence[Ran]) -> Growth:
-    """The growth with which `drifting_error` tells best how near the plans came that ran.
+def fitted_growth(gram: Array, influence: Array, ran: Sequence[tuple[Array, float]]) -> Growth:
+    """Fit the growth, so that the sum of gaps' errors tells best how near plans came that ran.
 
     Errors are compared in decibels, by least squares (Gauss and Newton's steps, damped). That the one is
     of latents and the other of pictures is a factor, which the growth takes in.
 
     Args:
         gram: of the recorded runs.
-        influence: likewise.
-        ran: plans whose errors lie in different parts of the run.
+        influence: of these runs.
+        ran: plans whose errors lie in different parts of the run: the weights of each, ``(T, T)``, see
+            `weight_matrix`, and its mean PSNR to the unaccelerated pictures, in dB.
 
     Raises:
         ValueError: if there is no plan.
     """
     if not ran:
         raise ValueError("ran: it is empty, there must be >= 1 plan")
-    known = [gap_errors(gram, influence, one.weights) for one in ran]
+    known = [gap_errors(gram, influence, weights) for weights, _ in ran]
     # The square of an error counts for the knots on both sides of its place.
     hats = np.array(
         [np.interp(places, KNOTS, row) @ squares for row in np.eye(len(KNOTS)) for squares, places in known]
     )
     parts = hats.reshape(len(KNOTS), len(ran)).T
     parts = np.maximum(parts, _LEAST * max(float(parts.max()), _LEAST))
-    wanted = -np.log(10) / 10 * np.array([one.decibels for one in ran])
+    wanted = -np.log(10) / 10 * np.array([near for _, near in ran])
     stiff = np.sqrt(_STIFFNESS) * np.diff(np.eye(len(KNOTS)), axis=0)
 
     def misses(logarithms: Array) -> Array:
@@ -162,8 +138,3 @@ def fitted_growth(gram: Array, influence: Array, ran: Sequence[Ran]) -> Growth:
         found = found + step if better else found
         damping = damping / 4 if better else damping * 4
     return Growth(logarithms=tuple(found.tolist()))
-
-
-def foretold(gram: Array, influence: Array, weights: Array, growth: Growth) -> float:
-    """The PSNR that a plan is expected to have, in dB."""
-    return decibels(drifting_error(gram, influence, weights, growth))

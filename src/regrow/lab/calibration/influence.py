@@ -1,4 +1,4 @@
-"""How much each output of the denoiser moves the final latent, with the network frozen."""
+"""Find how much each output of the denoiser moves the final latent, with the network frozen."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _final(scheduler: Any, part: slice, outputs: torch.Tensor) -> Array:
         outputs: ``(T, rows)``, of each call.
     """
     own = copy.deepcopy(scheduler)
-    # One that somebody gave the scheduler steps that scheduler, not its copy.
+    # A step that somebody gave the scheduler moves that scheduler, not its copy.
     vars(own).pop("step", None)
     # Some keep their noise levels where the pipeline is.
     for name, value in list(vars(own).items()):

@@ -1,4 +1,4 @@
-"""Where the steps of a sampler with fewer steps are: timesteps of its own, instead of the sampler's."""
+"""Choose timesteps for a run with fewer steps, in place of the sampler's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from diffusers.schedulers import AysSchedules
 from numpy.typing import ArrayLike
 
-from regrow.lab.calibration.positions import dense_at_start
+from regrow.lab.calibration.positions import denser
 from regrow.recover.fit import Array
 
 Timesteps = tuple[float, ...]
@@ -26,8 +26,8 @@ _TRAINED = 1000
 def other_timesteps(pipe: Any, whole: int, steps: int) -> Iterator[tuple[str, Timesteps]]:
     """Timesteps that a pipeline and its sampler take, each with what they are in words.
 
-    Some of those of the whole run, denser at the start; noise levels whose logarithms are evenly spaced;
-    those of "Align Your Steps" for the models that these were found for.
+    They are some of the whole run's, denser at the start; those at noise levels whose logarithms are evenly
+    spaced; and those of "Align Your Steps", for the models that these were found for.
 
     Args:
         pipe: a diffusers pipeline.
@@ -44,12 +44,8 @@ def other_timesteps(pipe: Any, whole: int, steps: int) -> Iterator[tuple[str, Ti
     try:
         scheduler.set_timesteps(whole)
         own = list(dict.fromkeys(scheduler.timesteps.tolist()))
-        found = {
-            f"denser at the start ({power:g})": tuple(
-                own[i] for i in dense_at_start(len(own), min(steps, len(own)), power)
-            )
-            for power in DENSER
-        }
+        places = denser(len(own), min(steps, len(own)), DENSER)
+        found = {name: tuple(own[i] for i in some) for name, some in places.items()}
         levels = _trained_levels(scheduler)
         if levels is not None:
             found["noise levels even in logarithm"] = log_even(levels, own[0], steps)
@@ -66,7 +62,7 @@ def other_timesteps(pipe: Any, whole: int, steps: int) -> Iterator[tuple[str, Ti
 
 
 def log_even(levels: Array, first: float, steps: int) -> Timesteps:
-    """Timesteps from the first one on whose noise levels are evenly spaced in their logarithm.
+    """Timesteps with noise levels that are evenly spaced in their logarithm.
 
     Args:
         levels: the noise level of every training step, ascending, ``(S,)``.
@@ -78,10 +74,10 @@ def log_even(levels: Array, first: float, steps: int) -> Timesteps:
 
 
 def align_your_steps(pipe: Any, levels: Array, steps: int) -> Timesteps | None:
-    """The timesteps of "Align Your Steps" (arXiv 2404.14507); None for models that they were not found for.
+    """The timesteps of "Align Your Steps" (arXiv 2404.14507); None for models without published ones.
 
-    Published for 10 steps; for other numbers the logarithms of the noise levels are interpolated, as the
-    authors say.
+    They are published for 10 steps. For other numbers the logarithms of the noise levels are interpolated,
+    as the authors say.
 
     Args:
         pipe: its denoiser and scheduler tell the model.

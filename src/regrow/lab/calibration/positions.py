@@ -1,7 +1,8 @@
-"""Where the computed steps of a run are: families of positions, and a local search among them."""
+"""Choose which steps of a run are computed: families of positions, and a local search among them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from regrow.fields import check_within
@@ -21,7 +22,7 @@ def evenly(total: int, count: int) -> Positions:
 
 
 def dense_at_start(total: int, count: int, power: float) -> Positions:
-    """``floor(T (k / K)^power)``, moved on where two would be the same.
+    """``floor(T (k / K)^power)``, later where two would be the same.
 
     Args:
         total: steps of the run, T.
@@ -31,15 +32,24 @@ def dense_at_start(total: int, count: int, power: float) -> Positions:
     Raises:
         ValueError: if there are more computed steps than steps, or none.
     """
-    check_within("count", count, 1, total)
-    # The tiny share keeps T k / K whole where it is.
-    return _distinct([int(total * (k / count) ** power + 1e-9) for k in range(count)], total)
+    return _spaced(total, count, lambda share: share**power)
 
 
 def dense_at_end(total: int, count: int, power: float) -> Positions:
-    """``floor(T (1 - (1 - k / K)^power))``, moved on where two would be the same, as `dense_at_start`."""
+    """``floor(T (1 - (1 - k / K)^power))``, else as `dense_at_start`."""
+    return _spaced(total, count, lambda share: 1 - (1 - share) ** power)
+
+
+def denser(total: int, count: int, powers: Sequence[float]) -> dict[str, Positions]:
+    """Positions that are denser at the start, by what they are in words."""
+    return {f"denser at the start ({power:g})": dense_at_start(total, count, power) for power in powers}
+
+
+def _spaced(total: int, count: int, place: Callable[[float], float]) -> Positions:
+    """Positions by the place in the run of each share of the computed steps."""
     check_within("count", count, 1, total)
-    return _distinct([int(total * (1 - (1 - k / count) ** power) + 1e-9) for k in range(count)], total)
+    # The tiny share keeps T k / K whole where it is.
+    return _distinct([int(total * place(k / count) + 1e-9) for k in range(count)], total)
 
 
 def families(total: int, count: int) -> tuple[Positions, ...]:
@@ -51,22 +61,20 @@ def families(total: int, count: int) -> tuple[Positions, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def neighbours(positions: Positions, total: int, moves: Sequence[int] = MOVES) -> Iterator[Positions]:
+def neighbours(positions: Positions, total: int) -> Iterator[Positions]:
     """All positions with one computed step moved; the first stays."""
     taken = set(positions)
     for step in positions[1:]:
-        for move in (sign * move for move in moves for sign in (-1, 1)):
+        for move in (sign * move for move in MOVES for sign in (-1, 1)):
             if 0 < step + move < total and step + move not in taken:
                 yield tuple(sorted((taken - {step}) | {step + move}))
 
 
-def local_search(
-    begin: Positions, total: int, error: Callable[[Positions], float], moves: Sequence[int] = MOVES
-) -> Positions:
+def local_search(begin: Positions, total: int, error: Callable[[Positions], float]) -> Positions:
     """Move one computed step at a time to where the error is least, until no move lessens it."""
     best, least = begin, error(begin)
     while True:
-        found = min(((error(one), one) for one in neighbours(best, total, moves)), default=(least, best))
+        found = min(((error(one), one) for one in neighbours(best, total)), default=(least, best))
         if found[0] >= least:
             return best
         least, best = found
@@ -86,17 +94,10 @@ def candidates(
         error: of positions, without a run.
         keep: how many, besides the even ones.
     """
-    known: dict[Positions, float] = {}
-
-    def cached(positions: Positions) -> float:
-        if positions not in known:
-            known[positions] = error(positions)
-        return known[positions]
-
-    begins = families(total, count)
-    ends = [local_search(begin, total, cached) for begin in begins]
+    error, begins = functools.cache(error), families(total, count)
+    ends = (local_search(begin, total, error) for begin in begins)
     chosen: list[Positions] = []
-    for one in sorted({*begins, *ends}, key=lambda positions: (cached(positions), positions)):
+    for one in sorted({*begins, *ends}, key=lambda positions: (error(positions), positions)):
         if len(chosen) < keep and all(_distance(one, other) >= count / 2 for other in chosen):
             chosen.append(one)
     return tuple(dict.fromkeys([*chosen, begins[0]]))

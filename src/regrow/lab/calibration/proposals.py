@@ -13,6 +13,7 @@ from regrow.lab.calibration.positions import (
     candidates,
     dense_at_end,
     dense_at_start,
+    denser,
     evenly,
 )
 from regrow.lab.calibration.recording import DEPTH, Recording
@@ -23,7 +24,9 @@ from regrow.schedule import FULL, Schedule
 LAST = 3
 """Computed outputs that a fitted one is made of. More gain little, and each is kept in memory."""
 PULL = 1e-3
-"""Ridge towards the line through the last two outputs, as a share of their mean square."""
+"""Ridge towards the line, as a share of the outputs' mean square."""
+LINE = Taylor(order=1)
+"""The line through the last two outputs."""
 PROBES = (1.4, 2.0)
 """How much denser at one end the plans are that are run to find the growth."""
 DEEP = (1.5, 2.0)
@@ -40,7 +43,7 @@ class Proposal:
         recovery: what the others follow from.
         total: calls of the run.
         before: timesteps of the sampler before the first call.
-        after: likewise behind the last.
+        after: timesteps behind the last call.
         depth: up-path layers that the others compute; 0 where the output is forecast.
         ratio: share of the tokens that is pruned where layers prune.
     """
@@ -73,9 +76,9 @@ class Proposal:
 
 
 def probes(recording: Recording, count: int) -> tuple[Proposal, ...]:
-    """Plans whose errors lie in different parts of the run, so that running them tells how these grow.
+    """Plans with errors in different parts of the run: to run them tells how errors grow.
 
-    Even positions first; then denser ones at the start and at the end.
+    Even positions come first, then denser ones at the start and at the end.
     """
     total = recording.origin.calls
     places = {"evenly": evenly(total, count)}
@@ -85,33 +88,31 @@ def probes(recording: Recording, count: int) -> tuple[Proposal, ...]:
     return tuple(_fitted(recording, full, where) for where, full in places.items())
 
 
-def proposals(recording: Recording, count: int, growth: Growth, keep: int = 2) -> tuple[Proposal, ...]:
-    """Fitted plans at the positions that a search finds, the most promising first.
+def proposals(recording: Recording, count: int, growth: Growth) -> tuple[Proposal, ...]:
+    """Fitted plans at the positions that a search finds, the most promising first, at most two.
 
     Args:
         recording: of unaccelerated runs.
         count: calls that are computed.
         growth: see `fitted_growth`.
-        keep: how many at most.
     """
     gaps = FittedGaps(recording.products, recording.moves, LAST)
     total = recording.origin.calls
-    found = candidates(total, count, lambda full: gaps.error(full, growth), keep)[:keep]
+    found = candidates(total, count, lambda full: gaps.error(full, growth), 2)[:2]
     return tuple(_fitted(recording, full, "searched") for full in found)
 
 
 def near_the_line(recording: Recording, full: Positions) -> Proposal:
     """The fitted plan at some positions with a pull towards the line, which holds few prompts together."""
-    recovery = fitted(recording.products, full, last=LAST, towards=Taylor(order=1), ridge=PULL)
-    name = _name(recording, full, "searched", "fitted near the line")
-    return _proposal(recording, name, full, recovery)
+    recovery = fitted(recording.products, full, last=LAST, towards=LINE, ridge=PULL)
+    return _proposal(recording, full, "searched", "fitted near the line", recovery)
 
 
 def deep_proposals(recording: Recording, count: int, growth: Growth) -> Iterator[Proposal]:
     """Plans that forecast deep features and compute what lies above them in every call.
 
-    On the line through the last two, and fitted where the recording has deep features; positions of these
-    are also searched, as if an error of the features moved the output by as much in every call.
+    They are on the line through the last two, and fitted where the recording has deep features. For these
+    positions are also searched, as if an error of the features moved the output by as much in every call.
 
     Args:
         recording: of unaccelerated runs.
@@ -119,45 +120,34 @@ def deep_proposals(recording: Recording, count: int, growth: Growth) -> Iterator
         growth: see `fitted_growth`.
     """
     total = recording.origin.calls
-    dense = {f"denser at the start ({power:g})": dense_at_start(total, count, power) for power in DEEP}
-    line = Taylor(order=1)
+    dense = denser(total, count, DEEP)
     for where, full in dense.items():
-        yield _deep(recording, full, where, "on the line", line)
+        yield _proposal(recording, full, where, "on the line", LINE, DEPTH)
     if DEPTH not in recording.deep:
         return
     features = np.array(recording.deep[DEPTH])
     gaps = FittedGaps(features, recording.moves, LAST)
     searched = candidates(total, count, lambda full: gaps.error(full, growth), 1)[0]
     for where, full in {"searched": searched, **dense}.items():
-        recovery = fitted(features, full, last=LAST, towards=line, ridge=PULL)
-        yield _deep(recording, full, where, "fitted", recovery)
+        recovery = fitted(features, full, last=LAST, towards=LINE, ridge=PULL)
+        yield _proposal(recording, full, where, "fitted", recovery, DEPTH)
 
 
-def pruned(recording: Recording, count: int, ratio: float) -> tuple[Proposal, ...]:
+def pruned(recording: Recording, count: int, ratio: float) -> Iterator[Proposal]:
     """Plans of forecast outputs whose full calls prune tokens, at positions denser at the start."""
-    total = recording.origin.calls
-    places = {f"denser at the start ({p:g})": dense_at_start(total, count, p) for p in DEEP}
-    plain = (_fitted(recording, full, where) for where, full in places.items())
-    return tuple(
-        replace(one, name=f"{one.name}, {ratio:.0%} of tokens pruned", ratio=ratio) for one in plain
-    )
+    for where, full in denser(recording.origin.calls, count, DEEP).items():
+        plain = _fitted(recording, full, where)
+        yield replace(plain, name=f"{plain.name}, {ratio:.0%} of tokens pruned", ratio=ratio)
 
 
 def _fitted(recording: Recording, full: Positions, where: str) -> Proposal:
-    recovery = fitted(recording.products, full, last=LAST)
-    return _proposal(recording, _name(recording, full, where, "fitted"), full, recovery)
+    return _proposal(recording, full, where, "fitted", fitted(recording.products, full, last=LAST))
 
 
-def _proposal(recording: Recording, name: str, full: Positions, recovery: TimeRecovery) -> Proposal:
-    calls = recording.origin.calls
-    return Proposal(name, full, recovery, calls, recording.before, recording.after)
-
-
-def _deep(recording: Recording, full: Positions, where: str, what: str, recovery: TimeRecovery) -> Proposal:
-    calls = recording.origin.calls
-    name = f"{len(full)} of {calls} computed, {where}, deep features of the others {what}"
-    return replace(_proposal(recording, name, full, recovery), depth=DEPTH)
-
-
-def _name(recording: Recording, full: Positions, where: str, what: str) -> str:
-    return f"{len(full)} of {recording.origin.calls} computed, {where}, the others {what}"
+def _proposal(
+    recording: Recording, full: Positions, where: str, what: str, recovery: TimeRecovery, depth: int = 0
+) -> Proposal:
+    """A plan of the recorded runs, named by where it computes and what it does in the other calls."""
+    calls, others = recording.origin.calls, "deep features of the others" if depth else "the others"
+    name = f"{len(full)} of {calls} computed, {where}, {others} {what}"
+    return Proposal(name, full, recovery, calls, recording.before, recording.after, depth)

@@ -1,15 +1,13 @@
-"""What is kept of unaccelerated runs: how alike the denoiser's outputs of every two calls are."""
+"""Record unaccelerated runs: how alike the denoiser's outputs of every two calls are."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import json
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 import regrow
-from regrow.core.clock import begins_of, place_of
+from regrow.core.clock import StepWatch, begins_of, place_of
 from regrow.core.install import is_hooked
 from regrow.fields import MOST_CALLS, MOST_SEED, Block, Checked, check_within, explain
 from regrow.files import FileError, read_kept, said
@@ -33,29 +31,28 @@ from regrow.models import denoiser_of
 from regrow.origin import Origin, denoiser_key, scheduler_key
 from regrow.recover.fit import Array
 
-_STEPPING = threading.Lock()
 # Elements of each output that are multiplied at a time, in float64.
 _PART = 1 << 18
 DEPTH = 1
-"""Of the calls whose reused features are recorded."""
+"""Of calls that reuse features: these features are recorded."""
 
 Skipped = Annotated[int, Field(ge=0, le=MOST_CALLS)]
 Rows = tuple[tuple[float, ...], ...]
 
 
 class Recording(Checked):
-    """What unaccelerated runs of a pipeline tell about plans; no picture and no tensor of them is kept.
+    """What unaccelerated runs of a pipeline tell about plans. No picture and no tensor of them is kept.
 
     Args:
         version: of this form.
         origin: the pipeline and its runs; its prompts are those recorded so far.
         prompts_key: of all prompts that were asked for, and of the pipeline's further arguments.
         before: timesteps of the sampler before the first call (image-to-image begins late).
-        after: likewise behind the last call.
+        after: timesteps behind the last call.
         influence: of each call's output on the final latent, see `influence`.
         gram: of the guided output, ``(T, T)``: the product of those of two calls, the mean over elements
             and prompts.
-        deep: likewise of what calls of a depth would reuse, by that depth; empty if it was not asked for.
+        deep: the same of what calls of a depth would reuse, by that depth; empty if it was not asked for.
     """
 
     version: Literal[1] = 1
@@ -75,10 +72,8 @@ class Recording(Checked):
         calls = self.origin.calls
         if len(self.influence) != calls:
             raise ValueError(f"influence: {len(self.influence)} entries for {calls} calls")
-        for name, rows in (
-            ("gram", self.gram),
-            *((f"deep.{depth}", rows) for depth, rows in self.deep.items()),
-        ):
+        grams = {"gram": self.gram} | {f"deep.{depth}": rows for depth, rows in self.deep.items()}
+        for name, rows in grams.items():
             if len(rows) != calls or any(len(row) != calls for row in rows):
                 raise ValueError(f"{name}: it must have {calls} rows of {calls} numbers")
             if not np.allclose(rows, np.transpose(rows)):
@@ -142,7 +137,7 @@ def record(
 ) -> Recording:
     """Run a pipeline without acceleration, and keep how alike the outputs of its calls are.
 
-    What the sampler is given is watched: the guided output, whatever the pipeline did to it.
+    Watched is what the sampler is given: the guided output, with all that the pipeline did to it.
 
     Args:
         pipe: a diffusers pipeline; nothing stays on it.
@@ -151,7 +146,7 @@ def record(
         guidance: guidance scale; the pipeline's own if None.
         seed: of the first run.
         height: in pixels; the model's own if None.
-        width: likewise.
+        width: in pixels; the model's own if None.
         model: its name, for those who read the recording.
         batch: prompts a run.
         deep: also record the deep features, which calls of depth 1 reuse (of large ones some elements).
@@ -160,41 +155,46 @@ def record(
         on_prompt: called after each run with the number of prompts recorded so far.
 
     Raises:
-        ValueError: naming what is not allowed, or if a method is on the pipeline, or its sampler is not
-            linear in the outputs, or steps more often than it has timesteps, or ``deep`` is asked of a
-            denoiser whose layers are not known.
+        ValueError: naming the argument that is out of bounds, or if a method is on the pipeline, or its
+            sampler is not linear in the outputs or steps more often than it has timesteps, or ``deep`` is
+            asked of a denoiser with layers that are not known.
         FileError: if the file is damaged, or of other runs.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts: a text is not allowed, it must be a list of texts")
-    for name, value, most in (("prompts", len(prompts), MOST_SEED), ("batch", batch, MOST_SEED)):
-        check_within(name, value, 1, most)
+    check_within("prompts", len(prompts), 1, MOST_SEED)
+    check_within("batch", batch, 1, MOST_SEED)
     check_prompts(pipe, prompts)
     if is_hooked(denoiser_of(pipe)):
         raise ValueError("pipe: a method is applied to it, so its runs are accelerated; remove it first")
-    kept = Recording.load(file) if file is not None and file.exists() else None
     question = json.dumps([list(prompts), sorted((name, repr(value)) for name, value in more.items())])
     key = hashlib.sha256(question.encode()).hexdigest()[:32]
-    asked: dict[str, Any] = {"guidance": guidance, "height": height, "width": width, "seed": seed}
-    done = 0
-    if kept is not None:
-        _check_same(kept, key, pipe, {"steps": steps, **asked}, file)
+    asked = {"steps": steps, "guidance": guidance, "height": height, "width": width, "seed": seed}
+    kept, done = None, 0
+    if file is not None and file.exists():
+        kept = Recording.load(file)
+        _check_same(kept, key, pipe, asked, file)
         done = kept.origin.prompts
         if deep and not kept.deep:
-            warnings.warn(f"{said(file or '')}: it has no deep features, so none are added", stacklevel=2)
+            warnings.warn(f"{said(file)}: it has no deep features, so none are added", stacklevel=2)
         deep = bool(kept.deep)
     for begin in range(done, len(prompts), batch):
         part = prompts[begin : begin + batch]
         with watched(pipe, deep) as seen:
-            make(pipe, part, steps=steps, latents=True, **{**asked, "seed": seed + begin}, more=more)
-        gram, weight = seen.gram(), len(part) / (begin + len(part))
-        if kept is not None and kept.origin.calls != len(gram):
+            options: dict[str, Any] = {**asked, "seed": seed + begin}
+            make(pipe, part, latents=True, more=more, **options)
+        # By the depth of the calls that would reuse what was multiplied; 0 is the output.
+        grams = {0: seen.gram()}
+        calls, done = len(seen.outputs), begin + len(part)
+        if kept is not None and kept.origin.calls != calls:
             raise ValueError(
-                f"pipe: it stepped {len(gram)} times, and {kept.origin.calls} for the prompts before; it "
+                f"pipe: it stepped {calls} times, and {kept.origin.calls} for the prompts before; it "
                 "can't be recorded"
             )
         features = None if seen.deep is None else seen.deep.gram()
-        if deep and features is None:
+        if features is not None:
+            grams[DEPTH] = features
+        elif deep:
             warnings.warn(
                 "deep: steps have features of other sizes, since guidance changes within the run; they are "
                 "not recorded",
@@ -202,45 +202,43 @@ def record(
             )
             deep = False
         if kept is not None:
-            gram = (1 - weight) * kept.products + weight * gram
-            if features is not None:
-                features = (1 - weight) * np.array(kept.deep[DEPTH]) + weight * features
+            before, weight = {0: kept.gram, **kept.deep}, len(part) / done
+            grams = {d: (1 - weight) * np.array(before[d]) + weight * gram for d, gram in grams.items()}
         kept = Recording(
             origin=Origin(
                 model=model,
                 denoiser=denoiser_key(denoiser_of(pipe)),
                 scheduler=type(pipe.scheduler).__name__,
                 scheduler_key=scheduler_key(pipe.scheduler),
-                steps=steps,
-                calls=len(gram),
-                prompts=begin + len(part),
+                calls=calls,
+                prompts=done,
                 regrow=regrow.__version__,
                 date=datetime.now(timezone.utc).date().isoformat(),
                 **asked,
             ),
             prompts_key=key,
             before=seen.before,
-            after=seen.total - seen.before - len(gram),
+            after=seen.total - seen.before - calls,
             influence=tuple(seen.influence.tolist()),
-            gram=_rows(gram),
-            deep={} if features is None else {DEPTH: _rows(features)},
+            gram=_rows(grams.pop(0)),
+            deep={depth: _rows(gram) for depth, gram in grams.items()},
         )
         if file is not None:
             kept.save(file)
         if on_prompt is not None:
-            on_prompt(begin + len(part))
+            on_prompt(done)
     assert kept is not None
     return kept
 
 
-def _check_same(kept: Recording, key: str, pipe: Any, asked: Mapping[str, Any], file: Path | None) -> None:
+def _check_same(kept: Recording, key: str, pipe: Any, asked: Mapping[str, Any], file: Path) -> None:
     """Refuse to add runs to a recording of others."""
     own = {name: getattr(kept.origin, name) for name in asked}
     other = [f"{name} {own[name]}, not {asked[name]}" for name in asked if own[name] != asked[name]]
     other += kept.origin.unlike(denoiser_of(pipe), pipe.scheduler)
     other += [] if kept.prompts_key == key else ["it is of other prompts or arguments"]
     if other:
-        raise FileError(f"{said(file or '')}: {'; '.join(other)}; use another file")
+        raise FileError(f"{said(file)}: {'; '.join(other)}; use another file")
 
 
 def _rows(matrix: Array) -> Rows:
@@ -255,12 +253,24 @@ class Seen:
         total: all of them.
     """
 
-    def __init__(self, deep: DeepFeatures | None = None) -> None:
+    def __init__(self, scheduler: Any, deep: DeepFeatures | None = None) -> None:
         self.outputs: list[Tensor] = []
         self.before = self.total = 0
         self.deep = deep
-        self._scheduler: Any = None
+        self._scheduler = scheduler
         self._influence: Array = np.zeros(0)
+
+    def step(self, given: Mapping[str, Any]) -> None:
+        """Keep an output; at the first, the scheduler as it was before it."""
+        if not self.outputs:
+            self.before = place_of(self._scheduler, given["timestep"])
+            self.total = len(begins_of(self._scheduler))
+            self._scheduler = copy.deepcopy(self._scheduler)
+            # Before more is run: a sampler that is not linear in the outputs is refused.
+            self._influence = influence(self._scheduler, self.before, self.total)
+        self.outputs.append(given["model_output"].detach().clone())
+        if self.deep is not None:
+            self.deep.end_step()
 
     @property
     def influence(self) -> Array:
@@ -268,16 +278,6 @@ class Seen:
         if len(self.outputs) < len(self._influence):
             self._influence = influence(self._scheduler, self.before, self.before + len(self.outputs))
         return self._influence
-
-    def step(self, scheduler: Any, output: Tensor, timestep: Any) -> None:
-        """Keep an output; at the first, the scheduler as it was before it."""
-        if not self.outputs:
-            self._scheduler = copy.deepcopy(scheduler)
-            self.before, self.total = place_of(scheduler, timestep), len(begins_of(scheduler))
-            self._influence = influence(scheduler, self.before, self.total)
-        self.outputs.append(output.detach().clone())
-        if self.deep is not None:
-            self.deep.end_step()
 
     def gram(self) -> Array:
         """``(T, T)``, the mean product of the outputs of two calls over their elements.
@@ -299,45 +299,12 @@ class Seen:
 
 @contextmanager
 def watched(pipe: Any, deep: bool = False) -> Iterator[Seen]:
-    """See what the pipeline's scheduler is given, and deep features if they are wanted, until this is left.
-
-    The watch is on the scheduler's class, as that of `SchedulerClock`: whoever copies the scheduler
-    meanwhile finds nothing on it.
-    """
+    """See what a scheduler is given, and deep features if they are wanted, until this is left."""
     features = DeepFeatures() if deep else None
-    scheduler, seen = pipe.scheduler, Seen(features)
-    watch: AbstractContextManager[None] = nullcontext()
-    if features is not None:
-        watch = watched_features(denoiser_of(pipe), DEPTH, features)
-    own = "step" in vars(scheduler)
-    holder: Any = scheduler if own else type(scheduler)
-    with _STEPPING:
-        before, below = vars(holder).get("step"), holder.step
-        watching = [True]
-
-        @functools.wraps(below)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            rest = args if own else args[1:]
-            if watching[0] and (own or args[0] is scheduler):
-                given = dict(zip(("model_output", "timestep"), rest, strict=False)) | kwargs
-                seen.step(scheduler, given["model_output"], given["timestep"])
-            return below(*args, **kwargs)
-
-        # Not that of a clock which lies below.
-        vars(step).pop("watch", None)
-        vars(step)["recorder"] = watching, before
-        holder.step = step
-    try:
-        with watch:
+    seen = Seen(pipe.scheduler, features)
+    with nullcontext() if features is None else watched_features(denoiser_of(pipe), DEPTH, features):
+        watch = StepWatch(pipe.scheduler, seen.step, lasting=True)
+        try:
             yield seen
-    finally:
-        watching[0] = False
-        with _STEPPING:
-            # Those of other threads that ended before go with it; below one that lasts it passes all on.
-            top = vars(holder).get("step")
-            while (recorder := getattr(top, "recorder", None)) is not None and not recorder[0][0]:
-                top = recorder[1]
-            if top is not None:
-                holder.step = top
-            elif "step" in vars(holder):
-                del holder.step
+        finally:
+            watch.remove()

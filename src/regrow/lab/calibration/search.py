@@ -1,10 +1,10 @@
 """Find the plan that is nearest to the unaccelerated pictures: foretell, run the survivors, compare.
 
-A few plans whose errors lie in different parts of the run are run on a few prompts, and tell how errors
-grow. With that, positions are searched on the recording; what is found is run, tells more, and the search
-is repeated. The nearest are run on all prompts, beside fewer steps. None of these prompts was recorded, so
-nothing was fitted on them. Fewer steps are the answer unless a plan is nearer to the unaccelerated
-pictures by more than its error.
+A few plans whose errors lie in different parts of the run are run on a few prompts. They tell how errors
+grow. With that, positions are searched on the recording. What is found is run and tells more, and the
+search is repeated. The nearest plans are run on all prompts, and so are fewer steps. None of these prompts
+was recorded, so nothing was fitted on them. Fewer steps are the answer unless a plan is nearer to the
+unaccelerated pictures by more than its error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from regrow.fields import check_within
-from regrow.lab.calibration.drift import Growth, Ran, fitted_growth
+from regrow.lab.calibration.drift import Growth, fitted_growth
 from regrow.lab.calibration.proposals import Proposal, near_the_line, probes, proposals
 from regrow.lab.calibration.recording import Recording
 from regrow.recover.fit import Array
@@ -84,12 +84,10 @@ class Answer:
     Args:
         best: the plan to use.
         outcomes: all that were run: those on all prompts first, the nearest first.
-        growth: of errors in the network.
     """
 
     best: Outcome
     outcomes: tuple[Outcome, ...]
-    growth: Growth
 
 
 def search(
@@ -108,11 +106,11 @@ def search(
         fewer: samplers that cost as much, >= 1 of them.
         measure: runs a plan.
         prompts: how many there are to measure on.
-        others: given how errors grow, plans of another kind that cost as much, whose errors the recorded
-            outputs do not tell.
+        others: given how errors grow, makes plans of another kind that cost as much. The recorded outputs
+            do not tell the errors of these.
 
     Raises:
-        ValueError: naming what is not allowed.
+        ValueError: naming the argument that is out of bounds.
     """
     check_within("count", count, 2, recording.origin.calls)
     check_within("prompts", prompts, 1, 10_000)
@@ -131,23 +129,21 @@ def search(
         found = proposals(recording, count, _growth(recording, run))
         go(plan for plan in found if plan.full not in known)
     go([near_the_line(recording, max(run, key=lambda plan: run[plan].mean).full)])
-    growth = _growth(recording, run)
-    go(others(growth))
+    go(others(_growth(recording, run)))
     ranked = sorted(run.values(), key=lambda outcome: -outcome.mean)
     final, rest = ranked[:SURVIVORS], ranked[SURVIVORS:]
     if prompts > few:
         final = [Outcome(one.plan, measure(one.plan, prompts)) for one in final]
     plain = [Outcome(plan, measure(plan, prompts)) for plan in fewer]
-    best = max(plain, key=lambda outcome: outcome.mean)
-    nearest = max(final, key=lambda outcome: outcome.mean)
+    best, nearest = (max(some, key=lambda outcome: outcome.mean) for some in (plain, final))
     more, error = nearest.gain(best)
     ordered = sorted([*final, *plain], key=lambda outcome: -outcome.mean)
-    return Answer(nearest if more > error else best, (*ordered, *rest), growth)
+    return Answer(nearest if more > error else best, (*ordered, *rest))
 
 
 def _growth(recording: Recording, run: Mapping[Proposal, Outcome]) -> Growth:
     """What the runs tell of the growth of errors; pictures that are equal tell nothing."""
-    ran = [Ran(plan.weights, one.mean) for plan, one in run.items() if np.isfinite(one.mean)]
+    ran = [(plan.weights, one.mean) for plan, one in run.items() if np.isfinite(one.mean)]
     return fitted_growth(recording.products, recording.moves, ran) if ran else Growth()
 
 

@@ -17,7 +17,6 @@ from PIL import Image, UnidentifiedImageError
 
 from regrow import __version__, zoo
 from regrow.apply import apply
-from regrow.freeze import check_freezable
 from regrow.lab.cli.models import best_device, check_device, check_room, is_video, load_pipeline
 from regrow.lab.cli.terminal import Bar, busy, output, remarks, table
 from regrow.lab.measure import contact_sheet, mean_psnr
@@ -26,6 +25,7 @@ from regrow.lab.measure.images import on_white
 from regrow.lab.measure.machine import machine, model_key
 from regrow.lab.measure.sampling import Pictures, check_frames, check_prompts, make, makes_videos
 from regrow.lab.measure.videos import Clip, check_format, clips_of, save_clip
+from regrow.report import check_freezable
 from regrow.schedule import Schedule
 
 # Steps; some schedulers have no single one.

@@ -1,4 +1,4 @@
-"""What is trained on: latents of pictures or videos, with the conditions that the denoiser is given."""
+"""Make what is trained on: latents of pictures or videos, and the conditions for the denoiser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from typing_extensions import Self
 
 from regrow.files import read_text
-from regrow.lab.measure.atomic_files import kept
 from regrow.lab.measure.images import on_white, to_tensor
 from regrow.lab.measure.sampling import check_size, make, makes_videos, takes_classes
 from regrow.lab.measure.videos import FRAMES, READ, Clip, check_codec, clips_of, find_clips, read_clip
@@ -28,7 +27,7 @@ CAPTION = 1 << 16
 """Bytes of a caption."""
 _SEPARATOR = "/"
 Told = Callable[[str, int, int], None]
-"""Takes what is done, how much of it, and of how much."""
+"""Takes what is done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +37,7 @@ class Batch:
     Args:
         x: ``(B, C, H, W)``, of videos ``(B, C, F, H, W)``, noised to the earlier of two steps.
         index: ``(B,)``, its number.
-        given: what the denoiser is given beside x and the time.
+        given: the other arguments of the denoiser, without x and the time.
     """
 
     x: Tensor
@@ -51,34 +50,46 @@ class Examples:
     """Latents and conditions.
 
     Args:
-        latents: ``(M, C, H, W)``, of videos ``(M, C, F, H, W)``.
-        given: by the name of the denoiser's argument, ``a/b`` for the entry b of a mapping, values
-            ``(M, ...)``.
-        nothing: the same of no condition.
+        tensors: as in their file: ``latents`` ``(M, C, H, W)``, of videos ``(M, C, F, H, W)``; conditions
+            ``given/NAME`` ``(M, ...)`` by the name of the denoiser's argument; ``nothing/NAME``, the same
+            where there is no condition. Entry b of an argument a that is a mapping has the name ``a/b``.
     """
 
-    latents: Tensor
-    given: Mapping[str, Tensor]
-    nothing: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def latents(self) -> Tensor:
+        """What is learned from, without noise."""
+        return self.tensors["latents"]
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """The conditions."""
+        return self._of("given")
+
+    @property
+    def nothing(self) -> dict[str, Tensor]:
+        """What stands for no condition."""
+        return self._of("nothing")
+
+    def _of(self, kind: str) -> dict[str, Tensor]:
+        prefix = f"{kind}{_SEPARATOR}"
+        return {n.removeprefix(prefix): v for n, v in self.tensors.items() if n.startswith(prefix)}
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def part(self, which: slice) -> Self:
         """Some of them."""
-        return type(self)(
-            self.latents[which],
-            {name: value[which] for name, value in self.given.items()},
-            {name: value[which] for name, value in self.nothing.items()},
-        )
+        return type(self)({name: value[which] for name, value in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> Self:
         """The same on a device."""
-        return type(self)(
-            self.latents.to(device),
-            {name: value.to(device) for name, value in self.given.items()},
-            {name: value.to(device) for name, value in self.nothing.items()},
-        )
+        return type(self)({name: value.to(device) for name, value in self.tensors.items()})
+
+    def noise(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw noise for so many of them, on the processor."""
+        return torch.randn((count, *self.latents.shape[1:]), generator=generator)
 
     def batch(
         self, steps: Steps, earlier: Sequence[int], size: int, drop: float, generator: torch.Generator
@@ -94,28 +105,23 @@ class Examples:
         """
         which = torch.randint(len(self), (size,), generator=generator)
         index = torch.tensor(earlier)[torch.randint(len(earlier), (size,), generator=generator)]
-        noise = torch.randn((size, *self.latents.shape[1:]), generator=generator)
+        noise = self.noise(size, generator)
         dropped = torch.rand(size, generator=generator) < drop
         return self.at(steps, which, index, noise, dropped)
 
     def at(self, steps: Steps, which: Tensor, index: Tensor, noise: Tensor, dropped: Tensor) -> Batch:
         """Examples ``which``, noised to steps number ``index``; dropped ones lose their condition."""
         device = self.latents.device
-        x0 = self.latents[which.to(device)]
+        which, dropped = which.to(device), dropped.to(device)
+        x0, nothing = self.latents[which], self.nothing
         given = {
             name: torch.where(
-                _like(dropped.to(device), value),
-                self.nothing[name][which.to(device)],
-                value[which.to(device)],
+                dropped.reshape(-1, *(1,) * (value.ndim - 1)), nothing[name][which], value[which]
             )
             for name, value in self.given.items()
         }
         x = steps.noised(x0, noise.to(device, x0.dtype), index)
         return Batch(x, index.to(device), _nested(given))
-
-
-def _like(mask: Tensor, value: Tensor) -> Tensor:
-    return mask.reshape(-1, *(1,) * (value.ndim - 1))
 
 
 def _nested(flat: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -145,7 +151,7 @@ class Size:
 
     Args:
         height: a multiple of what a token spans.
-        width: likewise.
+        width: a multiple of what a token spans.
         frames: of a video; None of pictures.
     """
 
@@ -253,11 +259,9 @@ def encoded(
     pictures: Iterable[tuple[Clip, str]],
     count: int,
     batch: int,
-    file: Path,
-    key: str,
     told: Told,
-) -> Examples:
-    """Latents and conditions of pictures or videos, computed once.
+) -> dict[str, Tensor]:
+    """Latents and conditions of pictures or videos: see `Examples`.
 
     Args:
         pipeline: of pictures from texts or classes, or of videos from texts.
@@ -266,65 +270,40 @@ def encoded(
         pictures: with captions.
         count: how many.
         batch: that are encoded together.
-        file: that keeps them, ``.safetensors``.
-        key: all that they depend on.
         told: is told how many are done.
     """
-
-    def compute() -> dict[str, Tensor]:
-        parts: list[dict[str, Tensor]] = []
-        some: list[tuple[Clip, str]] = []
-        for done, pair in enumerate(pictures, 1):
-            some.append(pair)
-            if len(some) == batch or done == count:
-                parts.append(_encoded(pipeline, layout, size, some))
-                some = []
-            told("pictures", done, count)
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    found = kept(file, key, compute)
-    named = {
-        kind: {
-            n.removeprefix(f"{kind}{_SEPARATOR}"): v
-            for n, v in found.items()
-            if n.startswith(f"{kind}{_SEPARATOR}")
-        }
-        for kind in ("given", "nothing")
-    }
-    return Examples(found["latents"], named["given"], named["nothing"])
-
-
-def _encoded(
-    pipeline: Any, layout: Layout, size: Size, some: Sequence[tuple[Clip, str]]
-) -> dict[str, Tensor]:
-    given, nothing = conditions(pipeline, layout, [caption for _, caption in some], size)
-    latents = _latents(pipeline, [clip for clip, _ in some], size)
-    return (
-        {"latents": latents.cpu()}
-        | {f"given{_SEPARATOR}{name}": value.cpu() for name, value in given.items()}
-        | {f"nothing{_SEPARATOR}{name}": value.cpu() for name, value in nothing.items()}
-    )
+    parts: list[dict[str, Tensor]] = []
+    some: list[tuple[Clip, str]] = []
+    for done, pair in enumerate(pictures, 1):
+        some.append(pair)
+        if len(some) == batch or done == count:
+            clips, captions = zip(*some, strict=True)
+            found = conditions(pipeline, layout, captions, size)
+            found["latents"] = _latents(pipeline, clips, size)
+            parts.append({name: value.cpu() for name, value in found.items()})
+            some = []
+        told("pictures", done, count)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @torch.no_grad()
 def _latents(pipeline: Any, clips: Sequence[Clip], size: Size) -> Tensor:
     """The VAE's means ``(B, C, H, W)``, of videos ``(B, C, F, H, W)``; the middle of pictures, scaled."""
     vae, sides = pipeline.vae, (size.width, size.height)
-    pixels = torch.stack(
-        [
-            torch.stack([to_tensor(ImageOps.fit(frame, sides, Image.Resampling.LANCZOS)) for frame in clip])
-            for clip in clips
-        ]
-    )
+
+    def fitted(clip: Clip) -> Tensor:
+        fits = (ImageOps.fit(frame, sides, Image.Resampling.LANCZOS) for frame in clip)
+        return torch.stack([to_tensor(frame) for frame in fits])
+
+    pixels = torch.stack([fitted(clip) for clip in clips])
     x = (pixels.to(vae.device, vae.dtype) / 255) * 2 - 1
     if size.frames is None:
         mean = _mean(vae, x[:, 0])
     elif hasattr(pipeline, "vae_scale_factor_temporal"):
         mean = torch.cat([_mean(vae, video[None].transpose(1, 2)) for video in x])
     else:
-        mean = torch.stack([torch.cat([_mean(vae, f[None]) for f in video], 0) for video in x]).transpose(
-            1, 2
-        )
+        frames = [torch.cat([_mean(vae, frame[None]) for frame in video]) for video in x]
+        mean = torch.stack(frames).transpose(1, 2)
     if vae.config.get("scaling_factor") is None:
         # Wan's has a mean and a deviation of each channel.
         middle, spread = (
@@ -352,10 +331,11 @@ def _scale(pipeline: Any) -> int:
     return int(2 ** (len(stages) - 1))
 
 
-def conditions(
-    pipeline: Any, layout: Layout, captions: Sequence[str], size: Size
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the pipeline gives its denoiser for captions, and for none: seen in one guided step."""
+def conditions(pipeline: Any, layout: Layout, captions: Sequence[str], size: Size) -> dict[str, Tensor]:
+    """What the pipeline gives its denoiser for captions, and for none, as in `Examples`.
+
+    It is seen in one guided step.
+    """
     seen: list[tuple[int, Mapping[str, Any]]] = []
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
@@ -363,7 +343,7 @@ def conditions(
         seen.append((len(sample), kwargs))
 
     hook = denoiser_of(pipeline).register_forward_pre_hook(look, with_kwargs=True)
-    # A single text Latte cuts to its own length, which others could not be put beside.
+    # Latte cuts a single text to its own length, which texts of other batches don't have.
     asked = captions if len(captions) > 1 else [*captions, *captions]
     options: dict[str, Any] = {}
     if not takes_classes(pipeline):
@@ -379,11 +359,11 @@ def conditions(
     ]
     if seen[0][0] == len(asked):
         # A call for each, the one with the captions first.
-        given, nothing = calls[:2]
+        kinds = {"given": calls[0], "nothing": calls[1]}
     else:
-        one = 0 if layout.conditional_first else 1
-        given, nothing = (
-            {name: value.chunk(2)[half] for name, value in calls[0].items()} for half in (one, 1 - one)
-        )
+        order = ("given", "nothing") if layout.conditional_first else ("nothing", "given")
+        kinds = {
+            kind: {n: v.chunk(2)[half] for n, v in calls[0].items()} for half, kind in enumerate(order)
+        }
     count = len(captions)
-    return {n: v[:count] for n, v in given.items()}, {n: v[:count] for n, v in nothing.items()}
+    return {f"{kind}{_SEPARATOR}{n}": v[:count] for kind, part in kinds.items() for n, v in part.items()}

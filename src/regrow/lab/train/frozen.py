@@ -17,7 +17,7 @@ from regrow.lab.train.examples import Batch
 from regrow.lab.train.steps import Steps
 from regrow.models.table import Keeps, Layout, Site
 
-Act = Callable[[Site, Tensor, Tensor], Tensor]
+Act = Callable[[Site, Entered, Tensor], Tensor]
 """Given a site, what it was given and what it returns: what it shall return instead."""
 
 
@@ -86,7 +86,7 @@ def acting(sites: Sequence[Site], act: Act) -> Iterator[None]:
 
     def hook(site: Site) -> Callable[..., Tensor]:
         def replace(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-            return act(site, args[0] if args else kwargs["hidden_states"], out)
+            return act(site, Entered.of(args, kwargs), out)
 
         return replace
 
@@ -122,8 +122,8 @@ def past(frozen: Frozen, sites: Sequence[Site], batch: Batch) -> Past:
     """The full call at t + 1, which fills the caches and leads to t (algorithm 1)."""
     kept: dict[str, Tensor] = {}
 
-    def keep(site: Site, x: Tensor, out: Tensor) -> Tensor:
-        kept[site.key] = out if site.keeps is Keeps.OUTPUT else out - x
+    def keep(site: Site, entered: Entered, out: Tensor) -> Tensor:
+        kept[site.key] = out if site.keeps is Keeps.OUTPUT else out - entered.x
         return out
 
     with acting(sites, keep):
@@ -134,23 +134,15 @@ def past(frozen: Frozen, sites: Sequence[Site], batch: Batch) -> Past:
 @torch.no_grad()
 def truth(frozen: Frozen, sites: Sequence[Site], before: Past, given: Mapping[str, Any]) -> Truth:
     """The full call at t."""
-    last: list[Tensor] = []
-    entered: list[Entered] = []
+    seen: list[tuple[Entered, Tensor]] = []
 
-    def keep(site: Site, x: Tensor, out: Tensor) -> Tensor:
-        last[:] = [out]
+    def see(site: Site, entered: Entered, out: Tensor) -> Tensor:
+        seen.append((entered, out))
         return out
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        entered.append(Entered(args[0], args[1:], kwargs))
-
-    first = sites[0].module.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        with acting(sites[-1:], keep):
-            output = frozen.call(before.x, before.index, given)
-    finally:
-        first.remove()
-    return Truth(output, last[0], entered[0])
+    with acting([sites[0], sites[-1]], see):
+        output = frozen.call(before.x, before.index, given)
+    return Truth(output, last=seen[-1][1], entered=seen[0][0])
 
 
 def relaxed(
@@ -160,11 +152,11 @@ def relaxed(
     given: Mapping[str, Any],
     weights: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The call at t whose sites return mixtures of what they compute and what is kept (Eq. 10).
+    """Make the call at t with mixtures of what sites compute and what is kept of them (Eq. 10).
 
     Args:
         frozen: the model.
-        sites: of which the last one's output is given back.
+        sites: whose outputs are mixed; that of the last one is returned.
         before: the call at t + 1.
         given: conditions.
         weights: by the name of a site, the part that is computed, 0 to 1, in a form that goes with its
@@ -175,10 +167,10 @@ def relaxed(
     """
     last: list[Tensor] = []
 
-    def mix(site: Site, x: Tensor, out: Tensor) -> Tensor:
+    def mix(site: Site, entered: Entered, out: Tensor) -> Tensor:
         if site.name in weights:
             kept = before.kept[site.key]
-            old = kept if site.keeps is Keeps.OUTPUT else x + kept
+            old = kept if site.keeps is Keeps.OUTPUT else entered.x + kept
             # At the weights 0 and 1 it is one or the other, bit for bit.
             out = torch.lerp(old, out.to(old.dtype), weights[site.name].to(old.dtype))
         last[:] = [out]

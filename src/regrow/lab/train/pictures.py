@@ -1,4 +1,4 @@
-"""Pictures of a training while it runs: its loss, and alpha over the tokens."""
+"""Draw a training while it runs: its loss, and alpha over the tokens."""
 
 from __future__ import annotations
 
@@ -70,17 +70,12 @@ def _grid(layout: Layout, latents: Tensor) -> Grid:
     return grid
 
 
-@torch.no_grad()
 def _maps(objective: PredictorObjective, examples: Examples, seed: int) -> Tensor:
     """alpha ``(samples, bins, rows, columns, L)``."""
-    size = min(SHOWN, len(examples))
-    generator = generator_of(seed, 0)
-    noise = torch.randn((size, *examples.latents.shape[1:]), generator=generator)
-    steps, found = objective.frozen.steps, []
+    which = torch.arange(min(SHOWN, len(examples)))
+    noise, found = examples.noise(len(which), generator_of(seed, 0)), []
     grid = _grid(objective.frozen.layout, examples.latents)
     for part in range(BINS):
-        index = torch.full((size,), int((part + 0.5) / BINS * len(steps)))
-        batch = examples.at(steps, torch.arange(size), index, noise, torch.zeros(size, dtype=torch.bool))
-        alpha = alpha_at(objective, batch).float().cpu()
+        alpha = alpha_at(objective, examples, which, noise, (part + 0.5) / BINS).float().cpu()
         found.append(alpha.unflatten(1, (-1, grid.height, grid.width)).mean(1))
     return torch.stack(found, dim=1)

@@ -1,4 +1,4 @@
-"""The training of TokenCache's predictor (algorithm 1 of arXiv 2409.18523), and the table made after it."""
+"""Train TokenCache's predictor (algorithm 1 of arXiv 2409.18523), and make a table of what it says."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow.core.decision import Entered
-from regrow.lab.train.examples import Batch, Examples, Told
-from regrow.lab.train.frozen import Frozen, Past, past, relaxed, truth
-from regrow.lab.train.objective import Losses
+from regrow.lab.train.examples import Batch, Examples
+from regrow.lab.train.frozen import Past, past, relaxed, truth
+from regrow.lab.train.loop import Workplace, generator_of
+from regrow.lab.train.objective import Losses, Objective, mean_square
 from regrow.models.table import Site, in_sequences
 from regrow.predictors import CachePredictor
 
@@ -28,24 +28,18 @@ def on_sites(alpha: Tensor, sites: Sequence[Site], before: Past) -> dict[str, Te
 
 
 @dataclass(frozen=True, eq=False)
-class PredictorObjective:
-    """The cached call's last tokens shall be those of the full call, at little cost.
+class PredictorObjective(Objective):
+    """Bring the cached call's last tokens to those of the full call, at little cost.
 
     Args:
-        frozen: the model.
         predictor: that learns.
         last_blocks: K, blocks at the end that are always computed.
         price: lambda, of the mean alpha.
     """
 
-    frozen: Frozen
     predictor: CachePredictor
     last_blocks: int
     price: float
-
-    @property
-    def earlier(self) -> range:
-        return range(len(self.frozen.steps) - 1)
 
     @property
     def weights(self) -> Mapping[str, nn.Parameter]:
@@ -65,66 +59,56 @@ class PredictorObjective:
         alpha = self.predictor.of_samples(full.entered, len(batch.x))
         weights = on_sites(alpha, self.decided, before)
         _, last = relaxed(self.frozen, sites, before, batch.given, weights)
-        error = (last.float() - full.last.float()).pow(2).mean()
-        return Losses(error, self.price * alpha[..., : len(self.decided)].float().mean())
+        cost = self.price * alpha[..., : len(self.decided)].float().mean()
+        return Losses(mean_square(last, full.last), cost)
 
 
 @torch.no_grad()
-def alpha_at(objective: PredictorObjective, batch: Batch) -> Tensor:
-    """What the predictor says of a batch, ``(B, N, L)``."""
+def alpha_at(
+    objective: PredictorObjective, examples: Examples, which: Tensor, noise: Tensor, part: float
+) -> Tensor:
+    """What the predictor says of examples at a part of the run, ``(B, N, L)``.
+
+    Args:
+        objective: with the predictor.
+        examples: all of them.
+        which: numbers of those that are looked at, ``(B,)``.
+        noise: of each.
+        part: from 0, the noisiest, to 1.
+    """
     frozen = objective.frozen
-    found: list[Tensor] = []
-
-    def enter(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
-        entered = Entered(args[0], args[1:], kwargs)
-        found.append(objective.predictor.of_samples(entered, len(batch.x)))
-
-    hook = frozen.layout.block_sites[0].module.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        frozen.call(batch.x, batch.index, batch.given)
-    finally:
-        hook.remove()
-    return found[0]
+    index = torch.full(which.shape, int(part * len(frozen.steps)))
+    batch = examples.at(frozen.steps, which, index, noise, torch.zeros(which.shape, dtype=torch.bool))
+    full = truth(frozen, frozen.layout.block_sites, Past({}, batch.x, batch.index), batch.given)
+    return objective.predictor.of_samples(full.entered, len(which))
 
 
-def table(
-    objective: PredictorObjective,
-    examples: Examples,
-    samples: int,
-    batch: int,
-    generator: torch.Generator,
-    told: Told,
-) -> dict[str, Tensor]:
+def table(objective: PredictorObjective, place: Workplace, samples: int) -> dict[str, Tensor]:
     """What the predictor says along a run: see `regrow.methods.tokencache.Table`.
 
     Args:
         objective: with the trained predictor.
-        examples: of which the first ``samples`` are taken, again from the first if there are fewer.
-        samples: how many.
-        batch: in one call.
-        generator: of the noise.
-        told: is told how far it is.
+        place: where it was trained.
+        samples: how many examples are looked at: the first, again from the first if there are fewer.
 
     Returns:
         ``quantiles`` (T, L, Q) and ``alpha`` (T,), the mean over the blocks that are decided for.
     """
-    frozen, decided = objective.frozen, len(objective.decided)
+    examples, batch = place.examples, place.training.batch
+    generator = generator_of(place.training.seed, 0)
     levels = torch.linspace(0, 1, LEVELS, dtype=torch.float64)
     quantiles, means = [], []
-    for place in range(PLACES):
-        number = int((place + 0.5) / PLACES * len(frozen.steps))
+    for number in range(PLACES):
         parts = []
         for first in range(0, samples, batch):
             which = torch.arange(first, min(first + batch, samples)) % len(examples)
-            size = len(which)
-            noise = torch.randn((size, *examples.latents.shape[1:]), generator=generator)
-            index = torch.full((size,), number)
-            drawn = examples.at(frozen.steps, which, index, noise, torch.zeros(size, dtype=torch.bool))
-            parts.append(alpha_at(objective, drawn).double().cpu())
+            noise = examples.noise(len(which), generator)
+            found = alpha_at(objective, examples, which, noise, (number + 0.5) / PLACES)
+            parts.append(found.double().cpu())
         alpha = torch.cat(parts).flatten(0, 1)
         # Not torch.quantile, which takes no more than 16 million numbers.
         ranked = alpha.sort(0).values
         quantiles.append(ranked[(levels * (len(ranked) - 1)).round().long()].T)
-        means.append(alpha[:, :decided].mean())
-        told("table", place + 1, PLACES)
+        means.append(alpha[:, : len(objective.decided)].mean())
+        place.told("table", number + 1, PLACES)
     return {"quantiles": torch.stack(quantiles), "alpha": torch.stack(means)}

@@ -5,15 +5,16 @@ The last blocks are computed in every call. They learn to make of cached tokens 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from regrow.lab.train.examples import Batch
-from regrow.lab.train.frozen import Frozen, Past, of_sequences, past, relaxed, truth
-from regrow.lab.train.objective import Losses
+from regrow.lab.train.frozen import Past, of_sequences, past, relaxed, truth
+from regrow.lab.train.objective import Losses, Objective, mean_square
 from regrow.lab.train.predictor import on_sites
 from regrow.methods.tokencache import Table
 from regrow.models.table import Site
@@ -73,28 +74,23 @@ def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class RefineObjective:
-    """The output of a cached call, tokens chosen as in use, shall be that of the full call.
+class RefineObjective(Objective):
+    """Bring the output of a cached call, tokens chosen as in use, to that of the full call.
 
-    Keys and values are of the present tokens, as in the predictor's training.
+    The model has updates on its last blocks. Keys and values are of the present tokens, as in the
+    predictor's training.
 
     Args:
-        frozen: the model, with updates on its last blocks.
         predictor: it stays as it is.
         table: of the predictor, for each block's share.
         last_blocks: K.
         ratio: r, share of all updates that are not computed.
     """
 
-    frozen: Frozen
     predictor: CachePredictor
     table: Table
     last_blocks: int
     ratio: float
-
-    @property
-    def earlier(self) -> range:
-        return range(len(self.frozen.steps) - 1)
 
     @property
     def weights(self) -> Mapping[str, nn.Parameter]:
@@ -111,7 +107,7 @@ class RefineObjective:
             alpha = self.predictor.of_samples(full.entered, len(batch.x))
         weights = self._chosen(on_sites(alpha, decided, before), decided, before)
         output, _ = relaxed(self.frozen, sites, before, batch.given, weights)
-        error = (output.float() - full.output.float()).pow(2).mean()
+        error = mean_square(output, full.output)
         return Losses(error, torch.zeros_like(error))
 
     def _chosen(
@@ -131,18 +127,16 @@ class RefineObjective:
         return chosen
 
 
-class without_adapter:  # noqa: N801
-    """The denoiser as it is without updates, for as long as this lasts."""
+@contextmanager
+def without_adapter(denoiser: nn.Module) -> Iterator[None]:
+    """Leave the updates out for as long as this lasts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    def __init__(self, denoiser: nn.Module) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        self._layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
-
-    def __enter__(self) -> None:
-        for layer in self._layers:
-            layer.enable_adapters(False)
-
-    def __exit__(self, *error: object) -> None:
-        for layer in self._layers:
+    layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
             layer.enable_adapters(True)

@@ -1,4 +1,4 @@
-"""The training of Learning-to-Cache's router (arXiv 2406.01733)."""
+"""Train Learning-to-Cache's router (arXiv 2406.01733)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from regrow.lab.train.examples import Batch
-from regrow.lab.train.frozen import Frozen, of_sequences, past, relaxed, truth
-from regrow.lab.train.objective import Losses
+from regrow.lab.train.frozen import of_sequences, past, relaxed, truth
+from regrow.lab.train.objective import Losses, Objective, mean_square
 
 START = 2.0
 """Logit of beta before training: nearly everything is computed."""
@@ -41,21 +41,20 @@ class Router(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class RouterObjective:
-    """The output of a call with mixed layers shall be that of the full call, with few layers computed.
+class RouterObjective(Objective):
+    """Bring the output of a call with mixed layers to that of the full call, with few layers computed.
 
     Args:
-        frozen: the model.
         router: that learns.
         price: lambda, of the sum of beta.
     """
 
-    frozen: Frozen
     router: Router
     price: float
 
     @property
     def earlier(self) -> range:
+        """The full steps that another one follows."""
         return range(0, len(self.frozen.steps) - 1, 2)
 
     @property
@@ -73,5 +72,4 @@ class RouterObjective:
             for i, site in enumerate(sites)
         }
         output, _ = relaxed(self.frozen, sites, before, batch.given, weights)
-        error = (output.float() - full.output.float()).pow(2).mean()
-        return Losses(error, self.price * beta.sum(1).mean())
+        return Losses(mean_square(output, full.output), self.price * beta.sum(1).mean())

@@ -1,4 +1,4 @@
-"""A training from beginning to end: data, the loop, the file that methods take."""
+"""Make a training from beginning to end: data, the loop, the file that methods take."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from regrow.fields import Calls, Checked, Count, Guidance
-from regrow.lab.measure.atomic_files import write_whole
+from regrow.lab.measure.atomic_files import kept
 from regrow.lab.measure.sampling import takes_classes
 from regrow.lab.train.examples import Examples, Told, bytes_of, encoded, of_folder, opened, own, size_of
 from regrow.lab.train.frozen import Frozen
-from regrow.lab.train.loop import CHECKPOINT, Curve, Training, generator_of, train
+from regrow.lab.train.loop import CHECKPOINT, Curve, Training, Workplace, train
 from regrow.lab.train.objective import Objective
 from regrow.lab.train.pictures import draw_alpha, draw_loss
 from regrow.lab.train.predictor import LEVELS, PLACES, PredictorObjective, table
@@ -64,33 +64,6 @@ class Data(Checked):
 
 
 @dataclass(frozen=True, eq=False)
-class Workplace:
-    """A frozen model with what it is trained on.
-
-    Args:
-        model: its name, for files.
-        frozen: the model.
-        examples: to learn from.
-        held_out: that nothing is learned from.
-        training: settings.
-        folder: of what is written.
-        key: all that numbers depend on so far.
-        accelerator: of the accelerate library.
-        told: is told how far everything is.
-    """
-
-    model: str
-    frozen: Frozen
-    examples: Examples
-    held_out: Examples
-    training: Training
-    folder: Path
-    key: Mapping[str, Any]
-    accelerator: Any
-    told: Told
-
-
-@dataclass(frozen=True, eq=False)
 class Trained:
     """What a training gave.
 
@@ -126,7 +99,7 @@ def workplace(
         prompts: of what the model makes itself; again from the first if there are fewer.
         training: settings.
         folder: of what is written.
-        cpu: compute on the processor, whatever else there is.
+        cpu: compute on the processor, also where there is a GPU.
         checkpointing: compute blocks again in the backward pass, rather than keep what they made.
         told: is told how far everything is.
 
@@ -140,34 +113,23 @@ def workplace(
     _check(pipeline, denoiser, layout)
     size = size_of(pipeline, layout, data.height, data.width, data.frames)
     steps = Steps.of(pipeline.scheduler, training.sampler_steps)
-    files = None
+    listed, made, count = None, [], data.pictures
     if data.folder is not None:
         files = of_folder(Path(data.folder), takes_classes(pipeline), size.frames is not None)
-    count = data.pictures if files is None else len(files)
+        listed, count = [[str(f), bytes_of(f), caption] for f, caption in files], len(files)
+        pictures = opened(files, size.frames)
+    else:
+        made = [prompts[i % len(prompts)] for i in range(count)]
+        pictures = own(pipeline, made, DATA_SEED, data.batch, **data.model_dump(include=_MADE_BY))
     if count < 2:
         raise ValueError(f"--pictures: {count} is not allowed, it must be >= 2: one is held out")
     accelerator = Accelerator(mixed_precision=training.precision, cpu=cpu)
     pipeline.to(accelerator.device)
-    listed = None if files is None else [[str(f), bytes_of(f), caption] for f, caption in files]
-    made = [prompts[i % len(prompts)] for i in range(count)] if files is None else []
     key = {"data": data.model_dump(), "denoiser": denoiser_key(denoiser), "prompts": made, "files": listed}
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = (
-        own(pipeline, made, DATA_SEED, data.batch, **data.model_dump(include=_MADE_BY))
-        if files is None
-        else opened(files, size.frames)
-    )
-    everything = encoded(
-        pipeline,
-        layout,
-        size,
-        pictures,
-        count,
-        data.batch,
-        folder / "data.safetensors",
-        json.dumps(key, sort_keys=True),
-        told,
-    ).to(accelerator.device)
+    file, whole = folder / "data.safetensors", json.dumps(key, sort_keys=True)
+    compute = partial(encoded, pipeline, layout, size, pictures, count, data.batch, told)
+    everything = Examples(kept(file, whole, compute)).to(accelerator.device)
     denoiser.requires_grad_(False).eval()
     least = max(count // HELD_OUT, 1)
     return Workplace(
@@ -184,7 +146,7 @@ def workplace(
 
 
 def _check(pipeline: Any, denoiser: Any, layout: Layout) -> None:
-    """Refuse a denoiser whose blocks return more than tokens, and pipelines with what no data gives."""
+    """Refuse blocks that return more than tokens, and a pipeline that needs more than the data have."""
     if not layout.block_sites:
         raise ValueError(
             f"model: {type(denoiser).__name__} is not allowed in training, its blocks must take and return "
@@ -224,19 +186,17 @@ def train_predictor(
     predictor = CachePredictor.of(frozen.denoiser, blocks).eval().requires_grad_(True)
     objective = PredictorObjective(frozen, predictor, last_blocks, price)
 
-    def draw(curve: Curve) -> None:
-        if pictures:
-            draw_loss(curve, place.folder / "loss.png")
-            draw_alpha(objective, place.held_out, place.training.seed, place.folder / "alpha.png")
+    def draw() -> None:
+        draw_alpha(objective, place.held_out, place.training.seed, place.folder / "alpha.png")
 
-    curve = _train(place, objective, {"last_blocks": last_blocks, "price": price}, draw)
-    generator = generator_of(place.training.seed, 0)
+    key = {"last_blocks": last_blocks, "price": price}
+    curve = _train(place, objective, key, pictures, draw)
     with place.accelerator.autocast():
-        made = table(objective, place.examples, samples, place.training.batch, generator, place.told)
+        made = table(objective, place, samples)
     # Halves the size; what it changes in alpha is far below what differs between tokens.
     weights = {f"predictor.{name}": value.half() for name, value in predictor.state_dict().items()}
-    settings = {"last_blocks": last_blocks, "price": price, "samples": samples}
-    file = _write(place, "predictor", blocks, weights | {k: v.float() for k, v in made.items()}, settings)
+    weights |= {name: value.float() for name, value in made.items()}
+    file = _write(place, "predictor", blocks, weights, key | {"samples": samples})
     return Trained(file, curve, {"mean alpha": float(made["alpha"].mean())})
 
 
@@ -265,7 +225,9 @@ def train_refinement(
     frozen = place.frozen
     blocks = _check_last(frozen, last_blocks)
     if last_blocks == 0:
-        raise ValueError("last_blocks: 0 is not allowed, the last blocks are those that learn")
+        raise ValueError(
+            "last_blocks: 0 is not allowed, it must be >= 1: the last blocks are those that learn"
+        )
     learner = CachePredictor.of(frozen.denoiser, blocks).eval().requires_grad_(False)
     alpha_table = Table(np.zeros((PLACES, blocks, LEVELS)), np.zeros(PLACES))
     key: dict[str, Any] = {"last_blocks": last_blocks, "ratio": ratio, "rank": rank, "predictor": predictor}
@@ -277,12 +239,7 @@ def train_refinement(
     torch.manual_seed(place.training.seed)
     add_adapter(frozen.denoiser, frozen.layout.block_sites[blocks - last_blocks :], rank)
     objective = RefineObjective(frozen, learner, alpha_table, last_blocks, ratio)
-
-    def draw(curve: Curve) -> None:
-        if pictures:
-            draw_loss(curve, place.folder / "loss.png")
-
-    curve = _train(place, objective, key, draw)
+    curve = _train(place, objective, key, pictures)
     file = _write(place, "lora", blocks, adapter_state(frozen.denoiser), key)
     return Trained(file, curve, {})
 
@@ -305,13 +262,7 @@ def train_router(
         )
     layers = len(frozen.layout.layer_sites)
     router = Router(steps, layers).to(place.accelerator.device)
-    objective = RouterObjective(frozen, router, price)
-
-    def draw(curve: Curve) -> None:
-        if pictures:
-            draw_loss(curve, place.folder / "loss.png")
-
-    curve = _train(place, objective, {"price": price}, draw)
+    curve = _train(place, RouterObjective(frozen, router, price), {"price": price}, pictures)
     beta = router.table(steps)
     computed = beta > threshold
     settings = {"price": price, "threshold": threshold}
@@ -320,7 +271,7 @@ def train_router(
 
 
 def _check_last(frozen: Frozen, last_blocks: int) -> int:
-    """The number of blocks, of which the last K must leave some."""
+    """Count the blocks, and refuse to compute all of them in every call."""
     blocks = len(frozen.layout.block_sites)
     if not 0 <= last_blocks < blocks:
         raise ValueError(f"last_blocks: {last_blocks} is not allowed, it must be >= 0 and < {blocks}")
@@ -337,38 +288,20 @@ def _predictor(file: str | None, frozen: Frozen, blocks: int) -> LearnedFile:
 
 
 def _train(
-    place: Workplace, objective: Objective, key: Mapping[str, Any], draw: Callable[[Curve], None]
+    place: Workplace,
+    objective: Objective,
+    key: Mapping[str, Any],
+    pictures: bool,
+    draw: Callable[[], None] = lambda: None,
 ) -> Curve:
-    """The loop, with its curve in files while it runs."""
-    training = place.training
-
-    def step(curve: Curve) -> None:
-        loss = curve.train[-1].loss
-        place.told(
-            f"loss {loss:.3g}, held out {curve.held_out[-1].loss:.3g}", len(curve.train), training.steps
-        )
+    """The loop; at checkpoints its loss is drawn, and what else there is."""
 
     def checkpoint(curve: Curve) -> None:
-        text = json.dumps(curve.rows()) + "\n"
-        write_whole(place.folder / "loss.json", partial(_put, text))
-        draw(curve)
+        if pictures:
+            draw_loss(curve, place.folder / "loss.png")
+            draw()
 
-    return train(
-        objective,
-        place.examples,
-        place.held_out,
-        place.frozen.steps,
-        training,
-        place.folder,
-        {**place.key, **key},
-        place.accelerator,
-        step,
-        checkpoint,
-    )
-
-
-def _put(text: str, file: Path) -> None:
-    file.write_text(text, encoding="utf-8")
+    return train(place, objective, key, checkpoint)
 
 
 def _write(

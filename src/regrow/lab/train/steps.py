@@ -43,29 +43,21 @@ class Steps:
         from diffusers import DDIMScheduler
 
         prediction = prediction_type(scheduler)
-        if prediction == FLOW and _flows(scheduler):
-            return cls._of_flow(type(scheduler).from_config(scheduler.config), count)
-        if "beta_schedule" not in scheduler.config or prediction not in PREDICTIONS:
+        flows = prediction == FLOW and _flows(scheduler)
+        if not flows and ("beta_schedule" not in scheduler.config or prediction not in PREDICTIONS):
             raise ValueError(
                 f"model: the scheduler {type(scheduler).__name__} ({prediction}) is not allowed in "
                 f"training, it must have betas and predict one of {', '.join(PREDICTIONS)}, or be of flow "
                 "matching with noise levels that don't depend on the picture's size"
             )
-        ddim: Any = DDIMScheduler.from_config(scheduler.config)
-        ddim.set_timesteps(count)
-        share = ddim.alphas_cumprod[ddim.timesteps].double()
-        return cls(ddim.timesteps, share.sqrt(), (1 - share).sqrt(), prediction)
-
-    @classmethod
-    def _of_flow(cls, scheduler: Any, count: int) -> Self:
-        scheduler.set_timesteps(count)
-        times = scheduler.timesteps
-        levels = [noise_level(scheduler, time, index) for index, time in enumerate(times)]
-        alpha, sigma = (
-            torch.tensor([getattr(level, name) for level in levels], dtype=torch.float64)
-            for name in ("alpha", "sigma")
-        )
-        return cls(times, alpha, sigma, FLOW)
+        own: Any = (type(scheduler) if flows else DDIMScheduler).from_config(scheduler.config)
+        own.set_timesteps(count)
+        if not flows:
+            share = own.alphas_cumprod[own.timesteps].double()
+            return cls(own.timesteps, share.sqrt(), (1 - share).sqrt(), prediction)
+        levels = [noise_level(own, time, index) for index, time in enumerate(own.timesteps)]
+        pairs = torch.tensor([(level.alpha, level.sigma) for level in levels], dtype=torch.float64)
+        return cls(own.timesteps, pairs[:, 0], pairs[:, 1], FLOW)
 
     def __len__(self) -> int:
         return len(self.times)
