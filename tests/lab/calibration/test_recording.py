@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pipelines
 import pytest
 import torch
 from any_pipelines import FAMILIES
@@ -104,6 +105,20 @@ def test_a_file_of_other_runs(tmp_path: Path, change: dict[str, Any], said: str)
     record(**given)
     with pytest.raises(FileError, match=said):
         record(**given | change)
+
+
+def test_a_picture_is_known_by_what_it_shows(tmp_path: Path) -> None:
+    """Not by where it lies in memory, nor by the few numbers that its text shows."""
+    pipe, file = pipelines.make("img2img"), tmp_path / "recording.json"
+    given: dict[str, Any] = {"prompts": PROMPTS[:1], "steps": STEPS, "file": file}
+    shown = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    other = shown.clone()
+    other[0, 0, 16, 16] = 1 - other[0, 0, 16, 16]
+    assert repr(shown) == repr(other)
+    first = record(pipe, more={"image": shown}, **given)
+    assert record(pipe, more={"image": shown.clone()}, **given) == first
+    with pytest.raises(FileError, match="other prompts or arguments"):
+        record(pipe, more={"image": other}, **given)
 
 
 def test_nothing_stays_on_the_pipeline() -> None:

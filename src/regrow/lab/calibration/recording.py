@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 from typing_extensions import Self
@@ -167,7 +168,7 @@ def record(
     check_prompts(pipe, prompts)
     if is_hooked(denoiser_of(pipe)):
         raise ValueError("pipe: a method is applied to it, so its runs are accelerated; remove it first")
-    question = json.dumps([list(prompts), sorted((name, repr(value)) for name, value in more.items())])
+    question = json.dumps([list(prompts), sorted((name, _contents(value)) for name, value in more.items())])
     key = hashlib.sha256(question.encode()).hexdigest()[:32]
     asked = {"steps": steps, "guidance": guidance, "height": height, "width": width, "seed": seed}
     kept, done = None, 0
@@ -239,6 +240,18 @@ def _check_same(kept: Recording, key: str, pipe: Any, asked: Mapping[str, Any], 
     other += [] if kept.prompts_key == key else ["it is of other prompts or arguments"]
     if other:
         raise FileError(f"{said(file)}: {'; '.join(other)}; use another file")
+
+
+def _contents(value: Any) -> str:
+    """What an argument holds: the text of a picture says where it lies, that of a tensor a part of it."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_contents, value))}]"
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().float().numpy()
+    if isinstance(value, (np.ndarray, Image.Image)):
+        held = np.ascontiguousarray(value)
+        return f"{held.shape} {held.dtype} {hashlib.sha256(held.tobytes()).hexdigest()}"
+    return repr(value)
 
 
 def _rows(matrix: Array) -> Rows:
