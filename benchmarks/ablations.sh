@@ -16,6 +16,6 @@ bin=${BIN:-.venv/bin}
 
 for name in "${names[@]}"; do
     "$bin/regrow" eval --model emoji --ablation "$name" --prompts "$prompts" --dtype bfloat16 --device cpu --engine ray \
-        --workers 2 --check-kept --reference "$reference" --out "$folder"
+        --workers 2 --reference "$reference" --out "$folder"
     cp "$folder/result.json" "benchmarks/results/ablation-$name.json"
 done

@@ -422,7 +422,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for pair in AGAINST:
         words += ["--against", ",".join(pair)] if set(pair) <= set(seen) else []
     words += [] if args.workers is None else ["--workers", str(args.workers)]
-    words += ["--check-kept"] if args.check_kept else []
     if features.exists():
         words += ["--reference", str(features)]
     elif args.reference is not None:
@@ -483,7 +482,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("work/quality"), help="resumed if it exists")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality-emoji"))
     parser.add_argument("--images", type=int, default=4, help="pictures a timed generation")
-    parser.add_argument("--check-kept", action="store_true", help="as in regrow eval")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--guidance", type=float, help="guidance scale; a bundled model's own if none")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
+from regrow.lab.cli.requests import Request
 from regrow.lab.workers import LocalWorkers, RayWorkers, Workers, import_ray
 
 
@@ -19,21 +21,22 @@ class Engine(Enum):
     RAY = "ray"
 
 
-@dataclass(frozen=True)
-class Where:
-    """The options ``--engine``, ``--workers`` and ``--address``.
+@dataclass(frozen=True, kw_only=True)
+class Jobs(Request):
+    """What does the jobs, and where."""
 
-    Args:
-        engine: this process, or a Ray cluster.
-        workers: how many; None for as many as the cluster has room for.
-        address: of the cluster; None to start one on this machine.
-    """
+    engine: Annotated[Engine, typer.Option(help="What does the work: this process, or a Ray cluster.")] = (
+        Engine.LOCAL
+    )
+    workers: Annotated[int | None, typer.Option(help="Workers on the cluster; as many as fit.", min=1)] = (
+        None
+    )
+    address: Annotated[
+        str | None,
+        typer.Option(help="Address of the cluster, or auto; one is started on this machine if none."),
+    ] = None
 
-    engine: Engine = Engine.LOCAL
-    workers: int | None = None
-    address: str | None = None
-
-    def check(self, device: str) -> None:
+    def check_engine(self, device: str) -> None:
         """Look before any work whether it can be done so.
 
         Raises:

@@ -9,23 +9,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
-from rich.table import Table
 
 from regrow import zoo
-from regrow.lab.cli.engine import Where
-from regrow.lab.cli.models import (
-    best_device,
-    check_device,
-    check_pictures,
-    check_room,
-    check_scheduler,
-    load_pipeline,
-)
-from regrow.lab.cli.terminal import Bar, busy, output, remarks, table
+from regrow.lab.cli.ablations import ABLATIONS, ablated, against
+from regrow.lab.cli.default_methods import Compared, usual
+from regrow.lab.cli.engine import Jobs
+from regrow.lab.cli.models import check_pictures, check_room, check_scheduler, find_device, load_pipeline
+from regrow.lab.cli.requests import FromModel, command, prompts_of
+from regrow.lab.cli.terminal import Bar, amount, busy, output, remarks, table_of
 from regrow.lab.measure import contact_sheet
 from regrow.lab.measure.atomic_files import check_writable, write_whole
 from regrow.lab.measure.clip import ClipScore
@@ -46,7 +42,7 @@ from regrow.lab.measure.machine import machine, model_key, text_key
 from regrow.lab.measure.prompts import PromptSet, fetch, named, read_prompts
 from regrow.lab.measure.reference import Reference, load, of_pictures, pictures_in
 from regrow.lab.measure.sampling import check_prompts
-from regrow.lab.measure.variants import Variant
+from regrow.lab.measure.variants import Variant, variant
 
 FEW = 256
 """Pictures below which figures of sets say nothing."""
@@ -54,85 +50,125 @@ SHEET = 8
 """Prompts on the contact sheet."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to evaluate; fields are the options of the command, the methods as variants.
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest(FromModel, Compared, Jobs):
+    """What to evaluate."""
+
+    ablation: Annotated[str | None, typer.Option(help="Instead: " + ", ".join(ABLATIONS) + ".")] = None
+    pairs: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--against", help="Two of the methods, a comma between: the first's gain over the second."
+        ),
+    ] = ()
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="A file (.txt, COCO's captions .json, PartiPrompts' .tsv, DrawBench's .csv), "
+            "coco, parti, drawbench or imagenet from the hub, or a number of the model's own."
+        ),
+    ] = "64"
+    template: Annotated[
+        str | None, typer.Option(help='What each prompt is put into: "a photo of a {}".')
+    ] = None
+    each: Annotated[
+        int | None, typer.Option(help="Pictures a prompt; 2 of ImageNet's classes, else 1.")
+    ] = None
+    first: Annotated[int | None, typer.Option(help="So many of a file's prompts.", min=1)] = None
+    features: Annotated[
+        Network, typer.Option(help="Network of FD and so on; inception is FID's, by torch-fidelity.")
+    ] = Network.EFFNET
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of true pictures, or what --save-reference wrote.")
+    ] = None
+    save_reference: Annotated[
+        Path | None, typer.Option(help="Keep the reference's features here, .safetensors.")
+    ] = None
+    clip: Annotated[str | None, typer.Option(help="CLIP model for the CLIP score: folder or id.")] = None
+    scores: Annotated[
+        tuple[Path, ...], typer.Option(help="JSON of other tools' scores; see benchmarks/external.")
+    ] = ()
+    export: Annotated[
+        Path | None, typer.Option(help="Write the pictures here as PNG, for other tools.")
+    ] = None
+    out: Annotated[Path, typer.Option(help="Folder for pictures and results; gone on with.")] = Path("eval")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts of a file or a named set, or so many of the model's own, again from the first."""
+        if self.prompts.isdecimal():
+            if any(option is not None for option in (self.template, self.each, self.first)):
+                raise ValueError(
+                    "--template, --each, --first: they go with a file or a named set of prompts"
+                )
+            return prompts_of(self.model, self.prompts)
+        which = named(self.prompts)
+        if which is None and not Path(self.prompts).exists():
+            sets = ", ".join(PromptSet.__members__).lower()
+            raise ValueError(f"prompts: {self.prompts!r} is neither a file nor a number nor one of {sets}")
+        file = Path(self.prompts) if which is None else fetch(which)
+        return tuple(read_prompts(file, self.template, self.each, self.first))
+
+
+@command(EvalRequest)
+def evaluate(request: EvalRequest) -> None:
+    """Make pictures of many prompts by each method and compare them. Killed, it goes on where it was.
+
+    Example: [b]regrow eval --model emoji --methods steps:50,steps:10,dato:b1 --prompts 64[/b]
+    or [b]regrow eval --ablation alignment[/b]
+    """
+    name, steps = request.ablation, request.steps
+    if name is not None and request.methods is not None:
+        raise ValueError("--ablation, --methods: only one of them is allowed")
+    if name is None:
+        variants = request.variants(lambda: usual(request.model).measured)
+    else:
+        variants = tuple(variant(one, steps) for one in ablated(name, steps))
+    run_eval(request, variants, against(name, steps, request.pairs))
+
+
+def run_eval(request: EvalRequest, variants: Sequence[Variant], against: Mapping[str, str]) -> None:
+    """Make what is missing, compare, save ``result.json`` and a contact sheet, and print a table.
 
     Args:
+        request: what to evaluate.
+        variants: the methods; the first is the baseline.
         against: by names of methods, an earlier one that each is compared with picture by picture.
-    """
-
-    variants: tuple[Variant, ...]
-    against: Mapping[str, str]
-    model: str
-    prompts: str
-    template: str | None
-    each: int | None
-    first: int | None
-    features: Network
-    reference: Path | None
-    save_reference: Path | None
-    clip: str | None
-    scores: tuple[Path, ...]
-    export: Path | None
-    steps: int
-    scheduler: str | None
-    seed: int
-    guidance: float | None
-    height: int | None
-    width: int | None
-    device: str | None
-    dtype: str
-    batch: int
-    where: Where
-    out: Path
-    check_kept: bool
-
-
-def run_eval(request: Request, as_json: bool) -> None:
-    """Make what is missing, compare, save ``result.json`` and a contact sheet, and print a table.
 
     Raises:
         ValueError: if an option is not allowed, or another process is at work in the folder.
     """
     check_writable("--out", request.out, folder=True)
     with locked("--out", request.out):
-        _evaluate(request, as_json)
+        _evaluate(request, variants, against)
 
 
-def _evaluate(request: Request, as_json: bool) -> None:
+def _evaluate(request: EvalRequest, variants: Sequence[Variant], against: Mapping[str, str]) -> None:
     """`run_eval` in a folder that nobody else writes."""
-    variants = request.variants
-    if request.save_reference is not None and (request.reference is None or request.reference.is_file()):
-        raise ValueError("--save-reference: it needs --reference with a folder of pictures")
-    if request.save_reference is not None and request.save_reference.suffix != ".safetensors":
-        raise ValueError(
-            f"--save-reference: {request.save_reference} is not allowed, it must end in .safetensors"
-        )
     if request.save_reference is not None:
+        if request.reference is None or request.reference.is_file():
+            raise ValueError("--save-reference: it needs --reference with a folder of pictures")
+        if request.save_reference.suffix != ".safetensors":
+            raise ValueError(
+                f"--save-reference: {request.save_reference} is not allowed, it must end in .safetensors"
+            )
         check_writable("--save-reference", request.save_reference)
-    check_against(variants, request.against)
+    check_against(variants, against)
     if not (request.out / "setting.json").exists():
         # Pictures that are there need no model.
         check_pictures(request.model)
     scores = read_scores(request.scores, variants)
-    device = check_device(request.device) if request.device else best_device()
-    request.where.check(device)
+    device = find_device(request.device)
+    request.check_engine(device)
     console = remarks()
     # What is missing is missing before the pictures are made, not after it.
     seer = extractor(request.features, device)
     if find_spec("skimage") is None:
         raise ImportError("SSIM needs scikit-image: pip install 'regrow[measure]'")
-    guidance = zoo.guidance_of(request.model, request.guidance)
-    setting = Setting(
-        model=request.model,
-        prompts=_prompts(request),
-        seed=request.seed,
-        scheduler=request.scheduler,
-        guidance=guidance,
-        height=request.height,
-        width=request.width,
-        dtype=request.dtype,
+    setting = request.part(
+        Setting,
+        prompts=request.texts,
+        guidance=request.scale,
         model_key=model_key(request.model),
         shard=request.batch,
     )
@@ -144,14 +180,22 @@ def _evaluate(request: Request, as_json: bool) -> None:
     true_pictures = pictures_in(request.reference) if request.reference and reference is None else []
     with busy(console, "loading the CLIP model") if request.clip is not None else nullcontext():
         clip = None if request.clip is None else ClipScore(request.clip, device)
-    pictures = Pictures(request.out, setting, device, request.where.threads)
+    pictures = Pictures(request.out, setting, device, request.threads)
+    others = [one.name for one in variants if pictures.made_otherwise(one)]
+    if others:
+        console.print(
+            "regrow: warning: made by other code or packages, or on another processor or number of "
+            f"threads: pictures of {', '.join(others)} in {pictures.folder}",
+            style="yellow",
+            soft_wrap=True,
+        )
     _make(request, pictures, variants, device, console)
     if true_pictures:
         # After the pictures, which are kept: what refuses to be made must not cost a look at all of these.
         reference = _reference(request, true_pictures, seer, console)
     shards = len(variants) * len(list(setting.shards()))
     with patient(console, "comparing", shards) as advance:
-        rows = compare(pictures, variants, seer, reference, clip, request.against, on_shard=advance)
+        rows = compare(pictures, variants, seer, reference, clip, against, on_shard=advance)
     if request.export is not None:
         with patient(console, "exporting", shards) as advance:
             export(request.export, pictures, variants, on_shard=advance)
@@ -164,7 +208,7 @@ def _evaluate(request: Request, as_json: bool) -> None:
         "seed": request.seed,
         "batch": request.batch,
         "steps": request.steps,
-        "guidance": guidance,
+        "guidance": request.scale,
         "scheduler_given": request.scheduler,
         "height": request.height,
         "width": request.width,
@@ -174,8 +218,8 @@ def _evaluate(request: Request, as_json: bool) -> None:
         "reference": "the baseline's pictures" if reference is None else reference.name,
         "reference_pictures": None if reference is None else len(reference.pooled),
         "clip": request.clip,
-        "engine": request.where.engine.value,
-        "workers": request.where.workers,
+        "engine": request.engine.value,
+        "workers": request.workers,
         "machine": machine(device),
         "made_otherwise": [one.name for one in variants if pictures.made_otherwise(one)],
         "rows": [row.to_dict() | {"scores": scores[row.name]} for row in rows],
@@ -183,7 +227,7 @@ def _evaluate(request: Request, as_json: bool) -> None:
     text = json.dumps(result, indent=1)
     write_whole(request.out / "result.json", lambda to: to.write_text(text + "\n", encoding="utf-8"))
     sheet = _sheet(pictures, variants)
-    if as_json:
+    if request.as_json:
         print(text)
         return
     seconds = {one.name: pictures.seconds(one) for one in variants}
@@ -192,27 +236,12 @@ def _evaluate(request: Request, as_json: bool) -> None:
         print(file)
 
 
-def _prompts(request: Request) -> tuple[str, ...]:
-    """The prompts of a file or a named set, or so many of the model's own, again from the first."""
-    text = request.prompts
-    if text.isdecimal():
-        if any(option is not None for option in (request.template, request.each, request.first)):
-            raise ValueError("--template, --each, --first: they go with a file or a named set of prompts")
-        return zoo.prompts_of(request.model, int(text), "give a file")
-    which = named(text)
-    if which is None and not Path(text).exists():
-        sets = ", ".join(PromptSet.__members__).lower()
-        raise ValueError(f"prompts: {text!r} is neither a file nor a number nor one of {sets}")
-    file = Path(text) if which is None else fetch(which)
-    return tuple(read_prompts(file, request.template, request.each, request.first))
-
-
 def _reference_file(where: Path | None, seer: Extractor) -> Reference | None:
     """The reference if it is a file of features."""
     return load(where, seer) if where is not None and where.suffix == ".safetensors" else None
 
 
-def _reference(request: Request, files: list[Path], seer: Extractor, console: Console) -> Reference:
+def _reference(request: EvalRequest, files: list[Path], seer: Extractor, console: Console) -> Reference:
     """The features of the reference's pictures, kept if that was asked for."""
     name = "" if request.reference is None else request.reference.resolve().name
     with patient(console, "reference", len(files)) as advance:
@@ -241,36 +270,23 @@ def patient(console: Console, what: str, total: int, after: float = 2.0) -> Iter
 
 
 def _make(
-    request: Request, pictures: Pictures, variants: Sequence[Variant], device: str, console: Console
+    request: EvalRequest, pictures: Pictures, variants: Sequence[Variant], device: str, console: Console
 ) -> None:
     """Make what is missing; the model is loaded only if something is."""
-    others = [one for one in variants if pictures.made_otherwise(one)]
-    if others and not request.check_kept:
-        names = ", ".join(one.name for one in others)
-        console.print(
-            "regrow: warning: made by other code or packages, or on another processor or number of "
-            f"threads: pictures of {names} in {pictures.folder}. --check-kept makes a batch of each again "
-            "and compares.",
-            style="yellow",
-            soft_wrap=True,
-        )
-    check = others if request.check_kept else []
-    jobs = sum(len(pictures.made_otherwise(one)) for one in check)
-    jobs += sum(len(pictures.missing(one)) for one in variants)
-    if not jobs:
+    asked = [one for one in variants if pictures.missing(one)]
+    if not asked:
         return
     s = pictures.setting
-    check_room(s.model, s.height, s.width, min(s.shard, len(s.prompts)), device, getattr(torch, s.dtype))
-    setting = replace(pictures.setting, model=zoo.from_anywhere(pictures.setting.model))
-    asked = [one for one in variants if one in check or pictures.missing(one)]
-    maker = partial(_maker, setting, device, asked)
-    with request.where.open(maker, device) as workers, Bar(console) as progress:
-        task = progress.add_task(f"loading {request.model}", total=jobs)
+    check_room(s.model, s.height, s.width, min(s.shard, len(s.prompts)), device, request.torch_dtype)
+    maker = partial(_maker, replace(s, model=zoo.from_anywhere(s.model)), device, asked)
+    with request.open(maker, device) as workers, Bar(console) as progress:
+        task = progress.add_task(
+            f"loading {request.model}", total=sum(len(pictures.missing(one)) for one in asked)
+        )
 
         def advance(one: Variant) -> None:
             progress.update(task, description=one.name, advance=1)
 
-        pictures.check(workers, check, advance)
         pictures.make_all(workers, variants, advance)
 
 
@@ -299,59 +315,38 @@ def print_rows(
             f"({labels.fd} and so on) are left out below {FEW}.",
             soft_wrap=True,
         )
-    console.print(_single(rows, seconds, scores))
-    if pictures >= FEW:
-        console.print(_together(rows, reference, labels))
-
-
-def _single(rows: Sequence[Quality], seconds: dict[str, float], scores: Scores) -> Table:
-    """What each picture is by itself, the mean or median over all."""
-    metrics = list(dict.fromkeys(metric for own in scores.values() for metric in own))
-    clip = any(row.clip_score is not None for row in rows)
-    gains = any(row.gain is not None for row in rows)
-    others = list(dict.fromkeys(row.gain.over for row in rows if row.gain is not None))
-    made = table(
-        f"PSNR, SSIM, distance: to {rows[0].name}"
-        + (f"\ngain: PSNR more than {' or '.join(others)}, mean and its standard error" if gains else ""),
-        "method",
-        *("s an\nimage", "PSNR\ndB", "SSIM", "distance"),
-        *(["gain dB"] if gains else []),
-        *(["CLIP\nscore"] if clip else []),
-        *metrics,
-    )
-    for row in rows:
-        made.add_row(
-            row.name,
-            f"{seconds[row.name]:.3f}",
-            _shown(row.psnr, 1),
-            _shown(row.ssim, 3),
-            _shown(row.feature_distance, 4),
-            *([_shown_gain(row.gain, named=len(others) > 1)] if gains else []),
-            *([_shown(row.clip_score, 2)] if clip else []),
-            *(_shown(scores[row.name].get(metric), 4) for metric in metrics),
-        )
-    return made
-
-
-def _together(rows: Sequence[Quality], reference: str, labels: Labels) -> Table:
-    """What all pictures are as a set."""
-    names = (labels.fd, labels.sfd, labels.kd, "precision", "recall", labels.inception_score)
-    made = table(
-        f"All pictures beside {reference}; {labels.inception_score} beside none",
-        "method",
-        *names,
-    )
-    for row in rows:
-        made.add_row(
-            row.name,
-            _shown(row.fd, 2),
-            _shown(row.sfd, 2),
-            _shown(row.kd, 4),
-            _shown(row.precision, 3),
-            _shown(row.recall, 3),
-            _shown(row.inception_score, 2),
-        )
-    return made
+    gains = [row.gain for row in rows if row.gain is not None]
+    others = list(dict.fromkeys(gain.over for gain in gains))
+    caption = f"PSNR, SSIM, distance: to {rows[0].name}"
+    if gains:
+        caption += f"\ngain: PSNR more than {' or '.join(others)}, mean and its standard error"
+    single: dict[str, Callable[[Quality], str]] = {
+        "method": lambda row: row.name,
+        "s an\nimage": lambda row: f"{seconds[row.name]:.3f}",
+        "PSNR\ndB": lambda row: amount(row.psnr, ".1f"),
+        "SSIM": lambda row: amount(row.ssim, ".3f"),
+        "distance": lambda row: amount(row.feature_distance, ".4f"),
+    }
+    if gains:
+        single["gain dB"] = lambda row: _shown_gain(row.gain, named=len(others) > 1)
+    if any(row.clip_score is not None for row in rows):
+        single["CLIP\nscore"] = lambda row: amount(row.clip_score, ".2f")
+    for metric in dict.fromkeys(metric for own in scores.values() for metric in own):
+        single[metric] = partial(_shown_score, scores, metric)
+    console.print(table_of(rows, single, caption))
+    if pictures < FEW:
+        return
+    together: dict[str, Callable[[Quality], str]] = {
+        "method": lambda row: row.name,
+        labels.fd: lambda row: amount(row.fd, ".2f"),
+        labels.sfd: lambda row: amount(row.sfd, ".2f"),
+        labels.kd: lambda row: amount(row.kd, ".4f"),
+        "precision": lambda row: amount(row.precision, ".3f"),
+        "recall": lambda row: amount(row.recall, ".3f"),
+        labels.inception_score: lambda row: amount(row.inception_score, ".2f"),
+    }
+    beside = f"All pictures beside {reference}; {labels.inception_score} beside none"
+    console.print(table_of(rows, together, beside))
 
 
 def _sheet(pictures: Pictures, variants: Sequence[Variant]) -> Path:
@@ -370,12 +365,13 @@ def _sheet(pictures: Pictures, variants: Sequence[Variant]) -> Path:
     return file
 
 
-def _shown(value: float | None, digits: int) -> str:
-    # Adding zero takes the sign off a zero.
-    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+def _shown_score(scores: Scores, metric: str, row: Quality) -> str:
+    return amount(scores[row.name].get(metric), ".4f")
 
 
 def _shown_gain(gain: Gain | None, *, named: bool) -> str:
     if gain is None:
         return ""
-    return f"{_shown(gain.psnr, 2)} ± {_shown(gain.error, 2)}" + (f" over {gain.over}" if named else "")
+    return f"{amount(gain.psnr, '.2f')} ± {amount(gain.error, '.2f')}" + (
+        f" over {gain.over}" if named else ""
+    )

@@ -7,11 +7,14 @@ import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from pydantic import BaseModel
 
+from regrow.lab.cli.requests import Request, command
 from regrow.methods.base import MethodConfig
 from regrow.methods.catalogue import System, default_of, systems
 from regrow.recover.time import TimeRecovery, recovery_from
@@ -21,12 +24,21 @@ from regrow.words import offer, shown
 WIDTH = 80
 
 
-def run_methods(name: str | None, as_json: bool) -> None:
-    """Print all systems, or one with its fields and presets.
+@dataclass(frozen=True, kw_only=True)
+class MethodsRequest(Request):
+    """What to tell of."""
 
-    Raises:
-        ValueError: if there is no system of that name.
+    name: Annotated[str | None, typer.Argument(help="A system: all its fields and presets.")] = None
+
+
+@command(MethodsRequest)
+def methods(request: MethodsRequest) -> None:
+    """The systems: what each does, where it works, its presets; or all of one.
+
+    Example: [b]regrow methods[/b]
+    or [b]regrow methods dato[/b]
     """
+    name, as_json = request.name, request.as_json
     if name is None:
         if as_json:
             print(json.dumps([summary(system) for system in systems()], indent=1))

@@ -3,17 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+import typer
 
-from regrow.fields import explain
+from regrow.fields import MOST_CALLS
 from regrow.hub import PLANS
+from regrow.lab.cli.requests import Request
 from regrow.methods.base import MethodConfig, Options
 from regrow.methods.catalogue import configured, default_of
 from regrow.methods.names import named, plain
 from regrow.words import offer, one_line
+
+FIELDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Settings of the commands that take the fields of the method they are told as options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerated(Request):
+    """Which method is on the denoiser."""
+
+    method: Annotated[
+        str | None,
+        typer.Option(help="Method; see [b]regrow methods[/b]. Or with settings: cat:0.3+deepcache:2."),
+    ] = None
+    preset: Annotated[str | None, typer.Option(help="Preset of the method.")] = None
+    schedule: Annotated[
+        Path | None, typer.Option(help="Schedule file, YAML or JSON, or hub:owner/name/file.")
+    ] = None
+    ratio: Annotated[float | None, typer.Option(help="One pruning ratio for all calls.")] = None
+    interval: Annotated[
+        int | None, typer.Option(help="A full call every N, depth 1 between.", min=1, max=MOST_CALLS)
+    ] = None
+
+    def configured(
+        self, steps: int, more: Sequence[str], of_schedule: str | None = None
+    ) -> tuple[Any, str]:
+        """The configuration of the method, and a short name of what was asked for.
+
+        Args:
+            steps: calls in the generation, for ``interval``.
+            more: other options with their values, each named as a field of the method.
+            of_schedule: name of the method of a schedule file, if none has to be named.
+
+        Returns:
+            None and ``unaccelerated`` if there is no method.
+
+        Raises:
+            ValueError: naming the option, the value and what is allowed; see `method_config`.
+        """
+        options = self.part(Options)
+        if self.method is None and more:
+            raise _no_option(more[0].partition("=")[0])
+        method = self.method or (None if self.schedule is None else of_schedule)
+        if method is None:
+            if options.given:
+                dependent = (f"--{name}" for name in vars(options) if name != "schedule" or not of_schedule)
+                raise ValueError(f"{', '.join(dependent)}: need --method")
+            return None, "unaccelerated"
+        words = [method]
+        words += [] if self.preset is None else [self.preset]
+        words += [] if self.schedule is None else [self.schedule.stem]
+        words += [] if self.interval is None else [f"1:{self.interval}"]
+        words += [] if self.ratio is None else [f"r={self.ratio:g}"]
+        words += [f"{field}={value}" for field, value in fields_in(more).items()]
+        return method_config(method, **vars(options), steps=steps, more=more), " ".join(words)
 
 
 def method_config(
@@ -58,11 +114,8 @@ def method_config(
         if option not in taken:
             allowed = ", ".join(taken) or "none"
             raise ValueError(f"{option}: {name} does not take it; allowed are {allowed}")
-    try:
-        config: MethodConfig = kind.from_options(options, steps) if given else default_of(name)
-        return config.changed(changes) if changes else config
-    except ValidationError as error:
-        raise ValueError(explain(error)) from error
+    config: MethodConfig = kind.from_options(options, steps) if given else default_of(name)
+    return config.changed(changes) if changes else config
 
 
 def fields_in(more: Sequence[str]) -> dict[str, Any]:
@@ -87,16 +140,6 @@ def option_of(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def refuse(more: Sequence[str]) -> None:
-    """Refuse options that are none, where no method is named whose fields they could be.
-
-    Raises:
-        ValueError: naming the first.
-    """
-    if more:
-        raise _no_option(more[0].partition("=")[0])
-
-
 def _no_option(option: str, allowed: Sequence[str] = ()) -> ValueError:
     return ValueError(f"no such option: {one_line(option)}{offer(option, allowed)}")
 
@@ -109,21 +152,3 @@ def _with_settings(name: str, given: list[str], steps: int) -> Any:
     if found.config is None or (found.steps != steps and found.config.sampler_steps is None):
         raise ValueError(f"method: {name!r} is not allowed, it must be a method; steps are --steps")
     return found.config
-
-
-def method_label(
-    name: str,
-    preset: str | None,
-    schedule: Path | None,
-    ratio: float | None,
-    interval: int | None,
-    more: Sequence[str] = (),
-) -> str:
-    """A short name of what was asked for, for tables and pictures."""
-    words = [name]
-    words += [] if preset is None else [preset]
-    words += [] if schedule is None else [schedule.stem]
-    words += [] if interval is None else [f"1:{interval}"]
-    words += [] if ratio is None else [f"r={ratio:g}"]
-    words += [f"{field}={value}" for field, value in fields_in(more).items()]
-    return " ".join(words)

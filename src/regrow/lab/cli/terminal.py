@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,6 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from regrow.words import one_line
+
+Row = TypeVar("Row")
 
 EVERY = 30.0
 """Seconds between the lines of a progress that nobody watches."""
@@ -84,6 +86,29 @@ def table(caption: str, first: str, *numbers: str, title: str = "") -> Table:
     for name in numbers:
         made.add_column(name, justify="right", no_wrap=True)
     return made
+
+
+def table_of(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]], caption: str = "") -> Table:
+    """A `table` with a row for each of some things.
+
+    Args:
+        rows: the things.
+        columns: by its head, what each column says of one; the first has the names.
+        caption: below it.
+    """
+    made = table(caption, *columns)
+    for row in rows:
+        made.add_row(*(cell(row) for cell in columns.values()))
+    return made
+
+
+def amount(value: float | None, form: str, unit: str = "") -> str:
+    """A figure in a form and with its unit; a dash for what is not known."""
+    if value is None:
+        return "-"
+    text = f"{value:{form}}"
+    # Zero has no sign.
+    return (text if text.strip("-0.") else text.removeprefix("-")) + unit
 
 
 class Bar(Progress):

@@ -1,0 +1,88 @@
+"""``regrow profile``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from regrow.fields import MOST_CALLS
+from regrow.lab.cli.models import config_of
+from regrow.lab.cli.options import Accelerated
+from regrow.lab.cli.requests import Size, command
+from regrow.lab.cli.terminal import amount, busy, output, remarks, table_of
+from regrow.lab.measure import architecture, architecture_of
+from regrow.lab.measure import profile as count
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRequest(Size, Accelerated):
+    """What to count."""
+
+    arch: Annotated[str | None, typer.Option(help="sd15, sdxl, emoji, sd3-1024 and others.")] = None
+    model: Annotated[str | None, typer.Option(help="Folder or hub id instead; no weights read.")] = None
+    steps: Annotated[int, typer.Option(help="Calls of the denoiser.", min=1, max=MOST_CALLS)] = 50
+    exclude_attention: Annotated[
+        bool, typer.Option("--exclude-attention", help="Leave out products of queries, keys and values.")
+    ] = False
+    per_guided_image: Annotated[
+        bool, typer.Option("--per-guided-image", help="Count both halves of a guided batch, as papers do.")
+    ] = False
+    text_in_full_calls: Annotated[
+        bool | None,
+        typer.Option(
+            "--text-in-full-calls/--text-once",
+            help="Count what depends on the text alone in every full call, or once a generation, as it is "
+            "computed; once, or as papers do with --per-guided-image in every full call.",
+        ),
+    ] = None
+
+
+@command(ProfileRequest)
+def profile(request: ProfileRequest, context: typer.Context) -> None:
+    """Count MACs of a generation on the meta device: no weights, a few seconds.
+
+    Per image, batch 1, attention counted unless told otherwise, choosing tokens counted apart.
+
+    Example: [b]regrow profile --arch sd15 --method dato --preset b1 --ratio 0.5[/b]
+    or [b]regrow profile --arch sd3-1024 --steps 28 --exclude-attention --per-guided-image[/b]
+    The second is how the CAT Pruning paper counts.
+    """
+    config, label = request.configured(request.steps, context.args)
+    if (request.arch is None) == (request.model is None):
+        raise ValueError("--arch, --model: give exactly one of them")
+    arch = architecture(request.arch) if request.arch else architecture_of(config_of(request.model or ""))
+    guided, in_full = request.per_guided_image, request.text_in_full_calls
+    with busy(remarks(), "counting MACs"):
+        result = count(
+            arch,
+            config,
+            request.steps,
+            name=label,
+            height=request.height,
+            width=request.width,
+            attention=not request.exclude_attention,
+            guided=guided,
+            text_once=not (guided if in_full is None else in_full),
+        )
+    if request.as_json:
+        print(json.dumps(result.to_dict(), indent=1))
+        return
+    shown = table_of(
+        result.kinds,
+        {
+            "calls": lambda kind: str(kind.count),
+            "depth": lambda kind: kind.depth,
+            "pruned": lambda kind: f"{kind.ratio:.0%}",
+            "GMACs a call": lambda kind: f"{kind.macs / 1e9:.2f}",
+            "of full": lambda kind: f"{kind.macs / result.baseline_macs_per_call:.2%}",
+            "choosing tokens": lambda kind: amount(kind.selection_macs / 1e9 or None, ".2f"),
+        },
+    )
+    output().print(shown)
+    print(
+        f"{result.arch}, {result.method}: {result.macs / 1e9:.1f} of {result.baseline_macs / 1e9:.1f} "
+        f"GMACs in {result.calls} calls, {result.macs_ratio:.2f}x fewer"
+    )
