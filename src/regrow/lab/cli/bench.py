@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -15,7 +15,7 @@ from regrow import zoo
 from regrow.core.compiling import compile_blocks
 from regrow.lab.cli.default_methods import Compared, usual
 from regrow.lab.cli.models import check_room, find_device, load_pipeline
-from regrow.lab.cli.requests import Frames, Sampling, command
+from regrow.lab.cli.requests import Sampling, command, option
 from regrow.lab.cli.terminal import Bar, amount, busy, output, remarks, table
 from regrow.lab.measure.atomic_files import check_writable, write_whole
 from regrow.lab.measure.bench import BenchRow
@@ -32,22 +32,17 @@ from regrow.models import module_of
 class BenchRequest(Sampling, Compared):
     """What to time; a model or an architecture."""
 
-    model: Annotated[str | None, typer.Option(help="Bundled name, folder, or hub id.")] = None
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            help="sd15, sdxl, sd3-1024 and others, random weights, without text encoder and decoder."
-        ),
-    ] = None
-    images: Annotated[
-        int | None, typer.Option(help="Made in one batch; by default one a prompt.", min=1)
-    ] = None
-    rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3
-    prompt: Annotated[tuple[str, ...], typer.Option(help="Prompt; the model's own if none.")] = ()
-    frames: Frames = None
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the transformer blocks.")] = False
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None
-    plot: Annotated[Path | None, typer.Option(help="Bar chart of the speed-ups, PNG or SVG.")] = None
+    model: str | None = option(None, "Bundled name, folder, or hub id.")
+    arch: str | None = option(
+        None, "sd15, sdxl, sd3-1024 and others, random weights, without text encoder and decoder."
+    )
+    images: int | None = option(None, "Made in one batch; by default one a prompt.", min=1)
+    rounds: int = option(3, "Timed rounds.", min=1)
+    prompt: tuple[str, ...] = option((), "Prompt; the model's own if none.")
+    frames: int | None = option(None, "Of a video; its own if none.", min=1)
+    compiled: bool = option(False, "Compile the transformer blocks.", "--compile")
+    out: Path | None = option(None, "JSON file for the result.")
+    plot: Path | None = option(None, "Bar chart of the speed-ups, PNG or SVG.")
 
 
 @command(BenchRequest)
@@ -97,9 +92,9 @@ def run_bench(
         kinds = FigureCanvasBase.get_supported_filetypes()
         if request.plot.suffix.lower().removeprefix(".") not in kinds:
             raise ValueError(f"--plot: {request.plot} is not allowed, it must end in .{', .'.join(kinds)}")
-    for option, file in (("--out", request.out), ("--plot", request.plot)):
+    for name, file in (("--out", request.out), ("--plot", request.plot)):
         if file is not None:
-            check_writable(option, file)
+            check_writable(name, file)
     console, images = remarks(), request.images or 1
     device, dtype = find_device(request.device), request.torch_dtype
     if request.model is not None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from PIL import Image
 
-from regrow.fields import MOST_COUNT
+from regrow.fields import MOST_CALLS, MOST_COUNT
 from regrow.lab.calibration.calibrate import Calibration, Progress, Settings, Wish, plan_for
 from regrow.lab.calibration.search import FewerSteps
-from regrow.lab.cli.requests import Prompted, Steps, command, next_command
+from regrow.lab.cli.requests import Prompted, command, next_command, option
 from regrow.lab.cli.terminal import Bar, output, remarks, table
 from regrow.lab.measure import contact_sheet
 from regrow.lab.measure.atomic_files import check_writable, write_whole
@@ -29,21 +27,12 @@ SHOWN_PROMPTS, SHOWN_PLANS = 4, 3
 class CalibrateRequest(Prompted):
     """What to calibrate."""
 
-    speedup: Annotated[
-        float | None, typer.Option(help="Less time by this factor, as measured on this machine.")
-    ] = None
-    fewer_macs: Annotated[
-        float | None, typer.Option(help="Instead: fewer MACs of the denoiser by this factor.")
-    ] = None
-    psnr: Annotated[
-        float | None,
-        typer.Option(help="Instead: the fastest plan whose pictures are as near, in dB."),
-    ] = None
-    steps: Steps = 50
-    batch: Annotated[
-        int, typer.Option(help="Pictures in one batch, also where time is measured.", min=1, max=MOST_COUNT)
-    ] = 4
-    out: Annotated[Path, typer.Option(help="Folder of the plan and of pictures.")] = Path("calibration")
+    speedup: float | None = option(None, "Less time by this factor, as measured on this machine.")
+    fewer_macs: float | None = option(None, "Instead: fewer MACs of the denoiser by this factor.")
+    psnr: float | None = option(None, "Instead: the fastest plan whose pictures are as near, in dB.")
+    steps: int = option(50, "Sampler steps.", min=1, max=MOST_CALLS)
+    batch: int = option(4, "Pictures in one batch, also where time is measured.", min=1, max=MOST_COUNT)
+    out: Path = option(Path("calibration"), "Folder of the plan and of pictures.")
 
 
 @command(CalibrateRequest)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
-
-import typer
+from typing import NamedTuple
 
 from regrow.fields import MOST_CALLS
 from regrow.lab.cli.models import index_of
-from regrow.lab.cli.requests import Request
+from regrow.lab.cli.requests import Request, option
 from regrow.lab.measure.architectures import CONFIGS, NAMES, TRANSFORMERS
 from regrow.lab.measure.variants import Variant, variant
 from regrow.methods.base import DenoiserKind, methods
@@ -23,10 +21,8 @@ USUAL = "By default all steps, half, and what runs on the model."
 class Compared(Request):
     """Which methods are compared."""
 
-    methods: Annotated[
-        str | None, typer.Option(help=f"Comma-separated; the first is the baseline. {USUAL}")
-    ] = None
-    steps: Annotated[int, typer.Option(help="Sampler steps of the methods.", min=1, max=MOST_CALLS)] = 50
+    methods: str | None = option(None, f"Comma-separated; the first is the baseline. {USUAL}")
+    steps: int = option(50, "Sampler steps of the methods.", min=1, max=MOST_CALLS)
 
     def variants(self, usual: Callable[[], tuple[str, ...]]) -> tuple[Variant, ...]:
         """The methods that were named, or all steps, half of them and the usual methods."""

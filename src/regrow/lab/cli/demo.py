@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from regrow import zoo
+from regrow.fields import MOST_CALLS
 from regrow.lab.cli.models import load_pipeline
-from regrow.lab.cli.requests import Request, Seed, Steps, command
+from regrow.lab.cli.requests import Seeded, command, option
 from regrow.lab.cli.terminal import Bar, amount, busy, output, remarks, table_of
 from regrow.lab.measure import contact_sheet, feature_distances, mean_psnr
 from regrow.lab.measure.atomic_files import check_writable
@@ -36,12 +36,11 @@ PAPERS = ("sito:d", "dato:b1", "dato:emoji-fast", "deepcache:5", "spectrum:fast"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoRequest(Request):
+class DemoRequest(Seeded):
     """What to show."""
 
-    out: Annotated[Path, typer.Option(help="Folder for the picture and the table.")] = Path("demo-out")
-    steps: Steps = 50
-    seed: Seed = 0
+    out: Path = option(Path("demo-out"), "Folder for the picture and the table.")
+    steps: int = option(50, "Sampler steps.", min=1, max=MOST_CALLS)
 
 
 @dataclass(frozen=True)

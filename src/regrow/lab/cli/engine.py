@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
-from regrow.lab.cli.requests import Request
+from regrow.lab.cli.requests import Request, option
 from regrow.lab.workers import LocalWorkers, RayWorkers, Workers, import_ray
 
 
@@ -25,16 +24,11 @@ class Engine(Enum):
 class Jobs(Request):
     """What does the jobs, and where."""
 
-    engine: Annotated[Engine, typer.Option(help="What does the work: this process, or a Ray cluster.")] = (
-        Engine.LOCAL
+    engine: Engine = option(Engine.LOCAL, "What does the work: this process, or a Ray cluster.")
+    workers: int | None = option(None, "Workers on the cluster; as many as fit.", min=1)
+    address: str | None = option(
+        None, "Address of the cluster, or auto; one is started on this machine if none."
     )
-    workers: Annotated[int | None, typer.Option(help="Workers on the cluster; as many as fit.", min=1)] = (
-        None
-    )
-    address: Annotated[
-        str | None,
-        typer.Option(help="Address of the cluster, or auto; one is started on this machine if none."),
-    ] = None
 
     def check_engine(self, device: str) -> None:
         """Look before any work whether it can be done so.

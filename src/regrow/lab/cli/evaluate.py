@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.console import Console
 
 from regrow import zoo
@@ -20,7 +19,7 @@ from regrow.lab.cli.ablations import ABLATIONS, ablated, against
 from regrow.lab.cli.default_methods import Compared, usual
 from regrow.lab.cli.engine import Jobs
 from regrow.lab.cli.models import check_pictures, check_room, check_scheduler, find_device, load_pipeline
-from regrow.lab.cli.requests import FromModel, command, prompts_of
+from regrow.lab.cli.requests import FromModel, command, option, prompts_of
 from regrow.lab.cli.terminal import Bar, amount, busy, output, remarks, table_of
 from regrow.lab.measure import contact_sheet
 from regrow.lab.measure.atomic_files import check_writable, write_whole
@@ -54,50 +53,33 @@ SHEET = 8
 class EvalRequest(FromModel, Compared, Jobs):
     """What to evaluate."""
 
-    ablation: Annotated[str | None, typer.Option(help="Instead: " + ", ".join(ABLATIONS) + ".")] = None
-    pairs: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            "--against", help="Two of the methods, a comma between: the first's gain over the second."
-        ),
-    ] = ()
-    prompts: Annotated[
-        str,
-        typer.Option(
-            help="A file (.txt, COCO's captions .json, PartiPrompts' .tsv, DrawBench's .csv), "
-            "coco, parti, drawbench or imagenet from the hub, or a number of the model's own."
-        ),
-    ] = "64"
-    template: Annotated[
-        str | None, typer.Option(help='What each prompt is put into: "a photo of a {}".')
-    ] = None
-    each: Annotated[
-        int | None, typer.Option(help="Pictures a prompt; 2 of ImageNet's classes, else 1.")
-    ] = None
-    first: Annotated[int | None, typer.Option(help="So many of a file's prompts.", min=1)] = None
-    features: Annotated[
-        Network, typer.Option(help="Network of FD and so on; inception is FID's, by torch-fidelity.")
-    ] = Network.EFFNET
-    reference: Annotated[
-        Path | None, typer.Option(help="Folder of true pictures, or what --save-reference wrote.")
-    ] = None
-    save_reference: Annotated[
-        Path | None, typer.Option(help="Keep the reference's features here, .safetensors.")
-    ] = None
-    clip: Annotated[str | None, typer.Option(help="CLIP model for the CLIP score: folder or id.")] = None
-    scores: Annotated[
-        tuple[Path, ...], typer.Option(help="JSON of other tools' scores; see benchmarks/external.")
-    ] = ()
-    export: Annotated[
-        Path | None, typer.Option(help="Write the pictures here as PNG, for other tools.")
-    ] = None
-    out: Annotated[Path, typer.Option(help="Folder for pictures and results; gone on with.")] = Path("eval")
+    ablation: str | None = option(None, "Instead: " + ", ".join(ABLATIONS) + ".")
+    pairs: tuple[str, ...] = option(
+        (), "Two of the methods, a comma between: the first's gain over the second.", "--against"
+    )
+    prompts: str = option(
+        "64",
+        "A file (.txt, COCO's captions .json, PartiPrompts' .tsv, DrawBench's .csv), "
+        "coco, parti, drawbench or imagenet from the hub, or a number of the model's own.",
+    )
+    template: str | None = option(None, 'What each prompt is put into: "a photo of a {}".')
+    each: int | None = option(None, "Pictures a prompt; 2 of ImageNet's classes, else 1.")
+    first: int | None = option(None, "So many of a file's prompts.", min=1)
+    features: Network = option(
+        Network.EFFNET, "Network of FD and so on; inception is FID's, by torch-fidelity."
+    )
+    reference: Path | None = option(None, "Folder of true pictures, or what --save-reference wrote.")
+    save_reference: Path | None = option(None, "Keep the reference's features here, .safetensors.")
+    clip: str | None = option(None, "CLIP model for the CLIP score: folder or id.")
+    scores: tuple[Path, ...] = option((), "JSON of other tools' scores; see benchmarks/external.")
+    export: Path | None = option(None, "Write the pictures here as PNG, for other tools.")
+    out: Path = option(Path("eval"), "Folder for pictures and results; gone on with.")
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The prompts of a file or a named set, or so many of the model's own, again from the first."""
         if self.prompts.isdecimal():
-            if any(option is not None for option in (self.template, self.each, self.first)):
+            if any(value is not None for value in (self.template, self.each, self.first)):
                 raise ValueError(
                     "--template, --each, --first: they go with a file or a named set of prompts"
                 )

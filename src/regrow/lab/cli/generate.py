@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from PIL import Image, UnidentifiedImageError
@@ -19,7 +19,7 @@ from regrow.fields import MOST_CALLS
 from regrow.freeze import check_freezable
 from regrow.lab.cli.models import is_video
 from regrow.lab.cli.options import Accelerated
-from regrow.lab.cli.requests import SIDE, Frames, FromModel, command
+from regrow.lab.cli.requests import SIDE, FromModel, command, option
 from regrow.lab.cli.terminal import Bar, amount, busy, output, remarks, table_of
 from regrow.lab.measure import contact_sheet, mean_psnr
 from regrow.lab.measure.atomic_files import check_writable
@@ -39,33 +39,21 @@ WARM_UP = 2
 class GenerateRequest(FromModel, Accelerated):
     """What to generate."""
 
-    prompt: Annotated[
-        tuple[str, ...], typer.Option(help="Prompt, or class; give it again for more pictures.")
-    ] = ()
-    prompts: Annotated[
-        Path | None, typer.Option(help="Instead: a file of prompts, .txt with one a line; see eval.")
-    ] = None
-    negative_prompt: Annotated[str | None, typer.Option(help="What the pictures shall not show.")] = None
-    image: Annotated[
-        Path | None, typer.Option(help="Picture to begin with, scaled to about the model's size.")
-    ] = None
-    strength: Annotated[
-        float | None, typer.Option(help="How much of --image is made anew, up to 1; the pipeline's own.")
-    ] = None
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, max=MOST_CALLS, help="Sampler steps; 50, or those of a calibrated plan."),
-    ] = None
-    frames: Frames = None
-    fps: Annotated[int, typer.Option(help="Frames of a video a second.", min=1, max=240)] = 8
-    out: Annotated[
-        Path, typer.Option(help="Picture or video file (.mp4, .gif); more prompts get numbers.")
-    ] = Path("out.png")
-    compare: Annotated[bool, typer.Option(help="Also unaccelerated, side by side.")] = False
-    save_schedule: Annotated[
-        Path | None,
-        typer.Option(help="File (.yaml, .json) for what the calls did, to be had again by --schedule."),
-    ] = None
+    prompt: tuple[str, ...] = option((), "Prompt, or class; give it again for more pictures.")
+    prompts: Path | None = option(None, "Instead: a file of prompts, .txt with one a line; see eval.")
+    negative_prompt: str | None = option(None, "What the pictures shall not show.")
+    image: Path | None = option(None, "Picture to begin with, scaled to about the model's size.")
+    strength: float | None = option(None, "How much of --image is made anew, up to 1; the pipeline's own.")
+    steps: int | None = option(
+        None, "Sampler steps; 50, or those of a calibrated plan.", min=1, max=MOST_CALLS
+    )
+    frames: int | None = option(None, "Of a video; its own if none.", min=1)
+    fps: int = option(8, "Frames of a video a second.", min=1, max=240)
+    out: Path = option(Path("out.png"), "Picture or video file (.mp4, .gif); more prompts get numbers.")
+    compare: bool = option(False, "Also unaccelerated, side by side.")
+    save_schedule: Path | None = option(
+        None, "File (.yaml, .json) for what the calls did, to be had again by --schedule."
+    )
 
 
 @command(GenerateRequest)

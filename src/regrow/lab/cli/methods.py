@@ -9,12 +9,11 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from pydantic import BaseModel
 
-from regrow.lab.cli.requests import Request, command
+from regrow.lab.cli.requests import Request, argument, command
 from regrow.methods.base import MethodConfig
 from regrow.methods.catalogue import System, default_of, systems
 from regrow.recover.time import TimeRecovery, recovery_from
@@ -28,7 +27,7 @@ WIDTH = 80
 class MethodsRequest(Request):
     """What to tell of."""
 
-    name: Annotated[str | None, typer.Argument(help="A system: all its fields and presets.")] = None
+    name: str | None = argument(None, "A system: all its fields and presets.")
 
 
 @command(MethodsRequest)

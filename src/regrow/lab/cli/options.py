@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from regrow.fields import MOST_CALLS
 from regrow.hub import PLANS
-from regrow.lab.cli.requests import Request
+from regrow.lab.cli.requests import Request, option
 from regrow.methods.base import MethodConfig, Options
 from regrow.methods.catalogue import configured, default_of
 from regrow.methods.names import named, plain
@@ -25,18 +23,13 @@ FIELDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 class Accelerated(Request):
     """Which method is on the denoiser."""
 
-    method: Annotated[
-        str | None,
-        typer.Option(help="Method; see [b]regrow methods[/b]. Or with settings: cat:0.3+deepcache:2."),
-    ] = None
-    preset: Annotated[str | None, typer.Option(help="Preset of the method.")] = None
-    schedule: Annotated[
-        Path | None, typer.Option(help="Schedule file, YAML or JSON, or hub:owner/name/file.")
-    ] = None
-    ratio: Annotated[float | None, typer.Option(help="One pruning ratio for all calls.")] = None
-    interval: Annotated[
-        int | None, typer.Option(help="A full call every N, depth 1 between.", min=1, max=MOST_CALLS)
-    ] = None
+    method: str | None = option(
+        None, "Method; see [b]regrow methods[/b]. Or with settings: cat:0.3+deepcache:2."
+    )
+    preset: str | None = option(None, "Preset of the method.")
+    schedule: Path | None = option(None, "Schedule file, YAML or JSON, or hub:owner/name/file.")
+    ratio: float | None = option(None, "One pruning ratio for all calls.")
+    interval: int | None = option(None, "A full call every N, depth 1 between.", min=1, max=MOST_CALLS)
 
     def configured(
         self, steps: int, more: Sequence[str], of_schedule: str | None = None
@@ -110,10 +103,10 @@ def method_config(
         if field not in own:
             raise _no_option(option_of(field), [option_of(name) for name in own])
     taken = [f"--{option}" for option in kind.options()]
-    for option in given:
-        if option not in taken:
+    for one in given:
+        if one not in taken:
             allowed = ", ".join(taken) or "none"
-            raise ValueError(f"{option}: {name} does not take it; allowed are {allowed}")
+            raise ValueError(f"{one}: {name} does not take it; allowed are {allowed}")
     config: MethodConfig = kind.from_options(options, steps) if given else default_of(name)
     return config.changed(changes) if changes else config
 

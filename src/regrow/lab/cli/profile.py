@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated
 
 import typer
 
 from regrow.fields import MOST_CALLS
 from regrow.lab.cli.models import config_of
 from regrow.lab.cli.options import Accelerated
-from regrow.lab.cli.requests import Size, command
+from regrow.lab.cli.requests import Size, command, option
 from regrow.lab.cli.terminal import amount, busy, output, remarks, table_of
 from regrow.lab.measure import architecture, architecture_of
 from regrow.lab.measure import profile as count
@@ -21,23 +20,21 @@ from regrow.lab.measure import profile as count
 class ProfileRequest(Size, Accelerated):
     """What to count."""
 
-    arch: Annotated[str | None, typer.Option(help="sd15, sdxl, emoji, sd3-1024 and others.")] = None
-    model: Annotated[str | None, typer.Option(help="Folder or hub id instead; no weights read.")] = None
-    steps: Annotated[int, typer.Option(help="Calls of the denoiser.", min=1, max=MOST_CALLS)] = 50
-    exclude_attention: Annotated[
-        bool, typer.Option("--exclude-attention", help="Leave out products of queries, keys and values.")
-    ] = False
-    per_guided_image: Annotated[
-        bool, typer.Option("--per-guided-image", help="Count both halves of a guided batch, as papers do.")
-    ] = False
-    text_in_full_calls: Annotated[
-        bool | None,
-        typer.Option(
-            "--text-in-full-calls/--text-once",
-            help="Count what depends on the text alone in every full call, or once a generation, as it is "
-            "computed; once, or as papers do with --per-guided-image in every full call.",
-        ),
-    ] = None
+    arch: str | None = option(None, "sd15, sdxl, emoji, sd3-1024 and others.")
+    model: str | None = option(None, "Folder or hub id instead; no weights read.")
+    steps: int = option(50, "Calls of the denoiser.", min=1, max=MOST_CALLS)
+    exclude_attention: bool = option(
+        False, "Leave out products of queries, keys and values.", "--exclude-attention"
+    )
+    per_guided_image: bool = option(
+        False, "Count both halves of a guided batch, as papers do.", "--per-guided-image"
+    )
+    text_in_full_calls: bool | None = option(
+        None,
+        "Count what depends on the text alone in every full call, or once a generation, as it is "
+        "computed; once, or as papers do with --per-guided-image in every full call.",
+        "--text-in-full-calls/--text-once",
+    )
 
 
 @command(ProfileRequest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from regrow import zoo
-from regrow.fields import MOST_CALLS, MOST_COUNT, MOST_GUIDANCE, MOST_PIXELS, MOST_SEED, check_within
+from regrow.fields import MOST_COUNT, MOST_GUIDANCE, MOST_PIXELS, MOST_SEED, check_within
 from regrow.lab.cli.models import check_room, find_device, load_pipeline
 from regrow.lab.cli.terminal import busy
 from regrow.lab.measure.prompts import read_prompts
@@ -34,34 +34,44 @@ SIDE = 8
 """Pixels of which a picture's sides are multiples."""
 
 
+def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
+    """Make a field of a request that is an option.
+
+    Args:
+        default: of the field. A class that inherits the field may give another one, and nothing more.
+        help: what the option means.
+        names: of the option, if not that of the field.
+        settings: others of `typer.Option`.
+    """
+    return field(default=default, metadata={"option": typer.Option(*names, help=help, **settings)})
+
+
+def argument(default: Any, help: str) -> Any:
+    """Make a field of a request that is an argument, as `option` does."""
+    return field(default=default, metadata={"option": typer.Argument(help=help)})
+
+
 def command(kind: type[Request]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function that takes a request, and `typer.Context` if it names a ``context``.
 
-    The options are the fields of the request's class, those that no other command shares first.
-
-    Args:
-        kind: the class. Each field is `Annotated` with its option; one that may be given again is a tuple.
+    The options are the fields of the request's class, those that no other command shares first. One of a
+    field that is a tuple may be given again.
     """
-    hints = get_type_hints(kind, include_extras=True)
-    defaults = {one.name: one.default for one in fields(kind)}
-    several = {name for name in defaults if get_origin(get_args(hints[name])[0]) is tuple}
-    annotations: dict[str, Any] = {"context": typer.Context}
-    for name in (name for one in kind.__mro__ for name in inspect.get_annotations(one)):
-        annotations.setdefault(name, hints[name])
-    for name in several:
-        values, option = get_args(hints[name])
-        annotations[name], defaults[name] = Annotated[list[get_args(values)[0]] | None, option], None  # type: ignore[misc]
-    parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty
-            if (default := defaults.get(name, MISSING)) is MISSING
-            else default,
-            annotation=annotation,
+    hints, defaults = get_type_hints(kind), {one.name: one.default for one in fields(kind)}
+    several = {name for name in defaults if get_origin(hints[name]) is tuple}
+    options: dict[str, Any] = {}
+    for base in kind.__mro__:
+        for name in inspect.get_annotations(base):
+            inherited = base.__dataclass_fields__[name].metadata.get("option")  # type: ignore[attr-defined]
+            options[name] = options.get(name) or inherited
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    for name, one in options.items():
+        typed, default = hints[name], defaults[name]
+        if name in several:
+            typed, default = list[get_args(typed)[0]] | None, None  # type: ignore[misc]
+        parameters.append(
+            parameters[0].replace(name=name, default=default, annotation=Annotated[typed, one])
         )
-        for name, annotation in annotations.items()
-    ]
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         takes_context = "context" in inspect.signature(run).parameters
@@ -71,7 +81,7 @@ def command(kind: type[Request]) -> Callable[[Callable[..., None]], Callable[...
             run(kind(**given), *([context] if takes_context else []))
 
         called.__name__, called.__doc__ = run.__name__, run.__doc__
-        called.__annotations__ = annotations
+        called.__annotations__ = {one.name: one.annotation for one in parameters}
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return called
 
@@ -113,23 +123,11 @@ def _known_scheduler(text: str | None) -> str | None:
     return text
 
 
-Steps = Annotated[int, typer.Option(help="Sampler steps.", min=1, max=MOST_CALLS)]
-Seed = Annotated[
-    int,
-    typer.Option(
-        help="Seed of the first prompt; the others follow.",
-        # Those of the pictures follow it.
-        callback=within(0, MOST_SEED - MOST_COUNT),
-    ),
-]
-Frames = Annotated[int | None, typer.Option(help="Of a video; its own if none.", min=1)]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The option of all commands."""
 
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+    as_json: bool = option(False, "Print JSON instead of a table.", "--json")
 
     def part(self, kind: Callable[..., Made], **others: Any) -> Made:
         """Make an object of another class from the fields that are named alike in both.
@@ -143,41 +141,46 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seeded(Request):
+    """Which noise pictures begin with."""
+
+    seed: int = option(
+        0,
+        "Seed of the first prompt; the others follow.",
+        # Those of the pictures follow it.
+        callback=within(0, MOST_SEED - MOST_COUNT),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Size(Request):
     """How large pictures are."""
 
-    height: Annotated[
-        int | None, typer.Option(help="Height in pixels; the model's own.", callback=_known_side)
-    ] = None
-    width: Annotated[
-        int | None, typer.Option(help="Width in pixels; the model's own.", callback=_known_side)
-    ] = None
+    height: int | None = option(None, "Height in pixels; the model's own.", callback=_known_side)
+    width: int | None = option(None, "Width in pixels; the model's own.", callback=_known_side)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnDevice(Request):
     """What computes."""
 
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is.")] = None
+    device: str | None = option(None, "cpu, cuda, mps; the best there is.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Size, OnDevice):
     """How pictures are sampled."""
 
-    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".", callback=_known_dtype)] = "float32"
+    dtype: str = option("float32", " or ".join(DTYPES) + ".", callback=_known_dtype)
 
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="Scheduler of diffusers instead of the model's: EulerDiscrete, PNDM:skip_prk_steps=true.",
-            callback=_known_scheduler,
-        ),
-    ] = None
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale; the pipeline's own.", callback=within(0, MOST_GUIDANCE)),
-    ] = None
+    scheduler: str | None = option(
+        None,
+        "Scheduler of diffusers instead of the model's: EulerDiscrete, PNDM:skip_prk_steps=true.",
+        callback=_known_scheduler,
+    )
+    guidance: float | None = option(
+        None, "Guidance scale; the pipeline's own.", callback=within(0, MOST_GUIDANCE)
+    )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -186,12 +189,11 @@ class Sampling(Size, OnDevice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromModel(Sampling):
+class FromModel(Sampling, Seeded):
     """Which model makes pictures, and in which batches."""
 
-    model: Annotated[str, typer.Option(help="Bundled name, folder, file of weights, or hub id.")] = "emoji"
-    seed: Seed = 0
-    batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1, max=MOST_COUNT)] = 16
+    model: str = option("emoji", "Bundled name, folder, file of weights, or hub id.")
+    batch: int = option(16, "Pictures in one batch.", min=1, max=MOST_COUNT)
 
     @property
     def scale(self) -> float | None:
@@ -218,7 +220,7 @@ class FromModel(Sampling):
 class Prompted(FromModel):
     """Of which prompts a plan is found."""
 
-    prompts: Annotated[str, typer.Option(help="A file of prompts, or a number of the model's own.")] = "16"
+    prompts: str = option("16", "A file of prompts, or a number of the model's own.")
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -21,7 +21,7 @@ from regrow.fields import MOST_SEED, Checked
 from regrow.files import damaged, read_kept
 from regrow.lab.cli.engine import Engine, Jobs
 from regrow.lab.cli.models import check_room, find_device, load_pipeline
-from regrow.lab.cli.requests import OnDevice, Prompted, command, next_command, within
+from regrow.lab.cli.requests import OnDevice, Prompted, command, next_command, option, within
 from regrow.lab.cli.terminal import Bar, amount, busy, named, output, remarks, table
 from regrow.lab.measure.atomic_files import check_writable
 from regrow.lab.measure.lock import locked
@@ -53,71 +53,50 @@ PATIENCE = 2.0
 class Again(OnDevice, Jobs):
     """What may be said again of a search that goes on: what its result does not depend on."""
 
-    budget: Annotated[
-        str, typer.Option(help="Generations of plans such as 30, or minutes such as 30m.")
-    ] = "30"
-    beside: Annotated[
-        str | None, typer.Option(help="Methods to stand beside the front, as deepcache:5,dato:b1.")
-    ] = None
-    w_ps: Annotated[
-        float | None,
-        typer.Option(
-            "--w-ps",
-            help="Pick the plan of least quality + w_ps cost as well.",
-            callback=within(-1e9, 1e9),
-        ),
-    ] = None
-    plots: Annotated[bool, typer.Option(help="Draw plots and a page as well.")] = True
-    resume: Annotated[
-        Path | None, typer.Option(help="Go on with the search in this folder, with its settings.")
-    ] = None
+    budget: str = option("30", "Generations of plans such as 30, or minutes such as 30m.")
+    beside: str | None = option(None, "Methods to stand beside the front, as deepcache:5,dato:b1.")
+    w_ps: float | None = option(
+        None,
+        "Pick the plan of least quality + w_ps cost as well.",
+        callback=within(-1e9, 1e9),
+    )
+    plots: bool = option(True, "Draw plots and a page as well.")
+    resume: Path | None = option(None, "Go on with the search in this folder, with its settings.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest(Prompted, Again):
     """What to search."""
 
-    method: Annotated[str, typer.Option(help="See [b]regrow methods[/b]; or two, as deepcache+tome.")] = (
-        "dato"
+    method: str = option("dato", "See [b]regrow methods[/b]; or two, as deepcache+tome.")
+    steps: str = option("50", "Sampler steps; 12..50 searches for their number too.")
+    objective: tuple[str, ...] = option(
+        (),
+        "quality:deviation, psnr, features, fd, clip or imagereward; cost:macs, latency or "
+        "memory. Give it again for more.",
     )
-    steps: Annotated[str, typer.Option(help="Sampler steps; 12..50 searches for their number too.")] = "50"
-    objective: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            help="quality:deviation, psnr, features, fd, clip or imagereward; cost:macs, latency or "
-            "memory. Give it again for more."
-        ),
-    ] = ()
-    algorithm: Annotated[Algorithm, typer.Option(help="How plans are proposed.")] = Algorithm.NSGA2
-    population: Annotated[int, typer.Option(help="Plans in a generation.", min=2)] = 20
-    crossover: Annotated[float, typer.Option(help="Probability of crossover.", min=0, max=1)] = 0.7
-    crossover_eta: Annotated[float, typer.Option(help="Its distribution index.")] = 7.0
-    mutation: Annotated[float, typer.Option(help="Probability of mutation.", min=0, max=1)] = 0.4
-    mutation_eta: Annotated[float, typer.Option(help="Its distribution index.")] = 15.0
-    uniform: Annotated[
-        float, typer.Option(help="Share of the first generation that is the same at every step.")
-    ] = 0.5
-    rungs: Annotated[
-        str | None,
-        typer.Option(help="Numbers of prompts of successive halving, as 2,4,8,16; by default doubling."),
-    ] = None
-    patience: Annotated[
-        float | None,
-        typer.Option(
-            help="A plan so many times worse than a cheaper one is given up; 2 if it can be; 0: never."
-        ),
-    ] = None
-    choices: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            help="Other choices of a variable, as ratio=0,0.5, depth=0,1,full or recovery=reuse,taylor. "
-            "Give it again for another variable."
-        ),
-    ] = ()
-    search_seed: Annotated[int, typer.Option(help="Seed of the search.", min=0, max=MOST_SEED)] = 0
-    clip: Annotated[str | None, typer.Option(help="CLIP model of quality:clip.")] = None
-    rounds: Annotated[int, typer.Option(help="Runs in turns for cost:latency.", min=1)] = 3
-    out: Annotated[Path, typer.Option(help="Folder of the search; gone on with.")] = Path("search")
+    algorithm: Algorithm = option(Algorithm.NSGA2, "How plans are proposed.")
+    population: int = option(20, "Plans in a generation.", min=2)
+    crossover: float = option(0.7, "Probability of crossover.", min=0, max=1)
+    crossover_eta: float = option(7.0, "Its distribution index.")
+    mutation: float = option(0.4, "Probability of mutation.", min=0, max=1)
+    mutation_eta: float = option(15.0, "Its distribution index.")
+    uniform: float = option(0.5, "Share of the first generation that is the same at every step.")
+    rungs: str | None = option(
+        None, "Numbers of prompts of successive halving, as 2,4,8,16; by default doubling."
+    )
+    patience: float | None = option(
+        None, "A plan so many times worse than a cheaper one is given up; 2 if it can be; 0: never."
+    )
+    choices: tuple[str, ...] = option(
+        (),
+        "Other choices of a variable, as ratio=0,0.5, depth=0,1,full or recovery=reuse,taylor. "
+        "Give it again for another variable.",
+    )
+    search_seed: int = option(0, "Seed of the search.", min=0, max=MOST_SEED)
+    clip: str | None = option(None, "CLIP model of quality:clip.")
+    rounds: int = option(3, "Runs in turns for cost:latency.", min=1)
+    out: Path = option(Path("search"), "Folder of the search; gone on with.")
 
     def settings(self) -> SearchSettings:
         """What decides the result.

@@ -6,15 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
 from regrow import zoo
-from regrow.fields import MOST_COUNT
 from regrow.lab.cli.default_methods import USUAL, Compared, usual
-from regrow.lab.cli.requests import FromModel, command
+from regrow.lab.cli.requests import FromModel, command, option
 from regrow.lab.cli.terminal import Bar, amount, busy, named, output, remarks, table_of
 from regrow.lab.cli.trace_plots import draw
 from regrow.lab.measure.atomic_files import check_writable
@@ -29,18 +27,15 @@ from regrow.lab.measure.variants import Variant
 class TraceRequest(FromModel, Compared):
     """What to look at."""
 
-    methods: Annotated[
-        str | None, typer.Option(help=f"Comma-separated; the first is unaccelerated. {USUAL}")
-    ] = None
-    prompt: Annotated[tuple[str, ...], typer.Option(help="Prompt; give it again for more.")] = ()
-    prompts: Annotated[int | None, typer.Option(help="Instead: so many of the model's own.", min=1)] = None
-    module: Annotated[
-        tuple[str, ...],
-        typer.Option(help="Module whose output's change is shown, instead of the pruned blocks' inputs."),
-    ] = ()
-    batch: Annotated[int, typer.Option(help="Pictures in one batch.", min=1, max=MOST_COUNT)] = 4
-    out: Annotated[Path, typer.Option(help="Folder for trace.json and the plots.")] = Path("trace")
-    plots: Annotated[bool, typer.Option(help="Draw PNGs as well.")] = True
+    methods: str | None = option(None, f"Comma-separated; the first is unaccelerated. {USUAL}")
+    prompt: tuple[str, ...] = option((), "Prompt; give it again for more.")
+    prompts: int | None = option(None, "Instead: so many of the model's own.", min=1)
+    module: tuple[str, ...] = option(
+        (), "Module whose output's change is shown, instead of the pruned blocks' inputs."
+    )
+    batch: int = 4
+    out: Path = option(Path("trace"), "Folder for trace.json and the plots.")
+    plots: bool = option(True, "Draw PNGs as well.")
 
 
 @command(TraceRequest)

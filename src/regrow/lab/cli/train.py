@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
@@ -15,7 +14,7 @@ import typer
 from regrow import zoo
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, MOST_COUNT, MOST_SEED
 from regrow.lab.cli.models import find_device, load_pipeline
-from regrow.lab.cli.requests import Request, command
+from regrow.lab.cli.requests import Request, command, option
 from regrow.lab.cli.terminal import Bar, busy, output, remarks, table
 from regrow.lab.measure.atomic_files import check_writable
 from regrow.lab.measure.lock import locked
@@ -48,89 +47,68 @@ class Precision(str, Enum):
     FP16 = "fp16"
 
 
-OptimiserSteps = Annotated[int, typer.Option(help="Steps of the optimiser.", min=1, max=MOST_COUNT)]
-Lr = Annotated[float, typer.Option(help="Learning rate.")]
-Price = Annotated[float, typer.Option("--lambda", help="Price of computing.", min=0, max=1e3)]
-LastBlocks = Annotated[int, typer.Option(help="Blocks that are always computed.", min=0, max=MOST_BLOCKS)]
-Out = Annotated[Path, typer.Option(help="Folder of the file, checkpoint and pictures.")]
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest(Request):
     """How to train, whatever is trained."""
 
-    model: Annotated[
-        str, typer.Option(help="Bundled name, folder, or hub id; DiT, PixArt, Latte or Wan.")
-    ] = "cifar10"
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of pictures, or of videos (mp4, gif, webp, folders of frames), with captions "
-            "(NAME.txt, or the name of the folder).",
-        ),
-    ] = None
-    pictures: Annotated[
-        int,
-        typer.Option(
-            help="Instead of --data: pictures or videos that the model makes.", min=2, max=MOST_COUNT
-        ),
-    ] = 256
-    picture_steps: Annotated[int, typer.Option(help="Sampler steps of these.", min=1, max=MOST_CALLS)] = 50
-    height: Annotated[int | None, typer.Option(help="In pixels; the model's own if none.", min=8)] = None
-    width: Annotated[int | None, typer.Option(help="In pixels.", min=8)] = None
-    frames: Annotated[int | None, typer.Option(help="Of a video; the model's own if none.", min=1)] = None
-    prompts: Annotated[str | None, typer.Option(help="A file of their prompts; the model's own.")] = None
-    steps: OptimiserSteps = 10_000
-    lr: Lr
-    batch: Annotated[int, typer.Option(help="Examples a step.", min=1, max=MOST_COUNT)] = 8
-    sampler_steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=2, max=MOST_CALLS)] = 50
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.", min=0, max=MOST_SEED)] = 0
-    every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1, max=MOST_COUNT)] = 100
-    precision: Annotated[Precision, typer.Option(help="Of what is computed.")] = Precision.NO
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Less memory: compute blocks again.")
-    ] = False
-    device: Annotated[str | None, typer.Option(help="cpu, or what accelerate finds: cuda, mps.")] = None
-    out: Out
-    resume: Annotated[bool, typer.Option("--resume/--anew", help="Go on from the folder's checkpoint.")] = (
-        True
+    model: str = option("cifar10", "Bundled name, folder, or hub id; DiT, PixArt, Latte or Wan.")
+    data: Path | None = option(
+        None,
+        "Folder of pictures, or of videos (mp4, gif, webp, folders of frames), with captions "
+        "(NAME.txt, or the name of the folder).",
     )
+    pictures: int = option(
+        256, "Instead of --data: pictures or videos that the model makes.", min=2, max=MOST_COUNT
+    )
+    picture_steps: int = option(50, "Sampler steps of these.", min=1, max=MOST_CALLS)
+    height: int | None = option(None, "In pixels; the model's own if none.", min=8)
+    width: int | None = option(None, "In pixels.", min=8)
+    frames: int | None = option(None, "Of a video; the model's own if none.", min=1)
+    prompts: str | None = option(None, "A file of their prompts; the model's own.")
+    steps: int = option(10_000, "Steps of the optimiser.", min=1, max=MOST_COUNT)
+    lr: float = option(1e-4, "Learning rate.")
+    batch: int = option(8, "Examples a step.", min=1, max=MOST_COUNT)
+    sampler_steps: int = option(50, "Steps of the sampler.", min=2, max=MOST_CALLS)
+    seed: int = option(0, "Of everything that is drawn.", min=0, max=MOST_SEED)
+    every: int = option(100, "Steps between checkpoints.", min=1, max=MOST_COUNT)
+    precision: Precision = option(Precision.NO, "Of what is computed.")
+    checkpointing: bool = option(False, "Less memory: compute blocks again.", "--checkpointing")
+    device: str | None = option(None, "cpu, or what accelerate finds: cuda, mps.")
+    out: Path = option(Path("trained"), "Folder of the file, checkpoint and pictures.")
+    resume: bool = option(True, "Go on from the folder's checkpoint.", "--resume/--anew")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorRequest(TrainRequest):
     """How to train a predictor."""
 
-    steps: OptimiserSteps = 40_000
-    lr: Lr = 1e-5
-    price: Price = 1e-4
-    last_blocks: LastBlocks = 4
-    samples: Annotated[int, typer.Option(help="That the table is made of.", min=1, max=4096)] = 64
-    out: Out = Path("predictor")
+    steps: int = 40_000
+    lr: float = 1e-5
+    price: float = option(1e-4, "Price of computing.", "--lambda", min=0, max=1e3)
+    last_blocks: int = option(4, "Blocks that are always computed.", min=0, max=MOST_BLOCKS)
+    samples: int = option(64, "That the table is made of.", min=1, max=4096)
+    out: Path = Path("predictor")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefineRequest(TrainRequest):
     """How to train a refinement."""
 
-    trained: Annotated[
-        str | None, typer.Option("--predictor", help="Its file; the bundled one, if the model has one.")
-    ] = None
-    lr: Lr = 1e-4
-    ratio: Annotated[float, typer.Option(help="Share of the updates not computed.", min=0, max=1)] = 0.9
-    rank: Annotated[int, typer.Option(help="Of the updates of weights.", min=1, max=1024)] = 8
-    last_blocks: LastBlocks = 4
-    out: Out = Path("refined")
+    trained: str | None = option(None, "Its file; the bundled one, if the model has one.", "--predictor")
+    ratio: float = option(0.9, "Share of the updates not computed.", min=0, max=1)
+    rank: int = option(8, "Of the updates of weights.", min=1, max=1024)
+    last_blocks: int = option(4, "Blocks that are always computed.", min=0, max=MOST_BLOCKS)
+    out: Path = Path("refined")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterRequest(TrainRequest):
     """How to train a router."""
 
-    lr: Lr = 1e-2
-    price: Price = 1e-4
-    threshold: Annotated[float, typer.Option(help="Layers above it are computed.", min=0, max=1)] = 0.5
-    out: Out = Path("router")
+    lr: float = 1e-2
+    price: float = option(1e-4, "Price of computing.", "--lambda", min=0, max=1e3)
+    threshold: float = option(0.5, "Layers above it are computed.", min=0, max=1)
+    out: Path = Path("router")
 
 
 @train_app.command()
