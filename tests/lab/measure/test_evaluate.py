@@ -31,7 +31,8 @@ from torch import Tensor
 
 from regrow.lab import cli
 from regrow.lab.cli.ablations import ABLATIONS, ablated
-from regrow.lab.cli.evaluate import patient, print_rows
+from regrow.lab.cli.evaluate import print_rows
+from regrow.lab.cli.terminal import progress
 from regrow.lab.measure import machine
 from regrow.lab.measure.evaluate import Gain, Pictures, Quality, Setting, Shard, ShardMaker, compare
 from regrow.lab.measure.extractors import Features, Labels
@@ -782,7 +783,7 @@ def test_what_cannot_be_made_costs_no_look_at_the_reference(
 def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=100)
-    with patient(console, "comparing", 3, after) as advance:
+    with progress(console, "comparing", 3, after) as advance:
         for _ in range(3):
             time.sleep(0.001)
             advance()

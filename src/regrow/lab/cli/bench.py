@@ -16,7 +16,7 @@ from regrow.core.compiling import compile_blocks
 from regrow.lab.cli.default_methods import Compared, usual
 from regrow.lab.cli.models import check_room, find_device, load_pipeline
 from regrow.lab.cli.requests import Sampling, command, option
-from regrow.lab.cli.terminal import Bar, amount, busy, output, remarks, table
+from regrow.lab.cli.terminal import amount, busy, output, progress, remarks, table
 from regrow.lab.measure.atomic_files import check_writable, write_whole
 from regrow.lab.measure.bench import BenchRow
 from regrow.lab.measure.bench import bench as measure
@@ -111,33 +111,30 @@ def run_bench(
     known: Sequence[str] = ("0",) if takes_classes(pipeline) else ("a photo",)
     if request.model is not None and zoo.bundles(request.model):
         known = zoo.captions(request.model)
-    sampled: dict[str, Any] = {
-        "guidance": zoo.guidance_of(request.model, request.guidance),
-        "frames": request.frames,
-        "height": request.height,
-        "width": request.width,
-        "rounds": request.rounds,
-    }
+    sampled = request.values("frames", "height", "width", "rounds")
+    sampled["guidance"] = zoo.guidance_of(request.model, request.guidance)
     head: dict[str, Any] = {
         "what": "time and memory of generations",
         "model": request.model or f"{request.arch}, random weights",
         "model_key": "" if request.model is None else model_key(request.model),
         "images": images,
         **sampled,
-        "dtype": request.dtype,
+        **request.values("dtype", "compiled"),
         "scheduler": type(pipeline.scheduler).__name__,
         "scheduler_given": request.scheduler,
-        "compiled": request.compiled,
         "machine": machine(device, packages),
     }
-    with Written(head, request.out, request.as_json) as written, Bar(console) as bar:
-        task = bar.add_task("warming up", total=len(variants) * (request.rounds + 2))
+    total = len(variants) * (request.rounds + 2)
+    with (
+        Written(head, request.out, request.as_json) as written,
+        progress(console, "warming up", total) as update,
+    ):
         rows = measure(
             pipeline,
             variants,
             list(islice(cycle(request.prompt or known), images)),
             **sampled,
-            on_generation=lambda name: bar.update(task, advance=1, description=name),
+            on_generation=lambda name: update(advance=1, description=name),
             on_timed=written.timed,
         )
         written.all(rows)

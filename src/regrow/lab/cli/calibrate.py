@@ -12,7 +12,7 @@ from regrow.fields import MOST_CALLS, MOST_COUNT
 from regrow.lab.calibration.calibrate import Calibration, Progress, Settings, Wish, plan_for
 from regrow.lab.calibration.search import FewerSteps
 from regrow.lab.cli.requests import Prompted, command, next_command, option
-from regrow.lab.cli.terminal import Bar, output, remarks, table
+from regrow.lab.cli.terminal import output, progress, remarks, table
 from regrow.lab.measure import contact_sheet
 from regrow.lab.measure.atomic_files import check_writable, write_whole
 from regrow.lab.measure.images import on_white
@@ -56,11 +56,10 @@ def _calibrate(request: CalibrateRequest, prompts: tuple[str, ...], settings: Se
     """Find the plan, write it, and say what was tried, in a folder that nobody else writes."""
     console = remarks()
     pipeline = request.load(console, request.batch)
-    with Bar(console) as bar:
-        task = bar.add_task("", total=None)
+    with progress(console) as update:
 
-        def told(progress: Progress) -> None:
-            bar.update(task, description=progress.what, completed=progress.done, total=progress.total)
+        def told(now: Progress) -> None:
+            update(description=now.what, completed=now.done, total=now.total)
 
         request.out.mkdir(parents=True, exist_ok=True)
         recording = request.out / "recording.json"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +42,6 @@ class DemoRequest(Seeded):
 
     out: Path = option(Path("demo-out"), "Folder for the picture and the table.")
     steps: int = option(50, "Sampler steps.", min=1, max=MOST_CALLS)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the demo's table; differences are means over the prompts.
-
-    Args:
-        method: what ran.
-        seconds: per image.
-        speedup: over the unaccelerated run.
-        macs_ratio: MACs of the unaccelerated denoiser over those of the method.
-        psnr: in dB to the unaccelerated picture of the same seed.
-        feature_distance: 1 - cosine of EfficientNet-Lite0 features; None without the extractor.
-    """
-
-    method: str
-    seconds: float
-    speedup: float
-    macs_ratio: float
-    psnr: float | None
-    feature_distance: float | None
 
 
 @command(DemoRequest)
@@ -113,7 +93,7 @@ def run_demo(request: DemoRequest) -> None:
     with busy(console, "comparing the pictures"):
         rows = [_row(name, pictures, ratio) for name, ratio in ratios.items()]
     out.mkdir(parents=True, exist_ok=True)
-    said = {r.method: f"{r.method}\n{r.seconds:.2f} s ({r.speedup:.1f}x)" for r in rows}
+    said = {row["method"]: "{method}\n{seconds:.2f} s ({speedup:.1f}x)".format(**row) for row in rows}
     for file, variants in sheets.items():
         sheet = contact_sheet(
             list(zip(*(pictures[one.name].images for one in variants), strict=True)),
@@ -121,42 +101,47 @@ def run_demo(request: DemoRequest) -> None:
             labels=PROMPTS,
         )
         sheet.save(out / file)
-    result = {"steps": steps, "seed": request.seed, "machine": machine(), "rows": [asdict(r) for r in rows]}
+    result = {"steps": steps, "seed": request.seed, "machine": machine(), "rows": rows}
     text = json.dumps(result, indent=1)
     (out / "demo.json").write_text(text + "\n", encoding="utf-8")
     if request.as_json:
         print(text)
         return
-    columns: dict[str, Callable[[Row], str]] = {
-        "method": lambda row: row.method,
-        "s an\nimage": lambda row: f"{row.seconds:.2f}",
-        "speed-up": lambda row: f"{row.speedup:.2f}x",
-        "MACs": lambda row: f"{row.macs_ratio:.2f}x fewer",
-        "PSNR\ndB": lambda row: amount(row.psnr, ".1f"),
-        "feature\ndistance": lambda row: amount(row.feature_distance, ".3f"),
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "method": lambda row: row["method"],
+        "s an\nimage": lambda row: f"{row['seconds']:.2f}",
+        "speed-up": lambda row: f"{row['speedup']:.2f}x",
+        "MACs": lambda row: f"{row['macs_ratio']:.2f}x fewer",
+        "PSNR\ndB": lambda row: amount(row["psnr"], ".1f"),
+        "feature\ndistance": lambda row: amount(row["feature_distance"], ".3f"),
     }
     output().print(table_of(rows, columns))
-    if rows[-1].feature_distance is None:
+    if rows[-1]["feature_distance"] is None:
         print("feature distance: needs the extractor, pip install 'regrow[measure]'")
     for file in sheets:
         print(out / file)
 
 
-def _row(name: str, pictures: dict[str, Pictures], macs_ratio: float) -> Row:
+def _row(name: str, pictures: dict[str, Pictures], macs_ratio: float) -> dict[str, Any]:
+    """A row of the demo's table.
+
+    Seconds are per image; speed-up and MACs are those of the unaccelerated run over the method's.
+    Differences are means over the prompts: ``psnr`` in dB to the unaccelerated picture of the same seed,
+    and ``feature_distance``, 1 - cosine of EfficientNet-Lite0 features, None without the extractor.
+    """
     plain, mine = pictures["unaccelerated"], pictures[name]
-    seconds = mine.seconds / len(mine.images)
-    speedup = plain.seconds / mine.seconds
+    row = {
+        "method": name,
+        "seconds": mine.seconds / len(mine.images),
+        "speedup": plain.seconds / mine.seconds,
+        "macs_ratio": macs_ratio,
+        "psnr": None,
+        "feature_distance": None,
+    }
     if mine is plain:
-        return Row(name, seconds, 1.0, 1.0, None, None)
-    try:
+        return row
+    row["psnr"] = mean_psnr(zip(plain.images, mine.images, strict=True))
+    with suppress(MissingWeightsError):
         features = feature_distances(plain.images, mine.images)
-    except MissingWeightsError:
-        features = []
-    return Row(
-        name,
-        seconds,
-        speedup,
-        macs_ratio,
-        mean_psnr(zip(plain.images, mine.images, strict=True)),
-        sum(features) / len(features) if features else None,
-    )
+        row["feature_distance"] = sum(features) / len(features)
+    return row

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from regrow.lab.cli.default_methods import Compared, usual
 from regrow.lab.cli.engine import Jobs
 from regrow.lab.cli.models import check_pictures, check_room, check_scheduler, find_device, load_pipeline
 from regrow.lab.cli.requests import FromModel, command, option, prompts_of
-from regrow.lab.cli.terminal import Bar, amount, busy, output, remarks, table_of
+from regrow.lab.cli.terminal import amount, busy, output, progress, remarks, table_of
 from regrow.lab.measure import contact_sheet
 from regrow.lab.measure.atomic_files import check_writable, write_whole
 from regrow.lab.measure.clip import ClipScore
@@ -34,12 +34,12 @@ from regrow.lab.measure.evaluate import (
     compare,
 )
 from regrow.lab.measure.external_scores import Scores, check_export, export, read_scores
-from regrow.lab.measure.extractors import Extractor, Labels, Network, extractor
+from regrow.lab.measure.extractors import Labels, Network, extractor
 from regrow.lab.measure.images import to_picture
 from regrow.lab.measure.lock import locked
 from regrow.lab.measure.machine import machine, model_key, text_key
 from regrow.lab.measure.prompts import PromptSet, fetch, named, read_prompts
-from regrow.lab.measure.reference import Reference, load, of_pictures, pictures_in
+from regrow.lab.measure.reference import load, of_pictures, pictures_in
 from regrow.lab.measure.sampling import check_prompts
 from regrow.lab.measure.variants import Variant, variant
 
@@ -158,8 +158,11 @@ def _evaluate(request: EvalRequest, variants: Sequence[Variant], against: Mappin
         check_scheduler(request.model, request.scheduler)
     if request.export is not None:
         check_export(request.export, setting)
-    reference = _reference_file(request.reference, seer)
-    true_pictures = pictures_in(request.reference) if request.reference and reference is None else []
+    true, reference, true_pictures = request.reference, None, []
+    if true is not None and true.suffix == ".safetensors":
+        reference = load(true, seer)
+    elif true is not None:
+        true_pictures = pictures_in(true)
     with busy(console, "loading the CLIP model") if request.clip is not None else nullcontext():
         clip = None if request.clip is None else ClipScore(request.clip, device)
     pictures = Pictures(request.out, setting, device, request.threads)
@@ -172,36 +175,32 @@ def _evaluate(request: EvalRequest, variants: Sequence[Variant], against: Mappin
             soft_wrap=True,
         )
     _make(request, pictures, variants, device, console)
-    if true_pictures:
+    if true is not None and reference is None:
         # After the pictures, which are kept: what refuses to be made must not cost a look at all of these.
-        reference = _reference(request, true_pictures, seer, console)
+        with progress(console, "reference", len(true_pictures), after=2) as advance:
+            reference = of_pictures(true.resolve().name, true_pictures, seer, on_picture=advance)
+        if request.save_reference is not None:
+            reference.save(request.save_reference, seer)
+    # Of what takes less than two seconds no bar is shown.
     shards = len(variants) * len(list(setting.shards()))
-    with patient(console, "comparing", shards) as advance:
+    with progress(console, "comparing", shards, after=2) as advance:
         rows = compare(pictures, variants, seer, reference, clip, against, on_shard=advance)
     if request.export is not None:
-        with patient(console, "exporting", shards) as advance:
+        with progress(console, "exporting", shards, after=2) as advance:
             export(request.export, pictures, variants, on_shard=advance)
     result: dict[str, Any] = {
         "what": "quality of generated pictures",
-        "model": request.model,
+        **request.values("model", "seed", "batch", "steps", "height", "width", "dtype", "clip", "workers"),
         "model_key": pictures.setting.model_key,
         "prompts": len(setting.prompts),
         "prompts_key": text_key(setting.prompts),
-        "seed": request.seed,
-        "batch": request.batch,
-        "steps": request.steps,
         "guidance": request.scale,
         "scheduler_given": request.scheduler,
-        "height": request.height,
-        "width": request.width,
-        "dtype": request.dtype,
         "features": seer.labels.network,
         "labels": {name: text for name, text in vars(seer.labels).items() if name != "network"},
         "reference": "the baseline's pictures" if reference is None else reference.name,
         "reference_pictures": None if reference is None else len(reference.pooled),
-        "clip": request.clip,
         "engine": request.engine.value,
-        "workers": request.workers,
         "machine": machine(device),
         "made_otherwise": [one.name for one in variants if pictures.made_otherwise(one)],
         "rows": [row.to_dict() | {"scores": scores[row.name]} for row in rows],
@@ -218,39 +217,6 @@ def _evaluate(request: EvalRequest, variants: Sequence[Variant], against: Mappin
         print(file)
 
 
-def _reference_file(where: Path | None, seer: Extractor) -> Reference | None:
-    """The reference if it is a file of features."""
-    return load(where, seer) if where is not None and where.suffix == ".safetensors" else None
-
-
-def _reference(request: EvalRequest, files: list[Path], seer: Extractor, console: Console) -> Reference:
-    """The features of the reference's pictures, kept if that was asked for."""
-    name = "" if request.reference is None else request.reference.resolve().name
-    with patient(console, "reference", len(files)) as advance:
-        found = of_pictures(name, files, seer, on_picture=advance)
-    if request.save_reference is not None:
-        found.save(request.save_reference, seer)
-    return found
-
-
-@contextmanager
-def patient(console: Console, what: str, total: int, after: float = 2.0) -> Iterator[Callable[[], None]]:
-    """A progress bar that shows itself only once the work has taken some seconds.
-
-    Args:
-        console: where it shows.
-        what: is done.
-        total: how often what it yields will be called.
-        after: seconds.
-
-    Yields:
-        What advances it by one.
-    """
-    with Bar(console, after=after) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
-
-
 def _make(
     request: EvalRequest, pictures: Pictures, variants: Sequence[Variant], device: str, console: Console
 ) -> None:
@@ -261,15 +227,12 @@ def _make(
     s = pictures.setting
     check_room(s.model, s.height, s.width, min(s.shard, len(s.prompts)), device, request.torch_dtype)
     maker = partial(_maker, replace(s, model=zoo.from_anywhere(s.model)), device, asked)
-    with request.open(maker, device) as workers, Bar(console) as progress:
-        task = progress.add_task(
-            f"loading {request.model}", total=sum(len(pictures.missing(one)) for one in asked)
-        )
-
-        def advance(one: Variant) -> None:
-            progress.update(task, description=one.name, advance=1)
-
-        pictures.make_all(workers, variants, advance)
+    total = sum(len(pictures.missing(one)) for one in asked)
+    with (
+        request.open(maker, device) as workers,
+        progress(console, f"loading {request.model}", total) as update,
+    ):
+        pictures.make_all(workers, variants, lambda one: update(description=one.name, advance=1))
 
 
 def _maker(setting: Setting, device: str, variants: Sequence[Variant]) -> ShardMaker:

@@ -143,7 +143,7 @@ def run_generate(request: GenerateRequest, asked: Variant) -> None:
         "prompts": list(request.prompt),
         "image": None if request.image is None else str(request.image),
         "steps": asked.steps,
-        **{name: getattr(request, name) for name in (*sampled, "dtype")},
+        **request.values(*sampled, "dtype"),
         "scheduler_given": request.scheduler,
         "model_key": model_key(request.model),
         "guidance": request.scale,

@@ -125,7 +125,7 @@ def _known_scheduler(text: str | None) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The option of all commands."""
+    """What every command is asked."""
 
     as_json: bool = option(False, "Print JSON instead of a table.", "--json")
 
@@ -137,7 +137,11 @@ class Request:
             others: its fields that are not named alike, or mean something else.
         """
         alike = {one.name for one in fields(self)} & inspect.signature(kind).parameters.keys()
-        return kind(**{name: getattr(self, name) for name in alike} | others)
+        return kind(**self.values(*alike) | others)
+
+    def values(self, *names: str) -> dict[str, Any]:
+        """Some of the fields, by their names."""
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

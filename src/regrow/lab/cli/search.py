@@ -110,7 +110,7 @@ class SearchRequest(Prompted, Again):
             steps=parse_steps(self.steps),
             prompts=prompts,
             objectives=names,
-            operators={name: getattr(self, name) for name in Operators.model_fields},
+            operators=self.values(*Operators.model_fields),
             economy=parse_economy(self.rungs, self.patience, len(prompts), names),
             budget=self.budget if self.algorithm is Algorithm.STAGED else None,
             choices=parse_choices(self.choices),

@@ -177,6 +177,26 @@ class Bar(Progress):
         self.console.print(one_line(said), soft_wrap=True)
 
 
+@contextmanager
+def progress(
+    console: Console, what: str = "", total: float | None = None, after: float = 0.0
+) -> Iterator[Callable[..., None]]:
+    """A `Bar` of one task.
+
+    Args:
+        console: where it shows.
+        what: is done.
+        total: how much of it there is, if that is known yet.
+        after: seconds before it shows.
+
+    Yields:
+        What changes it, with the arguments of rich's `Progress.update`; ``advance=1`` by default.
+    """
+    with Bar(console, after=after) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda **changes: bar.update(task, **(changes or {"advance": 1}))
+
+
 class _Named(TextColumn):
     def render(self, task: Task) -> Text:
         return Text(one_line(self.text_format.format(task=task)))

@@ -67,10 +67,7 @@ def run_trace(request: TraceRequest, variants: Sequence[Variant], prompts: tuple
             prompts,
             modules=request.module,
             guidance=request.scale,
-            seed=request.seed,
-            height=request.height,
-            width=request.width,
-            batch=request.batch,
+            **request.values("seed", "height", "width", "batch"),
             on_step=lambda name, done: bar.update(tasks[name], completed=done),
         )
     request.out.mkdir(parents=True, exist_ok=True)
@@ -80,13 +77,10 @@ def run_trace(request: TraceRequest, variants: Sequence[Variant], prompts: tuple
             files = draw(found, prompts, request.out)
     result: dict[str, Any] = {
         "what": "inside generations",
-        "model": request.model,
+        **request.values("model", "seed", "steps", "dtype"),
         "model_key": key,
         "prompts": list(prompts),
-        "seed": request.seed,
-        "steps": request.steps,
         "guidance": request.scale,
-        "dtype": request.dtype,
         "scheduler": type(pipeline.scheduler).__name__,
         "scheduler_given": request.scheduler,
         "machine": machine(pipeline.device),

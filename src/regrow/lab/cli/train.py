@@ -15,7 +15,7 @@ from regrow import zoo
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, MOST_COUNT, MOST_SEED
 from regrow.lab.cli.models import find_device, load_pipeline
 from regrow.lab.cli.requests import Request, command, option
-from regrow.lab.cli.terminal import Bar, busy, output, remarks, table
+from regrow.lab.cli.terminal import busy, output, progress, remarks, table
 from regrow.lab.measure.atomic_files import check_writable
 from regrow.lab.measure.lock import locked
 from regrow.lab.measure.plotting import check_matplotlib
@@ -198,11 +198,8 @@ def _trained(request: TrainRequest, work: Callable[[Workplace], Trained]) -> Tra
         prompts = zoo.prompts_of(request.model, request.pictures, "give --prompts or --data")
     data = Data(
         folder=None if request.data is None else str(request.data),
-        pictures=request.pictures,
         steps=request.picture_steps,
-        height=request.height,
-        width=request.width,
-        frames=request.frames,
+        **request.values("pictures", "height", "width", "frames"),
         guidance=zoo.guidance_of(request.model),
     )
     console = remarks()
@@ -210,11 +207,10 @@ def _trained(request: TrainRequest, work: Callable[[Workplace], Trained]) -> Tra
         pipeline = load_pipeline(request.model, device, torch.float32, videos=True)
     if not request.resume:
         forget(request.out)
-    with Bar(console) as bar:
-        task = bar.add_task("", total=None)
+    with progress(console) as update:
 
         def told(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+            update(description=what, completed=done, total=total)
 
         place = workplace(
             pipeline,
