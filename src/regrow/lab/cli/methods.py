@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from regrow.lab.cli.options import settable
 from regrow.lab.cli.requests import Request, argument, command
 from regrow.methods.base import MethodConfig
 from regrow.methods.catalogue import System, default_of, systems
@@ -110,11 +111,10 @@ def in_full(system: System, config: type[MethodConfig]) -> Iterator[str]:
 def fields_of(config: type[MethodConfig]) -> Iterator[dict[str, Any]]:
     """Name, default and meaning of each field that a user sets."""
     about = _arguments(config)
-    for name, info in config.model_fields.items():
-        if name not in ("method", "version", "found"):
-            required = info.is_required()
-            default = None if required else _plain(info.default)
-            yield {"name": name, "required": required, "default": default, "about": about.get(name, "")}
+    for name, info in settable(config).items():
+        required = info.is_required()
+        default = None if required else _plain(info.default)
+        yield {"name": name, "required": required, "default": default, "about": about.get(name, "")}
 
 
 def _arguments(config: type[MethodConfig]) -> dict[str, str]:
@@ -126,9 +126,9 @@ def _arguments(config: type[MethodConfig]) -> dict[str, str]:
 
 def _changes(config: type[MethodConfig], preset: MethodConfig) -> Iterator[str]:
     """The fields of a preset that are not the defaults."""
-    for name, info in config.model_fields.items():
+    for name, info in settable(config).items():
         value = getattr(preset, name)
-        if value != info.default and name not in ("method", "version", "found"):
+        if value != info.default:
             yield f"{name}={_plain(value)}"
 
 

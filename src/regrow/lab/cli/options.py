@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from regrow.fields import MOST_CALLS
 from regrow.hub import PLANS
 from regrow.lab.cli.requests import Request, option
@@ -68,47 +70,47 @@ class Accelerated(Request):
 def method_config(
     name: str,
     *,
-    preset: str | None = None,
-    schedule: Path | None = None,
-    ratio: float | None = None,
-    interval: int | None = None,
     steps: int,
     more: Sequence[str] = (),
+    **options: Any,
 ) -> Any:
     """The configuration a user asked for.
 
     Args:
         name: of the method, or its short name with settings, such as ``cat:0.3+deepcache:2``. With none of
             the options below, what the name alone means.
-        preset: name of a preset.
-        schedule: a schedule file.
-        ratio: one pruning ratio for all calls.
-        interval: a full call every so many, depth 1 between.
         steps: calls in the generation, for ``interval``.
         more: other options with their values, each named as a field of the method.
+        options: those of `Options`, by their names.
 
     Raises:
         ValueError: naming the option, the value and what is allowed.
         ScheduleError: if the schedule file can't be used.
         OSError: if it can't be read.
     """
-    options = Options(preset, schedule, ratio, interval)
-    given = [f"--{option}" for option in options.given]
+    asked = Options(**options)
+    given = [f"--{name}" for name in asked.given]
     changes = fields_in(more)
     if ":" in name or "+" in name or name.endswith(PLANS):
         return _with_settings(name, [*given, *map(option_of, changes)], steps)
     kind = configured(name)
     for field in changes:
-        own = [name for name in kind.model_fields if name not in ("method", "version", "found")]
-        if field not in own:
-            raise _no_option(option_of(field), [option_of(name) for name in own])
+        if field not in settable(kind):
+            raise _no_option(option_of(field), [option_of(name) for name in settable(kind)])
     taken = [f"--{option}" for option in kind.options()]
     for one in given:
         if one not in taken:
             allowed = ", ".join(taken) or "none"
             raise ValueError(f"{one}: {name} does not take it; allowed are {allowed}")
-    config: MethodConfig = kind.from_options(options, steps) if given else default_of(name)
+    config: MethodConfig = kind.from_options(asked, steps) if given else default_of(name)
     return config.changed(changes) if changes else config
+
+
+def settable(kind: type[MethodConfig]) -> dict[str, FieldInfo]:
+    """The fields of a method that a user sets."""
+    return {
+        name: info for name, info in kind.model_fields.items() if name not in ("method", "version", "found")
+    }
 
 
 def fields_in(more: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ class PredictorRequest(TrainRequest):
 class RefineRequest(TrainRequest):
     """How to train a refinement."""
 
-    trained: str | None = option(None, "Its file; the bundled one, if the model has one.", "--predictor")
+    predictor: str | None = option(None, "Its file; the bundled one, if the model has one.")
     ratio: float = option(0.9, "Share of the updates not computed.", min=0, max=1)
     rank: int = option(8, "Of the updates of weights.", min=1, max=1024)
     last_blocks: int = option(4, "Blocks that are always computed.", min=0, max=MOST_BLOCKS)
@@ -121,10 +122,7 @@ def predictor(request: PredictorRequest) -> None:
     Example: [b]regrow train predictor --model cifar10 --last-blocks 1 --lr 1e-3 --steps 1000[/b], and then
     --method tokencache --predictor predictor/predictor.safetensors
     """
-
-    def work(place: Workplace) -> Trained:
-        return train_predictor(place, request.last_blocks, request.price, request.samples)
-
+    work = partial(train_predictor, **request.values("last_blocks", "price", "samples"))
     _train(request, work, f"--method tokencache --last-blocks {request.last_blocks} --predictor")
 
 
@@ -136,10 +134,7 @@ def refine(request: RefineRequest) -> None:
     Example: [b]regrow train refine --model cifar10 --last-blocks 1 --steps 500[/b], and then
     --method tokencache --lora refined/lora.safetensors
     """
-
-    def work(place: Workplace) -> Trained:
-        return train_refinement(place, request.trained, request.last_blocks, request.ratio, request.rank)
-
+    work = partial(train_refinement, **request.values("predictor", "last_blocks", "ratio", "rank"))
     _train(request, work, f"--method tokencache --last-blocks {request.last_blocks} --lora")
 
 
@@ -151,10 +146,7 @@ def router(request: RouterRequest) -> None:
     Example: [b]regrow train router --model cifar10 --sampler-steps 20 --steps 500[/b], and then
     --method l2c --router router/router.safetensors --steps 20
     """
-
-    def work(place: Workplace) -> Trained:
-        return train_router(place, request.price, request.threshold)
-
+    work = partial(train_router, **request.values("price", "threshold"))
     _train(request, work, f"--steps {request.sampler_steps} --method l2c --router")
 
 
