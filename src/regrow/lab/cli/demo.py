@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from regrow import zoo
 from regrow.fields import MOST_CALLS
 from regrow.lab.cli.models import load_pipeline
 from regrow.lab.cli.requests import Seeded, command, option
-from regrow.lab.cli.terminal import Bar, amount, busy, output, remarks, table_of
+from regrow.lab.cli.terminal import Bar, Column, amount, busy, output, remarks, table_of
 from regrow.lab.measure import contact_sheet, feature_distances, mean_psnr
 from regrow.lab.measure.atomic_files import check_writable
 from regrow.lab.measure.features import MissingWeightsError
@@ -107,14 +106,14 @@ def run_demo(request: DemoRequest) -> None:
     if request.as_json:
         print(text)
         return
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "method": lambda row: row["method"],
-        "s an\nimage": lambda row: f"{row['seconds']:.2f}",
-        "speed-up": lambda row: f"{row['speedup']:.2f}x",
-        "MACs": lambda row: f"{row['macs_ratio']:.2f}x fewer",
-        "PSNR\ndB": lambda row: amount(row["psnr"], ".1f"),
-        "feature\ndistance": lambda row: amount(row["feature_distance"], ".3f"),
-    }
+    columns: list[Column[dict[str, Any]]] = [
+        ("method", lambda row: row["method"]),
+        ("s an\nimage", lambda row: f"{row['seconds']:.2f}"),
+        ("speed-up", lambda row: f"{row['speedup']:.2f}x"),
+        ("MACs", lambda row: f"{row['macs_ratio']:.2f}x fewer"),
+        ("PSNR\ndB", lambda row: amount(row["psnr"], ".1f")),
+        ("feature\ndistance", lambda row: amount(row["feature_distance"], ".3f")),
+    ]
     output().print(table_of(rows, columns))
     if rows[-1]["feature_distance"] is None:
         print("feature distance: needs the extractor, pip install 'regrow[measure]'")

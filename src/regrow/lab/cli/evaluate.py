@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from regrow.lab.cli.default_methods import Compared, usual
 from regrow.lab.cli.engine import Jobs
 from regrow.lab.cli.models import check_pictures, check_room, check_scheduler, find_device, load_pipeline
 from regrow.lab.cli.requests import FromModel, command, option, prompts_of
-from regrow.lab.cli.terminal import amount, busy, output, progress, remarks, table_of
+from regrow.lab.cli.terminal import Column, amount, busy, output, progress, remarks, table_of
 from regrow.lab.measure import contact_sheet
 from regrow.lab.measure.atomic_files import check_writable, write_whole
 from regrow.lab.measure.clip import ClipScore
@@ -158,11 +158,11 @@ def _evaluate(request: EvalRequest, variants: Sequence[Variant], against: Mappin
         check_scheduler(request.model, request.scheduler)
     if request.export is not None:
         check_export(request.export, setting)
-    true, reference, true_pictures = request.reference, None, []
-    if true is not None and true.suffix == ".safetensors":
-        reference = load(true, seer)
-    elif true is not None:
-        true_pictures = pictures_in(true)
+    source, reference, true_pictures = request.reference, None, []
+    if source is not None and source.suffix == ".safetensors":
+        reference = load(source, seer)
+    elif source is not None:
+        true_pictures = pictures_in(source)
     with busy(console, "loading the CLIP model") if request.clip is not None else nullcontext():
         clip = None if request.clip is None else ClipScore(request.clip, device)
     pictures = Pictures(request.out, setting, device, request.threads)
@@ -175,10 +175,10 @@ def _evaluate(request: EvalRequest, variants: Sequence[Variant], against: Mappin
             soft_wrap=True,
         )
     _make(request, pictures, variants, device, console)
-    if true is not None and reference is None:
+    if source is not None and reference is None:
         # After the pictures, which are kept: what refuses to be made must not cost a look at all of these.
         with progress(console, "reference", len(true_pictures), after=2) as advance:
-            reference = of_pictures(true.resolve().name, true_pictures, seer, on_picture=advance)
+            reference = of_pictures(source.resolve().name, true_pictures, seer, on_picture=advance)
         if request.save_reference is not None:
             reference.save(request.save_reference, seer)
     # Of what takes less than two seconds no bar is shown.
@@ -265,31 +265,31 @@ def print_rows(
     caption = f"PSNR, SSIM, distance: to {rows[0].name}"
     if gains:
         caption += f"\ngain: PSNR more than {' or '.join(others)}, mean and its standard error"
-    single: dict[str, Callable[[Quality], str]] = {
-        "method": lambda row: row.name,
-        "s an\nimage": lambda row: f"{seconds[row.name]:.3f}",
-        "PSNR\ndB": lambda row: amount(row.psnr, ".1f"),
-        "SSIM": lambda row: amount(row.ssim, ".3f"),
-        "distance": lambda row: amount(row.feature_distance, ".4f"),
-    }
+    single: list[Column[Quality]] = [
+        ("method", lambda row: row.name),
+        ("s an\nimage", lambda row: f"{seconds[row.name]:.3f}"),
+        ("PSNR\ndB", lambda row: amount(row.psnr, ".1f")),
+        ("SSIM", lambda row: amount(row.ssim, ".3f")),
+        ("distance", lambda row: amount(row.feature_distance, ".4f")),
+    ]
     if gains:
-        single["gain dB"] = lambda row: _shown_gain(row.gain, named=len(others) > 1)
+        single.append(("gain dB", lambda row: _shown_gain(row.gain, named=len(others) > 1)))
     if any(row.clip_score is not None for row in rows):
-        single["CLIP\nscore"] = lambda row: amount(row.clip_score, ".2f")
+        single.append(("CLIP\nscore", lambda row: amount(row.clip_score, ".2f")))
     for metric in dict.fromkeys(metric for own in scores.values() for metric in own):
-        single[metric] = partial(_shown_score, scores, metric)
+        single.append((metric, partial(_shown_score, scores, metric)))
     console.print(table_of(rows, single, caption))
     if pictures < FEW:
         return
-    together: dict[str, Callable[[Quality], str]] = {
-        "method": lambda row: row.name,
-        labels.fd: lambda row: amount(row.fd, ".2f"),
-        labels.sfd: lambda row: amount(row.sfd, ".2f"),
-        labels.kd: lambda row: amount(row.kd, ".4f"),
-        "precision": lambda row: amount(row.precision, ".3f"),
-        "recall": lambda row: amount(row.recall, ".3f"),
-        labels.inception_score: lambda row: amount(row.inception_score, ".2f"),
-    }
+    together: list[Column[Quality]] = [
+        ("method", lambda row: row.name),
+        (labels.fd, lambda row: amount(row.fd, ".2f")),
+        (labels.sfd, lambda row: amount(row.sfd, ".2f")),
+        (labels.kd, lambda row: amount(row.kd, ".4f")),
+        ("precision", lambda row: amount(row.precision, ".3f")),
+        ("recall", lambda row: amount(row.recall, ".3f")),
+        (labels.inception_score, lambda row: amount(row.inception_score, ".2f")),
+    ]
     beside = f"All pictures beside {reference}; {labels.inception_score} beside none"
     console.print(table_of(rows, together, beside))
 

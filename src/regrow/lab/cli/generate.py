@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from pathlib import Path
@@ -20,7 +20,7 @@ from regrow.freeze import check_freezable
 from regrow.lab.cli.models import is_video
 from regrow.lab.cli.options import Accelerated
 from regrow.lab.cli.requests import SIDE, FromModel, command, option
-from regrow.lab.cli.terminal import Bar, amount, busy, output, remarks, table_of
+from regrow.lab.cli.terminal import Bar, Column, amount, busy, output, remarks, table_of
 from regrow.lab.measure import contact_sheet, mean_psnr
 from regrow.lab.measure.atomic_files import check_writable
 from regrow.lab.measure.images import on_white
@@ -343,13 +343,13 @@ def _sheet(request: GenerateRequest, results: Mapping[str, Made]) -> Path:
 
 
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "method": lambda row: row["method"],
-        "s an image": lambda row: f"{row['seconds_per_image']:.2f}",
-        "speed-up": lambda row: amount(row.get("speedup"), ".2f", "x"),
-        "MACs": lambda row: amount(row.get("macs_ratio"), ".2f", "x fewer"),
-        "PSNR dB": lambda row: "equal" if row.get("psnr", 0) is None else amount(row.get("psnr"), ".1f"),
-    }
+    columns: list[Column[Mapping[str, Any]]] = [
+        ("method", lambda row: row["method"]),
+        ("s an image", lambda row: f"{row['seconds_per_image']:.2f}"),
+        ("speed-up", lambda row: amount(row.get("speedup"), ".2f", "x")),
+        ("MACs", lambda row: amount(row.get("macs_ratio"), ".2f", "x fewer")),
+        ("PSNR dB", lambda row: "equal" if row.get("psnr", 0) is None else amount(row.get("psnr"), ".1f")),
+    ]
     output().print(table_of(rows, columns))
 
 

@@ -68,14 +68,14 @@ def profile(request: ProfileRequest, context: typer.Context) -> None:
         return
     shown = table_of(
         result.kinds,
-        {
-            "calls": lambda kind: str(kind.count),
-            "depth": lambda kind: kind.depth,
-            "pruned": lambda kind: f"{kind.ratio:.0%}",
-            "GMACs a call": lambda kind: f"{kind.macs / 1e9:.2f}",
-            "of full": lambda kind: f"{kind.macs / result.baseline_macs_per_call:.2%}",
-            "choosing tokens": lambda kind: amount(kind.selection_macs / 1e9 or None, ".2f"),
-        },
+        [
+            ("calls", lambda kind: str(kind.count)),
+            ("depth", lambda kind: kind.depth),
+            ("pruned", lambda kind: f"{kind.ratio:.0%}"),
+            ("GMACs a call", lambda kind: f"{kind.macs / 1e9:.2f}"),
+            ("of full", lambda kind: f"{kind.macs / result.baseline_macs_per_call:.2%}"),
+            ("choosing tokens", lambda kind: amount(kind.selection_macs / 1e9 or None, ".2f")),
+        ],
     )
     output().print(shown)
     print(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any, TypeVar
@@ -25,6 +25,8 @@ from rich.text import Text
 from regrow.words import one_line
 
 Row = TypeVar("Row")
+Column = tuple[str, Callable[[Row], str]]
+"""The head of a column, and what it says of a row."""
 
 EVERY = 30.0
 """Seconds between the lines of a progress that nobody watches."""
@@ -69,36 +71,33 @@ class _Table(Table):
         super().add_row(*map(one_line, cells), **options)
 
 
-def table(caption: str, first: str, *numbers: str, title: str = "") -> Table:
+def table(caption: str, first: str, *numbers: str) -> Table:
     """A table that fits into 80 columns: long names are folded, numbers are not.
 
     Args:
         caption: below it.
         first: head of the column of names.
         numbers: heads of the others; line breaks are kept.
-        title: above it.
     """
-    made = _Table(
-        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption or None, title=title or None
-    )
-    made.caption_justify = made.title_justify = "left"
+    made = _Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption or None)
+    made.caption_justify = "left"
     made.add_column(first, overflow="fold")
     for name in numbers:
         made.add_column(name, justify="right", no_wrap=True)
     return made
 
 
-def table_of(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]], caption: str = "") -> Table:
+def table_of(rows: Iterable[Row], columns: Sequence[Column[Row]], caption: str = "") -> Table:
     """A `table` with a row for each of some things.
 
     Args:
         rows: the things.
-        columns: by its head, what each column says of one; the first has the names.
+        columns: the first has the names.
         caption: below it.
     """
-    made = table(caption, *columns)
+    made = table(caption, *(head for head, _ in columns))
     for row in rows:
-        made.add_row(*(cell(row) for cell in columns.values()))
+        made.add_row(*(cell(row) for _, cell in columns))
     return made
 
 

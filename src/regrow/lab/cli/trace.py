@@ -108,13 +108,13 @@ def print_trace(found: Trace) -> None:
 
     shown = table_of(
         found.variants,
-        {
-            "method": lambda one: one.name,
-            "x_t at the end": lambda one: f"{one.deviation.x[-1]:.4f}",
-            "x_0 at worst": lambda one: amount(worst(one)[0], ".4f"),
-            "at timestep": lambda one: amount(worst(one)[1], ".0f"),
-            "computed": share,
-        },
+        [
+            ("method", lambda one: one.name),
+            ("x_t at the end", lambda one: f"{one.deviation.x[-1]:.4f}"),
+            ("x_0 at worst", lambda one: amount(worst(one)[0], ".4f")),
+            ("at timestep", lambda one: amount(worst(one)[1], ".0f")),
+            ("computed", share),
+        ],
         f"mean absolute error to {found.baseline}; computed: tokens at the finest level",
     )
     console = output()
