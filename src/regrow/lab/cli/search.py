@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import typer
 from PIL import Image
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
 from regrow import zoo
-from regrow.fields import MOST_SEED, Checked
+from regrow.fields import MOST_SEED
 from regrow.files import damaged, read_kept
 from regrow.lab.cli.engine import Engine, Jobs
 from regrow.lab.cli.models import check_room, find_device, load_pipeline
@@ -56,9 +56,7 @@ class Again(OnDevice, Jobs):
     budget: str = option("30", "Generations of plans such as 30, or minutes such as 30m.")
     beside: str | None = option(None, "Methods to stand beside the front, as deepcache:5,dato:b1.")
     w_ps: float | None = option(
-        None,
-        "Pick the plan of least quality + w_ps cost as well.",
-        callback=within(-1e9, 1e9),
+        None, "Pick the plan of least quality + w_ps cost as well.", callback=within(-1e9, 1e9)
     )
     plots: bool = option(True, "Draw plots and a page as well.")
     resume: Path | None = option(None, "Go on with the search in this folder, with its settings.")
@@ -143,7 +141,7 @@ def search(request: SearchRequest, context: typer.Context) -> None:
         raise KeyboardInterrupt
 
 
-class _Asked(Checked):
+class _Asked(BaseModel):
     """What was asked of a search besides its settings, kept so that `--resume` needs no more."""
 
     budget: str = "30"
