@@ -25,12 +25,20 @@ from regrow.core.recipe import CallInfo
 from regrow.files import FileError
 from regrow.lab.measure import architecture, profile
 from regrow.methods import tokencache
-from regrow.methods.tokencache import UNTRAINED, Choice, Counts, Spacing, Table, TokenCache, i_steps
+from regrow.methods.tokencache import Choice, Counts, Spacing, TokenCache
 from regrow.models import UnsupportedModelError, layout_of
 from regrow.origin import denoiser_key
-from regrow.predictors import CachePredictor, Learned, described_by, read_learned, write_learned
+from regrow.predictors import (
+    UNTRAINED,
+    CachePredictor,
+    Learned,
+    described_by,
+    read_learned,
+    write_learned,
+)
 from regrow.recover.time import Taylor
 from regrow.schedule import SITES
+from regrow.tokens.shares import Table, i_steps
 
 KINDS = ("dit", "pixart")
 SMALL = {"predictor": UNTRAINED, "full_steps": 2, "last_blocks": 1, "ratio": 0.6}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import ceil
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -18,7 +18,7 @@ from regrow.fields import Block, Calls
 from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import Spaced
-from regrow.space import Space, Variable, free, recovery_variable
+from regrow.space import INTERVALS, RECOVERIES, Searched
 
 
 @register
@@ -53,30 +53,17 @@ class DeepCache(MethodConfig):
 
     method: Literal["deepcache"] = "deepcache"
     version: Literal[1] = 1
-    interval: Calls = 5
-    branch: Block = 0
-    center: float | None = Field(None, gt=0, lt=1)
+    interval: Annotated[Calls, INTERVALS] = 5
+    branch: Annotated[Block, Searched((0, 1, 2))] = 0
+    center: Annotated[float | None, Searched((None, 0.1, 0.2, 0.3, 0.4, 0.5))] = Field(None, gt=0, lt=1)
     power: float = Field(1.4, ge=1, le=100)
-    recovery: RecoveryField = REUSE
+    recovery: Annotated[RecoveryField, RECOVERIES] = REUSE
 
     @model_validator(mode="after")
     def _power_needs_center(self) -> Self:
         if self.center is None and self.power != type(self).model_fields["power"].default:
             raise ValueError(f"power: {self.power:g} is not allowed without center, it would do nothing")
         return self
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """Intervals, branches, where full calls are closest together, and recoveries."""
-        return free(
-            (
-                Variable("interval", tuple(range(2, 11))),
-                Variable("branch", (0, 1, 2)),
-                Variable("center", (None, 0.1, 0.2, 0.3, 0.4, 0.5)),
-                recovery_variable(),
-            ),
-            cls,
-        )
 
 
 def full_calls(config: DeepCache, calls: int) -> set[int]:

@@ -6,14 +6,14 @@ feed-forward had in the last full call. What is cheap (modulation, norms, the re
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import Calls
 from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import LAYERS, Spaced
-from regrow.space import Space, Variable, free, recovery_variable
+from regrow.space import INTERVALS, RECOVERIES
 
 
 @register
@@ -43,13 +43,8 @@ class FORA(MethodConfig):
 
     method: Literal["fora"] = "fora"
     version: Literal[1] = 1
-    interval: Calls = 3
-    recovery: RecoveryField = REUSE
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """Intervals and recoveries."""
-        return free((Variable("interval", tuple(range(2, 11))), recovery_variable()), cls)
+    interval: Annotated[Calls, INTERVALS] = 3
+    recovery: Annotated[RecoveryField, RECOVERIES] = REUSE
 
 
 @recipe_of.register

@@ -95,7 +95,7 @@ def table(
     generator: torch.Generator,
     told: Told,
 ) -> dict[str, Tensor]:
-    """What the predictor says along a run: see `regrow.methods.tokencache.Table`.
+    """What the predictor says along a run: see `regrow.tokens.shares.Table`.
 
     Args:
         objective: with the trained predictor.
