@@ -20,6 +20,7 @@ from torch import Tensor
 from transformer_pipelines import FORMS, generate
 
 import regrow
+from regrow import predictors
 from regrow.core.decision import Some
 from regrow.core.recipe import CallInfo
 from regrow.files import FileError
@@ -344,7 +345,7 @@ def test_a_report_reads_a_predictor_once(tmp_path: Path, monkeypatch: pytest.Mon
         generate(pipe)
         read: list[Path] = []
         monkeypatch.setattr(
-            tokencache, "read_learned", lambda file, kind: read.append(file) or read_learned(file, kind)
+            predictors, "read_learned", lambda file, kind: read.append(file) or read_learned(file, kind)
         )
         run.report()
     assert len(read) == 1

@@ -227,7 +227,8 @@ class Choosing(StreamChoice[CATPruning]):
             return every.repeat(len(now), 1)
         difference = now - known.reference
         if known.clusters is None:
-            return difference.norm(dim=2).topk(count, dim=1).indices
+            moved: Tensor = difference.norm(dim=2)
+            return moved.topk(count, dim=1).indices
         return choose_by_clusters(
             difference,
             known.staleness,

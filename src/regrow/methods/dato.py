@@ -50,6 +50,8 @@ class DaTo(PatchPruning):
 
     Defaults are the paper's; the released code's deviations are options.
 
+    Further fields are those of `PatchPruning`.
+
     Args:
         schedule: depth and ratio of every call, and its recovery.
         time_recovery: instead of the schedule's, how what a call does not compute follows from earlier

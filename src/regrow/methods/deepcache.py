@@ -6,8 +6,8 @@ last full call. The full calls are evenly spread, or closer together around one 
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from math import ceil
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -75,7 +75,7 @@ def full_calls(config: DeepCache, calls: int) -> set[int]:
     """
     if config.center is None:
         return set(range(0, calls, config.interval))
-    center, count = config.center * calls, ceil(calls / config.interval)
+    center, count = config.center * calls, math.ceil(calls / config.interval)
     first, last = _signed(-center, 1 / config.power), _signed(calls - center, 1 / config.power)
     points = (first + (last - first) * i / count for i in range(count))
     return {0, *(min(max(int(_signed(p, config.power) + center), 0), calls - 1) for p in points)}
@@ -83,7 +83,7 @@ def full_calls(config: DeepCache, calls: int) -> set[int]:
 
 def _signed(x: float, power: float) -> float:
     """``|x|^power`` with the sign of x."""
-    return abs(x) ** power * (1 if x >= 0 else -1)
+    return math.copysign(abs(x) ** power, x)
 
 
 @recipe_of.register

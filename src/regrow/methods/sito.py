@@ -47,6 +47,8 @@ class SiTo(LayerPruning):
     3. Pruned tokens: of the others the ``r N`` of the largest cosine similarity to a base token.
     4. The layer computes the kept tokens; a pruned one takes a copy of what its base token got.
 
+    Further fields are those of `LayerPruning`.
+
     Args:
         base: how base tokens are chosen (the paper: VI).
         noise: sigma of the Gaussian noise on SimScore (the paper: 0.1); used by choice VI.

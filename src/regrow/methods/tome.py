@@ -29,6 +29,8 @@ class ToMeSD(LayerPruning):
     3. The layer computes a destination as the mean of itself and of those merged into it.
     4. Each of these takes a copy of what its destination got.
 
+    Further fields are those of `LayerPruning`.
+
     Args:
         random: draw the destinations anew in every call (the authors: in every layer; drawing inside a
             layer would break compiled blocks); else the top-left token of each patch.
