@@ -67,7 +67,6 @@ class Adaptive(MethodConfig):
     )
 
     method: Literal["adaptive"] = "adaptive"
-    version: Literal[1] = 1
     bound: float | None = Field(None, ge=0, le=1)
     budget: Annotated[Calls | None, Searched(_budgets)] = None
     recovery: Annotated[RecoveryField, RECOVERIES] = Taylor(order=1)

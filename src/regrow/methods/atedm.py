@@ -122,7 +122,6 @@ class ATEDM(MethodConfig):
     }
 
     method: Literal["atedm"] = "atedm"
-    version: Literal[1] = 1
     ratio: Annotated[Ratio, Searched((0.1, 0.2, 0.3, 0.4, 0.5, 0.63, 0.7, 0.8))] = 0.63
     early: Annotated[float, Searched((0.0, 0.1, 0.2, 0.3, 0.4, 0.5))] = Field(0.3, ge=0, le=MOST_CALLS)
     early_ratio: Ratio = 0.0

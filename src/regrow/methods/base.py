@@ -122,6 +122,7 @@ class MethodConfig(Checked):
     name that it has on the command line and in files.
 
     Args:
+        version: of its fields; a file of a newer one is refused.
         found: what it was searched on, if it was; applied elsewhere, it is warned of. `dump` keeps it,
             ``model_dump`` leaves it out: it changes nothing that the method does. Of a method whose plan
             is a schedule, the schedule's own counts.
@@ -131,6 +132,7 @@ class MethodConfig(Checked):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """By the name of a preset, the fields that it sets."""
 
+    version: Literal[1] = 1
     found: Origin | None = Field(None, exclude=True)
 
     def dump(self) -> str:

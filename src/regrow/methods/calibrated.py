@@ -70,7 +70,6 @@ class Calibrated(MethodConfig):
     }
 
     method: Literal["calibrated"] = "calibrated"
-    version: Literal[1] = 1
     steps: Calls
     timesteps: tuple[Timestep, ...] | None = None
     before: Annotated[int, Field(ge=0, le=MOST_CALLS)] = 0

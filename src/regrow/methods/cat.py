@@ -101,7 +101,6 @@ class CATPruning(MethodConfig):
     }
 
     method: Literal["cat"] = "cat"
-    version: Literal[1] = 1
     alpha: Annotated[float, Searched((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8))] = Field(0.3, ge=1e-6, le=1)
     t0: Annotated[int, Searched((2, 4, 6, 8, 10, 12))] = Field(8, ge=2, le=MOST_CALLS)
     choice: TokenChoice = TokenChoice.CLUSTERS

@@ -98,7 +98,6 @@ class DaTo(PatchPruning):
     }
 
     method: Literal["dato"] = "dato"
-    version: Literal[1] = 1
     schedule: Schedule
     time_recovery: RecoveryField | None = None
     score: Score = Score.DIFF

@@ -52,7 +52,6 @@ class DeepCache(MethodConfig):
     )
 
     method: Literal["deepcache"] = "deepcache"
-    version: Literal[1] = 1
     interval: Annotated[Calls, INTERVALS] = 5
     branch: Annotated[Block, Searched((0, 1, 2))] = 0
     center: Annotated[float | None, Searched((None, 0.1, 0.2, 0.3, 0.4, 0.5))] = Field(None, gt=0, lt=1)

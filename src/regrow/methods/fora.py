@@ -42,7 +42,6 @@ class FORA(MethodConfig):
     )
 
     method: Literal["fora"] = "fora"
-    version: Literal[1] = 1
     interval: Annotated[Calls, INTERVALS] = 3
     recovery: Annotated[RecoveryField, RECOVERIES] = REUSE
 

@@ -52,7 +52,6 @@ class L2C(MethodConfig):
     )
 
     method: Literal["l2c"] = "l2c"
-    version: Literal[1] = 1
     router: str | None = None
     threshold: Share | None = None
 

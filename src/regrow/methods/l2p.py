@@ -39,7 +39,6 @@ class L2P(MethodConfig):
     )
 
     method: Literal["l2p"] = "l2p"
-    version: Literal[1] = 1
     fitted: Fitted
 
     @classmethod

@@ -81,7 +81,6 @@ class SiTo(LayerPruning):
     }
 
     method: Literal["sito"] = "sito"
-    version: Literal[1] = 1
     base: BaseChoice = BaseChoice.NOISY_BEST_IN_PATCH
     noise: Weight = 0.1
     features: Features = Features.BLOCK_INPUT

@@ -59,7 +59,6 @@ class Spectrum(MethodConfig):
     }
 
     method: Literal["spectrum"] = "spectrum"
-    version: Literal[1] = 1
     full: Calls = 5
     window: Annotated[float, Searched((2.0, 3.0, 4.0))] = Field(2.0, ge=1, le=MOST_CALLS)
     alpha: Annotated[float, Searched((0.0, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0))] = Field(

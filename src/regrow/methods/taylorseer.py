@@ -102,7 +102,6 @@ class TaylorSeer(MethodConfig):
     }
 
     method: Literal["taylorseer"] = "taylorseer"
-    version: Literal[1] = 1
     interval: Annotated[Calls, INTERVALS] = 4
     order: Annotated[int, Searched((1, 2, 3))] = Field(2, ge=1, le=MOST_ORDER)
     level: Annotated[ForecastLevel, Searched(tuple(ForecastLevel))] = ForecastLevel.LAYERS

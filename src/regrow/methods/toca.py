@@ -109,7 +109,6 @@ class ToCa(MethodConfig):
     }
 
     method: Literal["toca"] = "toca"
-    version: Literal[1] = 1
     interval: Annotated[Calls, INTERVALS] = 3
     ratio: Annotated[Share, Searched((0.5, 0.6, 0.7, 0.825, 0.9, 1.0))] = 0.825
     recovery: Annotated[RecoveryField, RECOVERIES] = REUSE

@@ -140,7 +140,6 @@ class TokenCache(MethodConfig):
     }
 
     method: Literal["tokencache"] = "tokencache"
-    version: Literal[1] = 1
     predictor: str | None = None
     full_steps: Annotated[Calls, Searched(lambda calls: range(1, max(calls // 2, 1) + 1))] = 12
     ratio: Annotated[Share, Searched((0.5, 0.6, 0.7, 0.8, 0.9, 1.0))] = 0.9

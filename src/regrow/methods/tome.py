@@ -51,7 +51,6 @@ class ToMeSD(LayerPruning):
     )
 
     method: Literal["tome"] = "tome"
-    version: Literal[1] = 1
     ratio: Annotated[Ratio, RATIOS] = 0.5
     recovery: Recovery = Recovery.MEAN
     random: bool = True
