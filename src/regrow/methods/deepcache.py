@@ -1,8 +1,4 @@
-"""DeepCache: reuse of deep features (arXiv 2312.00858).
-
-Every N-th call is full; the others compute one shallow branch of the U-Net and take the rest from the
-last full call. The full calls are evenly spread, or closer together around one step of the run.
-"""
+"""DeepCache: reuse of deep features (arXiv 2312.00858)."""
 
 from __future__ import annotations
 
@@ -23,7 +19,10 @@ from regrow.space import INTERVALS, RECOVERIES, Searched
 
 @register
 class DeepCache(MethodConfig):
-    """DeepCache's configuration.
+    """Compute one shallow branch of the U-Net in most calls, and reuse what lies deeper.
+
+    1. Full calls: every N-th, or closer together around one step of the run (section 3.3).
+    2. The others compute one shallow branch, and take the rest from the last full call.
 
     Args:
         interval: N, one call in so many is full (the paper: 2 to 20, 5 in its main table).

@@ -1,8 +1,4 @@
-"""FORA: fast-forward caching in diffusion transformers (arXiv 2407.01425).
-
-Every N-th call is full; in the others each block hands on the outputs that its attention and its
-feed-forward had in the last full call. What is cheap (modulation, norms, the residual stream) is computed.
-"""
+"""FORA: fast-forward caching in diffusion transformers (arXiv 2407.01425)."""
 
 from __future__ import annotations
 
@@ -18,7 +14,11 @@ from regrow.space import INTERVALS, RECOVERIES
 
 @register
 class FORA(MethodConfig):
-    """FORA's configuration.
+    """Reuse the outputs of attentions and feed-forwards.
+
+    1. Every N-th call is full.
+    2. In the others each attention and each feed-forward gives the output that it had in the last full
+       call. What is cheap (modulation, norms, the residual stream) is computed.
 
     Args:
         interval: N, one call in so many is full (the paper: 2 to 7, 3 in its main table).

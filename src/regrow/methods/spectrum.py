@@ -1,9 +1,4 @@
-"""Spectrum: adaptive spectral feature forecasting (arXiv 2603.01623).
-
-Some calls are full; the others forecast what the last block returns from all values that it had, by
-Chebyshev polynomials of the step (`regrow.recover.time.Chebyshev`), and compute the head behind it. Full
-calls become rarer along the run.
-"""
+"""Spectrum: adaptive spectral feature forecasting (arXiv 2603.01623)."""
 
 from __future__ import annotations
 
@@ -24,7 +19,13 @@ from regrow.space import Searched
 
 @register
 class Spectrum(MethodConfig):
-    """Spectrum's configuration.
+    """Forecast what the last block returns, by polynomials of the step.
+
+    1. The first calls are full. Behind them full calls end windows, which grow: they become rarer along the
+       run (`full_calls`).
+    2. The others forecast what the last block returns from all values that it had, by Chebyshev polynomials
+       fitted with a ridge, mixed with the line through the last two (`regrow.recover.time.Chebyshev`).
+    3. The head behind the last block is computed in every call.
 
     Args:
         full: full calls at the beginning (the paper: 5).

@@ -1,8 +1,4 @@
-"""TaylorSeer: from reusing to forecasting (arXiv 2503.06923).
-
-Every N-th call is full; the others forecast features by a Taylor series whose derivatives are differences
-of the last computed ones: the output of every attention and feed-forward, or of the last block alone.
-"""
+"""TaylorSeer: from reusing to forecasting (arXiv 2503.06923)."""
 
 from __future__ import annotations
 
@@ -74,7 +70,11 @@ class ForecastLevel(str, Enum):
 
 @register
 class TaylorSeer(MethodConfig):
-    """TaylorSeer's configuration.
+    """Forecast features by a Taylor series.
+
+    1. The first calls are full, and behind them every N-th.
+    2. The others forecast the output of every attention and feed-forward, or of the last block alone, by a
+       series whose derivatives are differences of the last computed ones (`Differences`).
 
     Args:
         interval: N, one call in so many is full (the paper: 3 to 5).

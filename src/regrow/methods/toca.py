@@ -136,12 +136,7 @@ class ToCa(MethodConfig):
 
     def share_of(self, kind: LayerKind) -> float:
         """What the share computed in layers of a kind is times that of the method."""
-        shares = {
-            LayerKind.SELF_ATTENTION: self.self_attention,
-            LayerKind.CROSS_ATTENTION: self.cross_attention,
-            LayerKind.FEED_FORWARD: self.feed_forward,
-        }
-        return shares[kind]
+        return float(getattr(self, kind.value))
 
 
 @dataclass(frozen=True)
