@@ -23,8 +23,17 @@ from regrow.fields import explain
 from regrow.lab import cli
 from regrow.lab.cli.default_methods import usual_of
 from regrow.lab.cli.options import method_config
-from regrow.methods import DenoiserKind, Status, catalogue, pruning
-from regrow.methods.base import About, MethodConfig, Role, methods, methods_of, register
+from regrow.methods import catalogue, pruning
+from regrow.methods.base import (
+    About,
+    DenoiserKind,
+    MethodConfig,
+    Role,
+    Status,
+    methods,
+    methods_of,
+    register,
+)
 from regrow.methods.catalogue import config_from, load_plan, space_of, systems
 from regrow.methods.names import method_of, named
 from regrow.recover.time import TimeRecovery, recovery_from

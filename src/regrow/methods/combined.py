@@ -44,7 +44,8 @@ def _reader(kinds: tuple[type[MethodConfig], ...], schedules: bool) -> TypeAdapt
             return value.get("method", lacking)
         return getattr(value, "method", lacking)
 
-    return TypeAdapter(Annotated[reduce(or_, tagged), Discriminator(kind_of)])
+    either: Any = Annotated[reduce(or_, tagged), Discriminator(kind_of)]
+    return TypeAdapter(either)
 
 
 def full_calls_of(config: Any) -> int:

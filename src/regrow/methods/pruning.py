@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
 from pydantic import model_validator
@@ -133,7 +134,7 @@ Patched = TypeVar("Patched", bound=PatchPruning)
 class PatchRule(SitesOf[Patched], TokenRule):
     """The rule of a configuration whose fields are called as those of `Where`."""
 
-    @property
+    @cached_property
     def where(self) -> Where:
         """What the fields say; of those that the configuration lacks, the defaults."""
         named = (field.name for field in fields(Where) if hasattr(self.config, field.name))

@@ -123,9 +123,9 @@ def choose_by_clusters(
     difference: Tensor,
     staleness: Tensor,
     clusters: Clusters,
+    grid: Grid,
     count: int,
     *,
-    place: Tensor,
     algorithm: Algorithm = Algorithm.PRINTED,
     scale: float = 1.0,
     share: float = 0.25,
@@ -141,8 +141,8 @@ def choose_by_clusters(
         difference: relative noise ``n_t - n_t0``: ``(B, N, D)``.
         staleness: ``f_n`` of each token ``(B, N)``; small is stale.
         clusters: of the tokens.
+        grid: of the N tokens.
         count: how many tokens are chosen.
-        place: `positions` of the tokens ``(N, D)``.
         algorithm: as printed or as released.
         scale: weight of the noise beside the position, in a cluster's value.
         share: of the tokens that the clusters give, but for the first choice.
@@ -155,7 +155,10 @@ def choose_by_clusters(
     labels, moved = clusters.labels, difference.norm(dim=2)
     released, number = algorithm is Algorithm.RELEASED, clusters.touching.shape[1]
     given_by_all = count if begins else int(count * share)
-    pooled = pool_clusters(difference if released else difference * scale + place, labels, number)
+    features = difference
+    if not released:
+        features = difference * scale + positions(grid, difference.shape[2], difference.device)
+    pooled = pool_clusters(features, labels, number)
     around = pooled if released and not begins else pool_graph(pooled, clusters.touching)
     value = around.norm(dim=2)
     cluster = rank_within(value, torch.zeros_like(value, dtype=torch.long)).gather(1, labels)
