@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from regrow import zoo
+from regrow import DaTo, zoo
 from regrow.lab.cli.engine import Engine
 from regrow.lab.cli.models import load_pipeline
 from regrow.lab.cli.search import PATIENCE, Again, run_search
@@ -40,7 +40,6 @@ from regrow.lab.search.objectives import Cost, Quality
 from regrow.lab.search.proposals import hypervolume
 from regrow.lab.search.search import Economy
 from regrow.lab.search.settings import SearchSettings, doubled
-from regrow.methods import DaTo
 from regrow.schedule import Schedule
 
 STRENGTH = 0.6

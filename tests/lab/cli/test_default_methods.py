@@ -14,7 +14,7 @@ from regrow.lab import cli
 from regrow.lab.cli.default_methods import Usual, usual, usual_of
 from regrow.lab.measure.architectures import NAMES
 from regrow.lab.measure.variants import variant
-from regrow.methods import DenoiserKind
+from regrow.methods.base import DenoiserKind
 
 UNET, TRANSFORMER, VIDEO = (
     usual_of(kind) for kind in (DenoiserKind.UNET, DenoiserKind.TRANSFORMER, DenoiserKind.VIDEO)

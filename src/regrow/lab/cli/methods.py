@@ -118,10 +118,13 @@ def fields_of(config: type[MethodConfig]) -> Iterator[dict[str, Any]]:
 
 
 def _arguments(config: type[MethodConfig]) -> dict[str, str]:
-    """What a class's docstring says of each field."""
-    lines = (inspect.getdoc(config) or "").partition("Args:\n")[2].partition("\nRaises:")[0]
-    found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", lines, re.MULTILINE)
-    return {name: " ".join(text.replace("``", "").split()) for name, text in found}
+    """What the docstrings of a class and of those that it inherits from say of each field."""
+    about: dict[str, str] = {}
+    for kind in reversed(config.__mro__):
+        lines = (inspect.cleandoc(kind.__doc__ or "")).partition("Args:\n")[2].partition("\nRaises:")[0]
+        found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", lines, re.MULTILINE)
+        about |= {name: " ".join(text.replace("``", "").split()) for name, text in found}
+    return about
 
 
 def _changes(config: type[MethodConfig], preset: MethodConfig) -> Iterator[str]:
