@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformer_pipelines
 from peft import LoraConfig, inject_adapter_in_model
+from rows import rows_of
 from test_exactness import assert_untouched_module
 from torch import Tensor
 from transformer_pipelines import (
@@ -318,7 +319,7 @@ def test_skip_layer_guidance_has_a_memory_of_its_own(kind: str) -> None:
             images = generate(pipe, **options)
         assert images.isfinite().all()
         assert not torch.equal(images, plain)
-        calls = run.report().calls
+        calls = rows_of(run)
         assert {c.branch for c in calls} == {0, 1}
         full = [[c.depth == "full" for c in calls if c.branch == branch] for branch in (0, 1)]
         # The third call begins at the second step, at which nothing of its own is cached yet.
@@ -360,7 +361,7 @@ def test_the_two_calls_of_flux_are_kept_apart() -> None:
         expected = generate(pipe, **TWO_CALLS)
     with regrow.apply(pipe, FORA(interval=2)) as run:
         assert torch.equal(generate(pipe, **TWO_CALLS), expected)
-    assert len(run.report().calls) == 2 * STEPS
+    assert len(rows_of(run)) == 2 * STEPS
 
 
 @pytest.mark.filterwarnings("ignore:the method prunes nothing")
@@ -374,7 +375,7 @@ def test_the_two_calls_of_flux_keep_blocks_apart() -> None:
     torch.testing.assert_close(ours, expected)
     assert not torch.allclose(ours, plain)
     depths = ["full", "full", "4", "4"]
-    assert [c.depth for c in run.report().calls] == [*depths * 2, *depths[:2]]
+    assert [c.depth for c in rows_of(run)] == [*depths * 2, *depths[:2]]
     with regrow.apply(pipe, DeepCache(interval=1)):
         assert torch.equal(generate(pipe, **TWO_CALLS), plain)
     assert torch.equal(generate(pipe, **TWO_CALLS), plain)
@@ -411,7 +412,7 @@ def test_bfloat16_timesteps_of_flux_are_recognised() -> None:
     pipe = transformer_pipelines.flux().to(torch.bfloat16)
     with regrow.apply(pipe, FORA(interval=2)) as run:
         generate(pipe, num_inference_steps=30)
-    assert [c.depth for c in run.report().calls] == ["full", "layers"] * 15
+    assert [c.depth for c in rows_of(run)] == ["full", "layers"] * 15
 
 
 TEXT = {
@@ -494,7 +495,7 @@ def test_adapters_set_before_a_cached_call_reach_the_texts_layers_in_the_full_on
                     adapter.set_scale("a", strength)
                 found = model(*args, **kwargs)[0]
                 clock.step()
-        assert [c.depth for c in run.report().calls] == ["full", "1", "full"]
+        assert [c.depth for c in rows_of(run)] == ["full", "1", "full"]
     with torch.no_grad():
         assert torch.equal(found, model(*args, **kwargs)[0])
 
