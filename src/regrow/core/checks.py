@@ -152,8 +152,8 @@ def warn_of_run(engine: Engine, position: Position) -> None:
     if planned is not None and 2 * total < planned and not differs:
         engine.warn_once(
             "resampled",
-            f"the schedule is for {planned} calls and is resampled to {total}; so few may need another: "
-            "find one by regrow search --steps, or use a method without a schedule",
+            f"the schedule is for {planned} calls and is resampled to {total}, which may lose quality; "
+            "find one for this number by regrow search --steps, or use a method without a schedule",
         )
 
 

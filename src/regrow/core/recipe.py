@@ -190,12 +190,12 @@ class MadeFor:
         if self.timesteps is not None and own not in ((), self.timesteps):
             return (
                 f"the plan was made for the timesteps {_listed(self.timesteps)}; this run has "
-                f"{_listed(own)}: give the pipeline those of the plan, pipe(..., **plan.arguments())"
+                f"{_listed(own)}; call pipe(..., **plan.arguments()) to use those of the plan"
             )
         same = steps == self.steps if self.calls is None else calls == self.calls
         if not same:
             made = "" if self.calls is None else f", {self.calls} calls"
-            hint = "" if steps == self.steps else f": give the pipeline num_inference_steps={self.steps}"
+            hint = "" if steps == self.steps else f"; call pipe(..., num_inference_steps={self.steps})"
             return (
                 f"the plan was made for {self.steps} steps{made}; this run has {steps} steps, {calls} calls"
                 f"{hint}"
@@ -259,8 +259,8 @@ def check_ratio(ratio: float, patch: int) -> None:
     highest = 1 - 1 / patch**2
     if ratio > highest + 1e-9:
         raise ValueError(
-            f"ratio: {ratio} is not allowed, it must be <= {highest:g}: with patch={patch} one token "
-            f"in {patch**2} is a base token and stays"
+            f"ratio: {ratio} is not allowed, it must be <= {highest:g}, since patch={patch} keeps one "
+            f"token of every {patch**2}; use a lower ratio or a larger patch"
         )
 
 

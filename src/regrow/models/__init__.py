@@ -61,13 +61,13 @@ def module_of(target: Any) -> nn.Module:
             if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
                 raise UnsupportedModelError(
                     f"model: {type(getattr(module, '_orig_mod', module)).__name__} is compiled as a "
-                    "whole, so what a call computes can't change from step to step; apply regrow to "
-                    "the plain model and compile its blocks: regrow.compile_blocks(model)"
+                    "whole, so its calls can't compute less; apply regrow to the model before it is "
+                    "compiled, and compile its blocks only: regrow.compile_blocks(model)"
                 )
             return module
     raise UnsupportedModelError(
-        f"model: {type(target).__name__} has no denoiser; it must be a module, or a pipeline that holds "
-        f"one, such as a UNet2DConditionModel, as {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
+        f"model: {type(target).__name__} has no denoiser; give a denoiser such as a UNet2DConditionModel, "
+        f"or a pipeline with one as its {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
     )
 
 
@@ -98,13 +98,13 @@ def known_layout(denoiser: nn.Module) -> Layout:
     if layout.is_known:
         return layout
     name = type(denoiser).__name__
-    told = f"the layers of {name} are not known"
+    told = f"regrow does not know the layers of {name}"
     if name == "UNet2DConditionModel":
         told = (
-            f"{name} has blocks that are not known: {', '.join(unknown_blocks(denoiser))}; known are "
-            f"{', '.join(sorted(KNOWN_BLOCKS))}"
+            f"{name} has blocks that regrow does not know: {', '.join(unknown_blocks(denoiser))} (it knows "
+            f"{', '.join(sorted(KNOWN_BLOCKS))})"
         )
     raise UnsupportedModelError(
-        f"model: {told}; only its output can be reused or forecast (spectrum, a schedule of depths 0 and "
-        f"full). More is known of {', '.join(_LAYOUTS)}"
+        f"model: {told}; use spectrum, or a schedule of depths 0 and full, which only reuse or forecast "
+        f"its output. Everything else needs one of {', '.join(_LAYOUTS)}"
     )

@@ -37,7 +37,7 @@ def _argument(denoiser: Any, arguments: Sequence[str], names: Sequence[str], wha
     found = next((name for name in names if name in arguments), None)
     if found is None:
         raise UnsupportedModelError(
-            f"model: {type(denoiser).__name__} is no denoiser such as UNet2DConditionModel, its forward "
-            f"method has no argument for the {what}: none of {', '.join(names)}"
+            f"model: {type(denoiser).__name__} is no denoiser such as UNet2DConditionModel: its forward "
+            f"method needs an argument for the {what}, named {' or '.join(names)}"
         )
     return found

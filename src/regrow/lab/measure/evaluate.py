@@ -145,7 +145,7 @@ class ShardMaker:
         except torch.OutOfMemoryError as error:
             raise MemoryError(
                 f"batch: {len(shard.prompts)} pictures by {one.name} need more memory than the "
-                "device has; use fewer, in another folder"
+                "device has; use a smaller batch and another folder"
             ) from error
         pictures = torch.stack([to_tensor(image) for image in made.images])
         tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}

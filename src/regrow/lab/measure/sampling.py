@@ -112,7 +112,7 @@ def check_size(pipeline: Any, height: int | None, width: int | None, frames: int
         missing, given = ("height", "width") if height is None else ("width", "height")
         raise ValueError(f"{missing}: must be given together with {given}")
     if height is not None and not _takes(inspect.signature(pipeline.__call__).parameters, "height"):
-        raise ValueError(f"height: {type(pipeline).__name__} has one size, it must not be given")
+        raise ValueError(f"height: {type(pipeline).__name__} has one size only; leave out height and width")
     check_frames(pipeline, frames)
 
 
@@ -125,7 +125,7 @@ def check_frames(pipeline: Any, frames: int | None) -> None:
     if frames is None:
         return
     if not makes_videos(type(pipeline)):
-        raise ValueError(f"frames: {type(pipeline).__name__} makes pictures, it must not be given")
+        raise ValueError(f"frames: {type(pipeline).__name__} makes pictures, not videos; leave out frames")
     check_within("frames", frames, 1, 10_000)
     own = _own_sizes(pipeline).get("frames", frames)
     if frames not in (1, own):
@@ -255,7 +255,7 @@ def _class(pipeline: Any, prompt: str) -> int:
     if prompt not in pipeline.labels:
         names = ", ".join(islice(pipeline.labels, SHOWN_CLASSES))
         raise ValueError(
-            f"prompt: {prompt!r} is not allowed, it must be the number of a class, {min(known)} to "
+            f"prompt: {prompt!r} is not allowed, it must be the number of a class, from {min(known)} to "
             f"{max(known)}" + (f", or its name, such as {names}" if names else "")
         )
     return int(pipeline.labels[prompt])

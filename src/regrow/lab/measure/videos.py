@@ -52,8 +52,8 @@ def check_codec(option: str, file: Path, others: Sequence[str]) -> None:
     missing = [name for name in ("imageio", "imageio_ffmpeg") if importlib.util.find_spec(name) is None]
     if file.suffix.lower() == ".mp4" and missing:
         raise ValueError(
-            f"{option}: {file} needs {' and '.join(missing)}: pip install 'regrow[video]'; "
-            f"{', '.join(others)} need nothing"
+            f"{option}: {file} needs {' and '.join(missing)}; run pip install 'regrow[video]', or use "
+            f"{' or '.join(others)}, which need no package"
         )
 
 
