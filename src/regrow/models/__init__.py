@@ -1,4 +1,4 @@
-"""Where the places are in each family of denoisers: a small table a family."""
+"""The sites in each family of denoisers: a small table for each family."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = [
     "other_denoisers",
 ]
 
-# What pipelines call them.
+# The denoiser's attribute in pipelines.
 DENOISERS = ("unet", "transformer", "prior", "decoder")
-# What pipelines of several call the others.
+# Other denoisers' attributes, in pipelines of several.
 OTHERS = ("transformer_2", "unconditional_transformer", "prior_prior")
 
 # Class names, so that no model family is imported before somebody uses it.
@@ -37,7 +37,7 @@ _LAYOUTS: Mapping[str, Callable[[Any], Layout | None]] = {
 
 
 def denoiser_of(target: Any) -> nn.Module:
-    """The denoiser of a pipeline, or the denoiser itself.
+    """Find the denoiser of a pipeline; a denoiser is returned itself.
 
     Raises:
         UnsupportedModelError: if there is none.
@@ -48,7 +48,7 @@ def denoiser_of(target: Any) -> nn.Module:
 
 
 def module_of(target: Any) -> nn.Module:
-    """The same, whatever its forward method takes.
+    """Find the denoiser as `denoiser_of` does, without a check of what its forward method takes.
 
     Raises:
         UnsupportedModelError: if there is none, or it is compiled as a whole.
@@ -72,13 +72,13 @@ def module_of(target: Any) -> nn.Module:
 
 
 def other_denoisers(pipeline: Any, denoiser: nn.Module) -> list[str]:
-    """What a pipeline calls the denoisers that it has besides one."""
+    """List the attributes of a pipeline that hold other denoisers than this one."""
     held = {name: getattr(pipeline, name, None) for name in (*DENOISERS, *OTHERS)}
     return [name for name, part in held.items() if isinstance(part, nn.Module) and part is not denoiser]
 
 
 def layout_of(denoiser: nn.Module) -> Layout:
-    """The table of a denoiser; of one of no family, and of a U-Net of blocks of others, the output alone.
+    """Make a denoiser's table; if its family or its U-Net's blocks are unknown, of its output alone.
 
     Raises:
         UnsupportedModelError: if its forward method takes no latent or no timestep.
@@ -89,10 +89,10 @@ def layout_of(denoiser: nn.Module) -> Layout:
 
 
 def known_layout(denoiser: nn.Module) -> Layout:
-    """The same, of a denoiser of a known family.
+    """Make the table of a denoiser whose layers are known.
 
     Raises:
-        UnsupportedModelError: if it is of another.
+        UnsupportedModelError: if only its output is known.
     """
     layout = layout_of(denoiser)
     if layout.is_known:
