@@ -452,7 +452,7 @@ def test_modules_that_somebody_listens_to_are_computed(pipe: Any, config: Any) -
     hook = module.register_forward_hook(listen)
     plain = pipelines.generate(pipe)
     with regrow.apply(pipe, config) as run:
-        with pytest.warns(UserWarning, match="has a forward hook, whose owner would get nothing"):
+        with pytest.warns(UserWarning, match="has a forward hook, which would get no output"):
             assert torch.equal(pipelines.generate(pipe), plain)
         assert len(heard) == 8
         assert {c.depth for c in run.report().calls} == {"full"}
