@@ -66,8 +66,8 @@ def test_nothing_is_older_than_the_plan_means_where_guidance_comes_and_goes(conf
     assert max(c.age for c in rows) == 2
     late = [c for c in rows if c.branch == 1 and c.step == 7]
     assert [c.depth for c in late] == ["full"]
-    assert "older than the plan means" in late[0].reason
-    assert "older than the plan means" in str(run.report())
+    assert "older than planned" in late[0].reason
+    assert "older than planned" in str(run.report())
 
 
 def by_hand(unet: Any, order: Callable[[Tensor, Tensor], tuple[Tensor, ...]], config: Any) -> Tensor:

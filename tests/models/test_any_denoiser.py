@@ -319,7 +319,7 @@ def test_a_loop_with_another_scheduler_is_computed_in_full_and_said_so() -> None
     plain = of_its_own(pipe.transformer, other, steps=True)
     with regrow.apply(pipe, plan(Reuse())):
         generate("auraflow", pipe)
-        with pytest.warns(UserWarning, match="of another pipeline with a scheduler of its own"):
+        with pytest.warns(UserWarning, match="of another pipeline with its own scheduler"):
             found = of_its_own(pipe.transformer, other, steps=True)
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
