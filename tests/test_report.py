@@ -331,7 +331,7 @@ def test_what_is_on_beside_a_method_is_named() -> None:
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))
     with pytest.raises(ValueError, match=r"target: diffusers' FirstBlockCache is on"):
         regrow.apply(pipe, regrow.CATPruning(t0=2))
-    with pytest.warns(UserWarning, match="FirstBlockCache is on as well"):
+    with pytest.warns(UserWarning, match="FirstBlockCache is on too"):
         run = regrow.apply(pipe, regrow.FORA(interval=2))
     run.remove()
     pipe.transformer.disable_cache()
