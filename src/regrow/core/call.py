@@ -26,7 +26,7 @@ from regrow.tokens.select import Selection, Subset
 
 @dataclass(frozen=True)
 class CallRecord:
-    """What a call of the denoiser did.
+    """The record of a call of the denoiser.
 
     Args:
         position: its step in the generation; None if that is not known.
@@ -62,7 +62,7 @@ class CallRecord:
 
 @dataclass(frozen=True)
 class Observation:
-    """What an observer gets after a call of the denoiser.
+    """The information for an observer after a call of the denoiser.
 
     Args:
         record: record of the call.

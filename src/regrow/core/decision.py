@@ -73,7 +73,7 @@ def left_out(plan: Mapping[str, Decision]) -> float:
 
 @dataclass(frozen=True)
 class View:
-    """What decisions may depend on; known before a call begins.
+    """The facts that decisions may depend on, known before a call begins.
 
     Args:
         index: index of the call in the generation, from 0.

@@ -100,7 +100,7 @@ def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
     """Count the MACs of calls of any diffusers denoiser without a method, with attention.
 
     Args:
-        denoiser: on any device; only its configuration is used.
+        denoiser: the model, on any device; only its configuration is used.
         calls: positional and keyword arguments of each call, on the meta device.
     """
     model = meta_copy(denoiser)

@@ -20,7 +20,7 @@ from regrow.tokens.grid import Grid
 
 
 class Features(str, Enum):
-    """Which features similarities and scores are computed from."""
+    """The features that similarities and scores are computed from."""
 
     BLOCK_INPUT = "block_input"
     """The hidden states entering the transformer block, before norm1 (both released codes)."""
@@ -32,7 +32,7 @@ class Features(str, Enum):
 
 
 class After(str, Enum):
-    """Where pruning begins, relative to the block whose attention is read."""
+    """The place where pruning begins, relative to the block whose attention is read."""
 
     SELF_ATTENTION = "self_attention"
     """Its own cross-attention and feed-forward leave tokens out, and all layers of the blocks after it."""
@@ -41,7 +41,7 @@ class After(str, Enum):
 
 
 class Recovery(str, Enum):
-    """Where a pruned token's value comes from."""
+    """The source of a pruned token's value."""
 
     COPY = "copy"
     """The output of the most similar token (pruning)."""
@@ -50,7 +50,7 @@ class Recovery(str, Enum):
 
 
 class Alignment(str, Enum):
-    """How the two halves of a guided batch get the same base tokens."""
+    """The way in which both halves of a guided batch get the same base tokens."""
 
     CONDITIONAL = "conditional"
     UNCONDITIONAL = "unconditional"
@@ -104,7 +104,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class CallInfo:
-    """What a rule may use.
+    """The facts that a rule may use.
 
     Args:
         batch: number of samples in the batch, with both halves of guidance.

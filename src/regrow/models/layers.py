@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class LayerKind(str, Enum):
-    """What a layer does with tokens."""
+    """The kind of a layer, by what it does with tokens."""
 
     SELF_ATTENTION = "self_attention"
     """The attention among the image's tokens, and the text's tokens in joint blocks."""

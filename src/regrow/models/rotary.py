@@ -12,7 +12,7 @@ from regrow.tokens.select import Subset, behind
 
 
 class Rows(Enum):
-    """Which tokens the rows of a module's output are."""
+    """The tokens that the rows of a module's output belong to."""
 
     IMAGE = "image"
     TEXT = "text"

@@ -25,7 +25,7 @@ class TokenBlock:
         name: path of the block in the denoiser.
         stage: path of the module with the consecutive blocks that have the same tokens.
         block: the block; its first input is ``(B, N, C)``.
-        downsample: how many latent positions a token spans along one side.
+        downsample: number of latent positions a token spans along one side.
         self_attention: takes and returns ``(B, N, C)``; None if the block has none.
         cross_attention: the attention to the text, or None.
         feed_forward: the token-wise network.
@@ -89,7 +89,7 @@ class SkipPlan:
 
 @dataclass(frozen=True)
 class Stream:
-    """Where the image's tokens begin and end, and what is kept of the tokens that a call leaves out.
+    """The modules where the image's tokens begin and end, and that keep the tokens a call leaves out.
 
     Args:
         embed: makes the tokens ``(B, N, C)`` from the latent.
@@ -119,7 +119,7 @@ class Stream:
 
 
 class Spans(Enum):
-    """Which tokens of a video, f frames of h x w tokens, form one sequence."""
+    """The tokens of a video, f frames of h x w tokens, that form one sequence."""
 
     VIDEO = "video"
     """All tokens of a sample, frame by frame: ``(B, f h w, C)``."""
@@ -138,7 +138,7 @@ def in_sequences(values: Tensor, spans: Spans, sequences: int) -> Tensor:
 
 
 class Keeps(Enum):
-    """What is kept of a site, to recover it in later calls."""
+    """The value that is kept of a site, to recover it in later calls."""
 
     OUTPUT = "output"
     """Its output."""

@@ -34,7 +34,7 @@ from regrow.models.table import (
 
 @dataclass(frozen=True)
 class Family:
-    """Where the sites are in a family of transformers.
+    """The places of sites in a family of transformers.
 
     Args:
         stacks: for each list of blocks its path, the names of their attentions and feed-forwards, and the

@@ -18,7 +18,7 @@ MAP = 1 << 26
 
 
 class Heads(str, Enum):
-    """How the scores of an attention's heads are combined into one."""
+    """The way to combine the scores of an attention's heads into one."""
 
     ROOT_MEAN_SQUARE = "rms"
     """The root of the mean square: a token that matters much to few heads gets a higher score."""

@@ -16,7 +16,7 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tokens are computed, and which of them gives each token its value.
+    """The tokens that are computed, and for each token the one that gives its value.
 
     Args:
         kept: ``(B, N - K)`` indices of the tokens that are computed.

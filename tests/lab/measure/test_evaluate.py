@@ -298,7 +298,7 @@ def test_pictures_of_another_device_are_compared_but_not_gone_on_with(tmp_path: 
     (row,) = compare(here, VARIANTS[1:2], Colours())
     assert row.ssim == 1
     with pytest.raises(
-        ValueError, match="cpu is not allowed for the missing .* of steps:4, those .* cuda"
+        ValueError, match=r"cpu is not allowed for the missing .* of steps:4, those .* cuda"
     ):
         here.make(pipelines.sd(), VARIANTS[0])
     Pictures(tmp_path, SETTING, "cuda").make(pipelines.sd(), VARIANTS[0])

@@ -117,7 +117,7 @@ class Architecture:
 
     Args:
         name: for tables.
-        denoiser: on the meta device.
+        denoiser: the model, on the meta device.
         scale: pixels a latent position spans along one side.
         text_tokens: number of text tokens of a prompt.
     """

@@ -54,7 +54,7 @@ def write_json(file: Path, value: Any, *, ascii_only: bool = True) -> None:
 
     Args:
         file: the file.
-        value: what JSON can hold.
+        value: plain data that JSON can hold.
         ascii_only: escape all other characters.
     """
     write_text(file, json.dumps(value, indent=1, ensure_ascii=ascii_only) + "\n")

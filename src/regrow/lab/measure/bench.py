@@ -35,7 +35,7 @@ _UNKNOWN = {
 
 @dataclass(frozen=True)
 class CallKind:
-    """One kind of call of the denoiser; None is what the method does not report.
+    """A kind of call of the denoiser; None is what the method does not report.
 
     Args:
         depth: ``"full"`` or a number of up-path layers.
@@ -94,7 +94,7 @@ class BenchRow:
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Convert the row to plain data."""
         return asdict(self)
 
 

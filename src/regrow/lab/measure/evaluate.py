@@ -381,7 +381,7 @@ class Quality:
     made_otherwise: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Convert the figures to plain data."""
         return asdict(self)
 
 

@@ -65,7 +65,7 @@ class Profile:
     kinds: tuple[Kind, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Convert the profile to plain data."""
         return asdict(self)
 
 
@@ -73,7 +73,7 @@ class PlanCounter:
     """Counts the calls of generations by any method, each kind of call once.
 
     Args:
-        denoiser: on any device; only its configuration is used.
+        denoiser: the model, on any device; only its configuration is used.
         inputs: arguments of a call, on the meta device.
         text_once: count what depends on the text alone in the first call only, where it is computed; if
             not, in every full call.

@@ -1,4 +1,4 @@
-"""Count how often tokens were computed (SiTo's figure 4), and how many in blocks (TokenCache's figure 8)."""
+"""Count how often tokens were computed (SiTo, figure 4), and how many in a block (TokenCache, figure 8)."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Job:
-    """What to evaluate.
+    """An evaluation to do.
 
     Args:
         candidate: the plan.

@@ -30,7 +30,7 @@ from regrow.space import Space
 
 
 class Algorithm(str, Enum):
-    """How plans are proposed."""
+    """The way in which plans are proposed."""
 
     NSGA2 = "nsga2"
     """All variables at once, as in DaTo's paper."""
@@ -69,7 +69,7 @@ class AllFailedError(ValueError):
 
 
 class Economy(Checked):
-    """How the search avoids evaluations.
+    """The ways in which a search avoids evaluations.
 
     Args:
         prompts: numbers of prompts, ascending. Every plan is measured on the first number; plans that no
@@ -131,7 +131,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Budget:
-    """When a search ends; without any limit, when no new plan is left.
+    """The limits of a search; without any, it ends when no new plan is left.
 
     Args:
         generations: most generations.
