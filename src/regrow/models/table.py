@@ -89,7 +89,7 @@ class SkipPlan:
 
 @dataclass(frozen=True)
 class Stream:
-    """The modules where the image's tokens begin and end, and that keep the tokens a call leaves out.
+    """The modules where the image's tokens begin and end, and those whose values are kept between calls.
 
     Args:
         embed: makes the tokens ``(B, N, C)`` from the latent.
