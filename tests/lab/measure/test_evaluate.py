@@ -751,7 +751,7 @@ def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
         (("--reference", "nowhere.safetensors"), "nowhere.safetensors: there is no such file"),
         (("--scores", "nowhere.json"), "nowhere.json"),
         (("--features", "inception"), "pip install torch-fidelity"),
-        (("--export", "tests"), "export: tests holds something else"),
+        (("--export", "tests"), "export: tests holds other files"),
         (
             ("--save-reference", "Makefile/x.safetensors", "--reference", "docs"),
             "--save-reference: Makefile/x.safetensors can't be written",

@@ -78,7 +78,7 @@ def test_a_search_takes_names_of_classes_as_they_are(tmp_path: Path) -> None:
 def test_the_first_prompts_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a cat\na dog")
     assert read_prompts(tmp_path / "a.txt", each=2, first=3) == ["a cat", "a cat", "a dog"]
-    with pytest.raises(ValueError, match=r"first: 3 is not allowed, .* holds 2 prompts"):
+    with pytest.raises(ValueError, match=r"first: 3 is not allowed, .* holds only 2 prompts"):
         read_prompts(tmp_path / "a.txt", first=3)
     with pytest.raises(ValueError, match="first: 0 is not allowed"):
         read_prompts(tmp_path / "a.txt", first=0)

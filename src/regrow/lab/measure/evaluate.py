@@ -394,7 +394,7 @@ def check_against(variants: Sequence[Variant], against: Mapping[str, str]) -> No
     order = [one.name for one in variants]
     for name, other in against.items():
         if name not in order:
-            raise ValueError(f"against: {name} is not known; use one of {', '.join(order)}")
+            raise ValueError(f"against: {name} is not known; allowed are {', '.join(order)}")
         if other not in order[: order.index(name)]:
             raise ValueError(
                 f"against: {other} is not allowed for {name}, it must come before it among the methods"
