@@ -76,8 +76,8 @@ def test_scores_of_several_files_are_merged(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is no JSON"),
-        ("[1]", "is not of the form"),
-        ('{"steps:4": 1}', "is not of the form"),
+        ("[1]", "must be of the form"),
+        ('{"steps:4": 1}', "must be of the form"),
         ('{"steps:9": {"a": 1}}', "'steps:9' in .* is not allowed; allowed are steps:4, steps:2"),
         ('{"steps:4": {"a": "1"}}', "'1' of steps:4, a in .* must be a finite number"),
         ('{"steps:4": {"a": true}}', "True of steps:4, a in .* must be a finite number"),
