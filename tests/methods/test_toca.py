@@ -500,7 +500,7 @@ def test_an_image_adapter_of_flux_is_refused_unless_nothing_is_to_be_seen() -> N
     attention.set_processor(stock)
     with regrow.apply(pipe, ToCa()):
         attention.set_processor(adapted)
-        with pytest.warns(UserWarning, match="layers hand on .* processors were replaced"):
+        with pytest.warns(UserWarning, match="layers reuse .* processors were replaced"):
             assert torch.equal(generate(pipe, **options), reused)
 
 
@@ -525,7 +525,7 @@ def test_tokens_of_two_pictures_are_handed_on_whole() -> None:
         return found
 
     expected = outputs(FORA(interval=3))
-    with pytest.warns(UserWarning, match="layers hand on .* not those of one picture"):
+    with pytest.warns(UserWarning, match="layers reuse .* not those of one picture"):
         found = outputs(ToCa())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
