@@ -67,8 +67,8 @@ def test_nothing_is_older_than_the_plan_means_where_guidance_comes_and_goes(conf
     assert max(c.age for c in rows) == 2
     late = [c for c in rows if c.branch == 1 and c.step == 7]
     assert [c.depth for c in late] == ["full"]
-    assert "older than the plan means" in late[0].reason
-    assert "older than the plan means" in str(run.report())
+    assert "older than planned" in late[0].reason
+    assert "older than planned" in str(run.report())
 
 
 def by_hand(unet: Any, order: Callable[[Tensor, Tensor], tuple[Tensor, ...]], config: Any) -> Tensor:
@@ -334,7 +334,7 @@ def test_what_is_on_beside_a_method_is_named() -> None:
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))
     with pytest.raises(ValueError, match=r"target: diffusers' FirstBlockCache is on"):
         regrow.apply(pipe, regrow.CATPruning(t0=2))
-    with pytest.warns(UserWarning, match="FirstBlockCache is on as well"):
+    with pytest.warns(UserWarning, match="FirstBlockCache is on too"):
         run = regrow.apply(pipe, regrow.FORA(interval=2))
     run.remove()
     pipe.transformer.disable_cache()
@@ -455,7 +455,7 @@ def test_modules_that_somebody_listens_to_are_computed(pipe: Any, config: Any) -
     hook = module.register_forward_hook(listen)
     plain = pipelines.generate(pipe)
     with regrow.apply(pipe, config) as run:
-        with pytest.warns(UserWarning, match="has a forward hook, whose owner would get nothing"):
+        with pytest.warns(UserWarning, match="has a forward hook, which would get no output"):
             assert torch.equal(pipelines.generate(pipe), plain)
         assert len(heard) == 8
         assert {c.depth for c in rows_of(run)} == {"full"}

@@ -148,8 +148,8 @@ def apply(target: Any, config: Any, *, scheduler: Any = None, keep_text: bool = 
     parts = recipe_of(config)
     if is_hooked(denoiser):
         raise ValueError(
-            "target: a method is applied to this denoiser already; call its run's remove() first. "
-            "Pipelines that share a denoiser and a scheduler share its run as well."
+            "target: a method is applied to this denoiser already; first call remove() on the run that "
+            "regrow.apply returned. It serves all pipelines that share this denoiser and its scheduler."
         )
     pipeline = None if target is denoiser else target
     if pipeline is not None and scheduler is not None:

@@ -214,7 +214,7 @@ def _near(text: str, line: int) -> str:
 def _unreadable(file: Path, error: Exception) -> OSError:
     """An error of the system in our words, of the same kind."""
     if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{said(file)}: there is no such file")
+        return FileNotFoundError(f"{said(file)}: there is no such file; check its name and folder")
     if isinstance(error, PermissionError):
         return PermissionError(f"{said(file)}: it can't be read, this user may not")
     reason = (

@@ -46,9 +46,7 @@ def test_its_own_timesteps_that_are_not_given_are_missed(kind: Any) -> None:
 
 def test_another_number_of_steps() -> None:
     (message,) = heard(FORECAST, pipelines.sd(), num_inference_steps=4)
-    said = (
-        "made for 6 steps, 6 calls; this run has 4 steps, 4 calls: give the pipeline num_inference_steps=6"
-    )
+    said = "made for 6 steps, 6 calls; this run has 4 steps, 4 calls; call pipe(..., num_inference_steps=6)"
     assert said in message
     assert not heard(FORECAST, pipelines.sd(), num_inference_steps=6)
     fewer = FEWER.model_copy(update={"timesteps": None})

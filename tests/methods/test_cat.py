@@ -721,7 +721,7 @@ def test_an_image_adapter_of_flux_is_refused_and_noticed_later() -> None:
         torch.manual_seed(0)
         adapt()
     processor = transformer.transformer_blocks[1].attn.processor
-    with pytest.raises(ValueError, match="1 attentions have processors"):
+    with pytest.raises(ValueError, match="1 attentions have special processors"):
         regrow.apply(pipe, CATPruning())
     adapted = generate(pipe, **options)
     assert not torch.equal(adapted, plain)

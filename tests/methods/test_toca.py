@@ -423,7 +423,7 @@ def test_tokens_of_a_generation_are_those_of_the_highest_scores() -> None:
     with regrow.apply(pipe, config, keep_text=False) as run, run.observed(note):
         for attention in (block.attn1, block.attn2):
             look(attention, _only_full(run, end_of_attention))
-        with pytest.warns(UserWarning, match="has a forward method of somebody's own"):
+        with pytest.warns(UserWarning, match="has a replaced forward method"):
             generate(pipe, guidance_scale=4.0)
     for module in wrapped:
         del module.forward
@@ -492,7 +492,7 @@ def test_an_image_adapter_of_flux_is_refused_unless_nothing_is_to_be_seen() -> N
     stock = attention.processor
     attention.set_processor(adapted)
     for refused in (ToCa(), ToCa(influence=0, self_attention=1)):
-        with pytest.raises(ValueError, match="1 attentions have processors"):
+        with pytest.raises(ValueError, match="1 attentions have special processors"):
             regrow.apply(pipe, refused)
     with regrow.apply(pipe, FORA(interval=3)):
         reused = generate(pipe, **options)
@@ -501,7 +501,7 @@ def test_an_image_adapter_of_flux_is_refused_unless_nothing_is_to_be_seen() -> N
     attention.set_processor(stock)
     with regrow.apply(pipe, ToCa()):
         attention.set_processor(adapted)
-        with pytest.warns(UserWarning, match="layers hand on .* processors were replaced"):
+        with pytest.warns(UserWarning, match="layers reuse .* processors were replaced"):
             assert torch.equal(generate(pipe, **options), reused)
 
 
@@ -526,7 +526,7 @@ def test_tokens_of_two_pictures_are_handed_on_whole() -> None:
         return found
 
     expected = outputs(FORA(interval=3))
-    with pytest.warns(UserWarning, match="layers hand on .* not those of one picture"):
+    with pytest.warns(UserWarning, match="layers reuse .* not those of one picture"):
         found = outputs(ToCa())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

@@ -1,1 +1,1 @@
-"""What is decided for each call and site, what sites keep, and the hook that carries it out."""
+"""The decisions for each call and site, what sites keep, and the hook that carries decisions out."""

@@ -1,4 +1,4 @@
-"""Which branch of guidance a call of the denoiser belongs to: known by what it is given."""
+"""Branches of guidance: a call of the denoiser belongs to the branch with its arguments."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What branches of guidance differ in: the text, whole and pooled, the picture, the class.
+# Arguments that differ between branches: the text, whole and pooled, the picture, the class.
 CONDITIONS = (
     "encoder_hidden_states",
     "encoder_hidden_states_image",
     "pooled_projections",
     "class_labels",
     "added_cond_kwargs",
-    # Of denoisers of no known family.
+    # In denoisers of no known family.
     "encoder_hidden_states_1",
     "encoder_hidden_states_2",
     "encoder_hidden_states_t5",
@@ -42,12 +42,12 @@ CONDITIONS = (
 
 @dataclass(frozen=True)
 class Condition:
-    """What a call of the denoiser is given besides the latent and the time.
+    """The arguments of a call of the denoiser besides the latent and the time.
 
     Args:
-        tensors: those of its `CONDITIONS`.
-        versions: of their contents, which writing to one changes; -1 where that is not known.
-        options: its arguments that are plain data, such as the layers that skip-layer guidance leaves out.
+        tensors: its arguments named in `CONDITIONS`.
+        versions: version of each tensor, which changes when it is written to; -1 if not known.
+        options: its arguments that are plain data, such as the layers that skip-layer guidance skips.
     """
 
     tensors: tuple[Tensor, ...]
@@ -56,22 +56,22 @@ class Condition:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> Condition:
-        """The condition of a call with these arguments."""
+        """Make the condition of a call with these arguments."""
         named = tuple(tensor for name in CONDITIONS for tensor in _tensors_in(inputs.get(name)))
-        # Of a denoiser that calls them otherwise, all that it is given.
+        # A denoiser with other argument names: all tensors that it is given.
         tensors = named or tuple(_tensors_in(inputs))
-        # A tensor made in inference mode does not tell.
+        # Tensors made in inference mode have no version.
         versions = tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
         plain = ((k, _plain(v)) for k, v in sorted(inputs.items()))
         return cls(tensors, versions, tuple((k, v) for k, v in plain if v is not None))
 
     def is_very(self, other: Condition) -> bool:
-        """Whether both have the very same tensors, unchanged, and equal options."""
+        """Whether both have the same tensor objects, unchanged, and equal options."""
         same = self.options == other.options and self.versions == other.versions
         return same and [*map(_place, self.tensors)] == [*map(_place, other.tensors)]
 
     def equals(self, other: Condition) -> bool:
-        """Whether both have tensors of equal contents, and equal options. That waits for the device."""
+        """Whether both have tensors with equal contents, and equal options; waits for the device."""
         if self.options != other.options or len(self.tensors) != len(other.tensors):
             return False
         both = zip(self.tensors, other.tensors, self.versions, other.versions, strict=True)
@@ -83,8 +83,8 @@ class Branch:
     """A branch of guidance, or a view of a panorama.
 
     Args:
-        number: in the order in which branches first came.
-        condition: what it was last given.
+        number: number of the branch, in the order of first calls.
+        condition: the condition of its last call.
     """
 
     number: int
@@ -101,10 +101,10 @@ class Branches:
         self._count = 0
 
     def find(self, inputs: Mapping[str, Any], step: int) -> int:
-        """The number of the branch that a call belongs to.
+        """Find the number of the branch that a call belongs to.
 
-        Of the branches that have not had their call in this step it is the first that was given the very
-        same, or else equal contents; if there is none, it is a new one.
+        Branches without a call in this step are searched for the same tensor objects, then for equal
+        contents. If none matches, it is a new branch.
         """
         if step != self._step:
             self._drop_unused()
@@ -123,17 +123,17 @@ class Branches:
 
     @property
     def numbers(self) -> frozenset[int]:
-        """The branches that may come again."""
+        """The branches that may have more calls."""
         return frozenset(b.number for b in self._known)
 
     def _drop_unused(self) -> None:
-        """Forget branches that stayed away, if they are more than those that came: of texts that change."""
+        """Forget branches without calls, if they are the majority: their texts were replaced."""
         if len(self._known) > 2 * max(len(self._seen), 1):
             self._known = list(self._seen)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of an argument: itself, or those of a list or a mapping."""
+    """List the tensors of an argument: itself, or those in a list or mapping."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -145,7 +145,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _equal(mine: Tensor, others: Tensor, version: int, before: int) -> bool:
-    """Whether two tensors hold the same; of one that was written to, what it held is not known."""
+    """Whether two tensors have equal contents; False if memory that they share was written to."""
     if _place(mine) == _place(others):
         return version == before
     if (mine.shape, mine.dtype, mine.device) != (others.shape, others.dtype, others.device):
@@ -154,7 +154,7 @@ def _equal(mine: Tensor, others: Tensor, version: int, before: int) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """An argument that is a truth value, a whole number, a name, or several of these; else None."""
+    """Return an argument that is a truth value, whole number, name, or several of these; else None."""
     if isinstance(value, (list, tuple)):
         parts = tuple(_plain(v) for v in value)
         return None if None in parts else parts
@@ -162,7 +162,7 @@ def _plain(value: Any) -> Any:
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:
-    """Where in memory a tensor is; equal for two views of the same elements."""
+    """Describe where a tensor is in memory; equal for two views of the same elements."""
     if x.is_meta:
         return (id(x),)
     return x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride()

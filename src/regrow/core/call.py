@@ -1,4 +1,4 @@
-"""What is known of a call of the denoiser: while it is in progress, and what is told of it afterwards."""
+"""A call of the denoiser: its state while it runs, and its record afterwards."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from regrow.tokens.select import Selection, Subset
 
 @dataclass(frozen=True)
 class CallRecord:
-    """What a call of the denoiser did.
+    """The record of a call of the denoiser.
 
     Args:
-        position: where in the generation it stood; None if that is not known.
-        branch: of guidance, in the order in which they first came.
+        position: its step in the generation; None if that is not known.
+        branch: number of its branch of guidance, in the order of first calls.
         depth: up-path layers computed; `FULL` for a full call.
-        ratio: share of tokens pruned where the method prunes; 1 if layers in which tokens should have been
-            computed again reused all they had.
-        planned: what the schedule asked for; None if no plan holds for the call.
+        ratio: share of tokens pruned where the method prunes; 1 if layers that should recompute tokens
+            reused all of them.
+        planned: the step of the schedule; None if the call has no plan.
         inputs: its positional and keyword arguments on the meta device, enough to count its MACs.
-        knew_text: whether what depends on the text alone was not computed again.
-        age: how many steps old the features are that it reused; 0 if it reused none.
-        reason: why it did something else than planned; empty if it did as planned.
-        recovery: in time, of what it left out, such as ``"taylor(1)"``; empty if it left out no module.
+        knew_text: whether values that depend on the text alone were reused.
+        age: age in steps of the features that it reused; 0 if it reused none.
+        reason: why it did not do what was planned; empty if it did.
+        recovery: recovery in time of what it left out, such as ``"taylor(1)"``; empty if nothing.
         grounded: whether boxes were attended to (GLIGEN), which pipelines do in their first calls.
-        plan: by the name of a site, what was decided for it, where sites are decided for.
-        error: of a full call, the relative deviation of the forecast that a control compared with it.
+        plan: decisions by the names of sites, if the method decides for sites.
+        error: in a full call, the relative deviation of the forecast that a control compared with it.
     """
 
     position: Position | None
@@ -62,16 +62,16 @@ class CallRecord:
 
 @dataclass(frozen=True)
 class Observation:
-    """What an observer is told after a call of the denoiser.
+    """The information for an observer after a call of the denoiser.
 
     Args:
-        record: what the call did.
-        blocks: the transformer blocks that ran, by name, each with the selection of tokens that its
-            pruned layers computed; None where they computed all.
-        tokens: the tokens ``(B, K)`` that the whole call computed; None where it computed all.
-        refreshed: by the name of a site, the tokens ``(B, K)`` that it computed where it computed some.
-        grid: of a transformer's image tokens, if a call of it can compute some of them only.
-        leading: blocks at the beginning of the call that computed all tokens before ``tokens`` were chosen.
+        record: record of the call.
+        blocks: by name, the transformer blocks that ran, with the selection of tokens that their pruned
+            layers computed; None if they computed all tokens.
+        tokens: the tokens ``(B, K)`` that the whole call computed; None if it computed all.
+        refreshed: by name, the sites that computed some tokens only, with these tokens ``(B, K)``.
+        grid: grid of a transformer's image tokens, if whole calls can compute some of them only.
+        leading: number of first blocks that computed all tokens, before ``tokens`` were chosen.
     """
 
     record: CallRecord
@@ -87,21 +87,21 @@ Observer = Callable[[Observation], None]
 
 @dataclass
 class Generation:
-    """The state of one generation. It is dropped when the next one begins.
+    """The state of one generation, dropped when the next one begins.
 
     Args:
-        steps: what each call does, by the plan; empty if the calls belong to no generation that is known.
+        steps: the planned step of each call; empty if the calls belong to no known generation.
         cuts: what is skipped at each depth.
-        generator: of the choice of tokens.
-        twin: what the denoiser was when it began.
-        whole: why all of its calls are computed in full; empty if they are not.
-        late: it began behind the first step (image-to-image).
-        branches: of guidance.
-        slots: the memory of each branch, by its number.
-        records: what the calls did.
+        generator: random generator for the choice of tokens.
+        twin: the denoiser as it was when the generation began.
+        whole: why all calls are computed in full; empty if they are not.
+        late: it began after the first step (image-to-image).
+        branches: branches of guidance.
+        slots: memory of each branch, by its number.
+        records: records of the calls.
         ended: whether its last step is done.
-        caller: the call of a pipeline that it is part of.
-        controlled: what decides the steps as they come; None if they are all planned.
+        caller: the pipeline's call that it is part of.
+        controlled: decides the steps as they come; None if all are planned.
     """
 
     steps: list[Step]
@@ -118,7 +118,7 @@ class Generation:
     controlled: Controlled | None = None
 
     def due(self, cut: SkipPlan, index: int) -> int:
-        """The last step before one whose call, by the plan, keeps what a cut restores; -1 if none does."""
+        """Find the last earlier step that is planned to keep what a cut restores; -1 if none is."""
         for step in range(index - 1, -1, -1):
             other = self.cuts.get(self.steps[step].depth)
             if other is None or (cut.final and not other.final):
@@ -128,43 +128,43 @@ class Generation:
 
 @dataclass
 class Call:
-    """What the call in progress does, decided before it begins.
+    """The call in progress: what it does is decided before it begins.
 
-    Hooks leave in it what others read later in the call: selections, chosen tokens and their rows, features
-    on their way, and how often they acted.
+    Hooks write to it what other hooks read later in the call: selections, chosen tokens, features, and
+    how often they acted.
 
     Args:
         slot: memory of the branch.
-        step: of the sampler, in which it is.
-        recovery: how what is skipped follows from earlier calls.
-        forecasts: that is more than the last value.
+        step: index of the sampler's step.
+        recovery: recovery in time of what is skipped.
+        forecasts: the recovery uses more than the last value.
         cut: what is skipped; None in a full call.
         store: the cuts whose features this call keeps.
         dense: skipped modules return zeros of the true shape.
         info: what the method may look at.
-        selections: by group, which tokens its layers compute, and which of them the others copy.
-        restored: how many modules returned what is cached.
-        stood_in: modules that returned what nobody may read, for which no module has restored yet.
-        entered: what the first module of a cut was given in this call.
-        can_subset: whether some of the image's tokens can be computed, and attentions be looked at.
-        positions: of the attention that runs, if its queries and keys are turned where they are made: the
+        selections: by group, the selection of tokens that its layers compute.
+        restored: number of modules that returned cached values.
+        stood_in: modules that returned placeholders, and for which no module has restored yet.
+        entered: input of a cut's first module in this call.
+        can_subset: whether some of the image's tokens can be computed, and attentions observed.
+        positions: for the attention that runs, if its queries and keys are turned where they are made: the
             cosines and sines ``(T + N, D)`` of all tokens; and the tokens that it computes, None for all.
-        turns: how often modules that may be skipped were called before in this call.
+        turns: number of earlier calls, in this call, of each module that may be skipped.
         knows_text: whether the text is that of the last call.
-        pruned: how many layers left tokens out.
+        pruned: number of layers that left tokens out.
         unpruned: why a layer that should leave tokens out did not.
-        chosen: by the group of a site, the tokens that it computes.
-        caught: by name, what the projections of an observed attention gave, or the norms behind them.
-        plan: by the name of a site, what the method decided; those that are not in it are computed.
-        decisions: by the name of a site, what it does: by the plan, or as the cut leaves it out.
-        spans: the cuts that recover what several modules added, of those that are skipped or kept.
-        choosers: by the group of sites that compute the same tokens, the first of them.
-        keeps_sites: sites that are computed whole keep what they give.
+        chosen: by group, the tokens that its sites compute.
+        caught: by name, outputs of an observed attention's projections, or of the norms after them.
+        plan: the method's decisions by the names of sites; sites without one are computed.
+        decisions: what each site does, by name: by the plan, or skipped by the cut.
+        spans: the skipped or kept cuts that recover what several modules added.
+        choosers: by group of sites that compute the same tokens, the first site.
+        keeps_sites: sites that are computed whole keep their values.
         seen: what the method saw at the first site, in a call that computes some tokens; empty before.
-        given: by the name of a site, how many sequences it was given.
+        given: by the name of a site, the number of sequences that it was given.
         partial: by the name of the site that runs, the tokens that it computes, if not all.
-        compares: the cut and the recovery whose forecast a full call compares with what it computes.
-        deviation: how far the first restored value's was from it.
+        compares: the cut and the recovery whose forecast a full call compares with its values.
+        deviation: relative deviation of the first value that was compared.
     """
 
     slot: BranchMemory
@@ -199,17 +199,17 @@ class Call:
     deviation: Tensor | None = None
 
     def compare(self, cut: SkipPlan, key: str, value: Any) -> None:
-        """Measure how far the forecast of what a cut restores is from a value, before it is kept."""
+        """Measure how far a cut's forecast is from a computed value, before the value is kept."""
         if self.compares is not None and self.compares[0] == cut and self.deviation is None:
             self.deviation = self.slot.store.deviation(key, self.step, self.compares[1], value)
 
     def recovered(self, key: str) -> Any:
-        """What follows from the values of a site, by its key; the last one itself where it is reused."""
+        """Recover a site's value, by its key; if it is reused, the last value itself."""
         store = self.slot.store
         return store.at(key, self.step, self.recovery) if self.forecasts else store.last(key)
 
     def reuses(self, layer: str) -> bool:
-        """Whether a layer returns what follows from earlier calls, whatever it is given."""
+        """Whether a layer returns a value recovered from earlier calls, whatever its input."""
         cut = self.cut
         if cut is None or cut.entry is not None or self.decisions.get(layer) is not SKIP:
             return False
@@ -217,5 +217,5 @@ class Call:
 
     @property
     def tokens(self) -> Subset | None:
-        """Those that go through the blocks from here on; None if all do."""
+        """The tokens that the following blocks compute; None for all."""
         return self.partial.get(TOKENS)

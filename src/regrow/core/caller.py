@@ -1,4 +1,4 @@
-"""Whether two generations are of one call of a pipeline, as the members of an ensemble are."""
+"""Find whether two generations are part of one pipeline call, as the members of an ensemble are."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 
 
 class Caller:
-    """The call of a pipeline that is in progress, known by tensors that live no longer than it."""
+    """The pipeline call in progress, known by tensors that exist only while it runs."""
 
     def __init__(self) -> None:
         self._made = {name: weakref.ref(tensor) for name, tensor in _made_by(_pipeline_call()).items()}
 
     def is_same(self) -> bool:
-        """Whether that call is still in progress, and the caller."""
+        """Whether that pipeline call is still in progress, and makes the present call too."""
         now = _made_by(_pipeline_call())
         return any(now.get(name) is ref() is not None for name, ref in self._made.items())
 
 
 def _pipeline_call() -> FrameType | None:
-    """The nearest frame that a pipeline runs in."""
-    # From the caller on: a frame that asks itself for its variables keeps them, and all below it.
+    """Find the nearest frame that a pipeline runs in."""
+    # Begin at the caller: a frame that reads its own variables keeps them alive, and all frames below.
     frame: FrameType | None = sys._getframe().f_back
     while frame is not None and not _is_of_a_pipeline(frame):
         frame = frame.f_back
@@ -39,11 +39,11 @@ def _is_of_a_pipeline(frame: FrameType) -> bool:
 
 
 def _made_by(frame: FrameType | None) -> dict[str, Any]:
-    """The tensors that a function has made, by the names it gave them; not those it was given."""
+    """List the tensors that a function made, by its names for them; not its arguments."""
     if frame is None:
         return {}
     given = inspect.getargvalues(frame)
-    # Those of a scheduler are as old as its timesteps.
+    # Tensors of a scheduler are as old as its timesteps, so they do not identify the call.
     passed = {*given.args, given.varargs, given.keywords, "timesteps", "t"}
     tensors = {k: v for k, v in given.locals.items() if isinstance(v, Tensor)}
     theirs = {v.untyped_storage().data_ptr() for k, v in tensors.items() if k in passed}

@@ -1,4 +1,4 @@
-"""The refusals and warnings that a user meets when a method is applied, and while it is at work."""
+"""Errors and warnings that a user sees when a method is applied, and while it runs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def check_recipe(recipe: Recipe, denoiser: nn.Module) -> None:
-    """Refuse calls that a denoiser, or the method itself, does not have.
+    """Refuse calls that are not possible with the denoiser, or with the method itself.
 
     Raises:
-        UnsupportedModelError: if calls leave out a part of a denoiser of which the output alone is known.
-        ValueError: if calls leave to the method what it does not decide, or forecast what is chosen.
+        UnsupportedModelError: if calls skip a part of a denoiser of which only the output is known.
+        ValueError: if calls need decisions that the method does not make, or forecast chosen tokens.
     """
     kinds, sites = recipe.plan.kinds(), recipe.sites
     if any(step.ratio or step.depth not in (FULL, HEAD, 0) for step in kinds):
@@ -33,22 +33,22 @@ def check_recipe(recipe: Recipe, denoiser: nn.Module) -> None:
     decides = sites is not None and not sites.by_ratio
     if not decides and any(step.depth == SITES for step in kinds):
         raise ValueError(
-            "depth: 'sites' is not allowed for a method that decides for no single sites; it must be a "
+            "depth: 'sites' is not allowed, this method does not decide for single sites; it must be a "
             "number of layers, 'full', 'layers' or 'head'"
         )
     streams = sites is not None and sites.full_calls > 0
     if streams and any(step.recovery != REUSE for step in kinds):
         raise ValueError(
-            "recovery: a forecast is not allowed where the tokens of whole calls are chosen, of which "
-            "each is as old as its last choice; it must be 'reuse'"
+            "recovery: a forecast is not allowed where the tokens of whole calls are chosen, because "
+            "their last values are of different steps; it must be 'reuse'"
         )
 
 
 def check_useful(engine: Engine) -> None:
-    """Refuse what could only do nothing, warn of what is asked to do nothing.
+    """Refuse a method that could save nothing here, and warn if it is set to save nothing.
 
     Raises:
-        ValueError: if another cache, or the attentions, keep the method from acting.
+        ValueError: if another cache, or the attentions, prevent the method from working.
     """
     clash = beside_others(engine)
     if clash:
@@ -57,8 +57,8 @@ def check_useful(engine: Engine) -> None:
     if not layout.is_known and any(step.depth == HEAD for step in engine.kinds):
         engine.warn_once(
             "head",
-            f"the last block of {name} is not known: calls that should compute what lies behind it recover "
-            "the output instead",
+            f"the last block of {name} is not known: calls of depth 'head', which compute what follows it, "
+            "recover the output instead",
         )
     if (sites is not None and sites.attending) or engine.watched:
         _check_attentions(engine)
@@ -76,31 +76,31 @@ def check_useful(engine: Engine) -> None:
         engine.warn_once(
             "nothing",
             "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
-            f"call goes less deep than {layout.depths} layers, and no ratio is above 0",
+            f"call is less deep than {layout.depths} layers, and no ratio is above 0",
         )
 
 
 def _check_attentions(engine: Engine) -> None:
-    """Refuse attentions whose keys can't be kept, or whose queries can't be fewer than their keys."""
+    """Refuse attentions whose keys can't be kept, or that can't have fewer queries than keys."""
     modules = engine.denoiser.named_modules()
     fused = [name for name, m in modules if getattr(m, "fused_projections", False)]
     if fused:
         raise ValueError(
-            f"target: the projections of {len(fused)} attentions are fused, so keys can't be kept or "
-            "seen by themselves; call unfuse_qkv_projections() first"
+            f"target: the projections of {len(fused)} attentions are fused, so their keys can't be kept or "
+            "read; call unfuse_qkv_projections() first"
         )
-    # Sites that stand for themselves (blocks) are computed whole instead.
+    # Blocks, whose attention is the site itself, are computed whole instead.
     streams = engine.layout.stream is not None
     other = [one for one in engine.layout.rotary.values() if streams and not one.is_plain]
     if other:
         raise ValueError(
-            f"target: {len(other)} attentions have processors of their own (IP-Adapter), so they can't "
-            "compute some of their tokens or be looked at; call unload_ip_adapter() first"
+            f"target: {len(other)} attentions have special processors (IP-Adapter), so they can't compute "
+            "some of their tokens only, or be observed; call unload_ip_adapter() first"
         )
 
 
 def _warn_of_unpruned(engine: Engine) -> None:
-    """Warn of calls that should prune, but compute no layer that does."""
+    """Warn if calls should prune, but compute no layer that can."""
     asked = {s for s in engine.kinds if s.ratio and 0 < s.depth < SITES}
     idle = sorted({s.depth for s in asked if not engine.prunes(s)})
     if not idle:
@@ -119,20 +119,20 @@ def _warn_of_unpruned(engine: Engine) -> None:
 
 
 def warn_of_origin(engine: Engine, scheduler: Any) -> None:
-    """Warn of how what a plan was found on differs from what it is applied to."""
+    """Warn if a plan was found on another pipeline than it is applied to, and say how they differ."""
     if engine.origin is not None:
         for difference in engine.origin.unlike(engine.denoiser, scheduler):
             engine.warn_once(f"origin {difference}", f"the plan may not suit: {difference}")
 
 
 def warn_of_others(engine: Engine, names: Iterable[str]) -> None:
-    """Warn of the other denoisers of a pipeline."""
+    """Warn that a pipeline has other denoisers, which stay unaccelerated."""
     for name in names:
         engine.warn_once(
             f"second {name}",
-            f"the pipeline has a second denoiser, {name}, which is left as it is; for it call "
-            f"regrow.apply(pipeline.{name}, config, scheduler=pipeline.scheduler), or with the scheduler "
-            "that it is sampled by if that is another",
+            f"the pipeline has a second denoiser, {name}, which is not accelerated; for it call "
+            f"regrow.apply(pipeline.{name}, config, scheduler=pipeline.scheduler), or give its own "
+            "scheduler if it has one",
         )
 
 
@@ -152,24 +152,24 @@ def warn_of_run(engine: Engine, position: Position) -> None:
     if planned is not None and 2 * total < planned and not differs:
         engine.warn_once(
             "resampled",
-            f"the schedule is for {planned} calls and is resampled to {total}; so few may need another: "
-            "find one by regrow search --steps, or use a method without a schedule",
+            f"the schedule is for {planned} calls and is resampled to {total}, which may lose quality; "
+            "find one for this number by regrow search --steps, or use a method without a schedule",
         )
 
 
 def warn_of_wrapped(engine: Engine, skipped: Sequence[str]) -> None:
-    """Warn of a forward method of somebody's own on a module that calls leave out."""
+    """Warn if a module that calls skip has a forward method that somebody replaced."""
     wrapped = others.wrapped_by_others(engine.denoiser, skipped)
     if wrapped:
         engine.warn_once(
             "wrapped",
-            f"{wrapped}, for one, has a forward method of somebody's own, which is not called in calls "
-            "that leave that module out",
+            f"{wrapped}, for example, has a replaced forward method, which is not called in calls that "
+            "skip this module",
         )
 
 
 def warn_of_nothing_saved(engine: Engine, generation: Generation) -> None:
-    """Warn if a generation that is over saved nothing though the method would."""
+    """Warn if a finished generation saved nothing, although the method should."""
     known = [record for record in generation.records if record.position is not None]
     would = any(step.ratio or engine.cuts.get(step.depth) is not None for step in engine.kinds)
     saved = any(record.depth != FULL or record.ratio for record in known)
@@ -191,44 +191,44 @@ def warn_of_nothing_saved(engine: Engine, generation: Generation) -> None:
 
 
 def beside_others(engine: Engine) -> str:
-    """Why the method can't act beside another cache; empty if it can, or if there is none."""
+    """Say why the method can't work with another cache; empty if it can, or if there is none."""
     caches = " and ".join(others.other_caches(engine.denoiser))
     if not caches:
         return ""
     if engine.sites is not None:
         return (
-            f"diffusers' {caches} is on, which would reuse outputs of some tokens for others; call "
+            f"diffusers' {caches} is on, which would reuse outputs of some tokens for other tokens; call "
             "disable_cache() first"
         )
     engine.warn_once(
         "other caches",
-        f"diffusers' {caches} is on as well and leaves out work of its own, which the report doesn't "
-        "know of; call disable_cache() to see what regrow does",
+        f"diffusers' {caches} is on too and skips other work, which the report does not count; call "
+        "disable_cache() to see what regrow saves alone",
     )
     return ""
 
 
 def listened(denoiser: nn.Module, skipped: Sequence[str]) -> str:
-    """Why modules can't be left out that somebody listens to; empty if nobody does."""
+    """Say why modules with forward hooks of others can't be skipped; empty if there are none."""
     module = others.hooked_by_others(denoiser, skipped)
     if not module:
         return ""
-    return f"{module}, for one, has a forward hook, whose owner would get nothing to read of it"
+    return f"{module}, for example, has a forward hook, which would get no output to read"
 
 
 def keeps_maps(attentions: Iterable[tuple[str, nn.Module]]) -> str:
-    """Why calls can't leave out attentions; empty if they can."""
+    """Say why calls can't skip attentions; empty if they can."""
     keeper = next((name for name, attention in attentions if others.keeps_maps(attention)), "")
     if not keeper:
         return ""
     return (
-        f"attention processors, that of {keeper} for one, keep attention maps that somebody reads "
-        "afterwards, and calls that leave attentions or tokens out make none"
+        f"attention processors, for example that of {keeper}, keep attention maps that are read later, "
+        "and calls that skip attentions or leave tokens out make no maps"
     )
 
 
 def can_subset(engine: Engine, slot: BranchMemory) -> bool:
-    """Whether some of the image's tokens can be computed, and attentions be looked at; warns if not."""
+    """Whether some of the image's tokens can be computed, and attentions observed; warns if not."""
     sites = engine.sites is not None and engine.sites.can_subset
     if engine.layout.stream is None or not sites:
         return sites
@@ -238,11 +238,11 @@ def can_subset(engine: Engine, slot: BranchMemory) -> bool:
     elif not all(rotary.is_plain for rotary in engine.turning.values()):
         engine.warn_once(
             "processor",
-            f"{what}, because attention processors were replaced after regrow.apply (IP-Adapter), so that "
+            f"{what}, because attention processors were replaced after regrow.apply (IP-Adapter), so "
             "queries can't be turned before the attention",
         )
     else:
         return True
-    # What was kept gets old.
+    # Kept values are now outdated.
     slot.outputs.clear()
     return False

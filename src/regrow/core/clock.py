@@ -1,8 +1,8 @@
-"""Where are we: which generation, and which step of how many.
+"""The clock: it finds the generation and the step of each call.
 
-There is one clock a run. A generation is known by the scheduler's ``timesteps``, a new object after every
-``set_timesteps``; a step by the place of its timestep in the tensor that the loop runs over, or else by the
-timestep's value and by ``scheduler.step``. That holds for samplers that call the denoiser twice a step, for
+Each run has one clock. A generation is known by the scheduler's ``timesteps``, a new object after every
+``set_timesteps``; a step by the position of its timestep in the tensor that the loop runs over, or else by
+the timestep's value and by ``scheduler.step``. This works for samplers with two calls a step, for
 guidance in one call or several, for runs that start late (image-to-image), for runs that were interrupted,
 for loops that never call ``scheduler.step``, and for those that call it once a view (panoramas).
 """
@@ -19,14 +19,14 @@ import torch
 
 # A scaled timestep is rounded to bfloat16 twice: before and after it is divided.
 ROUNDING = 2.0**-7
-# What pipelines divide timesteps by.
+# Numbers by which pipelines divide timesteps.
 SCALES = (1.0, 1000.0)
-# Schedulers whose last timestep is where the last step arrives: no step begins there.
+# Schedulers whose last timestep is the end of the last step: no step begins there.
 WITH_END = ("DDPMWuerstchenScheduler",)
 
 
 class ConcurrentGenerationError(RuntimeError):
-    """Two threads generate with one accelerated denoiser at the same time."""
+    """Two threads used one accelerated denoiser at the same time."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Position:
     """A step of a generation.
 
     Args:
-        index: of the sampler's step, from 0; a run that starts late starts above 0.
+        index: index of the sampler's step, from 0; a run that starts late starts above 0.
         total: number of steps of the whole trajectory.
         begins: whether its call is the first of a run over the trajectory.
-        again: whether that run is over the same timesteps as the one before (members of an ensemble).
+        again: whether that run has the same timesteps as the run before (members of an ensemble).
     """
 
     index: int
@@ -47,26 +47,26 @@ class Position:
 
 
 class OutsideError(LookupError):
-    """A call belongs to no generation that the clock knows; the message says why."""
+    """A call that belongs to no known generation; the message says why."""
 
 
 class Clock(Protocol):
-    """Says where a call of the denoiser stands."""
+    """Finds the position of each call of the denoiser."""
 
     @property
     def batch(self) -> int | None:
-        """Samples in the last step of this generation, None if it is not known."""
+        """Number of samples in the last step of this generation; None if it is not known."""
 
     @property
     def steps(self) -> int:
-        """Steps of this generation's sampler, which may call the denoiser twice in each."""
+        """Number of steps of this generation's sampler, each of one or two calls."""
 
     @property
     def timesteps(self) -> Sequence[float]:
         """The timesteps that this generation runs over; empty if they are not known."""
 
     def read(self, timestep: Any) -> Position:
-        """The position of the call that begins now.
+        """Find the position of the call that begins now.
 
         Raises:
             OutsideError: if it belongs to no known generation.
@@ -74,10 +74,10 @@ class Clock(Protocol):
         """
 
     def called(self) -> None:
-        """A call of the denoiser is over; the sampler may step next."""
+        """Note that a call of the denoiser is over; the sampler may step next."""
 
     def detach(self) -> None:
-        """Leave everything as it was."""
+        """Remove the clock; everything is as it was."""
 
 
 class ManualClock:
@@ -102,7 +102,7 @@ class ManualClock:
 
     @property
     def steps(self) -> int:
-        """As many as were announced."""
+        """Number of steps, as given."""
         return self._total
 
     @property
@@ -111,7 +111,7 @@ class ManualClock:
         return ()
 
     def step(self) -> None:
-        """The sampler's step is done; the next call of the denoiser belongs to the next one."""
+        """End the sampler's step; the next call of the denoiser belongs to the next step."""
         self._index += 1
         if self._index == self._total:
             self._on_end()
@@ -124,7 +124,7 @@ class ManualClock:
         return here
 
     def called(self) -> None:
-        """Only the caller says when a step ends."""
+        """Do nothing: the caller ends steps."""
 
     def detach(self) -> None:
         self._index = self._total
@@ -133,8 +133,8 @@ class ManualClock:
 class StepWatch:
     """Tells when a scheduler steps.
 
-    It is on the scheduler's class: whoever copies or pickles the scheduler meanwhile finds nothing on it,
-    and a copy steps itself. Only where somebody gave the scheduler a ``step`` of its own, it is on that.
+    It is on the scheduler's class, so that copies and pickles of the scheduler contain nothing of it, and a
+    copy steps itself. If the scheduler object has its own ``step``, it is on that.
 
     Args:
         scheduler: whose steps.
@@ -173,7 +173,7 @@ class StepWatch:
             self._holder.step = step
 
     def remove(self) -> None:
-        """Leave all as it was, or, below another watch, let steps pass."""
+        """Restore ``step``; if another watch is on top, let steps pass instead."""
         self._scheduler = None
         with self._lock:
             top = vars(self._holder).get("step")
@@ -189,13 +189,13 @@ class SchedulerClock:
     """A clock that follows the scheduler of a pipeline.
 
     A generation is known by the tensor its loop runs over: pipelines pass elements of it to the
-    denoiser, so calls of other loops are known even where their timesteps have the same values.
+    denoiser, so calls of other loops are recognised even if their timesteps have the same values.
 
     Args:
-        scheduler: returns the scheduler in use, so that one swapped between generations is followed.
+        scheduler: returns the scheduler in use, which may be replaced between generations.
         on_end: called when the last step of a generation is done.
-        scale: what the pipeline divides timesteps by before it hands them on; None if that is not known:
-            the scheduler's steps are counted.
+        scale: number by which the pipeline divides timesteps for the denoiser; None if it is not known,
+            then the scheduler's steps are counted.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class SchedulerClock:
         self._watch: StepWatch | None = None
         self._timesteps: Any = None
         self._unproven: Any = None
-        # What the first call was given, until the sampler steps.
+        # Timestep of the first call, until the sampler steps.
         self._first: Any = None
         self._values: list[float] = []
         self._loop: _Loop | None = None
@@ -219,10 +219,10 @@ class SchedulerClock:
         self._follow(scheduler())
 
     def _follow(self, scheduler: Any) -> None:
-        """Wait for a generation of a scheduler."""
+        """Follow a scheduler and wait for its next generation."""
         self.detach()
         self._scheduler = scheduler
-        # Timesteps set before may be of a generation long past, or of one that begins now.
+        # Timesteps set before may belong to an old generation, or to one that begins now.
         self._unproven = scheduler.timesteps if _is_set(scheduler) else None
         self._timesteps = None if _is_set(scheduler) else _timesteps_of(scheduler)
 
@@ -236,17 +236,17 @@ class SchedulerClock:
 
     @property
     def batch(self) -> int | None:
-        """Samples in the last step of this generation, None before it."""
+        """Number of samples in the last step of this generation; None before it."""
         return self._batch
 
     @property
     def steps(self) -> int:
-        """What the scheduler was told, or else its timesteps."""
+        """Number of steps that the scheduler was set to, or else of its timesteps."""
         return getattr(self._scheduler, "num_inference_steps", None) or self._total
 
     @property
     def timesteps(self) -> Sequence[float]:
-        """Those of the scheduler."""
+        """The scheduler's timesteps."""
         return self._values
 
     def called(self) -> None:
@@ -267,7 +267,7 @@ class SchedulerClock:
         self._batch = len(sample) if known else None
         self._index, self._stepped, self._first = self._place + 1, True, None
         self._ticks += 1
-        # A panorama steps once a view: its last step is over when all views have had it.
+        # A panorama steps once for each view: its last step ends when all views have stepped.
         if self._index == self._total and self._ticks >= self._ticks_before:
             self._on_end()
 
@@ -301,7 +301,7 @@ class SchedulerClock:
         if whole.holds(timestep):
             begin = whole.place(timestep)
         else:
-            # Timesteps set before `apply` may be of a generation long past.
+            # Timesteps set before `apply` may belong to an old generation.
             stepped = getattr(self._scheduler, "step_index", None) is not None
             other = stepped or _is_part(timestep, timesteps.device)
             old = timesteps is self._unproven and other
@@ -309,7 +309,7 @@ class SchedulerClock:
             if old or not places:
                 raise self._outside(timestep)
             told = getattr(self._scheduler, "begin_index", None)
-            # Where it is not known how timesteps are changed, one may have the value of another.
+            # If timesteps are changed in an unknown way, one may have the value of another.
             begin = places[0] if told is None or not (self._scale is None or told in places) else told
             loop = _Loop.around(timestep, timesteps, begin)
         unfinished = self._index < self._total and self._owner != threading.get_ident()
@@ -320,17 +320,17 @@ class SchedulerClock:
         self._set(begin, threading.get_ident())
 
     def _set(self, place: int, owner: int | None) -> None:
-        """Stand at the first call of a run over the timesteps."""
+        """Go to the first call of a run over the timesteps."""
         self._index, self._place, self._stepped = place, place, False
         self._ticks, self._ticks_before, self._batch = 0, 0, None
         self._owner = self._owner if owner is None else owner
 
     def _find(self, timestep: Any) -> int:
-        """The place of a timestep in the present generation.
+        """Find the position of a timestep in the present generation.
 
-        Elements of a loop's tensor are told by their place, which needs no wait for the device; others by
-        their value: it is that of the step just done or, if the scheduler has stepped since and nobody else
-        has called the denoiser, of one behind it.
+        Elements of a loop's tensor are found by their place in memory, without waiting for the device;
+        others by value: that of the present step or, if the scheduler has stepped and nobody else has
+        called the denoiser, that of a later step.
         """
         if self._loop is not None:
             if self._loop.holds(timestep):
@@ -352,24 +352,24 @@ class SchedulerClock:
         raise self._outside(timestep)
 
     def _places(self, timestep: Any, values: Sequence[float]) -> Sequence[int]:
-        """Where a run over some timesteps may begin, with one of them."""
+        """List the positions where a run that begins with a timestep may begin."""
         scales: Sequence[float] = SCALES if self._scale is None else (self._scale,)
         places = [
             i for i, value in enumerate(values) if any(_matches(timestep, value, scale) for scale in scales)
         ]
-        # What the model is given need not be the scheduler's (Z-Image turns it around).
+        # The model's timestep may differ from the scheduler's (Z-Image reverses it).
         return places or (range(len(values)) if self._scale is None else ())
 
     def _outside(self, timestep: Any) -> OutsideError:
         name = type(self._scheduler).__name__
         if self._timesteps is _timesteps_of(self._scheduler) and not self._values:
             return OutsideError(
-                f"no generation of this pipeline's {name} has begun: the loop around the denoiser does not "
-                "call its set_timesteps, or it is another pipeline with a scheduler of its own"
+                f"no generation of this pipeline's {name} has begun: the sampling loop does not call its "
+                "set_timesteps, or belongs to another pipeline with its own scheduler"
             )
         return OutsideError(
             f"its timestep is not the next one of this pipeline's {name}: the call is of another pipeline "
-            "with a scheduler of its own, or of a loop over other timesteps or without scheduler.step"
+            "with its own scheduler, or of a loop over other timesteps or without scheduler.step"
         )
 
 
@@ -378,9 +378,9 @@ class _Loop:
     """The tensor of timesteps that a sampling loop runs over.
 
     Args:
-        part: the tensor or an element of it, which keeps its memory from being given to another.
-        origin: where in memory the element of index 0 is, in elements.
-        stride: distance of its elements.
+        part: the tensor or an element of it; while it exists, its memory is not reused.
+        origin: place of the element of index 0 in memory, in elements.
+        stride: distance between its elements, in elements.
     """
 
     part: torch.Tensor
@@ -389,13 +389,13 @@ class _Loop:
 
     @classmethod
     def over(cls, timesteps: torch.Tensor) -> _Loop:
-        """The loop over a whole tensor ``(S,)``."""
+        """Make the loop over a whole tensor ``(S,)``."""
         return cls(timesteps, int(timesteps.storage_offset()), max(int(timesteps.stride(0)), 1))
 
     @classmethod
     def around(cls, timestep: Any, timesteps: torch.Tensor, index: int) -> _Loop | None:
-        """The loop over a copy of ``timesteps`` whose element of that index is given; None if the
-        given one is not followed by the others."""
+        """Make the loop over a copy of ``timesteps``, from its element of that index; None if the other
+        elements do not follow it in memory."""
         if not _is_part(timestep):
             return None
         rest, offset = timesteps[index:], int(timestep.storage_offset())
@@ -414,18 +414,18 @@ class _Loop:
         )
 
     def place(self, timestep: torch.Tensor) -> int:
-        """The index of an element."""
+        """Find the index of an element."""
         return (int(timestep.storage_offset()) - self.origin) // self.stride
 
 
 def begins_of(scheduler: Any) -> torch.Tensor:
-    """The timesteps at which a scheduler's steps begin."""
+    """Read the timesteps at which a scheduler's steps begin."""
     timesteps: torch.Tensor = scheduler.timesteps
     return timesteps[:-1] if type(scheduler).__name__ in WITH_END else timesteps
 
 
 def place_of(scheduler: Any, timestep: Any) -> int:
-    """Where among a scheduler's timesteps one of them is; 0 if none is like it."""
+    """Find the index of a timestep among the scheduler's; 0 if it has no such one."""
     loop = _Loop.over(scheduler.timesteps)
     if loop.holds(timestep):
         return loop.place(timestep)
@@ -437,9 +437,9 @@ def place_of(scheduler: Any, timestep: Any) -> int:
 
 
 def _matches(timestep: Any, value: float, scale: float) -> bool:
-    """Whether a timestep has a value; a scaled one may have been rounded.
+    """Whether a timestep has a value; a scaled timestep may have been rounded.
 
-    Of timesteps of each token it is the largest: those of a given first frame are 0.
+    If each token has a timestep, the largest counts: those of a given first frame are 0.
     """
     given = _largest(timestep)
     if scale == 1:
@@ -448,12 +448,12 @@ def _matches(timestep: Any, value: float, scale: float) -> bool:
 
 
 def _timesteps_of(scheduler: Any) -> Any:
-    """The timesteps of a scheduler; None if it has none before they are set."""
+    """Read a scheduler's timesteps; None if it has none before they are set."""
     return getattr(scheduler, "timesteps", None)
 
 
 def _largest(timestep: Any) -> float:
-    """A timestep, or of those of each sample or token the largest."""
+    """Read a timestep; if each sample or token has one, the largest."""
     return float(timestep.max() if isinstance(timestep, torch.Tensor) else timestep)
 
 

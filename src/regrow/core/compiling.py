@@ -10,23 +10,23 @@ from regrow.core.install import COMPILED
 from regrow.models import known_layout
 
 GRAPHS = 8
-"""Kinds of calls that a block may be compiled for; a method that picks single layers has the most."""
+"""Most kinds of calls that a block is compiled for; methods that choose single layers need the most."""
 
 
 def compile_blocks(denoiser: Any, **options: Any) -> None:
-    """Compile the transformer blocks of a denoiser, also of those for which diffusers names none.
+    """Compile the transformer blocks of a denoiser, even if diffusers does not name its blocks.
 
-    A block is compiled once for each kind of call: the first full one, the other full ones, cached ones.
-    A method that is taken off and applied again is not compiled again. Blocks share their code, of which
-    torch compiles 8 variants: ``torch._dynamo.config.recompile_limit`` is raised to 8 a block, and
-    ``accumulated_recompile_limit`` with it.
+    A block is compiled once for each kind of call: the first full one, other full ones, cached ones.
+    A method that is removed and applied again is not compiled again. Blocks share their code, of which
+    torch compiles 8 variants: ``torch._dynamo.config.recompile_limit`` and
+    ``accumulated_recompile_limit`` are raised to 8 for each block.
 
     Args:
         denoiser: a model of diffusers, such as ``pipe.transformer``.
-        options: of ``torch.compile``.
+        options: options of ``torch.compile``.
 
     Raises:
-        UnsupportedModelError: if neither diffusers nor a table of regrow's tells which they are.
+        UnsupportedModelError: if neither diffusers nor a table of regrow names the blocks.
     """
     try:
         denoiser.compile_repeated_blocks(**options)

@@ -1,4 +1,4 @@
-"""A control at work: errors on their way from the device, and what was decided by them."""
+"""A control in a generation: its errors, read from the device, and its decisions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from regrow.control import Control
 from regrow.schedule import Step
 
 LAG = 2
-"""Steps after which an error is read: the device has long computed it, and nobody waits."""
+"""Steps after which an error is read: by then the device has computed it, and nothing waits."""
 
 
 class Reading:
-    """A number on its way from a device to Python.
+    """A number that is copied from a device to Python.
 
     Args:
-        value: of no dimension; from a GPU it is copied while the GPU goes on.
+        value: a tensor without dimensions; the GPU continues during the copy.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -31,7 +31,7 @@ class Reading:
             self._arrived.record(torch.cuda.current_stream(value.device))
 
     def read(self) -> float:
-        """The number; waits until it has arrived."""
+        """Return the number; waits until it has arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         number: Any = self._value.tolist()
@@ -42,9 +42,9 @@ class Controlled:
     """A control in one generation.
 
     Args:
-        control: it.
-        total: steps of the generation.
-        begin: the one that it begins with.
+        control: the control.
+        total: number of steps of the generation.
+        begin: index of its first step.
     """
 
     def __init__(self, control: Control, total: int, begin: int) -> None:
@@ -54,7 +54,7 @@ class Controlled:
         self._decided: tuple[int, Step] | None = None
 
     def step(self, index: int) -> Step:
-        """What the calls of a step do: decided at its first call, by errors of two steps ago and before."""
+        """Decide what the calls of a step do, at the first of them, by errors at least two steps old."""
         if self._decided is None or self._decided[0] != index:
             for known in [step for step in self._readings if step <= index - LAG]:
                 self._errors[known] = largest([one.read() for one in self._readings.pop(known)])
@@ -63,10 +63,10 @@ class Controlled:
         return self._decided[1]
 
     def add(self, index: int, reading: Reading) -> None:
-        """Take the error of a full call, one of each branch of a step."""
+        """Add the error of a full call; a step has one for each branch."""
         self._readings.setdefault(index, []).append(reading)
 
 
 def largest(errors: list[float]) -> float:
-    """The largest of some errors; infinite if one is no finite number."""
+    """Find the largest error; infinite if one is not a finite number."""
     return max(errors) if all(map(math.isfinite, errors)) else math.inf

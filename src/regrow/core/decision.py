@@ -1,4 +1,4 @@
-"""What a call does at each site: compute all tokens, none, or some."""
+"""Decisions: a call computes all tokens of a site, none, or some."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class Whole(Enum):
-    """All tokens of a site, or none."""
+    """A decision for all tokens of a site."""
 
     ALL = "all"
-    """The site is computed, and what it gives is kept."""
+    """The site is computed, and its value is kept."""
     SKIP = "skip"
-    """What it would give follows from what it gave in earlier calls."""
+    """The site is skipped; its value is recovered from earlier calls."""
     UNREAD = "unread"
-    """It is left out, and what it would give is read by nobody: what reads it is left out as well."""
+    """The site is skipped, and so is everything that reads it; it returns a placeholder."""
 
 
 ALL, SKIP, UNREAD = Whole
@@ -36,13 +36,13 @@ ALL, SKIP, UNREAD = Whole
 
 @dataclass(frozen=True)
 class Some:
-    """Some tokens of a site are computed; the others follow from earlier calls.
+    """Some tokens of a site are computed; the others are recovered from earlier calls.
 
     Args:
-        share: of the tokens that are computed; None if the choice itself says how many, which makes shapes
+        share: share of the tokens that is computed; None if the choice sets the number, then shapes
             depend on data.
         group: sites of one group compute the same tokens.
-        otherwise: what is done where some can't be computed by themselves.
+        otherwise: the decision if the site can't compute some tokens only.
         down: the number of tokens is rounded down, not up.
     """
 
@@ -52,10 +52,10 @@ class Some:
     down: bool = False
 
     def count(self, tokens: int) -> int | None:
-        """How many of so many tokens are computed."""
+        """Count the computed tokens among ``tokens`` tokens; None if the choice sets the number."""
         if self.share is None:
             return None
-        # The small term keeps 0.3 * 10 == 3.0000...4 from gaining a token, and 2.9999... from losing one.
+        # Without the small term, rounding of 0.3 * 10 to 3.0000...4 or 2.9999... would add or lose a token.
         exact = self.share * tokens
         return min(int(exact + 1e-6) if self.down else ceil(exact - 1e-6), tokens)
 
@@ -64,7 +64,7 @@ Decision = Whole | Some
 
 
 def left_out(plan: Mapping[str, Decision]) -> float:
-    """The share of the tokens of all sites that a call does not compute; 0 where there are no sites."""
+    """Compute the share of all sites' tokens that a call does not compute; 0 if there are no sites."""
     shares = [
         1 - (what.share or 0.0) if isinstance(what, Some) else float(what is SKIP) for what in plan.values()
     ]
@@ -73,13 +73,13 @@ def left_out(plan: Mapping[str, Decision]) -> float:
 
 @dataclass(frozen=True)
 class View:
-    """What decisions may depend on, known before a call begins.
+    """The facts that decisions may depend on, known before a call begins.
 
     Args:
-        index: of the call in the generation, from 0.
-        total: calls of the generation.
-        step: what the method's plan says of the call.
-        cut: what the call leaves out whole; None if nothing.
+        index: index of the call in the generation, from 0.
+        total: number of calls of the generation.
+        step: the call's step in the method's plan.
+        cut: what the call skips; None if nothing.
         size: height and width of the latent.
     """
 
@@ -91,7 +91,7 @@ class View:
 
 
 def runs(block: str, cut: SkipPlan | None) -> bool:
-    """Whether a block runs, with its layers, in a call with a cut."""
+    """Whether a block runs with its layers in a call with a cut."""
     own = f"{block}."
     if cut is None or cut.final:
         return cut is None
@@ -100,12 +100,12 @@ def runs(block: str, cut: SkipPlan | None) -> bool:
 
 @dataclass(frozen=True)
 class Entered:
-    """What the first site of a call is given.
+    """The arguments of the first site of a call.
 
     Args:
         x: tokens ``(B, N, C)``.
-        args: what else it is given, in order.
-        kwargs: the same by name.
+        args: the other positional arguments.
+        kwargs: the other named arguments.
     """
 
     x: Tensor
@@ -114,7 +114,7 @@ class Entered:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entered:
-        """What a module is given that takes tokens first, or as ``hidden_states``."""
+        """Sort the arguments of a module that takes tokens first, or as ``hidden_states``."""
         if args:
             return cls(args[0], args[1:], kwargs)
         return cls(kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"})
@@ -133,99 +133,99 @@ class Adapter:
     up: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What is added, ``(..., out)``."""
+        """Compute the update ``(..., out)``."""
         return linear(linear(x, self.down.to(x.device, x.dtype)), self.up.to(x.device, x.dtype))
 
 
 class Decider:
-    """A method at work on a denoiser: it decides for sites, and chooses tokens where some are computed.
+    """A method on a denoiser: it decides for sites, and chooses tokens where some are computed.
 
     Attributes:
-        sites: those that it decides for, in the order they run; all others are always computed.
+        sites: the sites that it decides for, in the order they run; all others are always computed.
     """
 
     sites: Sequence[Site]
 
     @property
     def observes(self) -> frozenset[LayerKind]:
-        """The attentions that `observe` is told of in full calls."""
+        """The kinds of attentions that `observe` gets in full calls."""
         return frozenset()
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """By path, the updates of linear layers in calls that leave something out."""
+        """Updates of linear layers, by path, in calls that leave something out."""
         return {}
 
     @property
     def remarks(self) -> Sequence[str]:
-        """What a user is warned of when the method is applied."""
+        """Warnings for the user when the method is applied."""
         return ()
 
     @property
     def space(self) -> Recovery | None:
-        """How tokens that a site leaves out follow from others of the same call; None if they do not."""
+        """Recovery in space, from other tokens of the same call; None if tokens are recovered in time."""
         return None
 
     @property
     def reads_outputs(self) -> bool:
-        """Whether `CallInfo.outputs` is used, of other methods than those of whole calls."""
+        """Whether `CallInfo.outputs` is used; methods that choose tokens of whole calls always get it."""
         return False
 
     @property
     def entries(self) -> Mapping[str, nn.Module]:
-        """By group, the module from whose input tokens are chosen; without one, the group's first site."""
+        """By group, the module whose input tokens are chosen from; default: the group's first site."""
         return {}
 
     @property
     def attentions(self) -> Mapping[str, tuple[str, nn.Module]]:
-        """By group, the self-attention that has to run before its tokens are chosen, and its path."""
+        """By group, the path and module of the self-attention that must run before tokens are chosen."""
         return {}
 
     def plan(self, view: View) -> Mapping[str, Decision]:
-        """By the name of a site, what a call does there."""
+        """Decide what a call does at each site, by name."""
         raise NotImplementedError
 
     def begin(self, memory: Any = None) -> Any:
-        """What is remembered until the next full call, before a full call.
+        """Make the memory that lasts until the next full call; called before a full call.
 
         Args:
-            memory: what was remembered so far; None in the first call of a branch.
+            memory: the memory until now; None in the first call of a branch.
         """
 
     def observe(self, memory: Any, site: Site, attention: Attention) -> None:
-        """Look at an attention in a full call: that of a site, or the first of its kind in a block."""
+        """Observe an attention in a full call: that of a site, or the first of its kind in a block."""
 
     def look(self, memory: Any, entered: Entered, info: CallInfo) -> Any:
-        """What `choose` is given as ``seen``: asked once a call that computes some tokens.
+        """Compute what `choose` gets as ``seen``; called once in each call that computes some tokens.
 
         Args:
-            memory: of the last full call.
-            entered: what the first site that runs is given.
+            memory: memory of the last full call.
+            entered: arguments of the first site that runs.
             info: what is known before the call.
         """
 
     def choose(
         self, memory: Any, seen: Any, site: Site, x: Tensor, count: int | None, info: CallInfo
     ) -> Tensor | Selection:
-        """The tokens ``(B, n)`` that a site computes, ascending; with `space`, a selection.
+        """Choose the tokens ``(B, n)`` that a site computes, ascending; with `space`, a selection.
 
         Args:
-            memory: of the last full call; it may be changed.
-            seen: what `look` gave.
+            memory: memory of the last full call; it may be changed.
+            seen: what `look` returned.
             site: the first of its group.
-            x: what it is given, ``(B, N, C)``.
-            count: n; None where the choice says how many, the same in every sample.
+            x: input of the site, ``(B, N, C)``.
+            count: n; None if the choice sets the number, the same in every sample.
             info: what is known before the call.
         """
         raise NotImplementedError
 
 
 class Sited:
-    """What a method of sites is before a denoiser is known; it equals and hashes."""
+    """A method that decides for sites, before it has a denoiser; comparable and hashable."""
 
     @property
     def seed(self) -> int:
-        """Seed of the generator of a generation."""
+        """Seed of each generation's random generator."""
         return 0
 
     @property
@@ -235,24 +235,24 @@ class Sited:
 
     @property
     def by_ratio(self) -> bool:
-        """Whether it is asked where the plan's ratio is above 0, not in calls of single sites or layers."""
+        """Whether it decides in calls with a ratio above 0, not in calls of single sites or layers."""
         return self.full_calls > 0
 
     def acts_in(self, step: Step) -> bool:
-        """Whether it is asked in a call of a plan."""
+        """Whether it decides in a call of a plan."""
         return step.ratio > 0 if self.by_ratio else step.of_sites
 
     @property
     def full_calls(self) -> int:
-        """Of a method that chooses the tokens of whole calls, those of all tokens that a generation begins
-        with, wherever it begins; 0 of others."""
+        """Number of first calls of a generation with all tokens, wherever it begins; 0 if the method does
+        not choose the tokens of whole calls."""
         return 0
 
     def on(self, denoiser: nn.Module, layout: Layout) -> Decider:
-        """The method at work on a denoiser.
+        """Make the method's decider for a denoiser.
 
         Raises:
-            UnsupportedModelError: if the model has no sites that it could decide for.
-            ValueError: if what the method has learned was learned of another model.
+            UnsupportedModelError: if the model has no sites for it.
+            ValueError: if the method was trained on another model.
         """
         raise NotImplementedError

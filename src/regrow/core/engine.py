@@ -1,4 +1,4 @@
-"""A method at work on a denoiser: what every call does is decided here, once, before it begins."""
+"""A method on a denoiser: each call is decided here, once, before it begins."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from regrow.origin import Origin
 from regrow.recover.time import REUSE, TimeRecovery
 from regrow.schedule import FULL, SITES, Step
 
-# Calls of a generation that are noted, so that a loop of training with a method applied fills no memory.
+# Most calls that are recorded, so that a training loop with a method applied does not fill the memory.
 MOST_RECORDS = 10_000
 
 
@@ -55,13 +55,13 @@ class Engine:
     Args:
         denoiser: the module.
         recipe: the method.
-        clock: where calls stand; None until a generation is opened by hand.
+        clock: finds each call's step; None until a generation is opened by hand.
         keep_text: compute what depends on the text alone once for each text.
-        quiet: warn of nothing.
+        quiet: show no warnings.
 
     Raises:
-        UnsupportedModelError: if the method needs what the model has not, saying what.
-        ValueError: if it chooses tokens behind a block, and the model has none there.
+        UnsupportedModelError: if the model lacks something that the method needs, with its name.
+        ValueError: if tokens are chosen after a block that has no blocks after it.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Engine:
         self._lock = threading.Lock()
 
     def _read(self) -> None:
-        """Find the places in which the method acts."""
+        """Find the sites that the method uses."""
         layout = layout_of(self.denoiser)
         self.layout = layout if self._keep_text else replace(layout, text={})
         self.sites = self._sites()
@@ -106,7 +106,7 @@ class Engine:
         self._grounding = grounding_of(self.denoiser)
 
     def _acts_in(self) -> Iterator[str]:
-        """Paths of the modules in which calls leave something out; "" is the whole."""
+        """List the paths of modules in which calls leave something out; "" is the denoiser."""
         for cut in self.cuts.values():
             yield from cut.skip
         if self.sites is not None:
@@ -114,9 +114,9 @@ class Engine:
             yield from (site.name for site in self.sites.decider.sites) if pruned else ("",)
 
     def renew(self) -> bool:
-        """Find the places anew, since the denoiser has other modules; False if the method no longer fits.
+        """Find the sites again after modules were replaced; False if the method no longer fits.
 
-        What was kept is dropped: it is of the modules of before.
+        Kept values are dropped: they are of the old modules.
         """
         before = self.layout, self.sites, self.cuts, self.turning
         try:
@@ -139,17 +139,17 @@ class Engine:
 
     @property
     def sited(self) -> Sites:
-        """The method's decisions for sites, where it has some."""
+        """The method's decisions for sites; only if it has some."""
         assert self.sites is not None
         return self.sites
 
     @property
     def watched(self) -> tuple[Watched, ...]:
-        """The attentions that are looked at."""
+        """The attentions that are observed."""
         return () if self.sites is None else tuple(self.sites.watched)
 
     def _used_cuts(self) -> dict[int, SkipPlan]:
-        """The cuts of the depths that the plan uses on this model."""
+        """List the cuts of the depths that the plan uses on this model."""
         depths = sorted({step.depth for step in self.kinds})
         cuts = {d: cut for d in depths if (cut := self.layout.cut(d)) is not None}
         if self.sites is not None and SITES in depths:
@@ -166,14 +166,14 @@ class Engine:
         )
 
     def warn_once(self, about: str, message: str) -> None:
-        """Warn, the first time for this run."""
+        """Warn, only the first time in this run."""
         self._said = message
         if about not in self._warned and not self._quiet:
             self._warned.add(about)
             warnings.warn(message, stacklevel=2)
 
     def enter(self) -> None:
-        """A call of the denoiser begins.
+        """Note that a call of the denoiser begins.
 
         Raises:
             ConcurrentGenerationError: if another thread is in one.
@@ -190,7 +190,7 @@ class Engine:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Calls are computed as if nothing were applied, for as long as this lasts."""
+        """Compute calls as if no method were applied, inside this context."""
         self._aside = True
         try:
             yield
@@ -204,7 +204,7 @@ class Engine:
         inputs = dict(zip(self.names, args, strict=False)) | dict(kwargs)
         latents, timestep = flatten(inputs.get(self.layout.sample))[0], inputs.get(self.layout.time)
         if not latents or timestep is None:
-            return  # The denoiser says itself what it misses.
+            return  # The denoiser itself names the missing argument.
         if torch.is_grad_enabled():
             reason = "regrow steps aside while gradients are recorded; use torch.no_grad()"
             self._leave_alone(reason, args, kwargs)
@@ -221,7 +221,7 @@ class Engine:
         self._decide(position, latents[0], inputs, args, kwargs)
 
     def _leave_alone(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Compute a call in full that belongs to no generation, say so, and note it."""
+        """Compute a call that belongs to no generation in full, warn, and record it."""
         self.warn_once("outside", f"a call of the denoiser is computed in full: {reason}")
         if self.generation is None or self.generation.ended:
             none = _generator(torch.device("cpu"), 0)
@@ -232,7 +232,7 @@ class Engine:
             records.append(CallRecord(None, 0, FULL, 0.0, None, inputs, reason=reason))
 
     def _begin_generation(self, position: Position, device: torch.device) -> Generation:
-        """The state of a generation whose first call begins now."""
+        """Make the state of a generation whose first call begins now."""
         before = self.generation
         again = before is not None and before.caller.is_same()
         if not again:
@@ -242,12 +242,12 @@ class Engine:
         if self.control is None:
             steps = list(self.recipe.plan.resample(position.total).steps())
         else:
-            # Refused, it leaves no generation behind that calls could belong to.
+            # If it is refused, no generation remains that calls could belong to.
             self.generation = None
             controlled = Controlled(self.control, position.total, position.index)
             steps = [self.control.measured] * position.total
         checks.warn_of_run(self, position)
-        # Of the denoiser itself hooks are called in every call, and who wraps it wraps what we do as well.
+        # Hooks and wrappers of the denoiser itself are outside ours and run in every call.
         skipped = sorted(frozenset().union(*(cut.skip for cut in self.cuts.values())) - {""})
         whole = checks.beside_others(self) or checks.listened(self.denoiser, skipped)
         if not whole:
@@ -262,16 +262,16 @@ class Engine:
             controlled=controlled,
         )
         if before is not None and again:
-            # Members of an ensemble: one report tells of all.
+            # The members of an ensemble share one report.
             generation.records = before.records
         if self.sites is not None and not whole:
             self.sites.warn_of_whole_calls(generation.steps[position.index :], self.cuts)
         return generation
 
     def _look(self) -> Twin:
-        """What the denoiser is now, with a model to count by if it is not what the method was applied to.
+        """Record the denoiser as it is now; if it was changed after `apply`, with a model to count by.
 
-        Pipelines put processors on for the time of a generation (perturbed-attention guidance).
+        Some pipelines set processors for one generation (perturbed-attention guidance).
         """
         shape = shape_of(self.denoiser)
         if shape == self._shape or self._is_bare:
@@ -282,7 +282,7 @@ class Engine:
 
     @property
     def _is_bare(self) -> bool:
-        """Whether the denoiser has no weights, as one that calls are counted by."""
+        """Whether the denoiser has no weights, as models for counting have."""
         return next(self.denoiser.parameters()).is_meta
 
     def _decide(
@@ -296,7 +296,7 @@ class Engine:
         generation = self.generation
         if position.begins or generation is None or not generation.steps:
             generation = self.generation = self._begin_generation(position, sample.device)
-        # Adapters come within a generation, and pipelines put processors on when they will.
+        # Adapters and processors may change within a generation.
         generation.whole = generation.whole or self._unfit or checks.keeps_maps(self._attentions)
         if generation.whole:
             reason = generation.whole
@@ -320,7 +320,7 @@ class Engine:
         recovery = "" if cut is None else self._recovery(slot, cut, planned, position.index)
         age = 0 if cut is None else position.index - slot.stored[cut]
         if 0 <= slot.last < position.index - 1:
-            # Differences to outputs of long ago tell nothing.
+            # Differences to old outputs mean nothing.
             slot.outputs.clear()
         slot.last = position.index
         depth = FULL if cut is None else planned.depth
@@ -352,7 +352,7 @@ class Engine:
         state = tuple(adapter_state(module) for module in self.layout.text.values())
         self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
         if not self.call.knows_text:
-            # A module that this call skips must not return another text's output later.
+            # Modules that this call skips must not later reuse outputs of another text.
             slot.store.drop(*self.layout.text)
         self.call.can_subset = not generation.whole and checks.can_subset(self, slot)
         ratio = 0.0
@@ -385,12 +385,12 @@ class Engine:
         )
 
     def _decisions(self, cut: SkipPlan | None, plan: Mapping[str, Decision]) -> Mapping[str, Decision]:
-        """By the name of a site, what it does in a call: as the cut leaves it out, or as the plan says."""
+        """Decide what each site does in a call, by name: skipped by the cut, or as planned."""
         left_out = {} if cut is None else self._left_out[cut]
         return left_out | dict(self.sited.decisions(plan)) if plan else left_out
 
     def _compared(self, cut: SkipPlan | None) -> tuple[SkipPlan, TimeRecovery] | None:
-        """What a call with a cut compares a forecast of with what it computes; nothing if not full."""
+        """Find the cut and recovery that a full call compares with its values; None if not full."""
         if self.control is None or cut is not None:
             return None
         measured = self.control.measured
@@ -398,7 +398,7 @@ class Engine:
         return None if own is None else (own, measured.recovery)
 
     def _recovery(self, slot: BranchMemory, cut: SkipPlan, planned: Step, index: int) -> str:
-        """What a call's recovery does with the values that there are; warns if it was not made for them."""
+        """Name what recovers a call from the values that exist; warns if its weights are for others."""
         key = next(key for key in map(cut.key, cut.restore) if key in slot.store)
         if not slot.store.knows(key, index, planned.recovery):
             self.warn_once(
@@ -411,7 +411,7 @@ class Engine:
     def _cut(
         self, generation: Generation, slot: BranchMemory, planned: Step, index: int
     ) -> tuple[SkipPlan | None, str]:
-        """What a call leaves out, and why if that is less than planned."""
+        """Decide what a call leaves out, and say why if that is less than planned."""
         cut = generation.cuts.get(planned.depth)
         slot.calls += 1
         first = self.sites is not None and slot.calls <= self.sites.full_calls
@@ -425,13 +425,13 @@ class Engine:
         if not keys:
             if slot.calls == 1 and generation.records:
                 return None, "it is given another text, batch or picture than the calls before it"
-            return None, "nothing was kept yet of what it would reuse"
+            return None, "what it would reuse was not computed yet"
         begins = any(slot.store.begins(key, index, planned.recovery) for key in keys)
         if generation.late and not begins:
             return None, "a run that begins late computes two values before the first forecast"
         kept = slot.stored.get(cut, -1)
         if kept < generation.due(cut, index):
-            return None, f"what it would reuse is of step {kept}, older than the plan means"
+            return None, f"what it would reuse is of step {kept}, older than planned"
         return cut, ""
 
     def _slot(
@@ -443,7 +443,7 @@ class Engine:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> BranchMemory:
-        """The memory of a branch; a new one if the batch is another."""
+        """Find the memory of a branch; it is new if the batch changed."""
         for gone in generation.slots.keys() - generation.branches.numbers:
             del generation.slots[gone]
         text = inputs.get("encoder_hidden_states")
@@ -462,7 +462,7 @@ class Engine:
         return slot
 
     def _may_be_guided(self, sample: Tensor, kwargs: Mapping[str, Any]) -> bool:
-        """Whether a batch may be two halves of guidance, as far as its first call tells."""
+        """Whether a batch may be two halves of guidance, judged by its first call."""
         if not may_be_guided(sample):
             return False
         if not self.layout.conditional_first:
@@ -471,19 +471,19 @@ class Engine:
         return is_of_no_class(kwargs.get("class_labels"), denoiser.config.num_embeds_ada_norm)
 
     def _is_split(self, sample: Tensor) -> bool:
-        """Whether the sampler steps half of the batch, as it does of a guided one.
+        """Whether the sampler steps half of the batch, as in guidance.
 
-        That is not known in the first call and without a sampler; equal halves count as guidance there.
+        In the first call, and without a sampler, this is not known; then equal halves count as guidance.
         """
         batch = self.clock.batch if self.clock is not None else None
-        # Pipelines of classes step both halves; their labels told.
+        # Pipelines of classes step both halves; their labels show guidance.
         return batch is None or self.layout.conditional_first or 2 * batch == sample.shape[0]
 
     def end(self, output: Any) -> bool:
-        """The call is over; False if its output must not be used.
+        """End the call; False if its output must not be used.
 
         Args:
-            output: the denoiser's; None if it raised.
+            output: the denoiser's output; None if it raised.
         """
         call, self.call, self._busy = self.call, None, None
         if call is None or output is None or self.generation is None:
@@ -505,7 +505,7 @@ class Engine:
         call.slot.stored |= dict.fromkeys(call.store, call.slot.last)
         controlled = self.generation.controlled
         if controlled is not None and call.deviation is not None and not call.deviation.is_meta:
-            # Behind the call, so that nothing of a compiled denoiser is broken up.
+            # After the call, so that a compiled denoiser has no graph break.
             reading = Reading(call.deviation)
             controlled.add(call.step, reading)
             records[-1] = replace(records[-1], error=reading)
@@ -527,7 +527,7 @@ class Engine:
         return True
 
     def _tell(self, call: Call, record: CallRecord) -> None:
-        """Tell the observers what a call computed."""
+        """Report to the observers what a call computed."""
         if not self.observers:
             return
         selections = {} if self.sites is None else self.sites.selections(call)
@@ -540,7 +540,7 @@ class Engine:
             observer(Observation(record, blocks, tokens, refreshed, call.slot.grid, leading))
 
     def release(self) -> None:
-        """Drop what is cached; the records of the last generation stay for the report."""
+        """Drop cached values; the records of the last generation stay for the report."""
         self.call = None
         if self.generation is not None and not self.generation.ended:
             self.generation.slots.clear()
@@ -551,7 +551,7 @@ class Engine:
 
     @contextmanager
     def manual(self, num_steps: int) -> Iterator[ManualClock]:
-        """A generation stepped by hand."""
+        """Open a generation that is stepped by hand."""
         clock, before = ManualClock(num_steps, self.release), self.clock
         self.clock = clock
         try:
@@ -567,7 +567,7 @@ def _computes_some(plan: Mapping[str, Decision]) -> bool:
 
 
 def _share(planned: Step | None, plan: Mapping[str, Decision]) -> float:
-    """The share of tokens that a call leaves out: by its step where that has one, else of all sites."""
+    """Find the share of tokens that a call leaves out: its step's, if it has one, else over all sites."""
     if planned is None or planned.depth == SITES:
         return left_out(plan)
     if _computes_some(plan):
@@ -576,17 +576,17 @@ def _share(planned: Step | None, plan: Mapping[str, Decision]) -> float:
 
 
 def _decisions(cut: SkipPlan) -> dict[str, Decision]:
-    """By the name of a module, what a cut alone makes of it."""
+    """List the decision of a cut for each module, by name."""
     return {name: SKIP if name in cut.restore else UNREAD for name in cut.skip}
 
 
 def _stored(cuts: Iterable[SkipPlan], cut: SkipPlan | None) -> tuple[SkipPlan, ...]:
-    """The cuts whose features a call with a cut computes: all of them in a full call, else the output."""
+    """List the cuts whose features a call computes: all of them in a full call, else the output's."""
     return tuple(c for c in dict.fromkeys(cuts) if cut is None or (c.final and not cut.final))
 
 
 def _is_inside(thread: int | None, module: nn.Module) -> bool:
-    """Whether a thread is in a call of a module. One that was interrupted there told nobody."""
+    """Whether a thread is in a call of a module; an interrupted call does not report its end."""
     frame = sys._current_frames().get(thread or 0)
     while frame is not None:
         if frame.f_locals.get("self") is module:
@@ -601,5 +601,5 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
 
 
 def _freeu(denoiser: nn.Module) -> bool:
-    """Whether FreeU is on: it transforms what up blocks are given."""
+    """Whether FreeU is on, which transforms the inputs of up blocks."""
     return any(getattr(b, "b1", None) is not None for b in getattr(denoiser, "up_blocks", ()))

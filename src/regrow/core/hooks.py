@@ -1,7 +1,7 @@
-"""What modules within and around sites do in a call that was decided at its root.
+"""Hooks of the modules in and around sites, for a call that was decided at its root.
 
-Each hook is called in place of a module's forward method, with the module and the forward method that it
-lies around. `regrow.core.install` puts hooks on modules for as long as a call of the denoiser lasts.
+Each hook is called instead of a module's forward method, with the module and the forward method that it
+wraps. `regrow.core.install` puts hooks on modules while a call of the denoiser runs.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Forward = Callable[..., Any]
 
 
 class Hook(Protocol):
-    """Stands in for a module's forward method."""
+    """Takes the place of a module's forward method."""
 
     def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns.
+        """Compute what the module returns.
 
         Args:
             module: the module.
-            forward: its forward method, or the hook that lies inside this one.
-            args: what the module was called with.
-            kwargs: the same, by name.
+            forward: its forward method, or the next inner hook.
+            args: the module's positional arguments.
+            kwargs: the module's named arguments.
         """
 
 
 class ChooseHook:
-    """The module from whose input the tokens of a group are chosen."""
+    """The module whose input the tokens of a group are chosen from."""
 
     def __init__(self, engine: Engine, group: str) -> None:
         self.engine, self.group = engine, group
@@ -50,9 +50,9 @@ class ChooseHook:
 
 
 class EntryHook:
-    """The module by which tokens enter a site that begins before its last one.
+    """The module where tokens enter a site of several modules.
 
-    It takes some of them; of the way of the tokens through the blocks, some go on behind it.
+    It gets only the chosen tokens; in a stream it gets all, and only the chosen ones continue after it.
     """
 
     def __init__(self, engine: Engine, site: Site) -> None:
@@ -80,7 +80,7 @@ class EntryHook:
 
 
 class FusedAttentionHook:
-    """The attention fused with a site: for the site's tokens it is computed, or returns its last output."""
+    """The attention fused with a site: it is computed for the site's tokens, or reuses its last output."""
 
     def __init__(self, engine: Engine, site: Site, attention: Site) -> None:
         self.engine, self.site, self.attention = engine, site, attention
@@ -101,7 +101,7 @@ class FusedAttentionHook:
 
 
 class KeysHook:
-    """Completes the keys or values of the tokens that a site computes with its last ones of the others."""
+    """Completes keys or values: those of the computed tokens are new, those of the others are reused."""
 
     def __init__(self, engine: Engine, key: str, site: Site) -> None:
         self.engine, self.key, self.site = engine, key, site
@@ -118,14 +118,14 @@ class KeysHook:
         if tokens is not None and (call.keeps_sites or not self.site.stream):
             if self.key not in store:
                 raise RuntimeError(
-                    f"{self.key} runs, but was left out of the last full call; layers to skip can't change "
-                    "within a generation"
+                    f"{self.key} runs, but was skipped in the last full call; the layers to skip must stay "
+                    "the same within a generation"
                 )
             old = store.last(self.key)
             put_rows(old, tokens.rows(old.shape[1]), output)
             return old
         if call.keeps_sites:
-            # Of a part of the batch (perturbed-attention guidance) it is of no use.
+            # Keys of a part of the batch (perturbed-attention guidance) can't be reused.
             store.drop(self.key)
             if len(output) == call.given.get(self.site.name):
                 store.keep(self.key, output)
@@ -133,7 +133,7 @@ class KeysHook:
 
 
 class AdapterHook:
-    """A linear layer with a low-rank update, in calls that leave something out; no weight is changed."""
+    """Adds a low-rank update to a linear layer in calls that leave something out; no weight is changed."""
 
     def __init__(self, engine: Engine, adapter: Adapter) -> None:
         self.engine, self.adapter = engine, adapter
@@ -147,9 +147,9 @@ class AdapterHook:
 
 
 class NormHook:
-    """A norm that computes nothing where nobody reads what it returns: the tokens but the first are gone.
+    """Skips a norm if nobody reads its output, and returns the first token only.
 
-    What lies between it and the layers that read it goes token by token, and is spared as well.
+    What runs between it and the layers that read it works token by token, so it costs almost nothing too.
     """
 
     def __init__(self, engine: Engine, norm: Norm) -> None:
@@ -159,17 +159,17 @@ class NormHook:
         call, norm = self.engine.call, self.norm
         if call is None or not args or not all(map(call.reuses, norm.readers)):
             return forward(*args, **kwargs)
-        # Chunks are counted, and somebody's own hook shall see what it would have seen.
+        # Chunked feed-forwards count tokens, and hooks of others must see the true output.
         if getattr(norm.block, "_chunk_size", None) is not None or module._forward_hooks:
             return forward(*args, **kwargs)
         return args[0][:, :1]
 
 
 class TableHook:
-    """An attention that is given queries and keys which are turned already: it gets no table of positions.
+    """Calls an attention without its table of positions, as its queries and keys are turned already.
 
     Args:
-        engine: of the denoiser.
+        engine: engine of the denoiser.
         name: path of the attention.
         rotary: the attention.
     """
@@ -205,7 +205,7 @@ class TurnHook:
             return output
         sides, tokens = call.positions
         table = tuple(rows_of_table(side, self.rows, output.shape[1], tokens) for side in sides)
-        # Samples that compute other tokens have other positions: then all are one sequence.
+        # Samples that compute different tokens have different positions: then all form one sequence.
         sequences = output.reshape(-1, len(table[0]), self.heads, table[0].shape[-1])
         turned: Any = apply_rotary_emb(sequences, cast(Any, table), sequence_dim=1)
         return cast(Tensor, turned.view(output.shape))

@@ -1,4 +1,4 @@
-"""What a call of the denoiser is given."""
+"""Arguments of a call of the denoiser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regrow.tokens.select import Subset, take_rows
 
-# Arguments by which a ControlNet adds to the tokens of all blocks of a transformer.
+# Arguments with which a ControlNet adds to the tokens of all blocks of a transformer.
 RESIDUALS = (
     "block_controlnet_hidden_states",
     "controlnet_block_samples",
@@ -20,7 +20,7 @@ RESIDUALS = (
 
 
 def without_data(value: Any) -> Any:
-    """The same structure with tensors on the meta device, as a model without weights takes them."""
+    """Copy a structure with its tensors on the meta device, for a model without weights."""
     if isinstance(value, Tensor):
         # Models without weights are float32.
         dtype = torch.float32 if value.is_floating_point() else value.dtype
@@ -33,14 +33,14 @@ def without_data(value: Any) -> Any:
 
 
 def arguments_of(denoiser: nn.Module) -> tuple[str, ...]:
-    """The names of what a denoiser takes, in their order."""
-    # Not of the module: others may have wrapped its forward method.
+    """List the names of a denoiser's arguments, in order."""
+    # Read from the class: others may have wrapped the module's forward method.
     return tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
 
 
 def may_be_guided(sample: Tensor) -> bool:
-    """Whether a batch is the same input twice, as the halves of guidance are, but also two pictures that
-    begin at the same noise. Looked at once a generation."""
+    """Whether a batch is the same input twice, as in guidance, but also for two pictures from the same
+    noise; computed once for each generation."""
     if sample.shape[0] % 2 or sample.is_meta:
         return False
     first, second = sample.chunk(2)
@@ -48,7 +48,7 @@ def may_be_guided(sample: Tensor) -> bool:
 
 
 def is_of_no_class(labels: Tensor | None, no_class: int) -> bool:
-    """Whether the second half of a batch is of no class, as pipelines of classes put it for guidance."""
+    """Whether the second half of a batch has no class, as in guidance by pipelines of classes."""
     if labels is None or len(labels) % 2:
         return False
     return bool((labels.chunk(2)[1] == no_class).all())
@@ -66,7 +66,7 @@ def adds_to_tokens(kwargs: Mapping[str, Any]) -> bool:
 
 
 def taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The text, or None, and the image tokens that a transformer block is given."""
+    """List the text, or None, and the image tokens among a transformer block's arguments."""
     image = args[0] if args else kwargs["hidden_states"]
     text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
     return [text, image]
@@ -75,7 +75,7 @@ def taken(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
 def some_rows(
     tokens: Subset, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a module for some of its tokens, which come first or as ``hidden_states``."""
+    """Make a module's arguments for some of its tokens, which come first or as ``hidden_states``."""
     x = args[0] if args else kwargs["hidden_states"]
     named = {name: _of_tokens(value, tokens, x) for name, value in kwargs.items()}
     rows = take_rows(x, tokens.rows(x.shape[1]))
@@ -85,7 +85,7 @@ def some_rows(
 
 
 def _of_tokens(given: Any, tokens: Subset, x: Tensor) -> Any:
-    """Of what is given for each token ``(B, N, k, C)`` (timesteps of Wan 2.2), the rows of some."""
+    """Take some tokens' rows of an argument for each token ``(B, N, k, C)`` (timesteps of Wan 2.2)."""
     if not isinstance(given, Tensor) or given.ndim != 4 or given.shape[:2] != x.shape[:2]:
         return given
     return take_rows(given.flatten(2), tokens.rows(x.shape[1])).unflatten(2, given.shape[2:])

@@ -1,8 +1,8 @@
-"""Puts the hooks of a run on a denoiser for as long as one of its calls lasts, and takes them off again.
+"""Put the hooks of a run on a denoiser while one of its calls runs, and remove them after it.
 
-Between calls nothing of regrow is on any module but what the denoiser calls first. So others (diffusers'
-caches, offload, adapters, other accelerators) may wrap or replace modules whenever no call is running, in
-any order: a call finds the modules as they are, lies around them, and leaves them as they were.
+Between calls only the denoiser itself has something of regrow on it. So others (diffusers' caches, offload,
+adapters, other accelerators) may wrap or replace modules while no call runs, in any order: a call wraps the
+modules as it finds them, and restores them afterwards.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class _Around:
 
     Args:
         module: the module.
-        hooks: the innermost first.
-        below: the forward method that somebody gave this very module; None if it has its class's.
+        hooks: the hooks, the innermost first.
+        below: the forward method that somebody set on this module; None if it has its class's.
     """
 
     def __init__(self, module: nn.Module, hooks: Sequence[Hook], below: Forward | None) -> None:
@@ -49,13 +49,13 @@ class _Around:
         self.serve(hooks)
 
     def serve(self, hooks: Sequence[Hook]) -> None:
-        """Have these hooks around the module from now on."""
+        """Use these hooks from now on."""
         self.hooked, self.retired = self.inner, False
         for hook in hooks:
             self.hooked = functools.partial(hook, self.module, self.hooked)
 
     def retire(self) -> None:
-        """Pass everything through from now on."""
+        """Use no hooks from now on."""
         self.hooked, self.retired = self.inner, True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,12 +63,12 @@ class _Around:
 
 
 class _Place:
-    """A module that hooks lie around while a call of the denoiser lasts.
+    """A module that has hooks while a call of the denoiser runs.
 
     Args:
         module: the module.
         name: its path.
-        known: by path, what lay around modules of compiled blocks before.
+        known: by path, earlier wrappers of modules in compiled blocks.
     """
 
     def __init__(self, module: nn.Module, name: str, known: dict[str, _Around] | None) -> None:
@@ -77,20 +77,20 @@ class _Place:
         self._around: _Around | None = None
 
     def attach(self) -> None:
-        """Lie around the forward method that the module has now."""
+        """Wrap the forward method that the module has now."""
         below: Forward | None = self.module.__dict__.get("forward")
         while isinstance(below, _Around):
-            # An interrupted call left it behind, and somebody who kept it put it back.
+            # An interrupted call left it here, and somebody who had saved it put it back.
             below = below.below
         last = self._around
-        # One object as long as nothing changes: compiled blocks would be compiled anew for another.
+        # The same object while nothing changes: compiled blocks would be compiled again for another.
         if last is None or last.below is not below or last.kind is not type(self.module):
             self.retire()
             self._around = self._lying_around(below)
         self.module.__dict__["forward"] = self._around
 
     def _lying_around(self, below: Forward | None) -> _Around:
-        """Hooks around a forward method; with compiled blocks, in what lay around it in a run before."""
+        """Wrap a forward method; with compiled blocks, reuse the wrapper of an earlier run."""
         known = {} if self._known is None else self._known
         around = known.get(self.name)
         fits = around is not None and around.retired and around.module is self.module
@@ -101,7 +101,7 @@ class _Place:
         return around
 
     def detach(self) -> None:
-        """Leave the module as it was, unless somebody replaced its forward method within the call."""
+        """Restore the module, unless somebody replaced its forward method during the call."""
         around = self._around
         if around is None:
             return
@@ -114,13 +114,13 @@ class _Place:
             state["forward"] = below
 
     def retire(self) -> None:
-        """Let what others may have kept of this place pass everything through from now on."""
+        """Make wrappers that others may have saved do nothing from now on."""
         if self._around is not None:
             self._around.retire()
 
 
 class Installed:
-    """The hooks of one engine, on the denoiser until `remove`, on its modules while it runs."""
+    """The hooks of one engine: on the denoiser until `remove`, on its modules while it runs."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -132,11 +132,11 @@ class Installed:
 
     @property
     def active(self) -> bool:
-        """Whether the hooks are in place."""
+        """Whether the hooks are installed."""
         return self._denoiser.__dict__.get(_ENTRY) is self._root
 
     def remove(self) -> None:
-        """Leave every module as it was before."""
+        """Restore every module."""
         self.detach()
         for place in self._places.values():
             place.retire()
@@ -147,7 +147,7 @@ class Installed:
         """Put the hooks that the present call needs on the modules."""
         call = self._engine.call
         assert call is not None
-        # A call that reuses the last output runs none of the modules within those it leaves out.
+        # Modules inside skipped ones do not run, so they need no hooks.
         final = call.cut is not None and call.cut.final
         wanted = self._skipping if final else self._places
         for name, place in wanted.items():
@@ -156,12 +156,12 @@ class Installed:
                 self._attached.append(place)
 
     def detach(self) -> None:
-        """Take them off again."""
+        """Remove the hooks from the modules."""
         while self._attached:
             self._attached.pop().detach()
 
     def is_current(self) -> bool:
-        """Whether the denoiser still has the modules that the hooks are for."""
+        """Whether the denoiser still has the same modules."""
         return all(children.get(name) is module for children, name, module in self._edges)
 
     def renew(self) -> None:
@@ -178,7 +178,7 @@ class Installed:
             self._hook_pruned(engine, engine.sites)
         for name, module in engine.layout.text.items():
             self._hook(module, TextHook(engine, name))
-        # Inside what keeps and catches keys, so that those are turned.
+        # Inside the hooks that keep and catch keys, so that these keys are turned.
         for name, rotary in engine.turning.items():
             self._hook(rotary.attention, TableHook(engine, name, rotary))
             for module, rows in rotary.turned:
@@ -187,7 +187,7 @@ class Installed:
             self._hook_inside(engine, engine.sites)
         for watched in engine.watched:
             self._hook_watched(engine, watched)
-        # Outside all others, so that what is skipped is neither selected from nor pruned.
+        # Outside all others, so that skipped sites are neither selected from nor pruned.
         skipped = sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values())))
         own = () if engine.sites is None else engine.sites.decider.sites
         sites = {site.name: site for site in own if site.keeps is not Keeps.NOTHING}
@@ -201,16 +201,16 @@ class Installed:
         self._edges = list(_edges(engine.denoiser, self._places))
 
     def _hook_pruned(self, engine: Engine, sites: Sites) -> None:
-        """Hook layers that leave tokens out, and what those are chosen from."""
+        """Hook the layers that leave tokens out, and the modules that tokens are chosen from."""
         for site in sites.able:
             if site.keeps is Keeps.NOTHING:
                 self._hook(site.module, SiteHook(engine, site, decided=True))
-        # Outside the layer's own hook, so that it runs before it.
+        # Outside the layer's own hook, so that this one runs first.
         for group, module in sites.decider.entries.items():
             self._hook(module, ChooseHook(engine, group))
 
     def _hook_inside(self, engine: Engine, sites: Sites) -> None:
-        """Hook what lies in sites."""
+        """Hook the modules inside sites."""
         for name, module, site in sites.memory:
             self._hook(module, KeysHook(engine, name, site))
         for site in sites.able:
@@ -225,7 +225,7 @@ class Installed:
             self._hook(engine.denoiser.get_submodule(name), AdapterHook(engine, adapter))
 
     def _hook_watched(self, engine: Engine, watched: Watched) -> None:
-        # Norms give what is turned by position.
+        # The outputs of norms are turned by position.
         turned = watched.name in engine.turning
         for projection, norm in (*QUERIES, *KEYS):
             part = getattr(watched.module, norm if turned else projection, None)
@@ -242,7 +242,7 @@ class Installed:
 def _edges(
     denoiser: nn.Module, names: Iterable[str]
 ) -> Iterator[tuple[Mapping[str, nn.Module | None], str, nn.Module]]:
-    """The ways from the denoiser to modules: a module's children, the name of one of them, and that one."""
+    """List the edges from the denoiser to modules: a module's children, a child's name, the child."""
     known: set[str] = set()
     for name in filter(None, names):
         module, path = denoiser, ""
@@ -256,17 +256,17 @@ def _edges(
             module = below
 
 
-# Where a denoiser with compiled blocks keeps what lies around its modules, from run to run: code is
-# compiled for these very objects.
+# Attribute of a denoiser with compiled blocks that keeps its modules' wrappers from run to run: code is
+# compiled for these objects.
 COMPILED = "_regrow_compiled"
 
-# What torch calls when a module is called: its hooks, then the forward method that it has now. A hook of
-# torch's own comes too late to stand in for the latter.
+# What torch calls when a module is called: its hooks, then its present forward method. A forward hook of
+# torch can't replace the forward method.
 _ENTRY = "_call_impl"
 
 
 class _Root:
-    """Decides before a call of the denoiser begins, and looks at its output."""
+    """Decides before a call of the denoiser begins, and checks its output."""
 
     def __init__(self, installed: Installed, engine: Engine) -> None:
         self._installed, self._engine = installed, engine
@@ -274,7 +274,7 @@ class _Root:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         engine, installed = self._engine, self._installed
         engine.enter()
-        # Those of a call that was interrupted.
+        # The hooks of an interrupted call.
         installed.detach()
         if not installed.is_current() and engine.renew():
             installed.renew()
@@ -300,7 +300,7 @@ def around_calls(
 ) -> Iterator[None]:
     """Call ``before(denoiser, args, kwargs)`` and ``after(denoiser, args, output)`` around each whole call.
 
-    What a method decides before a call, and does after it, lies between them, unlike between torch's hooks.
+    Unlike torch's hooks, they are outside of what a method decides before a call and does after it.
     """
     inner = denoiser.__dict__.get(_ENTRY)
     within = functools.partial(type(denoiser)._call_impl, denoiser) if inner is None else inner
@@ -322,5 +322,5 @@ def around_calls(
 
 
 def is_hooked(denoiser: nn.Module) -> bool:
-    """Whether an engine's hooks are on a denoiser already."""
+    """Whether a denoiser has an engine's hooks."""
     return isinstance(denoiser.__dict__.get(_ENTRY), _Root)

@@ -1,7 +1,7 @@
-"""Counting multiply-accumulates of calls, by running the real denoiser on the meta device.
+"""Count the multiply-accumulates (MACs) of calls, by running the real denoiser on the meta device.
 
-Attention is counted; choosing tokens is not (it is reported on its own), so that figures are those the
-papers give. One MAC is two FLOPs.
+Attention is counted; choosing tokens is reported separately, so that figures are comparable with the
+papers'. One MAC is two FLOPs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from regrow.tokens.select import Selection
 
 
 def free_selection(x: Tensor, count: int) -> Selection:
-    """A selection of the right shapes that costs nothing: the last ``count`` tokens copy the first."""
+    """Make a selection of the right shapes without cost: the last ``count`` tokens copy the first."""
     batch, tokens = x.shape[:2]
     kept = torch.arange(tokens - count, device=x.device).expand(batch, -1)
     source = torch.arange(tokens, device=x.device).expand(batch, -1) % (tokens - count)
@@ -45,9 +45,9 @@ class Macs:
     """MACs of one call of the denoiser, for the whole batch.
 
     Args:
-        denoiser: what the denoiser computes, attention counted.
-        selection: what choosing tokens adds.
-        attention: the part of ``denoiser`` that is products of queries, keys and values.
+        denoiser: MACs of the denoiser, with attention.
+        selection: MACs of choosing tokens, in addition.
+        attention: the part of ``denoiser`` for products of queries, keys and values.
     """
 
     denoiser: int
@@ -56,9 +56,9 @@ class Macs:
 
 
 class Flops(TorchDispatchMode):
-    """FLOPs of operations by their names, as PyTorch's `FlopCounterMode` counts them.
+    """Counts FLOPs of operations by name, as PyTorch's `FlopCounterMode` does, but faster.
 
-    That one also keeps track of modules, which takes longer than all else.
+    It does not keep track of modules, which takes most of that mode's time.
 
     Args:
         also: formulas of operations that PyTorch's own registry lacks.
@@ -70,10 +70,10 @@ class Flops(TorchDispatchMode):
         self._formulas = {**flop_registry, **also}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What the operation gives."""
+        """Run the operation and count it."""
         formula = self._formulas.get(func._overloadpacket)
         if formula is None and torch.is_inference_mode_enabled():
-            # Operations made of others come here whole.
+            # Composite operations come here undivided.
             with self:
                 made = func.decompose(*args, **kwargs or {})
             if made is not NotImplemented:
@@ -89,22 +89,22 @@ class Flops(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """Of all operations."""
+        """FLOPs of all operations."""
         return self.of.total()
 
     @property
     def attention(self) -> int:
-        """Of products of activations with activations: on the meta device attention is two such batched
-        products."""
+        """FLOPs of products of activations with activations: on the meta device attention is two such
+        batched products."""
         kinds = ("aten.bmm", "aten.baddbmm")
         return sum(n for name, n in self.of.items() if "scaled_dot_product" in name or name in kinds)
 
 
 def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
-    """MACs of calls of any diffusers denoiser as it is, attention counted.
+    """Count the MACs of calls of any diffusers denoiser without a method, with attention.
 
     Args:
-        denoiser: on any device; only its configuration is used.
+        denoiser: the model, on any device; only its configuration is used.
         calls: positional and keyword arguments of each call, on the meta device.
     """
     model = meta_copy(denoiser)
@@ -119,17 +119,17 @@ def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
 
 
 class _FirstOfSites(Sited, Decider):
-    """A method of sites with a given plan that computes the first tokens; what it looks at is counted.
+    """A method with a given plan that always chooses the first tokens, and counts what it looks at.
 
     Args:
-        sited: the method; it is put to work once, since it may read what it has learned.
+        sited: the method; its decider is made once, since it may read trained weights from a file.
 
     Attributes:
         decided: the plan; None for the method's own.
-        looking: what looking at tokens takes.
-        observing: what observing attentions took in the last full call.
-        selected: what layers were asked for that prune.
-        asked: the way through the blocks of which tokens were last chosen, how many, and what was known.
+        looking: MACs of looking at tokens.
+        observing: MACs of observing attentions in the last full call.
+        selected: the selections that pruning layers asked for.
+        asked: the last choice of whole calls' tokens: its site, the number of tokens, and what was known.
     """
 
     def __init__(self, sited: Sited) -> None:
@@ -142,7 +142,7 @@ class _FirstOfSites(Sited, Decider):
 
     @property
     def full_calls(self) -> int:
-        """As many as tokens need that are chosen by the last two outputs."""
+        """Number of full calls before tokens can be chosen by the last two outputs."""
         return min(self._sited.full_calls, 2)
 
     def on(self, denoiser: nn.Module, layout: Layout) -> _FirstOfSites:
@@ -185,21 +185,21 @@ class _FirstOfSites(Sited, Decider):
         return self._own.attentions
 
     def plan(self, view: View) -> Mapping[str, Decision]:
-        """The given one."""
+        """Return the given plan."""
         return self._own.plan(view) if self.decided is None else self.decided
 
     def begin(self, memory: Any = None) -> Any:
-        """The method's memory; of the last full call alone, so that one call is counted."""
+        """Make the method's memory, of the last full call alone, so that one call is counted."""
         self.observing = Flops()
         return self._own.begin(None)
 
     def observe(self, memory: Any, site: Site, attention: Attention) -> None:
-        """The method's, counted."""
+        """Observe as the method does, and count it."""
         with self.observing:
             self._own.observe(memory, site, attention)
 
     def look(self, memory: Any, entered: Entered, info: CallInfo) -> Any:
-        """The method's, counted; once a call."""
+        """Look as the method does, and count it; once in a call."""
         self.looking = Flops()
         with self.looking:
             return self._own.look(memory, entered, info)
@@ -207,7 +207,7 @@ class _FirstOfSites(Sited, Decider):
     def choose(
         self, memory: Any, seen: Any, site: Site, x: Tensor, count: int | None, info: CallInfo
     ) -> Tensor | Selection:
-        """The first ``count`` tokens."""
+        """Choose the first ``count`` tokens."""
         assert count is not None
         if self.space is not None:
             assert info.view is not None
@@ -218,11 +218,11 @@ class _FirstOfSites(Sited, Decider):
         return torch.arange(count, device="meta").repeat(len(x), 1)
 
     def selecting(self) -> int:
-        """MACs of the selections that layers asked for."""
+        """Count the MACs of the selections that layers asked for."""
         return sum(n * self._selection(kind) for kind, n in Counter(self.selected).items())
 
     def _selection(self, kind: _Selected) -> int:
-        """MACs of one layer's selection, counted on zeros for one sample."""
+        """Count the MACs of one layer's selection, on zeros for one sample."""
         attention, generator = _one_sample(kind.attention), torch.Generator().manual_seed(0)
         call = CallInfo(1, False, (), generator, attention=attention, view=kind.view)
         x = torch.zeros(1, *kind.shape[1:], device="cpu" if attention is None else "meta")
@@ -232,9 +232,9 @@ class _FirstOfSites(Sited, Decider):
         return kind.shape[0] * (counter.total // 2)
 
     def choosing(self) -> int:
-        """MACs of choosing the tokens of a whole call, on zeros for one sample, after a call of all blocks.
+        """Count the MACs of choosing a whole call's tokens, on zeros for one sample, after a full call.
 
-        Cached calls before the first such call choose for themselves, which is not counted.
+        Cached calls before the first such call make their own choice, which is not counted.
         """
         if self.asked is None:
             return 0
@@ -251,7 +251,7 @@ class _FirstOfSites(Sited, Decider):
 
 
 class _Here:
-    """A clock that stands where it is set."""
+    """A clock that stays where it is set."""
 
     index = 0
     batch = None
@@ -261,28 +261,28 @@ class _Here:
         self.steps = steps
 
     def read(self, timestep: Any) -> Position:
-        """One of so many calls."""
+        """Return the position that was set."""
         return Position(self.index, self.steps, self.index == 0)
 
     def called(self) -> None:
-        """Nobody steps."""
+        """Do nothing: no sampler steps."""
 
     def detach(self) -> None:
-        """There is nothing to leave."""
+        """Do nothing: there is nothing to remove."""
 
 
 class _BehindFull:
-    """A denoiser without weights after its full call; later calls do at sites what they are told.
+    """A denoiser without weights after its full call; later calls follow a given plan.
 
-    The full call is made once: plans may decide otherwise in every call.
+    The full call is made once, though each later call may have another plan.
 
     Args:
         denoiser: without weights.
-        sites: the method's.
-        depth: of the later calls.
-        inputs: of the calls.
+        sites: the method with a given plan.
+        depth: depth of the later calls.
+        inputs: arguments of the calls.
         knows_text: whether the text is that of the full call.
-        shapes: that are known from other calls.
+        shapes: shapes that are known from other calls.
     """
 
     def __init__(
@@ -297,7 +297,7 @@ class _BehindFull:
         self._denoiser, self._sites, self._shapes = denoiser, sites, shapes
         self._inputs, self._knows_text = inputs, knows_text
         full = max(sites.full_calls, 1)
-        # Any ratio above 0 has the method asked.
+        # With any ratio above 0 the method decides.
         ratio = 0.5 if sites.full_calls else 0.0
         plan = Schedule(depth=(FULL,) * full + (depth,), ratio=(0.0,) * full + (ratio,))
         clock = _Here(len(plan))
@@ -307,11 +307,11 @@ class _BehindFull:
             clock.index += 1
 
     def count(self, decided: Mapping[str, Decision]) -> Macs:
-        """MACs of a call."""
+        """Count the MACs of a call with these decisions."""
         sites = self._sites
         sites.decided, sites.looking, sites.asked = decided, Flops(), None
         assert self._engine.generation is not None
-        # The second step again, not another branch of it.
+        # The second step again, not its second branch.
         self._engine.generation.branches = Branches()
         counter = self._call(self._inputs if self._knows_text else _with_another_text(self._inputs))
         total, attention = counter.total - sites.looking.total, counter.attention - sites.looking.attention
@@ -328,7 +328,7 @@ class _BehindFull:
 
 
 class CallCounter:
-    """Counts calls of one denoiser with one method, each kind of call once.
+    """Counts the MACs of calls of one denoiser with one method, each kind of call once.
 
     Args:
         denoiser: the denoiser, on any device; only its configuration is used.
@@ -344,7 +344,7 @@ class CallCounter:
         self._grounding = grounding_of(self._model)
 
     def attend_to_boxes(self, grounded: bool) -> None:
-        """Count calls from now on with or without the layers that attend to boxes (GLIGEN)."""
+        """Include or exclude the layers that attend to boxes (GLIGEN) from now on."""
         for module in self._grounding:
             module.enabled = grounded
 
@@ -357,14 +357,14 @@ class CallCounter:
         knows_text: bool = False,
         plan: Mapping[str, Decision] = {},
     ) -> Macs:
-        """MACs of a call.
+        """Count the MACs of a call.
 
         Args:
             depth: up-path layers computed, `FULL` for all.
-            ratio: pruning ratio; 1 if no layer computes a token that should have.
+            ratio: pruning ratio; 1 if no layer recomputes the tokens that it should.
             inputs: positional and keyword arguments on the meta device.
             knows_text: whether what depends on the text alone was computed before.
-            plan: by the name of a site, what was decided for it; empty where nothing was.
+            plan: decisions by the names of sites; empty if there are none.
         """
         grounded = any(module.enabled for module in self._grounding)
         decided = tuple(sorted(plan.items(), key=lambda item: item[0]))
@@ -389,9 +389,9 @@ class CallCounter:
                     self._model, self._sites, depth, inputs, knows_text, self._shapes
                 )
             return self._behind[key].count(decided)
-        # Full calls come first: others need what they leave.
+        # Full calls come first: others need the values that they keep.
         before = 1 if depth < FULL or knows_text else 0
-        # A full call observes if another follows that reads what it saw.
+        # A full call observes only if a following call reads what it saw.
         observes = self._sites is not None and not self._sites.by_ratio and depth == FULL
         sites = self._sites if observes or in_layers else None
         after = (SITES,) if observes else ()
@@ -419,7 +419,7 @@ class CallCounter:
         chosen = 0 if sites is None else sites.selecting()
         total, attention = counter.total, counter.attention
         if sites is not None and observes:
-            # What is observed are products of queries and keys as well.
+            # Observing multiplies queries and keys too.
             total, attention = total - sites.observing.total, attention - sites.observing.attention
             chosen += sites.observing.total // 2
         return Macs(total // 2, chosen, attention // 2)
@@ -427,7 +427,7 @@ class CallCounter:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Of an attention's queries and keys, and its number of the image's tokens."""
+    """Shapes of an attention's queries and keys, and its number of image tokens."""
 
     query: torch.Size
     key: torch.Size
@@ -436,7 +436,7 @@ class _Shapes:
 
 @dataclass(frozen=True)
 class _Selected:
-    """A kind of selection: of a layer, from features of a shape, how many tokens, by which attention."""
+    """A kind of selection: its layer, the features' shape, the number of tokens, the attention read."""
 
     site: Site = field(compare=False)
     shape: torch.Size
@@ -452,7 +452,7 @@ def _shapes(attention: Attention | None) -> _Shapes | None:
 
 
 def _one_sample(shapes: _Shapes | None) -> Attention | None:
-    """An attention of one sample, without data: whole maps would take long to compute."""
+    """Make an attention of one sample without data: whole maps would take long to compute."""
     if shapes is None:
         return None
     query, key = (torch.empty(1, *shape[1:], device="meta") for shape in (shapes.query, shapes.key))
@@ -460,7 +460,7 @@ def _one_sample(shapes: _Shapes | None) -> Attention | None:
 
 
 def _with_another_text(inputs: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The same arguments with a text of the same shape that is not known yet."""
+    """Copy the arguments with a new text of the same shape."""
     args, kwargs = inputs
     text = kwargs.get("encoder_hidden_states")
     return args, kwargs | {"encoder_hidden_states": text.clone()} if isinstance(text, Tensor) else kwargs

@@ -1,4 +1,4 @@
-"""What one guidance branch keeps from call to call: deep features, outputs, shapes."""
+"""The memory of one guidance branch: deep features, outputs, shapes."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor
 from regrow.core.store import Store
 from regrow.tokens.grid import Grid
 
-# What a slot is valid for: shape, type and device of the denoiser's input, and the shape of its text.
+# Key of a slot: shape, type and device of the denoiser's input, and the shape of its text.
 Key = tuple[Any, ...]
 
 
 @dataclass
 class BranchMemory:
-    """The memory of one guidance branch; a call with another key starts a new one.
+    """The memory (slot) of one guidance branch; a call with another key starts a new one.
 
     Args:
-        key: what the slot is valid for.
-        store: by the key of a cut and module, what calls computed, from which others recover it; and what
-            depends on the text alone.
-        shapes: by module name, the shapes of what it returned in the last full call.
+        key: the inputs that the slot is valid for.
+        store: computed values by the key of a cut and module, from which later calls recover; and values
+            that depend on the text alone.
+        shapes: by module name, the shapes of its outputs in the last full call.
         outputs: the last computed outputs of the denoiser, newest last, at most two.
-        inputs: the denoiser's arguments on the meta device, of the call that opened the slot.
+        inputs: the arguments of the slot's first call, on the meta device.
         guided: whether the batch is an unconditional and a conditional half.
-        observed: what the method of sites remembers.
-        text: the text of the last call and its version, which writing to it changes.
-        adapters: what state adapters on the modules that read the text were in.
-        calls: how many calls the slot has seen.
+        observed: the memory of the method of sites.
+        text: the text of the last call and its version, which changes when it is written to.
+        adapters: state of the adapters on the modules that read the text.
+        calls: number of calls of the slot.
         last: step of its last call; -1 if there was none.
-        stored: by cut, the step in which what it restores was kept.
-        grid: of the image's tokens, where a call can compute some of them only.
+        stored: by cut, the step in which the values that it restores were kept.
+        grid: grid of the image's tokens, if a call can compute some of them only.
     """
 
     key: Key
@@ -51,16 +51,16 @@ class BranchMemory:
     grid: Grid | None = None
 
     def knows(self, text: Tensor | None, adapters: Any = None) -> bool:
-        """Whether the text is that of the last call, the very tensor; remembers it.
+        """Whether the text is the same tensor as in the last call; remembers it.
 
         Args:
             text: the text.
-            adapters: the state of adapters on the modules that read it; with another it is not known.
+            adapters: state of the adapters on the modules that read it; if it changed, the text is new.
         """
         same, self.adapters = adapters == self.adapters, adapters
         if text is None:
             return False
-        # A tensor made in inference mode does not tell.
+        # Tensors made in inference mode have no version.
         version = -1 if text.is_inference() else text._version
         before, self.text = self.text, (text, version)
         return same and before is not None and before[0] is text and before[1] == version != -1
@@ -71,16 +71,16 @@ class BranchMemory:
 
 
 def placeholders(like: Tensor, shapes: list[torch.Size] | None, count: int, *, dense: bool) -> list[Tensor]:
-    """What skipped modules return: tensors that nobody reads.
+    """Make placeholders for skipped modules to return, which nobody reads.
 
-    Concatenations of them cost nothing, since they have no channels.
+    They have no channels, so concatenating them costs nothing.
 
     Args:
         like: a tensor of the batch size, type and device wanted.
         shapes: the true shapes, needed for ``dense``.
-        count: how many.
-        dense: tensors of zeros of the true shapes instead, for callers that add to them (ControlNet,
-            T2I-Adapter) or transform them (FreeU).
+        count: number of tensors.
+        dense: make zeros of the true shapes, for callers that add to them (ControlNet, T2I-Adapter) or
+            transform them (FreeU).
     """
     if dense and shapes:
         return [like.new_zeros(shape) for shape in shapes]

@@ -1,4 +1,4 @@
-"""A denoiser's twin without weights, and the shapes of what its calls compute, to count it."""
+"""A denoiser's copy without weights, and the shapes in its calls, for counting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from regrow.core.others import is_of_diffusers
 
-# What others, and torch, leave on modules that has no part in what they compute.
+# Attributes that others, and torch, set on modules, and that do not change what they compute.
 _WRAPPINGS = (
     "forward",
     "_old_forward",
@@ -37,10 +37,10 @@ _HOOKS = (
 
 
 def meta_copy(denoiser: Any) -> Any:
-    """The same modules on the meta device, in float32, with adapters, fused projections and processors.
+    """Copy a model to the meta device, in float32, with adapters, fused projections and processors.
 
     Hooks, offload, compiled code and attention backends are left out. A processor that is not of diffusers
-    is replaced by the one that the model comes with: see `unknown_attentions`.
+    is replaced by the model's original one: see `unknown_attentions`.
 
     Args:
         denoiser: a model of diffusers; it is not changed.
@@ -59,18 +59,18 @@ def meta_copy(denoiser: Any) -> Any:
                 del module.__dict__[name]
         processor = module.__dict__.get("processor")
         if hasattr(processor, "_attention_backend"):
-            # Kernels take no tensors without data; products are as many in each.
+            # Kernels of backends take no tensors without data; they do the same number of products.
             processor._attention_backend = AttentionBackendName.NATIVE
     return model.eval()
 
 
 class KnownShapes(TorchDispatchMode):
-    """Finds out what an operation gives on the meta device once for all inputs of the same shapes.
+    """Computes an operation's result on the meta device once for all inputs of the same shapes.
 
-    PyTorch finds it out in Python, which takes longer than a small operation with data, and a model's
-    blocks do the same again and again. Operations that write to their inputs or give views of them are done
-    each time. So are those of a tensor without dimensions: it may stand for a number of Python, whose type
-    yields to others.
+    PyTorch computes it in Python, which takes longer than a small operation with data, and a model's blocks
+    repeat the same operations. Operations that write to their inputs or return views of them run each time.
+    So do those with a tensor without dimensions: it may be a Python number, which does not set the type of
+    the result.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class KnownShapes(TorchDispatchMode):
         self._known: dict[Any, tuple[type, list[_Form]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What the operation gives, without data."""
+        """Run the operation without data, or look up its result."""
         kwargs = kwargs or {}
         if func not in self._gives_new:
             self._gives_new[func] = _gives_new(func)
@@ -107,13 +107,13 @@ class _Form(NamedTuple):
 
 
 def _gives_new(operation: Any) -> bool:
-    """Whether it leaves its inputs alone, and shares memory with none."""
+    """Whether an operation does not write to its inputs, and its result shares no memory with them."""
     schema = operation._schema
     return not schema.is_mutable and all(given.alias_info is None for given in schema.returns)
 
 
 def _key(value: Any) -> Any:
-    """What an operation's result depends on, if tensors have no data. 1, 1.0 and True differ."""
+    """Describe what an operation's result depends on, without data; 1, 1.0 and True differ."""
     if isinstance(value, Tensor):
         lazily = value.is_conj(), value.is_neg()
         return value.shape, value.stride(), value.dtype, value.device, lazily
@@ -123,7 +123,7 @@ def _key(value: Any) -> Any:
 
 
 def unknown_attentions(denoiser: nn.Module) -> list[str]:
-    """The attentions whose processors are somebody's own, so that what they compute is not known."""
+    """List the attentions with processors that are not of diffusers, whose computation is unknown."""
     return [name for name, attention in _with_unknown(denoiser) if not _is_xformers(attention.processor)]
 
 
@@ -135,17 +135,17 @@ def _with_unknown(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _is_xformers(processor: Any) -> bool:
-    """Whether a processor multiplies the same in kernels that take no tensors without data."""
+    """Whether a processor does the same products in kernels that need tensors with data."""
     return is_of_diffusers(processor) and "XFormers" in type(processor).__name__
 
 
 def _stock(attention: Any) -> Any:
-    """The processor that an attention comes with."""
+    """Make the processor that an attention has by default."""
     return getattr(type(attention), "_default_processor_cls", AttnProcessor2_0)()
 
 
 def _tensors(state: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors of a module: parameters, buffers, and those that are plain attributes."""
+    """List the tensors of a module: parameters, buffers, and plain attributes."""
     for value in (*state.values(), *state["_parameters"].values(), *state["_buffers"].values()):
         held = value if isinstance(value, (list, tuple)) else (value,)
         yield from (tensor for tensor in held if isinstance(tensor, Tensor))

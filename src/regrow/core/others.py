@@ -1,4 +1,4 @@
-"""What others have put on a denoiser that changes what its calls may leave out."""
+"""Things that others put on a denoiser, and that limit what its calls may skip."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Of diffusers, the modules whose model hooks leave out work.
+# Modules of diffusers whose model hooks skip work.
 _CACHES = {
     "pyramid_attention_broadcast": "PyramidAttentionBroadcast",
     "first_block_cache": "FirstBlockCache",
@@ -21,7 +21,7 @@ _CACHES = {
 
 
 def other_caches(denoiser: nn.Module) -> list[str]:
-    """The caches of diffusers that are on, by name."""
+    """List the caches of diffusers that are on, by name."""
     found = set()
     for module in denoiser.modules():
         registry = module.__dict__.get("_diffusers_hook")
@@ -33,11 +33,11 @@ def other_caches(denoiser: nn.Module) -> list[str]:
 
 
 def attentions_in(denoiser: nn.Module, names: Iterable[str]) -> list[tuple[str, nn.Module]]:
-    """The attentions within some modules, with their paths.
+    """List the attentions inside some modules, with their paths.
 
     Args:
         denoiser: the denoiser.
-        names: paths of the modules; "" is the whole.
+        names: paths of the modules; "" is the denoiser.
     """
     found = {}
     for name in names:
@@ -48,10 +48,10 @@ def attentions_in(denoiser: nn.Module, names: Iterable[str]) -> list[tuple[str, 
 
 
 def keeps_maps(attention: Any) -> bool:
-    """Whether the processor of an attention keeps maps for somebody to read.
+    """Whether the processor of an attention keeps maps for others to read.
 
-    That is the case of processors that pipelines bring with them (self-attention guidance, LEDITS++), and
-    of those of somebody's own that hold more than numbers and modules.
+    Processors of some pipelines do (self-attention guidance, LEDITS++). A processor from outside diffusers
+    is assumed to, if it holds more than numbers and modules.
     """
     processor = attention.processor
     if is_of_diffusers(processor):
@@ -63,7 +63,7 @@ def keeps_maps(attention: Any) -> bool:
 
 
 def hooked_by_others(denoiser: nn.Module, names: Iterable[str]) -> str:
-    """A module, in or among some, with a forward hook of somebody's own, who wants its output; or ""."""
+    """Find a module, in or among some, with a forward hook of others that reads its output; "" if none."""
     for name in names:
         for path, module in denoiser.get_submodule(name).named_modules(prefix=name):
             if any(not _is_known(hook) for hook in module._forward_hooks.values()):
@@ -72,7 +72,7 @@ def hooked_by_others(denoiser: nn.Module, names: Iterable[str]) -> str:
 
 
 def wrapped_by_others(denoiser: nn.Module, names: Iterable[str]) -> str:
-    """A module, in or among some, with a forward method of somebody's own; or "" if there is none."""
+    """Find a module, in or among some, with a replaced forward method; "" if there is none."""
     for name in names:
         for path, module in denoiser.get_submodule(name).named_modules(prefix=name):
             forward = module.__dict__.get("forward")
@@ -82,14 +82,14 @@ def wrapped_by_others(denoiser: nn.Module, names: Iterable[str]) -> str:
 
 
 def _is_known(function: Any) -> bool:
-    """Whether a function is of a library that wraps modules and reads nothing of what they give."""
+    """Whether a function is of a library that wraps modules but does not read their outputs."""
     function = getattr(function, "func", getattr(function, "__func__", function))
     home = getattr(function, "__module__", None) or type(function).__module__
     return home.partition(".")[0] in ("torch", "accelerate", "diffusers", "peft", "DeepCache", "regrow")
 
 
 def is_of_diffusers(processor: Any) -> bool:
-    """Whether an attention processor is one that diffusers' models come with."""
+    """Whether an attention processor is one of diffusers' models."""
     return type(processor).__module__.startswith(("diffusers.models.", "diffusers.loaders."))
 
 
@@ -97,12 +97,12 @@ _HARMLESS = (bool, int, float, str, type(None), nn.Module, torch.Tensor, torch.d
 
 
 def grounding_of(denoiser: nn.Module) -> list[Any]:
-    """The layers that attend to boxes (GLIGEN), each of which is switched on and off."""
+    """List the layers that attend to boxes (GLIGEN), which can be switched on and off."""
     return [m for m in denoiser.modules() if type(m).__name__ == "GatedSelfAttentionDense"]
 
 
 def adapter_state(module: nn.Module) -> tuple[Any, ...] | None:
-    """What an adapter on a module is set to: which are active, how strong, merged or not; None without."""
+    """Read the state of a module's adapters: active ones, scales, merged or not; None without."""
     layer: Any = module
     if not hasattr(layer, "base_layer") or not hasattr(layer, "scaling"):
         return None
@@ -111,7 +111,7 @@ def adapter_state(module: nn.Module) -> tuple[Any, ...] | None:
 
 
 def shape_of(denoiser: nn.Module) -> int:
-    """A number that another structure of modules, or other processors, would give otherwise."""
+    """Compute a number that changes with the structure of modules and with processors."""
     return hash(tuple(_parts(denoiser)))
 
 

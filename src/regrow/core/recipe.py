@@ -1,4 +1,4 @@
-"""What a published system is made of: a plan of its calls, and a rule that selects tokens."""
+"""The recipe of a published system: a plan of its calls, and a rule that selects tokens."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from regrow.tokens.grid import Grid
 
 
 class Features(str, Enum):
-    """Which features similarities and scores are taken from."""
+    """The features that similarities and scores are computed from."""
 
     BLOCK_INPUT = "block_input"
     """The hidden states entering the transformer block, before norm1 (both released codes)."""
     NORM1 = "norm1"
     """The output of norm1, which the self-attention reads."""
     ATTENTION = "attention"
-    """As norm1, with the queries and keys of the self-attention: it has run when its block's tokens are
-    selected, and what is selected holds for the blocks that follow in the same stage."""
+    """As norm1, with the queries and keys of the self-attention. It runs before its block's tokens are
+    selected; the selection also serves the following blocks of the same stage."""
 
 
 class After(str, Enum):
-    """Where in the block whose attention is read pruning begins."""
+    """The place where pruning begins, relative to the block whose attention is read."""
 
     SELF_ATTENTION = "self_attention"
-    """Its own cross-attention and feed-forward leave tokens out, and all layers of the blocks behind it."""
+    """Its own cross-attention and feed-forward leave tokens out, and all layers of the blocks after it."""
     FEED_FORWARD = "feed_forward"
-    """The blocks behind it alone."""
+    """Only the blocks after it."""
 
 
 class Recovery(str, Enum):
-    """Where a pruned token's value comes from."""
+    """The source of a pruned token's value."""
 
     COPY = "copy"
     """The output of the most similar token (pruning)."""
     MEAN = "mean"
-    """As copy, but that token enters the layer as the mean of itself and those it stands for (merging)."""
+    """As copy, but that token enters the layer as the mean of itself and those that copy it (merging)."""
 
 
 class Alignment(str, Enum):
-    """How the two halves of a guided batch come to the same base tokens."""
+    """The way in which both halves of a guided batch get the same base tokens."""
 
     CONDITIONAL = "conditional"
     UNCONDITIONAL = "unconditional"
@@ -70,8 +70,8 @@ class Where:
         cross_attention: prune the queries of the attention to the text.
         feed_forward: prune in the token-wise network.
         max_downsample: deepest level, as latent positions a token spans along one side; ``"top"`` is
-            the finest level at which the model has attention (1 for SD 1.5 and 2, 2 for SDXL).
-        features: what the selection looks at.
+            the model's finest level with attention (1 for SD 1.5 and 2, 2 for SDXL).
+        features: features that the selection uses.
         recovery: where pruned tokens' values come from.
         after: with `Features.ATTENTION`, where pruning begins.
     """
@@ -87,11 +87,11 @@ class Where:
 
 @dataclass(frozen=True)
 class Attention:
-    """What an attention multiplied.
+    """The queries and keys of an attention.
 
     Args:
-        query: ``(B, heads, n, D)``, those of the image's tokens first.
-        key: ``(B, heads, m, D)``; in a self-attention, those of the image's tokens first.
+        query: ``(B, heads, n, D)``, the image's tokens first.
+        key: ``(B, heads, m, D)``; in a self-attention, the image's tokens first.
         tokens: number N of the image's tokens.
         bias: added to the products, or None; it broadcasts to ``(B, heads, n, m)``.
     """
@@ -104,19 +104,19 @@ class Attention:
 
 @dataclass(frozen=True)
 class CallInfo:
-    """What a rule may look at.
+    """The facts that a rule may use.
 
     Args:
-        batch: samples in the batch, both halves of guidance counted.
+        batch: number of samples in the batch, with both halves of guidance.
         guided: whether the batch is an unconditional half followed by a conditional half.
-        outputs: the model's last computed outputs ``(B, C, H, W)`` (as tokens ``(B, N, D)`` where
-            those of whole calls are chosen), newest last, at most two.
+        outputs: the model's last computed outputs ``(B, C, H, W)``, newest last, at most two; tokens
+            ``(B, N, D)`` if the tokens of whole calls are chosen.
         generator: the run's seeded generator, on the model's device.
         conditional_first: in a guided batch the conditional half comes first (DiT).
-        attention: the self-attention that has just run, for a rule with `Features.ATTENTION` and
-            where the tokens of whole calls are chosen by that of a block.
-        cached: the call leaves out layers or blocks that an earlier one computed.
-        grid: of the image's tokens, where sites are decided for; of a video, that of a frame.
+        attention: the self-attention that has just run, for a rule with `Features.ATTENTION` or if a
+            block's attention chooses the tokens of whole calls.
+        cached: the call skips layers or blocks that an earlier call computed.
+        grid: grid of the image's tokens, if the method decides for sites; for a video, of a frame.
         view: what decisions depend on.
     """
 
@@ -132,17 +132,17 @@ class CallInfo:
 
 
 def stream_of(denoiser: nn.Module, layout: Layout, reads: int | None = None, hint: str = "") -> Site:
-    """The way of a transformer's tokens through its blocks, or through those behind one.
+    """Make the site of all blocks of a transformer, or of those after one.
 
     Args:
         denoiser: the model.
         layout: its table.
-        reads: index of the block, by whose self-attention tokens are chosen.
-        hint: what to say to somebody whose model has none.
+        reads: index of the block whose self-attention chooses the tokens; None for all blocks.
+        hint: advice in the error for a model that has no such site.
 
     Raises:
         UnsupportedModelError: if a call of the model can't compute some of its tokens only.
-        ValueError: if no block comes behind that one.
+        ValueError: if no block comes after that one.
     """
     site = layout.token_stream(reads)
     if site is None:
@@ -154,9 +154,9 @@ def stream_of(denoiser: nn.Module, layout: Layout, reads: int | None = None, hin
 
 
 def some_of_stream(ratio: float) -> Mapping[str, Decision]:
-    """The plan of a call that computes all but a share of the tokens.
+    """Make the plan of a call that computes all but a share of the tokens.
 
-    The number is rounded down, as CAT Pruning's released code does: 1228 of 4096 tokens for 0.3.
+    The number is rounded down, as in CAT Pruning's released code: 1228 of 4096 tokens for 0.3.
     """
     return {TOKENS: Some(1 - ratio, TOKENS, down=True)} if ratio else {}
 
@@ -166,10 +166,10 @@ class MadeFor:
     """The run of a sampler that a plan was made for.
 
     Args:
-        steps: of the sampler.
-        calls: timesteps that it runs over; None if all are computed, however many there are.
-        before: of these, how many come before the first call (image-to-image).
-        timesteps: what they are; None for the sampler's own.
+        steps: number of the sampler's steps.
+        calls: number of timesteps that it runs over; None if all are computed, whatever their number.
+        before: number of these timesteps before the first call (image-to-image).
+        timesteps: their values; None for the sampler's own.
     """
 
     steps: int
@@ -178,24 +178,24 @@ class MadeFor:
     timesteps: tuple[float, ...] | None = None
 
     def unlike(self, steps: int, calls: int, begin: int, timesteps: Sequence[float]) -> str:
-        """How a run differs from it, in words; empty if it does not.
+        """Describe how a run differs from it; empty if it does not.
 
         Args:
-            steps: of its sampler.
-            calls: timesteps that it runs over.
-            begin: index of the one that it begins with.
-            timesteps: what they are, those of samplers that call twice a step twice; empty if not known.
+            steps: number of steps of its sampler.
+            calls: number of timesteps that it runs over.
+            begin: index of its first timestep.
+            timesteps: their values, twice if the sampler makes two calls a step; empty if not known.
         """
         own = tuple(dict.fromkeys(timesteps))
         if self.timesteps is not None and own not in ((), self.timesteps):
             return (
                 f"the plan was made for the timesteps {_listed(self.timesteps)}; this run has "
-                f"{_listed(own)}: give the pipeline those of the plan, pipe(..., **plan.arguments())"
+                f"{_listed(own)}; call pipe(..., **plan.arguments()) to use those of the plan"
             )
         same = steps == self.steps if self.calls is None else calls == self.calls
         if not same:
             made = "" if self.calls is None else f", {self.calls} calls"
-            hint = "" if steps == self.steps else f": give the pipeline num_inference_steps={self.steps}"
+            hint = "" if steps == self.steps else f"; call pipe(..., num_inference_steps={self.steps})"
             return (
                 f"the plan was made for {self.steps} steps{made}; this run has {steps} steps, {calls} calls"
                 f"{hint}"
@@ -209,20 +209,20 @@ class MadeFor:
 
 
 def _listed(timesteps: Sequence[float]) -> str:
-    """The first of them, how many, and the last."""
+    """List the first timesteps, the last, and their number."""
     first = ", ".join(f"{t:g}" for t in timesteps[:3])
     return f"{first} ... {timesteps[-1]:g} ({len(timesteps)} of them)" if len(timesteps) > 3 else first
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a system is made of.
+    """The parts of a system.
 
     Args:
         plan: what each call does, for any number of calls.
-        sites: how it is decided what each site does: in calls of depth `SITES` and `LAYERS`, or where the
-            plan's ratio is above 0 (`Sited.by_ratio`). Without it no tokens are left out.
-        whole: every call is meant to be computed in full, as in a plan of fewer steps.
+        sites: decides what each site does: in calls of depth `SITES` and `LAYERS`, or where the plan's
+            ratio is above 0 (`Sited.by_ratio`). Without it no tokens are left out.
+        whole: every call is computed in full on purpose, as in a plan of fewer steps.
         made_for: the only run that the plan is for; None if it is for any.
     """
 
@@ -234,17 +234,17 @@ class Recipe:
 
 @singledispatch
 def recipe_of(config: Any) -> Recipe:
-    """The recipe of a configured system; each system registers its own configuration type.
+    """Make the recipe of a configured system; each system registers its own configuration type.
 
     Raises:
-        TypeError: if ``config`` is no configuration of a system.
+        TypeError: if ``config`` is not a configuration of a system.
     """
     known = sorted(kind.__name__ for kind in recipe_of.registry if kind is not object)
-    raise TypeError(f"config: {type(config).__name__} is no method; methods are {', '.join(known)}")
+    raise TypeError(f"config: {type(config).__name__} is not a method; methods are {', '.join(known)}")
 
 
 def origin_of(config: Any) -> Origin | None:
-    """What a configuration, or the schedule that is its plan, was searched on."""
+    """Find the origin of a configuration, or of its schedule: what it was searched on."""
     plan = recipe_of(config).plan
     of_plan = plan.found if isinstance(plan, Schedule) else None
     return of_plan or getattr(config, "found", None)
@@ -259,21 +259,21 @@ def check_ratio(ratio: float, patch: int) -> None:
     highest = 1 - 1 / patch**2
     if ratio > highest + 1e-9:
         raise ValueError(
-            f"ratio: {ratio} is not allowed, it must be <= {highest:g}: with patch={patch} one token "
-            f"in {patch**2} is a base token and stays"
+            f"ratio: {ratio} is not allowed, it must be <= {highest:g}, since patch={patch} keeps one "
+            f"token of every {patch**2}; use a lower ratio or a larger patch"
         )
 
 
 def align(score: Tensor, alignment: Alignment, guided: bool, *, conditional_first: bool = False) -> Tensor:
-    """CFG alignment of DaTo (step 3): both halves of a guided batch get the same scores.
+    """Align the scores of both halves of a guided batch (step 3 of DaTo, CFG alignment).
 
-    Equal scores give equal base tokens, so this is the same as copying the positions of one half over
-    the other, and it serves the mean as well.
+    Equal scores give equal base tokens, so this equals copying the positions of one half to the other; it
+    also works for the mean.
 
     Args:
-        score: ``(B, N)``; of a guided batch the unconditional half comes first, as in diffusers.
+        score: ``(B, N)``; in a guided batch the unconditional half comes first, as in diffusers.
         alignment: whose scores count.
-        guided: whether the batch has two halves; if not, nothing is aligned.
+        guided: whether the batch has two halves; if not, the scores are unchanged.
         conditional_first: the conditional half comes first instead.
     """
     if not guided or alignment is Alignment.OFF:

@@ -1,4 +1,4 @@
-"""What a site does in a call: the one hook that carries out decisions."""
+"""The one hook that carries out the decisions for a site."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Forward = Callable[..., Any]
 
 
 class SiteHook:
-    """A site that does what was decided for it before the call.
+    """Makes a site do what was decided for it before the call.
 
     Args:
-        engine: of the denoiser.
+        engine: engine of the denoiser.
         site: the site.
-        decided: whether the method decides for it; if not, it is left out in cached calls alone.
+        decided: whether the method decides for it; if not, only cached calls skip it.
     """
 
     def __init__(self, engine: Engine, site: Site, *, decided: bool) -> None:
@@ -55,7 +55,7 @@ class SiteHook:
         tokens = self._tokens(call, args, kwargs)
         restoring = call.cut if call.cut is not None and site.name in call.cut.restore else None
         key = _turn(site.key if restoring is None else restoring.key(site.name), turn)
-        # A layer that the last full call left out (skip-layer guidance) has nothing to return.
+        # A layer that the last full call skipped (skip-layer guidance) has no value to reuse.
         if (decision is SKIP or tokens is not None) and key in call.slot.store:
             if tokens is None or not tokens.tokens.shape[1]:
                 return self._recovered(call, key, args, kwargs)
@@ -71,7 +71,7 @@ class SiteHook:
         return self._kept(call, turn, out, args, kwargs) if self.decided else out
 
     def _tokens(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Subset | None:
-        """The tokens that it computes; None if all."""
+        """Find the tokens that it computes; None for all."""
         if not self.decided:
             return None
         if self.site.entry is not None:
@@ -79,16 +79,16 @@ class SiteHook:
         return self.engine.sited.enter(call, self.site, args, kwargs)
 
     def _pruned(self, call: Call, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a layer returns that computes the kept tokens only: the others copy from them."""
+        """Compute the kept tokens of a layer; the others copy from them."""
         decision = call.plan.get(self.site.name)
         selection = call.selections.get(decision.group) if isinstance(decision, Some) else None
         if selection is None:
             return forward(*args, **kwargs)
         x = args[0] if args else kwargs["hidden_states"]
-        # IP-Adapter masks, which every attention is given, speak of all tokens to the cross-attention.
+        # Every attention gets the masks of an IP-Adapter; in the cross-attention they are for all tokens.
         crosses = self.site.kind is LayerKind.CROSS_ATTENTION
         if crosses and kwargs.get("ip_adapter_masks") is not None:
-            call.unpruned = "they are given the masks of an IP-Adapter, which are of all tokens"
+            call.unpruned = "they are given the masks of an IP-Adapter, which are for all tokens"
             return forward(*args, **kwargs)
         if x.shape[1] != selection.tokens:
             call.unpruned = (
@@ -107,7 +107,7 @@ class SiteHook:
         return recover(forward(*args, **kwargs), selection)
 
     def _stand_in(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What a site returns that is left out and that nobody reads."""
+        """Make the placeholder of a skipped site that nobody reads."""
         site = self.site
         if site.returns in (Returns.TOKENS, Returns.JOINT):
             return site.packed(taken(args, kwargs))
@@ -119,21 +119,21 @@ class SiteHook:
         return site.packed(placeholders(like, shapes, max(site.count, 1), dense=call.dense))
 
     def _recovered(self, call: Call, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What it returns where nothing of it is computed."""
+        """Recover the output of a skipped site."""
         cut, store = call.cut, call.slot.store
         call.restored += 1
         if cut is not None:
             call.stood_in = {other for other in call.stood_in if not cut.feeds(other, self.site.name)}
         value = call.recovered(key)
         if cut is not None and cut.entry is not None:
-            # Not to its own input: others may have added to the tokens on the way here (ControlNet).
+            # Added to the entry's input, as others may change the tokens between (ControlNet).
             before = call.entered.pop(cut)
             if call.tokens is not None:
                 value = [value[0], take_rows(value[1], call.tokens.rows(value[1].shape[1]))]
             return self.site.packed([x if d is None else x + d for x, d in zip(before, value, strict=True)])
         if self.decided and self.site.keeps is Keeps.UPDATE:
             return (args[0] if args else kwargs["hidden_states"]) + value
-        # Whoever is given this value may write to it, such as the caller of the denoiser.
+        # The receiver of this value, such as the caller of the denoiser, may write to it.
         ours = cut is not None and (call.dense or cut.final) and value is store.last(key)
         return copied(value) if ours else value
 
@@ -145,7 +145,7 @@ class SiteHook:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """What it gives for some of its tokens, in the form that is kept of it."""
+        """Compute some of its tokens, in the form in which its values are kept."""
         site = self.site
         if site.entry is not None:
             return forward(*args, **kwargs)
@@ -166,17 +166,17 @@ class SiteHook:
         tokens: Subset,
         computed: Any,
     ) -> Any:
-        """What it returns where some of its tokens were computed: the others are recovered."""
+        """Complete an output of which some tokens were computed: the others are recovered."""
         store = call.slot.store
         value = call.recovered(key)
         if call.forecasts:
-            # Of a single value even a forecast is that value itself.
+            # From a single value, a forecast returns that value itself.
             value = copied(value)
         image, new = (value[0], computed[0]) if isinstance(computed, tuple) else (value, computed)
         put_rows(image, tokens.rows(image.shape[1]), new)
         value = (image, *computed[1:]) if isinstance(computed, tuple) else image
         if not call.forecasts:
-            # A forecast is of whole calls alone.
+            # Only values of whole calls are used for forecasts.
             store.amend(key, value)
         if self.site.stream:
             # The caller of the denoiser may write to its output.
@@ -188,12 +188,12 @@ class SiteHook:
         return (args[0] if args else kwargs["hidden_states"]) + image
 
     def _keep(self, call: Call, cut: SkipPlan, turn: int, out: Any) -> None:
-        """Keep what calls with a cut recover: what it returned, or what was added to the entry's input."""
+        """Keep what a cut recovers later: the site's output, or what was added to the entry's input."""
         store, key = call.slot.store, cut.key(self.site.name)
         if cut.entry is None:
             key = _turn(key, turn)
             call.compare(cut, key, out)
-            # Whoever is given this output may write to it, such as the caller of the denoiser.
+            # The receiver of this output, such as the caller of the denoiser, may write to it.
             store.add(key, copied(out) if call.dense or cut.final else out)
         elif cut in call.entered:
             before, after = call.entered.pop(cut), self.site.tensors(out)
@@ -203,7 +203,7 @@ class SiteHook:
                 call.compare(cut, key, added)
                 store.add(key, added)
             elif key in store and image is not None:
-                # The other tokens keep what was added to them before.
+                # The other tokens keep their last update.
                 old = store.last(key)[1]
                 put_rows(old, call.tokens.rows(old.shape[1]), image)
                 store.amend(key, [text, old])
@@ -211,7 +211,7 @@ class SiteHook:
     def _kept(
         self, call: Call, turn: int, out: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Keep what the site gave that the method decides for; what it returns."""
+        """Keep the output of a site that the method decides for, and return it."""
         site = self.site
         if call.keeps_sites and site.stream and len(out) != call.info.batch:
             self.engine.sited.forget(call, site)
@@ -225,5 +225,5 @@ class SiteHook:
 
 
 def _turn(key: str, turn: int) -> str:
-    """What a value is kept under if its module runs several times a call (chunked feed-forwards)."""
+    """Make the key of a value whose module runs several times in a call (chunked feed-forwards)."""
     return key if turn == 0 else f"{key}, turn {turn}"

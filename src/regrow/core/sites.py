@@ -1,4 +1,4 @@
-"""Sites at work: what is decided for them in a call."""
+"""The sites of a method on a denoiser, and the decisions for them in a call."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from regrow.tokens.select import Selection, Subset
 
 
 class Sites:
-    """A method's decisions for sites, at work on a denoiser.
+    """A method's decisions for sites of a denoiser.
 
     Args:
         decider: the method.
-        layout: of the denoiser.
-        full_calls: that a branch begins with.
-        warn_once: takes what a warning is about, and the warning.
+        layout: table of the denoiser.
+        full_calls: number of first calls of a branch that are full.
+        warn_once: takes the subject of a warning, and its text.
 
     Attributes:
-        stream: the way of the tokens through the blocks, where those of whole calls are chosen.
-        attending: by the name of a self-attention in which some tokens may be computed, the site whose they
+        stream: the site of all blocks, if the tokens of whole calls are chosen.
+        attending: by the name of a self-attention that may compute some tokens, the site whose tokens these
             are.
     """
 
@@ -49,12 +49,12 @@ class Sites:
 
     @property
     def able(self) -> Iterator[Site]:
-        """Those that can compute some of their tokens."""
+        """The sites that can compute some of their tokens."""
         return (site for site in self.decider.sites if site.able)
 
     @property
     def memory(self) -> Iterator[tuple[str, nn.Module, Site]]:
-        """What gives keys and values in the sites of which some tokens may be computed, by name."""
+        """The modules that give keys and values, by name, in the sites that may compute some tokens."""
         for site in self.able:
             yield from ((name, module, site) for name, module in _memory_of(site).items())
 
@@ -67,14 +67,14 @@ class Sites:
             yield Watched(name, attention, partial(self._waits, group), partial(self._choose_by, group))
 
     def _deciding(self) -> Mapping[str, tuple[str, nn.Module]]:
-        """By group, the attention that has to run before its tokens are chosen, and its path."""
+        """By group, the path and module of the attention that must run before tokens are chosen."""
         if self.stream is None or not self.stream.leading:
             return self.decider.attentions
         last = self._layout.first_layers()[self.stream.leading[-1], LayerKind.SELF_ATTENTION]
         return {TOKENS: (last.name, last.module)}
 
     def choosers(self, plan: Mapping[str, Decision]) -> dict[str, Site]:
-        """By group, the first of the sites that compute the same tokens of a call."""
+        """Find the first site of each group that computes some tokens in a call."""
         found: dict[str, Site] = {}
         for site in self.decider.sites:
             decision = plan.get(site.name)
@@ -84,7 +84,7 @@ class Sites:
 
     @staticmethod
     def _waits(group: str, call: Call) -> bool:
-        """Whether tokens of a group are to be chosen."""
+        """Whether tokens of a group are still to be chosen."""
         return group in call.choosers and group not in call.chosen and group not in call.selections
 
     def _looked_at(self) -> Iterator[tuple[str, nn.Module, Site]]:
@@ -99,19 +99,19 @@ class Sites:
 
     @property
     def turning(self) -> set[str]:
-        """The attentions whose queries and keys are turned by position where they are made, if at all."""
+        """The attentions whose queries and keys must be turned by position where they are made."""
         watched = {one.name for one in self.watched}
         if not self.attending and not watched:
             return set()
         return watched | {*self.attending} | {name for s in self.decider.sites for name in s.attentions}
 
     def tokens_of(self, call: Call, attention: str) -> Subset | None:
-        """The tokens that an attention, given by its path, computes in a call; None if all."""
+        """Find the tokens that an attention, given by its path, computes in a call; None for all."""
         return call.partial.get(self.attending.get(attention, ""))
 
     @property
     def can_subset(self) -> bool:
-        """Whether it matters which tokens are the image's: to look at attentions, or to compute some."""
+        """Whether the image's tokens must be known: to observe attentions, or to compute some tokens."""
         own = (site for site in self.able if site.keeps is not Keeps.NOTHING)
         parts = any(site.kind is not None or site.stream for site in own)
         return parts or bool(self.decider.observes)
@@ -131,18 +131,18 @@ class Sites:
 
     @property
     def has_calls_of_its_own(self) -> bool:
-        """Whether calls of single sites or layers are what the method makes of them."""
+        """Whether the method decides what calls of single sites or layers do."""
         return self.decider.space is None and self.stream is None
 
     def prunes(self, step: Step, cut: SkipPlan | None) -> bool:
-        """Whether a call of the plan leaves out tokens, of a layer or of all blocks."""
+        """Whether a call of the plan leaves out tokens of a layer or of all blocks."""
         if self.decider.space is not None:
             return step.ratio > 0 and any(runs(site.block, cut) for site in self.decider.sites)
         return self.decides(step, cut, MOST_CALLS)
 
     @property
     def shallowest(self) -> int | None:
-        """The lowest depth of a cached call that computes a layer to prune; None if only full calls do."""
+        """Find the lowest depth of a cached call with a layer to prune; None if there is none."""
         for depth in range(1, self._layout.depths):
             cut = self._layout.cut(depth)
             if any(runs(site.block, cut) for site in self.decider.sites):
@@ -150,7 +150,7 @@ class Sites:
         return None
 
     def check(self, cuts: Mapping[int, SkipPlan]) -> None:
-        """Refuse cached calls that leave out the block that tokens are chosen by, or one before it.
+        """Refuse cached calls that skip the block whose attention chooses the tokens, or one before it.
 
         Raises:
             ValueError: naming the block.
@@ -160,16 +160,16 @@ class Sites:
             if cut.entry in leading:
                 raise ValueError(
                     f"block: {len(leading) - 1} is not allowed with cached calls of depth {depth}, it must "
-                    f"be < {leading.index(cut.entry)}: they leave it out"
+                    f"be < {leading.index(cut.entry)}: these calls skip it"
                 )
 
     def decides(self, step: Step, cut: SkipPlan | None, calls: int) -> bool:
-        """Whether it is asked in a call.
+        """Whether the method decides in a call.
 
         Args:
-            step: what the plan says of the call.
-            cut: what the call leaves out.
-            calls: of the branch so far, with this one.
+            step: the call's step in the plan.
+            cut: what the call skips.
+            calls: number of calls of the branch, with this one.
         """
         if self.decider.space is not None:
             return step.ratio > 0
@@ -178,39 +178,39 @@ class Sites:
         return step.ratio > 0 and streams(cut) and calls > self.full_calls
 
     def keeps(self, call: Call) -> bool:
-        """Whether sites that are computed whole keep what they give."""
+        """Whether sites that are computed whole keep their values."""
         if self.stream is not None:
             return call.can_subset and streams(call.cut)
         return self.has_calls_of_its_own
 
     def warn_of_whole_calls(self, steps: Sequence[Step], cuts: Mapping[int, SkipPlan]) -> None:
-        """Say if no call of a generation can leave tokens out of all blocks, though the method would."""
+        """Warn if no call of a generation can leave tokens out of all blocks, though the method should."""
         if self.stream is None:
             return
         if not any(step.ratio and streams(cuts.get(step.depth)) for step in steps[self.full_calls :]):
             self._warn_once(
                 "whole",
                 f"no call of this generation leaves tokens out: of {len(steps)} calls the first "
-                f"{self.full_calls} are computed in full, and none of those behind them, if any, leaves "
-                "out some",
+                f"{self.full_calls} are computed in full, and no later call leaves tokens out; use more "
+                "steps or another plan",
             )
 
     def plan(self, view: View) -> Mapping[str, Decision]:
-        """What a call does at each site; empty if it computes all of them."""
+        """Plan what a call does at each site; empty if it computes all of them."""
         plan = self.decider.plan(view)
         if not plan and self.decider.space is not None and self.prunes(view.step, view.cut):
             height, width = view.size
             self._warn_once(
                 "grid",
                 f"a latent of {height} x {width} has no layer in which a ratio of {view.step.ratio:g} "
-                "prunes a token; nothing is pruned",
+                "prunes a token, so nothing is pruned; use a higher ratio or a larger picture",
             )
         return plan if any(decision is not ALL for decision in plan.values()) else {}
 
     def settled(
         self, plan: Mapping[str, Decision], call: Call, inputs: Mapping[str, Any]
     ) -> dict[str, Decision]:
-        """What of a plan a call can do: which sites can compute some of their tokens by themselves."""
+        """Reduce a plan to what a call can do: not all sites can compute some tokens only."""
         sites = self._by_name
         found = {name: self._settled(sites[name], what, call, inputs) for name, what in plan.items()}
         for name, what in plan.items():
@@ -219,7 +219,7 @@ class Sites:
         return found if any(decision is not ALL for decision in found.values()) else {}
 
     def decisions(self, plan: Mapping[str, Decision]) -> Iterator[tuple[str, Decision]]:
-        """What a plan means for each site, and for the other modules that it is made of."""
+        """List the decisions of a plan for each site, and for the other modules that it is made of."""
         for site in self.decider.sites:
             decision = plan.get(site.name, ALL)
             yield site.name, decision
@@ -247,14 +247,14 @@ class Sites:
         if not any(name in store for name in site.memory if name.endswith("to_v")):
             self._warn_once(
                 "memory",
-                "all tokens are computed, because the attentions' projections were fused, so that keys "
-                "can't be kept; call unfuse_qkv_projections()",
+                "all tokens are computed, because the attentions' projections were fused, so keys can't be "
+                "kept; call unfuse_qkv_projections()",
             )
             return False
         return True
 
     def _is_able(self, site: Site, decision: Some, call: Call, inputs: Mapping[str, Any]) -> bool:
-        """Whether a site has what it needs to compute some of its tokens by themselves."""
+        """Whether a site can compute some of its tokens only."""
         store = call.slot.store
         if not site.able or site.key not in store or (site.kind is not None and not call.can_subset):
             return False
@@ -270,11 +270,10 @@ class Sites:
             return True
         done = "computes all of its tokens" if decision.otherwise is ALL else "reuses its last output"
         call.unpruned = (
-            f"{site.name}, for one, {done}: its projections were fused (call unfuse_qkv_projections()), or "
-            "its processors project a part of the batch only (perturbed-attention guidance), or its "
-            "feed-forward is computed in chunks (call disable_forward_chunking()), or its tokens are "
-            "masked, or its attention processors were replaced where they turn queries, so that some can't "
-            "be computed by themselves"
+            f"{site.name}, for example, {done}, as it can't compute some only. Its projections were fused "
+            "(call unfuse_qkv_projections()), or its feed-forward is computed in chunks (call "
+            "disable_forward_chunking()), or its processors project a part of the batch only "
+            "(perturbed-attention guidance) or were replaced, or its tokens are masked"
         )
         self._warn_once("memory", call.unpruned)
         return False
@@ -286,7 +285,7 @@ class Sites:
     def enter(
         self, call: Call, site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Subset | None:
-        """The tokens that a site which is about to run computes; None if all.
+        """Find the tokens that a site computes, just before it runs; None for all.
 
         In a call that computes some tokens, the method looks at the first site that runs.
         """
@@ -296,13 +295,13 @@ class Sites:
         decision = call.plan.get(site.name, ALL)
         if not isinstance(decision, Some) or site.key not in call.slot.store:
             return None
-        # By an attention that was to run before they are chosen elsewhere.
+        # The attention that chooses these tokens runs before this site.
         if decision.group not in call.chosen and not site.leading:
             self._choose(call, site, entered.x)
         return call.chosen.get(decision.group)
 
     def prepare(self, call: Call, sample: Tensor) -> None:
-        """What layers that prune have in common, before any of them runs: chance can't be compiled."""
+        """Prepare what pruning layers share, before any of them runs: random numbers can't be compiled."""
         if self.decider.space is not None:
             self._look(call, Entered(sample, (), {}))
 
@@ -311,7 +310,7 @@ class Sites:
             call.seen = (self.decider.look(call.slot.observed, entered, call.info),)
 
     def _choose(self, call: Call, site: Site, x: Tensor) -> None:
-        """Choose the tokens of a site that computes some, and of the others of its group."""
+        """Choose the tokens of a site that computes some; its whole group computes the same."""
         decision, seen = call.plan[site.name], call.seen[0] if call.seen else None
         assert isinstance(decision, Some)
         grid = call.slot.grid
@@ -326,7 +325,7 @@ class Sites:
             call.chosen[decision.group] = Subset(chosen, tokens)
 
     def forget(self, call: Call, site: Site) -> None:
-        """Keep nothing of the stream in a call: keys, values and outputs are of a part of its batch."""
+        """Drop the stream's values of a call, as its keys and outputs are of a part of the batch."""
         call.keeps_sites = False
         call.slot.outputs.clear()
         call.slot.store.drop(*site.memory, site.key)
@@ -337,13 +336,13 @@ class Sites:
         )
 
     def end(self, call: Call) -> None:
-        """Look at what a call that is over left."""
+        """Check a call that is over."""
         if self.stream is None:
             return
         if TOKENS in call.chosen and call.tokens is None:
             self._warn_once(
                 "narrow",
-                "all tokens are computed, because the module behind which some should be left out was not "
+                "all tokens are computed, because the module after which some should be left out was not "
                 "called",
             )
         if call.keeps_sites and self.stream.key in call.slot.store:
@@ -351,12 +350,12 @@ class Sites:
             call.slot.remember(self._layout.stream.noise_of(call.slot.store.last(self.stream.key)))
 
     def done(self, call: Call) -> dict[str, Tensor]:
-        """By the name of a site within blocks, the tokens ``(B, n)`` that it computed in a call."""
+        """List the tokens ``(B, n)`` that sites inside blocks computed in a call, by name."""
         some = {n: d.group for n, d in call.plan.items() if isinstance(d, Some) and n != TOKENS}
         return {n: call.chosen[group].tokens for n, group in some.items() if group in call.chosen}
 
     def selections(self, call: Call) -> dict[str, Selection]:
-        """By the name of a block, which tokens its layers computed, and what the others copied."""
+        """List the selections of tokens that blocks' layers computed, by the names of blocks."""
         some = {
             s.block: d.group for s in self.decider.sites if isinstance(d := call.plan.get(s.name), Some)
         }
@@ -364,7 +363,7 @@ class Sites:
         return {block: found[group] for block, group in some.items() if group in found}
 
     def carried_out(self, call: Call) -> Mapping[str, Decision]:
-        """What a call did at each site, with the shares that its choice gave."""
+        """List what a call did at each site, with the shares of tokens that were chosen."""
         missed = self.decider.space is not None and not call.pruned
         if missed or (TOKENS in call.plan and call.tokens is None):
             return {}
@@ -384,12 +383,12 @@ class Sites:
 
 
 def _attentions_of(site: Site) -> Iterable[str]:
-    """The names of the self-attentions in which a site computes some tokens."""
+    """List the names of the self-attentions in which a site computes some tokens."""
     return dict.fromkeys(name.rpartition(".")[0] for name in _memory_of(site))
 
 
 def _memory_of(site: Site) -> Mapping[str, nn.Module]:
-    """What gives the keys and values of the tokens that a site computes."""
+    """Find the modules that give the keys and values of a site's tokens, by name."""
     return site.attention.memory if site.attention.able else {}
 
 
@@ -399,5 +398,5 @@ def _is_full(call: Call) -> bool:
 
 
 def streams(cut: SkipPlan | None) -> bool:
-    """Whether tokens go through blocks in a call with that cut."""
+    """Whether tokens pass through blocks in a call with that cut."""
     return cut is None or cut.entry is not None

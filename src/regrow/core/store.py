@@ -1,4 +1,4 @@
-"""What one guidance branch keeps of each site, from which later calls recover it."""
+"""The computed values that one guidance branch keeps of each site, for recovery in later calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from regrow.recover.time import TimeRecovery, Weights, cached_split
 
 Value = Any
-"""A tensor, or tensors in tuples, lists and mappings; everything else in them is of the last value."""
+"""A tensor, or tensors in tuples, lists and mappings; other entries are taken from the last value."""
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -28,9 +28,9 @@ class _History:
     """The computed values of a site.
 
     Args:
-        times: the steps of all of them.
-        values: the last ones, the newest last.
-        sums: by recovery, the sums that it keeps instead of all values.
+        times: the steps of all values.
+        values: the last values, the newest last.
+        sums: by recovery, the sums that are kept instead of all values.
     """
 
     times: list[int] = field(default_factory=list)
@@ -39,10 +39,10 @@ class _History:
 
 
 class Store:
-    """By the key of a site, the values that its calls computed.
+    """The computed values of sites, by key.
 
     Args:
-        recoveries: those that the plan uses; as many values are kept as they need.
+        recoveries: recoveries of the plan; they set the number of values that are kept.
         total: number of steps of the run.
     """
 
@@ -65,21 +65,21 @@ class Store:
         return len(self._kept)
 
     def keep(self, key: str, value: Value) -> None:
-        """Keep a value alone, whatever its site had before."""
+        """Keep one value, and drop the earlier values of its site."""
         self._kept[key] = _History([0], [value])
 
     def begin(self, step: int) -> None:
-        """A call of a step begins; what was kept of one that was interrupted is dropped."""
+        """Note that a call of a step begins; values of an interrupted call are dropped."""
         self.drop(*list(self._new))
         self._step = step
-        # A step that is computed again begins a run, or is another call of the same step.
+        # A step that was computed before begins a new run, or is another call of the same step.
         self._again = frozenset(key for key, kept in self._kept.items() if kept.times[-1] >= step)
 
     def add(self, key: str, value: Value) -> None:
         """Keep a value that the present call computed.
 
-        Values of other shapes before it are dropped, and so are all if the last is of this step or a later
-        one. Nothing here depends on the step itself, so that it can be compiled once for all.
+        Earlier values of other shapes are dropped; all are, if the last is of this step or a later one.
+        Nothing here depends on the step itself, so that it is compiled only once.
         """
         history = self._kept.get(key)
         again = key in self._again or key in self._new
@@ -89,7 +89,7 @@ class Store:
         self._new[key] = None
 
     def end(self) -> None:
-        """The call is over: note the step of what it computed."""
+        """End the call: note the step of its values."""
         for key in self._new:
             history = self._kept[key]
             history.times.append(self._step)
@@ -100,18 +100,18 @@ class Store:
         self._new = {}
 
     def last(self, key: str) -> Value:
-        """The last computed value itself; who writes to it changes what is kept."""
+        """Return the last computed value itself, not a copy: writing to it changes the stored value."""
         return self._kept[key].values[-1]
 
     def amend(self, key: str, value: Value) -> None:
-        """Put a value in the place of the last one of its site."""
+        """Replace the last value of a site."""
         self._kept[key].values[-1] = value
 
     @_uncompiled
     def at(self, key: str, step: int, recovery: TimeRecovery) -> Value:
-        """What a recovery makes of the computed values for a step.
+        """Recover the value of a step from the computed values.
 
-        With the weight 1 for the last value and 0 for the others it is the last value itself.
+        With weight 1 for the last value and 0 for the others, it is the last value itself.
         """
         history = self._kept[key]
         of_sums, of_values = cached_split(recovery, tuple(history.times), step, self._total)
@@ -123,16 +123,16 @@ class Store:
 
     @_uncompiled
     def deviation(self, key: str, step: int, recovery: TimeRecovery, value: Value) -> Tensor | None:
-        """How far what a recovery makes for a step is from what was computed: ``|value - made| / |value|``.
+        """Measure how far a recovered value is from the computed one: ``|value - recovered| / |value|``.
 
         Args:
-            key: of the site.
-            step: of the computed value, which is not kept yet.
-            recovery: what makes the other.
-            value: what was computed.
+            key: key of the site.
+            step: step of the computed value, which is not kept yet.
+            recovery: the recovery to test.
+            value: the computed value.
 
         Returns:
-            a number on the value's device; None if nothing of its form was computed in an earlier step.
+            a number on the value's device; None if no earlier step computed a value of this form.
         """
         history = self._kept.get(key)
         if history is None or _shapes(history.values[-1]) != _shapes(value) or history.times[-1] >= step:
@@ -141,38 +141,38 @@ class Store:
         return _norm([one - other for one, other in zip(own, made, strict=True)]) / _norm(own)
 
     def knows(self, key: str, step: int, recovery: TimeRecovery) -> bool:
-        """Whether a recovery was made for this step from the values that there are."""
+        """Whether a recovery has its own weights for this step and the values that exist."""
         return recovery.knows(self._kept[key].times, step, self._total)
 
     def used(self, key: str, step: int, recovery: TimeRecovery) -> str:
-        """What a recovery makes the value of this step with, in words."""
+        """Name what recovers this step, in words."""
         return recovery.used(self._kept[key].times, step, self._total)
 
     def begins(self, key: str, step: int, recovery: TimeRecovery) -> bool:
-        """Whether there is enough for a recovery in a run that began late."""
+        """Whether there are enough values for a recovery in a run that began late."""
         return recovery.begins(self._kept[key].times, step, self._total)
 
     def drop(self, *keys: str) -> None:
-        """Forget sites, if they are known."""
+        """Forget the values of sites, if there are any."""
         for key in keys:
             self._kept.pop(key, None)
             self._new.pop(key, None)
 
 
 def _added(sums: Sequence[Value] | None, value: Value, factors: Weights) -> list[Value]:
-    """Sums to which a value was added, with a factor for each."""
+    """Add a value to sums, with a factor for each sum."""
     if sums is None:
         return [combine([value], [factor]) for factor in factors]
     return [combine([before, value], [1.0, f]) for before, f in zip(sums, factors, strict=True)]
 
 
 def combine(values: Sequence[Value], weights: Weights | Sequence[float], like: Value = None) -> Value:
-    """The weighted sum of values; tensors of less than 32 bits are summed in float32.
+    """Compute the weighted sum of values; tensors of less than 32 bits are summed in float32.
 
     Args:
-        values: of one form.
-        weights: as many.
-        like: a value whose types the sum has; without one, tensors that were summed in float32 stay so.
+        values: values of one form.
+        weights: a weight for each value.
+        like: a value whose types the sum gets; without it, sums in float32 stay float32.
     """
     pairs = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight]
     if not pairs:
@@ -187,7 +187,7 @@ def combine(values: Sequence[Value], weights: Weights | Sequence[float], like: V
 
 
 def _weighted(pairs: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """The weighted sum of tensors."""
+    """Compute the weighted sum of tensors."""
     first, weight = pairs[0]
     wide = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
     total = first.to(wide) * weight
@@ -197,7 +197,7 @@ def _weighted(pairs: Sequence[tuple[Tensor, float]]) -> Tensor:
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all elements together, in float32 at least."""
+    """Compute the Euclidean norm of all elements together, at least in float32."""
     wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
     norms = [torch.linalg.vector_norm(t, dtype=w) for t, w in zip(tensors, wide, strict=True)]
     whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
@@ -205,7 +205,7 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def flatten(value: Value) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Value]]:
-    """The tensors of floating point in a value, and what puts others in their place.
+    """Split a value into its floating-point tensors and a function that puts others in their place.
 
     Args:
         value: tensors in tuples, lists and mappings, such as the outputs of diffusers.
@@ -227,7 +227,7 @@ def _joined(
     parts: Sequence[tuple[list[Tensor], Callable[[Sequence[Tensor]], Value]]],
     make: Callable[[list[Value]], Value],
 ) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Value]]:
-    """Several flattened values as one."""
+    """Join several flattened values to one."""
     counts = [len(tensors) for tensors, _ in parts]
 
     def rebuild(tensors: Sequence[Tensor]) -> Value:
@@ -241,7 +241,7 @@ def _joined(
 
 
 def copied(value: Value) -> Value:
-    """A value whose tensors nobody else holds."""
+    """Copy the tensors of a value, so that nobody else holds them."""
     tensors, rebuild = flatten(value)
     return rebuild([tensor.clone() for tensor in tensors])
 

@@ -1,4 +1,4 @@
-"""What a denoiser was, to count its calls by afterwards."""
+"""A record of a denoiser, for counting its calls afterwards."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from regrow.core.meta import meta_copy, unknown_attentions
 
 @dataclass(frozen=True)
 class Twin:
-    """What a denoiser was at some time.
+    """A denoiser as it was at some time.
 
     Args:
-        shape: of its modules and processors: see `shape_of`.
-        model: it, without weights; None if none was made.
-        unknown: its attentions whose processors are somebody's own.
+        shape: number for its modules and processors, see `shape_of`.
+        model: its copy without weights; None if none was made.
+        unknown: its attentions with processors that are not of diffusers.
     """
 
     shape: int
@@ -26,14 +26,14 @@ class Twin:
 
     @classmethod
     def none(cls) -> Twin:
-        """Of no denoiser."""
+        """Make the record of no denoiser."""
         return cls(0)
 
     @classmethod
     def of(cls, denoiser: nn.Module, shape: int) -> Twin:
-        """What a denoiser is now, with a model to count by, or without if it can't be copied."""
+        """Record a denoiser as it is now, with a model to count by if it can be copied."""
         try:
             return cls(shape, meta_copy(denoiser), tuple(unknown_attentions(denoiser)))
         except Exception:
-            # Whatever a module of somebody's own holds: the report says that it does not know.
+            # A module of others may hold anything; then the report says that MACs are not known.
             return cls(shape)

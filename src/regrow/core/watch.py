@@ -1,4 +1,4 @@
-"""Looking at what attentions multiply, on its way."""
+"""Observe the queries and keys of attentions while they run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Watched:
-    """An attention that is looked at.
+    """An attention that is observed.
 
     Args:
         name: its path.
-        module: it.
-        wanted: whether a call looks at it.
-        tell: what is done with its input ``(B, N, C)`` and what it multiplied, when it has run.
+        module: the attention.
+        wanted: whether a call observes it.
+        tell: gets its input ``(B, N, C)`` and its queries and keys, after it has run.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Watched:
 
 
 class CatchHook:
-    """Keeps what a projection of a watched attention, or the norm behind it, gives until that is done.
+    """Keeps the output of an observed attention's projection, or of the norm after it, until that has run.
 
     Args:
-        engine: of the denoiser.
+        engine: engine of the denoiser.
         watched: the attention.
         projection: name of the projection.
-        turned: it is turned by position, so it is the norm's, with the heads together or not.
+        turned: the output is turned by position; it is a norm's, with separate heads or not.
     """
 
     def __init__(self, engine: Engine, watched: Watched, projection: str, *, turned: bool) -> None:
@@ -60,7 +60,7 @@ class CatchHook:
 
 
 class ObserveHook:
-    """Tells the choice of tokens what an attention multiplied."""
+    """Passes the queries and keys of an attention to the choice of tokens."""
 
     def __init__(self, engine: Engine, watched: Watched) -> None:
         self.engine, self.watched = engine, watched
@@ -78,9 +78,9 @@ class ObserveHook:
         if query is None or key is None or {len(query), len(key)} != {len(x)}:
             self.engine.warn_once(
                 "observe",
-                "attentions that tokens are chosen by can't be looked at, because their projections were "
-                "fused (call unfuse_qkv_projections()), or their processors project a part of the batch "
-                "only (perturbed-attention guidance)",
+                "attentions that choose tokens can't be observed, because their projections were fused "
+                "(call unfuse_qkv_projections()), or their processors project a part of the batch only "
+                "(perturbed-attention guidance)",
             )
             return out
         bias = kwargs.get("attention_mask")
@@ -89,7 +89,7 @@ class ObserveHook:
         return out
 
 
-# Of the image's tokens and of the text's, by name: the projection, and the norm of its heads.
+# Names of the projections of the image's and the text's tokens, and of the norms of their heads.
 QUERIES = (("to_q", "norm_q"), ("add_q_proj", "norm_added_q"))
 KEYS = (("to_k", "norm_k"), ("add_k_proj", "norm_added_k"))
 
@@ -97,13 +97,13 @@ KEYS = (("to_k", "norm_k"), ("add_k_proj", "norm_added_k"))
 def _heads(
     attention: Any, caught: Mapping[str, Tensor | None], names: Sequence[tuple[str, str]], text: int
 ) -> Tensor | None:
-    """Queries or keys ``(B, heads, n, D)``, the image's tokens first; None if those are missing.
+    """Arrange queries or keys ``(B, heads, n, D)``, the image's tokens first; None if those are missing.
 
     Args:
-        attention: whose.
-        caught: by the name of a projection, what it gave, or the norm behind it ``(B, n, heads, D)``.
-        names: of these.
-        text: number of text tokens that come first in what the image's projection gave.
+        attention: their attention.
+        caught: by projection, its output, or that of the norm after it ``(B, n, heads, D)``.
+        names: names of the projections and norms.
+        text: number of text tokens that come first in the output of the image's projection.
     """
     found = []
     for projection, norm in names:

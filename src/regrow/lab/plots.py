@@ -1,4 +1,4 @@
-"""What all plots share: how a figure is made and written, its colours, its grid and its legend."""
+"""What all plots share: making and writing a figure, its colours, its grid and its legend."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers; line styles tell more lines apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; line styles distinguish more lines.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 LINES = ("-", "--", ":", "-.")
 
 
-def check_matplotlib(instead: str = "--no-plots") -> None:
-    """Refuse early what could not be drawn.
+def check_matplotlib(instead: str = "use --no-plots") -> None:
+    """Refuse early if plots can't be drawn.
 
     Args:
-        instead: what goes without.
+        instead: what to do without plots, for the error.
 
     Raises:
         ImportError: if matplotlib is not installed (extra ``plot``).
@@ -27,19 +27,19 @@ def check_matplotlib(instead: str = "--no-plots") -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"plots need matplotlib: pip install 'regrow[plot]', or {instead}") from error
+        raise ImportError(f"plots need matplotlib: run pip install 'regrow[plot]', or {instead}") from error
 
 
 def check_ending(option: str, file: Path) -> None:
-    """Refuse early a name of a plot that could not be written.
+    """Refuse early the name of a plot that can't be written.
 
     Args:
-        option: that names the file.
-        file: of the plot.
+        option: name of the option with the file.
+        file: file of the plot.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if it writes no files of that ending.
+        ValueError: if matplotlib can't write files with that ending.
     """
     check_matplotlib(f"leave out {option}")
     from matplotlib.backend_bases import FigureCanvasBase
@@ -50,7 +50,7 @@ def check_ending(option: str, file: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, which nothing else holds on to.
+    """Make an empty figure of a size in inches, to which nothing else keeps a reference.
 
     Raises:
         ImportError: if matplotlib is not installed (extra ``plot``).
@@ -62,7 +62,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour and line of the curve of this number, from 0."""
+    """Choose the colour and line style of curve ``index``, from 0."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": LINES[index // len(COLOURS) % len(LINES)],
@@ -82,7 +82,7 @@ def legend_below(figure: Figure, columns: int, handles: Sequence[Any] | None = N
     Args:
         figure: the figure.
         columns: most entries in a row.
-        handles: what it names; what the first panel shows if not given.
+        handles: entries; default: those of the first panel.
     """
     shown = handles or figure.axes[0].get_legend_handles_labels()[0]
     figure.legend(
@@ -95,6 +95,6 @@ def legend_below(figure: Figure, columns: int, handles: Sequence[Any] | None = N
 
 
 def save(figure: Figure, file: Path, dpi: int = 130) -> None:
-    """Write a figure; its folder is made if it is not there."""
+    """Write a figure; its folder is made if it does not exist."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=dpi)

@@ -1,4 +1,4 @@
-"""Where the places are in each family of denoisers: a small table a family."""
+"""The sites in each family of denoisers: a small table for each family."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = [
     "other_denoisers",
 ]
 
-# What pipelines call them.
+# The denoiser's attribute in pipelines.
 DENOISERS = ("unet", "transformer", "prior", "decoder")
-# What pipelines of several call the others.
+# Other denoisers' attributes, in pipelines of several.
 OTHERS = ("transformer_2", "unconditional_transformer", "prior_prior")
 
 # Class names, so that no model family is imported before somebody uses it.
@@ -37,7 +37,7 @@ _LAYOUTS: Mapping[str, Callable[[Any], Layout | None]] = {
 
 
 def denoiser_of(target: Any) -> nn.Module:
-    """The denoiser of a pipeline, or the denoiser itself.
+    """Find the denoiser of a pipeline; a denoiser is returned itself.
 
     Raises:
         UnsupportedModelError: if there is none.
@@ -48,7 +48,7 @@ def denoiser_of(target: Any) -> nn.Module:
 
 
 def module_of(target: Any) -> nn.Module:
-    """The same, whatever its forward method takes.
+    """Find the denoiser as `denoiser_of` does, without a check of what its forward method takes.
 
     Raises:
         UnsupportedModelError: if there is none, or it is compiled as a whole.
@@ -61,24 +61,24 @@ def module_of(target: Any) -> nn.Module:
             if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
                 raise UnsupportedModelError(
                     f"model: {type(getattr(module, '_orig_mod', module)).__name__} is compiled as a "
-                    "whole, so what a call computes can't change from step to step; apply regrow to "
-                    "the plain model and compile its blocks: regrow.compile_blocks(model)"
+                    "whole, so its calls can't compute less; apply regrow to the model before it is "
+                    "compiled, and compile its blocks only: regrow.compile_blocks(model)"
                 )
             return module
     raise UnsupportedModelError(
-        f"model: {type(target).__name__} has no denoiser; it must be a module, or a pipeline that holds "
-        f"one, such as a UNet2DConditionModel, as {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
+        f"model: {type(target).__name__} has no denoiser; give a denoiser such as a UNet2DConditionModel, "
+        f"or a pipeline with one as its {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
     )
 
 
 def other_denoisers(pipeline: Any, denoiser: nn.Module) -> list[str]:
-    """What a pipeline calls the denoisers that it has besides one."""
+    """List the attributes of a pipeline that hold other denoisers than this one."""
     held = {name: getattr(pipeline, name, None) for name in (*DENOISERS, *OTHERS)}
     return [name for name, part in held.items() if isinstance(part, nn.Module) and part is not denoiser]
 
 
 def layout_of(denoiser: nn.Module) -> Layout:
-    """The table of a denoiser; of one of no family, and of a U-Net of blocks of others, the output alone.
+    """Make a denoiser's table; if its family or its U-Net's blocks are unknown, of its output alone.
 
     Raises:
         UnsupportedModelError: if its forward method takes no latent or no timestep.
@@ -89,22 +89,22 @@ def layout_of(denoiser: nn.Module) -> Layout:
 
 
 def known_layout(denoiser: nn.Module) -> Layout:
-    """The same, of a denoiser of a known family.
+    """Make the table of a denoiser whose layers are known.
 
     Raises:
-        UnsupportedModelError: if it is of another.
+        UnsupportedModelError: if only its output is known.
     """
     layout = layout_of(denoiser)
     if layout.is_known:
         return layout
     name = type(denoiser).__name__
-    told = f"the layers of {name} are not known"
+    told = f"regrow does not know the layers of {name}"
     if name == "UNet2DConditionModel":
         told = (
-            f"{name} has blocks that are not known: {', '.join(unknown_blocks(denoiser))}; known are "
-            f"{', '.join(sorted(KNOWN_BLOCKS))}"
+            f"{name} has blocks that regrow does not know: {', '.join(unknown_blocks(denoiser))} (it knows "
+            f"{', '.join(sorted(KNOWN_BLOCKS))})"
         )
     raise UnsupportedModelError(
-        f"model: {told}; only its output can be reused or forecast (spectrum, a schedule of depths 0 and "
-        f"full). More is known of {', '.join(_LAYOUTS)}"
+        f"model: {told}; use spectrum, or a schedule of depths 0 and full, which only reuse or forecast "
+        f"its output. Everything else needs one of {', '.join(_LAYOUTS)}"
     )

@@ -1,4 +1,4 @@
-"""The layers of transformer blocks: what methods and the models' tables both call them."""
+"""Names of transformer blocks' layers, shared by methods and the models' tables."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from enum import Enum
 
 
 class LayerKind(str, Enum):
-    """What a layer does with tokens."""
+    """The kind of a layer, by what it does with tokens."""
 
     SELF_ATTENTION = "self_attention"
-    """The attention among the image's tokens, with those of the text where a block joins them."""
+    """The attention among the image's tokens, and the text's tokens in joint blocks."""
     CROSS_ATTENTION = "cross_attention"
     """The attention of the image's tokens to the text."""
     FEED_FORWARD = "feed_forward"

@@ -1,4 +1,4 @@
-"""The norms of a transformer block by who reads them: where those are left out, a norm is not needed."""
+"""The norms of transformer blocks and the layers that read them: without its readers a norm is skipped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BASIC = {"norm1": ("attn1",), "norm2": ("attn2",), "norm3": ("ff",)}
 _BY_TYPE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "layer_norm": _BASIC,
     "ada_norm_zero": {"norm1.norm": ("attn1",), "norm2": ("attn2",), "norm3": ("ff",)},
-    # PixArt's attention to the text reads what no norm has touched.
+    # PixArt's attention to the text has no norm before it.
     "ada_norm_single": {"norm1": ("attn1",), "norm2": ("ff",)},
 }
 _JOINT = {
@@ -31,12 +31,12 @@ _BY_CLASS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm whose output goes to some layers alone, token by token.
+    """A norm whose output only some layers read, token by token.
 
     Args:
         module: takes and returns tokens ``(B, N, C)``.
-        block: that it is in.
-        readers: paths of these layers.
+        block: path of its block.
+        readers: paths of the layers that read it.
     """
 
     module: nn.Module
@@ -45,7 +45,7 @@ class Norm:
 
 
 def norms_of(blocks: Iterable[tuple[str, nn.Module]]) -> tuple[Norm, ...]:
-    """The norms of blocks, given with their paths, whose readers are known."""
+    """List the norms of blocks whose readers are known; blocks are given with their paths."""
     return tuple(
         Norm(module, block, tuple(f"{path}.{child}" for child in readers if _has(block, child)))
         for path, block in blocks
@@ -66,7 +66,7 @@ def _has(block: nn.Module, child: str) -> bool:
 
 
 def _part(block: Any, name: str) -> Any:
-    """A module within a block; None if there is none."""
+    """Find a module in a block; None if there is none."""
     for child in name.split("."):
         block = getattr(block, child, None)
     return block

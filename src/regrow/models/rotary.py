@@ -1,4 +1,4 @@
-"""Attentions that turn queries and keys by the positions of their tokens (rotary embeddings)."""
+"""Attentions that turn queries and keys by their tokens' positions (rotary embeddings)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regrow.tokens.select import Subset, behind
 
 
 class Rows(Enum):
-    """Which tokens the rows of a module's output are."""
+    """The tokens that the rows of a module's output belong to."""
 
     IMAGE = "image"
     TEXT = "text"
@@ -21,16 +21,16 @@ class Rows(Enum):
 
 @dataclass(frozen=True)
 class Rotary:
-    """An attention that is given a table of the positions of all tokens, text before image.
+    """An attention that takes a table of the positions of all tokens, text before image.
 
-    It turns queries and keys by this one table, so both must be of the same tokens. Where some tokens only
-    are computed, or queries and keys are looked at, the table is kept from it, and both are turned where
+    It turns queries and keys by this one table, so both must be of the same tokens. If only some tokens are
+    computed, or queries and keys are observed, hooks remove this argument and turn queries and keys where
     they are made.
 
     Args:
         attention: the attention.
         table: name of its argument with cosines and sines, each with ``(T + N) D`` elements.
-        turned: what gives queries and keys as the attention turns them, and of which tokens.
+        turned: the modules whose outputs the attention turns, and the tokens that these are of.
     """
 
     attention: nn.Module
@@ -39,20 +39,20 @@ class Rotary:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its processor is its class's, which does nothing between ``turned`` and the product but
-        turn. Another may read what is not turned (IP-Adapter)."""
+        """Whether its processor is its class's own, which only turns between ``turned`` and the product.
+        Another processor may read queries before they are turned (IP-Adapter)."""
         attention: Any = self.attention
         return type(attention.processor) is attention._default_processor_cls
 
 
 def rows_of_table(table: Tensor, which: Rows, count: int, tokens: Subset | None) -> Tensor:
-    """The rows of a table ``(T + N, D)`` that belong to queries or keys ``(B, n, ...)``.
+    """Take the rows of a table ``(T + N, D)`` that belong to queries or keys ``(B, n, ...)``.
 
     Args:
-        table: of the text's tokens and then the image's.
+        table: rows of the text's tokens, then the image's.
         which: the tokens that the queries or keys are of.
         count: their number n.
-        tokens: those of the image's tokens that are computed; None for all.
+        tokens: the image's tokens that are computed; None for all.
 
     Returns:
         ``(n, D)``; ``(B * n, D)`` where some of the image's tokens are computed.

@@ -1,8 +1,8 @@
 """Diffusion transformers: DiT, PixArt-alpha and -Sigma, Stable Diffusion 3 and 3.5, Flux, Latte, Wan.
 
 A family is a row of a table. Depth counts blocks: a call of depth ``d`` runs the first ``ceil(d / 2)`` and
-the last ``floor(d / 2)`` of them, and adds what those between added in the last full call (block caching;
-U-Nets have skip connections for it, a transformer has its residual stream).
+the last ``floor(d / 2)`` blocks. Instead of the blocks between, it adds what they added in the last full
+call (block caching; a U-Net has skip connections for this, a transformer its residual stream).
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from regrow.models.table import (
 
 @dataclass(frozen=True)
 class Family:
-    """Where the places are in a family of transformers.
+    """The places of sites in a family of transformers.
 
     Args:
         stacks: for each list of blocks its path, the names of their attentions and feed-forwards, and the
-            form of what a block returns.
-        output: path of the module that makes the output of the tokens.
-        timestep_scale: what the pipelines divide the scheduler's timesteps by.
-        self_attentions: names of the blocks' attentions whose keys and values are of the image's tokens;
-            none where a call can't compute some of the tokens only.
-        conditional_first: of a guided batch, the pipeline puts the conditional half first.
+            form of a block's output.
+        output: path of the module that makes the output from the tokens.
+        timestep_scale: number by which the pipelines divide the scheduler's timesteps.
+        self_attentions: names of the blocks' attentions with keys and values of the image's tokens; none
+            if a call can't compute some of the tokens only.
+        conditional_first: the pipeline puts the conditional half of a guided batch first.
         text: paths of the modules that project the text.
-        cross_attentions: names of the blocks' attentions whose keys and values are of the text alone.
+        cross_attentions: names of the blocks' attentions with keys and values of the text alone.
         embed: path of the module that makes the image's tokens.
         rotary: name of the attentions' argument with a table of positions, by which they turn queries and
-            keys behind their norms; empty if they do not.
-        spans: of a model of videos, which tokens are one sequence in each list of blocks. Some tokens can
-            be computed in its blocks, not in whole calls.
-        in_turn: a block of each list runs, then the next of each.
+            keys after their norms; empty if there is none.
+        spans: in a model of videos, the tokens that form one sequence in each list of blocks. Its blocks
+            can compute some of their tokens, whole calls can't.
+        in_turn: the lists' blocks run in turn: the first of each list, then the second of each.
     """
 
     stacks: tuple[tuple[str, tuple[str, ...], Returns], ...]
@@ -69,7 +69,7 @@ class Family:
 
 _BASIC = ("transformer_blocks", ("attn1", "attn2", "ff"), Returns.TOKENS)
 _JOINT = ("transformer_blocks", ("attn", "attn2", "ff", "ff_context"), Returns.JOINT)
-# Of a single block's layers, proj_out alone is read by others.
+# In a single block, only the output of proj_out is read outside.
 _SINGLE = ("single_transformer_blocks", ("attn", "proj_mlp", "act_mlp", "proj_out"), Returns.JOINT)
 _ENDS = {"single_transformer_blocks": ("proj_out",)}
 _FEED_FORWARDS = ("ff", "ffn")
@@ -116,11 +116,11 @@ FAMILIES = {
         rotary="rotary_emb",
     ),
 }
-"""The families by class name, so that none is imported before somebody uses it."""
+"""Families by class name, so that no class is imported before it is used."""
 
 
 def transformer_layout(transformer: Any) -> Layout:
-    """The table of a transformer of one of the families."""
+    """Make the table of a transformer of a known family."""
     family = FAMILIES[_family_name(transformer)]
     blocks = _blocks(transformer, family)
     layers: dict[str, Site] = {}
@@ -134,7 +134,7 @@ def transformer_layout(transformer: Any) -> Layout:
     streams = bool(family.self_attentions) and not family.spans
     for depth in range(1, len(order)):
         first, last = (depth + 1) // 2, len(order) - depth // 2
-        # What is added between is of one arrangement of tokens if the first and the last are of one list.
+        # Tokens have one arrangement at both ends only if the first and the last block are of one list.
         last -= family.in_turn and (last - first) % 2 == 0
         between = order[first:last]
         cuts.append(SkipPlan(frozenset(between), frozenset(between[-1:]), between[0]))
@@ -158,7 +158,7 @@ def transformer_layout(transformer: Any) -> Layout:
 
 
 def _blocks(transformer: Any, family: Family) -> dict[str, Site]:
-    """The blocks by name, as they run."""
+    """List the blocks by name, as they run."""
     stacks = [
         [Site(f"{path}.{i}", block, returns=returns) for i, block in enumerate(getattr(transformer, path))]
         for path, _, returns in family.stacks
@@ -168,31 +168,31 @@ def _blocks(transformer: Any, family: Family) -> dict[str, Site]:
 
 
 def _stack_of(block: str) -> str:
-    """Path of the list that a block is in."""
+    """Find the path of a block's list."""
     return block.rpartition(".")[0]
 
 
 def _patch(size: Any) -> tuple[int, int]:
-    """Rows and columns of a latent frame that a token spans; both are one number, or follow the frames."""
+    """Read the rows and columns that a token spans, from one number or (frames, rows, columns)."""
     return (size, size) if isinstance(size, int) else (size[-2], size[-1])
 
 
 def _text(transformer: Any, family: Family, blocks: dict[str, Site]) -> dict[str, nn.Module]:
-    """The modules whose output depends on the text alone."""
+    """Find the modules whose output depends on the text alone."""
     own = {name: attrgetter(name)(transformer) for name in family.text}
     found = {name: module for name, module in own.items() if module is not None}
     return found | _keys_and_values(blocks, family.cross_attentions)
 
 
 def _keys_and_values(blocks: dict[str, Site], attentions: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that give keys and values in these attentions of all blocks."""
+    """Find the modules that give keys and values in these attentions of all blocks."""
     layers = own_layers(blocks.values(), attentions)
     found = own_layers(layers.values(), ("to_k", "to_v"))
     return {name: site.module for name, site in found.items()}
 
 
 def _stream(transformer: Any, family: Family, blocks: dict[str, Site]) -> Stream:
-    """The tokens' way through the blocks."""
+    """Describe where the image's tokens begin and end."""
     config = transformer.config
     attentions = own_layers(blocks.values(), family.self_attentions)
     return Stream(
@@ -205,14 +205,14 @@ def _stream(transformer: Any, family: Family, blocks: dict[str, Site]) -> Stream
 
 
 def _memory(family: Family, attentions: dict[str, Site]) -> dict[str, nn.Module]:
-    """What gives the keys and values of the image's tokens."""
-    # Turned keys are remembered, so that only those that are new are turned.
+    """Find the modules that give the keys and values of the image's tokens."""
+    # Keys are kept after they are turned, so that only new ones are turned.
     kept = ("norm_k", "to_v") if family.rotary else ("to_k", "to_v")
     found = own_layers(attentions.values(), kept)
     return {name: site.module for name, site in found.items()}
 
 
-# Of the image's tokens, and of the text's in blocks that have both apart.
+# For the image's tokens, and for the text's in blocks that keep both apart.
 _TURNED = {
     "norm_q": Rows.IMAGE,
     "norm_k": Rows.IMAGE,
@@ -222,7 +222,7 @@ _TURNED = {
 
 
 def _rotary(family: Family, blocks: dict[str, Site]) -> dict[str, Rotary]:
-    """The attentions that turn queries and keys."""
+    """Find the attentions that turn queries and keys."""
     if not family.rotary:
         return {}
     own = own_layers(blocks.values(), family.self_attentions)
@@ -230,15 +230,15 @@ def _rotary(family: Family, blocks: dict[str, Site]) -> dict[str, Rotary]:
 
 
 def _turned(attention: Site) -> tuple[tuple[nn.Module, Rows], ...]:
-    """The norms behind which an attention turns, and the tokens that they are given."""
-    # Single blocks have the text in front.
+    """Find the norms after which an attention turns, and the tokens that they take."""
+    # In single blocks the text comes first.
     joint = attention.name.startswith(_SINGLE[0])
     found = ((getattr(attention.module, name, None), rows) for name, rows in _TURNED.items())
     return tuple((norm, Rows.JOINT if joint else rows) for norm, rows in found if norm is not None)
 
 
 def _block_sites(family: Family, blocks: dict[str, Site]) -> tuple[Site, ...]:
-    """The blocks, where each takes the image's tokens and returns them."""
+    """Make the sites of blocks, if each takes and returns the image's tokens."""
     if any(site.returns is not Returns.TOKENS for site in blocks.values()):
         return ()
     spans = _spans(family)
@@ -262,13 +262,13 @@ def _block_sites(family: Family, blocks: dict[str, Site]) -> tuple[Site, ...]:
 
 
 def _spans(family: Family) -> dict[str, Spans]:
-    """By path of a list of blocks, which tokens are one sequence there."""
+    """Map the path of each list of blocks to the tokens that form one sequence there."""
     paths = [path for path, _, _ in family.stacks]
     return dict(zip(paths, family.spans or (Spans.VIDEO,) * len(paths), strict=True))
 
 
 def _layer_sites(family: Family, blocks: dict[str, Site], streams: bool) -> tuple[Site, ...]:
-    """The attentions and feed-forwards, as they run."""
+    """Make the sites of attentions and feed-forwards, as they run."""
     names = {path: layers for path, layers, _ in family.stacks}
     sites: list[Site] = []
     for index, (block, site) in enumerate(blocks.items()):
@@ -279,7 +279,7 @@ def _layer_sites(family: Family, blocks: dict[str, Site], streams: bool) -> tupl
 
 
 def _layer_site(family: Family, layer: Site, block: Site, index: int, streams: bool) -> Site:
-    """An attention or a feed-forward."""
+    """Make the site of an attention or a feed-forward."""
     child = layer.name.removeprefix(f"{block.name}.")
     kind = _kind(family, child)
     spans = _spans(family)[_stack_of(block.name)]
@@ -297,7 +297,7 @@ def _layer_site(family: Family, layer: Site, block: Site, index: int, streams: b
 
 
 def _kind(family: Family, child: str) -> LayerKind | None:
-    """What a layer does with the image's tokens; None if it has those of the text."""
+    """Name what a layer does with the image's tokens; None if it has the text's tokens."""
     if child in family.self_attentions:
         return LayerKind.SELF_ATTENTION
     if child in family.cross_attentions:
@@ -306,7 +306,7 @@ def _kind(family: Family, child: str) -> LayerKind | None:
 
 
 def _single(layers: Sequence[Site], block: nn.Module) -> Site:
-    """The one layer of a single block, whose attention and feed-forward have one last projection."""
+    """Make the one layer of a single block, whose attention and feed-forward share the last projection."""
     attention, *_, last = layers
     return replace(
         last,

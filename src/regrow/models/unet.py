@@ -1,9 +1,9 @@
 """UNet2DConditionModel: Stable Diffusion 1 and 2, SDXL and their kin.
 
-Depth counts the layers of the up path (a residual block and its attention) from the output. The layer
-that is number ``d`` from the end takes the skip connection made by the down path's unit number
-``d - 1`` (unit 0 is ``conv_in``), so a call of depth ``d`` runs the first ``d`` units of the down path
-and the last ``d`` layers of the up path, and takes what layer ``d`` reads from below from a cache.
+Depth counts the layers of the up path (a residual block and its attention) from the output. Layer ``d``
+from the end takes the skip connection of the down path's unit ``d - 1`` (unit 0 is ``conv_in``). So a call
+of depth ``d`` runs the first ``d`` units of the down path and the last ``d`` layers of the up path; the
+other input of layer ``d``, from below, comes from a cache.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ KNOWN_BLOCKS = {
 
 
 def unknown_blocks(unet: Any) -> list[str]:
-    """The kinds of a U-Net's blocks that are not Stable Diffusion's."""
+    """List the kinds of blocks that Stable Diffusion's U-Nets do not have."""
     middle = [] if unet.mid_block is None else [unet.mid_block]
     kinds = {type(block).__name__ for block in (*unet.down_blocks, *middle, *unet.up_blocks)}
     return sorted(kinds - KNOWN_BLOCKS)
 
 
 def unet_layout(unet: Any) -> Layout | None:
-    """The table of a UNet2DConditionModel; None if its blocks are not Stable Diffusion's."""
+    """Make the table of a UNet2DConditionModel; None if its blocks are not Stable Diffusion's."""
     if unknown_blocks(unet):
         return None
     middle_blocks = [] if unet.mid_block is None else [unet.mid_block]
@@ -106,7 +106,7 @@ def unet_layout(unet: Any) -> Layout | None:
 
 
 def _layers(path: str, block: Any, may_skip: Any) -> list[list[str]]:
-    """The layers of a block, each a residual block and its attention if there is one."""
+    """List the layers of a block: a residual block, with its attention if there is one."""
     layers = []
     attentions = getattr(block, "attentions", None)
     for i, resnet in enumerate(block.resnets):
@@ -118,7 +118,7 @@ def _layers(path: str, block: Any, may_skip: Any) -> list[list[str]]:
 
 
 def _token_blocks(unet: Any) -> tuple[TokenBlock, ...]:
-    """The transformer blocks, with how far each level is below the latent's resolution."""
+    """List the transformer blocks, with the downsampling of their levels."""
     found: list[TokenBlock] = []
 
     def add(path: str, block: Any, downsample: int) -> None:
@@ -130,7 +130,7 @@ def _token_blocks(unet: Any) -> tuple[TokenBlock, ...]:
                         stage=f"{path}.attentions.{i}",
                         block=inner,
                         downsample=downsample,
-                        # With `only_cross_attention` attn1 attends to the text as well.
+                        # With `only_cross_attention`, attn1 attends to the text too.
                         self_attention=None if inner.only_cross_attention else inner.attn1,
                         cross_attention=inner.attn2,
                         feed_forward=inner.ff,

@@ -1,4 +1,4 @@
-"""Any other denoiser: its output can be reused or forecast, and nothing within it is known."""
+"""Any other denoiser: only its output is known, which can be reused or forecast."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import OUTPUT, Layout, whole
 
-# What diffusers' denoisers call them.
+# Their names in diffusers' denoisers.
 SAMPLES = ("hidden_states", "sample", "x", "latents", "x_t")
 TIMES = ("timestep", "timesteps", "t", "timestep_ratio", "r")
 
 
 def output_layout(denoiser: Any) -> Layout:
-    """The table of a denoiser of which only its output is known.
+    """Make the table of a denoiser of which only the output is known.
 
     Raises:
         UnsupportedModelError: if its forward method takes no latent or no timestep.
@@ -37,7 +37,7 @@ def _argument(denoiser: Any, arguments: Sequence[str], names: Sequence[str], wha
     found = next((name for name in names if name in arguments), None)
     if found is None:
         raise UnsupportedModelError(
-            f"model: {type(denoiser).__name__} is no denoiser such as UNet2DConditionModel, its forward "
-            f"method has no argument for the {what}: none of {', '.join(names)}"
+            f"model: {type(denoiser).__name__} is no denoiser such as UNet2DConditionModel: its forward "
+            f"method needs an argument for the {what}, named {' or '.join(names)}"
         )
     return found

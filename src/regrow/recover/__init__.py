@@ -1,1 +1,1 @@
-"""What stands in for what a call does not compute."""
+"""Recoveries: how values that a call does not compute are made."""

@@ -1,4 +1,4 @@
-"""Weights of skipped steps, and the error of a plan, from the Gram matrix of recorded outputs alone."""
+"""Fit the weights of skipped steps and predict a plan's error, from recorded outputs' Gram matrix alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regrow.words import shown
 Array = npt.NDArray[np.float64]
 
 RIDGE = 1e-9
-"""Keeps the solution finite where outputs are alike."""
+"""Strength of the ridge that keeps the solution finite where outputs are almost equal."""
 
 
 def fitted(
@@ -26,13 +26,13 @@ def fitted(
     towards: TimeRecovery | None = None,
     ridge: float = RIDGE,
 ) -> Fitted:
-    """The weights with which the computed outputs are nearest to each skipped step's, in least squares.
+    """Fit, by least squares, the weights that make each skipped step's output from the computed outputs.
 
     Args:
         gram: ``(T, T)``, the mean product of the outputs of two steps.
-        full: the computed steps, ascending, the first is 0.
-        last: how many of the last computed outputs a step is made of; all if None.
-        towards: the ridge pulls towards its weights instead of towards 0.
+        full: the computed steps, ascending from 0.
+        last: number of the last computed outputs that a step is made of; None for all.
+        towards: recovery whose weights the ridge pulls towards; None for 0.
         ridge: strength of the pull, as a share of the mean square of the outputs.
 
     Raises:
@@ -49,13 +49,13 @@ def fitted(
             continue
         prior = np.zeros((len(sources), len(skipped)))
         if towards is not None:
-            # A recovery may look at more values than are used here; those before them are left out.
+            # A recovery may use more values than are used here; the earlier ones are left out.
             before = [step for step in full if step <= sources[-1]]
             rows = [towards.weights(before, step, total)[-len(sources) :] for step in skipped]
             prior = np.array(rows).T
         weights, strength = least_squares(gram, sources, skipped, prior, ridge), max(ridge, RIDGE)
         while np.abs(weights).max() > MOST_WEIGHT:
-            # Values so alike hold no more than rounding beside their mean.
+            # Values that are almost equal differ from their mean by rounding only.
             strength *= 10
             weights = least_squares(gram, sources, skipped, prior, strength)
         steps += [
@@ -72,12 +72,12 @@ def least_squares(
     prior: Array | None = None,
     ridge: float = RIDGE,
 ) -> Array:
-    """The weights ``(sources, skipped)`` of some steps' outputs that are nearest to those of others.
+    """Fit the weights ``(sources, skipped)`` that make some steps' outputs from those of others.
 
     Args:
         gram: ``(T, T)``, the mean product of the outputs of two steps.
         sources: steps that are computed.
-        skipped: steps that are not.
+        skipped: steps that are skipped.
         prior: ``(sources, skipped)``, weights that the ridge pulls towards; None for 0.
         ridge: strength of the pull, as a share of the mean square of the outputs.
     """
@@ -90,7 +90,7 @@ def least_squares(
 
 
 def weight_matrix(full: Sequence[int], recovery: TimeRecovery, total: int) -> Array:
-    """Which outputs each step's output is made of, ``(T, T)``: row i has the weights of step i.
+    """List the weights of all outputs in each step's output, ``(T, T)``: row i is for step i.
 
     Raises:
         ValueError: naming what is not allowed.
@@ -105,14 +105,14 @@ def weight_matrix(full: Sequence[int], recovery: TimeRecovery, total: int) -> Ar
 
 
 def offline_error(gram: Array, influence: Array, weights: Array) -> float:
-    """The mean square by which a plan misses the final latent, if the network's answers stay as recorded.
+    """Predict a plan's mean square error in the final latent, if the network's outputs stay as recorded.
 
-    A step's output is off by ``e_i - w_i`` in terms of the recorded outputs, and moves the final latent by
-    its influence times as much.
+    In terms of the recorded outputs, a step's output has the error ``e_i - w_i``; the final latent moves by
+    this error times the step's influence.
 
     Args:
         gram: ``(T, T)``.
-        influence: ``(T,)``.
+        influence: ``(T,)``, of each step's output on the final latent.
         weights: ``(T, T)``, see `weight_matrix`.
     """
     missed = influence @ (np.eye(len(gram)) - weights)
@@ -120,18 +120,18 @@ def offline_error(gram: Array, influence: Array, weights: Array) -> float:
 
 
 def decibels(mean_square: float) -> float:
-    """``-10 log10`` of a mean square."""
+    """Convert a mean square to decibels: ``-10 log10``."""
     return -10 * math.log10(mean_square) if mean_square > 0 else math.inf
 
 
 def gaps(full: Sequence[int], total: int) -> list[tuple[list[int], list[int]]]:
-    """For each computed step, the steps computed so far and the skipped ones that follow it."""
+    """List, for each computed step, the steps computed so far and the skipped steps that follow it."""
     ends = [*full[1:], total]
     return [(list(full[: k + 1]), list(range(full[k] + 1, end))) for k, end in enumerate(ends)]
 
 
 def check_full(full: Sequence[int], total: int) -> None:
-    """Refuse computed steps that are not of a run, not ascending, or without the first.
+    """Refuse computed steps that do not ascend from 0, or that the run does not have.
 
     Raises:
         ValueError: naming them and what is allowed.

@@ -1,7 +1,7 @@
-"""Recoveries in time: what stands in for a value that a call does not compute, from those of earlier calls.
+"""Recoveries in time: a value that a call does not compute is made from values of earlier calls.
 
-Every recovery here is linear in what was computed: ``value(t) = sum_k w_k(t; t_1 .. t_n) value(t_k)``. The
-weights depend on the steps alone, so one small function gives them, for a site of any shape.
+Every recovery is linear in the computed values: ``value(t) = sum_k w_k(t; t_1 .. t_n) value(t_k)``. The
+weights depend on the steps alone, so one small function serves sites of any shape.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from regrow.fields import MOST_CALLS, MOST_WEIGHT, Calls, Checked, Share, not_al
 from regrow.words import offer, shown
 
 MOST_ORDER = 8
-"""Highest order or degree of a forecast; rounding of the values outweighs what more would add."""
+"""Highest order or degree of a forecast; above it, rounding costs more than the order gains."""
 
 Weights = tuple[float, ...]
 
@@ -30,12 +30,12 @@ class TimeRecovery(Checked):
 
     @property
     def window(self) -> int:
-        """How many of the last computed values it needs."""
+        """Number of the last computed values that it needs."""
         return 1
 
     @property
     def label(self) -> str:
-        """What tables call it: its name, with its order or degree behind if that is not the default."""
+        """Name in tables, followed by the order or degree if that is not the default."""
         name: str = getattr(self, "kind", type(self).__name__)
         number = _number_of(type(self))
         if number is None or getattr(self, number) == type(self).model_fields[number].default:
@@ -43,63 +43,62 @@ class TimeRecovery(Checked):
         return f"{name}{getattr(self, number)}"
 
     def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
-        """The weight of each computed value in the value of step ``t``.
+        """Compute the weight of each computed value in the value of step ``t``.
 
         Args:
-            times: the steps of the computed values, ascending, >= 1 of them, all below ``t``.
-            t: the step wanted.
+            times: the steps of the computed values, at least one, ascending, all below ``t``.
+            t: the step to recover.
             total: number of steps of the run.
         """
         raise NotImplementedError
 
     def basis(self, t: int, total: int) -> Weights:
-        """Instead of all values, sums of them may be kept: the factor of one computed at ``t`` in each."""
+        """Compute the factor of a value of step ``t`` in each sum that is kept instead of all values."""
         return ()
 
     def split(self, times: Sequence[int], t: int, total: int) -> tuple[Weights, Weights]:
-        """`weights`, as factors of the sums that are kept and of the last `window` values."""
+        """Split `weights` into factors of the kept sums and of the last `window` values."""
         return (), self.weights(times, t, total)[-self.window :]
 
     def knows(self, times: Sequence[int], t: int, total: int) -> bool:
-        """Whether it was made for this step; if not, `weights` are those of ``Taylor(order=1)``."""
+        """Whether it has its own weights for this step; if not, those of ``Taylor(order=1)`` are used."""
         return True
 
     def used(self, times: Sequence[int], t: int, total: int) -> str:
-        """What these values are recovered with, for reports: its name, with an order if it has one."""
+        """Name what recovers this step from these values, for reports: with its order if it has one."""
         return str(getattr(self, "kind", type(self).__name__))
 
     def begins(self, times: Sequence[int], t: int, total: int) -> bool:
-        """Whether a run that began late has computed enough: two values, so that there is a line."""
+        """Whether a run that began late has enough values: two, for a line."""
         return len(times) > 1
 
     def moved(self, by: int, total: int) -> Self:
-        """The same in a run of so many steps, where each step comes so much later."""
+        """Shift all steps by ``by``, for a run of ``total`` steps."""
         return self
 
 
 class Reuse(TimeRecovery):
-    """The last computed value."""
+    """Reuse the last computed value."""
 
     kind: Literal["reuse"] = "reuse"
 
     def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
-        """All of the last."""
+        """Give the last value the weight 1, the others 0."""
         return (0.0,) * (len(times) - 1) + (1.0,)
 
     def begins(self, times: Sequence[int], t: int, total: int) -> bool:
-        """A single value is enough."""
+        """Whether there is a value: one is always enough."""
         return True
 
 
 REUSE = Reuse()
-"""What methods do that say nothing else."""
+"""The default recovery of methods."""
 
 
 class Taylor(TimeRecovery):
-    """The polynomial through the last ``order + 1`` computed values, at any spacing.
+    """Forecast by the polynomial through the last ``order + 1`` computed values, at any spacing.
 
-    It continues every polynomial of that degree exactly. With fewer values the order is as high as they
-    allow.
+    The forecast is exact for every polynomial of that degree. With fewer values the order is lower.
 
     Args:
         order: degree of the polynomial; 1 continues the line through the last two values.
@@ -110,27 +109,27 @@ class Taylor(TimeRecovery):
 
     @property
     def window(self) -> int:
-        """One more than the order."""
+        """Number of values: the order + 1."""
         return self.order + 1
 
     def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
-        """Lagrange's weights."""
+        """Compute Lagrange's weights."""
         last = times[-self.window :]
         own = [_product((t - other) / (time - other) for other in last if other != time) for time in last]
         return (0.0,) * (len(times) - len(last)) + tuple(own)
 
     def used(self, times: Sequence[int], t: int, total: int) -> str:
-        """With the order that the values allow."""
+        """Name the recovery with the order that the number of values allows."""
         return ordered("taylor", min(self.order, len(times) - 1))
 
 
 class Chebyshev(TimeRecovery):
-    """Spectrum's forecast (arXiv 2603.01623): Chebyshev polynomials of the step, fitted to all values.
+    """Forecast as Spectrum (arXiv 2603.01623): Chebyshev polynomials of the step, fitted to all values.
 
     With ``phi(t) = (T_0(tau) .. T_M(tau))`` and ``tau = 2 t / T - 1`` for the step t of T, the spectral
     forecast is ``phi(t) (X'X + lambda I)^-1 X'H``: X has a row phi and H a row of values for each computed
-    step. It is mixed with the line through the last two values, ``w spectral + (1 - w) local``. Kept are
-    the M + 1 rows of ``X'H`` and the last two values, however many were computed.
+    step. It is mixed with the line through the last two values: ``w spectral + (1 - w) local``. Only the
+    M + 1 rows of ``X'H`` and the last two values are kept, however many were computed.
 
     Args:
         degree: M (the paper: 4).
@@ -145,11 +144,11 @@ class Chebyshev(TimeRecovery):
 
     @property
     def window(self) -> int:
-        """Two, for the line."""
+        """Number of values: two, for the line."""
         return 2
 
     def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
-        """Those of the spectral and the local forecast together; of a single value, all of it."""
+        """Mix the weights of the spectral and the local forecast; a single value has the weight 1."""
         spectral, local = self.split(times, t, total)
         phi = [self.basis(time, total) for time in times]
         sums = [sum(a * b for a, b in zip(spectral, row, strict=False)) for row in phi]
@@ -157,7 +156,7 @@ class Chebyshev(TimeRecovery):
         return tuple(w + (local[k - before] if k >= before else 0.0) for k, w in enumerate(sums))
 
     def used(self, times: Sequence[int], t: int, total: int) -> str:
-        """With the degree; a single value is reused."""
+        """Name the recovery with its degree; a single value is reused."""
         return ordered("chebyshev", self.degree if len(times) > 1 else 0)
 
     def basis(self, t: int, total: int) -> Weights:
@@ -166,7 +165,7 @@ class Chebyshev(TimeRecovery):
         return tuple(math.cos(m * angle) for m in range(self.degree + 1))
 
     def split(self, times: Sequence[int], t: int, total: int) -> tuple[Weights, Weights]:
-        """``w phi(t) (X'X + lambda I)^-1`` for the rows of X'H, and the rest for the line."""
+        """Compute ``w phi(t) (X'X + lambda I)^-1`` for the rows of X'H, and the weights of the line."""
         if len(times) < 2:
             return (0.0,) * (self.degree + 1), (1.0,)
         x = np.array([self.basis(time, total) for time in times])
@@ -177,12 +176,12 @@ class Chebyshev(TimeRecovery):
 
 
 class FittedStep(Checked):
-    """The weights of one step.
+    """The weights of one step, as `Fitted` holds them.
 
     Args:
         step: the step.
-        sources: the steps of the values that it is made of, ascending, all below ``step``.
-        weights: their weights.
+        sources: steps whose values it is made of, ascending, all below ``step``.
+        weights: a weight for each source.
     """
 
     step: int = Field(ge=1, le=MOST_CALLS)
@@ -204,14 +203,14 @@ class FittedStep(Checked):
 
 
 class Fitted(TimeRecovery):
-    """Weights for each step, fitted to recorded runs (`regrow.calibrate`; L2P, arXiv 2604.26365).
+    """Forecast by weights of each step, fitted to runs (`regrow.calibrate`; L2P, arXiv 2604.26365).
 
-    Where a run has other steps, or has not computed the values that a step is made of, it has the weights
-    of ``Taylor(order=1)``.
+    A run with another number of steps, or without the values that a step is made of, uses the weights of
+    ``Taylor(order=1)``.
 
     Args:
         total: number of steps of the runs.
-        steps: the weights of the steps that are not computed.
+        steps: the weights of each step that is not computed.
     """
 
     kind: Literal["fitted"] = "fitted"
@@ -227,13 +226,13 @@ class Fitted(TimeRecovery):
 
     @cached_property
     def window(self) -> int:
-        """As many values as are computed from the first source of some step to the last."""
+        """Number of values: the most that any step needs from its first source on, but at least two."""
         computed = sorted({source for one in self.steps for source in one.sources})
         spans = [sum(one.sources[0] <= k < one.step for k in computed) for one in self.steps]
         return max([2, *spans])
 
     def weights(self, times: Sequence[int], t: int, total: int) -> Weights:
-        """Those of the step, or of the line through the last two values."""
+        """Look up the weights of the step; if there are none, use the line through the last two values."""
         own = self._of(times, t, total)
         if own is None:
             return Taylor(order=1).weights(times, t, total)
@@ -241,19 +240,19 @@ class Fitted(TimeRecovery):
         return tuple(found.get(time, 0.0) for time in times)
 
     def knows(self, times: Sequence[int], t: int, total: int) -> bool:
-        """Whether the step has weights for values that were computed."""
+        """Whether the step has weights and their values were computed."""
         return self._of(times, t, total) is not None
 
     def used(self, times: Sequence[int], t: int, total: int) -> str:
-        """Its name, or what takes the place of weights that don't fit."""
+        """Name what recovers the step: this, or the line if the weights do not fit."""
         return "fitted" if self.knows(times, t, total) else Taylor(order=1).used(times, t, total)
 
     def begins(self, times: Sequence[int], t: int, total: int) -> bool:
-        """Of a run that began where those did that it was fitted to, the weights say what is needed."""
+        """Whether the values are enough; with weights for the step, they are."""
         return self.knows(times, t, total) or super().begins(times, t, total)
 
     def moved(self, by: int, total: int) -> Self:
-        """With the steps and their sources moved."""
+        """Shift the steps and their sources."""
         steps = tuple(
             FittedStep(step=one.step + by, sources=tuple(s + by for s in one.sources), weights=one.weights)
             for one in self.steps
@@ -262,7 +261,7 @@ class Fitted(TimeRecovery):
 
     def _of(self, times: Sequence[int], t: int, total: int) -> FittedStep | None:
         own = next((one for one in self.steps if one.step == t), None)
-        # Of a plan with other full steps, values may be too long ago to be kept.
+        # With a plan of other full steps, the values may be too old to be kept.
         kept = set(times[-self.window :])
         return own if own and total == self.total and set(own.sources) <= kept else None
 
@@ -271,10 +270,10 @@ _KINDS: dict[str, type[TimeRecovery]] = {}
 
 
 def register_recovery(kind: type[TimeRecovery]) -> type[TimeRecovery]:
-    """Let configurations and files name a recovery by its field ``kind``, as a decorator.
+    """Register a class of recoveries under its field ``kind``, for configurations and files (a decorator).
 
     Raises:
-        TypeError: if it has no such field.
+        TypeError: if the class has no such field.
         ValueError: if another class has that name, or it can't be a name.
     """
     field = kind.model_fields.get("kind")
@@ -294,10 +293,10 @@ for _kind in (Reuse, Taylor, Chebyshev, Fitted):
 
 
 def recovery_from(value: Any) -> TimeRecovery:
-    """A recovery from itself, its fields, or its name with an order or degree behind: ``taylor2``.
+    """Make a recovery from a recovery, its fields, or its name with an order or degree: ``taylor2``.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is none of these.
     """
     if isinstance(value, TimeRecovery):
         return value
@@ -309,12 +308,12 @@ def recovery_from(value: Any) -> TimeRecovery:
     number = _number_of(kind)
     if digits and number is None:
         raise not_allowed(f"it must be {name!r}, which has no order")
-    # Python reads no number of thousands of digits.
+    # Python does not parse numbers of thousands of digits.
     return kind.model_validate({number: int(digits[:5])} if digits and number else {})
 
 
 def _number_of(kind: type[TimeRecovery]) -> str | None:
-    """The field whose number may stand behind its name."""
+    """Find the field whose number may follow the name."""
     return next((field for field in ("order", "degree") if field in kind.model_fields), None)
 
 
@@ -325,11 +324,11 @@ def _kind_of(name: Any) -> type[TimeRecovery]:
 
 
 RecoveryField = Annotated[SerializeAsAny[TimeRecovery], PlainValidator(recovery_from)]
-"""A field that holds a recovery in time, or is given its name or fields."""
+"""A field for a recovery in time; takes the recovery, its name or its fields."""
 
 
 def ordered(kind: str, order: int) -> str:
-    """A recovery's name with its order; of order 0 it is ``"reuse"``."""
+    """Name a recovery with its order; order 0 is ``"reuse"``."""
     return f"{kind}({order})" if order else "reuse"
 
 
@@ -344,5 +343,5 @@ def _product(factors: Any) -> float:
 def cached_split(
     recovery: TimeRecovery, times: tuple[int, ...], t: int, total: int
 ) -> tuple[Weights, Weights]:
-    """`split`, once for all sites and branches that ask for the same."""
+    """Compute `split` once for all sites and branches with the same values."""
     return recovery.split(times, t, total)

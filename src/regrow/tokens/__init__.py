@@ -1,1 +1,1 @@
-"""Pure functions on tokens: grids, scores, selections, recoveries. They know no model and no diffusers."""
+"""Pure functions on tokens: grids, scores, selections, recoveries; independent of models and diffusers."""

@@ -47,7 +47,7 @@ class Clusters(NamedTuple):
 
 
 def positions(grid: Grid, channels: int, device: torch.device) -> Tensor:
-    """CAT Pruning's positional encoding ``(N, C)``: row / height in the first half of the channels,
+    """Make CAT Pruning's positional encoding ``(N, C)``: row / height in the first half of the channels,
     column / width in the second."""
     index = torch.arange(grid.tokens, device=device)
     row = (index // grid.width / grid.height)[:, None]
@@ -56,13 +56,13 @@ def positions(grid: Grid, channels: int, device: torch.device) -> Tensor:
 
 
 def k_means(x: Tensor, clusters: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
-    """Lloyd's k-means with squared distances, a fixed number of rounds.
+    """Cluster tokens by Lloyd's k-means: squared distances, a fixed number of rounds.
 
     Args:
         x: ``(B, N, C)``.
-        clusters: how many, <= N.
-        generator: draws the tokens that the clusters begin at, the same in all samples.
-        rounds: of assignment and averaging.
+        clusters: number of clusters, <= N.
+        generator: draws the clusters' first centres, the same tokens in all samples.
+        rounds: number of rounds of assignment and averaging.
 
     Returns:
         ``(B, N)``, the cluster of each token. A cluster may be empty.
@@ -82,8 +82,8 @@ def k_means(x: Tensor, clusters: int, generator: torch.Generator, rounds: int = 
 
 
 def neighbours(labels: Tensor, grid: Grid, clusters: int) -> Tensor:
-    """Which clusters touch: ``(B, n, n)``, 1 where a token of one is next to a token of the other in its
-    row or column, and on the diagonal."""
+    """Find which clusters touch: ``(B, n, n)``, 1 on the diagonal and where a token of one cluster is next
+    to a token of the other in its row or column."""
     field = labels.view(-1, grid.height, grid.width)
     touching = torch.eye(clusters, device=labels.device).repeat(len(labels), 1, 1)
     for a, b in ((field[:, 1:], field[:, :-1]), (field[:, :, 1:], field[:, :, :-1])):
@@ -94,7 +94,7 @@ def neighbours(labels: Tensor, grid: Grid, clusters: int) -> Tensor:
 
 
 def pool_clusters(x: Tensor, labels: Tensor, clusters: int) -> Tensor:
-    """The largest value of each channel among the tokens of a cluster: ``(B, n, C)``, 0 if it has none."""
+    """Take each channel's maximum over the tokens of a cluster: ``(B, n, C)``; 0 for an empty cluster."""
     index = labels[..., None].expand_as(x)
     lowest = x.new_full((x.shape[0], clusters, x.shape[2]), -torch.inf)
     pooled = lowest.scatter_reduce(1, index, x, "amax")
@@ -102,15 +102,15 @@ def pool_clusters(x: Tensor, labels: Tensor, clusters: int) -> Tensor:
 
 
 def pool_graph(x: Tensor, touching: Tensor) -> Tensor:
-    """Each cluster's features ``(B, n, C)`` averaged with those of the clusters it touches."""
+    """Average each cluster's features ``(B, n, C)`` with those of the clusters it touches."""
     return touching @ x / touching.sum(2, keepdim=True)
 
 
 def rank_within(score: Tensor, labels: Tensor) -> Tensor:
-    """For each token, how many of its cluster have a higher score: ``(B, N)``; of equals the first wins."""
+    """Rank tokens in their clusters by score: ``(B, N)``, 0 is the highest; equal scores: in order."""
     order = score.argsort(stable=True, dim=1, descending=True)
     by_cluster = labels.gather(1, order).argsort(stable=True, dim=1)
-    # Tokens sorted by cluster, within it by score: the rank is the place after the cluster's first.
+    # Tokens are sorted by cluster, then by score: the rank is the distance from the cluster's first token.
     sorted_tokens = order.gather(1, by_cluster)
     sorted_labels = labels.gather(1, sorted_tokens)
     place = torch.arange(score.shape[1], device=score.device).expand_as(labels)
@@ -195,7 +195,7 @@ def _in_turn(by_moved: Tensor, by_stale: Tensor, balance: float, labels: Tensor)
 
 
 def _nearest(x: Tensor, centres: Tensor) -> Tensor:
-    """The nearest centre of each token; |x|^2 does not matter."""
+    """Find the nearest centre of each token; |x|^2 is left out, as it does not change which is nearest."""
     return (centres.square().sum(2)[:, None] - 2 * x @ centres.transpose(1, 2)).argmin(2)
 
 

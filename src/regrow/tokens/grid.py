@@ -1,8 +1,8 @@
-"""Tokens as cells of a grid, and the grid cut into patches.
+"""The grid of tokens, and its division into patches.
 
 A grid of ``height x width`` tokens is stored row by row, so token ``n`` sits at
 ``(n // width, n % width)``. Patches are ``side x side`` and do not overlap; where a side of the grid
-is no multiple of the patch, the last patch of the row or column is smaller.
+is not a multiple of the patch, the last patch of the row or column is smaller.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of tokens and the side of the patches it is cut into.
+    """A grid of tokens and the side of its patches.
 
     Args:
         height: rows of tokens.
@@ -48,31 +48,31 @@ class Grid:
 
     @property
     def patches(self) -> int:
-        """Number of patches, which is the number of base tokens when each patch gives one."""
+        """Number of patches: the number of base tokens if each patch gives one."""
         return self.patch_rows * self.patch_columns
 
     def pruned(self, ratio: float, base: int | None = None) -> int:
-        """How many tokens a ratio prunes: ``floor(ratio * N)``, never one of the ``base`` tokens.
+        """Count the tokens that a ratio prunes: ``floor(ratio * N)``, but never one of the ``base`` tokens.
 
         Args:
             ratio: share of the N tokens to prune, 0 <= ratio < 1.
-            base: number of base tokens; the number of patches if not given.
+            base: number of base tokens; default: the number of patches.
         """
-        # The small term keeps 0.3 * 10 == 2.9999... from losing a token.
+        # Without the small term 0.3 * 10 == 2.9999... would prune a token too few.
         wanted = int(ratio * self.tokens + 1e-6)
         return min(wanted, self.tokens - (self.patches if base is None else base))
 
 
 def grid_of_positions(positions: Tensor | None, tokens: int) -> Grid | None:
-    """The grid of tokens that are given with their places.
+    """Find the grid of tokens from their positions.
 
     Args:
         positions: ``(N, 3)`` or ``(1, N, 3)``; rows and columns are the last two.
         tokens: number of tokens N.
 
     Returns:
-        None if the tokens are no grid, row by row (several pictures in one sequence). Without data (on
-        the meta device) one row of N tokens.
+        None if the tokens do not form one grid, row by row (several pictures in one sequence). On the
+        meta device, where there is no data, one row of N tokens.
     """
     if positions is None:
         return None
@@ -87,10 +87,10 @@ def grid_of_positions(positions: Tensor | None, tokens: int) -> Grid | None:
 
 
 def best_of_patch(score: Tensor, grid: Grid) -> Tensor:
-    """The token with the highest score in each patch.
+    """Find the token with the highest score in each patch.
 
     Args:
-        score: ``(B, N)``, one score a token; the first of equal scores wins.
+        score: ``(B, N)``, a score for each token; the first of equal scores wins.
         grid: the grid of the N tokens.
 
     Returns:
@@ -109,14 +109,14 @@ def best_of_patch(score: Tensor, grid: Grid) -> Tensor:
 
 
 def patch_of_token(grid: Grid, device: torch.device | None = None) -> Tensor:
-    """The patch each token lies in: ``(N,)``."""
+    """List the patch of each token: ``(N,)``."""
     row = torch.arange(grid.height, device=device) // grid.patch
     column = torch.arange(grid.width, device=device) // grid.patch
     return (row[:, None] * grid.patch_columns + column).flatten()
 
 
 def tokens_of_patch(grid: Grid, device: torch.device | None = None) -> Tensor:
-    """The tokens of each patch: ``(patches, patch * patch)``, -1 where a border patch has fewer."""
+    """List the tokens of each patch: ``(patches, patch * patch)``, -1 where a border patch has fewer."""
     s = grid.patch
     row = torch.arange(grid.patch_rows * s, device=device).reshape(grid.patch_rows, 1, s, 1)
     column = torch.arange(grid.patch_columns * s, device=device).reshape(1, grid.patch_columns, 1, s)
@@ -126,7 +126,7 @@ def tokens_of_patch(grid: Grid, device: torch.device | None = None) -> Tensor:
 
 
 def surrounding_patches(grid: Grid, device: torch.device | None = None) -> Tensor:
-    """The 3 x 3 patches around each patch: ``(patches, 9)``, -1 outside the grid."""
+    """List the 3 x 3 patches around each patch: ``(patches, 9)``, -1 outside the grid."""
     around = torch.arange(-1, 2, device=device)
     row = (torch.arange(grid.patch_rows, device=device)[:, None] + around).reshape(-1, 1, 3, 1)
     column = (torch.arange(grid.patch_columns, device=device)[:, None] + around).reshape(1, -1, 1, 3)

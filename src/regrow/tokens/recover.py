@@ -10,14 +10,14 @@ from regrow.tokens.select import Selection
 
 
 def keep(x: Tensor, selection: Selection) -> Tensor:
-    """The kept rows of ``x: (B, N, C)``, as ``(B, N - K, C)``."""
+    """Take the kept rows of ``x: (B, N, C)``, as ``(B, N - K, C)``."""
     batch, _, channels = x.shape
     flat = x.reshape(-1, channels).index_select(0, selection.keep_rows)
     return flat.view(batch, -1, channels)
 
 
 def keep_merged(x: Tensor, selection: Selection) -> Tensor:
-    """As `keep`, but each kept row is the mean of itself and the pruned rows that copy from it."""
+    """Merge: as `keep`, but each kept row is the mean of itself and the pruned rows that copy from it."""
     batch, _, channels = x.shape
     rows = selection.kept.numel()
     total = x.new_zeros(rows, channels, dtype=wide(x))
@@ -28,7 +28,7 @@ def keep_merged(x: Tensor, selection: Selection) -> Tensor:
 
 
 def recover(y: Tensor, selection: Selection) -> Tensor:
-    """Every token's value from the kept rows ``y: (B, N - K, C)``, as ``(B, N, C)``.
+    """Give every token its value from the kept rows ``y: (B, N - K, C)``, as ``(B, N, C)``.
 
     A kept token gets its own row, a pruned token a copy of its source's row.
     """

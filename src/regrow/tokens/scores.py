@@ -1,4 +1,4 @@
-"""A score per token: which tokens are worth computing. Every function returns ``(B, N)``."""
+"""Scores of tokens: which tokens are worth computing. A score is ``(B, N)``, one number for each token."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from torch.nn.functional import normalize
 
 from regrow.tokens.grid import Grid, best_of_patch
 
-# Attention weights held at once: 64 MiB of them.
+# Attention weights in memory at one time: 64 MiB.
 WEIGHTS = 1 << 24
-# A map kept from one iteration of PageRank to the next: 256 MiB, a head of up to 8,192 tokens.
+# Largest map that PageRank keeps between iterations: 256 MiB, one head of up to 8,192 tokens.
 MAP = 1 << 26
 
 
 class Heads(str, Enum):
-    """How the scores of an attention's heads become one."""
+    """The way to combine the scores of an attention's heads into one."""
 
     ROOT_MEAN_SQUARE = "rms"
-    """The root of the mean of their squares: a token that matters much to few heads counts for more."""
+    """The root of the mean square: a token that matters much to few heads gets a higher score."""
     MEAN = "mean"
-    """Their mean."""
+    """The mean."""
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """The precision in which sums over ``x`` are taken: float32, or float64 if it is in that."""
+    """Choose the precision of sums over ``x``: float64 if ``x`` is float64, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def inverse_norm(x: Tensor) -> Tensor:
-    """``1 / ||x_i||`` of each token of ``x: (B, N, C)``, at least in float32; 0 for a token of zeros."""
+    """Compute ``1 / ||x_i||`` of each token of ``x: (B, N, C)``, at least in float32; 0 for zeros."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=wide(x))
     return torch.where(norm > 0, 1 / norm, 0.0)
 
 
 def sim_score(x: Tensor) -> Tensor:
-    """SimScore of SiTo, ``sum_j cos(x_i, x_j)``, without the N x N matrix.
+    """Compute SiTo's SimScore, ``sum_j cos(x_i, x_j)``, without the N x N matrix.
 
     ``sum_j cos(x_i, x_j) = x_i / ||x_i|| . sum_j x_j / ||x_j||``: two products of a matrix and a vector.
-    They are of float32 at least: half precision would round sums of thousands by more than SiTo's noise.
+    At least float32 is used: half precision would round sums of thousands by more than SiTo's noise.
 
     Args:
         x: features ``(B, N, C)``.
@@ -53,12 +53,12 @@ def sim_score(x: Tensor) -> Tensor:
 
 
 def diff_score(last: Tensor, before: Tensor, grid: Grid) -> Tensor:
-    """Temporal noise difference of DaTo: ``mean over channels of |eps(t+2) - eps(t+1)|``.
+    """Compute DaTo's temporal noise difference: ``mean over channels of |eps(t+2) - eps(t+1)|``.
 
     Args:
         last: the model's last output ``(B, C, H, W)``.
         before: the output before that, same shape.
-        grid: the grid of the layer; a coarser one than H x W takes the mean of the area it covers.
+        grid: the grid of the layer; if it is coarser than H x W, a token has the mean of its area.
     """
     difference = (last.to(wide(last)) - before.to(wide(before))).abs().mean(1, keepdim=True)
     if difference.shape[-2:] != (grid.height, grid.width):
@@ -70,27 +70,27 @@ def diff_score(last: Tensor, before: Tensor, grid: Grid) -> Tensor:
 def random_score(tokens: int, generator: torch.Generator) -> Tensor:
     """Draw uniform scores ``(1, N)``, on the generator's device.
 
-    All samples share them: chance drawn for each would depend on the batch that a picture is made in.
+    All samples share them, so that a picture does not depend on the others in its batch.
     """
     return torch.rand(1, tokens, generator=generator, device=generator.device)
 
 
 def noise(tokens: int, sigma: float, generator: torch.Generator) -> Tensor:
-    """Draw ``sigma * N(0, 1)`` for each token ``(1, N)``; as in `random_score`, all samples share it."""
+    """Draw ``sigma * N(0, 1)`` for each token ``(1, N)``; all samples share it, as in `random_score`."""
     return sigma * torch.randn(1, tokens, generator=generator, device=generator.device)
 
 
 def attention_influence(
     query: Tensor, key: Tensor, queries: int | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """How much the others attend to each token: the column sums of the attention map, mean over heads.
+    """Measure how much the others attend to each token: column sums of the attention map, mean over heads.
 
-    The map is formed a few queries at a time, so that it is never held whole.
+    The map is computed for a few queries at a time; the whole map is never in memory.
 
     Args:
         query: ``(B, heads, n, D)``.
         key: ``(B, heads, m, D)``.
-        queries: look at so many evenly spaced queries only, and scale to all; None looks at all.
+        queries: number of evenly spaced queries to use, scaled to all; None uses all.
         bias: added to the products; it broadcasts to ``(B, heads, n, m)``.
 
     Returns:
@@ -116,21 +116,21 @@ def attention_page_rank(
     heads: Heads = Heads.ROOT_MEAN_SQUARE,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Weighted PageRank of the attention map A as a directed graph: ``s <- A^T s``, begun with ``1 / n``.
+    """Compute the weighted PageRank of the attention map A as a graph: ``s <- A^T s`` from ``s = 1 / n``.
 
-    A token matters if tokens that matter attend to it. Each head has its graph; their scores are put
-    together at the end. Maps are held for a few heads at a time; one too large for that is formed anew in
-    every iteration, a few queries at a time.
+    A token matters if tokens that matter attend to it. Each head has its own graph; the scores of the heads
+    are combined at the end. Maps of a few heads are in memory at one time; a map that is too large is
+    recomputed in every iteration, for a few queries at a time.
 
     Args:
         query: ``(B, heads, n, D)``.
         key: ``(B, heads, n, D)``.
-        iterations: number of iterations; of 0, all tokens are alike.
-        heads: how the scores of the heads become one.
+        iterations: number of iterations; with 0 all tokens have the same score.
+        heads: how the scores of the heads are combined.
         bias: added to the products; it broadcasts to ``(B, heads, n, n)``.
 
     Returns:
-        ``(B, n)``, at least in float32; of each head the scores sum to 1.
+        ``(B, n)``, at least in float32; the scores of each head sum to 1.
     """
     batch, count, tokens = query.shape[:3]
     score = torch.full((batch, count, tokens), 1 / tokens, device=query.device, dtype=wide(query))
@@ -144,7 +144,7 @@ def attention_page_rank(
 
 
 def _page_rank(query: Tensor, key: Tensor, bias: Tensor | None, score: Tensor, iterations: int) -> Tensor:
-    """Iterations of PageRank from a score ``(B, heads, n)``."""
+    """Iterate PageRank from a score ``(B, heads, n)``."""
     held = None
     if score.shape[0] * score.shape[1] * score.shape[2] ** 2 <= MAP:
         held = list(_attention_weights(query, key, bias))
@@ -154,7 +154,7 @@ def _page_rank(query: Tensor, key: Tensor, bias: Tensor | None, score: Tensor, i
             end = start + weights.shape[2]
             new += (score[:, :, None, start:end] @ weights).squeeze(2)
             start = end
-        # Rows of the map sum to 1, so that this only keeps rounding from adding up.
+        # Rows of the map sum to 1 already; this only stops rounding errors from growing.
         score = new / new.sum(-1, keepdim=True)
     return score
 
@@ -162,7 +162,7 @@ def _page_rank(query: Tensor, key: Tensor, bias: Tensor | None, score: Tensor, i
 def most_attended(
     query: Tensor, key: Tensor, asking: Tensor, candidate: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """For each asking token, the candidate that it attends to most, the mean over heads taken first.
+    """Find the candidate that each asking token attends to most, by the mean of its heads' attention.
 
     Args:
         query: ``(B, heads, n, D)``.
@@ -188,7 +188,7 @@ def most_attended(
 
 
 def attention_entropy(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Entropy of each query's attention weights, the mean over heads taken first.
+    """Compute the entropy of each query's attention weights, which are first averaged over heads.
 
     Args:
         query: ``(B, heads, n, D)``.
@@ -235,7 +235,7 @@ def best_of_cell(score: Tensor, grid: Grid) -> Tensor:
 
 
 def _attention_weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
-    """The attention map ``(B, heads, n, m)``, at least in float32, a block of queries at a time."""
+    """Compute the attention map ``(B, heads, n, m)``, at least in float32, a block of queries at a time."""
     batch, heads, count, channels = query.shape
     rows = max(WEIGHTS // (batch * heads * key.shape[2]), 1)
     target = key.transpose(2, 3)

@@ -1,4 +1,4 @@
-"""From scores to a selection: which tokens are kept, and whose value each pruned token takes."""
+"""Selections: which tokens are kept, and whose value each pruned token takes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from regrow.tokens.grid import Grid, patch_of_token, surrounding_patches, tokens_of_patch
 from regrow.tokens.scores import inverse_norm, random_score
 
-# Queries whose similarities are held at once: 1,024 x 1,024 floats stay in a processor's cache.
+# Queries in one block of similarities: 1,024 x 1,024 floats fit in a processor's cache.
 ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tokens are computed, and where every token's value comes from afterwards.
+    """The tokens that are computed, and for each token the one that gives its value.
 
     Args:
         kept: ``(B, N - K)`` indices of the tokens that are computed.
-        source: ``(B, N)``, for each token the position in ``kept`` of the token whose value it takes;
-            a kept token's own position, a pruned token's most similar one.
+        source: ``(B, N)``, the position in ``kept`` of the token whose value each token takes: a kept
+            token takes its own, a pruned token that of the most similar one.
         keep_rows: ``kept`` as rows of a ``(B * N, C)`` matrix.
         source_rows: ``source`` as rows of a ``(B * (N - K), C)`` matrix.
     """
@@ -45,12 +45,12 @@ class Selection:
 
     @classmethod
     def matched(cls, kept: Tensor, pruned: Tensor, match: Tensor) -> Selection:
-        """Build a selection from tokens and, for each pruned one, the position of its source in ``kept``.
+        """Build a selection from kept and pruned tokens.
 
         Args:
             kept: ``(B, N - K)`` token indices.
-            pruned: ``(B, K)``, all the others.
-            match: ``(B, K)``.
+            pruned: ``(B, K)``, all other tokens.
+            match: ``(B, K)``, for each pruned token the position of its source in ``kept``.
         """
         tokens = kept.shape[1] + pruned.shape[1]
         place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
@@ -64,7 +64,7 @@ class Selection:
 
 
 def complement(index: Tensor, tokens: int) -> Tensor:
-    """The tokens not in ``index``, in ascending order, without a data-dependent shape.
+    """List the tokens not in ``index``, ascending; shapes do not depend on data.
 
     Args:
         index: ``(B, n)`` different token indices.
@@ -77,29 +77,29 @@ def complement(index: Tensor, tokens: int) -> Tensor:
     rest = tokens - chosen
     free = torch.ones(batch, tokens, dtype=torch.bool, device=index.device)
     free.scatter_(1, index, False)
-    # Chosen tokens all write to one spare place behind the end.
+    # All tokens of `index` write to one extra element after the end.
     place = torch.where(free, free.cumsum(1) - 1, rest)
     every = torch.arange(tokens, device=index.device).expand(batch, tokens)
     return every.new_empty(batch, rest + 1).scatter_(1, place, every)[:, :rest]
 
 
 def top_share(score: Tensor, count: int) -> Tensor:
-    """The ``count`` tokens of highest score of all: ``(B, count)``."""
+    """Find the ``count`` tokens with the highest scores: ``(B, count)``."""
     return score.topk(count, dim=1, sorted=False).indices
 
 
 def flat_rows(index: Tensor, tokens: int) -> Tensor:
-    """Token indices ``(B, n)`` as rows of a ``(B * N, C)`` matrix: ``(B * n,)``."""
+    """Convert token indices ``(B, n)`` to rows of a ``(B * N, C)`` matrix: ``(B * n,)``."""
     return (index + torch.arange(len(index), device=index.device)[:, None] * tokens).flatten()
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
-    """The rows ``index: (B, n)`` of ``x: (B, N, C)`` as ``(B, n, C)``."""
+    """Take the rows ``index: (B, n)`` of ``x: (B, N, C)`` as ``(B, n, C)``."""
     return take_rows(x, flat_rows(index, x.shape[1]))
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """The rows ``(B * n,)`` of ``x: (B, N, C)``, taken as a ``(B * N, C)`` matrix, as ``(B, n, C)``."""
+    """Take the rows ``(B * n,)`` of ``x: (B, N, C)``, seen as a ``(B * N, C)`` matrix, as ``(B, n, C)``."""
     batch, _, channels = x.shape
     return x.reshape(-1, channels).index_select(0, rows).view(batch, -1, channels)
 
@@ -110,7 +110,7 @@ def put_rows(x: Tensor, rows: Tensor, new: Tensor) -> None:
 
 
 def behind(tokens: Tensor, text: int) -> Tensor:
-    """Of sequences of text tokens and then the image's, all of the text and these of the image.
+    """Index all text tokens and some image tokens, in sequences with the text before the image.
 
     Args:
         tokens: ``(B, n)`` indices of image tokens.
@@ -125,11 +125,11 @@ def behind(tokens: Tensor, text: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """Some of an image's tokens, the same number in each sample.
+    """A part of an image's tokens, the same number in each sample.
 
     Args:
         tokens: ``(B, n)`` indices, ascending.
-        image: number N of the image's tokens.
+        image: number N of all tokens of the image.
     """
 
     tokens: Tensor
@@ -137,10 +137,10 @@ class Subset:
     _rows: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def rows(self, length: int) -> Tensor:
-        """These tokens and all of the text before them, as rows of a ``(B * length, C)`` matrix.
+        """Convert these tokens, with all text tokens before them, to rows of a ``(B * length, C)`` matrix.
 
         Args:
-            length: of a sequence of T text tokens and the image's: T + N, or N without text.
+            length: tokens in a sequence: T + N with T text tokens, N without text.
 
         Returns:
             ``(B * (T + n),)``.
@@ -153,10 +153,10 @@ class Subset:
 def most_similar(
     x: Tensor, query: Tensor, candidate: Tensor, *, exact: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """For each query token, the candidate token of highest cosine similarity.
+    """Find the candidate token of highest cosine similarity for each query token.
 
-    Similarities are formed a block of ``ROWS`` queries at a time and reduced at once; nothing of size
-    N x N is ever held.
+    Similarities are computed for ``ROWS`` queries at a time and reduced directly; nothing of size N x N is
+    ever in memory.
 
     Args:
         x: features ``(B, N, C)``.
@@ -168,7 +168,7 @@ def most_similar(
         The similarity ``(B, n)``, at least in float32, and the position in ``candidate`` ``(B, n)``.
     """
     inverse = inverse_norm(x)
-    # Scaling the query by its norm changes its similarities but not their order, so it waits.
+    # The query's norm changes its similarities but not their order, so it is applied at the end.
     target, mean = _targets(x, candidate, inverse, exact)
     asked = rows_of(x, query)
     value, index = inverse.new_empty(query.shape), torch.empty_like(query)
@@ -181,10 +181,10 @@ def most_similar(
 
 
 def _targets(x: Tensor, candidate: Tensor, inverse: Tensor, exact: bool) -> tuple[Tensor, Tensor | None]:
-    """The candidates at length 1, in the precision of the products, and the mean taken from them.
+    """Normalise the candidates, in the precision of the products, and subtract their mean.
 
-    What they have in common adds the same to all similarities of a query. Without it the products are
-    smaller, and half precision rounds them less. In other precisions nothing is taken.
+    The mean adds the same to all similarities of a query. Without it the products are smaller, and half
+    precision rounds them less. In other precisions nothing is subtracted, and the mean is None.
     """
     target = rows_of(x, candidate) * inverse.gather(1, candidate)[..., None]
     if exact or x.dtype is target.dtype:
@@ -194,14 +194,14 @@ def _targets(x: Tensor, candidate: Tensor, inverse: Tensor, exact: bool) -> tupl
 
 
 def _shared(query: Tensor, mean: Tensor | None) -> Tensor | float:
-    """The products ``(B, n)`` of queries and the mean that `_targets` took."""
+    """Multiply queries by the mean that `_targets` subtracted: ``(B, n)``."""
     return 0.0 if mean is None else (query.to(mean.dtype) @ mean.transpose(1, 2)).squeeze(2)
 
 
 def most_similar_nearby(
     x: Tensor, query: Tensor, base: Tensor, grid: Grid, *, exact: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """As `most_similar` with one base token a patch, but only those of the 3 x 3 patches around.
+    """Find the most similar base token as `most_similar` does, but only in the 3 x 3 patches around.
 
     Args:
         x: features ``(B, N, C)``.
@@ -219,7 +219,7 @@ def most_similar_nearby(
     similarity = (asked @ near.transpose(1, 2)).view(batch, grid.patches, -1, 9)
     similarity = similarity.masked_fill((around < 0)[:, None], -torch.inf)
     best, which = similarity.max(-1)
-    # Back from (patch, slot) to tokens; the slots a border patch lacks have no token to go to.
+    # Back from (patch, slot) to tokens; border patches have empty slots.
     patch = patch_of_token(grid, x.device)
     token = torch.arange(grid.tokens, device=x.device)
     row, column = token // grid.width % grid.patch, token % grid.width % grid.patch
@@ -241,18 +241,18 @@ def prune_similar(
 ) -> Selection:
     """Prune the ``count`` tokens that are most similar to a base token.
 
-    DaTo steps 4 and 5 and SiTo's step 2: of the tokens that are not base tokens, those with the
-    highest similarity to a base token are pruned and take the value of that base token.
+    Steps 4 and 5 of DaTo, step 2 of SiTo: base tokens are never pruned; the other tokens with the highest
+    similarity to a base token are pruned and take its value.
 
     Args:
         x: features ``(B, N, C)``.
         base: ``(B, m)`` base tokens, never pruned.
         grid: the grid of the N tokens.
         count: number K of tokens to prune, the same for every sample; 0 <= K <= N - m.
-        nearby: look for base tokens in the surrounding 3 x 3 patches only; needs one base token a
-            patch, in the order of the patches.
+        nearby: compare with the base tokens of the surrounding 3 x 3 patches only; needs one base token
+            in each patch, in the order of the patches.
         from_all_kept: a pruned token takes the value of the most similar of ALL kept tokens, as the
-            released code does, instead of the most similar base token.
+            released code does, not of the most similar base token.
         exact: measure similarity of half-precision features in float32.
     """
     rest = complement(base, x.shape[1])

@@ -1,4 +1,4 @@
-"""The bundled models: small, complete pipelines that need no download."""
+"""The bundled models: small, complete pipelines without a download."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from regrow.words import offer, shown
 
 MODELS = ("emoji", "cifar10", "clips")
 GUIDANCE = {"emoji": 3.0, "cifar10": 2.0, "clips": 3.0}
-"""Guidance scale that suits a bundled model."""
+"""Suitable guidance scale of each bundled model."""
 
 
 def bundles(model: str | None) -> bool:
-    """Whether a model of the package is meant: by its name, where no folder of that name holds another."""
+    """Whether a name means a bundled model, because no folder of that name holds a pipeline."""
     return model in MODELS and not (Path(model) / "model_index.json").is_file()
 
 
 def from_anywhere(model: str) -> str:
-    """A model as processes with other working directories find it: a folder by its absolute path."""
+    """Make a folder's path absolute, for processes with other working directories; keep other names."""
     return model if bundles(model) or not Path(model).exists() else str(Path(model).resolve())
 
 
 def guidance_of(model: str | None, guidance: float | None = None) -> float | None:
-    """The guidance scale that was asked for, or that suits a bundled model; None for the pipeline's own."""
+    """Choose the guidance scale: the given one, or a bundled model's; None for the pipeline's default."""
     return GUIDANCE[model] if guidance is None and model and bundles(model) else guidance
 
 
 def path(name: str) -> Path:
-    """The folder of a bundled model, as `from_pretrained` takes it."""
+    """Find the folder of a bundled model, for `from_pretrained`."""
     if name not in MODELS:
         raise ValueError(
-            f"model: {shown(name)} is not bundled; bundled are {', '.join(MODELS)}{offer(name, MODELS)}"
+            f"model: {shown(name)} is not bundled; use one of {', '.join(MODELS)}{offer(name, MODELS)}"
         )
     return Path(str(resources.files("regrow.zoo") / name))
 
 
 def captions(name: str) -> list[str]:
-    """Captions that a bundled model can draw."""
+    """List the captions that a bundled model can draw."""
     return captions_in(path(name))
 
 
 def captions_in(folder: Path) -> list[str]:
-    """Captions that a model of this kind can draw, from its folder."""
+    """Read the captions that a model of this kind can draw, from its folder."""
     file = folder / "captions.json"
     found = read_json(file)
     if not isinstance(found, list) or not all(isinstance(caption, str) for caption in found) or not found:
@@ -58,12 +58,12 @@ def captions_in(folder: Path) -> list[str]:
 
 
 def prompts_of(model: str, count: int, instead: str) -> tuple[str, ...]:
-    """So many prompts of a model's own, again from the first if there are fewer.
+    """List prompts of a model's own, repeated from the first if there are too few.
 
     Args:
-        model: bundled by name, or a folder, whose ``captions.json`` has them.
-        count: how many.
-        instead: what to say where there are none.
+        model: name of a bundled model, or a folder with a ``captions.json``.
+        count: number of prompts.
+        instead: advice in the error for a model without prompts.
 
     Raises:
         ValueError: if the model has no prompts of its own.
@@ -75,12 +75,12 @@ def prompts_of(model: str, count: int, instead: str) -> tuple[str, ...]:
 
 
 def load(name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
-    """A bundled model as a pipeline, with progress bars off."""
+    """Load a bundled model as a pipeline, with progress bars off."""
     return load_from(path(name), dtype, device)
 
 
 def load_from(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
-    """A pipeline from a folder, without the libraries' loading bars and remarks."""
+    """Load a pipeline from a folder, without the libraries' loading bars and remarks."""
     with _quiet():
         from diffusers import DiffusionPipeline
 
@@ -91,7 +91,7 @@ def load_from(folder: Path, dtype: torch.dtype = torch.float32, device: str | to
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' loading bars and remarks off the screen, for as long as this lasts."""
+    """Keep the libraries' loading bars and remarks off the screen inside this context."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -266,10 +266,10 @@ def test_a_search_does_not_go_on_with_a_model_that_was_trained_further(tmp_path:
         (("--objective", "quality:psnr"), "at least one of cost"),
         (("--choices", "width=3"), "choices: 'width'"),
         (("--choices", "ratio"), "choices: 'ratio'"),
-        (("--rungs", "1,3"), "it must be that of the prompts, 2"),
+        (("--rungs", "1,3"), "it must be the number of prompts, 2"),
         (("--method", "l2c"), "L2C has no plans to search"),
         (("--workers", "2"), "--engine ray"),
-        (("--objective", "quality:clip", "--objective", "cost:macs"), "clip: a CLIP model must be given"),
+        (("--objective", "quality:clip", "--objective", "cost:macs"), "clip: give a CLIP model"),
         (("--beside", "nothing:1"), "nothing"),
         (("--choices", "ratio=2"), "choices: ratio.0: 2 is not allowed, it must be >= 0 and < 1"),
         (

@@ -227,14 +227,14 @@ def test_a_gain_over_what_comes_later_is_refused(pictures: Pictures) -> None:
 def test_a_folder_of_another_setting_is_refused(
     pictures: Pictures, changes: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"{named}: the pictures in .* were made with another one"):
+    with pytest.raises(ValueError, match=f"{named}: the pictures in .* were made with another value"):
         Pictures(pictures.folder, Setting(**(vars(SETTING) | changes)))
 
 
 def test_a_folder_of_a_model_that_was_trained_further_is_refused(tmp_path: Path) -> None:
     before = Setting(**(vars(SETTING) | {"model_key": "some"}))
     Pictures(tmp_path, before).make(pipelines.sd(), VARIANTS[1])
-    with pytest.raises(ValueError, match=r"model_key: the pictures in .* were made with another one"):
+    with pytest.raises(ValueError, match=r"model_key: the pictures in .* were made with another value"):
         Pictures(tmp_path, Setting(**(vars(SETTING) | {"model_key": "others"})))
     # The model is not at hand, its pictures are.
     assert not Pictures(tmp_path, SETTING).missing(VARIANTS[1])
@@ -263,8 +263,8 @@ def test_a_folder_is_gone_on_with_for_more_prompts_and_for_fewer(tmp_path: Path)
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (("a penguin", "a cat"), "prompts: the pictures in .* were made with another one"),
-        (PROMPTS[:3], "prompts: 3 and 5 can't share .*, the fewer must fill whole batches of 2"),
+        (("a penguin", "a cat"), "prompts: the pictures in .* were made with another value"),
+        (PROMPTS[:3], "prompts: 3 and 5 can't share .*, the lower number must be a multiple of .* 2"),
         ((*PROMPTS, "a hat"), "prompts: 5 and 6 can't share"),
     ],
 )
@@ -298,7 +298,9 @@ def test_pictures_of_another_device_are_compared_but_not_gone_on_with(tmp_path: 
     assert not here.missing(VARIANTS[1])
     (row,) = compare(here, VARIANTS[1:2], Colours())
     assert row.ssim == 1
-    with pytest.raises(ValueError, match=r"device: cpu is not allowed for what .* of steps:4, the .* cuda"):
+    with pytest.raises(
+        ValueError, match=r"cpu is not allowed for the missing .* of steps:4, those .* cuda"
+    ):
         here.make(pipelines.sd(), VARIANTS[0])
     Pictures(tmp_path, SETTING, "cuda").make(pipelines.sd(), VARIANTS[0])
 
@@ -405,7 +407,7 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match=r"out: .*letter.txt is not allowed, it is a file"):
         Pictures(tmp_path / "letter.txt", SETTING)
-    with pytest.raises(ValueError, match=r"out: .*pictures can't be written, nothing can be made in .*txt"):
+    with pytest.raises(ValueError, match=r"pictures can't be written, .*txt is not a writable folder"):
         Pictures(tmp_path / "letter.txt" / "pictures", SETTING)
 
 
@@ -743,11 +745,11 @@ def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
             "methods: cat:0.3 can't",
         ),
         (("--prompts", "vbench"), "'vbench' is neither a file nor a number nor one of coco, parti"),
-        (("--reference", "nowhere"), "nowhere is neither a folder nor a .safetensors"),
+        (("--reference", "nowhere"), "nowhere must be a folder or a .safetensors"),
         (("--reference", "nowhere.safetensors"), "nowhere.safetensors: there is no such file"),
         (("--scores", "nowhere.json"), "nowhere.json"),
         (("--features", "inception"), "pip install torch-fidelity"),
-        (("--export", "tests"), "export: tests holds something else"),
+        (("--export", "tests"), "export: tests holds other files"),
         (
             ("--save-reference", "Makefile/x.safetensors", "--reference", "docs"),
             "--save-reference: Makefile/x.safetensors can't be written",

@@ -45,11 +45,11 @@ def test_exported_pictures_are_those_made_with_their_prompts(tmp_path: Path, pic
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, pictures: Pictures) -> None:
     (tmp_path / "letter.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds other files"):
         export(tmp_path, pictures, VARIANTS)
     assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
     export(tmp_path / "png", pictures, VARIANTS[:1])
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds other files"):
         check_export(tmp_path / "png", Setting("tiny", PROMPTS[:3], guidance=5.0, shard=2))
     assert check_export(tmp_path / "png", SETTING) == {"steps-4": "steps:4"}
 
@@ -76,12 +76,12 @@ def test_scores_of_several_files_are_merged(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is no JSON"),
-        ("[1]", "is not of the form"),
-        ('{"steps:4": 1}', "is not of the form"),
+        ("[1]", "must be of the form"),
+        ('{"steps:4": 1}', "must be of the form"),
         ('{"steps:9": {"a": 1}}', "'steps:9' in .* is not allowed; allowed are steps:4, steps:2"),
-        ('{"steps:4": {"a": "1"}}', "'1' of steps:4, a in .* is no finite number"),
-        ('{"steps:4": {"a": true}}', "True of steps:4, a in .* is no finite number"),
-        ('{"steps:4": {"a": NaN}}', "nan of steps:4, a in .* is no finite number"),
+        ('{"steps:4": {"a": "1"}}', "'1' of steps:4, a in .* must be a finite number"),
+        ('{"steps:4": {"a": true}}', "True of steps:4, a in .* must be a finite number"),
+        ('{"steps:4": {"a": NaN}}', "nan of steps:4, a in .* must be a finite number"),
     ],
 )
 def test_scores_of_another_form_are_refused(tmp_path: Path, text: str, message: str) -> None:

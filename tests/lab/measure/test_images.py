@@ -46,5 +46,5 @@ def test_a_contact_sheet_holds_every_picture() -> None:
 
 
 def test_a_contact_sheet_with_a_missing_label_is_refused() -> None:
-    with pytest.raises(ValueError, match="one label a row"):
+    with pytest.raises(ValueError, match="must have one label"):
         contact_sheet([[picture(0)]], columns=["a"], labels=[])

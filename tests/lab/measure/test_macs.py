@@ -109,7 +109,7 @@ def test_sizes_that_are_no_multiple_are_refused(size: int) -> None:
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(ValueError, match="arch: 'sd9' is not known; known are sd15, sd2, sdxl, emoji"):
+    with pytest.raises(ValueError, match="arch: 'sd9' is not known; use one of sd15, sd2, sdxl, emoji"):
         architecture("sd9")
 
 

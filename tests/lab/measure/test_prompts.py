@@ -42,10 +42,10 @@ def test_prompt_files_of_the_public_formats_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "\n", "holds none"),
+        ("a.txt", "\n", "holds no prompts"),
         ("a.json", "{", "a.json: it is no JSON"),
         ("a.json", '{"images": []}', "neither a list"),
-        ("a.json", '[{"prompt": "a cat"}]', "a list of something else than texts"),
+        ("a.json", '[{"prompt": "a cat"}]', "not a list of texts only"),
         ("a.csv", "Prompt,x\na cat, red,x\n", "line 2 of .* more fields than its head"),
         ("a.tsv", 'x\tPrompt\nx\t"a cat\nand a dog"\n', "line 3 of .*a.tsv ends before its Prompt"),
         ("a.tsv", 'Prompt\n"a\tcat"\n', "line 2 of .* more fields .* not allowed in a .tsv"),
@@ -78,7 +78,7 @@ def test_a_search_takes_names_of_classes_as_they_are(tmp_path: Path) -> None:
 def test_the_first_prompts_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a cat\na dog")
     assert read_prompts(tmp_path / "a.txt", each=2, first=3) == ["a cat", "a cat", "a dog"]
-    with pytest.raises(ValueError, match=r"first: 3 is not allowed, .* holds 2 prompts"):
+    with pytest.raises(ValueError, match=r"first: 3 is not allowed, .* holds only 2 prompts"):
         read_prompts(tmp_path / "a.txt", first=3)
     with pytest.raises(ValueError, match="first: 0 is not allowed"):
         read_prompts(tmp_path / "a.txt", first=0)
@@ -119,10 +119,10 @@ def test_tables_in_parquet_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="has no column Prompt"):
         read_prompts(table)
     table.write_bytes(parquet_of({"caption": [["a cat"], ["a dog"]]}))
-    with pytest.raises(ValueError, match=r"caption of .* something else than texts"):
+    with pytest.raises(ValueError, match=r"caption of .* must hold texts only"):
         read_prompts(table)
     table.write_text("a cat")
-    with pytest.raises(ValueError, match="is no Parquet file"):
+    with pytest.raises(ValueError, match="can't be read as a Parquet file"):
         read_prompts(table)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"regrow\[prompts\]"):

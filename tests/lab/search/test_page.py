@@ -136,7 +136,9 @@ def test_pictures_stand_in_the_page_a_row_a_prompt(tmp_path: Path) -> None:
     assert rows == [["", "unaccelerated", "plan-00"], ["a pear", "", ""], ["a plum", "", ""]]
     alts = [attributes["alt"] for tag, attributes in reader.tags if tag == "img"]
     assert alts[2:4] == ["a pear, plan-00", "a plum, unaccelerated"]
-    with pytest.raises(ValueError, match=r"pictures: 1 of 'plan-00' is not allowed, .* one a prompt, 2"):
+    with pytest.raises(
+        ValueError, match=r"pictures: 1 of 'plan-00' is not allowed, .* one for each prompt, 2"
+    ):
         page(found.result(), [], {"plan-00": [plain("red")]}, ["a pear", "a plum"])
 
 

@@ -209,7 +209,7 @@ def test_searches_of_different_figures_are_not_compared(tmp_path: Path) -> None:
     other = found.result(seed=1) | {"prompts": 8}
     with pytest.raises(ValueError, match=r"prompts: 4 \(a\), 8 \(b\) is not allowed, it must be the same"):
         plots.compare({"a": found.result(), "b": other}, tmp_path)
-    with pytest.raises(ValueError, match="there must be a search with a front"):
+    with pytest.raises(ValueError, match="at least one search must have a front"):
         plots.compare({"a": found.result() | {"history": []}}, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -117,9 +117,9 @@ class Architecture:
 
     Args:
         name: for tables.
-        denoiser: on the meta device.
+        denoiser: the model, on the meta device.
         scale: pixels a latent position spans along one side.
-        text_tokens: length of a prompt.
+        text_tokens: number of text tokens of a prompt.
     """
 
     name: str
@@ -128,7 +128,7 @@ class Architecture:
     text_tokens: int = 77
 
     def own_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures the model was made for."""
+        """Height and width, in pixels, of the pictures the model was made for."""
         size = getattr(self.denoiser.config, "sample_size", None)
         rows, columns = (size, size) if size else _SIZES[type(self.denoiser).__name__]
         return rows * self.scale, columns * self.scale
@@ -136,15 +136,15 @@ class Architecture:
     def inputs(
         self, height: int | None = None, width: int | None = None, batch: int = 1
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of one call, on the meta device.
+        """Make the arguments of one call, on the meta device.
 
         Args:
-            height: of the picture in pixels; the model's own size if not given.
-            width: likewise.
-            batch: samples in the call.
+            height: height of the picture in pixels; default: the model's own.
+            width: width of the picture in pixels; default: the model's own.
+            batch: number of samples in the call.
 
         Raises:
-            ValueError: if a side is no positive multiple of ``scale``.
+            ValueError: if a side is not a positive multiple of ``scale``.
         """
         config = self.denoiser.config
         sides = []
@@ -232,9 +232,9 @@ def _wan_inputs(config: Any, batch: int, height: int, width: int, text: int) -> 
     }
 
 
-# Latent sizes that the configurations do not say: 1024 x 1024 and 480 x 832 pixels.
+# Latent sizes that are not in the configurations: 1024 x 1024 and 480 x 832 pixels.
 _SIZES = {"FluxTransformer2DModel": (128, 128), "WanTransformer3DModel": (60, 104)}
-# 81 frames, of which the autoencoder makes one of the first and one of every four others.
+# 81 frames: the autoencoder makes one latent frame of the first, and one of each four others.
 WAN_FRAMES = 21
 _INPUTS = {
     "UNet2DConditionModel": _unet_inputs,
@@ -248,14 +248,14 @@ _INPUTS = {
 
 
 def architecture(name: str) -> Architecture:
-    """An architecture by name.
+    """Look up an architecture by name.
 
     Raises:
         ValueError: if the name is not one of `NAMES`.
     """
     if name not in NAMES:
         raise ValueError(
-            f"arch: {shown(name)} is not known; known are {', '.join(NAMES)}{offer(name, NAMES)}"
+            f"arch: {shown(name)} is not known; use one of {', '.join(NAMES)}{offer(name, NAMES)}"
         )
     if name in CONFIGS:
         return Architecture(name, _without_weights("UNet2DConditionModel", CONFIGS[name]))
@@ -266,7 +266,7 @@ def architecture(name: str) -> Architecture:
 
 
 def architecture_of(model: str) -> Architecture:
-    """The architecture of a model's folder or hub id; reads its configuration, not its weights.
+    """Make the architecture of a model's folder or hub id; reads its configuration, not its weights.
 
     Raises:
         OSError: if there is no such model.
@@ -275,13 +275,13 @@ def architecture_of(model: str) -> Architecture:
 
 
 def _of_path(name: str, path: str) -> Architecture:
-    """What the configuration files of a pipeline say; the public models' values where they don't."""
+    """Read an architecture from a pipeline's configuration; missing values are the public models'."""
     index: Any = DiffusionPipeline.load_config(path)
     part = "unet" if "unet" in index else "transformer"
     kind = index[part][1] if part in index else ""
     if kind not in _INPUTS:
         raise ValueError(
-            f"model: {path} has no denoiser that can be profiled; known are {', '.join(_INPUTS)}"
+            f"model: {path} has no denoiser that can be profiled; it must be one of {', '.join(_INPUTS)}"
         )
     config: Any = getattr(diffusers, kind).load_config(path, subfolder=part)
     vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
@@ -296,7 +296,7 @@ _CHANNELS = ("block_out_channels", "encoder_block_out_channels")
 
 
 def decoder_channels(path: str) -> int:
-    """Channels of the decoder of a pipeline where its features are as large as the picture; 1 if not known.
+    """Count a decoder's channels where its features have the picture's size; 1 if not known.
 
     Args:
         path: folder or hub id.
@@ -309,7 +309,7 @@ def decoder_channels(path: str) -> int:
 
 
 def _text_tokens(path: str, index: Any, kind: str) -> int:
-    """How many text tokens a pipeline hands on."""
+    """Count the text tokens that a pipeline gives to its denoiser."""
     if index["_class_name"] == "PixArtSigmaPipeline":
         return 300
     known = {type_: text for type_, text, _ in TRANSFORMERS.values() if text != 300}

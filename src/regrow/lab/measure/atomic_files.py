@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and tensors that are computed once."""
+"""Files that are complete or do not exist, and tensors that are computed once."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torch import Tensor
 from regrow.files import check_file, damaged
 
 REMOVE = "remove it, and it is made again"
-"""What to do about a kept file that is damaged."""
-# Bytes of a kept file: shards of pictures may be large.
+"""Advice about a damaged file that regrow kept."""
+# Largest kept file, in bytes: shards of pictures may be large.
 _MOST = 1 << 36
 
 
 def write_whole(file: Path, write: Callable[[Path], Any], writer: str = "") -> None:
-    """Write a file so that it is whole or not there, also after the power was cut.
+    """Write a file so that it is complete or does not exist, even after a power failure.
 
     Args:
         file: the file.
-        write: writes it, whatever it is called meanwhile.
-        writer: whose, where several may write the same file at once.
+        write: writes the file under the temporary name that it is given.
+        writer: name of the writer, if several may write the same file at the same time.
     """
     unfinished = file.with_name(f"{file.name}{writer}.partial")
     try:
@@ -54,7 +54,7 @@ def write_json(file: Path, value: Any, *, ascii_only: bool = True) -> None:
 
     Args:
         file: the file.
-        value: what JSON can hold.
+        value: plain data that JSON can hold.
         ascii_only: escape all other characters.
     """
     write_text(file, json.dumps(value, indent=1, ensure_ascii=ascii_only) + "\n")
@@ -71,14 +71,14 @@ def _to_disk(place: Path) -> None:
 
 @contextmanager
 def opened_kept(file: Path, instead: str = REMOVE) -> Iterator[Any]:
-    """A ``.safetensors`` that regrow kept, as `safe_open` gives it.
+    """Open a ``.safetensors`` that regrow kept, by `safe_open`.
 
     Args:
         file: the file.
-        instead: what to do if it is damaged.
+        instead: advice in the error for a damaged file.
 
     Raises:
-        FileError: naming it, if it is damaged, or holds other tensors than are asked of it.
+        FileError: naming it, if it is damaged or lacks a tensor.
         OSError: if it can't be read.
     """
     check_file(file, _MOST)
@@ -90,33 +90,33 @@ def opened_kept(file: Path, instead: str = REMOVE) -> Iterator[Any]:
 
 
 def check_writable(name: str, place: Path, *, folder: bool = False) -> None:
-    """Look whether a file or folder can be written, and make nothing.
+    """Check that a file or folder can be written, without making it.
 
     Args:
-        name: of the option.
+        name: name of the option.
         place: the file or folder.
-        folder: which of both it is.
+        folder: whether it is a folder.
 
     Raises:
-        ValueError: if it can't, saying why.
+        ValueError: if it can't be written, with the reason.
     """
     if place.exists() and place.is_dir() != folder:
         raise ValueError(f"{name}: {place} is not allowed, it is a {'file' if folder else 'folder'}")
     there = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.exists())
     if (there.is_file() and there != place.absolute()) or not os.access(there, os.W_OK):
-        raise ValueError(f"{name}: {place} can't be written, nothing can be made in {there}")
+        raise ValueError(f"{name}: {place} can't be written, {there} is not a writable folder")
 
 
 def kept(
     file: Path, key: str, compute: Callable[[], dict[str, Tensor]], writer: str = ""
 ) -> dict[str, Tensor]:
-    """The tensors of a file if it was written under this key; else they are computed and written.
+    """Read the tensors of a file if its key is the same; otherwise compute and write them.
 
     Args:
         file: a ``.safetensors``.
-        key: all that the tensors depend on.
-        compute: makes them.
-        writer: whose, where several may write the same file at once.
+        key: text with everything that the tensors depend on.
+        compute: computes them.
+        writer: name of the writer, if several may write the same file at the same time.
 
     Raises:
         FileError: naming the file, if it is damaged.
@@ -132,7 +132,7 @@ def kept(
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """A short fingerprint of the tensors' bytes and shapes."""
+    """Compute a short fingerprint of the tensors' bytes and shapes."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

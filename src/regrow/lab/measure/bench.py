@@ -1,4 +1,4 @@
-"""Speed and memory of methods on one pipeline, all in one run, one after the other in turns."""
+"""Measure speed and memory of methods on one pipeline, in alternating turns of one run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from regrow.lab.measure.variants import Variant
 from regrow.lab.memory import PeakMemory, keep_freed_memory
 from regrow.models import module_of
 
-# A generation this much slower than the median of its variant was disturbed by something else.
+# A generation slower than its variant's median by this factor was disturbed by something else.
 DISTURBED = 1.25
-# Attention on a processor, which torch's counter leaves out.
+# Attention on a CPU, which torch's counter does not count.
 _UNKNOWN = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
         sdpa_flop_count(query.shape, key.shape, value.shape)
@@ -35,13 +35,13 @@ _UNKNOWN = {
 
 @dataclass(frozen=True)
 class CallKind:
-    """One kind of call of the denoiser; None where the method does not tell.
+    """A kind of call of the denoiser; None is what the method does not report.
 
     Args:
         depth: ``"full"`` or a number of up-path layers.
         ratio: share of tokens pruned where the method prunes.
-        count: calls of this kind in a generation.
-        seconds: median of one call, the whole batch; the mean where kinds are not told apart.
+        count: number of calls of this kind in a generation.
+        seconds: median time of one call, for the whole batch; the mean if kinds are not distinguished.
     """
 
     depth: str | None
@@ -52,28 +52,28 @@ class CallKind:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """What one variant took; times are medians over its timed generations, None is what is not known.
+    """The measurements of a variant; times are medians over its timed generations, None is not known.
 
     Args:
-        name: of the variant.
-        seconds: of a generation of all pictures.
+        name: name of the variant.
+        seconds: time of a generation of all pictures.
         seconds_per_image: the same for one picture.
         images_per_second: throughput.
-        spread: the slowest generation over the fastest.
+        spread: the slowest generation's time over the fastest's.
         disturbed: numbers of the generations that something slowed down.
-        speedup: of the first variant's time, the mean of its generations before and after, over this one's;
-            the median over rounds. None if the first failed.
-        denoiser_seconds: of all calls of the denoiser in a generation.
-        macs: of the denoiser in a generation, the whole batch; with choosing tokens where a method does not
-            tell its MACs and they were counted while it ran, without it where it does.
-        macs_ratio: of the first variant's MACs over this one's.
-        efficiency: speed-up of the denoiser's calls, measured likewise, over ``macs_ratio``.
-        peak_mib: peak memory of a generation, above what was there before it.
-        changes_nothing: whether every call of the denoiser gave, bit for bit, what it gives in the plain
+        speedup: the first variant's time over this one's, median over rounds; the first one's time is the
+            mean of its generations before and after. None if the first failed.
+        denoiser_seconds: time of all calls of the denoiser in a generation.
+        macs: MACs of the denoiser in a generation, for the whole batch; without choosing tokens if the
+            method reports its MACs, with it if they were counted while it ran.
+        macs_ratio: the first variant's MACs over this one's.
+        efficiency: speed-up of the denoiser's calls over ``macs_ratio``.
+        peak_mib: peak memory of a generation, above the memory in use before it.
+        changes_nothing: whether every call of the denoiser gives, bit for bit, what it gives in the plain
             pipeline with as many steps; None if that is not one of the variants.
         calls: the kinds of calls.
-        rounds: seconds of every timed generation, one a round; the first of several variants has more.
-        error: why it did not run; all else is empty then.
+        rounds: seconds of every timed generation: one a round, more for the first of several variants.
+        error: why it did not run; then everything else is empty.
     """
 
     name: str
@@ -94,18 +94,18 @@ class BenchRow:
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Convert the row to plain data."""
         return asdict(self)
 
 
 class _Timed:
-    """The generations of a variant, and what they gave.
+    """The generations of a variant, and their measurements.
 
     Args:
-        pipeline: that they are made by.
-        variant: how.
-        prompts: of all of them.
-        options: of `make`.
+        pipeline: the pipeline.
+        variant: the variant.
+        prompts: prompts of each generation.
+        options: options of `make`.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class _Timed:
         self.seconds: list[float] = []
         self.denoiser: list[float] = []
         self.beside: list[int] = []
-        """Of each timed generation, how many the first variant had made before it."""
+        """Number of generations of the first variant before each timed generation."""
         self.calls: list[list[float]] = []
         self.kinds: Sequence[tuple[str | None, float | None]] = ()
         self.macs: int | None = None
@@ -125,7 +125,7 @@ class _Timed:
         self._pipeline, self._prompts, self._options = pipeline, prompts, options
 
     def turn(self, act: Callable[[_Timed], None]) -> None:
-        """Do something, unless the variant failed before; an exception is kept as its error."""
+        """Run ``act``, unless the variant failed before; an exception becomes the variant's error."""
         if self.error is None:
             try:
                 act(self)
@@ -133,7 +133,7 @@ class _Timed:
                 self.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
     def warm_up(self) -> None:
-        """Make one generation, untimed: what its calls compute and give."""
+        """Make one untimed generation; note what its calls compute and return."""
         inputs: list[Any] = []
         outputs = hashlib.sha256()
 
@@ -149,7 +149,7 @@ class _Timed:
         self.kinds = [(None, None)] * len(inputs)
         if run is not None:
             report = run.report()
-            # A call that the clock could not place is in no report.
+            # A call without a known step is not in the report.
             if len(report.calls) == len(inputs):
                 self.kinds = [(c.depth, c.ratio) for c in report.calls]
                 self.macs = report.macs
@@ -160,7 +160,7 @@ class _Timed:
             self.macs = self._counted_macs()
 
     def time(self) -> None:
-        """Make one generation, with the times of its calls."""
+        """Make one generation, and time its calls."""
         calls: list[tuple[Moment, Moment]] = []
         begun: list[Moment] = []
         device = self._pipeline.device
@@ -183,7 +183,7 @@ class _Timed:
         self.calls.append(taken)
 
     def measure_memory(self) -> None:
-        """Make one generation for its peak memory."""
+        """Make one generation to measure its peak memory."""
         with self._applied(), PeakMemory(self._pipeline.device) as memory:
             self._make()
         self.peak = memory.mib
@@ -194,14 +194,14 @@ class _Timed:
 
     @contextmanager
     def _applied(self) -> Iterator[Run | None]:
-        """The variant on the pipeline; where blocks are compiled, compiled for it."""
+        """Apply the variant to the pipeline; compiled blocks are compiled for it."""
         compiled = _compiled(module_of(self._pipeline))
         if compiled:
             torch._dynamo.reset()
         with self.variant.applied(self._pipeline) as run:
             if compiled:
                 self._make()
-                # diffusers' own caches go on where they were, unless the denoiser has a cache mixin.
+                # Caches of diffusers continue from their old state, unless the denoiser has a cache mixin.
                 for module in module_of(self._pipeline).modules():
                     if isinstance(registry := getattr(module, "_diffusers_hook", None), HookRegistry):
                         registry.reset_stateful_hooks(recurse=False)
@@ -210,12 +210,12 @@ class _Timed:
     def _hooked(
         self, before: Callable[[Any, Any, Any], None], after: Callable[[Any, Any, Any], None]
     ) -> tuple[Run | None, float]:
-        """One generation with hooks around the denoiser's calls, and its seconds."""
+        """Make one generation with hooks around the denoiser's calls, and time it."""
         with self._applied() as run, around_calls(module_of(self._pipeline), before, after):
             return run, self._make().seconds
 
     def _counted_macs(self) -> int | None:
-        """MACs counted in one more generation, of a method that does not tell; None if they can't be."""
+        """Count MACs in one more generation, if the method does not report them; None if impossible."""
         if _compiled(module_of(self._pipeline)) or self._pipeline.device.type not in ("cpu", "cuda"):
             return None
         begun: list[int] = []
@@ -231,7 +231,7 @@ class _Timed:
             with Flops(_UNKNOWN) as counter:
                 self._hooked(before, after)
         except Exception:
-            # It ran uncounted.
+            # It ran without being counted.
             return None
         return sum(flops) // 2
 
@@ -249,32 +249,33 @@ def bench(
     on_generation: Callable[[str], None] = lambda name: None,
     on_timed: Callable[[int, BenchRow], None] = lambda number, row: None,
 ) -> list[BenchRow]:
-    """Time variants in turns: round by round, each variant once.
+    """Time variants in turns: in each round every variant once.
 
-    The first of several variants is timed again whenever the others since its last turn took as long as it,
-    and at the end: a machine whose speed drifts in a round slows what is compared alike. Before the rounds
-    every variant makes one generation, untimed, in which the denoiser's outputs are compared with the plain
-    pipeline's, and one that does not tell its MACs another, in which they are counted. After the rounds
-    each makes one more, in which memory is measured, when caches that are no method's are filled. A variant
-    that fails gets a row with its error. From now on glibc keeps freed memory (`keep_freed_memory`).
+    Before the rounds every variant makes one untimed generation, in which the denoiser's outputs are
+    compared with the plain pipeline's; a variant that does not report its MACs makes another, in which they
+    are counted. In the rounds, the first of several variants is timed again whenever the others since its
+    last turn took as long as it, and at the end, so that a machine whose speed drifts slows both sides of a
+    comparison. After the rounds, when caches that belong to no method are filled, each variant makes one
+    more generation to measure its memory. A variant that fails gets a row with its error. From now on
+    glibc keeps freed memory (`keep_freed_memory`).
 
-    Where blocks are compiled, all that the process compiled is dropped before each turn, and a generation
-    before the timed one compiles it again: hooks put on anew are other code to torch.compile, which at its
-    limit of recompilations goes on uncompiled.
+    If blocks are compiled, all compiled code of the process is dropped before each turn, and an untimed
+    generation compiles it again: new hooks are new code for torch.compile, which stops compiling at its
+    limit of recompilations.
 
     Args:
-        pipeline: a diffusers pipeline; regrow's own methods may not support it, the plain one runs.
-        variants: what to compare; the first is the baseline of the ratios.
-        prompts: one a picture, all in one batch.
+        pipeline: a diffusers pipeline, even one that regrow's methods do not support.
+        variants: variants to compare; the first is the baseline of the ratios.
+        prompts: a prompt for each picture, all in one batch.
         rounds: timed rounds, >= 1.
-        guidance: guidance scale; the pipeline's own if not given.
-        height: in pixels.
-        width: in pixels.
-        frames: of a video; the pipeline's own if not given.
-        on_generation: called with each variant's name after it was warmed up, after its turn in each round,
-            and after its memory was measured.
+        guidance: guidance scale; default: the pipeline's own.
+        height: height in pixels; default: the pipeline's own.
+        width: width in pixels; default: the pipeline's own.
+        frames: number of frames of a video; default: the pipeline's own.
+        on_generation: called with a variant's name after its warm-up, after each turn in a round, and after
+            its memory was measured.
         on_timed: called after each turn in a round with the round's number, from 0, and the variant's row
-            as far as it is known then.
+            until now.
 
     Raises:
         ValueError: if there is no variant, no prompt or no round, or frames are given and no video is made.
@@ -318,21 +319,21 @@ def bench(
 
 
 def _compiled(denoiser: Any) -> bool:
-    """Whether any of its modules is."""
+    """Whether any of the denoiser's modules is compiled."""
     return any(module._compiled_call_impl is not None for module in denoiser.modules())
 
 
 def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
-    """MACs of plain calls; None if the forward pass needs what the meta device lacks, such as data."""
+    """Count the MACs of plain calls; None if the forward pass does not run on the meta device."""
     try:
         return plain_macs(denoiser, inputs)
     except Exception:
-        # It ran on the device.
+        # It ran on the real device before.
         return None
 
 
 def _row(timed: _Timed, base: _Timed, images: int, plain: str | None) -> BenchRow:
-    """The medians of a variant; ``plain`` are the outputs it is compared with."""
+    """Make the row of a variant; ``plain`` is the fingerprint of outputs that it is compared with."""
     if timed.error is not None:
         return BenchRow(timed.variant.name, error=timed.error)
     seconds = statistics.median(timed.seconds)
@@ -370,7 +371,7 @@ def _row(timed: _Timed, base: _Timed, images: int, plain: str | None) -> BenchRo
 
 
 def _over(base: _Timed, timed: _Timed, times: Callable[[_Timed], Sequence[float]]) -> float | None:
-    """How many times as long the first variant took, before and after on average; None if it failed."""
+    """Compute the first variant's time, averaged before and after, over this one's; None if it failed."""
     if base.error is not None:
         return None
     if timed is base:

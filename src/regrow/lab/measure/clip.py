@@ -1,4 +1,4 @@
-"""How well pictures fit their prompts: the CLIP score."""
+"""The CLIP score: how well pictures fit their prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ClipScore:
 
     Args:
         name: folder or hub id of a `transformers.CLIPModel` with its tokenizer and image processor, such as
-            ``openai/clip-vit-large-patch14``. Papers differ in it: compare only scores of one model.
+            ``openai/clip-vit-large-patch14``. Papers use different ones: compare scores of one model only.
         device: where it runs.
 
     Raises:
@@ -43,11 +43,11 @@ class ClipScore:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The score of each picture with its prompt.
+        """Score each picture with its prompt.
 
         Args:
             images: ``(B, 3, H, W)`` uint8.
-            prompts: B texts.
+            prompts: ``B`` texts.
 
         Returns:
             ``(B,)`` float32, 0 to 100.

@@ -1,4 +1,4 @@
-"""Pictures of many prompts by many methods, made once however often the run is killed, and compared."""
+"""Make pictures of many prompts by many methods, and compare them; killed runs are resumed."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ from regrow.lab.measure.sampling import make
 from regrow.lab.measure.variants import Variant
 from regrow.lab.workers import LocalWorkers, Workers
 
-# Goes up with every change of how pictures, or sets of them, are measured, the formulas of quality.py
-# included: no older figure must be taken for a new one.
+# Raise it with every change of how pictures, or sets of them, are measured, also in quality.py, so that
+# older figures are not mixed with new ones.
 _MEASURE = 1
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What pictures are made of, apart from the method.
+    """The settings of pictures, apart from the method.
 
     Args:
         model: name, folder or hub id.
-        prompts: one a picture; picture i has seed ``seed + i``.
-        seed: of the first picture.
-        scheduler: as `Sampler.parse` takes it; None for the model's own.
+        prompts: a prompt for each picture; picture i has seed ``seed + i``.
+        seed: seed of the first picture.
+        scheduler: scheduler, for `Sampler.parse`; None for the model's own.
         guidance: guidance scale; None for the pipeline's own.
-        height: in pixels; None for the model's own.
-        width: likewise.
-        dtype: of the weights.
-        model_key: of the model, where it is bundled or in a folder; empty for one of the hub.
-        shard: pictures made in one batch and kept in one file. The batch a picture is made in may change
-            its last bits, so a killed run repeats whole shards.
+        height: height in pixels; None for the model's own.
+        width: width in pixels; None for the model's own.
+        dtype: type of the weights.
+        model_key: key of a bundled model or of one in a folder; empty for a model of the hub.
+        shard: number of pictures in one batch and one file. The batch may change a picture's last bits, so
+            a resumed run makes incomplete shards again.
     """
 
     model: str
@@ -79,14 +79,14 @@ class Setting:
     shard: int = 16
 
     def make(self, pipeline: Any, start: int, stop: int, steps: int, **options: Any) -> Made:
-        """One batch of pictures of some of the prompts, each from its own seed.
+        """Make one batch of pictures of some of the prompts, each from its own seed.
 
         Args:
-            pipeline: of the model.
-            start: the first prompt.
-            stop: behind the last prompt.
-            steps: sampler steps.
-            options: others of `sampling.make`.
+            pipeline: pipeline of the model.
+            start: index of the first prompt.
+            stop: index after the last prompt.
+            steps: number of sampler steps.
+            options: other options of `sampling.make`.
         """
         return make(
             pipeline,
@@ -100,7 +100,7 @@ class Setting:
         )
 
     def shards(self) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """The number of each shard and its prompts."""
+        """List the number of each shard and its prompts."""
         for number, start in enumerate(range(0, len(self.prompts), self.shard)):
             yield number, self.prompts[start : start + self.shard]
 
@@ -110,9 +110,9 @@ class Shard:
     """A batch of pictures to be made.
 
     Args:
-        variant: by which method.
-        number: of the shard.
-        prompts: of its pictures.
+        variant: variant that makes it.
+        number: number of the shard.
+        prompts: prompts of its pictures.
     """
 
     variant: Variant
@@ -124,28 +124,28 @@ class ShardMaker:
     """Makes shards.
 
     Args:
-        setting: of all shards.
-        pipeline: of the setting's model.
+        setting: setting of all shards.
+        pipeline: pipeline of the setting's model.
     """
 
     def __init__(self, setting: Setting, pipeline: Any) -> None:
-        # At once: files may change while pictures are made.
+        # Read now: files may change while pictures are made.
         self.setting, self.pipeline = setting, pipeline
         self.maker = maker_key(pipeline.device)
 
     def __call__(self, shard: Shard) -> bytes:
-        """The content of the shard's file: its pictures, uint8 ``(B, 3, H, W)``, and seconds, ``(1,)``; as
-        metadata `maker_key` of what made them."""
+        """Make the content of a shard's file: its pictures, uint8 ``(B, 3, H, W)``, and seconds, ``(1,)``;
+        its metadata has the `maker_key`."""
         one, start = shard.variant, shard.number * self.setting.shard
         try:
-            # Anew for each shard: what a method keeps must not pass from one to the next.
+            # Applied again for each shard, so that a method keeps nothing from one to the next.
             with one.applied(self.pipeline):
                 stop = start + len(shard.prompts)
                 made = self.setting.make(self.pipeline, start, stop, one.steps, **one.arguments({}))
         except torch.OutOfMemoryError as error:
             raise MemoryError(
                 f"batch: {len(shard.prompts)} pictures by {one.name} need more memory than the "
-                "device has; use fewer, in another folder"
+                "device has; use a smaller batch and another folder"
             ) from error
         pictures = torch.stack([to_tensor(image) for image in made.images])
         tensors = {"pictures": pictures, "seconds": torch.tensor([made.seconds])}
@@ -156,18 +156,18 @@ class Pictures:
     """The pictures of a setting in a folder, a subfolder for each variant.
 
     Args:
-        folder: made with the first pictures; that of an earlier run with the same setting is gone on with.
-            The prompts may be more or fewer than then if one list begins the other with whole shards.
-        setting: what the pictures are made of.
-        device: that makes what is missing. Pictures of another kind of device can be compared, but not
-            gone on with: they are rounded otherwise, and methods may draw otherwise.
+        folder: made with the first pictures. An earlier run with the same setting is resumed; its prompts
+            may be more or fewer, if the shorter list begins the longer one and fills whole shards.
+        setting: setting of the pictures.
+        device: device for the missing pictures. Pictures of another kind of device can be compared, but not
+            completed: their rounding, and random numbers of methods, may differ.
 
     Attributes:
-        setting: with the model's key, if only the folder knows it.
+        setting: the setting, with the model's key from the folder if it has no key.
 
     Raises:
-        ValueError: if the folder belongs to another setting or can't be written, the fewer prompts end
-            within a shard, or there is nothing to make.
+        ValueError: if the folder belongs to another setting or can't be written, the shorter list of
+            prompts ends within a shard, or there is nothing to make.
     """
 
     def __init__(self, folder: Path, setting: Setting, device: str = "cpu") -> None:
@@ -189,47 +189,47 @@ class Pictures:
             theirs = before.get("prompts")
             if not isinstance(theirs, list) or not all(isinstance(prompt, str) for prompt in theirs):
                 raise damaged(file, "use another folder")
-            # Not there in older folders.
+            # Missing in older folders.
             made_on = before.pop("device", made_on)
             shorter, longer = sorted((theirs, now["prompts"]), key=len)
             if longer[: len(shorter)] == shorter:
                 before["prompts"] = now["prompts"] = longer
-            # Empty where the model is not at hand, and in folders from before it was kept.
+            # Empty if the model is not on this machine, and in older folders.
             before["model_key"] = before.get("model_key") or now["model_key"]
             now["model_key"] = now["model_key"] or before["model_key"]
             for name, value in now.items():
                 if before.get(name) != value:
                     raise ValueError(
-                        f"{name}: the pictures in {folder} were made with another one; use another folder"
+                        f"{name}: the pictures in {folder} were made with another value; use another folder"
                     )
             if len(shorter) < len(longer) and len(shorter) % setting.shard:
                 raise ValueError(
-                    f"prompts: {len(shorter)} and {len(longer)} can't share {folder}, the fewer must fill "
-                    f"whole batches of {setting.shard}"
+                    f"prompts: {len(shorter)} and {len(longer)} can't share {folder}, the lower number "
+                    f"must be a multiple of the batch, {setting.shard}"
                 )
         self._described = now | {"device": made_on}
         self.setting = replace(setting, model_key=now["model_key"])
 
     def missing(self, one: Variant) -> list[tuple[int, tuple[str, ...]]]:
-        """The shards of a variant that are not made yet.
+        """List the shards of a variant that are not made yet.
 
         Raises:
-            ValueError: if the folder holds pictures of another configuration under this name, or some are
-                missing and the others were made on another kind of device.
+            ValueError: if the folder holds pictures of another configuration under this name, or the
+                missing ones would be made on another kind of device.
         """
         self._check_configuration(one)
         found = [(n, prompts) for n, prompts in self.setting.shards() if not self._file(one, n).exists()]
         if found and self.device.type != self._described["device"]:
             raise ValueError(
-                f"device: {self.device.type} is not allowed for what is missing of {one.name}, the "
-                f"pictures in {self.folder} were made on {self._described['device']}; use another folder"
+                f"device: {self.device.type} is not allowed for the missing pictures of {one.name}, those "
+                f"in {self.folder} were made on {self._described['device']}; use another folder"
             )
         return found
 
     def made_otherwise(self, one: Variant) -> bool:
         """Whether other code or packages, or another machine, made some of the pictures of a variant.
 
-        Pictures that do not say what made them count as such.
+        Pictures without this information count as such.
         """
         here = maker_key(self.device)
         for number, _ in self.setting.shards():
@@ -241,7 +241,7 @@ class Pictures:
         return False
 
     def make(self, pipeline: Any, one: Variant, on_shard: Callable[[], None] = lambda: None) -> None:
-        """Make what is missing of a variant in this process.
+        """Make the missing pictures of a variant in this process.
 
         Args:
             pipeline: the pipeline of the setting's model.
@@ -257,41 +257,41 @@ class Pictures:
         variants: Sequence[Variant],
         on_shard: Callable[[Variant], None],
     ) -> None:
-        """Make what is missing.
+        """Make all missing pictures.
 
         Args:
-            workers: of `ShardMaker` with this setting. The files are written here, where this folder is.
-            variants: what to make pictures of.
+            workers: workers of a `ShardMaker` with this setting. This process writes the files.
+            variants: variants to make pictures of.
             on_shard: called after every shard with its variant.
 
         Raises:
             ValueError: if the folder holds pictures of another configuration under a variant's name.
         """
         jobs = [Shard(one, number, prompts) for one in variants for number, prompts in self.missing(one)]
-        # Ended early, the first prompts are done by all variants.
+        # In this order an interrupted run has the first prompts of all variants.
         jobs.sort(key=lambda job: job.number)
         described: set[str] = set()
         for index, content in workers.run(jobs):
             job = jobs[index]
             if job.variant.name not in described:
-                # Not before there is a picture: what can't be made leaves nothing behind.
+                # Only after the first picture, so that a run without pictures leaves no files.
                 self._describe(job.variant)
                 described.add(job.variant.name)
             write_whole(self._file(job.variant, job.number), partial(Path.write_bytes, data=content))
             on_shard(job.variant)
 
     def of(self, one: Variant) -> Iterator[Tensor]:
-        """The pictures of a variant in order, a shard at a time: ``(B, 3, H, W)`` in [0, 1]."""
+        """Read the pictures of a variant in order, a shard at a time: ``(B, 3, H, W)`` in [0, 1]."""
         for number, _ in self.setting.shards():
             yield self.shard(one, number).float() / 255
 
     def shard(self, one: Variant, number: int) -> Tensor:
-        """The pictures of one shard: uint8 ``(B, 3, H, W)``."""
+        """Read the pictures of one shard: uint8 ``(B, 3, H, W)``."""
         with opened_kept(self._file(one, number)) as opened:
             return opened.get_tensor("pictures")
 
     def seconds(self, one: Variant) -> float:
-        """Median seconds a picture, over the shards; of a machine that may have done other things."""
+        """Compute the median seconds for a picture over the shards; other work may slow the machine."""
         each = []
         for number, _ in self.setting.shards():
             with opened_kept(self._file(one, number)) as opened:
@@ -299,7 +299,7 @@ class Pictures:
         return statistics.median(each)
 
     def folder_of(self, one: Variant) -> Path:
-        """Where a variant's pictures are kept, and what was measured on them."""
+        """Find the folder of a variant's pictures and measurements."""
         return self.folder / re.sub(r"[^\w.+-]", "-", one.name)
 
     def _file(self, one: Variant, number: int) -> Path:
@@ -311,7 +311,7 @@ class Pictures:
         if not file.exists():
             return
         before = read_kept(file, "remove its folder, and the pictures are made again")
-        # Names of what made equal pictures, in older folders.
+        # Older folders have other names for configurations that make equal pictures.
         before.pop("alike", None)
         if before != self._of(one):
             raise ValueError(
@@ -319,11 +319,11 @@ class Pictures:
             )
 
     def _of(self, one: Variant) -> dict[str, Any]:
-        """A variant as plain data."""
+        """Convert a variant to plain data."""
         return json.loads(json.dumps({"name": one.name, "steps": one.steps, "config": one.settings()}))
 
     def _describe(self, one: Variant) -> None:
-        """Write setting and configuration beside a variant's pictures."""
+        """Write the setting and the configuration into the folder of a variant's pictures."""
         folder = self.folder_of(one)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "setting.json", self._described)
@@ -332,13 +332,13 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Gain:
-    """How much nearer to the baseline's pictures a variant comes than another, picture by picture.
+    """The gain of a variant's PSNR to the baseline over another variant's, picture by picture.
 
     Args:
         over: name of the other variant.
-        psnr: mean of what its PSNR has more, dB, over the prompts for which neither's picture equals the
-            baseline's; None if there is none.
-        error: standard error of that mean; None with fewer than two of them.
+        psnr: mean difference of PSNR, dB, over the prompts for which neither picture equals the baseline's;
+            None if there is none.
+        error: standard error of that mean; None for fewer than two prompts.
     """
 
     over: str
@@ -348,21 +348,21 @@ class Gain:
 
 @dataclass(frozen=True)
 class Quality:
-    """How far a variant's pictures are from others; ``None`` where there are too few pictures.
+    """The figures of a variant's pictures; ``None`` if there are too few pictures.
 
     Args:
-        name: of the variant.
-        psnr: median over the pictures, dB, to the baseline's picture of the same seed; None if all equal.
-        ssim: mean, likewise.
-        feature_distance: mean of 1 - cosine of the features, likewise.
+        name: name of the variant.
+        psnr: median PSNR, dB, to the baseline's picture of the same seed; None if all are equal.
+        ssim: mean SSIM to the baseline's picture of the same seed.
+        feature_distance: mean of 1 - cosine of the features to those of the baseline's picture.
         fd: Fréchet distance of the features to the reference.
         sfd: Fréchet distance of the spatial features to the reference.
         kd: kernel distance of the features to the reference.
         precision: share of pictures within the reference's manifold.
         recall: share of the reference within the pictures' manifold.
         inception_score: the Inception Score's formula on the extractor's classifier; needs no reference.
-        clip_score: mean of `ClipScore` over the pictures; None if it was not asked for.
-        gain: over the variant that it was to be compared with, if any.
+        clip_score: mean of `ClipScore` over the pictures; None if it was not measured.
+        gain: gain over the variant that it is compared with, if any.
         made_otherwise: whether other code or packages, or another machine, made some of the pictures.
     """
 
@@ -381,12 +381,12 @@ class Quality:
     made_otherwise: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Convert the figures to plain data."""
         return asdict(self)
 
 
 def check_against(variants: Sequence[Variant], against: Mapping[str, str]) -> None:
-    """Look whether variants can be compared with each other.
+    """Check that variants can be compared with each other.
 
     Raises:
         ValueError: if a name of `against` is no variant, or not compared with an earlier one.
@@ -412,16 +412,16 @@ def compare(
 ) -> list[Quality]:
     """Measure the pictures of all variants; the first is the baseline.
 
-    What is measured on a shard, and on all of a variant's pictures as a set, is kept beside them, so that a
-    killed comparison goes on where it was, with the same figures.
+    Measurements of a shard, and of all pictures of a variant together, are kept in its folder, so that a
+    killed comparison resumes where it was, with the same figures.
 
     Args:
-        pictures: made already.
-        variants: what to compare.
-        extractor: features of pictures.
-        reference: features of the data; those of the baseline's pictures if None.
+        pictures: finished pictures.
+        variants: variants to compare.
+        extractor: computes features of pictures.
+        reference: features of the data; None for those of the baseline's pictures.
         clip: scores pictures with their prompts, if given.
-        against: by names of variants, an earlier one that each is compared with as well.
+        against: by the name of a variant, an earlier variant that it is compared with too.
         on_shard: called after every shard of every variant.
 
     Raises:
@@ -467,7 +467,7 @@ def compare(
 
 
 def _gain(over: str, own: Tensor, other: Tensor) -> Gain:
-    """Mean difference of PSNR, where neither picture equals the baseline's."""
+    """Compute the mean difference of PSNR, where neither picture equals the baseline's."""
     differ = (own > 0) & (other > 0)
     more = 10 * (other[differ] / own[differ]).log10()
     count = len(more)
@@ -480,7 +480,7 @@ def _gain(over: str, own: Tensor, other: Tensor) -> Gain:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was measured on the N pictures of a variant."""
+    """The measurements of the N pictures of a variant."""
 
     features: Features
     error: Tensor
@@ -501,7 +501,7 @@ class _Seen:
         clip: ClipScore | None,
         on_shard: Callable[[], None],
     ) -> _Seen:
-        """Measure a variant, or read what was measured before."""
+        """Measure a variant, or read its earlier measurements."""
         folder = pictures.folder_of(one) / "measured"
         features, paired, scores = [], [], []
         for number, prompts in pictures.setting.shards():
@@ -531,7 +531,7 @@ def _features(extractor: Extractor, own: Tensor) -> dict[str, Tensor]:
 
 
 def _paired(own: Tensor, others: Tensor) -> dict[str, Tensor]:
-    """Each picture of a shard beside the baseline's: mean squared error and SSIM, float64."""
+    """Compare each picture of a shard with the baseline's: mean squared error and SSIM, float64."""
     from skimage.metrics import structural_similarity
 
     one, other = (x.double() / 255 for x in (own, others))
@@ -551,7 +551,7 @@ _OF_SETS = ("fd", "sfd", "kd", "precision", "recall", "inception_score")
 
 
 def _as_sets(seen: _Seen, data: tuple[FeatureSet, FeatureSet]) -> dict[str, Tensor]:
-    """Figures of all pictures of a variant together, scalars in float64; those there are enough for."""
+    """Compute figures of all pictures of a variant together, float64, if there are enough pictures."""
     (own, spatial), (others, others_spatial) = seen.sets, data
     found = {}
     if len(own.features) > 3:

@@ -1,4 +1,4 @@
-"""Pictures for tools that need an environment of their own, and the scores that they give back."""
+"""Export pictures for tools that need another environment, and read the scores that they give."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from regrow.lab.measure.variants import Variant
 from regrow.words import offer, one_line, shown
 
 Scores = Mapping[str, Mapping[str, float]]
-"""Of each variant, by its name: metrics by theirs."""
+"""By the name of a variant, its scores by metric."""
 
 _LIST = "export.json"
 
 
 def check_export(folder: Path, setting: Setting) -> dict[str, str]:
-    """The variants that a folder already holds, by their subfolders.
+    """Find the variants that a folder already holds, by their subfolders.
 
     Raises:
         ValueError: if the folder can't be written, or holds anything but an export of this setting's
@@ -39,7 +39,7 @@ def check_export(folder: Path, setting: Setting) -> dict[str, str]:
         found = held.get("variants")
         if held.get("setting") == _plain(setting) and isinstance(found, dict):
             return found
-    raise ValueError(f"export: {folder} holds something else; use another folder")
+    raise ValueError(f"export: {folder} holds other files; use another folder")
 
 
 def export(
@@ -54,13 +54,13 @@ def export(
     the pictures and ``prompts.json`` maps the file names to prompts, as VBench's custom mode takes them.
 
     Args:
-        folder: made if it is not there.
-        pictures: made already.
-        variants: what to write.
+        folder: made if it does not exist.
+        pictures: finished pictures.
+        variants: variants to write.
         on_shard: called after every shard.
 
     Raises:
-        ValueError: if the folder holds anything but an export of these pictures' setting.
+        ValueError: if the folder holds anything else than an export with these pictures' setting.
     """
     held = check_export(folder, pictures.setting)
     prompts = pictures.setting.prompts
@@ -82,14 +82,14 @@ def export(
 
 
 def read_scores(files: Iterable[Path], variants: Sequence[Variant]) -> Scores:
-    """Scores that other tools gave the variants, ``{variant: {metric: number}}`` in each file.
+    """Read scores that other tools gave the variants, ``{variant: {metric: number}}`` in each file.
 
     Args:
-        files: JSON.
-        variants: that may occur; not all have to.
+        files: JSON files.
+        variants: variants that are allowed; some may be missing.
 
     Raises:
-        ValueError: if a file is of another form, names another variant or metric twice, or a score is no
+        ValueError: if a file has another form, names another variant or a metric twice, or a score is not a
             finite number.
         OSError: if a file can't be read.
     """
@@ -98,7 +98,7 @@ def read_scores(files: Iterable[Path], variants: Sequence[Variant]) -> Scores:
     for file in files:
         data, where = read_json(file), said(file)
         if not isinstance(data, dict) or not all(isinstance(own, dict) for own in data.values()):
-            raise ValueError(f"scores: {where} is not of the form {{variant: {{metric: number}}}}")
+            raise ValueError(f"scores: {where} must be of the form {{variant: {{metric: number}}}}")
         for name, own in data.items():
             if name not in found:
                 raise ValueError(
@@ -109,7 +109,7 @@ def read_scores(files: Iterable[Path], variants: Sequence[Variant]) -> Scores:
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 if not number or not abs(value) <= sys.float_info.max:
                     which = f"{shown(value)} of {name}, {one_line(metric, 100)}"
-                    raise ValueError(f"scores: {which} in {where} is no finite number")
+                    raise ValueError(f"scores: {which} in {where} must be a finite number")
                 if metric in found[name]:
                     raise ValueError(f"scores: {shown(metric)} of {name} is given twice, again in {where}")
                 found[name][metric] = float(value)

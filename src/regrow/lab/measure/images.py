@@ -1,4 +1,4 @@
-"""Pictures beside each other, and how far apart they are."""
+"""Compare pictures: distances and contact sheets."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from regrow.lab.measure.features import EfficientNetFeatures, feature_distance
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures in dB; infinite if they are equal.
+    """Compute the peak signal-to-noise ratio of two pictures in dB; infinite if they are equal.
 
     Raises:
         ValueError: if their sizes differ.
     """
     if a.size != b.size:
-        raise ValueError(f"b: size {b.size} is not allowed, it must be that of a, {a.size}")
+        raise ValueError(f"b: size {b.size} is not allowed, it must be the size of a, {a.size}")
     error = np.asarray(a.convert("RGB"), float) - np.asarray(b.convert("RGB"), float)
     mean = float((error**2).mean())
     return float("inf") if mean == 0 else 10 * float(np.log10(255**2 / mean))
 
 
 def mean_psnr(pairs: Iterable[tuple[Image.Image, Image.Image]]) -> float | None:
-    """Mean of the pairs that differ; None if none does."""
+    """Average the PSNR of the pairs that differ; None if none does."""
     values = [value for a, b in pairs if math.isfinite(value := psnr(a, b))]
     return sum(values) / len(values) if values else None
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """A picture as uint8 ``(3, H, W)``."""
+    """Convert a picture to uint8 ``(3, H, W)``."""
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """A picture in RGB; what it shows through is white."""
+    """Convert a picture to RGB; transparent parts become white."""
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     seen = picture.convert("RGBA")
@@ -45,16 +45,16 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:
-    """Values ``(3, H, W)`` in [0, 1] as a picture."""
+    """Convert values ``(3, H, W)`` in [0, 1] to a picture."""
     return Image.fromarray((pixels.permute(1, 2, 0).float().numpy() * 255).round().astype(np.uint8))
 
 
 def feature_distances(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> list[float]:
-    """How differently an ImageNet classifier sees each pair of pictures.
+    """Measure how different each pair of pictures is for an ImageNet classifier.
 
     Args:
         a: pictures of one size.
-        b: as many.
+        b: as many pictures, of the same size.
 
     Returns:
         1 - cosine of their EfficientNet-Lite0 features (1280-d), 0 for equal pictures.
@@ -74,7 +74,7 @@ def contact_sheet(
     labels: Sequence[str],
     side: int = 128,
 ) -> Image.Image:
-    """Pictures in a grid with a label over each column and beside each row.
+    """Arrange pictures in a grid with a label over each column and beside each row.
 
     Args:
         rows: the pictures, row by row, as many in each row as there are ``columns``.
@@ -86,7 +86,7 @@ def contact_sheet(
         ValueError: if rows and labels do not fit together.
     """
     if len(rows) != len(labels) or any(len(row) != len(columns) for row in rows):
-        raise ValueError("rows: there must be one label a row and one picture a column")
+        raise ValueError("rows: each row must have one label and one picture for each column")
     font = ImageFont.load_default(14)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin, gap = 10, 8

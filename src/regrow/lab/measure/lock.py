@@ -1,4 +1,4 @@
-"""A folder that one process at a time writes."""
+"""Lock a folder, so that only one process at a time writes to it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:
-    # Windows has no such locks; there two processes are not kept apart.
+    # Windows has no such locks; there two processes may write at the same time.
     fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def locked(name: str, folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder for as long as this lasts.
+    """Keep other processes out of a folder inside this context.
 
-    The system frees the lock of a process that was killed. A folder that was made for it, and in which
-    nothing was written, is taken away again.
+    The system frees the lock of a process that was killed. A folder that was made for the lock, and is
+    still empty, is removed again.
 
     Args:
-        name: of the option that says which folder.
-        folder: made if it is not there.
+        name: name of the option with the folder.
+        folder: made if it does not exist.
 
     Raises:
         ValueError: if another process is at work in it.
@@ -36,7 +36,7 @@ def locked(name: str, folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # While it is held: whoever opens it later makes a new one.
+            # Removed while it is held: a later process makes a new one.
             file.unlink(missing_ok=True)
             os.close(held)
     finally:
@@ -46,7 +46,7 @@ def locked(name: str, folder: Path) -> Iterator[None]:
 
 
 def _hold(name: str, file: Path) -> int:
-    """The lock's descriptor, held by this process."""
+    """Open the lock, and hold it."""
     while True:
         held = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -58,7 +58,7 @@ def _hold(name: str, file: Path) -> int:
                 f"{name}: another regrow, process {who or 'unknown'}, is at work in {file.parent}; wait "
                 "for it, or use another folder"
             ) from error
-        # The one before may have taken its file away between the two.
+        # The process before may have removed its file between opening and locking.
         if file.exists() and os.fstat(held).st_ino == file.stat().st_ino:
             os.truncate(held, 0)
             os.write(held, f"{os.getpid()}\n".encode())
@@ -74,5 +74,5 @@ def _lock(held: int) -> None:
     except BlockingIOError:
         raise
     except OSError:
-        # A file system without locks.
+        # The file system has no locks.
         return

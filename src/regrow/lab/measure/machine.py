@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The machine and code that a figure was measured with."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from regrow.files import read_kept
 
 PACKAGES = ("torch", "diffusers", "transformers")
 _MODEL = (".safetensors", ".bin", ".json", ".txt", ".model")
-# Bytes at so many places of a file.
+# Bytes read at each place of a file, and number of places.
 _LOOKED_AT, _LOOKS = 2**16, 64
 
 
 def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """Processor or GPU, threads, versions, `code_key` and date, as plain data."""
+    """Describe the processor or GPU, threads, versions, `code_key` and date, as plain data."""
     device = torch.device(device)
     return {
         "processor": processor(),
@@ -40,7 +40,7 @@ def machine(device: torch.device | str = "cpu", packages: Sequence[str] = PACKAG
 
 
 def maker_key(device: torch.device | str) -> str:
-    """What makes pictures: `code_key`, and the processor with its instructions for bfloat16 or the GPU."""
+    """Describe what makes pictures: `code_key`, and the GPU or the processor with its bfloat16 support."""
     device = torch.device(device)
     if device.type == "cuda":
         return f"{code_key()} on {torch.cuda.get_device_name(device)}"
@@ -50,7 +50,7 @@ def maker_key(device: torch.device | str) -> str:
 
 @cache
 def code_key() -> str:
-    """A few characters that change with regrow's files, but not its models, and with `PACKAGES`."""
+    """Compute a short key that changes with regrow's code and `PACKAGES`, but not with its models."""
     root = Path(__file__).parents[2]
     models = [Path("zoo", name) for name in zoo.MODELS]
     found = hashlib.sha256(repr(_versions(PACKAGES)).encode())
@@ -63,17 +63,17 @@ def code_key() -> str:
 
 
 def text_key(texts: Sequence[str]) -> str:
-    """A few characters that change with any of the texts."""
+    """Compute a short key that changes with any of the texts."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:12]
 
 
 def model_key(model: str) -> str:
-    """A few characters that change when a model is trained further or configured otherwise.
+    """Compute a short key that changes when a model is trained further or its configuration changes.
 
-    Of a large file of weights they depend on name, size, and parts all over it: it may have many gigabytes.
+    A file of weights counts by name, size and samples from all its parts, as it may have gigabytes.
 
     Args:
-        model: name of a bundled one, or folder of a pipeline; of others nothing is known, the key is empty.
+        model: name of a bundled model, or folder of a pipeline; for others the key is empty.
     """
     folder = zoo.path(model) if zoo.bundles(model) else Path(model)
     index = folder / "model_index.json"
@@ -81,7 +81,7 @@ def model_key(model: str) -> str:
         return ""
     found = hashlib.sha256(index.read_bytes())
     named = read_kept(index, "give the folder of a pipeline")
-    # Recipe are arguments of the pipeline's class; any other name may lead out of the folder.
+    # Only arguments of the pipeline's class are folders of parts; another name may lead outside the folder.
     parts = [folder / name for name in named if name.isidentifier() and len(name) < 64]
     files = [file for part in parts if part.is_dir() for file in part.iterdir()]
     for file in sorted(file for file in files if file.suffix in _MODEL):
@@ -105,7 +105,7 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """Read the name of the processor."""
     names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if "model name" in line]
     return names[0] if names else platform.processor()
 

@@ -1,4 +1,4 @@
-"""MACs of a whole generation by any method, without weights."""
+"""Count the MACs of a whole generation by any method, without weights."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Kind:
     Args:
         depth: ``"full"``, or the number of up-path layers computed.
         ratio: share of tokens pruned where the method prunes.
-        count: how many calls are of this kind.
-        macs: MACs of one, batch 1.
-        selection_macs: MACs of choosing tokens in one.
+        count: number of calls of this kind.
+        macs: MACs of one call, batch 1.
+        selection_macs: MACs of choosing tokens in one call.
     """
 
     depth: str
@@ -38,16 +38,16 @@ class Kind:
 
 @dataclass(frozen=True)
 class Profile:
-    """MACs of one image; choosing tokens counted apart.
+    """MACs of one image; choosing tokens is counted separately.
 
     Args:
         arch: name of the architecture.
         method: name of the method.
-        calls: calls of the denoiser.
-        baseline_macs_per_call: of a full call without the method.
-        baseline_macs: of all calls without the method.
-        macs: of all calls with it.
-        selection_macs: of choosing tokens, not part of ``macs``.
+        calls: number of calls of the denoiser.
+        baseline_macs_per_call: MACs of a full call without the method.
+        baseline_macs: MACs of all calls without the method.
+        macs: MACs of all calls with the method.
+        selection_macs: MACs of choosing tokens, not part of ``macs``.
         macs_ratio: ``baseline_macs / macs``.
         per_call: MACs of each call.
         kinds: the calls, grouped.
@@ -65,7 +65,7 @@ class Profile:
     kinds: tuple[Kind, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Convert the profile to plain data."""
         return asdict(self)
 
 
@@ -73,10 +73,10 @@ class PlanCounter:
     """Counts the calls of generations by any method, each kind of call once.
 
     Args:
-        denoiser: on any device; only its configuration is used.
+        denoiser: the model, on any device; only its configuration is used.
         inputs: arguments of a call, on the meta device.
-        text_once: count what depends on the text alone in the first call only, as it is computed; else in
-            every full call.
+        text_once: count what depends on the text alone in the first call only, where it is computed; if
+            not, in every full call.
     """
 
     def __init__(
@@ -87,15 +87,15 @@ class PlanCounter:
         self._counters: dict[Any, CallCounter] = {}
 
     def full(self) -> Macs:
-        """A call without a method."""
+        """Count a call without a method."""
         return self._counter(Recipe(Schedule.constant())).count(FULL, 0.0, self._inputs)
 
     def calls(self, config: Any, calls: int) -> list[tuple[tuple[int, float], Macs]]:
-        """Depth, ratio and MACs of every call of a generation; the ratio is 0 where nothing is pruned.
+        """List depth, ratio and MACs of every call of a generation; the ratio is 0 if nothing is pruned.
 
         Args:
             config: the method's configuration; None for the unaccelerated denoiser.
-            calls: of the denoiser, >= 1.
+            calls: number of calls of the denoiser, >= 1.
         """
         if config is None:
             return [((FULL, 0.0), self.full())] * calls
@@ -119,13 +119,13 @@ class PlanCounter:
             counted = counter.count(depth, ratio, self._inputs, knows_text=known, plan=plan)
             if ratio and in_layers:
                 without = counter.count(depth, 0.0, self._inputs, knows_text=known)
-                # No layer that prunes is computed in such a call.
+                # Such a call computes no layer that prunes.
                 ratio = ratio if counted.denoiser < without.denoiser else 0.0
             out.append(((depth, ratio), counted))
         return out
 
     def _counter(self, parts: Recipe) -> CallCounter:
-        """Methods that decide alike share one."""
+        """Find the counter of a method; methods with the same decisions share one."""
         sites = _asked(parts)
         if sites not in self._counters:
             self._counters[sites] = CallCounter(self._denoiser, sites)
@@ -133,7 +133,7 @@ class PlanCounter:
 
 
 def _asked(parts: Recipe) -> Sited | None:
-    """What decides for sites, if the plan has calls in which it does."""
+    """Find the part that decides for sites, if the plan has calls in which it does."""
     sites = parts.sites
     return sites if sites is not None and any(map(sites.acts_in, parts.plan.kinds())) else None
 
@@ -155,14 +155,14 @@ def profile(
     Args:
         arch: the denoiser.
         config: the method's configuration; None for the unaccelerated denoiser.
-        steps: calls of the denoiser in a generation, >= 1.
-        name: of the method, for tables.
-        height: of the picture in pixels; the model's own size if not given.
-        width: likewise.
-        attention: count the products of queries, keys and values (scaled dot-product attention) as well.
-        guided: count both halves of a guided batch, else one sample (papers differ in both).
-        text_once: count what depends on the text alone once, as it is computed, else in every full call as
-            published figures do.
+        steps: number of calls of the denoiser in a generation, >= 1.
+        name: name of the method, for tables.
+        height: height of the picture in pixels; default: the model's own.
+        width: width of the picture in pixels; default: the model's own.
+        attention: include the products of queries, keys and values (scaled dot-product attention).
+        guided: count both halves of a guided batch, otherwise one sample (papers differ in both).
+        text_once: count what depends on the text alone once, where it is computed; otherwise in every full
+            call, as published figures do.
 
     Raises:
         ValueError: if a size or the number of steps is not allowed.

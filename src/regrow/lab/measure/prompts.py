@@ -1,4 +1,4 @@
-"""Prompt sets in their public formats, from a file or from the hub."""
+"""Read prompt sets in their public formats, from a file or from the hub."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _COLUMNS = ("Prompt", "Prompts", "prompt", "caption")
 
 @dataclass(frozen=True)
 class Usual:
-    """What is usually made of a prompt set's texts.
+    """The usual use of a prompt set's texts.
 
     Args:
-        template: what each is put into.
-        each: pictures of each.
+        template: template that each text is put into.
+        each: number of pictures of each text.
     """
 
     template: str = "{}"
@@ -32,17 +32,17 @@ class Usual:
 
 
 CLASSES = Usual("a photo of a {}", 2)
-"""What ImageNet's classes become."""
+"""The usual use of ImageNet's classes."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the hub keeps a prompt set.
+    """The place of a prompt set on the hub.
 
     Args:
-        repository: of kind dataset.
-        file: in it.
-        revision: of the repository; None for its main branch.
+        repository: name of a dataset.
+        file: file in it.
+        revision: revision of the repository; None for its main branch.
     """
 
     repository: str
@@ -51,10 +51,10 @@ class Source:
 
 
 class PromptSet(Enum):
-    """A prompt set that the hub has.
+    """A prompt set on the hub.
 
-    COCO is the first caption of each of the 5,000 pictures of 2017's validation; other years' are read from
-    their ``captions_*.json``. DrawBench is the Parquet file that the hub makes of a copy of its table.
+    COCO has the first caption of each of the 5,000 pictures of 2017's validation; read other years from
+    their ``captions_*.json``. DrawBench is the Parquet file that the hub makes from a copy of its table.
     """
 
     COCO = Source("merve/coco", "annotations/captions_val2017.json")
@@ -64,12 +64,12 @@ class PromptSet(Enum):
 
 
 def named(text: str) -> PromptSet | None:
-    """The prompt set of this name, in any case, or None."""
+    """Look up a prompt set by name, in upper or lower case; None if there is none."""
     return PromptSet.__members__.get(text.upper())
 
 
 def fetch(which: PromptSet) -> Path:
-    """A prompt set's file, from the hub's cache or the hub.
+    """Get a prompt set's file, from the hub's cache or the hub.
 
     Raises:
         OSError: if the hub can't be reached and the file is not in the cache.
@@ -85,33 +85,33 @@ def fetch(which: PromptSet) -> Path:
         where = source.repository + (f" at {source.revision}" if source.revision else "")
         raise OSError(
             f"prompts: {which.name.lower()} could not be fetched ({source.file} of the hub's dataset "
-            f"{where}); download it and give the file ({str(error).splitlines()[0]})"
+            f"{where}); download this file and give its name ({str(error).splitlines()[0]})"
         ) from error
 
 
 def read_prompts(
     file: Path, template: str | None = None, each: int | None = None, first: int | None = None
 ) -> list[str]:
-    """The prompts of a file, in its order.
+    """Read the prompts of a file, in its order.
 
-    A ``.txt`` has one a line (also ImageNet's class names). A ``.json`` is COCO's captions (one for each
-    picture, the first), a list of texts, or ImageNet's classes by number, of which the first name is taken:
+    A ``.txt`` has one on each line (also ImageNet's class names). A ``.json`` has COCO's captions (the
+    first of each picture), a list of texts, or ImageNet's classes by number (the first name):
     ``{"0": "tench, Tinca tinca"}`` or ``{"0": ["n01440764", "tench"]}``, see `CLASSES`. A ``.tsv``,
     ``.csv`` or ``.parquet`` has a column ``Prompt`` (PartiPrompts) or ``Prompts`` (DrawBench).
 
     Args:
         file: the file.
-        template: what each text is put into; what is usual if None.
-        each: how often each comes, in a row; what is usual if None.
-        first: so many prompts from the beginning; all if None.
+        template: template that each text is put into; None for the usual one.
+        each: number of times that each prompt is repeated, in a row; None for the usual one.
+        first: number of prompts from the beginning; None for all.
 
     Raises:
-        ValueError: if the file holds no prompts, or fewer than ``first``, or is of another kind.
+        ValueError: if the file holds no prompts, or fewer than ``first``, or is not of these kinds.
         OSError: if it can't be read.
         ImportError: if it is a ``.parquet`` and pyarrow is not installed.
     """
     if template is not None and "{}" not in template:
-        raise ValueError(f"template: {shown(template)} is not allowed, it must hold {{}}")
+        raise ValueError(f"template: {shown(template)} is not allowed, it must contain {{}}")
     for name, value in (("each", each), ("first", first)):
         if value is not None:
             check_within(name, value, 1, MOST_COUNT)
@@ -133,9 +133,9 @@ def read_prompts(
     template, each = usual.template if template is None else template, usual.each if each is None else each
     prompts = [template.replace("{}", prompt) for prompt in texts for _ in range(each)]
     if not prompts:
-        raise ValueError(f"prompts: {said(file)} holds none")
+        raise ValueError(f"prompts: {said(file)} holds no prompts")
     if first is not None and first > len(prompts):
-        raise ValueError(f"first: {first} is not allowed, {said(file)} holds {len(prompts)} prompts")
+        raise ValueError(f"first: {first} is not allowed, {said(file)} holds only {len(prompts)} prompts")
     return prompts[:first]
 
 
@@ -151,7 +151,7 @@ def _of_json(file: Path) -> tuple[list[str], Usual]:
     data = read_json(file, PROMPTS)
     if isinstance(data, list):
         if not all(isinstance(prompt, str) for prompt in data):
-            raise FileError(f"prompts: {said(file)} is a list of something else than texts")
+            raise FileError(f"prompts: {said(file)} is not a list of texts only")
         return data, Usual()
     try:
         if data and all(key.isdecimal() for key in data):
@@ -167,13 +167,13 @@ def _of_json(file: Path) -> tuple[list[str], Usual]:
 
 
 def _class_name(entry: str | list[str]) -> str:
-    """The first name of a class: of its names with commas between, or after its WordNet number."""
+    """Read the first name of a class, from names with commas between, or after a WordNet number."""
     return entry.split(",")[0] if isinstance(entry, str) else entry[1].replace("_", " ")
 
 
 def _of_table(file: Path) -> tuple[list[str], Usual]:
     delimiter = "\t" if file.suffix == ".tsv" else ","
-    # PartiPrompts has quotes that are part of a prompt, at its beginning too.
+    # In PartiPrompts quotes are part of a prompt, even at its beginning.
     raw = file.suffix == ".tsv"
     quoting: Any = csv.QUOTE_NONE if raw else csv.QUOTE_MINIMAL
     rows = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter, quoting=quoting)
@@ -182,7 +182,7 @@ def _of_table(file: Path) -> tuple[list[str], Usual]:
     for row in _rows(file, rows):
         if None in row:
             raise ValueError(
-                f"prompts: line {rows.line_num} of {said(file)} has more fields than its head; a prompt "
+                f"prompts: line {rows.line_num} of {said(file)} has more fields than its header; a prompt "
                 f"with {delimiter!r} in it " + ("is not allowed in a .tsv" if raw else "must be in quotes")
             )
         if row[column] is None:
@@ -192,7 +192,7 @@ def _of_table(file: Path) -> tuple[list[str], Usual]:
 
 
 def _rows(file: Path, rows: csv.DictReader[str]) -> Iterator[dict[Any, Any]]:
-    """The rows of a table; what csv says of a broken one names no file."""
+    """Read the rows of a table; errors name the file, unlike those of csv."""
     try:
         yield from rows
     except csv.Error as error:
@@ -200,7 +200,7 @@ def _rows(file: Path, rows: csv.DictReader[str]) -> Iterator[dict[Any, Any]]:
 
 
 def _unquoted(text: str) -> str:
-    """A text without the quotes around it, in which those inside are doubled; itself if they are not."""
+    """Remove the quotes around a text if all quotes inside are doubled; if not, keep the text."""
     inside = text[1:-1]
     quoted = len(text) > 1 and text[0] == text[-1] == '"' and '"' not in inside.replace('""', "")
     return inside.replace('""', '"') if quoted else text
@@ -214,16 +214,16 @@ def _of_parquet(file: Path) -> tuple[list[str], Usual]:
     try:
         table = parquet.read_table(file)
     except ArrowException as error:
-        raise FileError(f"prompts: {said(file)} is no Parquet file that can be read") from error
+        raise FileError(f"prompts: {said(file)} can't be read as a Parquet file") from error
     name = _column(file, table.column_names)
     texts = table[name].to_pylist()
     if not all(text is None or isinstance(text, str) for text in texts):
-        raise ValueError(f"prompts: the column {name} of {said(file)} holds something else than texts")
+        raise ValueError(f"prompts: the column {name} of {said(file)} must hold texts only")
     return [text or "" for text in texts], Usual()
 
 
 def _column(file: Path, names: Sequence[str]) -> str:
-    """The column of the prompts among those of a table."""
+    """Find the column of a table that holds the prompts."""
     column = next((c for c in _COLUMNS if c in names), None)
     if column is None:
         raise ValueError(f"prompts: {said(file)} has no column {' or '.join(_COLUMNS)}")

@@ -1,8 +1,8 @@
-"""Distances between two sets of pictures, on features of any extractor. All in float64.
+"""Distances between two sets of pictures, on features of any extractor, in float64.
 
-Which network made the features decides what a number may be called: only the standard Inception network's
-give FID, KID and IS. With EfficientNet-Lite0 the Fréchet distance is FD-EffNet. Figures are kept: whoever
-changes a formula raises the number in `regrow.lab.measure.evaluate` that they are kept under.
+The name of a figure depends on the network: only the standard Inception network's features give FID, KID
+and IS. With EfficientNet-Lite0 the Fréchet distance is FD-EffNet. Figures are kept in files: if a formula
+changes, raise `_MEASURE` in `regrow.lab.measure.evaluate`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _BLOCK = 512
 
 
 class FeatureSet:
-    """Features of one set of pictures, with what every comparison needs of them computed once.
+    """Features of one set of pictures; what several comparisons need is computed once, in float64.
 
     Args:
-        features: ``(N, C)``; computed with in float64.
+        features: ``(N, C)``.
     """
 
     def __init__(self, features: Tensor) -> None:
@@ -28,12 +28,12 @@ class FeatureSet:
         self._radii: dict[int, Tensor] = {}
 
     def blocks(self) -> Iterator[Tensor]:
-        """The features in float64, a few rows at a time, so that 50,000 pictures fit in memory."""
+        """List the features in float64, a few rows at a time, so that 50,000 pictures fit in memory."""
         return (block.double() for block in self.features.split(_BLOCK))
 
     @cached_property
     def gaussian(self) -> tuple[Tensor, Tensor]:
-        """The mean ``(C,)`` and a root ``R`` of the covariance, ``R'R``."""
+        """The mean ``(C,)`` and a root ``R`` of the covariance ``R'R``."""
         x = self.features.double()
         mean = x.mean(0)
         return mean, torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5, mode="r").R
@@ -47,10 +47,10 @@ class FeatureSet:
         return (both - own) / (count * (count - 1))
 
     def radius(self, neighbours: int) -> Tensor:
-        """The distance of each row to its k-th nearest other row ``(N,)``."""
+        """Compute the distance of each row to its k-th nearest other row ``(N,)``."""
         if neighbours not in self._radii:
             x = self.features.double()
-            # The nearest of all is the row itself.
+            # The nearest row is the row itself.
             nearest = [
                 _distances(block, x).kthvalue(neighbours + 1, dim=1).values for block in self.blocks()
             ]
@@ -59,11 +59,11 @@ class FeatureSet:
 
 
 def frechet_distance(a: Tensor | FeatureSet, b: Tensor | FeatureSet) -> float:
-    """Fréchet distance of two Gaussians (Heusel et al., 2017).
+    """Compute the Fréchet distance of two Gaussians (Heusel et al., 2017).
 
     ``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^(1/2) S_b S_a^(1/2))^(1/2))``. With fewer pictures than
     features the covariances are singular, and the distance is larger than that of the distributions:
-    compare only figures of equally many pictures.
+    compare only figures for the same number of pictures.
 
     Args:
         a: features ``(N, C)``, N >= 2.
@@ -81,10 +81,10 @@ def frechet_distance(a: Tensor | FeatureSet, b: Tensor | FeatureSet) -> float:
 
 
 def kernel_distance(a: Tensor | FeatureSet, b: Tensor | FeatureSet) -> float:
-    """Unbiased squared maximum mean discrepancy with the kernel ``(x . y / C + 1)^3`` (KID).
+    """Compute the unbiased squared maximum mean discrepancy with the kernel ``(x . y / C + 1)^3`` (KID).
 
-    Over all pairs, without the subsets that the original (Binkowski et al., 2018) averages over, so it
-    needs no random numbers; both have the same expectation. May be slightly negative.
+    It uses all pairs, not random subsets as the original (Binkowski et al., 2018); both have the same
+    expectation. The result may be slightly negative.
 
     Args:
         a: features ``(N, C)``, N >= 2.
@@ -103,7 +103,7 @@ def kernel_distance(a: Tensor | FeatureSet, b: Tensor | FeatureSet) -> float:
 def precision_recall(
     real: Tensor | FeatureSet, generated: Tensor | FeatureSet, neighbours: int = 3
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al., 2019).
+    """Compute improved precision and recall (Kynkäänniemi et al., 2019).
 
     Precision: the share of generated pictures that lie within some real picture's distance to its k-th
     nearest real neighbour. Recall: the same with the sets exchanged.
@@ -128,10 +128,10 @@ def precision_recall(
 
 
 def inception_score(logits: Tensor) -> float:
-    """``exp E KL(p(y|x) || p(y))`` (Salimans et al., 2016), over all pictures at once, without splits.
+    """Compute ``exp E KL(p(y|x) || p(y))`` (Salimans et al., 2016) over all pictures, without splits.
 
     Args:
-        logits: of a classifier ``(N, classes)``.
+        logits: outputs of a classifier ``(N, classes)``.
     """
     share = logits.double().softmax(1)
     divergence = share * (share.clamp_min(1e-300).log() - share.mean(0).clamp_min(1e-300).log())
@@ -147,12 +147,12 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _sets(a: Tensor | FeatureSet, b: Tensor | FeatureSet, *, least: int) -> tuple[FeatureSet, FeatureSet]:
-    """Both as sets, checked."""
+    """Make a `FeatureSet` of both, and check their shapes."""
     one, other = (x if isinstance(x, FeatureSet) else FeatureSet(x) for x in (a, b))
     for name, x in (("a", one.features), ("b", other.features)):
         if x.ndim != 2 or len(x) < least:
             raise ValueError(f"{name}: shape {tuple(x.shape)} is not allowed, it must be (N >= {least}, C)")
     widths = one.features.shape[1], other.features.shape[1]
     if widths[0] != widths[1]:
-        raise ValueError(f"b: {widths[1]} features are not allowed, it must be those of a, {widths[0]}")
+        raise ValueError(f"b: {widths[1]} features are not allowed, a has {widths[0]}; both must be equal")
     return one, other

@@ -1,6 +1,6 @@
 """Pipelines of public architectures with random weights, random text and no decoder.
 
-Their speed is that of the real ones' denoisers; their latents mean nothing.
+Their denoisers are as fast as the real ones; their latents mean nothing.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from regrow.words import offer, shown
 
 
 def random_pipeline(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A pipeline of a public architecture with random weights, without text encoders.
+    """Make a pipeline of a public architecture with random weights, without text encoders.
 
-    `prompt_arguments` gives what it is called with.
+    `prompt_arguments` makes the arguments of its call.
 
     Args:
         name: one of `NAMES`.
         device: where it runs, and where its weights are drawn.
-        dtype: of its weights.
+        dtype: type of its weights.
 
     Raises:
-        ValueError: if the name is not one of these.
+        ValueError: if the name is not one of `NAMES`.
     """
     if name not in NAMES:
         raise ValueError(
-            f"arch: {shown(name)} is not known; known are {', '.join(NAMES)}{offer(name, NAMES)}"
+            f"arch: {shown(name)} is not known; use one of {', '.join(NAMES)}{offer(name, NAMES)}"
         )
     kind, config = ("UNet2DConditionModel", CONFIGS.get(name))
     if config is None:
@@ -50,23 +50,23 @@ def random_pipeline(name: str, device: str = "cpu", dtype: torch.dtype = torch.f
 
 
 def has_random_text(pipeline: Any) -> bool:
-    """Whether `random_text` knows what text the denoiser of a pipeline takes."""
+    """Whether `random_text` can make text for the denoiser of a pipeline."""
     return type(module_of(pipeline)).__name__ in _TEXTS
 
 
 def random_text(pipeline: Any, count: int) -> dict[str, Any]:
-    """Arguments of a call of a pipeline without text encoder, for so many pictures.
+    """Make the text arguments of a pipeline without text encoder, for ``count`` pictures.
 
     Raises:
-        ValueError: if it is not known what text the denoiser takes.
+        ValueError: if the form of the denoiser's text is not known.
     """
     denoiser: Any = module_of(pipeline)
     family = type(denoiser).__name__
     if family not in _TEXTS:
         raise ValueError(
-            f"pipeline: {type(pipeline).__name__} has no text encoder, and regrow does not know what text "
-            f"{family} takes, only that of {', '.join(_TEXTS)}; load it with its text encoders, or give "
-            "the encoded text as further arguments of its call (prompt_embeds and so on)"
+            f"pipeline: {type(pipeline).__name__} has no text encoder, and regrow knows the text of "
+            f"{', '.join(_TEXTS)} only, not of {family}; load it with its text encoders, or give the "
+            "encoded text as arguments of its call (prompt_embeds and so on)"
         )
     generator = torch.Generator().manual_seed(0)
 
@@ -81,7 +81,7 @@ Draw = Callable[..., Tensor]
 
 
 def _both(name: str, of: Callable[[], Tensor]) -> dict[str, Any]:
-    """An argument for the prompt and one for the negative prompt."""
+    """Make an argument for the prompt and one for the negative prompt."""
     return {name: of(), f"negative_{name}": of()}
 
 
@@ -135,7 +135,7 @@ _TEXTS: Mapping[str, Callable[[Any, Draw], dict[str, Any]]] = {
 _PIPELINES: Mapping[str, str] = {
     "UNet2DConditionModel": "StableDiffusionPipeline",
     "DiTTransformer2DModel": "DiTPipeline",
-    # Only this one hands on the sizes that PixArt-alpha was told.
+    # Only this pipeline passes on the sizes that PixArt-alpha takes.
     "PixArtTransformer2DModel": "PixArtAlphaPipeline",
     "SD3Transformer2DModel": "StableDiffusion3Pipeline",
     "FluxTransformer2DModel": "FluxPipeline",
@@ -146,7 +146,7 @@ _FLOW = ("StableDiffusion3Pipeline", "FluxPipeline", "WanPipeline")
 
 
 def _without_encoders(kind: str, denoiser: Any) -> Any:
-    """A pipeline of a denoiser, a scheduler and, but for Wan, an autoencoder; None for all other parts."""
+    """Make a pipeline of a denoiser, a scheduler and, except for Wan, an autoencoder; nothing else."""
     made: Any = getattr(diffusers, kind)
     takes = inspect.signature(made.__init__).parameters
     own = {
@@ -161,10 +161,10 @@ def _without_encoders(kind: str, denoiser: Any) -> Any:
 
 
 def _vae(decodes: bool) -> AutoencoderKL | AutoencoderTiny:
-    """An autoencoder of which only the number of levels counts: pixels a latent position spans.
+    """Make an autoencoder for its number of levels only, which sets the pixels a latent position spans.
 
     Args:
-        decodes: the pipeline always decodes, so it is as small as possible.
+        decodes: the pipeline always decodes, so the autoencoder is as small as possible.
     """
     if decodes:
         return AutoencoderTiny(
@@ -196,7 +196,7 @@ NAMES = (*CONFIGS, *TRANSFORMERS)
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """What new parameters are of."""
+    """Set the type of new parameters inside this context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

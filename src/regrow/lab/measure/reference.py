@@ -1,4 +1,4 @@
-"""Features of true pictures, from a folder or from a file kept of an earlier run."""
+"""Features of real pictures, from a folder, or from a file of an earlier run."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Reference:
     """Features of the data that generated pictures are compared with.
 
     Args:
-        name: for the caption of tables.
-        pooled: ``(N, C)``.
-        spatial: ``(N, S)``.
+        name: name of the data, for captions of tables.
+        pooled: pooled features ``(N, C)``.
+        spatial: spatial features ``(N, S)``.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Reference:
     spatial: Tensor
 
     def save(self, file: Path, extractor: Extractor) -> None:
-        """Keep them in a ``.safetensors``, with the extractor they are of."""
+        """Save them as a ``.safetensors``, with the name of their extractor."""
         tensors = {"pooled": self.pooled, "spatial": self.spatial}
         metadata = {"format": _FORMAT, "version": "1", "features": extractor.name, "name": self.name}
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -45,33 +45,33 @@ class Reference:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder and the folders in it, sorted.
+    """List the pictures of a folder and the folders in it, sorted.
 
     Raises:
-        ValueError: if there are fewer than four: precision and recall look at three neighbours.
+        ValueError: if there are fewer than four: precision and recall need three neighbours.
         OSError: if the folder can't be read.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"reference: {said(folder)} is neither a folder nor a .safetensors")
+        raise FileNotFoundError(f"reference: {said(folder)} must be a folder or a .safetensors")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS)
     if len(files) < 4:
-        raise ValueError(f"reference: {said(folder)} holds {len(files)} pictures, it must be >= 4")
+        raise ValueError(f"reference: {said(folder)} holds {len(files)} pictures, it must hold >= 4")
     return files
 
 
 def of_pictures(
     name: str, files: list[Path], extractor: Extractor, on_picture: Callable[[], None] = lambda: None
 ) -> Reference:
-    """The features of pictures, whatever their sizes, on white where they are transparent.
+    """Compute the features of pictures of any sizes; transparent parts become white.
 
     Args:
-        name: of the data.
+        name: name of the data.
         files: the pictures.
-        extractor: sees one picture at a time.
-        on_picture: called after each.
+        extractor: computes the features, one picture at a time.
+        on_picture: called after each picture.
 
     Raises:
-        OSError: if one is no picture.
+        OSError: if a file is not a picture.
     """
     pooled, spatial = [], []
     for file in files:
@@ -79,8 +79,8 @@ def of_pictures(
             with Image.open(file) as picture:
                 seen = on_white(picture)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            # A broken file's own error does not name it.
-            raise OSError(f"reference: {said(file)} is no picture that can be read") from error
+            # Pillow's error does not name the broken file.
+            raise OSError(f"reference: {said(file)} can't be read as a picture") from error
         features = extractor(to_tensor(seen)[None].float() / 255)
         pooled.append(features.pooled)
         spatial.append(features.spatial)
@@ -89,10 +89,10 @@ def of_pictures(
 
 
 def load(file: Path, extractor: Extractor) -> Reference:
-    """Features that `Reference.save` kept.
+    """Load features that `Reference.save` wrote.
 
     Raises:
-        ValueError: if the file is no such file, or of another extractor.
+        ValueError: if the file is not such a file, or of another extractor.
         OSError: if it can't be read.
     """
     with opened_kept(file, "write it by --save-reference") as opened:

@@ -1,4 +1,4 @@
-"""Another scheduler for a pipeline, by its name."""
+"""Replace a pipeline's scheduler by another one, by name."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from regrow.methods.names import plain
 from regrow.words import offer, shown
 
 STEPS = 10
-"""For which a scheduler is tried."""
+"""Number of steps with which a new scheduler is tested."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler of diffusers and settings that are not the pipeline's own.
+    """A scheduler of diffusers, with settings that differ from the pipeline's.
 
     Args:
         kind: its class.
-        options: arguments of the class; all others are taken from the scheduler that it replaces.
+        options: arguments of the class; the others are copied from the replaced scheduler.
     """
 
     kind: Any
@@ -32,7 +32,7 @@ class Sampler:
 
     @classmethod
     def parse(cls, text: str) -> Sampler:
-        """``EulerDiscreteScheduler``, or ``PNDM:skip_prk_steps=true``; the ending may be left out.
+        """Read ``EulerDiscreteScheduler``, or ``PNDM:skip_prk_steps=true``; "Scheduler" may be left out.
 
         Raises:
             ValueError: if there is no such scheduler, or it takes no such setting.
@@ -41,7 +41,7 @@ class Sampler:
         name, _, rest = text.partition(":")
         kind: Any = getattr(diffusers, name.removesuffix("Scheduler") + "Scheduler", None)
         if isinstance(kind, DummyObject):
-            # Says which package is missing.
+            # Its error names the missing package.
             kind.from_config({})
         if not _is_scheduler(kind):
             raise ValueError(
@@ -68,15 +68,15 @@ class Sampler:
         """Replace a pipeline's scheduler.
 
         Raises:
-            ValueError: if the pipeline can't be sampled so.
+            ValueError: if the pipeline can't use this scheduler.
         """
         pipeline.scheduler = self.instead_of(pipeline.scheduler)
 
     def instead_of(self, scheduler: Any) -> Any:
-        """One with the settings of another.
+        """Make a scheduler with the settings of another.
 
         Raises:
-            ValueError: if it can't have them.
+            ValueError: if it can't have these settings.
         """
         known = {kind.__name__ for kind in scheduler.compatibles if _is_scheduler(kind)}
         if self.kind.__name__ not in known:
@@ -95,19 +95,19 @@ class Sampler:
 
 
 def _names() -> list[str]:
-    """Schedulers of diffusers, by their names with and without the ending."""
+    """List the names of diffusers' schedulers, with and without the ending."""
     names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
     return [*names, *(name.removesuffix("Scheduler") for name in names)]
 
 
 def _is_scheduler(kind: Any) -> bool:
-    """Whether something of diffusers is a scheduler that can be used here."""
+    """Whether an object of diffusers is a scheduler that can be used here."""
     scheduler = inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)
     return scheduler and not isinstance(kind, DummyObject)
 
 
 def _wanted(value: Any, usual: Any) -> str | None:
-    """What a value must be where a setting is usually a truth value or a number; None if it is that."""
+    """Name what a value must be, if the default is a truth value or a number; None if the value is fine."""
     if isinstance(usual, bool):
         return None if isinstance(value, bool) else "true or false"
     if isinstance(usual, int):

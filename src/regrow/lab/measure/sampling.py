@@ -1,4 +1,4 @@
-"""Pictures from a pipeline, timed."""
+"""Make pictures by a pipeline, and time it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Pictures:
     """Pictures and how long they took.
 
     Args:
-        images: one a prompt; a tensor of latents from a pipeline with random weights; of a pipeline of
-            videos or of sound whatever it makes of frames or waves.
-        seconds: for all of them together.
+        images: a picture for each prompt; a pipeline with random weights gives a tensor of latents, a
+            pipeline of videos or sound its frames or waves.
+        seconds: time for all of them together.
     """
 
     images: Any
@@ -47,25 +47,25 @@ def make(
     on_step: Callable[[], None] | None = None,
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Pictures:
-    """One batch of pictures, prompt number i from seed ``seed + i``.
+    """Make one batch of pictures, prompt number i from seed ``seed + i``.
 
     Args:
-        pipeline: a pipeline of pictures from text or from classes, or of videos from text, also one of
+        pipeline: a pipeline of pictures from text or from classes, or of videos from text; it may be one of
             `random_pipeline`.
-        prompts: one a picture; names or numbers of classes if that is what the pipeline takes.
-        steps: sampler steps.
-        guidance: guidance scale; the pipeline's own default if not given.
-        seed: of the first picture.
-        height: in pixels.
-        width: in pixels.
-        frames: of a video.
-        latents: leave them undecoded; the images are a tensor then.
+        prompts: a prompt for each picture; names or numbers of classes for a pipeline of classes.
+        steps: number of sampler steps.
+        guidance: guidance scale; default: the pipeline's own.
+        seed: seed of the first picture.
+        height: height in pixels; default: the pipeline's own.
+        width: width in pixels; default: the pipeline's own.
+        frames: number of frames of a video; default: the pipeline's own.
+        latents: do not decode; the images are then a tensor.
         on_step: called without arguments after each step.
-        more: arguments of the pipeline's call that others have no use for, such as a negative prompt.
+        more: other arguments of the pipeline's call, such as a negative prompt.
 
     Raises:
-        ValueError: if a prompt is no class where one is needed, only one side is given, or the
-            pipeline takes none, or no number of frames.
+        ValueError: if a prompt is not a class where one is needed, only one side is given, or the
+            pipeline takes no size or no number of frames.
     """
     check_size(pipeline, height, width, frames)
     takes = inspect.signature(pipeline.__call__).parameters
@@ -102,34 +102,34 @@ def make(
 
 
 def check_size(pipeline: Any, height: int | None, width: int | None, frames: int | None) -> None:
-    """Look whether a pipeline takes a size.
+    """Check that a pipeline takes a size.
 
     Raises:
-        ValueError: if only one side is given, or the pipeline takes none, or not these frames.
+        ValueError: if only one side is given, or the pipeline takes no size, or not these frames.
     """
     if (height is None) != (width is None):
         # Pipelines fall back to their own size then.
         missing, given = ("height", "width") if height is None else ("width", "height")
         raise ValueError(f"{missing}: must be given together with {given}")
     if height is not None and not _takes(inspect.signature(pipeline.__call__).parameters, "height"):
-        raise ValueError(f"height: {type(pipeline).__name__} has one size, it must not be given")
+        raise ValueError(f"height: {type(pipeline).__name__} has one size only; leave out height and width")
     check_frames(pipeline, frames)
 
 
 def check_frames(pipeline: Any, frames: int | None) -> None:
-    """Look whether a pipeline takes a number of frames.
+    """Check that a pipeline takes a number of frames.
 
     Raises:
-        ValueError: if one is given and it does not, or it is < 1, or the model has positions of another.
+        ValueError: if it makes pictures, or the number is < 1, or not the one that the model is made for.
     """
     if frames is None:
         return
     if not makes_videos(type(pipeline)):
-        raise ValueError(f"frames: {type(pipeline).__name__} makes pictures, it must not be given")
+        raise ValueError(f"frames: {type(pipeline).__name__} makes pictures, not videos; leave out frames")
     check_within("frames", frames, 1, 10_000)
     own = _own_sizes(pipeline).get("frames", frames)
     if frames not in (1, own):
-        raise ValueError(f"frames: {frames} is not allowed, it must be {own}, which the model is made for")
+        raise ValueError(f"frames: {frames} is not allowed, this model makes {own} frames, or 1")
 
 
 def makes_videos(kind: type) -> bool:
@@ -138,7 +138,7 @@ def makes_videos(kind: type) -> bool:
 
 
 def _frames_name(kind: type) -> str | None:
-    """What a class of pipelines calls the number of frames; None if it makes pictures."""
+    """Find the argument with the number of frames of a class of pipelines; None if it makes pictures."""
     call: Any = kind.__call__
     takes = inspect.signature(call).parameters
     return next((name for name in ("num_frames", _OWN_FRAMES) if name in takes), None)
@@ -148,12 +148,12 @@ _OWN_FRAMES = "video_length"
 
 
 def _cleans_captions() -> bool:
-    """Whether what pipelines clean captions with is there; else they leave it, with a warning each time."""
+    """Whether the packages that clean captions are installed; without them each call would warn."""
     return all(importlib.util.find_spec(name) is not None for name in ("bs4", "ftfy"))
 
 
 def _own_sizes(pipeline: Any) -> dict[str, int]:
-    """The sizes of a model whose pipeline has those of the public model as its own (Latte)."""
+    """Find the sizes of a model whose pipeline always defaults to the public model's (Latte)."""
     if _frames_name(type(pipeline)) != _OWN_FRAMES:
         return {}
     config = pipeline.transformer.config
@@ -162,34 +162,34 @@ def _own_sizes(pipeline: Any) -> dict[str, int]:
 
 
 def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
-    """Whether a function takes an argument, by its name or among others."""
+    """Whether a function takes an argument, by its name or by ``**kwargs``."""
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When a pipeline's device came to a point of its work; see `moment`.
+    """The time at which a device reaches a point of its work; see `moment`.
 
     Args:
         clock: seconds of the processor's clock.
-        event: a GPU's, which runs behind the processor.
+        event: event of a GPU, which works later than the processor.
     """
 
     clock: float
     event: torch.cuda.Event | None
 
     def until(self, later: Moment) -> float:
-        """Seconds between two moments; the device must have come to both, see `wait`."""
+        """Compute the seconds between two moments; the device must have reached both, see `wait`."""
         if self.event is None or later.event is None:
             return later.clock - self.clock
         return self.event.elapsed_time(later.event) / 1000
 
 
 def moment(device: torch.device) -> Moment:
-    """This point of a device's work; waits for it only where it has no CUDA events.
+    """Mark this point of a device's work; waits for the device only if it has no CUDA events.
 
     Args:
-        device: a pipeline's. To ask the pipeline for it takes longer than some calls of the denoiser.
+        device: device of a pipeline; reading it from the pipeline takes longer than some calls.
     """
     event = None
     if device.type == "mps":
@@ -201,7 +201,7 @@ def moment(device: torch.device) -> Moment:
 
 
 def wait(pipeline: Any) -> None:
-    """Until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
     elif pipeline.device.type == "mps":
@@ -211,7 +211,7 @@ def wait(pipeline: Any) -> None:
 def prompt_arguments(
     pipeline: Any, prompts: Sequence[str], more: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """The prompts as a pipeline takes them: texts, classes, or random embeddings if it has no encoder.
+    """Make a pipeline's prompt arguments: texts, classes, or random embeddings if it has no encoder.
 
     Args:
         pipeline: the pipeline.
@@ -219,7 +219,7 @@ def prompt_arguments(
         more: other arguments of the call; embeddings for a denoiser that `random_text` does not know.
 
     Raises:
-        ValueError: if a prompt is no class where one is needed, or there is nothing to encode a text.
+        ValueError: if a prompt is not a class where one is needed, or nothing can encode a text.
     """
     if takes_classes(pipeline):
         return {"class_labels": [_class(pipeline, prompt) for prompt in prompts]}
@@ -230,10 +230,10 @@ def prompt_arguments(
 
 
 def check_prompts(pipeline: Any, prompts: Sequence[str]) -> None:
-    """Look whether a pipeline takes all prompts.
+    """Check that a pipeline takes all prompts.
 
     Raises:
-        ValueError: if one is no class where one is needed.
+        ValueError: if one is not a class where one is needed.
     """
     if takes_classes(pipeline):
         prompt_arguments(pipeline, prompts)
@@ -245,8 +245,8 @@ def takes_classes(pipeline: Any) -> bool:
 
 
 def _class(pipeline: Any, prompt: str) -> int:
-    """The number of a class that is given by it or by its name."""
-    # The number after the last class is that of no class.
+    """Read the number of a class from its number or name."""
+    # The number after the last class means no class.
     known = [int(number) for number in pipeline.labels.values()] or range(
         pipeline.transformer.config.num_embeds_ada_norm
     )
@@ -255,7 +255,7 @@ def _class(pipeline: Any, prompt: str) -> int:
     if prompt not in pipeline.labels:
         names = ", ".join(islice(pipeline.labels, SHOWN_CLASSES))
         raise ValueError(
-            f"prompt: {prompt!r} is not allowed, it must be the number of a class, {min(known)} to "
+            f"prompt: {prompt!r} is not allowed, it must be the number of a class, from {min(known)} to "
             f"{max(known)}" + (f", or its name, such as {names}" if names else "")
         )
     return int(pipeline.labels[prompt])

@@ -1,4 +1,4 @@
-"""How often each token was computed (SiTo's figure 4), and how many in a block (TokenCache's figure 8)."""
+"""Count how often tokens were computed (SiTo, figure 4), and how many in a block (TokenCache, figure 8)."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from regrow.schedule import HEAD, LAYERS, SITES
 class ComputedCounter:
     """Counts, as an observer of a run, the calls and blocks in which each token was computed.
 
-    A transformer block computes a token where it runs and its pruned layers keep the token. A block that a
-    cached call leaves out computes none. Where a block's layers compute tokens again by themselves (ToCa),
-    each counts as its share of the block's layers that could. So does what is decided for sites. Blocks of
-    one level, which have one grid of tokens, are counted together.
+    A transformer block computes a token if it runs and its pruned layers keep the token; skipped blocks
+    compute none. If single layers or sites recompute tokens (ToCa), each counts as its share of the block's
+    layers that can. Blocks of one level have the same grid of tokens and are counted together.
 
     Args:
         layout: the table of the denoiser.
 
     Raises:
-        ValueError: when called, if the batch or the picture is of another size than before.
+        ValueError: when called, if the size of the batch or the picture changed.
     """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._counts: dict[int, Tensor] = {}
         self._calls = 0
-        # Layers of the text compute none of the image's tokens.
+        # Layers of the text compute no image tokens.
         layers = [site for site in layout.layer_sites if site.kind is not None]
         parts = Counter(site.block for site in layers)
         self._weights = {site.name: 0.0 for site in layout.layer_sites}
@@ -66,7 +65,7 @@ class ComputedCounter:
                     _add(count, selection.kept, 1.0)
 
     def _count_stream(self, seen: Observation, sample: Tensor, stream: Stream) -> None:
-        """Blocks in which the tokens of a transformer were computed."""
+        """Count the blocks in which a transformer's tokens were computed."""
         grid = seen.grid
         if grid is None:
             return
@@ -87,23 +86,23 @@ class ComputedCounter:
             _add(count, tokens, self._weights[name])
 
     def counts(self) -> Mapping[int, Tensor]:
-        """By level, as latent positions a token spans along one side: counts ``(B, h, w)``."""
+        """Counts ``(B, h, w)`` by level, which is the latent positions a token spans along one side."""
         return self._counts
 
     def possible(self, level: int) -> int:
-        """The highest count possible at a level: calls times blocks."""
+        """Compute the highest possible count at a level: calls times blocks."""
         stream = self._layout.stream
         if stream is not None and level == stream.patch:
             return self._calls * self._layout.depths
         return self._calls * sum(b.downsample == level for b in self._layout.blocks)
 
     def shares(self) -> dict[int, Tensor]:
-        """By level, the share of calls and blocks in which each token was computed ``(B, h, w)``."""
+        """Compute, by level, the share of calls and blocks that computed each token ``(B, h, w)``."""
         return {level: count / self.possible(level) for level, count in self._counts.items()}
 
 
 class SiteShares:
-    """Notes, as an observer of a run, what share of its tokens each site computed in each call.
+    """Records, as an observer of a run, the share of its tokens that each site computed in each call.
 
     Args:
         layout: the table of the denoiser.
@@ -117,9 +116,9 @@ class SiteShares:
         self._plans.append(seen.record.plan)
 
     def shares(self) -> dict[str, tuple[float, ...]]:
-        """By site, in the order they run, a share for each call; none if nothing was decided for sites.
+        """List the share of each call by site, in the order they run; empty if no site was decided for.
 
-        They are the blocks, or the layers, whichever the method decides for.
+        Sites are the blocks or the layers that the method decides for.
         """
         decided = {name for plan in self._plans for name in plan}
         return {
@@ -131,6 +130,6 @@ class SiteShares:
 
 
 def _add(count: Tensor, tokens: Tensor, weight: float) -> None:
-    """Add to the counts ``(B, h, w)`` of some tokens ``(B, K)``."""
+    """Add ``weight`` to the counts ``(B, h, w)`` of some tokens ``(B, K)``."""
     kept = tokens.cpu()
     count.view(len(count), -1).scatter_add_(1, kept, torch.full(kept.shape, weight, dtype=count.dtype))

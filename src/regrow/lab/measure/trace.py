@@ -1,4 +1,4 @@
-"""Inside a generation: where a method departs from the unaccelerated run, and what it computes.
+"""Look inside a generation: where a method departs from the unaccelerated run, and what it computes.
 
 Everything is read from outside: x_t and the guided output from the calls of ``scheduler.step``, features
 by native hooks, computed tokens from the run.
@@ -32,7 +32,7 @@ PERCENTILES = (5, 25, 50, 75, 95)
 OUTPUT = "predicted noise"
 
 OnStep = Callable[[str, float], None]
-"""Told the variant's name and the share of its steps done, from 0 to 1."""
+"""Called with the variant's name and the finished share of its steps, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Moment:
     """A step of the sampler.
 
     Args:
-        timestep: of the call or calls of the denoiser.
+        timestep: timestep of the denoiser's calls.
         x: x_t after the step ``(B, C, H, W)``, float32.
-        x0: the x_0 predicted before it, likewise; None if not known.
+        x0: the x_0 predicted before it, of the same shape and type; None if not known.
     """
 
     timestep: float
@@ -54,16 +54,16 @@ class Moment:
 class Deviation:
     """Mean absolute error to the unaccelerated run at each step, over pictures and latent values.
 
-    A run of as many steps is compared step by step. One of another number is compared with the
+    A run with the same number of steps is compared step by step; another run is compared with the
     unaccelerated run's last x_t, or x_0, at the nearest timestep.
 
     Args:
-        timestep: of each step.
-        after: timestep of the x_t that each step leads to; 0 at the end.
-        x: of x_t after each step.
-        x0: of the x_0 predicted at each step; None if not known.
-        x_against: the unaccelerated run's step whose x_t each was compared with.
-        x0_against: likewise for x_0.
+        timestep: timestep of each step.
+        after: timestep of the x_t after each step; 0 at the end.
+        x: error of x_t after each step.
+        x0: error of the x_0 predicted at each step; None if not known.
+        x_against: the step of the unaccelerated run that x_t was compared with, for each step.
+        x0_against: the step of the unaccelerated run that x_0 was compared with, for each step.
     """
 
     timestep: tuple[float, ...]
@@ -79,8 +79,8 @@ class Difference:
     """Distribution over tokens of |f(t) - f(t + 1)|, mean over channels, in the unaccelerated run.
 
     Args:
-        name: of the feature.
-        timestep: of each step but the first.
+        name: name of the feature.
+        timestep: timestep of each step except the first.
         percentiles: `PERCENTILES` of each of these steps.
     """
 
@@ -91,17 +91,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Traced:
-    """What was seen of a variant.
+    """The observations of a variant.
 
     Args:
-        name: of the variant.
-        steps: it was asked for.
-        deviation: from the unaccelerated run.
+        name: name of the variant.
+        steps: number of its steps.
+        deviation: deviation from the unaccelerated run.
         computed: by level, the share of calls and transformer blocks in which each token was computed
             ``(halves, pictures, h, w)``; two halves with guidance, the unconditional one first. None for
-            a variant that is no method and computes all.
-        sites: by name, the share of its tokens that a block, or layer, computed in each call of the first
-            batch; none of a method that decides for no sites.
+            a variant without a method, which computes all.
+        sites: by name of a block or layer, the share of its tokens that it computed in each call of the
+            first batch; empty if the method does not decide for sites.
         images: its pictures.
     """
 
@@ -134,15 +134,15 @@ class Traced:
 
 @dataclass(frozen=True)
 class Trace:
-    """What was seen of all variants.
+    """The observations of all variants.
 
     Args:
         baseline: name of the unaccelerated run.
-        timestep: of its steps.
+        timestep: timesteps of its steps.
         images: its pictures.
-        differences: its features from step to step.
-        variants: the others.
-        x0_unknown: why no x_0 is given; None if it is.
+        differences: differences of its features from step to step.
+        variants: the other variants.
+        x0_unknown: why x_0 is not known; None if it is.
     """
 
     baseline: str
@@ -177,26 +177,26 @@ def trace(
     batch: int = 4,
     on_step: OnStep = lambda name, done: None,
 ) -> Trace:
-    """Generate the same pictures by all variants and look inside.
+    """Generate the same pictures by all variants, and observe what happens inside.
 
     Args:
         pipeline: a text-to-image pipeline without a method on it.
-        variants: the first is the unaccelerated run, such as ``steps:50``.
-        prompts: one a picture, prompt number i from seed ``seed + i``.
-        modules: names of modules of the denoiser whose outputs are compared from step to step besides the
-            predicted noise; if none are given, the inputs of the transformer blocks at the finest level
-            and what a call of depth 1 would reuse.
-        guidance: guidance scale; the pipeline's own if not given.
-        seed: of the first picture.
-        height: in pixels.
-        width: in pixels.
-        batch: pictures made at once.
+        variants: the variants; the first is the unaccelerated run, such as ``steps:50``.
+        prompts: a prompt for each picture, prompt number i from seed ``seed + i``.
+        modules: names of modules of the denoiser whose outputs are compared from step to step, besides the
+            predicted noise; default: the inputs of the transformer blocks at the finest level, and what a
+            call of depth 1 would reuse.
+        guidance: guidance scale; default: the pipeline's own.
+        seed: seed of the first picture.
+        height: height in pixels; default: the pipeline's own.
+        width: width in pixels; default: the pipeline's own.
+        batch: number of pictures in a batch.
         on_step: called after every step.
 
     Raises:
         ValueError: if there is nothing to compare, the first variant is a method, a method is applied to
-            the pipeline already, a module is not there or does not return tokens, a prompt is no class
-            where one is needed, or a variant can't be applied.
+            the pipeline already, a module does not exist or does not return tokens, a prompt is not a
+            class where one is needed, or a variant can't be applied.
         UnsupportedModelError: if regrow has no table for the model.
     """
     for name, value, least in (
@@ -209,12 +209,12 @@ def trace(
     baseline, *others = variants
     if baseline.config is not None:
         raise ValueError(
-            f"methods: {baseline.name!r} can't come first; all are compared with the first, which must be "
-            "an unaccelerated run such as steps:50"
+            f"methods: {baseline.name!r} can't come first; the first must be an unaccelerated run such as "
+            "steps:50, with which the others are compared"
         )
     denoiser = denoiser_of(pipeline)
     if is_hooked(denoiser):
-        raise ValueError("pipeline: a method is applied to it already; call its run's remove() first")
+        raise ValueError("pipeline: a method is applied to it already; first call remove() on its run")
     places = _chosen(denoiser, modules) if modules else _default_places(denoiser)
     # Refused before any picture is made.
     check_prompts(pipeline, prompts)
@@ -252,8 +252,8 @@ class _Look:
         moments: its steps.
         images: its pictures.
         computed: as in `Traced`.
-        sites: likewise.
-        differences: of each feature, by step the differences of all tokens.
+        sites: as in `Traced`.
+        differences: by feature and step, the differences of all tokens.
     """
 
     moments: list[Moment]
@@ -271,7 +271,7 @@ def _look(
     features: _Features,
     on_step: Callable[[float], None],
 ) -> _Look:
-    """Generate one batch and look inside."""
+    """Generate one batch, and observe it."""
     moments: list[Moment] = []
 
     def moment(now: Moment) -> None:
@@ -295,13 +295,13 @@ def _look(
 
 @contextmanager
 def watched_steps(scheduler: Any, on_moment: Callable[[Moment], None]) -> Iterator[None]:
-    """Look at every step of a sampler, for as long as this lasts.
+    """Observe every step of a sampler inside this context.
 
-    ``scheduler.step`` is given the guided output of the denoiser, however the pipeline guides, with the x_t
-    that the denoiser saw.
+    ``scheduler.step`` gets the guided output of the denoiser, for any kind of guidance, and the x_t that
+    the denoiser saw.
 
     Args:
-        scheduler: of a pipeline.
+        scheduler: scheduler of a pipeline.
         on_moment: called after each step.
     """
     step, before = scheduler.step, scheduler.__dict__.get("step")
@@ -317,7 +317,7 @@ def watched_steps(scheduler: Any, on_moment: Callable[[Moment], None]) -> Iterat
         out = step(*args, **kwargs)
         x0 = None
         if known:
-            # Schedulers that find their first index themselves do it in the step, and then add one.
+            # Some schedulers find their first index within the step, and then add one.
             index = (getattr(scheduler, "step_index", None) or 1) - 1
             x0 = predicted_x0(x, output, noise_level(scheduler, given["timestep"], index), prediction)
         after = out[0].detach().to("cpu", torch.float32, copy=True)
@@ -335,7 +335,7 @@ def watched_steps(scheduler: Any, on_moment: Callable[[Moment], None]) -> Iterat
 
 
 def _traced(one: Variant, looks: Sequence[_Look], reference: Sequence[_Look]) -> Traced:
-    """The batches of a variant together, beside those of the unaccelerated run."""
+    """Join the batches of a variant, and compare them with those of the unaccelerated run."""
     maps = [look.computed for look in looks if look.computed is not None]
     return Traced(
         one.name,
@@ -348,11 +348,11 @@ def _traced(one: Variant, looks: Sequence[_Look], reference: Sequence[_Look]) ->
 
 
 def deviation(own: Sequence[Sequence[Moment]], reference: Sequence[Sequence[Moment]]) -> Deviation:
-    """How far runs are from the unaccelerated ones of the same seeds.
+    """Measure how far runs are from the unaccelerated ones of the same seeds.
 
     Args:
-        own: the steps of a batch, for one or more batches.
-        reference: likewise, of the unaccelerated runs.
+        own: for each batch, its steps.
+        reference: for each batch, the steps of the unaccelerated run.
     """
     timestep, reference_timestep = ([m.timestep for m in batches[0]] for batches in (own, reference))
     after, reference_after = ([*steps[1:], 0.0] for steps in (timestep, reference_timestep))
@@ -370,7 +370,7 @@ def _mae(
     against: Sequence[int],
     of: Callable[[Moment], Tensor],
 ) -> tuple[float, ...]:
-    """The mean absolute error at each step, over all pictures of all batches."""
+    """Compute the mean absolute error at each step, over all pictures of all batches."""
     pictures = [
         torch.stack(
             [(of(m) - of(other[j])).abs().flatten(1).mean(1) for m, j in zip(mine, against, strict=True)]
@@ -381,7 +381,7 @@ def _mae(
 
 
 def nearest(own: Sequence[float], reference: Sequence[float]) -> tuple[int, ...]:
-    """For each timestep the place of the last one nearest to it; of equally many, the same place."""
+    """Find the index of the last nearest timestep for each; with equal numbers, the same index."""
     if len(own) == len(reference):
         return tuple(range(len(own)))
     places = range(len(reference))
@@ -389,7 +389,7 @@ def nearest(own: Sequence[float], reference: Sequence[float]) -> tuple[int, ...]
 
 
 def _difference(name: str, timestep: tuple[float, ...], looks: Sequence[_Look]) -> Difference:
-    """The distribution of a feature's differences over the tokens of all pictures."""
+    """Compute the distribution of a feature's differences over the tokens of all pictures."""
     if any(len(look.differences[name]) != len(timestep) for look in looks):
         raise ValueError(f"module: {name} is not called at every step")
     steps = (np.concatenate([look.differences[name][i] for look in looks]) for i in range(len(timestep)))
@@ -399,8 +399,8 @@ def _difference(name: str, timestep: tuple[float, ...], looks: Sequence[_Look]) 
 
 @dataclass(frozen=True)
 class _Place:
-    """A feature: what a module returns, or what it is given; of a joint block, which returns the text and
-    the image, the image."""
+    """A feature: the output of a module, or its input; a joint block returns the text and the image, and
+    the image is the feature."""
 
     name: str
     module: nn.Module
@@ -417,14 +417,14 @@ class _Features:
 
     def __init__(self, places: Sequence[_Place]) -> None:
         self._places = places
-        # Features of each call of the denoiser at a step; separate guidance calls make several.
+        # Features of each call of the denoiser at a step; separate calls for guidance give several.
         self._before: dict[str, list[Tensor]] = {}
         self._now: dict[str, list[Tensor]] = {place.name: [] for place in places}
         self.found: dict[str, list[np.ndarray]] = {place.name: [] for place in places}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Collect features, for as long as this lasts."""
+        """Collect features inside this context."""
         handles = []
         try:
             for place in self._places:
@@ -440,7 +440,7 @@ class _Features:
             self._keep(place.name, args[0] if args else kwargs["hidden_states"])
 
         def returned(module: nn.Module, args: Any, output: Any) -> None:
-            # Of a block with text and image, the image comes last.
+            # In a block with text and image, the image comes last.
             self._keep(place.name, output[-1] if place.joint else output)
 
         if place.given:
@@ -455,7 +455,7 @@ class _Features:
         self._now[name].append(feature.detach().to(torch.float32, copy=True))
 
     def tick(self) -> None:
-        """The sampler's step is done."""
+        """End the sampler's step."""
         if self._before:
             for name, now in self._now.items():
                 pairs = zip(now, self._before[name], strict=True)
@@ -466,12 +466,12 @@ class _Features:
 
 
 def _token_difference(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b|, mean over channels, of features ``(B, N, C)`` or ``(B, C, H, W)``."""
+    """Compute |a - b|, mean over channels, of features ``(B, N, C)`` or ``(B, C, H, W)``."""
     return (a - b).abs().mean(-1 if a.ndim == 3 else 1)
 
 
 def _default_places(denoiser: nn.Module) -> list[_Place]:
-    """The predicted noise, what enters the blocks at the finest level, what a call of depth 1 reuses."""
+    """List the predicted noise, the inputs of blocks at the finest level, what a call of depth 1 reuses."""
     layout = known_layout(denoiser)
     places = [_Place(OUTPUT, denoiser)]
     if layout.depths > 1:
@@ -482,7 +482,7 @@ def _default_places(denoiser: nn.Module) -> list[_Place]:
 
 
 def _chosen(denoiser: nn.Module, names: Sequence[str]) -> list[_Place]:
-    """The predicted noise and the outputs of modules."""
+    """List the predicted noise and the outputs of modules."""
     modules, known = dict(denoiser.named_modules()), known_layout(denoiser).skippable
     joint = {name for name, place in known.items() if place.returns is Returns.JOINT}
     for name in names:
@@ -495,5 +495,5 @@ def _chosen(denoiser: nn.Module, names: Sequence[str]) -> list[_Place]:
 
 
 def _rounded(share: Tensor) -> list[Any]:
-    """A map as plain data."""
+    """Convert a map to plain data."""
     return [[round(value, 4) for value in row] for row in share.tolist()]

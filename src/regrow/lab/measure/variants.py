@@ -1,4 +1,4 @@
-"""What is compared: a method, or fewer steps of the same sampler, by a short name."""
+"""Variants in comparisons: a method, or fewer steps of the same sampler, by a short name."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from regrow.methods.names import named
 
 
 def applied(pipeline: Any, config: Any) -> AbstractContextManager[Run | None]:
-    """A pipeline with a method on it for one generation; the run tells what it computed.
+    """Apply a method to a pipeline inside this context; the run reports what was computed.
 
     Args:
         pipeline: the pipeline.
-        config: the method's configuration; None for the pipeline as it is.
+        config: the method's configuration; None for the unaccelerated pipeline.
     """
     return nullcontext() if config is None else apply(pipeline, config)
 
 
 def plain_settings(config: Any) -> Any:
-    """A method's configuration as plain data; None for the pipeline as it is."""
+    """Convert a method's configuration to plain data; None for the unaccelerated pipeline."""
     return None if config is None else config.model_dump(mode="json")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a comparison. What is not regrow's own is a subclass.
+    """One row of a comparison; methods of other libraries are subclasses.
 
     Args:
-        name: as it was asked for.
-        config: a method's configuration; None for the pipeline as it is.
-        steps: sampler steps.
+        name: name, as the user wrote it.
+        config: the method's configuration; None for the unaccelerated pipeline.
+        steps: number of sampler steps.
     """
 
     name: str
@@ -43,23 +43,23 @@ class Variant:
     steps: int
 
     def applied(self, pipeline: Any) -> AbstractContextManager[Run | None]:
-        """The pipeline with the method on it for one generation; the run tells what it computed.
+        """Apply the method to a pipeline inside this context; the run reports what was computed.
 
         Raises:
-            Exception: whatever keeps the method off this pipeline.
+            Exception: if the method can't be applied to this pipeline.
         """
         return applied(pipeline, self.config)
 
     def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of `sampling.make` with what the method wants the pipeline to be given."""
+        """Add the method's arguments for the pipeline to options of `sampling.make`."""
         own = self.config.arguments() if isinstance(self.config, MethodConfig) else {}
         return {**options, "more": {**options.get("more", {}), **own}}
 
     def check(self, pipeline: Any) -> None:
-        """Look whether the method goes on a pipeline. What it warns of is said when it is applied for good.
+        """Check that the method can be applied to a pipeline, without its warnings, which come later.
 
         Raises:
-            ValueError: if it does not, naming it and the reason.
+            ValueError: if it can't, with its name and the reason.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -70,19 +70,19 @@ class Variant:
                 raise ValueError(f"methods: {self.name} can't be applied: {error}") from error
 
     def settings(self) -> Any:
-        """What tells it from another of its name, as plain data."""
+        """List its settings as plain data; variants with the same name may differ in them."""
         return plain_settings(self.config)
 
 
 def variant(spec: str, steps: int) -> Variant:
-    """A row by its name, which is one of `regrow.methods.names.named`.
+    """Make a variant from a name, as `regrow.methods.names.named` takes it.
 
     Args:
         spec: the name.
-        steps: sampler steps where no ``steps:N`` says otherwise.
+        steps: number of sampler steps, if the name has no ``steps:N``.
 
     Raises:
-        ValueError: if it is no such name, or the file is not what it should be.
+        ValueError: if it is not such a name, or the file has another content.
         OSError: if a schedule can't be read.
     """
     return Variant(spec, *named(spec, steps))

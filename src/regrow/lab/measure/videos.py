@@ -1,4 +1,4 @@
-"""Videos as files: mp4, an animated picture, or a folder of frames."""
+"""Read and write videos: mp4, an animated picture, or a folder of frames."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ READ = (".mp4", ".gif", ".webp")
 """Endings of videos that can be read."""
 FRAMES = (".png", ".jpg", ".jpeg", ".bmp")
 """Endings of frames in a folder."""
-# Of which the encoder needs sides to be multiples.
+# The encoder needs sides that are multiples of this.
 EVEN = 2
 
 Clip = list[Image.Image]
@@ -28,10 +28,10 @@ Clip = list[Image.Image]
 
 
 def check_format(file: Path) -> None:
-    """Refuse a name of a video that can't be written.
+    """Refuse the name of a video that can't be written.
 
     Raises:
-        ValueError: naming its ending, or what is not installed.
+        ValueError: naming its ending, or the missing package.
     """
     if file.suffix.lower() not in FORMATS:
         raise ValueError(f"--out: {file} is not allowed, a video must end in {', '.join(FORMATS)}")
@@ -39,21 +39,21 @@ def check_format(file: Path) -> None:
 
 
 def check_codec(option: str, file: Path, others: Sequence[str]) -> None:
-    """Refuse an mp4 where nothing is installed that reads and writes it.
+    """Refuse an mp4 if the packages that read and write it are not installed.
 
     Args:
-        option: that names the file.
-        file: of a video.
-        others: endings that need nothing.
+        option: name of the option with the file.
+        file: file of a video.
+        others: endings that need no package.
 
     Raises:
-        ValueError: naming what is not installed.
+        ValueError: naming the missing packages.
     """
     missing = [name for name in ("imageio", "imageio_ffmpeg") if importlib.util.find_spec(name) is None]
     if file.suffix.lower() == ".mp4" and missing:
         raise ValueError(
-            f"{option}: {file} needs {' and '.join(missing)}: pip install 'regrow[video]'; "
-            f"{', '.join(others)} need nothing"
+            f"{option}: {file} needs {' and '.join(missing)}; run pip install 'regrow[video]', or use "
+            f"{' or '.join(others)}, which need no package"
         )
 
 
@@ -61,9 +61,9 @@ def save_clip(file: Path, frames: Sequence[Image.Image], fps: int) -> None:
     """Write the frames of a video, or a picture.
 
     Args:
-        file: its ending is one of `FORMATS`; of a single frame, any that a picture may have.
-        frames: of one size, at least one.
-        fps: frames a second.
+        file: its ending is one of `FORMATS`; for a single frame, any ending of a picture.
+        frames: at least one frame, all of one size.
+        fps: frames per second.
     """
     if file.suffix.lower() == ".mp4":
         from diffusers.utils import export_to_video
@@ -74,28 +74,28 @@ def save_clip(file: Path, frames: Sequence[Image.Image], fps: int) -> None:
         frames[0].save(file)
         return
     animated: dict[str, Any] = {"save_all": True, "append_images": list(frames[1:]), "loop": 0}
-    # Webp's own default loses what is small.
+    # WebP's default quality loses small details.
     animated |= {"lossless": True} if file.suffix.lower() == ".webp" else {}
     frames[0].save(file, duration=1000 / fps, **animated)
 
 
 def find_clips(folder: Path) -> list[Path]:
-    """The videos in a folder and all folders in it: files of `READ`, and folders with frames."""
+    """Find the videos in a folder and all folders in it: files of `READ`, and folders with frames."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     videos = {file for file in files if file.suffix.lower() in READ}
     return sorted(videos | {file.parent for file in files if _is_frame(file) and file.parent != folder})
 
 
 def read_clip(video: Path, count: int) -> Clip:
-    """The first frames of a video, in RGB on white.
+    """Read the first frames of a video, in RGB on white.
 
     Args:
         video: one that `find_clips` finds; frames of a folder are in the order of their names.
-        count: how many.
+        count: number of frames.
 
     Raises:
         OSError: if it can't be read.
-        ValueError: if it has fewer.
+        ValueError: if it has fewer frames.
     """
     frames = list(islice(_read(video), count))
     if len(frames) < count:
@@ -124,12 +124,12 @@ def _is_frame(file: Path) -> bool:
 
 
 def clips_of(made: Any) -> list[Clip]:
-    """What a pipeline made, as frames: of pictures one each."""
+    """Convert a pipeline's output to clips; a picture is a clip of one frame."""
     return [_frames(one) for one in made]
 
 
 def _frames(one: Any) -> Clip:
-    """The frames of a picture or of a video ``(F, H, W, 3)`` in [0, 1]."""
+    """Convert a picture, or a video ``(F, H, W, 3)`` in [0, 1], to frames."""
     if isinstance(one, Image.Image):
         return [one]
     if isinstance(one, np.ndarray):

@@ -1,4 +1,4 @@
-"""The x_0 that a sampler expects at a step, from x_t and the denoiser's guided output."""
+"""Compute the x_0 that a sampler expects at a step, from x_t and the denoiser's guided output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Class names, so that a scheduler that is not installed is no error.
+# Class names, so that schedulers which are not installed cause no error.
 _BY_ALPHAS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler")
 _BY_SIGMAS = (
     "DPMSolverMultistepScheduler",
@@ -28,14 +28,14 @@ _PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """How much of ``x_t = alpha x_0 + sigma noise`` is noise."""
+    """The share of noise in ``x_t = alpha x_0 + sigma noise``."""
 
     alpha: float
     sigma: float
 
 
 def unknown_x0(scheduler: Any) -> str | None:
-    """Why the x_0 of a scheduler is not known; None if it is."""
+    """Say why the x_0 of a scheduler is not known; None if it is."""
     name = type(scheduler).__name__
     if name not in (*_BY_ALPHAS, *_BY_SIGMAS, *_UNSCALED, *_FLOW):
         return f"the noise levels of {name} are not known to regrow"
@@ -45,18 +45,18 @@ def unknown_x0(scheduler: Any) -> str | None:
 
 
 def prediction_type(scheduler: Any) -> str:
-    """What the denoiser predicts; flow-matching schedulers don't say and mean the flow."""
+    """Name what the denoiser predicts; for flow-matching schedulers without a setting it is the flow."""
     default = "flow_prediction" if type(scheduler).__name__ in _FLOW else "epsilon"
     return str(scheduler.config.get("prediction_type", default))
 
 
 def noise_level(scheduler: Any, timestep: Any, index: int) -> NoiseLevel:
-    """The noise level of the x_t that the denoiser is given.
+    """Compute the noise level of the x_t that the denoiser gets.
 
     Args:
-        scheduler: one for which `unknown_x0` is None, its timesteps set.
-        timestep: of the step.
-        index: of the step in the scheduler's timesteps.
+        scheduler: a scheduler with timesteps, for which `unknown_x0` is None.
+        timestep: timestep of the step.
+        index: index of the step in the scheduler's timesteps.
     """
     name = type(scheduler).__name__
     if name in _BY_ALPHAS:
@@ -72,15 +72,15 @@ def noise_level(scheduler: Any, timestep: Any, index: int) -> NoiseLevel:
 
 
 def predicted_x0(x: Tensor, output: Tensor, level: NoiseLevel, prediction: str) -> Tensor:
-    """x_0 as the denoiser's output implies it, before any clipping or thresholding.
+    """Compute the x_0 that follows from the denoiser's output, before any clipping or thresholding.
 
-    With x / n and alpha / n, sigma / n, where ``n^2 = alpha^2 + sigma^2``, every sampler's x_t has unit
-    variance; for those it is ``v = alpha noise - sigma x_0`` (Salimans and Ho, 2202.00512, eq. 11).
+    Divided by n, where ``n^2 = alpha^2 + sigma^2``, every sampler's x_t has unit variance; with x, alpha
+    and sigma divided, ``v = alpha noise - sigma x_0`` (Salimans and Ho, 2202.00512, eq. 11).
 
     Args:
         x: x_t ``(B, C, H, W)``.
         output: the denoiser's output, after guidance, of the same shape.
-        level: of ``x``.
+        level: noise level of ``x``.
         prediction: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"flow_prediction"``.
 
     Raises:

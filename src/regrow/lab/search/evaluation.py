@@ -1,4 +1,4 @@
-"""How good a plan is and what it costs, beside unaccelerated runs of the same seeds that are made once."""
+"""Measure a plan's quality and cost against unaccelerated runs of the same seeds, which are made once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from regrow.models import denoiser_of, module_of
 from regrow.origin import denoiser_key, scheduler_key, scheduler_settings
 
 QUARTERS = 4
-"""Recipe of a run at whose ends its deviation is read."""
+"""Number of equal parts of a run; the deviation is read at the end of each."""
 MOST_PSNR = 100.0
 
 
@@ -41,8 +41,8 @@ class Candidate:
     """A plan to evaluate.
 
     Args:
-        steps: of the sampler.
-        config: the method's configuration; None for the pipeline as it is.
+        steps: number of sampler steps.
+        config: the method's configuration; None for the unaccelerated pipeline.
     """
 
     steps: int
@@ -54,21 +54,21 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """The same for plans that do the same."""
+        """A key that is equal for plans that do the same."""
         text = json.dumps([self.steps, self.settings()], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to evaluate.
+    """An evaluation to do.
 
     Args:
         candidate: the plan.
-        start: first prompt.
-        stop: behind the last prompt.
-        limits: mean absolute error at the end of each quarter of the run above which it is given up; they
-            count where all its prompts fit into one batch.
+        start: index of the first prompt.
+        stop: index after the last prompt.
+        limits: a run with a higher mean absolute error at the end of a quarter is given up; used only if
+            all prompts fit into one batch.
     """
 
     candidate: Candidate
@@ -79,14 +79,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an evaluation gave.
+    """The result of an evaluation.
 
     Args:
         quality: by `Quality`, a figure for each picture, or one for all together; empty if given up or
             failed.
-        cost: by `Cost`, what was measured; MACs are not.
-        curve: mean absolute error of the latents at the ends of the quarters that were reached.
-        seconds: it took, the unaccelerated runs not counted.
+        cost: by `Cost`, the measured costs, without MACs.
+        curve: mean absolute error of the latents at the end of each quarter until it was given up.
+        seconds: duration, without the unaccelerated runs.
         error: why the plan could not be run.
     """
 
@@ -99,18 +99,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the unaccelerated run tells of a pipeline.
+    """Facts about a pipeline, from its unaccelerated run.
 
     Args:
-        denoiser: `denoiser_key`.
+        denoiser: its `denoiser_key`.
         scheduler: class of the sampler.
-        settings: of the sampler, as JSON.
-        scheduler_key: of `regrow.origin`.
+        settings: settings of the sampler, as JSON.
+        scheduler_key: key of the sampler, of `regrow.origin`.
         device: kind of device that it runs on.
-        steps: it was asked for.
-        calls: it made at each branch of guidance; PLMS makes one more than steps, Heun's method twice as
-            many but one.
-        each: calls that one more step makes.
+        steps: number of sampler steps.
+        calls: number of calls at each branch of guidance; PLMS makes steps + 1, Heun's method
+            2 steps - 1.
+        each: number of calls that one more step makes.
         inputs: arguments of the calls of a step, on the meta device.
     """
 
@@ -125,33 +125,33 @@ class Facts:
     inputs: tuple[tuple[Any, Any], ...]
 
     def calls_at(self, steps: int) -> int:
-        """Calls of a run of so many steps."""
+        """Count the calls of a run of ``steps`` steps."""
         return max(1, self.calls + self.each * (steps - self.steps))
 
     def claim(self) -> dict[str, Any]:
-        """What figures depend on besides the settings of a search."""
+        """List what figures depend on besides the settings of a search."""
         names = ("denoiser", "scheduler", "settings", "device", "calls")
         return {name: getattr(self, name) for name in names}
 
 
 class _HopelessError(Exception):
-    """The run is further off than its limit."""
+    """The run's error is above its limit."""
 
 
 class Evaluator:
     """Evaluates plans on one pipeline.
 
     Args:
-        open_pipeline: loads it.
+        open_pipeline: loads the pipeline.
         setting: model, prompts, seeds.
-        steps: of the unaccelerated run that plans are compared with.
+        steps: number of steps of the unaccelerated run that plans are compared with.
         objectives: what is measured.
         folder: where unaccelerated runs are kept.
         clip: folder or hub id of a CLIP model, for `Quality.CLIP`.
-        rounds: runs in turns, for `Cost.LATENCY`.
+        rounds: number of alternating timed runs, for `Cost.LATENCY`.
 
     Raises:
-        ImportError: if an objective needs a package that is not there.
+        ImportError: if an objective needs a package that is not installed.
     """
 
     def __init__(
@@ -178,8 +178,8 @@ class Evaluator:
     def __call__(self, job: Job) -> Outcome:
         """Evaluate a plan on some of the prompts.
 
-        What the plan raises is in the outcome: raised here, a search could never go on behind it. If the
-        pipeline fails without it as well, that is raised.
+        An exception by the plan becomes the outcome's error, so that a search can continue after it. If the
+        unaccelerated pipeline fails too, its exception is raised.
         """
         chunks = [
             (start, min(start + self.setting.shard, job.stop))
@@ -201,7 +201,7 @@ class Evaluator:
         bases: Sequence[Mapping[str, Tensor]],
         begin: float,
     ) -> Outcome:
-        """What a plan gives on batches of prompts, beside their unaccelerated runs."""
+        """Measure a plan on batches of prompts, against their unaccelerated runs."""
         limits = job.limits if len(chunks) == 1 else None
         runs = []
         for chunk, base in zip(chunks, bases, strict=True):
@@ -219,7 +219,7 @@ class Evaluator:
         return Outcome(quality, cost, curve, time.perf_counter() - begin)
 
     def facts(self) -> Facts:
-        """What one unaccelerated picture tells; the first calls of a pipeline are its slowest as well."""
+        """Learn the facts from one unaccelerated picture, which also warms the pipeline up."""
         inputs: list[Any] = []
         steps: list[int] = []
 
@@ -250,8 +250,8 @@ class Evaluator:
         return self.setting.make(self.pipeline, start, stop, steps, latents=not self._pictures).images
 
     def _baseline(self, start: int, stop: int) -> dict[str, Tensor]:
-        """The unaccelerated run of some prompts: x_t after each step ``x (steps, B, ...)``, its timesteps
-        ``after (steps,)``, and its pictures, if they are needed."""
+        """Make the unaccelerated run of some prompts: x_t after each step ``x (steps, B, ...)``, its
+        timesteps ``after (steps,)``, and its pictures, if they are needed."""
 
         def run() -> dict[str, Tensor]:
             moments: list[Moment] = []
@@ -280,7 +280,7 @@ class Evaluator:
         base: Mapping[str, Tensor],
         limits: tuple[float, ...] | None,
     ) -> _Run:
-        """One generation by a plan, given up where it is hopeless."""
+        """Make one generation by a plan, or give it up when its error is above the limits."""
         x, after = base["x"], base["after"].tolist()
         scheduler = self.pipeline.scheduler
         curve: list[float] = []
@@ -289,7 +289,7 @@ class Evaluator:
 
         def moment(now: Moment) -> None:
             if not times:
-                # Image-to-image begins in the middle.
+                # Image-to-image begins at a later step.
                 whole = [float(t) for t in scheduler.timesteps]
                 times.extend(whole[whole.index(now.timestep) :])
             index, total = len(errors) + 1, len(times)
@@ -308,7 +308,7 @@ class Evaluator:
                 images = self._make(start, stop, candidate.steps)
         except _HopelessError:
             return _Run(tuple(curve), None, None)
-        # A run of fewer steps than quarters skips some of them.
+        # A run of fewer than four steps skips some quarters.
         whole = (*curve, *(curve[-1],) * (QUARTERS - len(curve)))
         return _Run(whole, errors[-1], _pixels(images) if self._pictures else None)
 
@@ -329,7 +329,7 @@ class Evaluator:
         return out
 
     def _seen(self, kind: Quality, own: Tensor, others: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Figures of pictures ``(B, 3, H, W)`` beside the unaccelerated ones."""
+        """Compute figures of pictures ``(B, 3, H, W)``, compared with the unaccelerated ones."""
         if kind is Quality.PSNR:
             error = (own.double() - others.double()).square().mean((1, 2, 3)) / 255**2
             return (-10 * error.log10()).clamp(max=MOST_PSNR)
@@ -346,7 +346,7 @@ class Evaluator:
         return 1 - torch.cosine_similarity(mine.double(), theirs.double())
 
     def _cost(self, candidate: Candidate, start: int, stop: int) -> dict[str, float]:
-        """What is measured on the first prompts."""
+        """Measure the costs on the first prompts."""
         out: dict[str, float] = {}
 
         def run() -> float:
@@ -361,7 +361,7 @@ class Evaluator:
             with PeakMemory(self.pipeline.device) as memory:
                 run()
             if memory.mib is None:
-                raise ValueError("objective: cost:memory is not allowed here, the system does not tell it")
+                raise ValueError("objective: cost:memory can't be measured here; use another cost")
             out[Cost.MEMORY.value] = memory.mib
         return out
 
@@ -381,21 +381,21 @@ class _Run:
 
 
 def _calls_each(scheduler: Any, steps: int) -> int:
-    """Calls that one more step makes: two by Heun's method."""
+    """Count the calls that one more step makes: two by Heun's method."""
     both = []
     for count in (steps, steps + 1):
         copied = copy.deepcopy(scheduler)
         try:
             copied.set_timesteps(count)
         except (ValueError, TypeError):
-            # One that must be told more than a number: all of those make one call a step.
+            # A scheduler that needs more than a number of steps; all of these make one call a step.
             return 1
         both.append(len(copied.timesteps))
     return both[1] - both[0]
 
 
 def outcome_from(record: Mapping[str, Any]) -> Outcome:
-    """An outcome of which a record has all fields."""
+    """Make an outcome from a record."""
     quality = {name: tuple(values) for name, values in record["quality"].items()}
     curve = tuple(record["curve"])
     return Outcome(quality, record["cost"], curve, record["seconds"], record.get("error"))
@@ -406,13 +406,13 @@ def _pixels(images: Sequence[Any]) -> Tensor:
 
 
 def _image_reward(device: str) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """ImageReward's model as a function of pictures and prompts."""
+    """Load ImageReward's model as a function of pictures and prompts."""
     try:
         import ImageReward
     except ImportError as error:
         raise ImportError(
-            "quality:imagereward needs the image-reward package, which pins old libraries: install it in "
-            "an environment of its own, with regrow"
+            "quality:imagereward needs the package image-reward, which needs old libraries: install it, "
+            "with regrow, in an environment of its own"
         ) from error
     model = ImageReward.load("ImageReward-v1.0", device=device)
 

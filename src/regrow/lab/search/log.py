@@ -1,4 +1,4 @@
-"""What was evaluated, line by line, safe against a kill at any moment."""
+"""The log of evaluations, line by line; it stays valid if the process is killed at any moment."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from regrow.files import FileError, check_file, parse_json, said
 
-# Bytes of a log.
+# Largest log, in bytes.
 _MOST = 1 << 30
 
 
 class Log:
-    """Records in a file of JSON lines; each is on the disk before it counts.
+    """Records in a file of JSON lines; each is on the disk before `append` returns.
 
     Args:
-        file: made if it is not there; what an earlier run wrote is read. A last line that a kill cut short
-            is taken off.
+        file: the file, made if it does not exist; records of an earlier run are read. An incomplete last
+            line, after a kill, is removed.
 
     Raises:
-        FileError: naming the line, if one before it is damaged.
+        FileError: naming the line, if another line is damaged.
     """
 
     def __init__(self, file: Path) -> None:
@@ -38,9 +38,9 @@ class Log:
         self._file.truncate(end)
 
     def damaged(self, number: int) -> FileError:
-        """The error of a record, by its line from 1, that can't be what was written."""
+        """Make the error of a damaged record, by its line from 1."""
         return FileError(
-            f"{said(self.file)}:{number}: the line is damaged; remove it, and it is measured anew"
+            f"{said(self.file)}:{number}: the line is damaged; remove it, and it is measured again"
         )
 
     def _record(self, number: int, line: bytes) -> dict[str, Any]:
@@ -53,12 +53,12 @@ class Log:
         return record
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write a record, and wait until the disk has it."""
+        """Write a record, and wait until it is on the disk."""
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         self.records.append(record)
 
     def close(self) -> None:
-        """Nothing is written after this."""
+        """Close the file."""
         self._file.close()

@@ -1,4 +1,4 @@
-"""What a search minimises: how far plans are from the unaccelerated run, and what they cost."""
+"""The objectives of a search: how far plans are from the unaccelerated run, and what they cost."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from regrow.words import offer, shown
 
 
 class Quality(str, Enum):
-    """How good a plan's pictures are."""
+    """A measure of a plan's pictures."""
 
     DEVIATION = "deviation"
     """Mean absolute error of the last latents to those of the unaccelerated run of the same seed. The
-    default: it needs no decoder and no other network, is defined for each picture by itself, and can be
-    read while a generation runs. (TokenCache's figure 10 draws it over the steps.)"""
+    default: it needs no decoder and no other network, is defined for each single picture, and can be read
+    while a generation runs. (TokenCache's figure 10 shows it over the steps.)"""
     PSNR = "psnr"
-    """Of each picture to the unaccelerated one of the same seed, dB, at most 100; the mean."""
+    """PSNR of each picture to the unaccelerated one of the same seed, dB, at most 100; the mean."""
     FEATURES = "features"
     """1 - cosine of both pictures' EfficientNet-Lite0 features, the mean."""
     FD = "fd"
-    """Fréchet distance of these features to those of the unaccelerated pictures. It is one figure of all
-    pictures together, and means little for few of them."""
+    """Fréchet distance of these features to those of the unaccelerated pictures. It is one figure for all
+    pictures together, and means little for few pictures."""
     CLIP = "clip"
     """CLIP score of the pictures with their prompts."""
     IMAGE_REWARD = "imagereward"
-    """ImageReward of the pictures with their prompts; needs its package, which pins old libraries."""
+    """ImageReward of the pictures with their prompts; its package needs old libraries."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -38,19 +38,19 @@ class Quality(str, Enum):
 
     @property
     def by_picture(self) -> bool:
-        """Whether each picture has a figure of its own, so that more of them sharpen the mean."""
+        """Whether each picture has its own figure, so that more pictures make the mean more exact."""
         return self is not Quality.FD
 
 
 class Cost(str, Enum):
-    """What a plan takes."""
+    """A cost of a plan."""
 
     MACS = "macs"
-    """MACs of the denoiser, as a share of the unaccelerated run: exact, and known beforehand."""
+    """MACs of the denoiser, as a share of the unaccelerated run: exact, and known without a run."""
     LATENCY = "latency"
-    """Time of a generation, as a share of the unaccelerated run: medians of runs in turns."""
+    """Time of a generation, as a share of the unaccelerated run: medians of alternating runs."""
     MEMORY = "memory"
-    """Peak memory of a generation, MiB above what was in use before."""
+    """Peak memory of a generation, in MiB above the memory in use before."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -61,7 +61,7 @@ Objective = Quality | Cost
 
 
 def objective(text: str) -> Objective:
-    """An objective by its name, such as ``quality:deviation`` or ``cost:macs``.
+    """Look up an objective by its name, such as ``quality:deviation`` or ``cost:macs``.
 
     Raises:
         ValueError: if there is no such objective.
@@ -77,20 +77,20 @@ def objective(text: str) -> Objective:
 
 
 def check_objectives(objectives: Sequence[Objective]) -> None:
-    """Refuse what could only be won by doing nothing, or everything.
+    """Refuse objectives of one kind only: doing nothing, or everything, would always win.
 
     Raises:
         ValueError: if there is not at least one of each kind, or one is given twice.
     """
     if len(set(objectives)) != len(objectives):
-        raise ValueError("objective: one is given twice")
+        raise ValueError("objective: one is given twice; give each once")
     for kind, name in ((Quality, "quality"), (Cost, "cost")):
         if not any(isinstance(o, kind) for o in objectives):
-            raise ValueError(f"objective: there must be at least one of {name}:..., got none")
+            raise ValueError(f"objective: there is none of {name}:..., give at least one of {name}:...")
 
 
 def minimised(kind: Objective, value: float) -> float:
-    """A value so that less is better."""
+    """Change the sign of a value if higher is better, so that less is better."""
     return -value if kind.higher_is_better else value
 
 

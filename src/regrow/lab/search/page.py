@@ -1,4 +1,4 @@
-"""What a search found, on one page that needs nothing beside it."""
+"""The results of a search on one self-contained page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regrow import zoo
 from regrow.lab.search.plots import SPEEDS, WORDS, Result, axes_of
 
 SIDE = 192
-"""Most pixels a picture on the page is wide or high."""
+"""Largest width or height of a picture on the page, in pixels."""
 CAPTIONS = {
     "front": "What was tried, the front, and what it is compared with.",
     "evolution": "How the front came about.",
@@ -32,7 +32,7 @@ ALGORITHMS = {
 
 
 def check_jinja2() -> None:
-    """Refuse early what could not be written.
+    """Refuse early if the page can't be written.
 
     Raises:
         ImportError: if jinja2 is not installed (extra ``search``).
@@ -40,7 +40,7 @@ def check_jinja2() -> None:
     try:
         import jinja2  # noqa: F401
     except ImportError as error:
-        raise ImportError("the page needs jinja2: pip install 'regrow[search]'") from error
+        raise ImportError("the page needs jinja2: run pip install 'regrow[search]'") from error
 
 
 def page(
@@ -49,18 +49,18 @@ def page(
     pictures: Mapping[str, Sequence[Image.Image]],
     prompts: Sequence[str],
 ) -> str:
-    """A page in HTML with its pictures in it.
+    """Make a page in HTML that contains its pictures.
 
     Args:
-        result: of a search, as plain data.
+        result: result of a search, as plain data.
         plots: PNG files, in the order in which they are shown.
-        pictures: of each plan, a picture a prompt, the unaccelerated ones first; larger ones are made
+        pictures: by plan, a picture for each prompt, the unaccelerated ones first; large ones are made
             smaller.
-        prompts: of the pictures.
+        prompts: prompts of the pictures.
 
     Raises:
         ImportError: if jinja2 is not installed.
-        ValueError: if there is not one picture a prompt of each plan.
+        ValueError: if a plan does not have one picture for each prompt.
     """
     check_jinja2()
     from jinja2 import Environment, StrictUndefined
@@ -68,7 +68,7 @@ def page(
     for name, own in pictures.items():
         if len(own) != len(prompts):
             raise ValueError(
-                f"pictures: {len(own)} of {name!r} is not allowed, there must be one a prompt, "
+                f"pictures: {len(own)} of {name!r} is not allowed, it must be one for each prompt, "
                 f"{len(prompts)}"
             )
     cost, _ = axes_of(result)
@@ -96,7 +96,7 @@ def page(
 
 
 def _settings(result: Result) -> dict[str, str]:
-    """What was searched, in words."""
+    """Describe in words what was searched."""
     least, most = result["steps"]
     steps = f"{most}" if least == most else f"{least} to {most}"
     failed = [plan["error"] for plan in result["plans"] if plan["error"] is not None]
@@ -154,14 +154,14 @@ def _duration(seconds: float) -> str:
 
 
 def _figure(value: float | None, name: str) -> str:
-    """A value of an objective; shares in percent."""
+    """Format a value of an objective; shares in percent."""
     if value is None:
         return "-"
     return f"{value:.1%}" if name in SPEEDS else f"{value:.3g}"
 
 
 def _example(result: Result) -> Mapping[str, Any] | None:
-    """A plan to show the use of: the balanced one, if there is one."""
+    """Choose a plan for the example of use: the balanced one, if there is one."""
     plans = result["front"]
     return next((plan for plan in plans if "balanced" in plan["picked"]), plans[0] if plans else None)
 
@@ -171,7 +171,7 @@ def _prompt(prompts: Sequence[str]) -> str:
 
 
 def _command(result: Result, plan: Mapping[str, Any], prompts: Sequence[str]) -> str:
-    """The command that generates with a plan."""
+    """Write the command that generates with a plan."""
     option = "--schedule" if _is_schedule(plan) else "--method"
     words = ["--model", result["model"], "--prompt", _prompt(prompts), option, plan["file"]]
     words += ["--steps", f"{plan['steps']}"]
@@ -181,7 +181,7 @@ def _command(result: Result, plan: Mapping[str, Any], prompts: Sequence[str]) ->
 
 
 def _code(result: Result, plan: Mapping[str, Any], prompts: Sequence[str]) -> str:
-    """The same in Python."""
+    """Write the Python code that generates with a plan."""
     file, model = json.dumps(plan["file"]), json.dumps(result["model"])
     if zoo.bundles(result["model"]):
         pipeline, imports = f"regrow.zoo.load({model})", ["import regrow.zoo"]
@@ -218,7 +218,7 @@ def _is_schedule(plan: Mapping[str, Any]) -> bool:
 
 
 def _png(picture: Image.Image) -> bytes:
-    """A picture of at most `SIDE` as a PNG, which leaves no marks that a plan could be blamed for."""
+    """Encode a picture of at most `SIDE` as PNG, which adds no artefacts to a plan's picture."""
     small = picture.convert("RGB")
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     out = BytesIO()

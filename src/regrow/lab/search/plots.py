@@ -1,4 +1,4 @@
-"""The pictures of a search: its front, how it came about, and the plans on it."""
+"""Plots of a search: its front, the evolution of the front, and the plans on it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ WORDS = {
     "cost:latency": "time of a generation, share of the unaccelerated run",
     "cost:memory": "peak memory of a generation, MiB",
 }
-# What is one over a cost that is a share.
+# Names for the inverse of a cost that is a share.
 SPEEDS = {"cost:macs": "times fewer MACs", "cost:latency": "speed-up"}
 # Qualities whose values span orders of magnitude.
 LOGARITHMIC = ("quality:deviation", "quality:features")
-# Settings of both searches that make their objectives the same figures.
+# Settings that must be equal in all searches, so that their objectives are comparable.
 COMPARABLE = (
     "model",
     "denoiser",
@@ -52,11 +52,11 @@ IDLE, MOST = "#e4e4e4", "#08306b"
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
-    """Draw what a search found; returns the files.
+    """Draw the results of a search; returns the files.
 
     Args:
-        result: of a search, as plain data.
-        folder: is there already.
+        result: result of a search, as plain data.
+        folder: an existing folder.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -74,7 +74,7 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 
 def draw_front(result: Result) -> Figure:
-    """Quality against cost: what was tried, the front, and what it is compared with."""
+    """Draw quality against cost: tried plans, the front, and what it is compared with."""
     cost, quality = axes_of(result)
     figure = new_figure(7.4, 5.6)
     axis = figure.subplots()
@@ -98,7 +98,7 @@ def draw_front(result: Result) -> Figure:
                 color=colour,
             )
     found = _points(result["front"], cost, quality)
-    # Where there are more objectives, not every plan of the front is on that of these two.
+    # With more than two objectives, not every plan of the front is on the front of these two.
     line = [found[i] for i in front([_less(point[::-1], quality) for point in found])]
     axis.plot(*_columns(line), color=COLOURS[0], linewidth=1.2)
     axis.scatter(*_columns(found), s=16, color=COLOURS[0], zorder=3, label=f"front, {len(found)}")
@@ -110,7 +110,7 @@ def draw_front(result: Result) -> Figure:
 
 
 def draw_evolution(result: Result) -> Figure:
-    """The fronts of five generations, the later the darker."""
+    """Draw the fronts of five generations; later ones are darker."""
     import matplotlib
 
     cost, quality = axes_of(result)
@@ -132,7 +132,7 @@ def draw_evolution(result: Result) -> Figure:
 
 
 def draw_hypervolume(result: Result) -> Figure:
-    """The front's hypervolume against what was spent on it."""
+    """Draw the front's hypervolume against what was spent on it."""
     history = result["history"]
     found = [plan["generation"] for plan in result["plans"]]
     spent = {
@@ -156,7 +156,7 @@ def draw_hypervolume(result: Result) -> Figure:
 
 
 def _name_spent(figure: Figure, spent: Sequence[str], reference: Sequence[float]) -> None:
-    """Labels of hypervolumes, a panel for each thing that they are drawn against."""
+    """Label the axes of hypervolumes, a panel for each horizontal axis."""
     for axis, label in zip(figure.axes, spent, strict=True):
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
@@ -167,8 +167,8 @@ def _name_spent(figure: Figure, spent: Sequence[str], reference: Sequence[float]
 
 
 def draw_plans(result: Result) -> Figure:
-    """What each plan of the front does at each call: how deep it goes, and how much it prunes; and how it
-    recovers the rest, if some plan does otherwise than reuse."""
+    """Draw the depth and the pruned share of each call, for each plan of the front; and the recoveries, if
+    some plan does not only reuse."""
     from matplotlib.patches import Patch
 
     plans = result["front"]
@@ -208,7 +208,7 @@ def draw_plans(result: Result) -> Figure:
 
 
 def _recoveries(plan: Mapping[str, Any]) -> list[str]:
-    """The recovery of each call that has one, "" of the others; results of before have none at all."""
+    """List the recovery of each call, "" if it has none; older results have no recoveries."""
     names = plan.get("recovery", ["reuse"] * len(plan["depth"]))
     return ["" if depth == "full" else name for depth, name in zip(plan["depth"], names, strict=True)]
 
@@ -216,7 +216,7 @@ def _recoveries(plan: Mapping[str, Any]) -> list[str]:
 def _draw_kinds(
     axis: Axes, rows: Sequence[Sequence[Any]], kinds: Sequence[Any], colours: list[str]
 ) -> None:
-    """A row of colours for each plan, a colour for each kind; what is of no kind has none."""
+    """Draw a row of cells for each plan, with a colour for each kind; other cells are empty."""
     from matplotlib.colors import ListedColormap
 
     shown = _filled([[kinds.index(one) if one in kinds else nan for one in row] for row in rows])
@@ -224,7 +224,7 @@ def _draw_kinds(
 
 
 def _filled(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    """Rows as long as the longest, with nothing behind the end of the others."""
+    """Fill rows with empty cells to the length of the longest."""
     most = max(map(len, rows))
     return np.array([[*row, *(nan,) * (most - len(row))] for row in rows])
 
@@ -235,12 +235,12 @@ def compare(results: Mapping[str, Result], folder: Path) -> Path:
     The reference point of the hypervolume is the worst of all their fronts.
 
     Args:
-        results: by the searches' names, which are the labels.
-        folder: is there already.
+        results: results by the names of searches, which are the labels.
+        folder: an existing folder.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if there is no search with a front, or they don't measure the same.
+        ValueError: if no search has a front, or they don't measure the same.
     """
     file = folder / "compare.png"
     save(draw_comparison(results), file)
@@ -248,7 +248,7 @@ def compare(results: Mapping[str, Result], folder: Path) -> Path:
 
 
 def draw_comparison(results: Mapping[str, Result]) -> Figure:
-    """The hypervolumes of several searches up to one point, against pictures and time."""
+    """Draw the hypervolumes of several searches up to one point, against pictures and time."""
     volumes, reference = common_hypervolumes(results)
     spent = {"pictures": "pictures generated", "seconds": "seconds"}
     figure = new_figure(8.4, 4)
@@ -263,10 +263,10 @@ def draw_comparison(results: Mapping[str, Result]) -> Figure:
 def common_hypervolumes(
     results: Mapping[str, Result],
 ) -> tuple[dict[str, list[float]], tuple[float, ...]]:
-    """The hypervolume of each generation of each search, and the reference point of all of them.
+    """Compute the hypervolume of each generation of each search, and their common reference point.
 
     Raises:
-        ValueError: if there is no search with a front, or they don't measure the same.
+        ValueError: if no search has a front, or they don't measure the same.
     """
     for name in COMPARABLE:
         values = {search: result[name] for search, result in results.items()}
@@ -275,7 +275,7 @@ def common_hypervolumes(
             raise ValueError(f"{name}: {found} is not allowed, it must be the same in all searches")
     rows = [row for result in results.values() for h in result["history"] for row in h["front"]]
     if not rows:
-        raise ValueError(f"results: {list(results)} is not allowed, there must be a search with a front")
+        raise ValueError(f"results: {list(results)} is not allowed, at least one search must have a front")
     reference = tuple(max(column) for column in zip(*rows, strict=True))
     volumes = {
         search: [hypervolume(h["front"], reference) for h in result["history"]]
@@ -285,7 +285,7 @@ def common_hypervolumes(
 
 
 def axes_of(result: Result) -> tuple[str, str]:
-    """The first cost and the first quality of a search."""
+    """Find the first cost and the first quality of a search."""
     names = result["objectives"]
     return (
         next(name for name in names if name.startswith("cost:")),
@@ -297,7 +297,7 @@ Points = list[tuple[float, float]]
 
 
 def _points(rows: Sequence[Mapping[str, Any]], cost: str, quality: str) -> Points:
-    """Cost and quality of the rows for which both are known."""
+    """List cost and quality of the rows that have both."""
     pairs = [(row["values"][cost], row["values"][quality]) for row in rows]
     return [(x, y) for x, y in pairs if x is not None and y is not None]
 
@@ -307,7 +307,7 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows by their methods, without settings: ``deepcache`` of ``deepcache:3``, or ``deepcache+tome``."""
+    """Group rows by method without settings: ``deepcache`` of ``deepcache:3``, or ``deepcache+tome``."""
     out: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         out.setdefault(re.sub(r":[^+]*", "", row["name"]), []).append(row)
@@ -315,18 +315,18 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
 
 
 def _settings(name: str) -> str:
-    """What `_groups` leaves out of a name."""
+    """Read the settings in a name, which `_groups` leaves out."""
     return "+".join(part.partition(":")[2] for part in name.split("+"))
 
 
 def _less(values: Sequence[float], quality: str) -> tuple[float, float]:
-    """Quality and cost, so that less is better; or back again."""
+    """Change the sign of quality if higher is better; applied twice, it changes nothing."""
     value, cost = values
     return (-value if objective(quality).higher_is_better else value), cost
 
 
 def _front_of(rows: Sequence[Sequence[float]], result: Result) -> Points:
-    """Cost and quality of what is on the front of these two, from minimised values."""
+    """List cost and quality of the front of these two objectives, from minimised values."""
     cost, quality = axes_of(result)
     names = result["objectives"]
     pairs = [(row[names.index(quality)], row[names.index(cost)]) for row in rows]
@@ -334,8 +334,8 @@ def _front_of(rows: Sequence[Sequence[float]], result: Result) -> Points:
 
 
 def _scale(axis: Axes, quality: str, values: Sequence[float]) -> None:
-    """A logarithmic axis of quality where it suits; a run that changes nothing is at 0, which has a place
-    on it as well."""
+    """Make the quality axis logarithmic where that suits; it also shows 0, for a run that changes
+    nothing."""
     above = [value for value in values if value > 0]
     if quality not in LOGARITHMIC or not above:
         return
@@ -348,7 +348,7 @@ def _scale(axis: Axes, quality: str, values: Sequence[float]) -> None:
 
 
 def _name_picked(axis: Axes, result: Result, cost: str, quality: str) -> None:
-    """Names of the picked plans, on the side of their front where nothing is."""
+    """Write the names of the picked plans on the empty side of the front."""
     up = objective(quality).higher_is_better
     for plan in result["front"]:
         if plan["picked"]:
@@ -364,7 +364,7 @@ def _name_picked(axis: Axes, result: Result, cost: str, quality: str) -> None:
 
 
 def _name_axes(axis: Axes, cost: str, quality: str) -> None:
-    """Labels of the axes; a cost that is a share has its inverse on top."""
+    """Label the axes; a cost that is a share has its inverse on top."""
     better = "more" if objective(quality).higher_is_better else "less"
     axis.set_xlabel(WORDS[cost])
     axis.set_ylabel(f"{WORDS[quality]}\n({better} is better)", fontsize=9)
@@ -383,14 +383,14 @@ def _name_axes(axis: Axes, cost: str, quality: str) -> None:
 
 
 def _rank(depth: int | str) -> tuple[int, int]:
-    """Deepest first: ``full``, ``sites``, ``layers``, numbers, ``head``, 0."""
+    """Sort depths, deepest first: ``full``, ``sites``, ``layers``, numbers, ``head``, 0."""
     if isinstance(depth, str):
         return {"full": 0, "sites": 1, "layers": 2, "head": 4}[depth], 0
     return (3, -depth) if depth else (5, 0)
 
 
 def _depth_colours(depths: Sequence[int | str]) -> list[str]:
-    """The deeper the darker; calls of layers are orange, of sites green, of heads pink, of nothing grey."""
+    """Choose colours: deeper is darker; layers are orange, sites green, heads pink, nothing grey."""
     import matplotlib
     from matplotlib.colors import to_hex
 

@@ -1,4 +1,4 @@
-"""Which plans to try next: NSGA-II, or chance."""
+"""Propose the next plans to try: by NSGA-II, or at random."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Genes = tuple[int, ...]
 
 
 class Proposals(Protocol):
-    """Proposes plans, and is told how good they are."""
+    """Proposes plans, and learns from their objectives."""
 
     def ask(self) -> list[Genes]:
-        """The next generation; empty if nothing new is left."""
+        """Propose the next generation; empty if no new plan is left."""
 
     def tell(self, values: Sequence[Sequence[float]]) -> None:
-        """The objectives of what was asked last, less is better, in the same order."""
+        """Take the objectives of the last proposed plans, in the same order; less is better."""
 
 
 class Operators(Checked):
@@ -32,8 +32,8 @@ class Operators(Checked):
         crossover_eta: its distribution index.
         mutation: probability of polynomial mutation.
         mutation_eta: its distribution index.
-        uniform: share of the first generation that is the same at every step (half is ours; the paper mixes
-            them in without saying how many).
+        uniform: share of the first generation with the same choice at every step (half is our choice; the
+            paper does not give the share).
     """
 
     population: int = Field(20, ge=2, le=10_000)
@@ -45,17 +45,17 @@ class Operators(Checked):
 
 
 class Nsga2:
-    """NSGA-II of pymoo over whole numbers, seeded.
+    """Proposes plans by pymoo's NSGA-II over whole numbers, seeded.
 
-    The same seed and the same objectives give the same plans, so a search is resumed by telling it again
-    what is known.
+    The same seed and objectives give the same plans, so a search is resumed by giving it the known
+    objectives again.
 
     Args:
         sizes: number of choices of each variable.
         first: the first generation.
-        objectives: how many.
+        objectives: number of objectives.
         operators: settings.
-        seed: of all chance.
+        seed: seed of all random choices.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Nsga2:
             from pymoo.operators.mutation.pm import PM
             from pymoo.operators.repair.rounding import RoundingRepair
         except ImportError as error:
-            raise ImportError("the search needs pymoo: pip install 'regrow[search]'") from error
-        # Operators divide by a variable's range.
+            raise ImportError("the search needs pymoo: run pip install 'regrow[search]'") from error
+        # Operators divide by a variable's range, so it must not be 0.
         self._open = [i for i, size in enumerate(sizes) if size > 1]
         most = np.array([sizes[i] - 1 for i in self._open])
         self._sizes, self._population = sizes, operators.population
@@ -94,7 +94,7 @@ class Nsga2:
         self._used_up = not self._open
 
     def ask(self) -> list[Genes]:
-        """The next generation; by chance once the operators find nothing new, in a small space."""
+        """Propose the next generation; at random when the operators find nothing new, in a small space."""
         asked: list[Genes] = []
         if not self._used_up:
             self._asked = self._algorithm.ask()
@@ -102,13 +102,13 @@ class Nsga2:
             whole = np.zeros((len(rows), len(self._sizes)), dtype=int)
             whole[:, self._open] = np.reshape(rows, (len(rows), len(self._open)))
             asked = [tuple(row) for row in whole.tolist()]
-        # A generation of nothing new: what is left is too little for operators.
+        # No new plan in this generation: too few are left for the operators.
         self._used_up = self._seen.issuperset(asked)
         self._seen.update(asked)
         return drawn(self._sizes, self._population, self._rng, self._seen) if self._used_up else asked
 
     def tell(self, values: Sequence[Sequence[float]]) -> None:
-        """The objectives of what was asked last."""
+        """Take the objectives of the last proposed plans."""
         if self._used_up:
             return
         from pymoo.core.evaluator import Evaluator
@@ -119,12 +119,12 @@ class Nsga2:
 
 
 class Chance:
-    """Plans by chance, none twice: what a search has to beat.
+    """Proposes random plans, none twice: the baseline for a search.
 
     Args:
         sizes: number of choices of each variable.
         population: plans in a generation.
-        seed: of all chance.
+        seed: seed of all random choices.
     """
 
     def __init__(self, sizes: Sequence[int], population: int, seed: int) -> None:
@@ -133,15 +133,15 @@ class Chance:
         self._seen: set[Genes] = set()
 
     def ask(self) -> list[Genes]:
-        """The next generation."""
+        """Propose the next generation."""
         return drawn(self._sizes, self._population, self._rng, self._seen)
 
     def tell(self, values: Sequence[Sequence[float]]) -> None:
-        """Nothing is learned."""
+        """Do nothing: random plans do not learn."""
 
 
 def drawn(sizes: Sequence[int], count: int, rng: np.random.Generator, seen: set[Genes]) -> list[Genes]:
-    """Up to so many plans by chance that were not seen; fewer if a small space is used up."""
+    """Draw ``count`` random plans that were not seen; fewer if a small space has no more."""
     out: list[Genes] = []
     for _ in range(100 * count):
         if len(out) == count:
@@ -156,13 +156,13 @@ def drawn(sizes: Sequence[int], count: int, rng: np.random.Generator, seen: set[
 def first_generation(
     sizes: Sequence[int], uniform: Sequence[Genes], operators: Operators, seed: int
 ) -> list[Genes]:
-    """A mix of plans that are the same at every step and plans by chance.
+    """Mix plans with the same choice at every step and random plans.
 
     Args:
         sizes: number of choices of each variable.
-        uniform: plans that are the same at every step, of which some are chosen by chance.
-        operators: how many of them there are, and of which kind.
-        seed: of all chance.
+        uniform: plans with the same choice at every step, of which some are chosen at random.
+        operators: number of plans, and the share of uniform ones.
+        seed: seed of all random choices.
     """
     rng = np.random.default_rng(seed)
     count = min(round(operators.uniform * operators.population), len(uniform))
@@ -172,10 +172,10 @@ def first_generation(
 
 
 def front(values: Sequence[Sequence[float]]) -> list[int]:
-    """Indices of what nothing dominates, of equal ones the first; by the last objective, dearest first."""
+    """List the plans that nothing dominates, the first of equals; by the last objective, highest first."""
     rows = np.array(values, dtype=float)
     kept: list[int] = []
-    # What dominates a row comes before it here; if anything does, a kept row does.
+    # A row that dominates another comes before it; if any does, a kept row does.
     for i in sorted(range(len(rows)), key=lambda i: (*rows[i], i)):
         if not kept or not (rows[kept] <= rows[i]).all(1).any():
             kept.append(i)
@@ -183,21 +183,21 @@ def front(values: Sequence[Sequence[float]]) -> list[int]:
 
 
 def pick(values: Sequence[Sequence[float]], weight: float) -> int:
-    """DaTo's choice of one plan of a front: least ``quality + w_ps cost``.
+    """Choose one plan of a front as DaTo does: the least ``quality + w_ps cost``.
 
     Args:
         values: first and last objective of each plan, less is better.
-        weight: w_ps; the scale is that of the objectives.
+        weight: w_ps, in the scale of the objectives.
     """
     return min(range(len(values)), key=lambda i: values[i][0] + weight * values[i][-1])
 
 
 def hypervolume(values: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
-    """The volume that a front dominates, up to a reference point.
+    """Compute the volume that a front dominates, up to a reference point.
 
     Args:
         values: objectives of plans, less is better.
-        reference: worst values that count.
+        reference: the worst values that are counted.
     """
     from pymoo.indicators.hv import HV
 

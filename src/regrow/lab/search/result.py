@@ -1,4 +1,4 @@
-"""What a search found, as plain data and as files that others can use."""
+"""The results of a search, as plain data and as files for later use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from regrow.origin import Origin
 from regrow.report import depth_name
 from regrow.schedule import FULL, Schedule
 
-# What quality and cost count of their ranges on the front, for one plan of each name.
+# Weights of quality and cost, scaled to their ranges on the front, for the picked plan of each name.
 PICKS = {"quality": 0.25, "balanced": 1.0, "fast": 4.0}
 
 
@@ -30,10 +30,10 @@ class Found:
     """A plan of the front.
 
     Args:
-        name: of its file.
-        known: what is known of it.
-        schedule: what it does at each call; of a method without a schedule, what it comes to.
-        picked: for what it is a good choice.
+        name: name of its file.
+        known: its measured figures.
+        schedule: what it does at each call; without a schedule, the equivalent one.
+        picked: uses for which it is a good choice.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Found:
 
 
 def found(search: Search, facts: Facts, setting: Setting, weight: float | None) -> list[Found]:
-    """The plans of the front, named, dearest first, with their origin.
+    """List the plans of the front with names and origin, sorted by cost, highest first.
 
     Args:
-        search: that has run.
-        facts: of its pipeline.
-        setting: of its pictures.
-        weight: w_ps of DaTo's choice of one plan, on the objectives as they are; None for none.
+        search: a finished search.
+        facts: facts about its pipeline.
+        setting: setting of its pictures.
+        weight: w_ps of DaTo's choice of one plan, on unscaled objectives; None for no choice.
     """
     plans = search.front()
     values = [known.values(search.objectives) for known in plans]
@@ -68,7 +68,7 @@ def found(search: Search, facts: Facts, setting: Setting, weight: float | None) 
 
 
 def _picked(values: Sequence[Sequence[float]], weight: float | None) -> dict[str, int]:
-    """The indices of plans by what they are picked for."""
+    """Choose plans: their indices by the use that they are picked for."""
     if not values:
         return {}
     columns = [(min(c), max(c) - min(c) or 1.0) for c in zip(*values, strict=True)]
@@ -78,7 +78,7 @@ def _picked(values: Sequence[Sequence[float]], weight: float | None) -> dict[str
 
 
 def schedule_of(candidate: Candidate, calls: int) -> Schedule:
-    """What a plan does at each call."""
+    """Make the schedule of a plan: what it does at each call."""
     if candidate.config is None:
         return Schedule.constant().resample(calls)
     return recipe_of(candidate.config).plan.resample(calls)
@@ -110,13 +110,13 @@ def _schedule(known: Known, facts: Facts, objectives: Sequence[Objective], setti
 
 
 def write_front(plans: Sequence[Found], folder: Path) -> dict[str, str]:
-    """A file for each plan; files of an earlier front are taken away.
+    """Write a file for each plan; files of an earlier front are removed.
 
-    A plan that is nothing but a schedule (DaTo, fewer steps) becomes a schedule file, any other one the
-    JSON of its method's configuration; both say where they were found.
+    A plan that is only a schedule (DaTo, fewer steps) becomes a schedule file, any other plan the JSON of
+    its method's configuration; both contain their origin.
 
     Returns:
-        the files' names by those of the plans.
+        the names of the files by the names of the plans.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("plan-*"):
@@ -135,7 +135,7 @@ def write_front(plans: Sequence[Found], folder: Path) -> dict[str, str]:
 
 
 def figures(known: Known, objectives: Sequence[Objective]) -> dict[str, float | None]:
-    """The figures of a plan by the names of the objectives; None where it was given up."""
+    """List the figures of a plan by the names of the objectives; None if it was given up."""
     values = {label(kind): known.value(kind) for kind in objectives}
     return {name: value if isfinite(value) else None for name, value in values.items()}
 
@@ -143,7 +143,7 @@ def figures(known: Known, objectives: Sequence[Objective]) -> dict[str, float | 
 def to_dict(
     search: Search, plans: Sequence[Found], files: Mapping[str, str], beside: Mapping[str, Known]
 ) -> dict[str, Any]:
-    """What was found as plain data."""
+    """Convert the results to plain data."""
     objectives = search.objectives
     best = [plan.known.values(objectives) for plan in plans]
     around = [known.values(objectives) for known in beside.values() if not known.given_up]
@@ -153,10 +153,10 @@ def to_dict(
     return {
         "objectives": [label(kind) for kind in objectives],
         "economy": search.economy.model_dump(mode="json"),
-        # Ended in the middle of a generation, some of its plans are only proposed.
+        # If the search ended within a generation, some of its plans were proposed but not measured.
         "evaluated": sum(known.prompts > 0 or known.given_up for known in proposed),
         "pictures": search.pictures,
-        # Those of whole generations: one that was begun is measured anew when the search goes on.
+        # Only whole generations count: an incomplete one is measured again when the search resumes.
         "seconds": round(search.spent[-1][1], 1) if search.spent else 0.0,
         "front": [
             {

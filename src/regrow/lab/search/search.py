@@ -1,4 +1,4 @@
-"""The search: proposes plans, evaluates what is promising on more prompts, and keeps the front."""
+"""The search: it proposes plans, evaluates the promising ones on more prompts, and keeps the front."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from regrow.space import Space
 
 
 class Algorithm(str, Enum):
-    """How plans are proposed."""
+    """The way in which plans are proposed."""
 
     NSGA2 = "nsga2"
     """All variables at once, as in DaTo's paper."""
     STAGED = "staged"
-    """One kind of variable after the other, each for its share of the budget: first the depths, then the
-    ratios on the best depths, as in DaTo's released code."""
+    """One kind of variable after the other, each with its share of the budget: first the depths, then the
+    ratios for the best depths, as in DaTo's released code."""
     RANDOM = "random"
-    """By chance."""
+    """At random."""
 
 
 class _Evaluated(TypedDict):
@@ -69,14 +69,14 @@ class AllFailedError(ValueError):
 
 
 class Economy(Checked):
-    """How evaluations are saved.
+    """The ways in which a search avoids evaluations.
 
     Args:
-        prompts: numbers of prompts on which plans are measured, ascending. Every plan is measured on the
-            first; those that nothing known dominates on more and more, up to the last (successive
-            halving by fronts). One number measures every plan on all.
-        patience: a plan is given up in the middle of a generation when, at the end of a quarter of the run,
-            its deviation is so many times the last one of a plan that costs no more. None lets all finish.
+        prompts: numbers of prompts, ascending. Every plan is measured on the first number; plans that no
+            known plan dominates are measured on the next ones too, up to the last (successive halving by
+            fronts). With a single number, every plan is measured on all.
+        patience: a plan is given up within a generation if, at the end of a quarter of the run, its
+            deviation is ``patience`` times the final one of a plan that costs no more. None: all finish.
     """
 
     prompts: tuple[Count, ...] = Field(min_length=1, max_length=100)
@@ -91,18 +91,18 @@ class Economy(Checked):
 
 @dataclass
 class Known:
-    """What is known of a plan.
+    """The figures of a plan.
 
     Args:
         candidate: the plan.
-        macs: of the denoiser, as a share of the unaccelerated run.
-        prompts: how many it was measured on.
-        quality: by name, a figure for each of these, or one for all together.
-        cost: what was measured, by name.
+        macs: MACs of the denoiser, as a share of the unaccelerated run.
+        prompts: number of prompts that it was measured on.
+        quality: by name, a figure for each of these prompts, or one for all together.
+        cost: measured costs, by name.
         curve: deviation at the quarters, on the first prompts.
-        given_up: it was hopeless, or failed.
+        given_up: it was given up, or failed.
         error: why it failed.
-        generation: in which it was first proposed; None for those it is compared with.
+        generation: generation that first proposed it; None for plans that the front is compared with.
     """
 
     candidate: Candidate
@@ -116,7 +116,7 @@ class Known:
     error: str | None = None
 
     def value(self, kind: Objective) -> float:
-        """The figure of an objective, the mean over pictures; not known, or given up: the worst."""
+        """Compute the figure of an objective, the mean over pictures; the worst if unknown or given up."""
         if kind is Cost.MACS:
             return self.macs
         if isinstance(kind, Cost):
@@ -125,31 +125,31 @@ class Known:
         return sum(values) / len(values) if values else -inf if kind.higher_is_better else inf
 
     def values(self, objectives: Sequence[Objective]) -> tuple[float, ...]:
-        """All objectives, less is better."""
+        """Compute all objectives; less is better."""
         return tuple(minimised(kind, self.value(kind)) for kind in objectives)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When a search ends; with neither it ends when nothing new is left.
+    """The limits of a search; without any, it ends when no new plan is left.
 
     Args:
-        generations: so many.
-        seconds: the generation in which so many have passed is the last, those of earlier runs counted.
+        generations: most generations.
+        seconds: longest time, with earlier runs; the generation in which it is reached is the last.
     """
 
     generations: int | None = None
     seconds: float | None = None
 
     def part(self, share: float) -> Budget:
-        """A share of it, at least one generation."""
+        """Take a share of it, at least one generation."""
         return Budget(
             None if self.generations is None else max(1, round(self.generations * share)),
             None if self.seconds is None else self.seconds * share,
         )
 
     def spent(self, generations: float, seconds: float) -> float | None:
-        """The share that is spent; None if there is no end to it."""
+        """Compute the share that is spent; None if there is no limit."""
         shares = [generations / self.generations] if self.generations is not None else []
         shares += [seconds / self.seconds] if self.seconds is not None else []
         return max(shares, default=None)
@@ -157,15 +157,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a search is.
+    """The progress of a search.
 
     Args:
-        generation: from 0.
-        done: evaluations of this generation's present round that are done.
-        total: evaluations of this round.
-        evaluated: plans that are known.
-        share: of the budget that is spent, 0 to 1; None if there is no end to it.
-        front: what nothing dominates, measured on all prompts.
+        generation: index of the generation, from 0.
+        done: number of finished evaluations in this generation's present round.
+        total: number of evaluations in this round.
+        evaluated: number of evaluated plans.
+        share: share of the budget that is spent, 0 to 1; None if there is no limit.
+        front: plans that nothing dominates, measured on all prompts.
     """
 
     generation: int
@@ -177,22 +177,22 @@ class Progress:
 
 
 class Search:
-    """A search that goes on where its log ends.
+    """A search that resumes where its log ends.
 
-    Everything is a function of the settings, the seed and the evaluations in the log: a killed search that
-    is started again proposes the same plans, takes from the log what is known, and evaluates the rest.
+    Everything follows from the settings, the seed and the evaluations in the log: a killed search that is
+    started again proposes the same plans, reads known results from the log, and evaluates the rest.
 
     Args:
         space: the plans; decodes to a `Candidate`.
         objectives: what is minimised.
         macs: MACs of a plan as a share of the unaccelerated run.
         workers: evaluate `Job`s, as an `Evaluator` does.
-        log: what was evaluated.
-        economy: how evaluations are saved.
+        log: the log of evaluations.
+        economy: how the search avoids evaluations.
         algorithm: how plans are proposed.
         operators: settings of NSGA-II.
-        seed: of all chance.
-        on_progress: told after every evaluation.
+        seed: seed of all random choices.
+        on_progress: called after every evaluation.
 
     Raises:
         ValueError: if quality is measured on all pictures together and more than one number of prompts is
@@ -217,11 +217,11 @@ class Search:
         self.algorithm, self.operators, self.seed = algorithm, operators, seed
         self.known: dict[str, Known] = {}
         self.history: list[list[tuple[float, ...]]] = []
-        """After each generation, the objectives of the front."""
+        """Objectives of the front after each generation."""
         self.spent: list[tuple[int, float]] = []
-        """After each generation, pictures generated so far and seconds it took so far."""
+        """Pictures and seconds until the end of each generation."""
         self.pictures = 0
-        """Generated so far."""
+        """Number of pictures generated so far."""
         self._macs, self._workers, self._log, self._on_progress = macs, workers, log, on_progress
         records = log.records
         for number, record in enumerate(records, 1):
@@ -229,7 +229,7 @@ class Search:
                 _LINE.validate_python(record)
             except ValidationError as error:
                 raise log.damaged(number) from error
-        # What failed may have failed for a reason that is gone.
+        # Plans that failed are tried again: the reason may be gone.
         done = [r for r in records if "key" in r and r.get("error") is None]
         self._logged = {(r["key"], r["start"], r["stop"]): r for r in done}
         self._walls = {r["generation"]: r["seconds"] for r in records if "seconds" in r and "key" not in r}
@@ -238,8 +238,8 @@ class Search:
         self._budget, self._begin = Budget(), time.monotonic()
 
     def compare_with(self, candidates: Iterable[Candidate]) -> list[Known]:
-        """Measure plans on all prompts, to stand beside the front; they are not part of it."""
-        # Of their own: a search must propose the same plans whatever it stands beside.
+        """Measure plans on all prompts, to compare the front with them; they are not part of it."""
+        # Kept apart: the proposals must not depend on the plans that the front is compared with.
         found = [Known(candidate, self._macs(candidate), None) for candidate in candidates]
         while rows := [k for k in found if k.prompts < self.economy.prompts[-1] and not k.given_up]:
             self._measure(rows)
@@ -249,7 +249,7 @@ class Search:
         """Search until the budget is spent. A plan that can't be run is given up.
 
         Returns:
-            the front, dearest first.
+            the front, by cost, highest first.
 
         Raises:
             AllFailedError: if none of the plans of a generation can be run.
@@ -269,7 +269,7 @@ class Search:
         return self.front()
 
     def front(self) -> list[Known]:
-        """The plans that nothing dominates, of those measured on all prompts; dearest first."""
+        """List the plans that nothing dominates, measured on all prompts; by cost, highest first."""
         full = [k for k in self.known.values() if k.prompts == self.economy.prompts[-1]]
         return [full[i] for i in front([k.values(self.objectives) for k in full])]
 
@@ -306,25 +306,25 @@ class Search:
         return Nsga2(stage.sizes, first, len(self.objectives), self.operators, seed)
 
     def _of(self, candidate: Candidate, generation: int) -> Known:
-        """What is known of a plan, if only its MACs."""
+        """Look up the figures of a plan; new plans have only their MACs."""
         if candidate.key not in self.known:
             self.known[candidate.key] = Known(candidate, self._macs(candidate), generation)
         return self.known[candidate.key]
 
     def _promising(self) -> list[Known]:
-        """Plans that nothing dominates by what is known, measured on some of the prompts only."""
+        """List plans that nothing dominates so far, and that were measured on some prompts only."""
         rows = [k for k in self.known.values() if k.prompts]
         best = [rows[i] for i in front([k.values(self.objectives) for k in rows])]
         return [k for k in best if k.prompts < self.economy.prompts[-1]]
 
     def _measure(self, rows: Sequence[Known]) -> None:
-        """Measure plans on the next number of prompts of each; what is in the log is taken from there."""
+        """Measure each plan on its next number of prompts; results in the log are read from there."""
         jobs = [self._job(known) for known in rows]
         outcomes: dict[int, Outcome] = {}
         missing = []
         for i, job in enumerate(jobs):
             record = self._logged.get((job.candidate.key, job.start, job.stop))
-            # What was given up is measured now if it must not be.
+            # Plans that were given up are measured now if they must not be given up here.
             if record is None or (not record["quality"] and job.limits is None):
                 missing.append(i)
             else:
@@ -338,7 +338,7 @@ class Search:
                 self._logged[record["key"], record["start"], record["stop"]] = record
                 self._tell(done, len(missing))
         finally:
-            # In the order of the plans, whichever came first; what was interrupted has some of them.
+            # In the order of the plans, not of completion; an interrupted round has only some of them.
             for i in sorted(outcomes):
                 _add(rows[i], jobs[i], outcomes[i])
                 if rows[i].generation is not None:
@@ -351,18 +351,18 @@ class Search:
         return Job(known.candidate, known.prompts, stop, limits)
 
     def _limits(self, known: Known) -> tuple[float, ...] | None:
-        """Deviations above which a plan is given up: the last of a plan that costs no more, by patience."""
+        """Compute a plan's limits: patience times the last deviation of a plan that costs no more."""
         patience = self.economy.patience
         ends = [k.curve[-1] for k in self.known.values() if k.macs <= known.macs and k.prompts]
         return (patience * min(ends),) * QUARTERS if patience is not None and ends else None
 
     def _worst(self) -> tuple[float, ...]:
-        """The worst figure of each objective so far."""
+        """Find the worst figure of each objective so far."""
         rows = [k.values(self.objectives) for k in self.known.values()]
         return tuple(max((v for v in column if v < inf), default=1.0) for column in zip(*rows, strict=True))
 
     def _told(self, known: Known, worst: Sequence[float]) -> tuple[float, ...]:
-        """What the proposals are told: of a plan that was given up, worse than the worst."""
+        """Make the objectives for the proposals; a plan that was given up is worse than all others."""
         if known.error is not None:
             return tuple(bound + abs(bound) for bound in worst)
         values = known.values(self.objectives)
@@ -372,7 +372,7 @@ class Search:
         )
 
     def _end(self, generation: int, seconds: float) -> None:
-        """Keep how long a generation took, so that a search that goes on ends when it would have."""
+        """Log the duration of a generation, so that a resumed search ends at the same point."""
         before = self.spent[-1][1] if self.spent else 0.0
         if generation not in self._walls:
             self._walls[generation] = before + seconds
@@ -386,7 +386,7 @@ class Search:
 
     def _tell(self, done: int, total: int) -> None:
         seconds = self.spent[-1][1] if self.spent else 0.0
-        # Most of a generation is its first round.
+        # The first round is most of a generation.
         within = 0.9 * done / total if total else 0.0
         share = self._budget.spent(len(self.history) + within, seconds + time.monotonic() - self._begin)
         self._on_progress(Progress(len(self.history), done, total, len(self.known), share, self._shown))
@@ -398,8 +398,8 @@ class _Stage:
 
     Args:
         sizes: number of choices of each variable.
-        uniform: plans that are the same at every step.
-        expand: from these variables to those of the space.
+        uniform: plans with the same choice at every step.
+        expand: makes the variables of the whole space from these.
     """
 
     sizes: tuple[int, ...]
@@ -408,17 +408,17 @@ class _Stage:
 
 
 def _whole(space: Space) -> _Stage:
-    """All of it."""
+    """Take the whole space."""
     return _Stage(space.sizes, tuple(space.genes(plan) for plan in space.uniform), lambda genes: genes)
 
 
 def _part(space: Space, name: str, found: Sequence[Genes]) -> _Stage:
-    """The variables of one kind, and which of the plans found before they are put into.
+    """Take the variables of one kind, and one more that chooses the plan for the other variables.
 
     Args:
         space: the space.
-        name: of the kind.
-        found: plans; if there are none, every other variable has its middle choice.
+        name: name of the kind.
+        found: plans found before; if there are none, every other variable has its middle choice.
     """
     bases = [*found] or [tuple(size // 2 for size in space.sizes)]
     places = [i for i, variable in enumerate(space.variables) if variable.name == name]
@@ -435,14 +435,14 @@ def _part(space: Space, name: str, found: Sequence[Genes]) -> _Stage:
 
 
 def _check_some_work(plans: Sequence[Known]) -> None:
-    """Refuse to go on if not one plan of a generation could be run."""
+    """Stop the search if no plan of a generation could be run."""
     errors = [known.error for known in plans if known.error is not None]
     if len(errors) == len(plans):
         raise AllFailedError(f"all {len(errors)} plans failed; the last one: {errors[-1]}")
 
 
 def check_economy(economy: Economy, objectives: Sequence[Objective]) -> None:
-    """Refuse savings that the objectives don't allow.
+    """Refuse an economy that is not possible with the objectives.
 
     Raises:
         ValueError: naming the field, the value and what is allowed.
@@ -451,29 +451,29 @@ def check_economy(economy: Economy, objectives: Sequence[Objective]) -> None:
     if together and len(economy.prompts) > 1:
         raise ValueError(
             f"prompts: {economy.prompts} is not allowed with quality:{together[0].value}, which is one "
-            "figure of all pictures: it must be one number"
+            "figure for all pictures; it must be one number"
         )
     if economy.patience is not None and not may_give_up(objectives):
         raise ValueError(
-            f"patience: {economy.patience} is not allowed with other objectives than quality:deviation and "
-            "cost:macs, which are known in the middle of a generation"
+            f"patience: {economy.patience} is allowed with quality:deviation and cost:macs only, which are "
+            "known within a generation; it must be None"
         )
 
 
 def may_give_up(objectives: Sequence[Objective]) -> bool:
-    """Whether a plan can be told to be hopeless in the middle of a generation."""
+    """Whether a plan can be given up within a generation."""
     return set(objectives) == {Quality.DEVIATION, Cost.MACS}
 
 
 def _record(job: Job, outcome: Outcome) -> dict[str, Any]:
-    """An evaluation as the log keeps it."""
+    """Convert an evaluation to a record of the log."""
     what = {"key": job.candidate.key, "start": job.start, "stop": job.stop}
     plan = {"steps": job.candidate.steps, "config": job.candidate.settings()}
     return {**what, **plan, **asdict(outcome)}
 
 
 def _add(known: Known, job: Job, outcome: Outcome) -> None:
-    """Put an outcome to what is known."""
+    """Add an outcome to the figures of a plan."""
     figures = [value for values in outcome.quality.values() for value in values]
     if not figures or not all(isfinite(value) for value in figures):
         known.given_up, known.curve, known.prompts = True, outcome.curve, 0

@@ -1,4 +1,4 @@
-"""All that decides what a search finds, as a file beside what it found."""
+"""All settings of a search, saved in a file with its results."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ Named = Annotated[
 
 
 class SearchSettings(Checked):
-    """What is searched, and how.
+    """The settings of a search.
 
     Args:
         model: name, folder or hub id.
-        method: its short name, or two with a plus between.
+        method: short name of the method, or two names with a plus between.
         steps: fewest and most sampler steps; the unaccelerated run makes the most.
-        prompts: one a picture; picture i has seed ``seed + i``.
+        prompts: a prompt for each picture; picture i has seed ``seed + i``.
         objectives: at least one of quality and one of cost; the plots show the first of each.
         algorithm: how plans are proposed.
-        budget: of a search in stages, which divide it among themselves; None for the others.
+        budget: budget that the stages of a search in stages divide; None for the others.
         operators: settings of NSGA-II.
-        economy: how evaluations are saved.
+        economy: how the search avoids evaluations.
         choices: other choices for a method's variables, by name.
-        search_seed: of the proposals.
-        seed: of the first picture.
+        search_seed: seed of the proposals.
+        seed: seed of the first picture.
         scheduler: as `Sampler.parse` takes it; None for the model's own.
         guidance: guidance scale; None for the pipeline's own.
-        height: in pixels; None for the model's own.
-        width: likewise.
-        dtype: of the weights.
-        batch: pictures made at once.
+        height: height in pixels; None for the model's own.
+        width: width in pixels; None for the model's own.
+        dtype: type of the weights.
+        batch: pictures in one batch.
         clip: folder or hub id of the CLIP model of ``quality:clip``.
-        rounds: runs in turns for ``cost:latency``.
-        version: of the file; the first, which names none, knew no recoveries to choose.
+        rounds: number of alternating timed runs for ``cost:latency``.
+        version: version of the file; files without one are of version 1, without choices of recoveries.
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
@@ -86,19 +86,19 @@ class SearchSettings(Checked):
         check_objectives(self.objectives)
         least, most = self.steps
         if not 1 <= least <= most:
-            raise ValueError(f"steps: {least}..{most} is not allowed, it must go from >= 1 up")
+            raise ValueError(f"steps: {least}..{most} is not allowed, it must ascend from >= 1")
         if self.economy.prompts[-1] != len(self.prompts):
             raise ValueError(
-                f"economy: its last number of prompts is {self.economy.prompts[-1]}, it must be that of "
-                f"the prompts, {len(self.prompts)}"
+                f"economy: its last number of prompts is {self.economy.prompts[-1]}, it must be the "
+                f"number of prompts, {len(self.prompts)}"
             )
         if (self.clip is None) == (Quality.CLIP in self.objectives):
-            raise ValueError("clip: a CLIP model must be given with quality:clip, and only with it")
+            raise ValueError("clip: give a CLIP model if quality:clip is an objective, and only then")
         check_economy(self.economy, self.objectives)
         space = self.space(lambda steps: steps)
         middle = [(size - 1) // 2 for size in space.sizes]
         for i, variable in enumerate(space.variables):
-            # A method's own choices are allowed.
+            # The method checks its own choices.
             for gene in range(len(variable.choices)) if variable.name in self.choices else ():
                 try:
                     space.config([*middle[:i], gene, *middle[i + 1 :]])
@@ -108,19 +108,19 @@ class SearchSettings(Checked):
 
     @property
     def setting(self) -> Setting:
-        """What pictures are made of."""
+        """The setting of the pictures."""
         names = ("model", "prompts", "seed", "scheduler", "guidance", "height", "width", "dtype")
         shared = {name: getattr(self, name) for name in names}
         return Setting(**shared, model_key=model_key(self.model), shard=self.batch)
 
     def space(self, calls_at: Callable[[int], int]) -> Space:
-        """The plans, which decode to a `Candidate`; where steps are open, they are one more variable.
+        """Make the space of plans, which decode to a `Candidate`; a range of steps is one more variable.
 
         Args:
-            calls_at: calls of the denoiser in a run of so many steps, at each branch of guidance.
+            calls_at: gives the calls of a run by its number of steps, at each branch of guidance.
 
         Raises:
-            ValueError: if the method has no plans, or a choice is none of its own.
+            ValueError: if the method has no plans, or does not have a choice.
         """
         least, most = self.steps
         space = space_of(self.method, calls_at(most))
@@ -133,14 +133,14 @@ class SearchSettings(Checked):
         return space.extended(Variable("steps", tuple(range(least, most + 1))), decode)
 
     def check(self, folder: Path, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Look whether the search in a folder, if there is one, is this one.
+        """Check that the search in a folder, if there is one, has these settings.
 
         Args:
-            folder: of the search.
+            folder: folder of the search.
             facts: what else its figures depend on, if that is known.
 
         Returns:
-            all of it as plain data.
+            the settings and facts as plain data.
 
         Raises:
             ValueError: naming the field in which they differ.
@@ -148,7 +148,7 @@ class SearchSettings(Checked):
         file = folder / "settings.json"
         now = {**json.loads(self.model_dump_json()), **({"facts": dict(facts)} if facts else {})}
         before = _kept(file) if file.exists() else now
-        # Empty where the model was not at hand, and in folders from before it was kept.
+        # Empty if the model was not on this machine, and in older folders.
         key, known = model_key(self.model), before.get("model_key")
         if key and known and key != known:
             raise ValueError(
@@ -157,28 +157,28 @@ class SearchSettings(Checked):
         for name, value in now.items():
             if before.get(name) != value:
                 raise ValueError(
-                    f"{name}: the search in {folder} has another one; use another folder, or --resume to "
-                    "go on with that one"
+                    f"{name}: the search in {folder} has another value; use another folder, or --resume to "
+                    "continue that search"
                 )
         return now | {"model_key": key or known or ""}
 
     def claim(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        """Write the settings into the folder of a search, as `check` allows."""
+        """Write the settings into the folder of a search, if `check` allows it."""
         now = self.check(folder, facts)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", now)
 
     @classmethod
     def of(cls, folder: Path) -> SearchSettings:
-        """Those of the search in a folder.
+        """Read the settings of the search in a folder.
 
         Raises:
-            FileError: if they are damaged.
-            OSError: if there are none.
+            FileError: if the file is damaged.
+            OSError: if there is none.
         """
         file = folder / "settings.json"
         if not file.exists():
-            raise FileNotFoundError(f"--resume: {folder} holds no search")
+            raise FileNotFoundError(f"--resume: {folder} holds no search; give the folder of one")
         fields = _kept(file)
         for known in ("facts", "model_key"):
             fields.pop(known, None)
@@ -189,9 +189,9 @@ class SearchSettings(Checked):
 
 
 def _kept(file: Path) -> dict[str, Any]:
-    """The settings of the search in a folder, as plain data of the present version.
+    """Read the settings of the search in a folder, as plain data of the present version.
 
-    A search of version 1 goes on with what it could choose: to reuse.
+    A search of version 1 continues with the only recovery that it had: reuse.
     """
     fields = read_kept(file, "use another folder")
     if "version" in fields:
@@ -203,7 +203,7 @@ def _kept(file: Path) -> dict[str, Any]:
 
 
 def _chooses_recoveries(method: Any) -> bool:
-    """Whether the plans of a method, if it is known, have recoveries."""
+    """Whether the plans of a known method have recoveries."""
     try:
         return "recovery" in space_of(str(method), 2).names
     except ValueError:
@@ -211,5 +211,5 @@ def _chooses_recoveries(method: Any) -> bool:
 
 
 def doubled(prompts: int) -> tuple[int, ...]:
-    """An eighth of the prompts, a quarter, half of them, all."""
+    """List an eighth of the prompts, a quarter, a half, all."""
     return tuple(sorted({max(1, prompts // 8), max(1, prompts // 4), max(1, prompts // 2), prompts}))
