@@ -845,8 +845,8 @@ def test_a_forecast_writes_to_no_value_that_is_kept(monkeypatch: pytest.MonkeyPa
     kept: list[tuple[Any, Any]] = []
     add = Store.add
 
-    def spy(store: Store, key: str, step: int, value: Any) -> None:
-        add(store, key, step, value)
+    def spy(store: Store, key: str, value: Any) -> None:
+        add(store, key, value)
         kept.append((value, copied(value)))
 
     monkeypatch.setattr(Store, "add", spy)

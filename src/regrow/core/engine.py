@@ -309,21 +309,64 @@ class Engine:
             generation.steps[position.index] = generation.controlled.step(position.index)
         planned = generation.steps[position.index]
         cut, reason = self._cut(generation, slot, planned, position.index)
-        plan: Mapping[str, Decision] = {}
         height, width = sample.shape[-2:] if sample.ndim > 3 else (0, 0)
         view = View(position.index, position.total, planned, cut, (height, width))
-        if self.sites is not None and not generation.whole and self.sites.decides(planned, cut, slot.calls):
-            plan = self.sites.plan(view)
-            if not plan and self.sites.has_calls_of_its_own:
-                # Every site is computed.
-                cut = None
+        asked = (
+            self.sites is not None and not generation.whole and self.sites.decides(planned, cut, slot.calls)
+        )
+        plan = self.sited.plan(view) if asked else {}
+        if asked and not plan and self.sited.has_calls_of_its_own:
+            # Every site is computed.
+            cut = None
         recovery = "" if cut is None else self._recovery(slot, cut, planned, position.index)
         age = 0 if cut is None else position.index - slot.stored[cut]
         if 0 <= slot.last < position.index - 1:
             # Differences to old outputs mean nothing.
             slot.outputs.clear()
         slot.last = position.index
-        depth = FULL if cut is None else planned.depth
+        self._said = ""
+        call = self.call = self._opened(generation, slot, view, cut, sample, inputs)
+        if self.sites is not None:
+            call.plan = self.sites.settled(plan, call, inputs)
+            call.choosers = self.sites.choosers(call.plan)
+            call.keeps_sites = self.sites.keeps(call)
+            if cut is None and not call.plan:
+                slot.observed = self.sites.decider.begin(slot.observed)
+            self.sites.prepare(call, sample)
+        call.decisions = {} if cut is None else self._left_out[cut]
+        if asked:
+            call.decisions = call.decisions | dict(self.sited.decisions(call.plan))
+        if planned.ratio and not reason and not _computes_some(call.plan):
+            reason = generation.whole or self._said
+        generation.records.append(
+            CallRecord(
+                position,
+                branch,
+                FULL if cut is None else planned.depth,
+                0.0 if self.sites is None else _share(planned, call.plan),
+                planned,
+                slot.inputs,
+                call.knows_text,
+                age,
+                reason,
+                recovery,
+                grounded=any(module.enabled for module in self._grounding),
+                plan=call.plan,
+            )
+        )
+
+    def _opened(
+        self,
+        generation: Generation,
+        slot: BranchMemory,
+        view: View,
+        cut: SkipPlan | None,
+        sample: Tensor,
+        inputs: Mapping[str, Any],
+    ) -> Call:
+        """What is known of a call before sites are decided for."""
+        store = _stored(generation.cuts.values(), cut)
+        cuts = store if cut is None else (*store, cut)
         info = CallInfo(
             sample.shape[0],
             slot.guided and self._is_split(sample),
@@ -334,60 +377,25 @@ class Engine:
             grid=slot.grid or self.layout.frame(sample),
             view=view,
         )
-        self._said = ""
-        store = _stored(generation.cuts.values(), cut)
-        cuts = store if cut is None else (*store, cut)
-        self.call = Call(
+        state = tuple(adapter_state(module) for module in self.layout.text.values())
+        knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
+        if not knows_text:
+            # Modules that this call skips must not later reuse outputs of another text.
+            slot.store.drop(*self.layout.text)
+        return Call(
             slot=slot,
-            step=position.index,
-            recovery=planned.recovery,
-            forecasts=planned.recovery != REUSE,
+            step=view.index,
+            recovery=view.step.recovery,
+            forecasts=view.step.recovery != REUSE,
             cut=cut,
             store=store,
             spans=tuple(one for one in cuts if one.entry is not None),
             dense=adds_to_layers(inputs) or _freeu(self.denoiser),
             info=info,
+            can_subset=not generation.whole and checks.can_subset(self, slot),
             compares=self._compared(cut),
+            knows_text=knows_text,
         )
-        state = tuple(adapter_state(module) for module in self.layout.text.values())
-        self.call.knows_text = bool(state) and slot.knows(inputs.get("encoder_hidden_states"), state)
-        if not self.call.knows_text:
-            # Modules that this call skips must not later reuse outputs of another text.
-            slot.store.drop(*self.layout.text)
-        self.call.can_subset = not generation.whole and checks.can_subset(self, slot)
-        ratio = 0.0
-        if self.sites is not None:
-            self.call.plan = plan = self.sites.settled(plan, self.call, inputs)
-            self.call.choosers = self.sites.choosers(plan)
-            self.call.keeps_sites = self.sites.keeps(self.call)
-            ratio = _share(planned, plan)
-            if cut is None and not plan:
-                slot.observed = self.sites.decider.begin(slot.observed)
-            self.sites.prepare(self.call, sample)
-        self.call.decisions = self._decisions(cut, plan)
-        if planned.ratio and not reason and not _computes_some(plan):
-            reason = generation.whole or self._said
-        generation.records.append(
-            CallRecord(
-                position,
-                branch,
-                depth,
-                ratio,
-                planned,
-                slot.inputs,
-                self.call.knows_text,
-                age,
-                reason,
-                recovery,
-                grounded=any(module.enabled for module in self._grounding),
-                plan=plan,
-            )
-        )
-
-    def _decisions(self, cut: SkipPlan | None, plan: Mapping[str, Decision]) -> Mapping[str, Decision]:
-        """Decide what each site does in a call, by name: skipped by the cut, or as planned."""
-        left_out = {} if cut is None else self._left_out[cut]
-        return left_out | dict(self.sited.decisions(plan)) if plan else left_out
 
     def _compared(self, cut: SkipPlan | None) -> tuple[SkipPlan, TimeRecovery] | None:
         """Find the cut and recovery that a full call compares with its values; None if not full."""
