@@ -220,7 +220,8 @@ class Sites:
 
     def decisions(self, plan: Mapping[str, Decision]) -> Iterator[tuple[str, Decision]]:
         """List the decisions of a plan for each site, and for the other modules that it is made of."""
-        for site in self.decider.sites:
+        # Layers that prune read their own decision: cached calls may leave the same layers out.
+        for site in (site for site in self.decider.sites if site.keeps is not Keeps.NOTHING):
             decision = plan.get(site.name, ALL)
             yield site.name, decision
             yield from ((part, UNREAD if decision is SKIP else ALL) for part in site.parts)
