@@ -115,9 +115,9 @@ def test_a_name_means_the_method_everywhere(pipe: Any) -> None:
     assert method_of("mine:often") == method_of("mine:3:interval=2") == Mine(interval=2)
     assert named("steps:7+some:0.25", 50) == (Some(share=0.25), 7)
     for name, said in (
-        ("mine:often-er", "after the colon comes a whole number"),
-        ("mine:0", "after the colon comes a whole number >= 1"),
-        ("some:x", "after the colon comes a ratio"),
+        ("mine:often-er", "after the colon write a whole number"),
+        ("mine:0", "after the colon write a whole number >= 1"),
+        ("some:x", "after the colon write a ratio"),
         ("mune:3", "one of steps, .*dato, .*mine, some; did you mean 'mine'"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -129,9 +129,9 @@ def test_options_of_the_command_line_are_its_fields_and_presets() -> None:
     assert method_config("mine", interval=4, steps=50) == Mine(interval=4)
     assert method_config("mine", preset="often", steps=50) == Mine(interval=2)
     assert method_config("mine", steps=50) == Mine(interval=2)
-    with pytest.raises(ValueError, match=r"--ratio: mine .*; allowed are --preset, --interval"):
+    with pytest.raises(ValueError, match=r"--ratio: mine does not have this option; it has --preset, --interval"):
         method_config("mine", ratio=0.5, steps=50)
-    with pytest.raises(ValueError, match="--ratio: some does not take it; allowed are none"):
+    with pytest.raises(ValueError, match="--ratio: some does not have this option; it has none"):
         method_config("some", ratio=0.5, steps=50)
 
 

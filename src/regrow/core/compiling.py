@@ -9,7 +9,7 @@ import torch
 from regrow.core.install import COMPILED
 from regrow.models import known_layout
 
-GRAPHS = 8
+GRAPHS = 32
 """Most kinds of calls that a block is compiled for; methods that choose single layers need the most."""
 
 
@@ -19,7 +19,7 @@ def compile_blocks(denoiser: Any, **options: Any) -> None:
     A block is compiled once for each kind of call: the first full one, other full ones, cached ones.
     A method that is removed and applied again is not compiled again. Blocks share their code, of which
     torch compiles 8 variants: ``torch._dynamo.config.recompile_limit`` and
-    ``accumulated_recompile_limit`` are raised to 8 for each block.
+    ``accumulated_recompile_limit`` are raised to 32 for each block.
 
     Args:
         denoiser: a model of diffusers, such as ``pipe.transformer``.

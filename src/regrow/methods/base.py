@@ -154,7 +154,7 @@ class MethodConfig(Checked):
         if name not in cls.PRESETS:
             allowed = ", ".join(cls.PRESETS) or "none"
             raise ValueError(
-                f"preset: {shown(name)} is not known for {cls.__name__}; known are {allowed}"
+                f"preset: {shown(name)} is not a preset of {cls.__name__}; use one of {allowed}"
                 f"{offer(name, cls.PRESETS)}"
             )
         config = cls.of_preset(cls.PRESETS[name])

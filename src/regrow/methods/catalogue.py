@@ -105,7 +105,7 @@ def config_from(data: Mapping[str, Any]) -> MethodConfig:
     given = data.get("method")
     if not isinstance(given, str) or given not in known:
         raise ValueError(
-            f"method: {shown(given)} is not known; allowed: {', '.join(known)}{offer(given, known)}"
+            f"method: {shown(given)} is not known; use one of {', '.join(known)}{offer(given, known)}"
         )
     return known[given].model_validate(data)
 
@@ -144,7 +144,7 @@ def configured(name: str) -> type[MethodConfig]:
     if name in _OTHERS:
         raise ValueError(f"method: {shown(name)} is not built yet; allowed: {', '.join(working)}")
     raise ValueError(
-        f"method: {shown(name)} is not known; allowed: {', '.join(working)}{offer(name, working)}"
+        f"method: {shown(name)} is not known; use one of {', '.join(working)}{offer(name, working)}"
     )
 
 

@@ -126,7 +126,8 @@ class DaTo(PatchPruning):
             return cls(schedule=Schedule.every(whole(text), calls, ratio=0.5))
         if not text.startswith(hub.PREFIX) and not text.endswith(hub.PLANS) and not Path(text).exists():
             raise TextError(
-                f"an interval, a schedule file or {', '.join(cls.PRESETS)}{offer(text, cls.PRESETS)}"
+                "an interval such as 3, a schedule file, or a preset: "
+                f"{', '.join(cls.PRESETS)}{offer(text, cls.PRESETS)}"
             )
         return cls(schedule=hub.load_schedule(text))
 

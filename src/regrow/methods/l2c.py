@@ -83,8 +83,8 @@ class _Rule(SitesOf[L2C]):
         sites = tuple(site.whole for site in layout.layer_sites)
         if not sites:
             raise UnsupportedModelError(
-                f"model: the layers of {type(denoiser).__name__} are not known; Learning-to-Cache works on "
-                "transformers such as DiT, PixArt, Latte and Wan"
+                f"model: regrow does not know the layers of {type(denoiser).__name__}; Learning-to-Cache "
+                "works on transformers such as DiT, PixArt, Latte and Wan"
             )
         c = self.config
         if c.router is None and not without_data(denoiser):

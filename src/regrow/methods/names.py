@@ -159,7 +159,7 @@ def _of_text(spec: str, kind: type[MethodConfig], text: str, steps: int) -> Meth
 
 
 def _misread(spec: str, error: TextError) -> ValueError:
-    return ValueError(f"method: {shown(spec)} is not allowed; after the colon comes {error}")
+    return ValueError(f"method: {shown(spec)} is not allowed; after the colon write {error}")
 
 
 def plain(text: str) -> Any:

@@ -113,10 +113,10 @@ def test_a_picture_to_begin_with_and_a_negative_prompt(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "--prompt, --prompts: one of them must be given"),
+        ((), "--prompt, --prompts: give one of them"),
         (
             ("--prompt", "a", "--prompts", "b.txt"),
-            "--prompt, --prompts: one of them must be given, and only",
+            "--prompt, --prompts: give one of them",
         ),
         (("--prompts", "b.txt"), "b.txt: there is no such file"),
         (("--prompt", "a", "--strength", "0.5"), "--strength: it goes with --image"),
@@ -134,16 +134,16 @@ def test_a_picture_to_begin_with_and_a_negative_prompt(
             ("--prompt", "a", "--negative-prompt", "b", "--guidance", "1"),
             "--negative-prompt: it does nothing",
         ),
-        (("--prompt", "a", "--height", "64"), "width: must be given together with height"),
+        (("--prompt", "a", "--height", "64"), "width: it is missing, give it together with height"),
         (
             ("--prompt", "a", "--height", "65536", "--width", "65536"),
             "height, width, batch: 1 picture of 65536 x 65536 by emoji in float32 need more than",
         ),
         (
             ("--prompt", "a", "--model", "emojy"),
-            "model: 'emojy' is not there, it must be",
+            "model: 'emojy' is not known; use",
         ),
-        (("--prompt", "a", "--model", "./none"), "model: './none' is not there, it must be"),
+        (("--prompt", "a", "--model", "./none"), "model: './none' is not known; use"),
         (
             ("--prompt", "a", "--model", "broken.safetensors"),
             "model: broken.safetensors can't be read as wei",

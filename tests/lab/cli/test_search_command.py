@@ -393,6 +393,6 @@ def test_a_stopped_search_leaves_its_front_and_says_how_to_go_on(
     monkeypatch.setattr(Search, "_end", stop)
     assert run(monkeypatch, *words(model, prompts, tmp_path / "a"), "--no-plots") == 130
     said = capsys.readouterr()
-    assert said.err.endswith("regrow: stopped; type the same command to go on where it was\n")
+    assert said.err.endswith("regrow: stopped; type the same command to continue where it was\n")
     assert f"next:  regrow generate --model {model} --schedule {tmp_path / 'a' / 'front'}" in said.out
     assert json.loads((tmp_path / "a" / "search.json").read_text())["evaluated"] > 0

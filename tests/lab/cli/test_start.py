@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import regrow
 from regrow.lab import cli
@@ -25,6 +26,19 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     with pytest.raises(SystemExit) as end:
         cli.main()
     return int(end.value.code or 0)
+
+
+def test_memory_that_is_not_enough_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def generate(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr("regrow.lab.cli.generate.run_generate", generate)
+    assert run(monkeypatch, "generate", "--prompt", "owl") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("regrow: CUDA out of memory.; Tried to allocate 2 GiB; use a smaller --batch")
+    assert told.count("\n") == 1
 
 
 def test_version_and_short_help(
@@ -92,7 +106,7 @@ def test_warnings_are_one_line_and_those_for_developers_none(
 @pytest.mark.parametrize(
     ("command", "function", "how"),
     [
-        ("eval", "regrow.lab.cli.evaluate.run_eval", "go on where it was"),
+        ("eval", "regrow.lab.cli.evaluate.run_eval", "continue where it was"),
         ("demo", "regrow.lab.cli.demo.run_demo", "begin again"),
     ],
 )

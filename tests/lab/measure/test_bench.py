@@ -430,7 +430,7 @@ def test_nothing_to_measure_is_refused(changes: dict[str, Any], named: str) -> N
 
 @pytest.mark.parametrize("side", ["height", "width"])
 def test_one_side_alone_is_refused(side: str) -> None:
-    with pytest.raises(ValueError, match=f"must be given together with {side}"):
+    with pytest.raises(ValueError, match=f"give it together with {side}"):
         make(None, PROMPTS, steps=1, **{side: 64})
 
 

@@ -739,7 +739,7 @@ def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
         (("--first", "3"), "--template, --each, --first: they go with a file"),
         (("--ablation", "noise"), "--ablation, --methods: only one of them is allowed"),
         (("--methods", "steps:2,sito:a,steps:2"), "--methods: steps:2 is there 2 times"),
-        (("--height", "64"), "width: must be given together with height"),
+        (("--height", "64"), "width: it is missing, give it together with height"),
         (
             ("--methods", "steps:2,sito:0.5:max_downsample=1:feed_forward=false,cat:0.3"),
             "methods: cat:0.3 can't",

@@ -77,7 +77,7 @@ def usual(model: str | None, arch: str | None = None) -> Usual:
         ValueError: if there is no such architecture or model.
     """
     if arch is not None and arch not in NAMES:
-        raise ValueError(f"arch: {arch!r} is not known; known are {', '.join(NAMES)}")
+        raise ValueError(f"arch: {arch!r} is not known; use one of {', '.join(NAMES)}")
     if arch is not None and arch in CONFIGS:
         name = _UNET
     elif arch is not None and arch in TRANSFORMERS:

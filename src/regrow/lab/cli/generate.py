@@ -67,7 +67,7 @@ def generate(request: GenerateRequest, context: typer.Context) -> None:
     config, label = request.configured(request.steps or 50, context.args, of_schedule="dato")
     steps = request.steps or (None if config is None else config.sampler_steps) or 50
     if bool(request.prompt) == (request.prompts is not None):
-        raise ValueError("--prompt, --prompts: one of them must be given, and only one")
+        raise ValueError("--prompt, --prompts: give one of them")
     prompts = request.prompt or tuple(read_prompts(request.prompts or Path()))
     run_generate(replace(request, prompt=prompts), Variant(label, config, steps))
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from safetensors import SafetensorError
+from torch import OutOfMemoryError
 
 from regrow import __version__, hub
 from regrow.lab.cli.bench import bench
@@ -115,11 +116,13 @@ def main() -> None:
             # Whoever read the output wanted no more of it; nothing must be flushed into it at the end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OutOfMemoryError as error:
+            _fail(f"{in_one_line(error)}; use a smaller --batch or size, or --dtype bfloat16")
         except _REFUSALS as error:
             _fail(in_one_line(error))
     if code == STOPPED:
         again = "type the same command to "
-        again += "go on where it was" if {*sys.argv[1:2]} & _RESUMABLE else "begin again"
+        again += "continue where it was" if {*sys.argv[1:2]} & _RESUMABLE else "begin again"
         print(f"regrow: stopped; {again}", file=sys.stderr)
     sys.exit(code)
 

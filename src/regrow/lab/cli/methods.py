@@ -50,7 +50,7 @@ def methods(request: MethodsRequest) -> None:
     if system is None:
         names = [one.name for one in systems()]
         raise ValueError(
-            f"name: {shown(name)} is not known; allowed: {', '.join(names)}{offer(name, names)}"
+            f"name: {shown(name)} is not known; use one of {', '.join(names)}{offer(name, names)}"
         )
     if as_json:
         fields = [] if system.config is None else list(fields_of(system.config))

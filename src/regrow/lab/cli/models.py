@@ -40,9 +40,7 @@ def find_device(name: str | None) -> str:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device: {name!r} can't be used; best here is {best_device()} ({reason})"
-        ) from error
+        raise ValueError(f"--device: {name!r} can't be used; use {best_device()} ({reason})") from error
     return name
 
 
@@ -93,8 +91,8 @@ def config_of(model: str) -> str:
         return str(here) if here is not None else _config_on_hub(file)
     if not Path(model).exists() and (model.count("/") != 1 or model.startswith((".", "~"))):
         raise ValueError(
-            f"model: {shown(model)} is not there, it must be {' or '.join(zoo.MODELS)} (bundled), "
-            f"a folder, a file of weights, or owner/name on the hub{offer(model, zoo.MODELS)}"
+            f"model: {shown(model)} is not known; use {', '.join(zoo.MODELS)} (bundled), an existing "
+            f"folder, a file of weights, or owner/name on the hub{offer(model, zoo.MODELS)}"
         )
     return model
 
@@ -133,13 +131,14 @@ def index_of(model: str) -> dict[str, Any]:
             ) from error
         why = str(error).splitlines()[0]
         raise ValueError(
-            f"model: {model} is not on this machine and can't be fetched from the hub ({why})"
+            f"model: {model} is not on this machine and can't be fetched from the hub; check the id and "
+            f"the network, or give a folder ({why})"
         ) from error
     return dict(index)
 
 
 def check_scheduler(model: str, scheduler: str) -> None:
-    """Look whether a model can be sampled by a scheduler, without its weights.
+    """Check that a model can be sampled by a scheduler, without its weights.
 
     Raises:
         ValueError: if there is no such scheduler, or the model can't be sampled by it.
@@ -166,7 +165,7 @@ def _load(model: str, device: str, dtype: torch.dtype, videos: bool) -> Any:
 
 
 def check_pictures(model: str) -> None:
-    """Look whether a model makes pictures, without its weights.
+    """Check that a model makes pictures, without its weights.
 
     Raises:
         ValueError: if it makes videos.
@@ -228,7 +227,7 @@ def check_room(
     """
     if (height is None) != (width is None):
         missing, given = ("height", "width") if height is None else ("width", "height")
-        raise ValueError(f"{missing}: must be given together with {given}")
+        raise ValueError(f"{missing}: it is missing, give it together with {given}")
     have = _memory(device)
     try:
         arch = architecture_of(config_of(model))

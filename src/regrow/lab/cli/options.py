@@ -56,7 +56,7 @@ class Accelerated(Request):
         if method is None:
             if options.given:
                 dependent = (f"--{name}" for name in vars(options) if name != "schedule" or not of_schedule)
-                raise ValueError(f"{', '.join(dependent)}: need --method")
+                raise ValueError(f"{', '.join(dependent)}: give --method too")
             return None, "unaccelerated"
         words = [method]
         words += [] if self.preset is None else [self.preset]
@@ -101,7 +101,7 @@ def method_config(
     for one in given:
         if one not in taken:
             allowed = ", ".join(taken) or "none"
-            raise ValueError(f"{one}: {name} does not take it; allowed are {allowed}")
+            raise ValueError(f"{one}: {name} does not have this option; it has {allowed}")
     config: MethodConfig = kind.from_options(asked, steps) if given else default_of(name)
     return config.changed(changes) if changes else config
 

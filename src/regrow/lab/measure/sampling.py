@@ -110,7 +110,7 @@ def check_size(pipeline: Any, height: int | None, width: int | None, frames: int
     if (height is None) != (width is None):
         # Pipelines fall back to their own size then.
         missing, given = ("height", "width") if height is None else ("width", "height")
-        raise ValueError(f"{missing}: must be given together with {given}")
+        raise ValueError(f"{missing}: it is missing, give it together with {given}")
     if height is not None and not _takes(inspect.signature(pipeline.__call__).parameters, "height"):
         raise ValueError(f"height: {type(pipeline).__name__} has one size only; leave out height and width")
     check_frames(pipeline, frames)
