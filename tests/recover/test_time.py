@@ -165,6 +165,8 @@ def test_the_basis_is_of_the_runs_own_length() -> None:
     assert Chebyshev(degree=2).basis(0, 20) == pytest.approx((1, -1, 1))
     assert Chebyshev(degree=2).basis(10, 20) == pytest.approx((1, 0, -1))
     assert Chebyshev(degree=3).basis(15, 20) == pytest.approx((1, 0.5, -0.5, -1))
+    # Behind the last step it stays as it is there.
+    assert Chebyshev(degree=2).basis(21, 20) == Chebyshev(degree=2).basis(20, 20) == (1, 1, 1)
 
 
 def fitted(total: int = 6) -> Fitted:
@@ -183,6 +185,7 @@ def test_fitted_weights_are_those_of_their_steps() -> None:
     assert fitted().weights((0, 1, 3), 4, 6) == (0.25, 0.0, 0.75)
     assert fitted().weights((0, 1, 3), 5, 6) == (0.1, 0.2, 0.7)
     assert fitted().window == 3
+    assert Fitted(total=6, steps=()).window == 2, "for the line"
     assert fitted().split((0, 1, 3), 4, 6) == ((), (0.25, 0.0, 0.75))
 
 
@@ -245,6 +248,7 @@ NEAREST = FittedStep(step=3, sources=(2,), weights=(1.0,))
         (Fitted(total=TOTAL, steps=(NEAREST,)), (1, 2), "fitted"),
         (Fitted(total=TOTAL, steps=(NEAREST,)), (0, 1), "taylor(1)"),
         (Fitted(total=TOTAL, steps=(NEAREST,)), (1,), "reuse"),
+        (Fitted(total=TOTAL + 1, steps=(NEAREST,)), (0, 1, 2), "taylor(1)"),
     ],
 )
 def test_reports_name_what_a_value_was_made_with(
@@ -351,6 +355,8 @@ def test_older_values_than_the_window_have_no_weight(
     weights = recovery.weights(times, t, TOTAL)
     assert not any(weights[: -recovery.window])
     assert recovery.split(times, t, TOTAL) == ((), weights[-recovery.window :])
+    assert recovery.basis(t, TOTAL) == ()
+    assert recovery.knows(times, t, TOTAL)
     assert cached_split(recovery, tuple(times), t, TOTAL) == recovery.split(times, t, TOTAL)
 
 
@@ -397,6 +403,11 @@ def test_a_recovery_without_a_name_is_refused(kind: type[TimeRecovery]) -> None:
 def test_a_recovery_is_labelled_by_what_makes_it(name: str, label: str) -> None:
     assert recovery_from(name).label == label
     assert recovery_from(label) == recovery_from(name)
+
+
+def test_an_order_of_thousands_of_digits_is_refused_as_any_other() -> None:
+    with pytest.raises(ValidationError, match="order"):
+        recovery_from("taylor" + "9" * 5000)
 
 
 def test_a_recovery_without_an_order_is_given_none() -> None:
