@@ -380,6 +380,10 @@ class Named(TimeRecovery):
     kind: Literal["named"] = "named"
 
 
+class AlsoReuse(TimeRecovery):
+    kind: Literal["reuse"] = "reuse"
+
+
 @pytest.mark.parametrize("kind", [Nameless, Unset, Free])
 def test_a_recovery_without_a_name_is_refused(kind: type[TimeRecovery]) -> None:
     said = f'kind: {kind.__name__} has no field of the form kind: Literal\\["name"\\] = "name"'
@@ -418,5 +422,15 @@ def test_a_recovery_without_an_order_is_given_none() -> None:
 def test_a_recovery_is_known_by_its_kind() -> None:
     with pytest.raises(ValueError, match="kind: 'a b' is not allowed, it must be of letters from a to z"):
         register_recovery(Spaced)
+    with pytest.raises(ValueError, match="kind: 'reuse' is not allowed, Reuse has that name"):
+        register_recovery(AlsoReuse)
+    assert type(recovery_from("reuse")) is type(REUSE)
     assert register_recovery(Named) is Named
     assert recovery_from("named") == Named()
+
+
+def test_a_recovery_is_made_from_its_fields() -> None:
+    assert recovery_from({"kind": "taylor", "order": 3}) == Taylor(order=3)
+    for fields in ({"order": 3}, {"kind": "tailor", "order": 3}):
+        with pytest.raises(ValueError, match="it must be a recovery"):
+            recovery_from(fields)
