@@ -15,7 +15,7 @@ from regrow.control import GROWTH, SAFETY, ErrorControl, Measured, degree_of, re
 from regrow.core.controlled import LAG, Controlled, Reading, largest
 from regrow.core.store import Store
 from regrow.methods.taylorseer import Differences
-from regrow.recover.time import Chebyshev, Reuse, Taylor, TimeRecovery
+from regrow.recover.time import MOST_ORDER, Chebyshev, Reuse, Taylor, TimeRecovery
 from regrow.schedule import FULL, Step
 
 ERRORS = st.one_of(st.floats(0, 1e6), st.sampled_from([0.0, 1e-320, 1e300, math.inf, math.nan]))
@@ -104,6 +104,22 @@ def test_distances_within_a_budget_are_as_the_mean_density_to_the_newest() -> No
     assert spread([], 30, 6) == 5
     # Errors of another degree do not count.
     assert spread([Measured(4, 100.0, 0), Measured(4, 0.16, 1)], 30, 6) == 5
+    # Half the distance and half the root of the error: the same density.
+    assert spread([*even, Measured(2, 0.04, 1)], 30, 6) == 5
+    # Without any error the mean is as dense as the newest; beside some, no error is as thin as can be.
+    assert spread([Measured(4, 0.0, 1)] * 2, 30, 6) == 5
+    assert spread([*even, Measured(4, 0.0, 1)], 30, 6) == 30
+    # The least distance is 1.
+    assert spread([*even, Measured(4, 1e9, 1)], 6, 6) == 1
+    assert spread([], 5, 20) == 1
+
+
+def test_nothing_is_reached_under_no_bound_or_after_no_number() -> None:
+    assert reach(Measured(3, 0.0, 1), 0.0, 9) == 0
+    assert reach(Measured(3, math.nan, 1), 0.1, 9) == 0
+    assert reach(Measured(3, math.inf, 1), 0.1, 9) == 0
+    # Without an error it grows as far as it may.
+    assert reach(Measured(3, 0.0, 1), 0.1, 9) == GROWTH * 3
 
 
 @given(data=st.data(), order=st.integers(1, 4))
@@ -116,6 +132,15 @@ def test_the_degree_is_that_of_the_polynomials_that_are_continued(data: st.DataO
     assert degree_of(Differences(order=order), [0, 1, 2, 3, 4], 6, 80) == 1
     assert degree_of(Reuse(), times, t, 80) == 0
     assert len(times) == 1 or degree_of(Chebyshev(), times, t, 80) == 0
+
+
+@pytest.mark.parametrize(
+    ("order", "values", "t"),
+    [(MOST_ORDER - 1, 9, 9), (MOST_ORDER, 10, 10), (4, 5, 60), (MOST_ORDER, 9, 20)],
+)
+def test_the_degree_of_high_orders_and_far_forecasts_is_their_own(order: int, values: int, t: int) -> None:
+    """Weights of thousands, whose rounding is no error."""
+    assert degree_of(Taylor(order=order), range(values), t, 80) == order
 
 
 def test_a_step_has_the_largest_error_of_its_branches() -> None:
@@ -270,4 +295,8 @@ def test_with_nothing_measured_a_budget_is_spread_evenly(calls: int, budget: int
 
 
 def test_a_bound_with_nothing_measured_is_full() -> None:
-    assert set(ErrorControl(skip(Taylor()), bound=0.1).resample(20).depth) == {FULL}
+    plan = ErrorControl(skip(Taylor()), bound=0.1)
+    assert set(plan.resample(20).depth) == {FULL}
+    assert plan.resample(1).depth == (FULL,)
+    with pytest.raises(ValueError, match="calls: 0 is not allowed"):
+        plan.resample(0)
