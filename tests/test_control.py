@@ -294,6 +294,16 @@ def test_with_nothing_measured_a_budget_is_spread_evenly(calls: int, budget: int
     assert max(gaps) - min(gaps) <= 1
 
 
+@pytest.mark.parametrize(
+    ("recovery", "begin", "first"), [(Taylor(), 0, 1), (Taylor(), 1, 2), (Reuse(), 1, 1)]
+)
+def test_only_a_late_run_of_a_forecast_needs_a_second_value(
+    recovery: TimeRecovery, begin: int, first: int
+) -> None:
+    control = ErrorControl(skip(recovery), budget=4, first=1, longest=20)
+    assert steps_of(control, begin + 12, begin)[:3] == [True] * first + [False] * (3 - first)
+
+
 def test_a_bound_with_nothing_measured_is_full() -> None:
     plan = ErrorControl(skip(Taylor()), bound=0.1)
     assert set(plan.resample(20).depth) == {FULL}
