@@ -25,12 +25,11 @@ from typing import Any
 
 from peers import PEERS, peer
 
-from regrow.lab.cli import evaluate
-from regrow.lab.cli.bench import Request, noted, run_bench, shown
-from regrow.lab.cli.engine import Engine, Where
+from regrow.lab.cli.bench import BenchRequest, noted, run_bench
+from regrow.lab.cli.evaluate import EvalRequest, run_eval
 from regrow.lab.cli.models import check_pictures
+from regrow.lab.cli.terminal import amount
 from regrow.lab.measure.bench import BenchRow
-from regrow.lab.measure.extractors import Network
 from regrow.lab.measure.machine import PACKAGES
 from regrow.lab.measure.variants import Variant, variant
 from regrow.methods.calibrated import Calibrated
@@ -72,35 +71,21 @@ def compare(args: argparse.Namespace, variants: Sequence[Variant], timed: Sequen
     working = [one for one, row in zip(variants, timed, strict=True) if row.error is None]
     # What others are compared with comes first.
     working[1:] = sorted(working[1:], key=lambda one: one.name not in against.values())
-    evaluate.run_eval(
-        evaluate.Request(
-            variants=tuple(working),
-            against=against,
-            model=args.model,
-            prompts=args.prompts,
-            template=None,
-            each=None,
-            first=None,
-            features=Network.EFFNET,
-            reference=args.reference,
-            save_reference=None,
-            clip=None,
-            scores=(),
-            export=None,
-            steps=args.steps,
-            scheduler=None,
-            seed=args.seed,
-            guidance=args.guidance,
-            height=args.height,
-            width=args.width,
-            device=args.device,
-            dtype=args.dtype,
-            batch=args.batch,
-            where=Where(Engine.LOCAL, None, None),
-            out=args.quality,
-        ),
-        as_json=False,
+    request = EvalRequest(
+        model=args.model,
+        prompts=args.prompts,
+        reference=args.reference,
+        steps=args.steps,
+        seed=args.seed,
+        guidance=args.guidance,
+        height=args.height,
+        width=args.width,
+        device=args.device,
+        dtype=args.dtype,
+        batch=args.batch,
+        out=args.quality,
     )
+    run_eval(request, working, against)
     if args.json is not None:
         shutil.copy(args.quality / "result.json", quality_file(args.json))
 
@@ -153,18 +138,18 @@ def table(timed: Sequence[BenchRow], compared: Sequence[Mapping[str, Any]]) -> l
         else:
             cells = [
                 name,
-                shown(row.speedup, ".2f", "x"),
+                amount(row.speedup, ".2f", "x"),
                 f"{row.spread:.2f}",
-                shown(row.macs_ratio, ".2f", "x"),
-                shown(row.efficiency, ".2f"),
-                shown(row.peak_mib, ".0f"),
+                amount(row.macs_ratio, ".2f", "x"),
+                amount(row.efficiency, ".2f"),
+                amount(row.peak_mib, ".0f"),
             ]
             if quality:
                 seen = quality[row.name]
                 # What equals the baseline's pictures has no distance to them.
                 distance = None if seen["psnr"] is None else seen["feature_distance"]
-                cells += [shown(seen["psnr"], ".1f"), shown(distance, ".4f")]
-                cells += _nearer(seen["gain"]) if beside else [shown(seen["fd"], ".2f")]
+                cells += [amount(seen["psnr"], ".1f"), amount(distance, ".4f")]
+                cells += _nearer(seen["gain"]) if beside else [amount(seen["fd"], ".2f")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -175,7 +160,7 @@ def _nearer(gain: Mapping[str, Any] | None) -> list[str]:
         return ["", ""]
     if gain["psnr"] is None:
         return [f"`{gain['over']}`", "-"]
-    return [f"`{gain['over']}`", f"{-gain['psnr']:+.1f} ± {shown(gain['error'], '.1f')}"]
+    return [f"`{gain['over']}`", f"{-gain['psnr']:+.1f} ± {amount(gain['error'], '.1f')}"]
 
 
 def main() -> None:
@@ -223,14 +208,13 @@ def main() -> None:
     try:
         if args.quality is not None:
             check_pictures(args.model)
-        request = Request(
-            variants=rows(args.methods, args.peers, args.steps),
+        variants = rows(args.methods, args.peers, args.steps)
+        request = BenchRequest(
             model=args.model,
             arch=args.arch,
-            prompts=tuple(args.prompt or ()),
+            prompt=tuple(args.prompt or ()),
             images=args.images,
             rounds=args.rounds,
-            scheduler=None,
             guidance=args.guidance,
             height=args.height,
             width=args.width,
@@ -239,10 +223,9 @@ def main() -> None:
             dtype=args.dtype,
             compiled=args.compile,
             out=args.json,
-            plot=None,
         )
         packages = dict.fromkeys((*PACKAGES, *(kind.package for kind in PEERS.values())))
-        found = run_bench(request, as_json=False, packages=tuple(packages))
+        found = run_bench(request, variants, tuple(packages))
         if args.json is not None:
             # Of older times.
             quality_file(args.json).unlink(missing_ok=True)
@@ -250,7 +233,7 @@ def main() -> None:
         if args.quality is not None and found[0].error is not None:
             raise ValueError(f"methods: {found[0].name}, which all are compared with: {found[0].error}")
         if args.quality is not None:
-            compare(args, request.variants, found)
+            compare(args, variants, found)
         if args.json is not None:
             write_table(args.json)
     except (ValueError, OSError, ImportError, MemoryError) as error:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from regrow import zoo
+from regrow import DaTo, zoo
 from regrow.lab.cli.models import load_pipeline
 from regrow.lab.measure.atomic_files import write_json
 from regrow.lab.measure.evaluate import Setting
@@ -32,7 +32,6 @@ from regrow.lab.measure.machine import PACKAGES, machine
 from regrow.lab.search.evaluation import Candidate, Evaluator, Job, Outcome
 from regrow.lab.search.objectives import Cost, Quality
 from regrow.lab.workers import RayWorkers
-from regrow.methods import DaTo
 from regrow.schedule import Schedule
 
 MODEL = "emoji"

@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from regrow import DaTo
 from regrow.lab.measure.architectures import architecture
 from regrow.lab.measure.machine import machine
 from regrow.lab.measure.macs import PlanCounter
@@ -20,7 +21,6 @@ from regrow.lab.search.objectives import Cost, Quality
 from regrow.lab.search.proposals import Operators
 from regrow.lab.search.search import Budget, Economy, Search
 from regrow.lab.workers import LocalWorkers
-from regrow.methods import DaTo
 from regrow.schedule import FULL
 from regrow.space import Variable
 

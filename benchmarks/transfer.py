@@ -16,7 +16,7 @@ import argparse
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from regrow import zoo
-from regrow.lab.cli.engine import Engine, Where
+from regrow import DaTo, zoo
+from regrow.lab.cli.engine import Engine
 from regrow.lab.cli.models import load_pipeline
-from regrow.lab.cli.search import PATIENCE, Asked, Request, run_search
+from regrow.lab.cli.search import PATIENCE, Again, run_search
 from regrow.lab.measure.evaluate import Setting
 from regrow.lab.measure.machine import machine, model_key
 from regrow.lab.measure.macs import PlanCounter
@@ -40,7 +40,6 @@ from regrow.lab.search.objectives import Cost, Quality
 from regrow.lab.search.proposals import hypervolume
 from regrow.lab.search.search import Economy
 from regrow.lab.search.settings import SearchSettings, doubled
-from regrow.methods import DaTo
 from regrow.schedule import Schedule
 
 STRENGTH = 0.6
@@ -120,7 +119,7 @@ def opened(place: Place, prompts: tuple[str, ...]) -> Any:
     return FromImage(pipeline, prompts) if place.from_image else pipeline
 
 
-def search_there(place: Place, generations: int, out: Path, where: Where) -> None:
+def search_there(place: Place, generations: int, out: Path, asked: Again) -> None:
     """A short search in a setting, on the first prompts; gone on with if it exists."""
     prompts = zoo.captions("emoji")[:SEARCHED]
     settings = SearchSettings(
@@ -137,17 +136,7 @@ def search_there(place: Place, generations: int, out: Path, where: Where) -> Non
     )
     # Image-to-image is no model that a name opens.
     other = partial(opened, place, tuple(prompts)) if place.from_image else None
-    outcome = run_search(
-        Request(
-            settings=settings,
-            asked=Asked(budget=str(generations)),
-            where=where,
-            device="cpu",
-            out=out,
-            plots=False,
-            opened=other,
-        )
-    )
+    outcome = run_search(settings, replace(asked, budget=str(generations)), out, other)
     if outcome.stopped:
         raise KeyboardInterrupt
 
@@ -259,7 +248,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="of Ray, one thread each")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    where = Where(Engine.RAY, args.workers)
+    asked = Again(engine=Engine.RAY, workers=args.workers, device="cpu", plots=False)
     prompts = tuple(zoo.captions("emoji")[args.first : args.first + args.prompts])
     found = {f"searched {f.stem}": DaTo(schedule=Schedule.load(f)) for f in args.plans}
     trials = []
@@ -270,7 +259,7 @@ def main() -> None:
         plans |= {f"steps {s // n}": Candidate(s // n, None) for n in (2, 3, 5)}
         if args.generations and place.folder is not None:
             out = args.work / place.folder
-            search_there(place, args.generations, out, where)
+            search_there(place, args.generations, out, asked)
             for file in picked(out):
                 plans[f"there {file.stem}"] = Candidate(s, DaTo(schedule=Schedule.load(file)))
         trials += [Trial(place, name, candidate) for name, candidate in plans.items()]
@@ -283,7 +272,7 @@ def main() -> None:
     with Progress(console=Console(stderr=True)) as progress, log.open("a", encoding="utf-8") as lines:
         task = progress.add_task("plans", total=len(missing))
         if missing:
-            with where.open(make, "cpu") as workers:
+            with asked.open(make, "cpu") as workers:
                 for index, figures in workers.run(missing):
                     trial = missing[index]
                     key = trial.candidate.key

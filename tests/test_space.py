@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import regrow
+from regrow import FORA, CATPruning, Combined, DaTo, SiTo
 from regrow.core.recipe import recipe_of
-from regrow.methods import FORA, CATPruning, Combined, DaTo, SiTo
 from regrow.methods.base import MethodConfig
 from regrow.methods.catalogue import config_from, space_of, systems
 from regrow.recover.time import REUSE, Chebyshev, Taylor, TimeRecovery, recovery_from

@@ -12,42 +12,25 @@ from regrow.control import Control
 from regrow.core.call import Observation
 from regrow.core.clock import ConcurrentGenerationError
 from regrow.core.compiling import compile_blocks
+from regrow.core.recipe import After, Alignment, CallInfo, Features, Recipe, Recovery, Where, recipe_of
 from regrow.lab.calibration.calibrate import calibrate
 from regrow.lab.calibration.recording import Recording, record
-from regrow.methods import (
-    ATEDM,
-    FORA,
-    L2P,
-    About,
-    Adaptive,
-    After,
-    Alignment,
-    BaseChoice,
-    CallInfo,
-    CATPruning,
-    Combined,
-    DaTo,
-    DeepCache,
-    Features,
-    ForecastLevel,
-    MethodConfig,
-    Recipe,
-    Recovery,
-    Restored,
-    Role,
-    Similarity,
-    SiTo,
-    Spectrum,
-    TaylorSeer,
-    ToCa,
-    TokenCache,
-    TokenChoice,
-    TokenRule,
-    ToMeSD,
-    Where,
-    recipe_of,
-    register,
-)
+from regrow.methods.adaptive import Adaptive
+from regrow.methods.atedm import ATEDM, Restored, Similarity
+from regrow.methods.base import About, MethodConfig, Role, register
+from regrow.methods.cat import CATPruning, TokenChoice
+from regrow.methods.combined import Combined
+from regrow.methods.dato import DaTo
+from regrow.methods.deepcache import DeepCache
+from regrow.methods.fora import FORA
+from regrow.methods.l2p import L2P
+from regrow.methods.pruning import TokenRule
+from regrow.methods.sito import BaseChoice, SiTo
+from regrow.methods.spectrum import Spectrum
+from regrow.methods.taylorseer import ForecastLevel, TaylorSeer
+from regrow.methods.toca import ToCa
+from regrow.methods.tokencache import TokenCache
+from regrow.methods.tome import ToMeSD
 from regrow.models import UnsupportedModelError
 from regrow.recover.time import Chebyshev, Fitted, Reuse, Taylor, TimeRecovery
 from regrow.report import RunReport

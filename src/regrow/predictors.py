@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from regrow.core.decision import Entered
+from regrow import zoo
+from regrow.core.decision import Adapter, Entered
 from regrow.fields import MOST_BLOCKS, Checked, Count, explain
 from regrow.files import FileError, check_file, read_json, said
 from regrow.models import known_layout
 from regrow.models.transformer import FAMILIES
 from regrow.origin import denoiser_key
+from regrow.tokens.shares import Table
 from regrow.words import one_line, shown
 
 FORMAT = "regrow-learned"
@@ -32,6 +34,10 @@ LARGEST = 1 << 32
 """Bytes of the tensors; one block of the largest published transformers has about 1 GB."""
 
 
+UNTRAINED = "untrained"
+"""What to name in place of a file to have something of the right size that has learned nothing."""
+BUNDLED = "predictor.safetensors"
+"""Name of the predictor's file in the folder of a bundled model."""
 _COMMANDS = {"predictor": "predictor", "lora": "refine", "router": "router"}
 
 
@@ -231,8 +237,129 @@ class CachePredictor(nn.Module):
 
     def of_samples(self, entered: Entered, batch: int) -> Tensor:
         """alpha ``(B, N, L)`` of B samples; of a video, N are the tokens of all frames, frame by frame."""
+        like = next(self.parameters())
+        if like.device != entered.x.device or like.dtype != entered.x.dtype:
+            # The model was moved after `regrow.apply`, or casts what it is given.
+            self.to(entered.x.device, entered.x.dtype)
         alpha: Tensor = self(entered.x, *entered.args, **entered.kwargs)
         return alpha.reshape(batch, -1, alpha.shape[-1])
+
+
+def load_predictor(predictor: CachePredictor, learned: LearnedFile) -> None:
+    """Put the weights of a file into a predictor; on the meta device there is nowhere to put them.
+
+    Raises:
+        FileError: naming a tensor that is missing, of another form, or not the predictor's.
+    """
+    if next(predictor.parameters()).is_meta:
+        return
+    prefix = "predictor."
+    weights = {k.removeprefix(prefix): v for k, v in learned.tensors.items() if k.startswith(prefix)}
+    own = predictor.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in own or name not in weights or own[name].shape != weights[name].shape:
+            raise learned.wrong(f"{prefix}{name}")
+    predictor.load_state_dict(weights)
+
+
+def table_of(learned: LearnedFile) -> Table:
+    """The table of a file.
+
+    Raises:
+        FileError: naming the tensor that is missing, of another form, or not within 0 to 1.
+    """
+    tensors = {"quantiles": (3, 2), "alpha": (1, 1)}
+    for name, (dimensions, least) in tensors.items():
+        tensor = learned.tensors.get(name)
+        formed = tensor is not None and tensor.dim() == dimensions and tensor.shape[-1] >= least
+        if tensor is None or not formed or not tensor.numel() or not ((tensor >= 0) & (tensor <= 1)).all():
+            raise learned.wrong(name)
+    if learned.tensors["quantiles"].shape[1] != learned.about.sites:
+        raise learned.wrong("quantiles")
+    return Table(*(learned.tensors[name].double().numpy() for name in tensors))
+
+
+def predictor_for(
+    denoiser: nn.Module, sites: int, file: str | None, seed: int
+) -> tuple[CachePredictor, Table | None]:
+    """A predictor for a model, to be used and not trained, and its table if it has learned anything.
+
+    Args:
+        denoiser: the model's.
+        sites: its blocks.
+        file: of a trained one; `UNTRAINED` for one that has learned nothing; None for the bundled one. One
+            without data needs none.
+        seed: draws what it begins with; the caller's chance stays as it is.
+
+    Raises:
+        ValueError: if there is none for the model, or it is of another.
+        FileError: naming a tensor that is not what it must be.
+    """
+    if file is None:
+        learned = bundled_for(denoiser)
+        if learned is None and not without_data(denoiser):
+            raise untrained("predictor", "bundled", denoiser)
+    else:
+        learned = None if file == UNTRAINED else read_learned(Path(file), "predictor")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        predictor = CachePredictor.of(denoiser, sites).eval().requires_grad_(False)
+    if learned is None:
+        return predictor, None
+    learned.check(denoiser, sites)
+    table = table_of(learned)
+    load_predictor(predictor, learned)
+    return predictor, table
+
+
+def untrained(kind: str, how: str, denoiser: nn.Module) -> ValueError:
+    """The error of a model for which nothing of a kind is bundled, or given."""
+    return ValueError(
+        f"{kind}: none is {how} for this {type(denoiser).__name__}; train one (regrow train "
+        f"{_COMMANDS[kind]}) and name its file, or take {UNTRAINED!r} to measure time alone"
+    )
+
+
+def bundled_for(denoiser: nn.Module) -> LearnedFile | None:
+    """The predictor that is bundled with a model, if it is one of those."""
+    for name in zoo.MODELS:
+        file = zoo.path(name) / BUNDLED
+        if file.exists():
+            learned = read_learned(file, "predictor")
+            if learned.about.denoiser == denoiser_key(denoiser):
+                return learned
+    return None
+
+
+def read_adapters(file: Path, denoiser: nn.Module, sites: int, last_blocks: int) -> dict[str, Adapter]:
+    """The updates of a file, by the paths of their layers.
+
+    Raises:
+        ValueError: if they are of another model, or of more or fewer blocks.
+        FileError: if the file is none of theirs.
+    """
+    learned = read_learned(file, "lora")
+    learned.check(denoiser, sites)
+    trained = learned.about.settings.get("last_blocks")
+    if trained != last_blocks:
+        raise ValueError(f"lora: {said(file)} is for last_blocks={trained}, not {last_blocks}")
+    down, up = ".lora_A.weight", ".lora_B.weight"
+    layers, found = dict(denoiser.named_modules()), dict[str, Adapter]()
+    for name in (name.removesuffix(down) for name in learned.tensors if name.endswith(down)):
+        path, first = name.removeprefix("transformer."), learned.tensors[name + down]
+        second = learned.tensors.get(name + up)
+        if second is None or not _fits(layers.get(path), first, second):
+            raise learned.wrong(name)
+        found[path] = Adapter(first, second)
+    return found
+
+
+def _fits(layer: Any, down: Tensor, up: Tensor) -> bool:
+    """Whether a linear layer can have a low-rank update."""
+    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+        return False
+    own = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return own == (down.shape[1], up.shape[0])
 
 
 def without_data(denoiser: nn.Module) -> bool:

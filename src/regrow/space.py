@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from regrow.fields import explain
-from regrow.recover.time import REUSE, Taylor, recovery_from
+from regrow.recover.time import REUSE, Chebyshev, Taylor, recovery_from
+from regrow.schedule import FULL, Schedule, depth_from, used_recoveries
 from regrow.words import offer, shown
 
 
@@ -49,12 +50,34 @@ class Variable:
         raise ValueError(f"choices: {self.name}={shown(value)} is not allowed, {why}")
 
 
-def recovery_variable() -> Variable:
-    """How what is not computed follows from earlier calls: the last value, a line, or a parabola.
+@dataclass(frozen=True)
+class Searched:
+    """What a search may choose of a field, said beside its type: ``Annotated[int, Searched((2, 3, 4))]``.
 
-    They need no recording of the model. Others that need none, such as ``"chebyshev"``, can be chosen.
+    Args:
+        choices: in an order in which neighbours are alike; or a function that gives them, of the calls of a
+            generation.
+        read: as of `Variable`.
     """
-    return Variable("recovery", (REUSE, Taylor(order=1), Taylor(order=2)), recovery_from)
+
+    choices: Sequence[Any] | Callable[[int], Iterable[Any]]
+    read: Callable[[Any], Any] | None = None
+
+    def variable(self, name: str, calls: int) -> Variable:
+        """The choice of a field in a generation of so many calls."""
+        choices = self.choices(calls) if callable(self.choices) else self.choices
+        return Variable(name, tuple(choices), self.read)
+
+
+RECOVERIES = Searched((REUSE, Taylor(order=1), Taylor(order=2)), recovery_from)
+"""How what is not computed follows from earlier calls: the last value, a line, or a parabola.
+
+They need no recording of the model. Others that need none, such as ``"chebyshev"``, can be chosen.
+"""
+INTERVALS = Searched(range(2, 11))
+"""Every second to every tenth call is full."""
+RATIOS = Searched((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7))
+"""A tenth to seven tenths of the tokens are pruned, in all calls."""
 
 
 @dataclass(frozen=True)
@@ -163,3 +186,47 @@ def free(variables: Sequence[Variable], decode: Callable[..., Any]) -> Space:
     return Space(
         tuple(variables), lambda values: decode(**dict(zip(names, values, strict=True))), tuple(plans)
     )
+
+
+def schedules(calls: int, decode: Callable[[Schedule], Any]) -> Space:
+    """For each call a depth of 0, 1 or full, a ratio of 0 or .3 to .7, and a recovery of `RECOVERIES`.
+
+    The first call is full. A call of depth 0 computes nothing, and so its ratio is 0. A recovery holds
+    for what a call does not compute, and so a full call has none; plans that do the same are the same
+    schedule. Plans that are the same at every step: every N-th call full, N up to 10, the others
+    of one depth, one ratio, and one recovery.
+
+    With a ratio of 0 alone these are forecasts of the output at depth 0, for any denoiser.
+
+    Args:
+        calls: of the denoiser in a generation.
+        decode: from a schedule to a method's configuration.
+    """
+    after, by = calls - 1, RECOVERIES.variable("recovery", calls)
+    ratios, recoveries = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7), (*by.choices, Chebyshev())
+    regular = (
+        (*depth[1:], *(ratio,) * calls, *own * after)
+        for depth in _every_nth(calls)
+        for own in dict.fromkeys(used_recoveries(depth, (one,) * calls) for one in recoveries)
+        for ratio in ratios
+    )
+
+    def schedule(values: tuple[Any, ...]) -> Any:
+        depth, ratio = (FULL, *values[:after]), values[after : after + calls]
+        pruned = tuple(r if d else 0.0 for d, r in zip(depth, ratio, strict=True))
+        used = used_recoveries(depth, (REUSE, *values[after + calls :]))
+        return decode(Schedule(depth=depth, ratio=pruned, recovery=used))
+
+    variables = (
+        *(Variable("depth", (0, 1, FULL), depth_from),) * after,
+        *(Variable("ratio", ratios),) * calls,
+        *(by,) * after,
+    )
+    return Space(variables, schedule, tuple(regular))
+
+
+def _every_nth(calls: int) -> Iterator[tuple[int, ...]]:
+    """Depths of plans in which every N-th call is full, N up to 10, and the others are of depth 0 or 1."""
+    for interval in range(1, min(calls, 10) + 1):
+        for depth in (FULL,) if interval == 1 else (0, 1):
+            yield tuple(FULL if i % interval == 0 else depth for i in range(calls))

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from regrow import DaTo
 from regrow.lab.search.evaluation import Candidate, Job, Outcome
 from regrow.lab.search.log import Log
 from regrow.lab.search.objectives import Cost, Quality
 from regrow.lab.search.proposals import Operators
 from regrow.lab.search.search import Algorithm, Budget, Economy, Known, Search
 from regrow.lab.workers import LocalWorkers, RayWorkers, Workers
-from regrow.methods import DaTo
 from regrow.schedule import FULL
 from regrow.space import Space, Variable
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformer_pipelines
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_pipelines import (
     CASES,
     FORMS,
@@ -32,13 +32,14 @@ from regrow.core.decision import Decider, Decision, Sited, View
 from regrow.core.recipe import Alignment, CallInfo, Recipe, recipe_of, some_of_stream, stream_of
 from regrow.lab.measure import architecture, profile
 from regrow.methods.base import MethodConfig
-from regrow.methods.cat import Algorithm, Choosing, Memory
-from regrow.models.table import Layout, Site
+from regrow.methods.cat import Choosing, Memory
+from regrow.models.table import Keeps, Layout, Site
 from regrow.schedule import Schedule
-from regrow.tokens.cluster import k_means
+from regrow.tokens.cluster import Algorithm, k_means
 from regrow.tokens.grid import Grid
 
 GRID = Grid(8, 8)
+SITE = Site("blocks", nn.Identity(), Keeps.OUTPUT, "blocks", 0, able=True)
 
 
 class Everything(MethodConfig):
@@ -251,14 +252,14 @@ def select(
 ) -> tuple[list[Tensor], list[Memory]]:
     """The tokens of one call after the other."""
     rule = Choosing(config, ())
-    memory, tokens, memories = None, [], []
+    state, tokens, memories = rule.begin(), [], []
     generator = torch.Generator().manual_seed(config.seed)
     flags = cached or [False] * len(outputs)
     for pair, leaves_out in zip(outputs, flags, strict=True):
-        call = CallInfo(len(pair[0]), guided, pair, generator, cached=leaves_out)
-        chosen, memory = rule.select(memory, GRID, count, call)
-        tokens.append(chosen)
-        memories.append(memory)
+        call = CallInfo(len(pair[0]), guided, pair, generator, cached=leaves_out, grid=GRID)
+        tokens.append(rule.choose(state, None, SITE, pair[0], count, call))
+        assert state.memory is not None
+        memories.append(state.memory)
     return tokens, memories
 
 

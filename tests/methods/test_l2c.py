@@ -15,11 +15,11 @@ import regrow
 from regrow.files import FileError
 from regrow.lab.measure import architecture, profile
 from regrow.methods.fora import FORA
-from regrow.methods.l2c import L2C, UNTRAINED
+from regrow.methods.l2c import L2C
 from regrow.methods.names import named
 from regrow.models import layout_of
 from regrow.origin import denoiser_key
-from regrow.predictors import Learned, read_learned, write_learned
+from regrow.predictors import UNTRAINED, Learned, read_learned, write_learned
 
 
 def router_file(folder: Path, transformer: Any, beta: Tensor, **changes: Any) -> Path:

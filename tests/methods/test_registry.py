@@ -7,10 +7,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pipelines
 import pytest
@@ -22,13 +23,22 @@ from regrow.fields import explain
 from regrow.lab import cli
 from regrow.lab.cli.default_methods import usual_of
 from regrow.lab.cli.options import method_config
-from regrow.methods import DenoiserKind, Status, catalogue
-from regrow.methods.base import About, MethodConfig, Role, methods, methods_of, register
+from regrow.methods import catalogue, pruning
+from regrow.methods.base import (
+    About,
+    DenoiserKind,
+    MethodConfig,
+    Role,
+    Status,
+    methods,
+    methods_of,
+    register,
+)
 from regrow.methods.catalogue import config_from, load_plan, space_of, systems
 from regrow.methods.names import method_of, named
 from regrow.recover.time import TimeRecovery, recovery_from
 from regrow.schedule import Schedule, Spaced
-from regrow.space import Space, Variable, free
+from regrow.space import Searched, Space, Variable, free
 
 
 class Mine(MethodConfig):
@@ -48,14 +58,10 @@ class Mine(MethodConfig):
         measured={DenoiserKind.UNET: ("4", "2")},
         traced={DenoiserKind.UNET: ("4",)},
     )
-    PRESETS = {"often": lambda: Mine(interval=2)}  # noqa: RUF012
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"often": {"interval": 2}}
 
     method: Literal["mine"] = "mine"
-    interval: int = 3
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        return free((Variable("interval", (2, 3, 4)),), cls)
+    interval: Annotated[int, Searched((2, 3, 4))] = 3
 
 
 class Some(MethodConfig):
@@ -307,7 +313,8 @@ def test_every_method_of_the_library_is_registered_and_says_what_pairs_need() ->
         for one in vars(file).values()
         if isinstance(one, type) and issubclass(one, MethodConfig) and one.__module__ == file.__name__
     }
-    assert found == {*methods().values(), regrow.Combined, MethodConfig}
+    bases = {MethodConfig, pruning.PatchPruning, pruning.LayerPruning}
+    assert found == {*methods().values(), regrow.Combined, *bases}
     for name, kind in methods().items():
         assert kind.ABOUT.default is None or kind.ABOUT.default in kind.presets()
         usual = [text for texts in kind.ABOUT.measured.values() for text in texts]

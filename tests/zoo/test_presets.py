@@ -4,9 +4,8 @@ import warnings
 
 import pytest
 
-from regrow import zoo
+from regrow import DaTo, zoo
 from regrow.apply import apply
-from regrow.methods import DaTo
 
 NAMES = ("emoji-quality", "emoji-balanced", "emoji-fast")
 

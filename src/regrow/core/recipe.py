@@ -278,12 +278,20 @@ def align(score: Tensor, alignment: Alignment, guided: bool, *, conditional_firs
     """
     if not guided or alignment is Alignment.OFF:
         return score
-    unconditional, conditional = score.chunk(2)
+    return deciding_half(score, alignment, conditional_first).repeat(2, 1)
+
+
+def deciding_half(values: Tensor, alignment: Alignment, conditional_first: bool) -> Tensor:
+    """Of a guided batch ``(2 B, ...)`` the half, or the mean of both, that decides for both: ``(B, ...)``.
+
+    Args:
+        values: of both halves.
+        alignment: which; not off.
+        conditional_first: the conditional half comes first, not second.
+    """
+    unconditional, conditional = values.chunk(2)
     if conditional_first:
         unconditional, conditional = conditional, unconditional
-    both = {
-        Alignment.CONDITIONAL: conditional,
-        Alignment.UNCONDITIONAL: unconditional,
-        Alignment.MEAN: (unconditional + conditional) / 2,
-    }[alignment]
-    return both.repeat(2, 1)
+    if alignment is Alignment.MEAN:
+        return (unconditional + conditional) / 2
+    return conditional if alignment is Alignment.CONDITIONAL else unconditional

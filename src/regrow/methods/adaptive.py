@@ -18,7 +18,16 @@ from regrow.fields import MOST_CALLS, Calls, not_allowed
 from regrow.methods.base import About, MethodConfig, TextError, register, whole
 from regrow.recover.time import RecoveryField, Taylor
 from regrow.schedule import FULL, SITES, Depth, Step
-from regrow.space import Space, Variable, free, recovery_variable
+from regrow.space import RECOVERIES, Searched
+
+FIRST, LONGEST = 2, 6
+"""Defaults of the fields ``first`` and ``longest``."""
+
+
+def _budgets(calls: int) -> range:
+    """Budgets that last for so many calls."""
+    least = FIRST + max(ceil((calls - FIRST) / (LONGEST + 1)), 1)
+    return range(least, max(calls, least) + 1)
 
 
 def _left_out(depth: int) -> int:
@@ -58,13 +67,12 @@ class Adaptive(MethodConfig):
     )
 
     method: Literal["adaptive"] = "adaptive"
-    version: Literal[1] = 1
     bound: float | None = Field(None, ge=0, le=1)
-    budget: Calls | None = None
-    recovery: RecoveryField = Taylor(order=1)
+    budget: Annotated[Calls | None, Searched(_budgets)] = None
+    recovery: Annotated[RecoveryField, RECOVERIES] = Taylor(order=1)
     depth: Annotated[Depth, AfterValidator(_left_out)] = 0
-    longest: Annotated[int, Field(ge=1, le=MOST_CALLS)] = 6
-    first: Calls = 2
+    longest: Annotated[int, Field(ge=1, le=MOST_CALLS)] = LONGEST
+    first: Calls = FIRST
 
     @model_validator(mode="after")
     def _one_aim(self) -> Self:
@@ -87,15 +95,6 @@ class Adaptive(MethodConfig):
         except ValueError as error:
             raise TextError("a bound, such as 0.05, or budget=N") from error
         return cls(bound=bound)
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """Budgets that last for so many calls, and recoveries."""
-        own = cls.model_fields
-        first, longest = own["first"].default, own["longest"].default
-        least = first + max(ceil((calls - first) / (longest + 1)), 1)
-        budgets = Variable("budget", tuple(range(least, max(calls, least) + 1)))
-        return free((budgets, recovery_variable()), cls)
 
 
 @recipe_of.register

@@ -1,18 +1,6 @@
 """AT-EDM: attention-driven training-free pruning of tokens (CVPR 2024, arXiv 2405.05252).
 
-How much a token matters is its weighted PageRank in the graph that a self-attention's map is; the least
-important tokens are left out, fewer of them in the first steps. On U-Nets they are left out of the rest of
-the attention's stage and take a copy of what a similar token got. On transformers the CAT Pruning paper
-(arXiv 2502.00433) ran it with a cache instead: calls compute the important tokens, and the others' keys,
-values and predicted noise are those of the last call that computed them. On Flux the graph is of queries
-and keys turned by position, as its attention multiplies them; it needs its stock attention processors (no
-IP-Adapter), and calls with the tokens of several pictures (Kontext) are computed in full, with a warning.
-
-On U-Nets this differs from the paper in three points. There a pruned token's hidden state ends with the
-block that prunes it, and is a copy of a kept token's at the end of the stage; here it goes on, and to it
-is added what each later layer gives a kept token. There every attention of a stage prunes anew; here the
-first one decides for the stage. In the first steps the paper exempts some attention blocks; here all of
-them prune a smaller share, or none. Importance is taken from self-attentions, not from cross-attentions.
+The configuration, and the paper's way, on U-Nets. The way with a cache is in `regrow.methods.atedm_reuse`.
 """
 
 from __future__ import annotations
@@ -20,36 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
-from regrow.core.decision import Decider, Decision, Sited, View
-from regrow.core.recipe import (
-    After,
-    Alignment,
-    Attention,
-    CallInfo,
-    Features,
-    Level,
-    Recipe,
-    Where,
-    align,
-    recipe_of,
-    some_of_stream,
-    stream_of,
-)
+from regrow.core.recipe import After, Alignment, Attention, CallInfo, Features, Level, Where, align
 from regrow.fields import MOST_CALLS, Block, Ratio, check_within
 from regrow.methods.base import BLOCKS, UNETS, About, MethodConfig, Role, Status, register
 from regrow.methods.pruning import TokenRule
-from regrow.models.table import Layout, Site
+from regrow.methods.sites import SitesOf
 from regrow.schedule import FULL, Schedule, Step
-from regrow.space import Space, Variable, free
+from regrow.space import Searched
 from regrow.tokens.grid import Grid
 from regrow.tokens.scores import Heads, attention_page_rank, most_attended
 from regrow.tokens.select import Selection, most_similar
+
+HINT = "recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt, DiT and Flux"
 
 
 class Restored(str, Enum):
@@ -72,7 +48,25 @@ class Similarity(str, Enum):
 
 @register
 class ATEDM(MethodConfig):
-    """AT-EDM's configuration.
+    """Leave out the tokens that matter least in the graph of a self-attention, fewer in the first calls.
+
+    1. Importance: the weighted PageRank of a token in the graph that the map of a self-attention is.
+    2. Pruned tokens: the least important ones; in the first calls a smaller share of them, or none.
+    3. With ``copy`` (the paper, on U-Nets) they are left out of the rest of the attention's stage, and take
+       a copy of what a similar kept token got.
+    4. With ``reuse`` (the comparison in the CAT Pruning paper, arXiv 2502.00433, on transformers) their
+       keys, values and predicted noise are those of the last call that computed them.
+
+    On U-Nets this differs from the paper in three points. There a pruned token's hidden state ends with the
+    block that prunes it, and is a copy of a kept token's at the end of the stage; here it goes on, and to
+    it is added what each later layer gives a kept token. There every attention of a stage prunes anew; here
+    the first one decides for the stage. In the first steps the paper exempts some attention blocks; here
+    all of them prune a smaller share, or none. Importance is taken from self-attentions, not from
+    cross-attentions.
+
+    On Flux the graph is of queries and keys turned by position, as its attention multiplies them; it needs
+    its stock attention processors (no IP-Adapter), and calls with the tokens of several pictures (Kontext)
+    are computed in full, with a warning.
 
     Args:
         ratio: share of the tokens that is pruned, after the first calls. 0.63 is ours: with
@@ -116,10 +110,20 @@ class ATEDM(MethodConfig):
         place=80,
     )
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"after": After.FEED_FORWARD},
+        "reuse": {"ratio": 0.7, "early": 8, "recovery": Restored.REUSE},
+    }
+    _ONLY: ClassVar[Mapping[str, Restored]] = {
+        "after": Restored.COPY,
+        "max_downsample": Restored.COPY,
+        "similarity": Restored.COPY,
+        "block": Restored.REUSE,
+    }
+
     method: Literal["atedm"] = "atedm"
-    version: Literal[1] = 1
-    ratio: Ratio = 0.63
-    early: float = Field(0.3, ge=0, le=MOST_CALLS)
+    ratio: Annotated[Ratio, Searched((0.1, 0.2, 0.3, 0.4, 0.5, 0.63, 0.7, 0.8))] = 0.63
+    early: Annotated[float, Searched((0.0, 0.1, 0.2, 0.3, 0.4, 0.5))] = Field(0.3, ge=0, le=MOST_CALLS)
     early_ratio: Ratio = 0.0
     recovery: Restored = Restored.COPY
     iterations: int = Field(5, ge=1, le=100)
@@ -138,7 +142,7 @@ class ATEDM(MethodConfig):
             raise ValueError(
                 f"early_ratio: {self.early_ratio} is not allowed, it must be <= ratio ({self.ratio})"
             )
-        for name, recovery in _ONLY.items():
+        for name, recovery in self._ONLY.items():
             default = type(self).model_fields[name].default
             if self.recovery is not recovery and getattr(self, name) != default:
                 raise ValueError(
@@ -146,31 +150,6 @@ class ATEDM(MethodConfig):
                     f"must be {default}; it is of recovery={recovery.value} alone"
                 )
         return self
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """Ratios, and the share of the run in which nothing is pruned."""
-        return free(
-            (
-                Variable("ratio", (0.1, 0.2, 0.3, 0.4, 0.5, 0.63, 0.7, 0.8)),
-                Variable("early", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)),
-            ),
-            cls,
-        )
-
-
-_ONLY = {
-    "after": Restored.COPY,
-    "max_downsample": Restored.COPY,
-    "similarity": Restored.COPY,
-    "block": Restored.REUSE,
-}
-"""The fields that one recovery has."""
-
-ATEDM.PRESETS = {
-    "paper": lambda: ATEDM(after=After.FEED_FORWARD),
-    "reuse": lambda: ATEDM(ratio=0.7, early=8, recovery=Restored.REUSE),
-}
 
 
 def importance(config: ATEDM, call: CallInfo) -> tuple[Attention, Tensor]:
@@ -189,23 +168,19 @@ def importance(config: ATEDM, call: CallInfo) -> tuple[Attention, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Copying(TokenRule):
+class Copying(SitesOf[ATEDM], TokenRule):
     """The tokens that the layers of a U-Net's stage leave out."""
-
-    config: ATEDM
 
     @property
     def where(self) -> Where:
+        """All layers behind the attention that is read."""
         c = self.config
         return Where(True, True, True, c.max_downsample, Features.ATTENTION, after=c.after)
 
     @property
-    def aligns(self) -> bool:
-        return self.config.alignment is not Alignment.OFF
-
-    @property
     def hint(self) -> str:
-        return _HINT
+        """What works on which models."""
+        return HINT
 
     def select(
         self, x: Tensor, grid: Grid, count: int, prepared: Tensor | None, call: CallInfo
@@ -222,78 +197,7 @@ class _Copying(TokenRule):
 
 
 @dataclass(frozen=True)
-class _Reusing(Sited):
-    """The tokens that a call of a transformer computes, before one is known."""
-
-    config: ATEDM
-
-    @property
-    def aligns(self) -> bool:
-        return self.config.alignment is not Alignment.OFF
-
-    @property
-    def full_calls(self) -> int:
-        return FULL_CALLS
-
-    def on(self, denoiser: nn.Module, layout: Layout) -> _Choosing:
-        """The method at work on a transformer.
-
-        Raises:
-            UnsupportedModelError: if a call of it can't compute some of its tokens only.
-            ValueError: if no block comes behind the one whose attention is read.
-        """
-        return _Choosing(self.config, (stream_of(denoiser, layout, self.config.block, _HINT),))
-
-
-@dataclass
-class _Scores:
-    """How important the tokens were in the last call that left out no block ``(B, N)``."""
-
-    last: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Choosing(Decider):
-    """The tokens that a call of a transformer computes.
-
-    Args:
-        config: the method's configuration.
-        sites: the way of the tokens through the blocks behind the one whose attention is read.
-    """
-
-    config: ATEDM
-    sites: tuple[Site, ...]
-
-    def plan(self, view: View) -> Mapping[str, Decision]:
-        """All tokens but the plan's share."""
-        return some_of_stream(view.step.ratio)
-
-    def begin(self, memory: _Scores | None = None) -> _Scores:
-        """What is known stays."""
-        return memory or _Scores()
-
-    def choose(
-        self, memory: _Scores, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo
-    ) -> Tensor:
-        """The most important tokens; their importance is remembered.
-
-        A call that leaves out blocks goes by that of the last one that left out none: for its tokens what
-        the blocks last added is newest.
-        """
-        assert count is not None
-        known = memory.last if info.cached else None
-        score = importance(self.config, info)[1] if known is None else known
-        memory.last = memory.last if info.cached else score
-        return score.topk(count, dim=1).indices.sort(1).values
-
-
-_HINT = "recovery: AT-EDM's copy works on U-Nets, its reuse on SD3, PixArt, DiT and Flux"
-# A cache has to be filled, and the engine asks for two outputs before a call leaves tokens out.
-FULL_CALLS = 2
-
-
-@dataclass(frozen=True)
-class _Plan:
+class EarlyLess:
     """Full calls throughout, of which the first ones prune less.
 
     Args:
@@ -315,8 +219,7 @@ class _Plan:
 
     def kinds(self) -> frozenset[Step]:
         """Calls with either ratio."""
-        ratios = {0.0, self.early_ratio, self.ratio}
-        return frozenset(Step(FULL, ratio) for ratio in ratios)
+        return frozenset(Step(FULL, ratio) for ratio in (0.0, self.early_ratio, self.ratio))
 
     def resample(self, calls: int) -> Schedule:
         """The schedule of a generation.
@@ -330,10 +233,3 @@ class _Plan:
             0.0 if i < self.whole else self.early_ratio if i < early else self.ratio for i in range(calls)
         )
         return Schedule(depth=(FULL,) * calls, ratio=ratio, name=f"from {max(early, self.whole)}")
-
-
-@recipe_of.register
-def _(config: ATEDM) -> Recipe:
-    reuses = config.recovery is Restored.REUSE
-    plan = _Plan(config.early, config.early_ratio, config.ratio, FULL_CALLS if reuses else 0)
-    return Recipe(plan, sites=_Reusing(config) if reuses else _Copying(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing_extensions import Self
 from regrow.fields import MOST_CALLS, Checked
 from regrow.origin import Origin
 from regrow.recover.time import TimeRecovery, register_recovery
-from regrow.space import Space
+from regrow.space import Searched, Space, free
 from regrow.words import offer, shown
 
 UNETS = "U-Nets: SD 1, SD 2, SDXL"
@@ -122,14 +122,17 @@ class MethodConfig(Checked):
     name that it has on the command line and in files.
 
     Args:
+        version: of its fields; a file of a newer one is refused.
         found: what it was searched on, if it was; applied elsewhere, it is warned of. `dump` keeps it,
             ``model_dump`` leaves it out: it changes nothing that the method does. Of a method whose plan
             is a schedule, the schedule's own counts.
     """
 
     ABOUT: ClassVar[About]
-    PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {}
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """By the name of a preset, the fields that it sets."""
 
+    version: Literal[1] = 1
     found: Origin | None = Field(None, exclude=True)
 
     def dump(self) -> str:
@@ -154,8 +157,13 @@ class MethodConfig(Checked):
                 f"preset: {shown(name)} is not known for {cls.__name__}; known are {allowed}"
                 f"{offer(name, cls.PRESETS)}"
             )
-        config = cls.PRESETS[name]()
+        config = cls.of_preset(cls.PRESETS[name])
         return cls.model_validate(config.model_dump() | changes) if changes else config
+
+    @classmethod
+    def of_preset(cls, fields: Mapping[str, Any]) -> Self:
+        """The configuration of a preset's fields; a method whose presets name files reads them here."""
+        return cls.model_validate(fields)
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
@@ -230,7 +238,7 @@ class MethodConfig(Checked):
 
     @classmethod
     def space(cls, calls: int) -> Space:
-        """What a search may choose.
+        """What a search may choose: what the fields say by `Searched`.
 
         Args:
             calls: calls of the denoiser in a generation, for methods that plan each of them.
@@ -238,7 +246,15 @@ class MethodConfig(Checked):
         Raises:
             ValueError: if the method leaves nothing open.
         """
-        raise ValueError(f"method: {cls.__name__} has no plans to search")
+        open_fields = [
+            one.variable(name, calls)
+            for name, info in cls.model_fields.items()
+            for one in info.metadata
+            if isinstance(one, Searched)
+        ]
+        if not open_fields:
+            raise ValueError(f"method: {cls.__name__} has no plans to search")
+        return free(open_fields, cls)
 
     def at(self, calls: int) -> Self:
         """The same with what it plans for single calls written out for so many; itself if it plans none."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from importlib import resources
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,12 +21,6 @@ Timestep = Annotated[float, Field(ge=0, le=MOST_CALLS)]
 
 BUNDLED = ("emoji-2x", "emoji-4x", "emoji-6x", "cifar10-3x", "cifar10-5x", "cifar10-10x")
 """Plans of the bundled models: see ``benchmarks/forecasts.py``."""
-
-
-def _bundled(name: str) -> Calibrated:
-    """One of these."""
-    file = resources.files("regrow") / "presets" / f"{name}.json"
-    return Calibrated.model_validate_json(file.read_text(encoding="utf-8"))
 
 
 class Tried(Checked):
@@ -72,10 +65,11 @@ class Calibrated(MethodConfig):
         place=5,
     )
 
-    PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {name: partial(_bundled, name) for name in BUNDLED}
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        name: {"file": f"{name}.json"} for name in BUNDLED
+    }
 
     method: Literal["calibrated"] = "calibrated"
-    version: Literal[1] = 1
     steps: Calls
     timesteps: tuple[Timestep, ...] | None = None
     before: Annotated[int, Field(ge=0, le=MOST_CALLS)] = 0
@@ -89,6 +83,12 @@ class Calibrated(MethodConfig):
         if self.timesteps is not None and len(self.timesteps) != self.steps:
             raise ValueError(f"timesteps: {len(self.timesteps)} entries for {self.steps} steps")
         return self
+
+    @classmethod
+    def of_preset(cls, fields: Mapping[str, Any]) -> Self:
+        """The plan of a bundled file."""
+        file = resources.files("regrow") / "presets" / fields["file"]
+        return cls.model_validate_json(file.read_text(encoding="utf-8"))
 
     @property
     def leaves_out(self) -> bool:

@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Discriminator,
-    Field,
     PlainValidator,
     SerializeAsAny,
     Tag,
@@ -24,34 +23,29 @@ from regrow.methods.base import About, MethodConfig, Role, methods_of, name_of
 from regrow.schedule import LAYERS, After, Both, Plan, Schedule
 
 
-def _caching(value: Any) -> Any:
-    """A caching method or a schedule, from itself or its fields."""
-    return _caching_of(tuple(methods_of(Role.CACHES).values())).validate_python(value)
+def _of_role(role: Role) -> PlainValidator:
+    """Read a method of a role from itself or its fields; where plans are looked for, also a schedule."""
 
+    def read(value: Any) -> Any:
+        return _reader(tuple(methods_of(role).values()), role is Role.CACHES).validate_python(value)
 
-def _choosing(value: Any) -> Any:
-    """A method that chooses tokens, from itself or its fields."""
-    return _choosing_of(tuple(methods_of(Role.CHOOSES).values())).validate_python(value)
-
-
-@lru_cache
-def _caching_of(kinds: tuple[type[MethodConfig], ...]) -> TypeAdapter[Any]:
-    tagged = [Annotated[kind, Tag(name_of(kind))] for kind in kinds]
-    either: Any = reduce(or_, (*tagged, Annotated[Schedule, Tag("schedule")]))
-    return TypeAdapter(Annotated[either, Discriminator(_kind)])
+    return PlainValidator(read)
 
 
 @lru_cache
-def _choosing_of(kinds: tuple[type[MethodConfig], ...]) -> TypeAdapter[Any]:
-    either: Any = reduce(or_, kinds)
-    return TypeAdapter(Annotated[either, Field(discriminator="method")])
+def _reader(kinds: tuple[type[MethodConfig], ...], schedules: bool) -> TypeAdapter[Any]:
+    """What reads one of some kinds of methods, or a schedule."""
+    tagged: list[Any] = [Annotated[kind, Tag(name_of(kind))] for kind in kinds]
+    tagged += [Annotated[Schedule, Tag("schedule")]] if schedules else []
 
+    def kind_of(value: Any) -> Any:
+        lacking = "schedule" if schedules else None
+        if isinstance(value, Mapping):
+            return value.get("method", lacking)
+        return getattr(value, "method", lacking)
 
-def _kind(caching: Any) -> Any:
-    """The method of a caching method or its data; ``"schedule"`` where there is none."""
-    if isinstance(caching, Mapping):
-        return caching.get("method", "schedule")
-    return getattr(caching, "method", "schedule")
+    either: Any = Annotated[reduce(or_, tagged), Discriminator(kind_of)]
+    return TypeAdapter(either)
 
 
 def full_calls_of(config: Any) -> int:
@@ -81,9 +75,8 @@ class Combined(MethodConfig):
     ABOUT: ClassVar[About] = About("Two methods", "cached calls by one, fewer tokens by the other")
 
     method: Literal["combined"] = "combined"
-    version: Literal[1] = 1
-    caching: Annotated[SerializeAsAny[MethodConfig | Schedule], PlainValidator(_caching)]
-    tokens: Annotated[SerializeAsAny[MethodConfig], PlainValidator(_choosing)]
+    caching: Annotated[SerializeAsAny[MethodConfig | Schedule], _of_role(Role.CACHES)]
+    tokens: Annotated[SerializeAsAny[MethodConfig], _of_role(Role.CHOOSES)]
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> Combined:

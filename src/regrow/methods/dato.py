@@ -1,12 +1,8 @@
-"""DaTo: dynamics-aware token pruning with feature caching (arXiv 2501.00375).
-
-A plan gives every call a cache depth and a pruning ratio. Tokens are pruned in the self-attention at
-the finest level, the ones that stay are where the predicted noise changes most from step to step.
-"""
+"""DaTo: dynamics-aware token pruning with feature caching (arXiv 2501.00375)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -14,36 +10,16 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from regrow import hub
-from regrow.core.recipe import (
-    Alignment,
-    CallInfo,
-    Features,
-    Level,
-    Recipe,
-    Recovery,
-    Where,
-    align,
-    check_ratio,
-    recipe_of,
-)
-from regrow.fields import MOST_WEIGHT, Seed, Side, Weight
-from regrow.methods.base import (
-    UNETS,
-    About,
-    DenoiserKind,
-    MethodConfig,
-    Options,
-    Role,
-    TextError,
-    register,
-    whole,
-)
-from regrow.methods.pruning import TokenRule
-from regrow.recover.time import REUSE, Chebyshev, RecoveryField
-from regrow.schedule import FULL, Schedule, depth_from, used_recoveries
-from regrow.space import Space, Variable, recovery_variable
+from regrow.core.recipe import Alignment, CallInfo, Features, Recipe, align, check_ratio, recipe_of
+from regrow.fields import MOST_WEIGHT, Weight
+from regrow.methods.base import UNETS, About, DenoiserKind, Options, Role, TextError, register, whole
+from regrow.methods.pruning import PatchPruning, PatchRule
+from regrow.recover.time import RecoveryField
+from regrow.schedule import Schedule
+from regrow.space import Space, schedules
 from regrow.tokens.grid import Grid, best_of_patch
 from regrow.tokens.scores import diff_score, noise, random_score
 from regrow.tokens.select import Selection, prune_similar
@@ -60,28 +36,35 @@ class Score(str, Enum):
 
 
 @register
-class DaTo(MethodConfig):
-    """DaTo's configuration. Defaults are the paper's; the released code's deviations are options.
+class DaTo(PatchPruning):
+    """Prune tokens where the predicted noise changes least, and reuse deep features, by a schedule.
+
+    The schedule gives every call a cache depth and a pruning ratio. Tokens are pruned in the self-attention
+    at the finest level:
+
+    1. Temporal noise difference: ``DiffScore = mean over channels of |eps(t+2) - eps(t+1)|``.
+    2. Base tokens: in each patch of s x s tokens the one of the highest score.
+    3. Alignment: both halves of a guided batch take the base tokens of one.
+    4. Pruned tokens: of the others the ``r N`` of the largest cosine similarity to a base token.
+    5. Attention computes the kept tokens; a pruned one takes a copy of what its base token got.
+
+    Defaults are the paper's; the released code's deviations are options.
+
+    Further fields are those of `PatchPruning`.
 
     Args:
         schedule: depth and ratio of every call, and its recovery.
         time_recovery: instead of the schedule's, how what a call does not compute follows from earlier
             calls; None leaves it to the schedule (the paper: the last value is reused).
-        patch: side s of the patches that give one base token each (the paper: 2).
         score: what chooses the base tokens.
         alignment: whose base tokens both halves of a guided batch take (the paper: aligned).
         features: what similarity is measured on (both released codes: the block's input).
-        recovery: copy (the paper) or merge.
         from_all_kept: copy from the most similar of all kept tokens (released code) instead of the
             most similar base token (the paper).
         nearby: look for similar base tokens in the surrounding 3 x 3 patches only.
-        exact: measure the similarity of half-precision features in float32, as for a float32 model; off,
-            since it takes more than a hundredth of a call (docs/pruning.md).
         score_weight: factor on DiffScore (released code: 0.1).
         score_noise: sigma of Gaussian noise added to the score (released code: 0.1).
         sign_flip: turn the score's sign by a fair coin each call (released code).
-        max_downsample: deepest level that is pruned (the paper: the finest with attention).
-        seed: seed of the run's generator.
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
@@ -98,47 +81,46 @@ class DaTo(MethodConfig):
         traced={DenoiserKind.UNET: ("b1",)},
         place=10,
     )
-    PRESETS: ClassVar[Mapping[str, Any]] = {
-        "b1": lambda: DaTo(schedule=Schedule.bundled("dato-b1")),
-        "fast": lambda: DaTo(schedule=Schedule.bundled("dato-fast")),
-        "b1-released": lambda: DaTo(
-            schedule=Schedule.bundled("dato-b1-released"),
-            alignment=Alignment.UNCONDITIONAL,
-            from_all_kept=True,
-            score_weight=0.1,
-            score_noise=0.1,
-            sign_flip=True,
-        ),
-        "emoji-quality": lambda: DaTo(schedule=Schedule.bundled("emoji-quality")),
-        "emoji-balanced": lambda: DaTo(schedule=Schedule.bundled("emoji-balanced")),
-        "emoji-fast": lambda: DaTo(schedule=Schedule.bundled("emoji-fast")),
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "b1": {"schedule": "dato-b1"},
+        "fast": {"schedule": "dato-fast"},
+        "b1-released": {
+            "schedule": "dato-b1-released",
+            "alignment": Alignment.UNCONDITIONAL,
+            "from_all_kept": True,
+            "score_weight": 0.1,
+            "score_noise": 0.1,
+            "sign_flip": True,
+        },
+        "emoji-quality": {"schedule": "emoji-quality"},
+        "emoji-balanced": {"schedule": "emoji-balanced"},
+        "emoji-fast": {"schedule": "emoji-fast"},
     }
 
     method: Literal["dato"] = "dato"
-    version: Literal[1] = 1
     schedule: Schedule
     time_recovery: RecoveryField | None = None
-    patch: Side = 2
     score: Score = Score.DIFF
     alignment: Alignment = Alignment.CONDITIONAL
     features: Features = Features.BLOCK_INPUT
-    recovery: Recovery = Recovery.COPY
     from_all_kept: bool = False
     nearby: bool = False
-    exact: bool = False
     score_weight: float = Field(1.0, gt=0, le=MOST_WEIGHT)
     score_noise: Weight = 0.0
     sign_flip: bool = False
-    max_downsample: Level = "top"
-    seed: Seed = 0
 
     @model_validator(mode="after")
-    def _ratios(self) -> DaTo:
+    def _ratios(self) -> Self:
         check_ratio(self.schedule.max_ratio, self.patch)
         return self
 
     @classmethod
-    def from_text(cls, text: str, calls: int) -> DaTo:
+    def of_preset(cls, fields: Mapping[str, Any]) -> Self:
+        """The fields, with the bundled schedule of that name."""
+        return cls.model_validate({**fields, "schedule": Schedule.bundled(fields["schedule"])})
+
+    @classmethod
+    def from_text(cls, text: str, calls: int) -> Self:
         """An interval, with half of the tokens pruned in every call, or a schedule file."""
         if text.isdecimal():
             return cls(schedule=Schedule.every(whole(text), calls, ratio=0.5))
@@ -154,7 +136,7 @@ class DaTo(MethodConfig):
         return "preset", "schedule", "ratio", "interval"
 
     @classmethod
-    def from_options(cls, options: Options, calls: int) -> DaTo:
+    def from_options(cls, options: Options, calls: int) -> Self:
         """A plan from one of preset, schedule file and interval, or a constant one; and its ratio."""
         plans = [f"--{name}" for name in options.given if name != "ratio"]
         if len(plans) > 1:
@@ -171,7 +153,7 @@ class DaTo(MethodConfig):
             plan = plan.with_ratio(options.ratio)
         return cls(schedule=plan) if options.preset is None else cls.preset(options.preset, schedule=plan)
 
-    def changed(self, changes: Mapping[str, Any]) -> DaTo:
+    def changed(self, changes: Mapping[str, Any]) -> Self:
         """The same with other fields; ``ratio`` is the schedule's."""
         own = dict(changes)
         if "ratio" in own:
@@ -180,77 +162,22 @@ class DaTo(MethodConfig):
 
     @classmethod
     def space(cls, calls: int) -> Space:
-        """For each call a depth of 0, 1 or full, a ratio of 0 or .3 to .7, and a recovery: reuse, or a
-        forecast by Taylor's polynomial of order 1 or 2 (the paper: .3 to .7, and reuse).
+        """All `schedules` (the paper: ratios of .3 to .7, and reuse)."""
+        return schedules(calls, lambda plan: cls(schedule=plan))
 
-        The first call is full. A call of depth 0 computes nothing, and so its ratio is 0. A recovery holds
-        for what a call does not compute, and so a full call has none; plans that do the same are the same
-        configuration. Plans that are the same at every step: every N-th call full, N up to 10, the others
-        of one depth, one ratio, and one recovery.
-
-        With a ratio of 0 alone these are forecasts of the output at depth 0, for any denoiser.
-        """
-        after, by = calls - 1, recovery_variable()
-        ratios = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
-        recoveries = (*by.choices, Chebyshev())
-        regular = (
-            (*depth[1:], *(ratio,) * calls, *own * after)
-            for depth in _intervals(calls)
-            for own in dict.fromkeys(used_recoveries(depth, (one,) * calls) for one in recoveries)
-            for ratio in ratios
-        )
-
-        def decode(values: tuple[Any, ...]) -> DaTo:
-            depth, ratio = (FULL, *values[:after]), values[after : after + calls]
-            pruned = tuple(r if d else 0.0 for d, r in zip(depth, ratio, strict=True))
-            used = used_recoveries(depth, (REUSE, *values[after + calls :]))
-            return cls(schedule=Schedule(depth=depth, ratio=pruned, recovery=used))
-
-        variables = (
-            *(Variable("depth", (0, 1, FULL), depth_from),) * after,
-            *(Variable("ratio", ratios),) * calls,
-            *(by,) * after,
-        )
-        return Space(variables, decode, tuple(regular))
-
-    def at(self, calls: int) -> DaTo:
+    def at(self, calls: int) -> Self:
         """The same with the schedule of so many calls."""
         return self.model_copy(update={"schedule": self.schedule.resample(calls)})
 
 
-def _intervals(calls: int) -> Iterator[tuple[int, ...]]:
-    """Depths of plans in which every N-th call is full, N up to 10, and the others are of depth 0 or 1."""
-    for interval in range(1, min(calls, 10) + 1):
-        for depth in (FULL,) if interval == 1 else (0, 1):
-            yield tuple(FULL if i % interval == 0 else depth for i in range(calls))
-
-
 @dataclass(frozen=True)
-class _Rule(TokenRule):
+class _Rule(PatchRule[DaTo]):
     """DaTo's token pruning, steps 1 to 5."""
-
-    config: DaTo
-
-    @property
-    def where(self) -> Where:
-        c = self.config
-        return Where(max_downsample=c.max_downsample, features=c.features, recovery=c.recovery)
-
-    @property
-    def patch(self) -> int:
-        return self.config.patch
-
-    @property
-    def seed(self) -> int:
-        return self.config.seed
 
     @property
     def reads_outputs(self) -> bool:
+        """DiffScore is of the last two."""
         return self.config.score is Score.DIFF
-
-    @property
-    def aligns(self) -> bool:
-        return self.config.alignment is not Alignment.OFF
 
     def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
         """Steps 1 to 3: the base token of each patch, the same for all layers of a grid."""

@@ -1,14 +1,10 @@
-"""DeepCache: reuse of deep features (arXiv 2312.00858).
-
-Every N-th call is full; the others compute one shallow branch of the U-Net and take the rest from the
-last full call. The full calls are evenly spread, or closer together around one step of the run.
-"""
+"""DeepCache: reuse of deep features (arXiv 2312.00858)."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from math import ceil
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -18,12 +14,15 @@ from regrow.fields import Block, Calls
 from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import Spaced
-from regrow.space import Space, Variable, free, recovery_variable
+from regrow.space import INTERVALS, RECOVERIES, Searched
 
 
 @register
 class DeepCache(MethodConfig):
-    """DeepCache's configuration.
+    """Compute one shallow branch of the U-Net in most calls, and reuse what lies deeper.
+
+    1. Full calls: every N-th, or closer together around one step of the run (section 3.3).
+    2. The others compute one shallow branch, and take the rest from the last full call.
 
     Args:
         interval: N, one call in so many is full (the paper: 2 to 20, 5 in its main table).
@@ -52,31 +51,17 @@ class DeepCache(MethodConfig):
     )
 
     method: Literal["deepcache"] = "deepcache"
-    version: Literal[1] = 1
-    interval: Calls = 5
-    branch: Block = 0
-    center: float | None = Field(None, gt=0, lt=1)
+    interval: Annotated[Calls, INTERVALS] = 5
+    branch: Annotated[Block, Searched((0, 1, 2))] = 0
+    center: Annotated[float | None, Searched((None, 0.1, 0.2, 0.3, 0.4, 0.5))] = Field(None, gt=0, lt=1)
     power: float = Field(1.4, ge=1, le=100)
-    recovery: RecoveryField = REUSE
+    recovery: Annotated[RecoveryField, RECOVERIES] = REUSE
 
     @model_validator(mode="after")
     def _power_needs_center(self) -> Self:
         if self.center is None and self.power != type(self).model_fields["power"].default:
             raise ValueError(f"power: {self.power:g} is not allowed without center, it would do nothing")
         return self
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """Intervals, branches, where full calls are closest together, and recoveries."""
-        return free(
-            (
-                Variable("interval", tuple(range(2, 11))),
-                Variable("branch", (0, 1, 2)),
-                Variable("center", (None, 0.1, 0.2, 0.3, 0.4, 0.5)),
-                recovery_variable(),
-            ),
-            cls,
-        )
 
 
 def full_calls(config: DeepCache, calls: int) -> set[int]:
@@ -88,7 +73,7 @@ def full_calls(config: DeepCache, calls: int) -> set[int]:
     """
     if config.center is None:
         return set(range(0, calls, config.interval))
-    center, count = config.center * calls, ceil(calls / config.interval)
+    center, count = config.center * calls, math.ceil(calls / config.interval)
     first, last = _signed(-center, 1 / config.power), _signed(calls - center, 1 / config.power)
     points = (first + (last - first) * i / count for i in range(count))
     return {0, *(min(max(int(_signed(p, config.power) + center), 0), calls - 1) for p in points)}
@@ -96,7 +81,7 @@ def full_calls(config: DeepCache, calls: int) -> set[int]:
 
 def _signed(x: float, power: float) -> float:
     """``|x|^power`` with the sign of x."""
-    return abs(x) ** power * (1 if x >= 0 else -1)
+    return math.copysign(abs(x) ** power, x)
 
 
 @recipe_of.register

@@ -1,24 +1,24 @@
-"""FORA: fast-forward caching in diffusion transformers (arXiv 2407.01425).
-
-Every N-th call is full; in the others each block hands on the outputs that its attention and its
-feed-forward had in the last full call. What is cheap (modulation, norms, the residual stream) is computed.
-"""
+"""FORA: fast-forward caching in diffusion transformers (arXiv 2407.01425)."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import Calls
 from regrow.methods.base import ALL, About, DenoiserKind, MethodConfig, Role, register
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import LAYERS, Spaced
-from regrow.space import Space, Variable, free, recovery_variable
+from regrow.space import INTERVALS, RECOVERIES
 
 
 @register
 class FORA(MethodConfig):
-    """FORA's configuration.
+    """Reuse the outputs of attentions and feed-forwards.
+
+    1. Every N-th call is full.
+    2. In the others each attention and each feed-forward gives the output that it had in the last full
+       call. What is cheap (modulation, norms, the residual stream) is computed.
 
     Args:
         interval: N, one call in so many is full (the paper: 2 to 7, 3 in its main table).
@@ -42,14 +42,8 @@ class FORA(MethodConfig):
     )
 
     method: Literal["fora"] = "fora"
-    version: Literal[1] = 1
-    interval: Calls = 3
-    recovery: RecoveryField = REUSE
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """Intervals and recoveries."""
-        return free((Variable("interval", tuple(range(2, 11))), recovery_variable()), cls)
+    interval: Annotated[Calls, INTERVALS] = 3
+    recovery: Annotated[RecoveryField, RECOVERIES] = REUSE
 
 
 @recipe_of.register

@@ -1,10 +1,4 @@
-"""Learning-to-Cache: a learned table of layers to reuse (arXiv 2406.01733).
-
-Every other step is full. In the others each attention and each feed-forward is either computed, or reuses
-what it returned in the step before. Which does what is one table for all samples, learned for one number of
-steps: a trained beta in (0, 1) for each step and layer, which is computed where beta is above a threshold.
-To train a table: ``regrow train router``.
-"""
+"""Learning-to-Cache: a learned table of layers to reuse (arXiv 2406.01733)."""
 
 from __future__ import annotations
 
@@ -16,22 +10,27 @@ from typing import ClassVar, Literal
 from torch import nn
 from typing_extensions import Self
 
-from regrow.core.decision import ALL, SKIP, Decider, Decision, Sited, View
+from regrow.core.decision import ALL, SKIP, Decider, Decision, View
 from regrow.core.recipe import Recipe, recipe_of
 from regrow.fields import MOST_CALLS, Share
 from regrow.methods.base import About, MethodConfig, register
+from regrow.methods.sites import SitesOf
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.table import Layout, Site
-from regrow.predictors import read_learned, without_data
+from regrow.predictors import UNTRAINED, read_learned, untrained, without_data
 from regrow.schedule import SITES, Spaced
-
-UNTRAINED = "untrained"
-"""What to name in place of a file to reuse every layer in every other step, to measure time."""
 
 
 @register
 class L2C(MethodConfig):
-    """Learning-to-Cache's configuration.
+    """Reuse the outputs of those attentions and feed-forwards that a learned table names.
+
+    1. Every other step is full.
+    2. In the others each attention and each feed-forward is either computed, or reuses what it returned in
+       the step before: it is computed where its trained beta in (0, 1), of the step and layer, is above a
+       threshold. That is one table for all samples, learned for one number of steps.
+
+    To train a table: ``regrow train router``.
 
     Args:
         router: the file of a trained router, ``NAME.safetensors``; ``"untrained"`` for a table that reuses
@@ -53,7 +52,6 @@ class L2C(MethodConfig):
     )
 
     method: Literal["l2c"] = "l2c"
-    version: Literal[1] = 1
     router: str | None = None
     threshold: Share | None = None
 
@@ -71,10 +69,8 @@ class L2C(MethodConfig):
 
 
 @dataclass(frozen=True)
-class _Rule(Sited):
+class _Rule(SitesOf[L2C]):
     """Learning-to-Cache before a model is known."""
-
-    config: L2C
 
     def on(self, denoiser: nn.Module, layout: Layout) -> _Deciding:
         """The method at work on a transformer.
@@ -92,10 +88,7 @@ class _Rule(Sited):
             )
         c = self.config
         if c.router is None and not without_data(denoiser):
-            raise ValueError(
-                f"router: none is given for this {type(denoiser).__name__}; train one (regrow train "
-                f"router) and name its file, or take {UNTRAINED!r} to measure time alone"
-            )
+            raise untrained("router", "given", denoiser)
         if c.router in (None, UNTRAINED):
             return _Deciding(sites, None)
         learned = read_learned(Path(str(c.router)), "router")

@@ -1,8 +1,4 @@
-"""L2P, the learnable linear predictor (arXiv 2604.26365).
-
-The output of a call that is left out is the linear combination of those that were computed which is nearest
-to it in unaccelerated runs, by least squares: see `regrow.record`.
-"""
+"""L2P, the learnable linear predictor (arXiv 2604.26365)."""
 
 from __future__ import annotations
 
@@ -23,7 +19,11 @@ if TYPE_CHECKING:
 
 @register
 class L2P(MethodConfig):
-    """L2P's configuration.
+    """Forecast the output of the calls that are left out by weights fitted to unaccelerated runs.
+
+    1. Record unaccelerated runs (`regrow.record`), and fix the calls that are computed.
+    2. For each other call fit by least squares the linear combination of computed outputs that is nearest.
+    3. Sample with these weights.
 
     Args:
         fitted: the weights; the output of the steps that it has weights for is forecast.
@@ -39,7 +39,6 @@ class L2P(MethodConfig):
     )
 
     method: Literal["l2p"] = "l2p"
-    version: Literal[1] = 1
     fitted: Fitted
 
     @classmethod

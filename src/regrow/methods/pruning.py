@@ -1,19 +1,76 @@
-"""Methods that prune tokens in the layers of a U-Net: what each says of one layer, and where it acts."""
+"""Methods that prune tokens in the layers of a U-Net: what each says of one layer, and where it acts.
+
+What several of them have is here: fields, and what follows from fields (`LayerPruning`, `PatchRule`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Annotated, Any, TypeVar
 
+from pydantic import model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from regrow.core.decision import Decider, Decision, Entered, Sited, Some, View, runs
-from regrow.core.recipe import After, CallInfo, Features, Recovery, Where
+from regrow.core.recipe import After, CallInfo, Features, Level, Recovery, Where, check_ratio
+from regrow.fields import Ratio, Seed, Side
+from regrow.methods.base import MethodConfig
+from regrow.methods.sites import SitesOf
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.layers import LayerKind
 from regrow.models.table import Keeps, Layout, Site, TokenBlock
+from regrow.space import RATIOS
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
+
+
+class PatchPruning(MethodConfig):
+    """Fields of the methods that keep a base token of each patch, and prune what is similar to one.
+
+    Args:
+        patch: side s of the patches that give one base token each (the papers: 2).
+        recovery: copy (DaTo and SiTo prune), or mean (ToMeSD merges).
+        max_downsample: deepest level that is pruned (the papers: the finest with attention).
+        exact: measure the similarity of half-precision features in float32, as for a float32 model; off,
+            since it takes more than a hundredth of a call (docs/pruning.md).
+        seed: seed of the run's generator.
+    """
+
+    patch: Side = 2
+    recovery: Recovery = Recovery.COPY
+    max_downsample: Level = "top"
+    exact: bool = False
+    seed: Seed = 0
+
+
+class LayerPruning(PatchPruning):
+    """Fields of those that prune the same share in every call, in layers of which each has its switch.
+
+    Args:
+        ratio: share r of the tokens that are pruned or merged away, in every call; r <= 1 - 1 / patch**2.
+        self_attention: prune in self-attention (the papers' default).
+        cross_attention: prune the queries of the cross-attention.
+        feed_forward: prune in the feed-forward.
+    """
+
+    ratio: Annotated[Ratio, RATIOS]
+    self_attention: bool = True
+    cross_attention: bool = False
+    feed_forward: bool = False
+
+    @model_validator(mode="after")
+    def _prunes_somewhere(self) -> Self:
+        check_ratio(self.ratio, self.patch)
+        if not (self.self_attention or self.cross_attention or self.feed_forward):
+            done = "merged" if self.recovery is Recovery.MEAN else "pruned"
+            raise ValueError(
+                f"self_attention, cross_attention, feed_forward: all are off, so nothing is {done}; "
+                "switch one on"
+            )
+        return self
 
 
 class TokenRule(Sited):
@@ -68,6 +125,25 @@ class TokenRule(Sited):
                 f"model: tokens can't be left out of the layers of {name} yet; {self.hint}"
             )
         return Pruning(self, _served(self.where, layout, name), layout)
+
+
+Patched = TypeVar("Patched", bound=PatchPruning)
+
+
+@dataclass(frozen=True)
+class PatchRule(SitesOf[Patched], TokenRule):
+    """The rule of a configuration whose fields are called as those of `Where`."""
+
+    @cached_property
+    def where(self) -> Where:
+        """What the fields say; of those that the configuration lacks, the defaults."""
+        named = (field.name for field in fields(Where) if hasattr(self.config, field.name))
+        return Where(**{name: getattr(self.config, name) for name in named})
+
+    @property
+    def patch(self) -> int:
+        """The field's."""
+        return self.config.patch
 
 
 class Pruning(Decider):

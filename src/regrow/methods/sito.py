@@ -1,8 +1,4 @@
-"""SiTo: similarity-based token pruning (AAAI 2025).
-
-Base tokens are those most similar to all others; the tokens most similar to a base token are pruned
-and copy its output. No caching across steps.
-"""
+"""SiTo: similarity-based token pruning (AAAI 2025)."""
 
 from __future__ import annotations
 
@@ -13,24 +9,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 from torch import Tensor
+from typing_extensions import Self
 
-from regrow.core.recipe import (
-    Alignment,
-    CallInfo,
-    Features,
-    Level,
-    Recipe,
-    Recovery,
-    Where,
-    align,
-    check_ratio,
-    recipe_of,
-)
-from regrow.fields import Ratio, Seed, Side, Weight
-from regrow.methods.base import UNETS, About, DenoiserKind, MethodConfig, Role, register
-from regrow.methods.pruning import TokenRule
+from regrow.core.recipe import Alignment, CallInfo, Features, Recipe, align, recipe_of
+from regrow.fields import Weight
+from regrow.methods.base import UNETS, About, DenoiserKind, Role, register
+from regrow.methods.pruning import LayerPruning, PatchRule
 from regrow.schedule import Schedule
-from regrow.space import Space, Variable, free
 from regrow.tokens.grid import Grid, best_of_patch, tokens_of_patch
 from regrow.tokens.scores import noise, random_score, sim_score
 from regrow.tokens.select import Selection, prune_similar, top_share
@@ -54,26 +39,23 @@ class BaseChoice(str, Enum):
 
 
 @register
-class SiTo(MethodConfig):
-    """SiTo's configuration.
+class SiTo(LayerPruning):
+    """Prune in every call, and every layer by itself, tokens that are similar to a base token.
+
+    1. Score: ``SimScore_i = sum_j cos(x_i, x_j)`` of each token, with Gaussian noise.
+    2. Base tokens: in each patch of s x s tokens the one of the highest score.
+    3. Pruned tokens: of the others the ``r N`` of the largest cosine similarity to a base token.
+    4. The layer computes the kept tokens; a pruned one takes a copy of what its base token got.
+
+    Further fields are those of `LayerPruning`.
 
     Args:
-        ratio: share r of the tokens that are pruned, in every call; r <= 1 - 1 / patch**2.
         base: how base tokens are chosen (the paper: VI).
-        patch: side s of the patches (the paper: 2).
         noise: sigma of the Gaussian noise on SimScore (the paper: 0.1); used by choice VI.
-        recovery: prune and copy (the paper), or merge.
-        self_attention: prune in self-attention (the paper's default).
-        cross_attention: prune the queries of the cross-attention.
-        feed_forward: prune in the feed-forward.
-        max_downsample: deepest level that is pruned (the default: the finest with attention).
         features: what similarity is measured on (released code: the block's input).
         alignment: give both halves of a guided batch the same base scores, as DaTo does (off in the
             paper).
         nearby: look for similar base tokens in the surrounding 3 x 3 patches only.
-        exact: measure the similarity of half-precision features in float32, as for a float32 model; off,
-            since it takes more than a hundredth of a call (docs/pruning.md).
-        seed: seed of the run's generator.
 
     Raises:
         pydantic.ValidationError: naming the field, the value and what is allowed.
@@ -90,39 +72,23 @@ class SiTo(MethodConfig):
         traced={DenoiserKind.UNET: ("d",)},
         place=20,
     )
-    PRESETS: ClassVar[Mapping[str, Any]] = {
-        "a": lambda: SiTo(ratio=0.3),
-        "b": lambda: SiTo(ratio=0.4),
-        "c": lambda: SiTo(ratio=0.5),
-        "d": lambda: SiTo(ratio=0.6),
-        "e": lambda: SiTo(ratio=0.7),
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "a": {"ratio": 0.3},
+        "b": {"ratio": 0.4},
+        "c": {"ratio": 0.5},
+        "d": {"ratio": 0.6},
+        "e": {"ratio": 0.7},
     }
 
     method: Literal["sito"] = "sito"
-    version: Literal[1] = 1
-    ratio: Ratio
     base: BaseChoice = BaseChoice.NOISY_BEST_IN_PATCH
-    patch: Side = 2
     noise: Weight = 0.1
-    recovery: Recovery = Recovery.COPY
-    self_attention: bool = True
-    cross_attention: bool = False
-    feed_forward: bool = False
-    max_downsample: Level = "top"
     features: Features = Features.BLOCK_INPUT
     alignment: Alignment = Alignment.OFF
     nearby: bool = False
-    exact: bool = False
-    seed: Seed = 0
 
     @model_validator(mode="after")
-    def _allowed(self) -> SiTo:
-        check_ratio(self.ratio, self.patch)
-        if not (self.self_attention or self.cross_attention or self.feed_forward):
-            raise ValueError(
-                "self_attention, cross_attention, feed_forward: all are off, so nothing is pruned; "
-                "switch one on"
-            )
+    def _near_base_tokens(self) -> Self:
         if self.nearby and self.base in (BaseChoice.RANDOM, BaseChoice.HIGHEST):
             raise ValueError(
                 f"nearby: not possible with base={self.base.value}, which has no base token in every "
@@ -130,41 +96,10 @@ class SiTo(MethodConfig):
             )
         return self
 
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """A ratio of .1 to .7, for all calls."""
-        return free((Variable("ratio", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)),), cls)
-
 
 @dataclass(frozen=True)
-class _Rule(TokenRule):
+class _Rule(PatchRule[SiTo]):
     """SiTo's token pruning."""
-
-    config: SiTo
-
-    @property
-    def where(self) -> Where:
-        c = self.config
-        return Where(
-            c.self_attention,
-            c.cross_attention,
-            c.feed_forward,
-            c.max_downsample,
-            c.features,
-            c.recovery,
-        )
-
-    @property
-    def patch(self) -> int:
-        return self.config.patch
-
-    @property
-    def seed(self) -> int:
-        return self.config.seed
-
-    @property
-    def aligns(self) -> bool:
-        return self.config.alignment is not Alignment.OFF
 
     def prepare(self, grids: Sequence[Grid], call: CallInfo) -> Mapping[Grid, Tensor]:
         """What chance decides, drawn once a call for all layers of a grid and all samples ``(1, N)``."""

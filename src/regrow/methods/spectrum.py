@@ -1,16 +1,11 @@
-"""Spectrum: adaptive spectral feature forecasting (arXiv 2603.01623).
-
-Some calls are full; the others forecast what the last block returns from all values that it had, by
-Chebyshev polynomials of the step (`regrow.recover.time.Chebyshev`), and compute the head behind it. Full
-calls become rarer along the run.
-"""
+"""Spectrum: adaptive spectral feature forecasting (arXiv 2603.01623)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from math import floor
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,12 +14,18 @@ from regrow.fields import MOST_CALLS, MOST_WEIGHT, Calls, Share
 from regrow.methods.base import About, DenoiserKind, MethodConfig, register
 from regrow.recover.time import MOST_ORDER, Chebyshev
 from regrow.schedule import HEAD, Spaced
-from regrow.space import Space, Variable, free
+from regrow.space import Searched
 
 
 @register
 class Spectrum(MethodConfig):
-    """Spectrum's configuration.
+    """Forecast what the last block returns, by polynomials of the step.
+
+    1. The first calls are full. Behind them full calls end windows, which grow: they become rarer along the
+       run (`full_calls`).
+    2. The others forecast what the last block returns from all values that it had, by Chebyshev polynomials
+       fitted with a ridge, mixed with the line through the last two (`regrow.recover.time.Chebyshev`).
+    3. The head behind the last block is computed in every call.
 
     Args:
         full: full calls at the beginning (the paper: 5).
@@ -51,36 +52,23 @@ class Spectrum(MethodConfig):
         measured=dict.fromkeys(DenoiserKind, ("quality", "fast")),
         place=64,
     )
-    PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {
-        "quality": lambda: Spectrum(alpha=0.75),
-        "fast": lambda: Spectrum(alpha=3.0),
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "quality": {"alpha": 0.75},
+        "fast": {"alpha": 3.0},
         # What stable-diffusion.cpp and ComfyUI run SDXL with, in 20 to 40 steps.
-        "sdxl": lambda: Spectrum(full=4, alpha=0.5, degree=3, ridge=1.0, mix=0.4, stop=0.9),
+        "sdxl": {"full": 4, "alpha": 0.5, "degree": 3, "ridge": 1.0, "mix": 0.4, "stop": 0.9},
     }
 
     method: Literal["spectrum"] = "spectrum"
-    version: Literal[1] = 1
     full: Calls = 5
-    window: float = Field(2.0, ge=1, le=MOST_CALLS)
-    alpha: float = Field(0.75, ge=0, le=MOST_CALLS)
-    degree: int = Field(4, ge=1, le=MOST_ORDER)
-    ridge: float = Field(0.1, gt=0, le=MOST_WEIGHT)
-    mix: Share = 1.0
+    window: Annotated[float, Searched((2.0, 3.0, 4.0))] = Field(2.0, ge=1, le=MOST_CALLS)
+    alpha: Annotated[float, Searched((0.0, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0))] = Field(
+        0.75, ge=0, le=MOST_CALLS
+    )
+    degree: Annotated[int, Searched((2, 3, 4))] = Field(4, ge=1, le=MOST_ORDER)
+    ridge: Annotated[float, Searched((0.01, 0.1, 1.0))] = Field(0.1, gt=0, le=MOST_WEIGHT)
+    mix: Annotated[Share, Searched((0.4, 0.6, 0.8, 1.0))] = 1.0
     stop: Share = 1.0
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """Windows and how they grow, degrees, ridges and mixtures."""
-        return free(
-            (
-                Variable("window", (2.0, 3.0, 4.0)),
-                Variable("alpha", (0.0, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0)),
-                Variable("degree", (2, 3, 4)),
-                Variable("ridge", (0.01, 0.1, 1.0)),
-                Variable("mix", (0.4, 0.6, 0.8, 1.0)),
-            ),
-            cls,
-        )
 
 
 def full_calls(config: Spectrum, calls: int) -> set[int]:

@@ -1,16 +1,12 @@
-"""TaylorSeer: from reusing to forecasting (arXiv 2503.06923).
-
-Every N-th call is full; the others forecast features by a Taylor series whose derivatives are differences
-of the last computed ones: the output of every attention and feed-forward, or of the last block alone.
-"""
+"""TaylorSeer: from reusing to forecasting (arXiv 2503.06923)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import partial
 from math import factorial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,7 +15,7 @@ from regrow.fields import Calls
 from regrow.methods.base import ALL, About, MethodConfig, register
 from regrow.recover.time import MOST_ORDER, TimeRecovery, Weights, ordered, register_recovery
 from regrow.schedule import HEAD, LAYERS, Spaced
-from regrow.space import Space, Variable, free
+from regrow.space import INTERVALS, Searched
 
 
 @register_recovery
@@ -74,7 +70,11 @@ class ForecastLevel(str, Enum):
 
 @register
 class TaylorSeer(MethodConfig):
-    """TaylorSeer's configuration.
+    """Forecast features by a Taylor series.
+
+    1. The first calls are full, and behind them every N-th.
+    2. The others forecast the output of every attention and feed-forward, or of the last block alone, by a
+       series whose derivatives are differences of the last computed ones (`Differences`).
 
     Args:
         interval: N, one call in so many is full (the paper: 3 to 5).
@@ -96,29 +96,16 @@ class TaylorSeer(MethodConfig):
         value="interval",
         place=66,
     )
-    PRESETS: ClassVar[Mapping[str, Callable[[], Any]]] = {
-        "paper": lambda: TaylorSeer(interval=4, order=4),
-        "last-block": lambda: TaylorSeer(interval=4, order=1, level=ForecastLevel.LAST_BLOCK),
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"interval": 4, "order": 4},
+        "last-block": {"interval": 4, "order": 1, "level": ForecastLevel.LAST_BLOCK},
     }
 
     method: Literal["taylorseer"] = "taylorseer"
-    version: Literal[1] = 1
-    interval: Calls = 4
-    order: int = Field(2, ge=1, le=MOST_ORDER)
-    level: ForecastLevel = ForecastLevel.LAYERS
+    interval: Annotated[Calls, INTERVALS] = 4
+    order: Annotated[int, Searched((1, 2, 3))] = Field(2, ge=1, le=MOST_ORDER)
+    level: Annotated[ForecastLevel, Searched(tuple(ForecastLevel))] = ForecastLevel.LAYERS
     first: Calls = 3
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """Intervals, orders and levels."""
-        return free(
-            (
-                Variable("interval", tuple(range(2, 11))),
-                Variable("order", (1, 2, 3)),
-                Variable("level", tuple(ForecastLevel)),
-            ),
-            cls,
-        )
 
 
 def full_calls(config: TaylorSeer, calls: int) -> set[int]:

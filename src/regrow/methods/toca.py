@@ -1,53 +1,54 @@
-"""ToCa: token-wise feature caching for diffusion transformers (arXiv 2410.05317).
-
-Every N-th call is full. In the others the attentions hand on their last output whole (as in FORA), and
-each feed-forward computes the tokens of highest score again, among the last outputs of the others. The
-score of a token is the paper's ``S = sum_j lambda_j s_j``: how much others attend to it (s1), how much of
-the text it attends to (s2), how often it was reused since it was computed (s3), and a bonus for the best of
-its neighbourhood (s4). Numbers called the released code's are those of github.com/Shenyi-Z/ToCa for DiT.
-
-A single block of Flux makes one output of a token's attention and feed-forward, by one projection. It is
-one layer here, a feed-forward, which computes that output of its tokens again. The attention in it is the
-last one, as in the released code, or computed anew for the same tokens if ``self_attention`` is above 0.
-There two points differ from the released code: where some of the image's tokens are computed, all of the
-text's are as well, while it chooses among these too; and s1 is of norm 1 over the image's tokens in every
-block. On every model its intervals between full calls also change a little along the run; here they are all
-N, as in the paper. Flux needs its stock attention processors (no IP-Adapter) unless ``influence`` and
-``self_attention`` are 0; calls with the tokens of several pictures (Kontext) hand on whole outputs, as FORA
-does, with a warning.
-"""
+"""ToCa: token-wise feature caching for diffusion transformers (arXiv 2410.05317)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from typing_extensions import Self
 
-from regrow.core.decision import SKIP, Decider, Decision, Sited, Some, View
+from regrow.core.decision import SKIP, Decider, Decision, Some, View
 from regrow.core.recipe import Alignment, Attention, CallInfo, Recipe, align, recipe_of
 from regrow.fields import MOST_SIDE, Calls, Share, Weight
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, register
+from regrow.methods.sites import Ages, SitesOf
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.layers import LayerKind
 from regrow.models.table import Layout, Site
-from regrow.recover.time import REUSE, RecoveryField, TimeRecovery
-from regrow.schedule import FULL, LAYERS, Schedule, Spaced, Step
-from regrow.space import Space, Variable, free, recovery_variable
-from regrow.tokens.grid import Grid, best_of_patch
-from regrow.tokens.scores import attention_entropy, attention_influence
+from regrow.recover.time import REUSE, RecoveryField
+from regrow.schedule import LAYERS, Schedule, Spaced, Step
+from regrow.space import INTERVALS, RECOVERIES, Searched
+from regrow.tokens.scores import best_of_cell, influence_of_text, influence_on_others
 
 
 @register
 class ToCa(MethodConfig):
-    """ToCa's configuration. The preset ``paper`` takes s1 from all queries, and each half of a guided batch
-    chooses for itself; ``pixart`` has the released code's numbers for PixArt-alpha. Those for Flux have no
-    preset: there double and single blocks compute different shares, which are one here.
+    """Reuse the outputs of attentions and feed-forwards, but compute the tokens of highest score again.
+
+    1. Every N-th call is full. In the others the attentions give their last output whole (as in FORA).
+    2. Score of a token: ``S = sum_j lambda_j s_j``, of how much others attend to it (s1), how much of the
+       text it attends to (s2), how often it was reused since it was computed (s3), and a bonus for the best
+       of its neighbourhood (s4).
+    3. Each feed-forward computes its tokens of highest score, among the last outputs of the others.
+    4. The share that it computes depends on its depth, its kind, and the call's place in the run.
+
+    Numbers called the released code's are those of github.com/Shenyi-Z/ToCa for DiT. Its intervals between
+    full calls also change a little along the run; here they are all N, as in the paper. The preset
+    ``paper`` takes s1 from all queries, and each half of a guided batch chooses for itself; ``pixart`` has
+    the released code's numbers for PixArt-alpha. Those for Flux have no preset: there double and single
+    blocks compute different shares, which are one here.
+
+    A single block of Flux makes one output of a token's attention and feed-forward, by one projection. It
+    is one layer here, a feed-forward, which computes that output of its tokens again. The attention in it
+    is the last one, as in the released code, or computed anew for the same tokens if ``self_attention`` is
+    above 0. There two points differ from the released code: where some of the image's tokens are computed,
+    all of the text's are as well, while it chooses among these too; and s1 is of norm 1 over the image's
+    tokens in every block. Flux needs its stock attention processors (no IP-Adapter) unless ``influence``
+    and ``self_attention`` are 0; calls with the tokens of several pictures (Kontext) reuse whole outputs,
+    as FORA does, with a warning.
 
     Args:
         interval: N, one call in so many is full (the released code: 3).
@@ -94,11 +95,23 @@ class ToCa(MethodConfig):
         place=70,
     )
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"queries": None, "alignment": Alignment.OFF},
+        "pixart": {
+            "ratio": 0.52,
+            "cross_attention": 0.375,
+            "layer_weight": 0.6,
+            "step_weight": -0.9,
+            "influence": 0,
+            "spread": 0.4,
+            "cell": 4,
+        },
+    }
+
     method: Literal["toca"] = "toca"
-    version: Literal[1] = 1
-    interval: Calls = 3
-    recovery: RecoveryField = REUSE
-    ratio: Share = 0.825
+    interval: Annotated[Calls, INTERVALS] = 3
+    ratio: Annotated[Share, Searched((0.5, 0.6, 0.7, 0.825, 0.9, 1.0))] = 0.825
+    recovery: Annotated[RecoveryField, RECOVERIES] = REUSE
     self_attention: Weight = 0.0
     cross_attention: Weight = 0.0
     feed_forward: Weight = 1.0
@@ -123,94 +136,12 @@ class ToCa(MethodConfig):
 
     def share_of(self, kind: LayerKind) -> float:
         """What the share computed in layers of a kind is times that of the method."""
-        shares = {
-            LayerKind.SELF_ATTENTION: self.self_attention,
-            LayerKind.CROSS_ATTENTION: self.cross_attention,
-            LayerKind.FEED_FORWARD: self.feed_forward,
-        }
-        return shares[kind]
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """Intervals, the share of tokens that is not computed again, and recoveries."""
-        return free(
-            (
-                Variable("interval", tuple(range(2, 11))),
-                Variable("ratio", (0.5, 0.6, 0.7, 0.825, 0.9, 1.0)),
-                recovery_variable(),
-            ),
-            cls,
-        )
-
-
-ToCa.PRESETS = {
-    "paper": lambda: ToCa(queries=None, alignment=Alignment.OFF),
-    "pixart": lambda: ToCa(
-        ratio=0.52,
-        cross_attention=0.375,
-        layer_weight=0.6,
-        step_weight=-0.9,
-        influence=0,
-        spread=0.4,
-        cell=4,
-    ),
-}
-
-
-@dataclass
-class Memory:
-    """What is remembered of the last full call and since.
-
-    Args:
-        attended: by block, ``lambda_1 s1 + lambda_2 s2``: ``(B, N)``.
-        reused: by layer, how often each token was reused since it was computed: ``(B, N)``.
-    """
-
-    attended: dict[str, Tensor] = field(default_factory=dict)
-    reused: dict[str, Tensor] = field(default_factory=dict)
-
-
-def influence(attention: Attention, queries: int | None) -> Tensor:
-    """s1, influence on other tokens: the column sums of the self-attention map, of norm 1: ``(B, N)``."""
-    sums = attention_influence(attention.query, attention.key, queries, attention.bias)
-    return normalize(sums[:, : attention.tokens], dim=1)
-
-
-def control(attention: Attention) -> Tensor:
-    """s2, influence of the text: 1 + the entropy of the cross-attention weights, of norm 1: ``(B, N)``.
-
-    The 1 and the norm are the released code's.
-    """
-    return normalize(1 + attention_entropy(attention.query, attention.key, attention.bias), dim=1)
-
-
-def staleness(reused: Tensor, interval: int) -> Tensor:
-    """s3, cache frequency: how often a token was reused since it was computed, over N: ``(B, N)``."""
-    return reused / interval
-
-
-def spread(score: Tensor, grid: Grid) -> Tensor:
-    """s4, uniform spatial distribution: the score of the best token of each k x k cell, else 0: ``(B, N)``.
-
-    That the bonus is in proportion to the score is the released code's.
-
-    Args:
-        score: ``(B, N)``.
-        grid: of the tokens, with k as its patch.
-    """
-    best = best_of_patch(score, grid)
-    return torch.zeros_like(score).scatter_(1, best, score.gather(1, best))
+        return float(getattr(self, kind.value))
 
 
 @dataclass(frozen=True)
-class _Rule(Sited):
+class _Rule(SitesOf[ToCa]):
     """ToCa before a model is known."""
-
-    config: ToCa
-
-    @property
-    def aligns(self) -> bool:
-        return self.config.alignment is not Alignment.OFF
 
     def on(self, denoiser: nn.Module, layout: Layout) -> Choosing:
         """The method at work on a transformer.
@@ -279,90 +210,75 @@ class Choosing(Decider):
         depth = site.index / max(self.sites[-1].index, 1)
         return min((1 - ratio) * (1 + weight - 2 * weight * depth) * kind, 1.0)
 
-    def begin(self, memory: Memory | None = None) -> Memory:
+    def begin(self, memory: Ages | None = None) -> Ages:
         """Nothing is known before the full call."""
-        return Memory()
+        return Ages()
 
-    def observe(self, memory: Memory, site: Site, attention: Attention) -> None:
+    def observe(self, memory: Ages, site: Site, attention: Attention) -> None:
         """Add ``lambda_1 s1`` or ``lambda_2 s2`` to the scores of a block's tokens."""
-        c = self.config
+        c, (query, key, bias) = self.config, (attention.query, attention.key, attention.bias)
         if site.kind is LayerKind.SELF_ATTENTION:
-            score = c.influence * influence(attention, c.queries)
+            own = influence_on_others(query, key, attention.tokens, queries=c.queries, bias=bias)
+            score = c.influence * own
         else:
-            score = c.control * control(attention)
+            score = c.control * influence_of_text(query, key, bias)
         before = memory.attended.get(site.block)
         memory.attended[site.block] = score if before is None else before + score
 
     def choose(
-        self, memory: Memory, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo
+        self, memory: Ages, seen: None, site: Site, x: Tensor, count: int | None, info: CallInfo
     ) -> Tensor:
         """The tokens of highest ``S = sum_j lambda_j s_j``."""
         c, grid = self.config, info.grid
         assert grid is not None
         assert count is not None
-        attended, reused = memory.attended.get(site.block), memory.reused.get(site.name)
-        if reused is None:
-            reused = torch.zeros(len(x), grid.tokens, device=x.device)
-        score = c.staleness * staleness(reused, c.interval)
+        reused, attended = (
+            memory.of(site.name, len(x), grid.tokens, x.device),
+            memory.attended.get(site.block),
+        )
+        score = c.staleness * (reused / c.interval)
         if attended is not None:
             score = score + attended
         score = align(score, c.alignment, info.guided, conditional_first=info.conditional_first)
         if c.spread:
-            score = score + c.spread * spread(score, replace(grid, patch=c.cell))
-        chosen = score.topk(count, dim=1).indices
-        memory.reused[site.name] = (reused + 1).scatter_(1, chosen, 0)
-        return chosen.sort(1).values
+            score = score + c.spread * best_of_cell(score, replace(grid, patch=c.cell))
+        return memory.choose(site.name, score, count)
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Growing(Spaced):
     """Full calls, and between them calls in which the share computed grows from call to call.
 
     Args:
-        interval: one call in so many is full.
         ratio: share of tokens that the others do not compute, the mean.
         weight: of the growth.
-        recovery: of what they do not compute.
     """
 
-    interval: int
-    ratio: float
-    weight: float
-    recovery: TimeRecovery
-
-    @property
-    def calls(self) -> None:
-        """Any number."""
-        return None
+    ratio: float = 0.0
+    weight: float = 0.0
 
     def kinds(self) -> frozenset[Step]:
         """Full calls and the others, all with the mean ratio."""
-        full = {Step(FULL, 0.0)}
-        return frozenset(full if self.interval == 1 else full | {Step(LAYERS, self.ratio, self.recovery)})
+        return frozenset(step if step.full else replace(step, ratio=self.ratio) for step in super().kinds())
 
     def resample(self, calls: int) -> Schedule:
-        """The schedule of a generation.
-
-        Raises:
-            ValueError: if ``calls < 1``.
-        """
-        spaced = Spaced(self.interval, LAYERS, recovery=self.recovery).resample(calls)
-        ratio = tuple(
-            0.0 if depth == FULL else self._ratio(i, calls) for i, depth in enumerate(spaced.depth)
-        )
-        return spaced.model_copy(update={"ratio": ratio})
-
-    def _ratio(self, index: int, calls: int) -> float:
-        """Of a call; the factor is the released code's, which counts its steps down."""
-        if self.ratio == 0:
-            return 0.0
-        growth = 1 + self.weight - 2 * self.weight * (calls - 1 - index) / calls
-        return max(1 - (1 - self.ratio) * growth, 0.0)
+        """The schedule of a generation; the factor is the released code's, which counts its steps down."""
+        plan = super().resample(calls)
+        growth = (1 + self.weight - 2 * self.weight * (calls - 1 - i) / calls for i in range(calls))
+        ratio = (max(1 - (1 - self.ratio) * g, 0.0) if self.ratio else 0.0 for g in growth)
+        steps = zip(plan.steps(), ratio, strict=True)
+        return plan.model_copy(update={"ratio": tuple(0.0 if s.full else r for s, r in steps)})
 
 
 @recipe_of.register
 def _(config: ToCa) -> Recipe:
     if config.ratio == 1:
         return Recipe(Spaced(config.interval, LAYERS, recovery=config.recovery))
-    plan = _Plan(config.interval, config.ratio, config.step_weight, config.recovery)
+    plan = _Growing(
+        config.interval,
+        LAYERS,
+        recovery=config.recovery,
+        ratio=config.ratio,
+        weight=config.step_weight,
+    )
     return Recipe(plan, sites=_Rule(config))

@@ -1,27 +1,4 @@
-"""TokenCache: token caching for diffusion transformers (arXiv 2409.18523).
-
-A block's *update* of a token is what it adds to it. Some calls, the I-steps, are full. In the others, the
-P-steps, a block computes its update of some tokens and the others get the update that was computed last
-(Eq. 6). A trained cache predictor (`regrow.predictors.CachePredictor`) says which, from the tokens that
-enter the first block:
-
-1. Tokens: of all its values alpha ``(L, N)``, the highest ``1 - r`` of them stand for updates to compute
-   (section III-B).
-2. Blocks: all samples of a batch compute the same share of a block's tokens, ``r_l``, and each sample those
-   of the highest alpha in the block (III-C). Here the shares come from a table that is made after training,
-   so that the shapes of a call depend on the plan alone; `Counts.DATA` takes them from the call, as the
-   paper does.
-3. Steps: I-steps are where the accumulated ``exp(beta mean(alpha_t))`` passes even parts of its sum (III-D,
-   Eq. 13). The first step always is one.
-
-Some video models have blocks for the tokens of a frame, and blocks for those of a place in all frames. The
-predictor sees the frames, which the first block is given. A block of the second kind computes an equal
-number of frames at every place.
-
-The last K blocks are computed in every call. Keys and values of tokens that a block does not compute are
-those of its last computation, which gives the paper's MACs. The predictor's own MACs are counted as those
-of choosing tokens. To train a predictor: ``regrow train predictor``.
-"""
+"""TokenCache: token caching for diffusion transformers (arXiv 2409.18523)."""
 
 from __future__ import annotations
 
@@ -32,33 +9,26 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from regrow import zoo
-from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Sited, Some, View
+from regrow.core.decision import ALL, SKIP, Adapter, Decider, Decision, Entered, Some, View
 from regrow.core.recipe import Attention, CallInfo, Recipe, recipe_of
 from regrow.fields import MOST_BLOCKS, MOST_CALLS, Calls, Seed, Share, Weight
-from regrow.files import said
 from regrow.methods.base import About, MethodConfig, register
-from regrow.methods.toca import Memory, influence, spread, staleness
+from regrow.methods.sites import Ages, SitesOf
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.layers import LayerKind
 from regrow.models.table import Layout, Site, Spans, in_sequences
-from regrow.origin import denoiser_key
-from regrow.predictors import CachePredictor, LearnedFile, read_learned, without_data
+from regrow.predictors import CachePredictor, predictor_for, read_adapters
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import SITES, Schedule, Spaced
-from regrow.space import Space, Variable, free
-from regrow.tokens.grid import Grid, tokens_of_patch
-from regrow.tokens.scores import random_score
-from regrow.tokens.select import complement, most_similar
+from regrow.space import Searched
+from regrow.tokens.grid import Grid
+from regrow.tokens.scores import best_of_cell, influence_on_others, random_score
+from regrow.tokens.select import unlike_destinations
+from regrow.tokens.shares import Table, i_steps, shares_of_call
 
-UNTRAINED = "untrained"
-"""What to name in place of a file to have a predictor of the right size that has learned nothing."""
-BUNDLED = "predictor.safetensors"
-"""Name of the file in the folder of a bundled model."""
 PATCH = 2
 """Side of the cells that ToCa and ToMe spread tokens over."""
 
@@ -96,12 +66,32 @@ class Counts(str, Enum):
     """From the call itself, as in the paper: shapes depend on data, and the device is waited for."""
 
 
-Beta = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
-
-
 @register
 class TokenCache(MethodConfig):
-    """TokenCache's configuration; the defaults but beta are the paper's for DiT-XL/2 256 in 50 steps.
+    """Compute a block's update of some tokens; the others get the update that was computed last (Eq. 6).
+
+    A block's update of a token is what it adds to it. Some calls, the I-steps, are full; in the others, the
+    P-steps, a trained cache predictor (`regrow.predictors.CachePredictor`) says which tokens are computed,
+    from those that enter the first block.
+
+    1. Tokens: of all its values alpha ``(L, N)``, the highest ``1 - r`` stand for updates to compute
+       (section III-B).
+    2. Blocks: all samples of a batch compute the same share of a block's tokens, ``r_l``, and each sample
+       those of the highest alpha in the block (III-C). Here the shares come from a table that is made after
+       training, so that the shapes of a call depend on the plan alone; `Counts.DATA` takes them from the
+       call, as the paper does.
+    3. Steps: I-steps are where the accumulated ``exp(beta mean(alpha_t))`` passes even parts of its sum
+       (III-D, Eq. 13). The first step always is one.
+
+    The last K blocks are computed in every call. Keys and values of tokens that a block does not compute
+    are those of its last computation, which gives the paper's MACs. The predictor's own MACs are counted as
+    those of choosing tokens. To train a predictor: ``regrow train predictor``.
+
+    Some video models have blocks for the tokens of a frame, and blocks for those of a place in all frames.
+    The predictor sees the frames, which the first block is given. A block of the second kind computes an
+    equal number of frames at every place.
+
+    Defaults but beta are the paper's for DiT-XL/2 256 in 50 steps.
 
     Args:
         predictor: the file of a trained predictor, ``NAME.safetensors``; None for the one that is bundled
@@ -139,13 +129,22 @@ class TokenCache(MethodConfig):
         place=30,
     )
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "even": {},
+        "dit-256-250": {"full_steps": 50, "beta": -6000, "last_blocks": 2},
+        "dit-256-50": {"beta": -8000},
+        "dit-256-20": {"full_steps": 9, "beta": -4000},
+        "dit-256-10": {"full_steps": 6, "beta": -2000},
+        "dit-512-50": {"full_steps": 21, "beta": -4000},
+        "dit-512-20": {"full_steps": 10, "beta": -2000},
+    }
+
     method: Literal["tokencache"] = "tokencache"
-    version: Literal[1] = 1
     predictor: str | None = None
-    full_steps: Calls = 12
-    ratio: Share = 0.9
-    last_blocks: int = Field(4, ge=0, lt=MOST_BLOCKS)
-    beta: Beta = 0.0
+    full_steps: Annotated[Calls, Searched(lambda calls: range(1, max(calls // 2, 1) + 1))] = 12
+    ratio: Annotated[Share, Searched((0.5, 0.6, 0.7, 0.8, 0.9, 1.0))] = 0.9
+    last_blocks: Annotated[int, Searched((0, 1, 2, 3, 4))] = Field(4, ge=0, lt=MOST_BLOCKS)
+    beta: float = Field(0.0, ge=-1e6, le=1e6, allow_inf_nan=False)
     spacing: Spacing = Spacing.ADAPTIVE
     choice: Choice = Choice.PREDICTOR
     counts: Counts = Counts.TABLE
@@ -153,97 +152,6 @@ class TokenCache(MethodConfig):
     staleness: Weight = 0.0
     seed: Seed = 0
     lora: str | None = None
-
-    @classmethod
-    def space(cls, calls: int) -> Space:
-        """The number of I-steps, the ratio, and the blocks that are always computed."""
-        most = max(calls // 2, 1)
-        return free(
-            (
-                Variable("full_steps", tuple(range(1, most + 1))),
-                Variable("ratio", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)),
-                Variable("last_blocks", (0, 1, 2, 3, 4)),
-            ),
-            cls,
-        )
-
-
-TokenCache.PRESETS = {
-    "even": TokenCache,
-    "dit-256-250": lambda: TokenCache(full_steps=50, beta=-6000, last_blocks=2),
-    "dit-256-50": lambda: TokenCache(beta=-8000),
-    "dit-256-20": lambda: TokenCache(full_steps=9, beta=-4000),
-    "dit-256-10": lambda: TokenCache(full_steps=6, beta=-2000),
-    "dit-512-50": lambda: TokenCache(full_steps=21, beta=-4000),
-    "dit-512-20": lambda: TokenCache(full_steps=10, beta=-2000),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """What a trained predictor said in many calls, by their place in the run.
-
-    Args:
-        quantiles: ``(T, L, Q)``: of alpha, at the levels 0 to 1, for T places in the run, the first first,
-            and each of L blocks.
-        alpha: ``(T,)``: its mean over blocks and tokens.
-    """
-
-    quantiles: np.ndarray[Any, np.dtype[np.float64]]
-    alpha: np.ndarray[Any, np.dtype[np.float64]]
-
-    def shares(self, place: float, sites: int, ratio: float) -> tuple[float, ...]:
-        """The share of its tokens that each of the first so many blocks computes, ``1 - r`` in the mean.
-
-        They are the parts of each block's alpha above one threshold for all, as the cut of the highest
-        values of all blocks gives.
-
-        Args:
-            place: in the run, 0 for its beginning, below 1.
-            sites: blocks that are decided for.
-            ratio: r.
-        """
-        rows = self.quantiles[min(int(place * len(self.quantiles)), len(self.quantiles) - 1), :sites]
-        levels = np.linspace(0, 1, rows.shape[1])
-        # Equal quantiles tell nothing apart: a little is added, so that each value has one level.
-        ascending = np.maximum.accumulate(rows, 1) + np.arange(rows.shape[1]) * 1e-9
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            threshold = (low + high) / 2
-            below = [np.interp(threshold, row, levels, left=0.0, right=1.0) for row in ascending]
-            above = 1 - np.array(below)
-            low, high = (threshold, high) if above.mean() > 1 - ratio else (low, threshold)
-        scale = (1 - ratio) / max(float(above.mean()), 1e-12)
-        return tuple(np.minimum(above * scale, 1.0).tolist())
-
-    def means(self, calls: int) -> Any:
-        """The mean alpha of each of so many calls."""
-        places = (np.arange(calls) + 0.5) / calls * len(self.alpha) - 0.5
-        return np.interp(places, np.arange(len(self.alpha)), self.alpha)
-
-
-def i_steps(means: Any, full: int, beta: float) -> set[int]:
-    """The I-steps (Eq. 13): where ``v_t = sum_(s < t) exp(beta mean(alpha_s))`` passes even parts of all.
-
-    Args:
-        means: of each step the mean alpha, in the order of the run.
-        full: how many.
-        beta: how strongly steps follow alpha; 0 spreads them evenly.
-
-    Returns:
-        The indices of ``min(full, len(means))`` steps; 0 is one of them.
-    """
-    full = min(full, len(means))
-    exponent = beta * (np.asarray(means, dtype=np.float64) - np.min(means))
-    weights = np.exp(exponent - exponent.max())
-    passed = np.concatenate([[0.0], np.cumsum(weights)[:-1]]) / weights.sum()
-    chosen: set[int] = set()
-    for part in range(full):
-        # The small term keeps 3 / 10 of a sum from being missed by rounding.
-        step = int(np.searchsorted(passed, part / full - 1e-9))
-        free_steps = [s for s in (*range(step, len(means)), *range(step - 1, -1, -1)) if s not in chosen]
-        chosen.add(free_steps[0])
-    return chosen
 
 
 def full_calls(config: TokenCache, table: Table | None, calls: int) -> set[int]:
@@ -257,14 +165,8 @@ def full_calls(config: TokenCache, table: Table | None, calls: int) -> set[int]:
 
 
 @dataclass(frozen=True)
-class _Rule(Sited):
+class _Rule(SitesOf[TokenCache]):
     """TokenCache before a model is known."""
-
-    config: TokenCache
-
-    @property
-    def seed(self) -> int:
-        return self.config.seed
 
     def on(self, denoiser: nn.Module, layout: Layout) -> _Deciding:
         """The method at work on a transformer whose blocks take and return tokens.
@@ -285,119 +187,13 @@ class _Rule(Sited):
                 f"last_blocks: {c.last_blocks} is not allowed, it must be < {len(sites)}, the blocks that "
                 f"this {type(denoiser).__name__} has"
             )
-        learned = _learned(c, denoiser)
         predictor, table = None, None
         if c.choice is Choice.PREDICTOR:
-            # The caller's chance stays as it is.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(c.seed)
-                predictor = CachePredictor.of(denoiser, len(sites)).eval().requires_grad_(False)
-        if learned is not None:
-            learned.check(denoiser, len(sites))
-            table = table_of(learned)
-            if predictor is not None:
-                load_predictor(predictor, learned)
-        adapters = {} if c.lora is None else _adapters(Path(c.lora), denoiser, len(sites), c.last_blocks)
-        return _Deciding(c, sites[: len(sites) - c.last_blocks], predictor, table, adapters)
-
-
-def load_predictor(predictor: CachePredictor, learned: LearnedFile) -> None:
-    """Put the weights of a file into a predictor; on the meta device there is nowhere to put them.
-
-    Raises:
-        FileError: naming a tensor that is missing, of another form, or not the predictor's.
-    """
-    if next(predictor.parameters()).is_meta:
-        return
-    prefix = "predictor."
-    weights = {k.removeprefix(prefix): v for k, v in learned.tensors.items() if k.startswith(prefix)}
-    own = predictor.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        if name not in own or name not in weights or own[name].shape != weights[name].shape:
-            raise learned.wrong(f"{prefix}{name}")
-    predictor.load_state_dict(weights)
-
-
-def table_of(learned: LearnedFile) -> Table:
-    """The table of a file.
-
-    Raises:
-        FileError: naming the tensor that is missing, of another form, or not within 0 to 1.
-    """
-    tensors = {"quantiles": (3, 2), "alpha": (1, 1)}
-    for name, (dimensions, least) in tensors.items():
-        tensor = learned.tensors.get(name)
-        formed = tensor is not None and tensor.dim() == dimensions and tensor.shape[-1] >= least
-        if tensor is None or not formed or not tensor.numel() or not ((tensor >= 0) & (tensor <= 1)).all():
-            raise learned.wrong(name)
-    if learned.tensors["quantiles"].shape[1] != learned.about.sites:
-        raise learned.wrong("quantiles")
-    return Table(*(learned.tensors[name].double().numpy() for name in tensors))
-
-
-def _learned(config: TokenCache, denoiser: nn.Module) -> LearnedFile | None:
-    """The file of a configuration; None where none is needed.
-
-    Args:
-        config: names it, or leaves it to the model.
-        denoiser: the model's; one without data needs none.
-
-    Raises:
-        ValueError: if there is none for the model.
-    """
-    if config.predictor == UNTRAINED or config.choice is not Choice.PREDICTOR:
-        return None
-    if config.predictor is not None:
-        return read_learned(Path(config.predictor), "predictor")
-    found = bundled_for(denoiser)
-    if found is None and not without_data(denoiser):
-        raise ValueError(
-            f"predictor: none is bundled for this {type(denoiser).__name__}; train one (regrow train "
-            f"predictor) and name its file, or take {UNTRAINED!r} to measure time alone"
+            predictor, table = predictor_for(denoiser, len(sites), c.predictor, c.seed)
+        adapters = (
+            {} if c.lora is None else read_adapters(Path(c.lora), denoiser, len(sites), c.last_blocks)
         )
-    return found
-
-
-def _adapters(file: Path, denoiser: nn.Module, sites: int, last_blocks: int) -> dict[str, Adapter]:
-    """The updates of a file, by the paths of their layers.
-
-    Raises:
-        ValueError: if they are of another model, or of more or fewer blocks.
-        FileError: if the file is none of theirs.
-    """
-    learned = read_learned(file, "lora")
-    learned.check(denoiser, sites)
-    trained = learned.about.settings.get("last_blocks")
-    if trained != last_blocks:
-        raise ValueError(f"lora: {said(file)} is for last_blocks={trained}, not {last_blocks}")
-    down, up = ".lora_A.weight", ".lora_B.weight"
-    layers, found = dict(denoiser.named_modules()), dict[str, Adapter]()
-    for name in (name.removesuffix(down) for name in learned.tensors if name.endswith(down)):
-        path, first = name.removeprefix("transformer."), learned.tensors[name + down]
-        second = learned.tensors.get(name + up)
-        if second is None or not _fits(layers.get(path), first, second):
-            raise learned.wrong(name)
-        found[path] = Adapter(first, second)
-    return found
-
-
-def _fits(layer: Any, down: Tensor, up: Tensor) -> bool:
-    """Whether a linear layer can have a low-rank update."""
-    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
-        return False
-    own = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    return own == (down.shape[1], up.shape[0])
-
-
-def bundled_for(denoiser: nn.Module) -> LearnedFile | None:
-    """The predictor that is bundled with a model, if it is one of those."""
-    for name in zoo.MODELS:
-        file = zoo.path(name) / BUNDLED
-        if file.exists():
-            learned = read_learned(file, "predictor")
-            if learned.about.denoiser == denoiser_key(denoiser):
-                return learned
-    return None
+        return _Deciding(c, sites[: len(sites) - c.last_blocks], predictor, table, adapters)
 
 
 @dataclass(frozen=True, eq=False)
@@ -455,51 +251,37 @@ class _Deciding(Decider):
         predictor, data = self.predictor, self.config.counts is Counts.DATA
         return data and predictor is not None and not next(predictor.parameters()).is_meta
 
-    def begin(self, memory: Memory | None = None) -> Memory:
+    def begin(self, memory: Ages | None = None) -> Ages:
         """How often each token was reused, and what ToCa alone needs."""
-        return Memory()
+        return Ages()
 
-    def observe(self, memory: Memory, site: Site, attention: Attention) -> None:
+    def observe(self, memory: Ages, site: Site, attention: Attention) -> None:
         """ToCa's s1."""
-        memory.attended[site.block] = influence(attention, None)
+        query, key, bias = attention.query, attention.key, attention.bias
+        memory.attended[site.block] = influence_on_others(query, key, attention.tokens, bias=bias)
 
-    def look(self, memory: Memory, entered: Entered, info: CallInfo) -> _Seen | None:
+    def look(self, memory: Ages, entered: Entered, info: CallInfo) -> _Seen | None:
         """The predictor's alpha (section III-B)."""
         if self.predictor is None:
             return None
-        like = next(self.predictor.parameters())
-        if like.device != entered.x.device or like.dtype != entered.x.dtype:
-            # The model was moved after `regrow.apply`, or casts what it is given.
-            self.predictor.to(entered.x.device, entered.x.dtype)
         alpha = self.predictor.of_samples(entered, info.batch)[..., : len(self.sites)]
         if self.config.counts is Counts.TABLE or alpha.is_meta:
             return _Seen(alpha, {})
-        return _Seen(alpha, dict(zip((s.name for s in self.sites), self._shares(alpha), strict=True)))
-
-    def _shares(self, alpha: Tensor) -> list[float]:
-        """The paper's shares: the part of each block's alphas that is among the highest of all."""
-        _, tokens, sites = alpha.shape
-        keep = max(round((1 - self.config.ratio) * tokens * sites), 1)
-        least = alpha.flatten(1).topk(keep, dim=1).values[:, -1:, None]
-        shares: list[float] = (alpha >= least).float().mean((0, 1)).tolist()
-        return shares
+        shares = shares_of_call(alpha, self.config.ratio)
+        return _Seen(alpha, dict(zip((s.name for s in self.sites), shares, strict=True)))
 
     def choose(
-        self, memory: Memory, seen: _Seen | None, site: Site, x: Tensor, count: int | None, info: CallInfo
+        self, memory: Ages, seen: _Seen | None, site: Site, x: Tensor, count: int | None, info: CallInfo
     ) -> Tensor:
         """The tokens of the highest score in the block."""
         if count is None:
             assert seen is not None
             count = round(seen.shares[site.name] * x.shape[1])
-        if site.name not in memory.reused:
-            memory.reused[site.name] = torch.zeros(x.shape[:2], device=x.device)
-        reused = memory.reused[site.name]
+        reused = memory.of(site.name, x.shape[0], x.shape[1], x.device)
         score = self._score(memory, seen, site, x, info) + self.config.staleness * reused
-        chosen: Tensor = score.topk(count, dim=1).indices.sort(1).values
-        memory.reused[site.name] = (reused + 1).scatter_(1, chosen, 0)
-        return chosen
+        return memory.choose(site.name, score, count)
 
-    def _score(self, memory: Memory, seen: _Seen | None, site: Site, x: Tensor, info: CallInfo) -> Tensor:
+    def _score(self, memory: Ages, seen: _Seen | None, site: Site, x: Tensor, info: CallInfo) -> Tensor:
         """``(B, N)``: high where a token should be computed."""
         sequences, tokens, channels = x.shape
         if seen is not None:
@@ -509,11 +291,12 @@ class _Deciding(Decider):
             return chance.reshape(sequences, tokens)
         grid = _grid(site, tokens, info)
         if self.config.choice is Choice.TOME:
-            return _unlike(x.reshape(-1, grid.tokens, channels), grid, info).view(sequences, tokens)
-        score = 0.25 * staleness(memory.reused[site.name], self.config.full_steps)
+            frames = x.reshape(-1, grid.tokens, channels)
+            return unlike_destinations(frames, grid, info.generator).view(sequences, tokens)
+        score = 0.25 * (memory.reused[site.name] / self.config.full_steps)
         if site.block in memory.attended:
             score = score + memory.attended[site.block]
-        return score + 0.6 * spread(score.view(-1, grid.tokens), grid).view(sequences, tokens)
+        return score + 0.6 * best_of_cell(score.view(-1, grid.tokens), grid).view(sequences, tokens)
 
 
 @dataclass(frozen=True)
@@ -534,18 +317,6 @@ def _grid(site: Site, tokens: int, info: CallInfo) -> Grid:
     if site.spans is Spans.PLACE or info.grid is None:
         return Grid(1, tokens, PATCH)
     return replace(info.grid, patch=PATCH)
-
-
-def _unlike(x: Tensor, grid: Grid, info: CallInfo) -> Tensor:
-    """How little each token is like the destinations of ToMe, one a patch by chance; these come first."""
-    members = tokens_of_patch(grid, x.device)
-    chance = random_score(grid.tokens, info.generator)[0].to(x.device)
-    score = torch.where(members >= 0, chance[members.clamp(min=0)], -1.0)
-    base = members.gather(1, score.argmax(1, keepdim=True)).T.expand(len(x), -1)
-    rest = complement(base, grid.tokens)
-    similarity, _ = most_similar(x, rest, base)
-    first = 2 + chance.expand(len(x), -1).to(similarity.dtype)
-    return first.clone().scatter_(1, rest, -similarity)
 
 
 @recipe_of.register

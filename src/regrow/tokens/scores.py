@@ -8,8 +8,9 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from regrow.tokens.grid import Grid
+from regrow.tokens.grid import Grid, best_of_patch
 
 # Attention weights held at once: 64 MiB of them.
 WEIGHTS = 1 << 24
@@ -199,6 +200,38 @@ def attention_entropy(query: Tensor, key: Tensor, bias: Tensor | None = None) ->
     """
     parts = [w.mean(1) for w in _attention_weights(query, key, bias)]
     return torch.cat([torch.special.entr(w).sum(-1) for w in parts], dim=1)
+
+
+def influence_on_others(
+    query: Tensor, key: Tensor, tokens: int, *, queries: int | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """ToCa's s1, influence on other tokens: `attention_influence` of the first ``tokens`` keys, of norm 1.
+
+    Returns:
+        ``(B, N)`` with N = ``tokens``, the image's; keys behind them are of the text.
+    """
+    return normalize(attention_influence(query, key, queries, bias)[:, :tokens], dim=1)
+
+
+def influence_of_text(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """ToCa's s2, control ability: 1 + the entropy of the cross-attention weights, of norm 1: ``(B, N)``.
+
+    The 1 and the norm are the released code's.
+    """
+    return normalize(1 + attention_entropy(query, key, bias), dim=1)
+
+
+def best_of_cell(score: Tensor, grid: Grid) -> Tensor:
+    """ToCa's s4, uniform spatial distribution: the score of the best token of each k x k cell, else 0.
+
+    That the bonus is in proportion to the score is the released code's.
+
+    Args:
+        score: ``(B, N)``.
+        grid: of the tokens, with k as its patch.
+    """
+    best = best_of_patch(score, grid)
+    return torch.zeros_like(score).scatter_(1, best, score.gather(1, best))
 
 
 def _attention_weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Iterator[Tensor]:

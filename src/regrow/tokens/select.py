@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regrow.tokens.grid import Grid, patch_of_token, surrounding_patches, tokens_of_patch
-from regrow.tokens.scores import inverse_norm
+from regrow.tokens.scores import inverse_norm, random_score
 
 # Queries whose similarities are held at once: 1,024 x 1,024 floats stay in a processor's cache.
 ROWS = 1024
@@ -266,3 +266,23 @@ def prune_similar(
     kept = torch.cat([base, rest.gather(1, stay)], dim=1)
     match = most_similar(x, pruned, kept, exact=exact)[1] if from_all_kept else match.gather(1, gone)
     return Selection.matched(kept, pruned, match)
+
+
+def unlike_destinations(x: Tensor, grid: Grid, generator: torch.Generator) -> Tensor:
+    """How little each token is like the destinations of ToMe, one a patch by chance: ``(B, N)``.
+
+    Destinations have the highest scores.
+
+    Args:
+        x: features ``(B, N, C)``.
+        grid: of the N tokens.
+        generator: draws the destinations, the same in all samples.
+    """
+    members = tokens_of_patch(grid, x.device)
+    chance = random_score(grid.tokens, generator)[0].to(x.device)
+    score = torch.where(members >= 0, chance[members.clamp(min=0)], -1.0)
+    base = members.gather(1, score.argmax(1, keepdim=True)).T.expand(len(x), -1)
+    rest = complement(base, grid.tokens)
+    similarity, _ = most_similar(x, rest, base)
+    first = 2 + chance.expand(len(x), -1).to(similarity.dtype)
+    return first.clone().scatter_(1, rest, -similarity)

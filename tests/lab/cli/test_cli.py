@@ -368,7 +368,7 @@ def test_generate_makes_pictures_of_classes(
 def test_a_file_that_is_no_picture_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("regrow.lab.cli.generate.load_pipeline", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("regrow.lab.cli.models._load", lambda *_: pytest.fail("too late"))
     for name in ("picture", "picture.docx"):
         out = tmp_path / name
         assert run(monkeypatch, "generate", "--prompt", "owl", "--out", str(out), "--device", "cpu") == 2

@@ -14,7 +14,7 @@ from regrow.lab import cli
 from regrow.lab.cli.default_methods import Usual, usual, usual_of
 from regrow.lab.measure.architectures import NAMES
 from regrow.lab.measure.variants import variant
-from regrow.methods import DenoiserKind
+from regrow.methods.base import DenoiserKind
 
 UNET, TRANSFORMER, VIDEO = (
     usual_of(kind) for kind in (DenoiserKind.UNET, DenoiserKind.TRANSFORMER, DenoiserKind.VIDEO)
@@ -62,20 +62,21 @@ def test_every_architecture_has_some() -> None:
 
 
 def test_commands_take_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = []
-    monkeypatch.setattr(
-        "regrow.lab.cli.bench.run_bench", lambda request, as_json: asked.append(request) or []
-    )
-    monkeypatch.setattr("regrow.lab.cli.evaluate.run_eval", lambda request, as_json: asked.append(request))
-    monkeypatch.setattr("regrow.lab.cli.trace.run_trace", lambda request, as_json: asked.append(request))
+    asked: list[tuple[str, ...]] = []
+
+    def keep(request: Any, variants: Any, *others: Any) -> list[Any]:
+        asked.append(tuple(one.name for one in variants))
+        return []
+
+    for function in ("bench.run_bench", "evaluate.run_eval", "trace.run_trace"):
+        monkeypatch.setattr(f"regrow.lab.cli.{function}", keep)
     for command in ("bench", "eval", "trace"):
         monkeypatch.setattr("sys.argv", ["regrow", command, "--model", "cifar10", "--steps", "20"])
         with pytest.raises(SystemExit):
             cli.main()
     both = ("steps:20", "steps:10")
-    for request in asked[:2]:
-        assert tuple(one.name for one in request.variants) == (*both, *TRANSFORMER.measured)
-    assert asked[2].methods == (*both, *TRANSFORMER.traced)
+    measured = (*both, *TRANSFORMER.measured)
+    assert asked == [measured, measured, (*both, *TRANSFORMER.traced)]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ import torch
 
 from regrow.files import FileError
 from regrow.lab.cli import main
-from regrow.lab.cli.engine import Where
 from regrow.lab.cli.models import load_pipeline
-from regrow.lab.cli.search import Asked, Request, parse_budget, parse_choices, parse_steps, run_search
+from regrow.lab.cli.search import Again, parse_budget, parse_choices, parse_steps, run_search
 from regrow.lab.measure.lock import locked
 from regrow.lab.measure.machine import model_key
 from regrow.lab.search.proposals import Operators
@@ -143,8 +142,8 @@ def test_a_pipeline_that_no_name_opens_is_searched(tmp_path: Path, model: Path) 
         width=64,
     )
     opened = partial(load_pipeline, str(model), "cpu", torch.float32)
-    asked = Asked(budget="1")
-    outcome = run_search(Request(settings, asked, Where(), "cpu", tmp_path, False, opened))
+    asked = Again(budget="1", device="cpu", plots=False)
+    outcome = run_search(settings, asked, tmp_path, opened)
     assert outcome.plans
     assert not outcome.stopped
 

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from regrow.lab import cli
 from regrow.lab.cli.ablations import ABLATIONS, ablated
-from regrow.lab.cli.evaluate import patient, print_rows
+from regrow.lab.cli.evaluate import print_rows
+from regrow.lab.cli.terminal import progress
 from regrow.lab.measure import machine
 from regrow.lab.measure.evaluate import Gain, Pictures, Quality, Setting, ShardMaker, compare
 from regrow.lab.measure.extractors import Features, Labels
@@ -719,7 +720,7 @@ def test_what_cannot_be_made_costs_no_look_at_the_reference(
 def test_progress_shows_only_what_takes_long(after: float, shows: bool) -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=100)
-    with patient(console, "comparing", 3, after) as advance:
+    with progress(console, "comparing", 3, after) as advance:
         for _ in range(3):
             time.sleep(0.001)
             advance()
@@ -777,8 +778,9 @@ def test_an_ablation_compares_its_alternatives(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setitem(ABLATIONS, "noise", (("steps:2", "steps:3"),))  # type: ignore[arg-type]
-    main = sys.modules["regrow.lab.cli.main"]
-    monkeypatch.setattr(main, "ablated", lambda name, steps: ("steps:4", *ablated(name, steps)[1:]))
+    monkeypatch.setattr(
+        "regrow.lab.cli.evaluate.ablated", lambda name, steps: ("steps:4", *ablated(name, steps)[1:])
+    )
     words = ("--ablation", "noise", "--prompts", "2", "--out", str(tmp_path))
     assert command(monkeypatch, *words) == 0
     shown = capsys.readouterr().out

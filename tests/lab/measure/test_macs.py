@@ -6,10 +6,10 @@ import pipelines
 import pytest
 import transformer_pipelines
 
+from regrow import FORA, DaTo, SiTo
 from regrow.core.inputs import without_data
 from regrow.lab.measure import architecture, architecture_of, profile
 from regrow.lab.measure.macs import PlanCounter
-from regrow.methods import FORA, DaTo, SiTo
 from regrow.schedule import FULL, Schedule
 
 PUBLISHED = {

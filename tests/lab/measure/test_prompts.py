@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 from pyarrow import parquet
 
-from regrow.lab.cli.search import prompts_of
+from regrow.lab.cli.requests import prompts_of
 from regrow.lab.measure.prompts import PromptSet, fetch, named, read_prompts
 
 

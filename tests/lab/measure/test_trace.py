@@ -50,8 +50,9 @@ from regrow.lab.measure.x0 import noise_level, predicted_x0, prediction_type, un
 from regrow.methods.base import MethodConfig
 from regrow.methods.l2c import L2C
 from regrow.methods.pruning import TokenRule
-from regrow.methods.tokencache import TokenCache, bundled_for, full_calls, table_of
+from regrow.methods.tokencache import TokenCache, full_calls
 from regrow.models import layout_of
+from regrow.predictors import bundled_for, table_of
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
 

@@ -17,6 +17,7 @@ from diffusers import (
 )
 
 import regrow
+from regrow import DaTo, DeepCache
 from regrow.core.install import is_hooked
 from regrow.lab.measure.evaluate import Setting
 from regrow.lab.measure.images import psnr
@@ -24,7 +25,6 @@ from regrow.lab.measure.macs import PlanCounter
 from regrow.lab.measure.sampling import make
 from regrow.lab.search.evaluation import Candidate, Evaluator, Job
 from regrow.lab.search.objectives import Cost, Objective, Quality
-from regrow.methods import DaTo, DeepCache
 from regrow.schedule import FULL, Schedule
 
 PROMPTS = ("a penguin", "a pizza", "an owl")

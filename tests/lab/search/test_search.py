@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from stub import CALLS, OBJECTIVES, Stub, deviation, front_of, killed, macs, search, space
 
+from regrow import DaTo
 from regrow.lab.search.evaluation import Candidate, Job, Outcome
 from regrow.lab.search.objectives import Cost, Quality
 from regrow.lab.search.proposals import hypervolume
 from regrow.lab.search.result import to_dict
 from regrow.lab.search.search import Algorithm, AllFailedError, Budget, Economy, Known, check_economy
 from regrow.lab.workers import RayWorkers
-from regrow.methods import DaTo
 from regrow.schedule import FULL, Schedule
 
 

@@ -26,8 +26,8 @@ from regrow.lab.train.run import (
     workplace,
 )
 from regrow.methods.l2c import L2C
-from regrow.methods.tokencache import UNTRAINED, TokenCache, table_of
-from regrow.predictors import read_learned
+from regrow.methods.tokencache import TokenCache
+from regrow.predictors import UNTRAINED, read_learned, table_of
 
 BLOCKS = 3
 SMALL = Data(pictures=8, steps=2, batch=4)

@@ -33,9 +33,10 @@ from regrow.lab.train.run import (
 )
 from regrow.lab.train.steps import Steps
 from regrow.methods.l2c import L2C
-from regrow.methods.tokencache import UNTRAINED, Table, TokenCache, table_of
+from regrow.methods.tokencache import TokenCache
 from regrow.models import layout_of
-from regrow.predictors import CachePredictor, read_learned
+from regrow.predictors import UNTRAINED, CachePredictor, read_learned, table_of
+from regrow.tokens.shares import Table
 
 KINDS = ("latte", "wan")
 FRAMES = {"latte": 3, "wan": 2}

@@ -85,32 +85,25 @@ def ablated(name: str, steps: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys((first, *chain(*alternatives(name)))))
 
 
-def pair(text: str) -> tuple[str, str]:
-    """Two variants that are compared with each other, from ``ONE,OTHER``.
+def against(name: str | None, steps: int, pairs: Iterable[str] = ()) -> dict[str, str]:
+    """The variant that each one is compared with picture by picture.
+
+    Args:
+        name: of an ablation, whose alternatives are compared with the first; see `alternatives`.
+        steps: of the unaccelerated pipeline.
+        pairs: more, each as ``ONE,OTHER``.
 
     Raises:
-        ValueError: if there are not two.
-    """
-    names = [name.strip() for name in text.split(",")]
-    if len(names) != 2 or not all(names):
-        raise ValueError(f"--against: {text!r} is not allowed, it must be two methods, a comma between")
-    return names[0], names[1]
-
-
-def merged(*pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """What each variant is compared with.
-
-    Raises:
-        ValueError: if one would be compared with two.
+        ValueError: if one is no pair, or would be compared with two.
     """
     found: dict[str, str] = {}
-    for one, other in chain(*pairs):
+    for first, *others in () if name is None else alternatives(name):
+        found |= {one: first for one in others if one != f"steps:{steps}"}
+    for text in pairs:
+        names = [word.strip() for word in text.split(",")]
+        if len(names) != 2 or not all(names):
+            raise ValueError(f"--against: {text!r} is not allowed, it must be two methods, a comma between")
+        one, other = names
         if found.setdefault(one, other) != other:
             raise ValueError(f"--against: {one} is compared with {found[one]}, not with {other} too")
     return found
-
-
-def against(name: str, steps: int) -> dict[str, str]:
-    """The variant that each one of an ablation is compared with; see `alternatives`."""
-    pairs = ((one, first) for first, *others in alternatives(name) for one in others)
-    return {one: first for one, first in pairs if one != f"steps:{steps}"}

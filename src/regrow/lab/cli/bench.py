@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import torch
+import typer
 
 from regrow import zoo
 from regrow.core.compiling import compile_blocks
-from regrow.lab.cli.models import best_device, check_device, check_room, load_pipeline
-from regrow.lab.cli.terminal import Bar, busy, output, remarks, table
+from regrow.lab.cli.default_methods import Compared, usual
+from regrow.lab.cli.models import check_room, find_device, load_pipeline
+from regrow.lab.cli.requests import Sampling, command, option
+from regrow.lab.cli.terminal import amount, busy, output, progress, remarks, table
 from regrow.lab.measure.atomic_files import check_writable, write_json
-from regrow.lab.measure.bench import BenchRow, bench
+from regrow.lab.measure.bench import BenchRow
+from regrow.lab.measure.bench import bench as measure
 from regrow.lab.measure.machine import PACKAGES, machine, model_key
 from regrow.lab.measure.random_weights import random_pipeline
 from regrow.lab.measure.samplers import Sampler
@@ -26,51 +29,73 @@ from regrow.lab.plots import check_ending, new_figure, save
 from regrow.models import module_of
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to measure; fields are the options of the command, the methods as variants."""
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest(Sampling, Compared):
+    """What to time; a model or an architecture."""
 
-    variants: tuple[Variant, ...]
-    model: str | None
-    arch: str | None
-    prompts: tuple[str, ...]
-    images: int
-    rounds: int
-    scheduler: str | None
-    guidance: float | None
-    height: int | None
-    width: int | None
-    frames: int | None
-    device: str | None
-    dtype: str
-    compiled: bool
-    out: Path | None
-    plot: Path | None
+    model: str | None = option(None, "Bundled name, folder, or hub id.")
+    arch: str | None = option(
+        None, "sd15, sdxl, sd3-1024 and others, random weights, without text encoder and decoder."
+    )
+    images: int | None = option(None, "Made in one batch; by default one a prompt.", min=1)
+    rounds: int = option(3, "Timed rounds.", min=1)
+    prompt: tuple[str, ...] = option((), "Prompt; the model's own if none.")
+    frames: int | None = option(None, "Of a video; its own if none.", min=1)
+    compiled: bool = option(False, "Compile the transformer blocks.", "--compile")
+    out: Path | None = option(None, "JSON file for the result.")
+    plot: Path | None = option(None, "Bar chart of the speed-ups, PNG or SVG.")
 
 
-def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGES) -> list[BenchRow]:
+@command(BenchRequest)
+def bench(request: BenchRequest) -> None:
+    """Time methods on one pipeline in turns: latency, memory, MACs, efficiency.
+
+    Methods: steps:25, sito:d, tome:0.5, deepcache:5, dato:b1, dato:FILE, deepcache:5+tome:0.5. Also of a
+    pipeline of videos from text.
+
+    What is known is printed after each timed generation, and --out holds it. --json prints one object: its
+    "timed" grows by a line a generation, its "rows" come last; "complete" is false if it was stopped.
+
+    Example: [b]regrow bench --model emoji --methods steps:50,sito:d,dato:b1 --images 4[/b]
+    """
+    if request.model is not None and request.arch is not None:
+        raise ValueError("--arch, --model: only one of them is allowed")
+    if request.arch is not None and request.prompt:
+        raise ValueError(
+            "--prompt: --arch has random weights, whose text is random too; it must not be given"
+        )
+    images = request.images or max(len(request.prompt), 1)
+    if len(request.prompt) > images:
+        raise ValueError(f"--prompt: {len(request.prompt)} are not allowed with --images {images}")
+    model = request.model if request.arch is not None else request.model or "emoji"
+    request = replace(request, model=model, images=images)
+    rows = run_bench(request, request.variants(lambda: usual(model, request.arch).measured))
+    if all(row.error is not None for row in rows):
+        raise typer.Exit(1)
+
+
+def run_bench(
+    request: BenchRequest, variants: Sequence[Variant], packages: Sequence[str] = PACKAGES
+) -> list[BenchRow]:
     """Measure, save, and print a table; returns its rows.
 
     Each timed generation is printed, and the file written anew, as soon as it is known.
 
     Args:
         request: what to measure.
-        as_json: print the result instead of the table.
+        variants: the methods; the first is the baseline.
         packages: whose versions go with the result.
     """
     # What is missing or not allowed is so before the measurement, not after it.
     if request.plot is not None:
         check_ending("--plot", request.plot)
-    for option, file in (("--out", request.out), ("--plot", request.plot)):
+    for name, file in (("--out", request.out), ("--plot", request.plot)):
         if file is not None:
-            check_writable(option, file)
-    console = remarks()
-    device = check_device(request.device) if request.device else best_device()
-    dtype = getattr(torch, request.dtype)
-    key = ""
+            check_writable(name, file)
+    console, images = remarks(), request.images or 1
+    device, dtype = find_device(request.device), request.torch_dtype
     if request.model is not None:
-        key = model_key(request.model)
-        check_room(request.model, request.height, request.width, request.images, device, dtype)
+        check_room(request.model, request.height, request.width, images, device, dtype)
     with busy(console, f"loading {request.model or request.arch}"):
         if request.model is None:
             pipeline = random_pipeline(request.arch or "", device, dtype)
@@ -80,45 +105,40 @@ def run_bench(request: Request, as_json: bool, packages: Sequence[str] = PACKAGE
             Sampler.parse(request.scheduler).put_into(pipeline)
         if request.compiled:
             compile_blocks(module_of(pipeline))
-    guidance = zoo.guidance_of(request.model, request.guidance)
     known: Sequence[str] = ("0",) if takes_classes(pipeline) else ("a photo",)
     if request.model is not None and zoo.bundles(request.model):
         known = zoo.captions(request.model)
+    sampled = request.values("frames", "height", "width", "rounds")
+    sampled["guidance"] = zoo.guidance_of(request.model, request.guidance)
     head: dict[str, Any] = {
         "what": "time and memory of generations",
         "model": request.model or f"{request.arch}, random weights",
-        "model_key": key,
-        "images": request.images,
-        "frames": request.frames,
-        "height": request.height,
-        "width": request.width,
-        "rounds": request.rounds,
-        "dtype": request.dtype,
-        "guidance": guidance,
+        "model_key": "" if request.model is None else model_key(request.model),
+        "images": images,
+        **sampled,
+        **request.values("dtype", "compiled"),
         "scheduler": type(pipeline.scheduler).__name__,
         "scheduler_given": request.scheduler,
-        "compiled": request.compiled,
         "machine": machine(device, packages),
     }
-    with Written(head, request.out, as_json) as written, Bar(console) as bar:
-        task = bar.add_task("warming up", total=len(request.variants) * (request.rounds + 2))
-        rows = bench(
+    total = len(variants) * (request.rounds + 2)
+    with (
+        Written(head, request.out, request.as_json) as written,
+        progress(console, "warming up", total) as update,
+    ):
+        rows = measure(
             pipeline,
-            request.variants,
-            list(islice(cycle(request.prompts or known), request.images)),
-            rounds=request.rounds,
-            guidance=guidance,
-            height=request.height,
-            width=request.width,
-            frames=request.frames,
-            on_generation=lambda name: bar.update(task, advance=1, description=name),
+            variants,
+            list(islice(cycle(request.prompt or known), images)),
+            **sampled,
+            on_generation=lambda name: update(advance=1, description=name),
             on_timed=written.timed,
         )
         written.all(rows)
     if request.plot is not None:
         draw_bars(rows, request.plot)
-    if not as_json:
-        print_rows(rows, request.variants[0].name)
+    if not request.as_json:
+        print_rows(rows, variants[0].name)
     return rows
 
 
@@ -164,20 +184,19 @@ class Written:
         if row.error is not None and before is not None and before.error is not None:
             return
         self._rows[row.name] = row
+        failed = row.error is not None
         said = {
             "round": number + 1,
             "method": row.name,
-            "seconds": None,
-            "speedup": None,
+            "seconds": None if failed else row.rounds[-1],
+            "speedup": None if failed else row.speedup,
             "error": row.error,
         }
-        if row.error is None:
-            said |= {"seconds": row.rounds[-1], "speedup": row.speedup}
         self._timed.append(said)
         if self._as_json:
             print(f"{',' if len(self._timed) > 1 else ''}\n  {json.dumps(said)}", end="", flush=True)
         else:
-            figures = f"{row.seconds_per_image:.3f} s each, {shown(row.speedup, '.2f', 'x')}"
+            figures = f"{row.seconds_per_image:.3f} s each, {amount(row.speedup, '.2f', 'x')}"
             print(f"round {number + 1}  {row.name}: {row.error or figures}", flush=True)
         self._save()
 
@@ -213,10 +232,10 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
             f"{row.seconds_per_image:.3f}",
             f"{60 * row.images_per_second:.1f}",
             f"{row.spread:.2f}",
-            shown(row.speedup, ".2f", "x"),
-            shown(row.macs_ratio, ".2f", "x"),
-            shown(row.efficiency, ".2f"),
-            shown(row.peak_mib, ".0f"),
+            amount(row.speedup, ".2f", "x"),
+            amount(row.macs_ratio, ".2f", "x"),
+            amount(row.efficiency, ".2f"),
+            amount(row.peak_mib, ".0f"),
         )
     console = output()
     console.print(times)
@@ -228,7 +247,7 @@ def print_rows(rows: list[BenchRow], baseline: str) -> None:
     calls = table("", "method", "calls", "depth", "pruned", "ms a call")
     for row in rows:
         for kind in row.calls:
-            pruned, milliseconds = shown(kind.ratio, ".0%"), f"{kind.seconds * 1e3:.1f}"
+            pruned, milliseconds = amount(kind.ratio, ".0%"), f"{kind.seconds * 1e3:.1f}"
             calls.add_row(row.name, str(kind.count), kind.depth or "-", pruned, milliseconds)
     console.print(calls)
 
@@ -240,11 +259,6 @@ def noted(row: BenchRow) -> str:
     return f"{row.name} ({seen})" if seen else row.name
 
 
-def shown(value: float | None, form: str, unit: str = "") -> str:
-    """A figure in a form and with its unit; a dash for what is not known."""
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
 def draw_bars(rows: list[BenchRow], file: Path) -> None:
     """Speed-ups as bars, with what the MACs promise beside them; what failed has a place without a bar."""
     figure = new_figure(7, 0.6 + 0.42 * len(rows))
@@ -252,7 +266,7 @@ def draw_bars(rows: list[BenchRow], file: Path) -> None:
     place = range(len(rows))
     axis.barh([i + 0.2 for i in place], [r.macs_ratio or 0 for r in rows], 0.36, color="0.8", label="MACs")
     bars = axis.barh([i - 0.2 for i in place], [r.speedup or 0 for r in rows], 0.36, label="measured")
-    labels = ["failed" if r.error is not None else shown(r.speedup, ".2f", "x") for r in rows]
+    labels = ["failed" if r.error is not None else amount(r.speedup, ".2f", "x") for r in rows]
     axis.bar_label(bars, labels, padding=3)
     axis.set_yticks(list(place), [r.name for r in rows])
     axis.invert_yaxis()

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 
-import torch
 from PIL import Image
 
+from regrow.fields import MOST_CALLS, MOST_COUNT
 from regrow.lab.calibration.calibrate import Calibration, Progress, Settings, Wish, plan_for
 from regrow.lab.calibration.search import FewerSteps
-from regrow.lab.cli.models import best_device, check_device, check_room, load_pipeline
-from regrow.lab.cli.terminal import Bar, busy, output, remarks, table
+from regrow.lab.cli.requests import Prompted, command, next_command, option
+from regrow.lab.cli.terminal import output, progress, remarks, table
 from regrow.lab.measure import contact_sheet
-from regrow.lab.measure.atomic_files import check_writable, write_whole
+from regrow.lab.measure.atomic_files import check_writable, write_text
 from regrow.lab.measure.images import on_white
 from regrow.lab.measure.lock import locked
 from regrow.lab.measure.machine import machine
@@ -24,74 +23,61 @@ from regrow.methods.calibrated import Calibrated
 SHOWN_PROMPTS, SHOWN_PLANS = 4, 3
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to calibrate; fields are the options of the command.
+@dataclass(frozen=True, kw_only=True)
+class CalibrateRequest(Prompted):
+    """What to calibrate."""
 
-    Args:
-        settings: how pictures are made.
-        prompts: of which half are fitted on.
-        scheduler: instead of the model's own.
-        device: it computes on; None for the best there is.
-        dtype: of the weights.
-        out: folder of the plan and what was tried.
+    speedup: float | None = option(None, "Less time by this factor, as measured on this machine.")
+    fewer_macs: float | None = option(None, "Instead: fewer MACs of the denoiser by this factor.")
+    psnr: float | None = option(None, "Instead: the fastest plan whose pictures are as near, in dB.")
+    steps: int = option(50, "Sampler steps.", min=1, max=MOST_CALLS)
+    batch: int = option(4, "Pictures in one batch, also where time is measured.", min=1, max=MOST_COUNT)
+    out: Path = option(Path("calibration"), "Folder of the plan and of pictures.")
+
+
+@command(CalibrateRequest)
+def calibrate(request: CalibrateRequest) -> None:
+    """Find the plan for a model that is nearest to its unaccelerated pictures at a speed.
+
+    It is never worse than fewer steps: where these are nearest, the plan is fewer steps. Half of the
+    prompts are run and recorded, forecasts of skipped calls are fitted to them, and the best are compared
+    on the other half. The plan is a file for --method.
+
+    Example: [b]regrow calibrate --model emoji --speedup 3[/b]
     """
-
-    settings: Settings
-    prompts: tuple[str, ...]
-    scheduler: str | None
-    device: str | None
-    dtype: str
-    out: Path
-
-    @property
-    def file(self) -> Path:
-        """Of the plan."""
-        return self.out / "plan.json"
-
-
-def run_calibrate(request: Request, wish: Wish, as_json: bool) -> None:
-    """Find the plan, write it, and say what was tried.
-
-    Raises:
-        ValueError: naming what is not allowed, or if no plan gives what is wished for.
-    """
+    wish, settings = request.part(Wish), request.part(Settings, guidance=request.scale)
+    prompts = request.texts
     check_writable("--out", request.out, folder=True)
     with locked("--out", request.out):
-        _calibrate(request, wish, as_json)
+        _calibrate(request, prompts, settings, wish)
 
 
-def _calibrate(request: Request, wish: Wish, as_json: bool) -> None:
-    """`run_calibrate` in a folder that nobody else writes."""
-    s, console = request.settings, remarks()
-    device = check_device(request.device) if request.device else best_device()
-    dtype = getattr(torch, request.dtype)
-    check_room(s.model, s.height, s.width, s.batch, device, dtype)
-    with busy(console, f"loading {s.model}"):
-        pipeline = load_pipeline(s.model, device, dtype, request.scheduler)
-    with Bar(console) as bar:
-        task = bar.add_task("", total=None)
+def _calibrate(request: CalibrateRequest, prompts: tuple[str, ...], settings: Settings, wish: Wish) -> None:
+    """Find the plan, write it, and say what was tried, in a folder that nobody else writes."""
+    console = remarks()
+    pipeline = request.load(console, request.batch)
+    with progress(console) as update:
 
-        def told(progress: Progress) -> None:
-            bar.update(task, description=progress.what, completed=progress.done, total=progress.total)
+        def told(now: Progress) -> None:
+            update(description=now.what, completed=now.done, total=now.total)
 
         request.out.mkdir(parents=True, exist_ok=True)
         recording = request.out / "recording.json"
-        calibration = Calibration(pipeline, request.prompts, s, told, recording)
+        calibration = Calibration(pipeline, prompts, settings, told, recording)
         plan = plan_for(calibration, wish)
-    write_whole(request.file, lambda to: to.write_text(plan.dump(), encoding="utf-8"))
+    files = [request.out / "plan.json"]
+    write_text(files[0], plan.dump())
     sheet = _sheet(calibration, plan)
-    files = [request.file]
     if sheet is not None:
         files.append(request.out / "compare.png")
         sheet.save(files[-1])
-    if as_json:
+    if request.as_json:
         result = {
             "files": [str(file) for file in files],
             "steps": plan.steps,
             "speedup": plan.speedup,
             "tried": [one.model_dump(mode="json") for one in plan.tried],
-            "machine": machine(device),
+            "machine": machine(pipeline.device),
         }
         print(json.dumps(result, indent=1))
         return
@@ -99,7 +85,7 @@ def _calibrate(request: Request, wish: Wish, as_json: bool) -> None:
     said = output()
     for file in files:
         said.print(str(file), soft_wrap=True)
-    said.print(f"next: {_next_command(request)}", soft_wrap=True)
+    said.print(f"next: {next_command(request, {'method': files[0]}, prompts[-1])}", soft_wrap=True)
 
 
 def _print(plan: Calibrated) -> None:
@@ -138,14 +124,3 @@ def _sheet(calibration: Calibration, plan: Calibrated) -> Image.Image | None:
     pictures = [[on_white(picture) for picture in row] for row in rows]
     labels = list(calibration.compared[: len(pictures[0])])
     return contact_sheet(list(zip(*pictures, strict=False)), columns=list(columns), labels=labels)
-
-
-def _next_command(request: Request) -> str:
-    """How to use the plan."""
-    s = request.settings
-    words = ["regrow", "generate", "--model", s.model, "--method", str(request.file)]
-    words += [] if request.scheduler is None else ["--scheduler", request.scheduler]
-    words += [] if s.guidance is None else ["--guidance", f"{s.guidance:g}"]
-    words += [] if s.height is None else ["--height", str(s.height), "--width", str(s.width)]
-    words += [] if request.dtype == "float32" else ["--dtype", request.dtype]
-    return " ".join(map(quote, [*words, "--prompt", request.prompts[-1], "--compare"]))

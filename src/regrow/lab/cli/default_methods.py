@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from regrow.fields import MOST_CALLS
+from regrow.lab.cli.models import index_of
+from regrow.lab.cli.requests import Request, option
+from regrow.lab.measure.architectures import CONFIGS, NAMES, TRANSFORMERS
+from regrow.lab.measure.variants import Variant, variant
 from regrow.methods.base import DenoiserKind, methods
 from regrow.models.transformer import FAMILIES
+
+USUAL = "By default all steps, half, and what runs on the model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared(Request):
+    """Which methods are compared."""
+
+    methods: str | None = option(None, f"Comma-separated; the first is the baseline. {USUAL}")
+    steps: int = option(50, "Sampler steps of the methods.", min=1, max=MOST_CALLS)
+
+    def variants(self, usual: Callable[[], tuple[str, ...]]) -> tuple[Variant, ...]:
+        """The methods that were named, or all steps, half of them and the usual methods."""
+        if self.methods is None:
+            fewer = [f"steps:{self.steps // 2}"] if self.steps > 1 else []
+            names = [f"steps:{self.steps}", *fewer, *usual()]
+        else:
+            names = [name.strip() for name in self.methods.split(",")]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(
+                        f"--methods: {name} is there {names.count(name)} times, each is allowed once"
+                    )
+        return tuple(variant(name, self.steps) for name in names)
 
 
 class Usual(NamedTuple):
@@ -45,9 +76,6 @@ def usual(model: str | None, arch: str | None = None) -> Usual:
     Raises:
         ValueError: if there is no such architecture or model.
     """
-    from regrow.lab.cli.models import index_of
-    from regrow.lab.measure.architectures import CONFIGS, NAMES, TRANSFORMERS
-
     if arch is not None and arch not in NAMES:
         raise ValueError(f"arch: {arch!r} is not known; known are {', '.join(NAMES)}")
     if arch is not None and arch in CONFIGS:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from regrow import zoo
-from regrow.apply import apply
+from regrow.fields import MOST_CALLS
 from regrow.lab.cli.models import load_pipeline
-from regrow.lab.cli.terminal import Bar, busy, output, remarks, table
+from regrow.lab.cli.requests import Seeded, command, option
+from regrow.lab.cli.terminal import Bar, Column, amount, busy, output, remarks, table_of
 from regrow.lab.measure import contact_sheet, feature_distances, mean_psnr
 from regrow.lab.measure.atomic_files import check_writable
 from regrow.lab.measure.features import MissingWeightsError
 from regrow.lab.measure.machine import machine
 from regrow.lab.measure.sampling import Pictures, make
+from regrow.lab.measure.variants import Variant, variant
 from regrow.methods.calibrated import Calibrated
-from regrow.methods.names import method_of
 
 PROMPTS = (
     "large penguin on blue",
@@ -33,122 +35,112 @@ PLANS = ("emoji-2x", "emoji-4x", "emoji-6x")
 PAPERS = ("sito:d", "dato:b1", "dato:emoji-fast", "deepcache:5", "spectrum:fast")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the demo's table; differences are means over the prompts.
+@dataclass(frozen=True, kw_only=True)
+class DemoRequest(Seeded):
+    """What to show."""
 
-    Args:
-        method: what ran.
-        seconds: per image.
-        speedup: over the unaccelerated run.
-        macs_ratio: MACs of the unaccelerated denoiser over those of the method.
-        psnr: in dB to the unaccelerated picture of the same seed.
-        feature_distance: 1 - cosine of EfficientNet-Lite0 features; None without the extractor.
+    out: Path = option(Path("demo-out"), "Folder for the picture and the table.")
+    steps: int = option(50, "Sampler steps.", min=1, max=MOST_CALLS)
+
+
+@command(DemoRequest)
+def demo(request: DemoRequest) -> None:
+    """Six prompts: unaccelerated, fewer steps, SiTo d, DaTo b1, three plans searched for this model.
+
+    No download, under three minutes on two CPU cores.
+
+    Example: [b]regrow demo --out demo-out[/b]
     """
-
-    method: str
-    seconds: float
-    speedup: float
-    macs_ratio: float
-    psnr: float | None
-    feature_distance: float | None
+    run_demo(request)
 
 
-def run_demo(out: Path, steps: int, seed: int, as_json: bool) -> None:
-    """Generate the pictures, save them and ``demo.json`` in ``out``, print the table.
+def run_demo(request: DemoRequest) -> None:
+    """Generate the pictures, save them and ``demo.json`` in a folder, print the table.
 
     ``demo.png`` has fewer steps and calibrated plans, ``papers.png`` published methods as printed.
     """
+    out, steps = request.out, request.steps
     check_writable("--out", out, folder=True)
     console = remarks()
+    common: dict[str, Any] = {"guidance": zoo.GUIDANCE["emoji"], "seed": request.seed}
     with busy(console, "loading the bundled model"):
         pipeline = load_pipeline("emoji", "cpu", torch.float32)
         # Threads and memory are set up in the first calls; they belong to no method.
-        make(pipeline, PROMPTS, steps=1, guidance=zoo.GUIDANCE["emoji"])
-    fewer = [n for n in dict.fromkeys((steps // 2, steps // 4)) if n]
+        make(pipeline, PROMPTS, steps=1, **common)
+    fewer = [Variant(f"{n} steps", None, n) for n in dict.fromkeys((steps // 2, steps // 4)) if n]
     # For another number of steps plans are resampled, and their fitted weights are not theirs any more.
-    plans = {f"plan {name[6:]}": Calibrated.preset(name) for name in PLANS}
-    sheets: dict[str, list[tuple[str, Any, int]]] = {
-        "demo.png": [
-            ("unaccelerated", None, steps),
-            *((f"{n} steps", None, n) for n in fewer),
-            *((name, plan, steps) for name, plan in plans.items()),
-        ],
-        "papers.png": [(name, method_of(name, steps), steps) for name in PAPERS],
+    plans = [Variant(f"plan {name[6:]}", Calibrated.preset(name), steps) for name in PLANS]
+    plain = Variant("unaccelerated", None, steps)
+    sheets = {
+        "demo.png": [plain, *fewer, *plans],
+        "papers.png": [plain, *(variant(name, steps) for name in PAPERS)],
     }
-    variants = [variant for sheet in sheets.values() for variant in sheet]
     pictures: dict[str, Pictures] = {}
     ratios: dict[str, float] = {}
     with Bar(console) as bar:
-        tasks = {name: bar.add_task(name, total=own) for name, _, own in variants}
-        for name, config, own in variants:
+        every = dict.fromkeys(one for variants in sheets.values() for one in variants)
+        tasks = {one: bar.add_task(one.name, total=one.steps) for one in every}
+        for one, task in tasks.items():
 
-            def step(task: Any = tasks[name]) -> None:
+            def step(task: Any = task) -> None:
                 bar.advance(task)
 
-            options: dict[str, Any] = {
-                "steps": own,
-                "guidance": zoo.GUIDANCE["emoji"],
-                "seed": seed,
-                "on_step": step,
-            }
-            if config is None:
-                pictures[name], ratios[name] = make(pipeline, PROMPTS, **options), steps / own
-                continue
-            with apply(pipeline, config) as run:
-                pictures[name] = make(pipeline, PROMPTS, **options)
-            report = run.report()
-            ratios[name] = report.full_macs / report.macs
+            with one.applied(pipeline) as run:
+                pictures[one.name] = make(pipeline, PROMPTS, steps=one.steps, on_step=step, **common)
+            report = None if run is None else run.report()
+            ratios[one.name] = steps / one.steps if report is None else report.full_macs / report.macs
     with busy(console, "comparing the pictures"):
         rows = [_row(name, pictures, ratio) for name, ratio in ratios.items()]
     out.mkdir(parents=True, exist_ok=True)
-    said = {r.method: f"{r.method}\n{r.seconds:.2f} s ({r.speedup:.1f}x)" for r in rows}
-    for file, shown_there in sheets.items():
-        names = list(dict.fromkeys(["unaccelerated", *(name for name, *_ in shown_there)]))
+    said = {row["method"]: "{method}\n{seconds:.2f} s ({speedup:.1f}x)".format(**row) for row in rows}
+    for file, variants in sheets.items():
         sheet = contact_sheet(
-            list(zip(*(pictures[name].images for name in names), strict=True)),
-            columns=[said[name] for name in names],
+            list(zip(*(pictures[one.name].images for one in variants), strict=True)),
+            columns=[said[one.name] for one in variants],
             labels=PROMPTS,
         )
         sheet.save(out / file)
-    result = {"steps": steps, "seed": seed, "machine": machine(), "rows": [asdict(r) for r in rows]}
+    result = {"steps": steps, "seed": request.seed, "machine": machine(), "rows": rows}
     text = json.dumps(result, indent=1)
     (out / "demo.json").write_text(text + "\n", encoding="utf-8")
-    if as_json:
+    if request.as_json:
         print(text)
         return
-    shown = table("", "method", "s an\nimage", "speed-up", "MACs", "PSNR\ndB", "feature\ndistance")
-    for r in rows:
-        shown.add_row(
-            r.method,
-            f"{r.seconds:.2f}",
-            f"{r.speedup:.2f}x",
-            f"{r.macs_ratio:.2f}x fewer",
-            "-" if r.psnr is None else f"{r.psnr:.1f}",
-            "-" if r.feature_distance is None else f"{r.feature_distance:.3f}",
-        )
-    output().print(shown)
-    if rows[-1].feature_distance is None:
+    columns: list[Column[dict[str, Any]]] = [
+        ("method", lambda row: row["method"]),
+        ("s an\nimage", lambda row: f"{row['seconds']:.2f}"),
+        ("speed-up", lambda row: f"{row['speedup']:.2f}x"),
+        ("MACs", lambda row: f"{row['macs_ratio']:.2f}x fewer"),
+        ("PSNR\ndB", lambda row: amount(row["psnr"], ".1f")),
+        ("feature\ndistance", lambda row: amount(row["feature_distance"], ".3f")),
+    ]
+    output().print(table_of(rows, columns))
+    if rows[-1]["feature_distance"] is None:
         print("feature distance: needs the extractor, pip install 'regrow[measure]'")
     for file in sheets:
         print(out / file)
 
 
-def _row(name: str, pictures: dict[str, Pictures], macs_ratio: float) -> Row:
+def _row(name: str, pictures: dict[str, Pictures], macs_ratio: float) -> dict[str, Any]:
+    """A row of the demo's table.
+
+    Seconds are per image; speed-up and MACs are those of the unaccelerated run over the method's.
+    Differences are means over the prompts: ``psnr`` in dB to the unaccelerated picture of the same seed,
+    and ``feature_distance``, 1 - cosine of EfficientNet-Lite0 features, None without the extractor.
+    """
     plain, mine = pictures["unaccelerated"], pictures[name]
-    seconds = mine.seconds / len(mine.images)
-    speedup = plain.seconds / mine.seconds
+    row = {
+        "method": name,
+        "seconds": mine.seconds / len(mine.images),
+        "speedup": plain.seconds / mine.seconds,
+        "macs_ratio": macs_ratio,
+        "psnr": None,
+        "feature_distance": None,
+    }
     if mine is plain:
-        return Row(name, seconds, 1.0, 1.0, None, None)
-    try:
+        return row
+    row["psnr"] = mean_psnr(zip(plain.images, mine.images, strict=True))
+    with suppress(MissingWeightsError):
         features = feature_distances(plain.images, mine.images)
-    except MissingWeightsError:
-        features = []
-    return Row(
-        name,
-        seconds,
-        speedup,
-        macs_ratio,
-        mean_psnr(zip(plain.images, mine.images, strict=True)),
-        sum(features) / len(features) if features else None,
-    )
+        row["feature_distance"] = sum(features) / len(features)
+    return row

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from regrow.lab.cli.requests import Request, option
 from regrow.lab.workers import LocalWorkers, RayWorkers, Workers, import_ray
 
 
@@ -19,21 +20,17 @@ class Engine(Enum):
     RAY = "ray"
 
 
-@dataclass(frozen=True)
-class Where:
-    """The options ``--engine``, ``--workers`` and ``--address``.
+@dataclass(frozen=True, kw_only=True)
+class Jobs(Request):
+    """What does the jobs, and where."""
 
-    Args:
-        engine: this process, or a Ray cluster.
-        workers: how many; None for as many as the cluster has room for.
-        address: of the cluster; None to start one on this machine.
-    """
+    engine: Engine = option(Engine.LOCAL, "What does the work: this process, or a Ray cluster.")
+    workers: int | None = option(None, "Workers on the cluster; as many as fit.", min=1)
+    address: str | None = option(
+        None, "Address of the cluster, or auto; one is started on this machine if none."
+    )
 
-    engine: Engine = Engine.LOCAL
-    workers: int | None = None
-    address: str | None = None
-
-    def check(self, device: str) -> None:
+    def check_engine(self, device: str) -> None:
         """Look before any work whether it can be done so.
 
         Raises:

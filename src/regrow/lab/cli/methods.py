@@ -7,11 +7,14 @@ import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel
 
+from regrow.lab.cli.options import settable
+from regrow.lab.cli.requests import Request, argument, command
 from regrow.methods.base import MethodConfig
 from regrow.methods.catalogue import System, default_of, systems
 from regrow.recover.time import TimeRecovery, recovery_from
@@ -21,12 +24,21 @@ from regrow.words import offer, shown
 WIDTH = 80
 
 
-def run_methods(name: str | None, as_json: bool) -> None:
-    """Print all systems, or one with its fields and presets.
+@dataclass(frozen=True, kw_only=True)
+class MethodsRequest(Request):
+    """What to tell of."""
 
-    Raises:
-        ValueError: if there is no system of that name.
+    name: str | None = argument(None, "A system: all its fields and presets.")
+
+
+@command(MethodsRequest)
+def methods(request: MethodsRequest) -> None:
+    """The systems: what each does, where it works, its presets; or all of one.
+
+    Example: [b]regrow methods[/b]
+    or [b]regrow methods dato[/b]
     """
+    name, as_json = request.name, request.as_json
     if name is None:
         if as_json:
             print(json.dumps([summary(system) for system in systems()], indent=1))
@@ -99,25 +111,27 @@ def in_full(system: System, config: type[MethodConfig]) -> Iterator[str]:
 def fields_of(config: type[MethodConfig]) -> Iterator[dict[str, Any]]:
     """Name, default and meaning of each field that a user sets."""
     about = _arguments(config)
-    for name, info in config.model_fields.items():
-        if name not in ("method", "version", "found"):
-            required = info.is_required()
-            default = None if required else _plain(info.default)
-            yield {"name": name, "required": required, "default": default, "about": about.get(name, "")}
+    for name, info in settable(config).items():
+        required = info.is_required()
+        default = None if required else _plain(info.default)
+        yield {"name": name, "required": required, "default": default, "about": about.get(name, "")}
 
 
 def _arguments(config: type[MethodConfig]) -> dict[str, str]:
-    """What a class's docstring says of each field."""
-    lines = (inspect.getdoc(config) or "").partition("Args:\n")[2].partition("\nRaises:")[0]
-    found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", lines, re.MULTILINE)
-    return {name: " ".join(text.replace("``", "").split()) for name, text in found}
+    """What the docstrings of a class and of those that it inherits from say of each field."""
+    about: dict[str, str] = {}
+    for kind in reversed(config.__mro__):
+        lines = (inspect.cleandoc(kind.__doc__ or "")).partition("Args:\n")[2].partition("\nRaises:")[0]
+        found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", lines, re.MULTILINE)
+        about |= {name: " ".join(text.replace("``", "").split()) for name, text in found}
+    return about
 
 
 def _changes(config: type[MethodConfig], preset: MethodConfig) -> Iterator[str]:
     """The fields of a preset that are not the defaults."""
-    for name, info in config.model_fields.items():
+    for name, info in settable(config).items():
         value = getattr(preset, name)
-        if value != info.default and name not in ("method", "version", "found"):
+        if value != info.default:
             yield f"{name}={_plain(value)}"
 
 

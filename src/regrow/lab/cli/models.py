@@ -28,12 +28,14 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def check_device(name: str) -> str:
-    """The name of a device that is there.
+def find_device(name: str | None) -> str:
+    """The name of a device that is there; the fastest one if none is given.
 
     Raises:
         ValueError: if torch does not know the device, or it is not there.
     """
+    if not name:
+        return best_device()
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -3,66 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from regrow.fields import explain
+from regrow.fields import MOST_CALLS
 from regrow.hub import PLANS
+from regrow.lab.cli.requests import Request, option
 from regrow.methods.base import MethodConfig, Options
 from regrow.methods.catalogue import configured, default_of
 from regrow.methods.names import named, plain
 from regrow.words import offer, one_line
 
+FIELDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Settings of the commands that take the fields of the method they are told as options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerated(Request):
+    """Which method is on the denoiser."""
+
+    method: str | None = option(
+        None, "Method; see [b]regrow methods[/b]. Or with settings: cat:0.3+deepcache:2."
+    )
+    preset: str | None = option(None, "Preset of the method.")
+    schedule: Path | None = option(None, "Schedule file, YAML or JSON, or hub:owner/name/file.")
+    ratio: float | None = option(None, "One pruning ratio for all calls.")
+    interval: int | None = option(None, "A full call every N, depth 1 between.", min=1, max=MOST_CALLS)
+
+    def configured(
+        self, steps: int, more: Sequence[str], of_schedule: str | None = None
+    ) -> tuple[Any, str]:
+        """The configuration of the method, and a short name of what was asked for.
+
+        Args:
+            steps: calls in the generation, for ``interval``.
+            more: other options with their values, each named as a field of the method.
+            of_schedule: name of the method of a schedule file, if none has to be named.
+
+        Returns:
+            None and ``unaccelerated`` if there is no method.
+
+        Raises:
+            ValueError: naming the option, the value and what is allowed; see `method_config`.
+        """
+        options = self.part(Options)
+        if self.method is None and more:
+            raise _no_option(more[0].partition("=")[0])
+        method = self.method or (None if self.schedule is None else of_schedule)
+        if method is None:
+            if options.given:
+                dependent = (f"--{name}" for name in vars(options) if name != "schedule" or not of_schedule)
+                raise ValueError(f"{', '.join(dependent)}: need --method")
+            return None, "unaccelerated"
+        words = [method]
+        words += [] if self.preset is None else [self.preset]
+        words += [] if self.schedule is None else [self.schedule.stem]
+        words += [] if self.interval is None else [f"1:{self.interval}"]
+        words += [] if self.ratio is None else [f"r={self.ratio:g}"]
+        words += [f"{field}={value}" for field, value in fields_in(more).items()]
+        return method_config(method, **vars(options), steps=steps, more=more), " ".join(words)
+
 
 def method_config(
     name: str,
     *,
-    preset: str | None = None,
-    schedule: Path | None = None,
-    ratio: float | None = None,
-    interval: int | None = None,
     steps: int,
     more: Sequence[str] = (),
+    **options: Any,
 ) -> Any:
     """The configuration a user asked for.
 
     Args:
         name: of the method, or its short name with settings, such as ``cat:0.3+deepcache:2``. With none of
             the options below, what the name alone means.
-        preset: name of a preset.
-        schedule: a schedule file.
-        ratio: one pruning ratio for all calls.
-        interval: a full call every so many, depth 1 between.
         steps: calls in the generation, for ``interval``.
         more: other options with their values, each named as a field of the method.
+        options: those of `Options`, by their names.
 
     Raises:
         ValueError: naming the option, the value and what is allowed.
         ScheduleError: if the schedule file can't be used.
         OSError: if it can't be read.
     """
-    options = Options(preset, schedule, ratio, interval)
-    given = [f"--{option}" for option in options.given]
+    asked = Options(**options)
+    given = [f"--{name}" for name in asked.given]
     changes = fields_in(more)
     if ":" in name or "+" in name or name.endswith(PLANS):
         return _with_settings(name, [*given, *map(option_of, changes)], steps)
     kind = configured(name)
     for field in changes:
-        own = [name for name in kind.model_fields if name not in ("method", "version", "found")]
-        if field not in own:
-            raise _no_option(option_of(field), [option_of(name) for name in own])
+        if field not in settable(kind):
+            raise _no_option(option_of(field), [option_of(name) for name in settable(kind)])
     taken = [f"--{option}" for option in kind.options()]
-    for option in given:
-        if option not in taken:
+    for one in given:
+        if one not in taken:
             allowed = ", ".join(taken) or "none"
-            raise ValueError(f"{option}: {name} does not take it; allowed are {allowed}")
-    try:
-        config: MethodConfig = kind.from_options(options, steps) if given else default_of(name)
-        return config.changed(changes) if changes else config
-    except ValidationError as error:
-        raise ValueError(explain(error)) from error
+            raise ValueError(f"{one}: {name} does not take it; allowed are {allowed}")
+    config: MethodConfig = kind.from_options(asked, steps) if given else default_of(name)
+    return config.changed(changes) if changes else config
+
+
+def settable(kind: type[MethodConfig]) -> dict[str, FieldInfo]:
+    """The fields of a method that a user sets."""
+    return {
+        name: info for name, info in kind.model_fields.items() if name not in ("method", "version", "found")
+    }
 
 
 def fields_in(more: Sequence[str]) -> dict[str, Any]:
@@ -87,16 +135,6 @@ def option_of(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def refuse(more: Sequence[str]) -> None:
-    """Refuse options that are none, where no method is named whose fields they could be.
-
-    Raises:
-        ValueError: naming the first.
-    """
-    if more:
-        raise _no_option(more[0].partition("=")[0])
-
-
 def _no_option(option: str, allowed: Sequence[str] = ()) -> ValueError:
     return ValueError(f"no such option: {one_line(option)}{offer(option, allowed)}")
 
@@ -109,21 +147,3 @@ def _with_settings(name: str, given: list[str], steps: int) -> Any:
     if found.config is None or (found.steps != steps and found.config.sampler_steps is None):
         raise ValueError(f"method: {name!r} is not allowed, it must be a method; steps are --steps")
     return found.config
-
-
-def method_label(
-    name: str,
-    preset: str | None,
-    schedule: Path | None,
-    ratio: float | None,
-    interval: int | None,
-    more: Sequence[str] = (),
-) -> str:
-    """A short name of what was asked for, for tables and pictures."""
-    words = [name]
-    words += [] if preset is None else [preset]
-    words += [] if schedule is None else [schedule.stem]
-    words += [] if interval is None else [f"1:{interval}"]
-    words += [] if ratio is None else [f"r={ratio:g}"]
-    words += [f"{field}={value}" for field, value in fields_in(more).items()]
-    return " ".join(words)

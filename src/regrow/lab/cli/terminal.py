@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,6 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from regrow.words import one_line
+
+Row = TypeVar("Row")
+Column = tuple[str, Callable[[Row], str]]
+"""The head of a column, and what it says of a row."""
 
 EVERY = 30.0
 """Seconds between the lines of a progress that nobody watches."""
@@ -67,23 +71,43 @@ class _Table(Table):
         super().add_row(*map(one_line, cells), **options)
 
 
-def table(caption: str, first: str, *numbers: str, title: str = "") -> Table:
+def table(caption: str, first: str, *numbers: str) -> Table:
     """A table that fits into 80 columns: long names are folded, numbers are not.
 
     Args:
         caption: below it.
         first: head of the column of names.
         numbers: heads of the others; line breaks are kept.
-        title: above it.
     """
-    made = _Table(
-        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption or None, title=title or None
-    )
-    made.caption_justify = made.title_justify = "left"
+    made = _Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption or None)
+    made.caption_justify = "left"
     made.add_column(first, overflow="fold")
     for name in numbers:
         made.add_column(name, justify="right", no_wrap=True)
     return made
+
+
+def table_of(rows: Iterable[Row], columns: Sequence[Column[Row]], caption: str = "") -> Table:
+    """A `table` with a row for each of some things.
+
+    Args:
+        rows: the things.
+        columns: the first has the names.
+        caption: below it.
+    """
+    made = table(caption, *(head for head, _ in columns))
+    for row in rows:
+        made.add_row(*(cell(row) for _, cell in columns))
+    return made
+
+
+def amount(value: float | None, form: str, unit: str = "") -> str:
+    """A figure in a form and with its unit; a dash for what is not known."""
+    if value is None:
+        return "-"
+    text = f"{value:{form}}"
+    # Zero has no sign.
+    return (text if text.strip("-0.") else text.removeprefix("-")) + unit
 
 
 class Bar(Progress):
@@ -150,6 +174,26 @@ class Bar(Progress):
         minutes, seconds = divmod(int(now - self._begin), 60)
         said = f"{task.description}: {done} after {minutes}:{seconds:02}"
         self.console.print(one_line(said), soft_wrap=True)
+
+
+@contextmanager
+def progress(
+    console: Console, what: str = "", total: float | None = None, after: float = 0.0
+) -> Iterator[Callable[..., None]]:
+    """A `Bar` of one task.
+
+    Args:
+        console: where it shows.
+        what: is done.
+        total: how much of it there is, if that is known yet.
+        after: seconds before it shows.
+
+    Yields:
+        What changes it, with the arguments of rich's `Progress.update`; ``advance=1`` by default.
+    """
+    with Bar(console, after=after) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda **changes: bar.update(task, **(changes or {"advance": 1}))
 
 
 class _Named(TextColumn):

@@ -8,97 +8,88 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
 from regrow import zoo
-from regrow.lab.cli.models import best_device, check_device, check_room, load_pipeline
-from regrow.lab.cli.terminal import Bar, busy, named, output, remarks, table
+from regrow.lab.cli.default_methods import USUAL, Compared, usual
+from regrow.lab.cli.requests import FromModel, command, option
+from regrow.lab.cli.terminal import Bar, amount, busy, named, output, remarks, table_of
 from regrow.lab.cli.trace_plots import draw
 from regrow.lab.measure.atomic_files import check_writable
 from regrow.lab.measure.machine import machine, model_key
-from regrow.lab.measure.trace import Trace, trace
-from regrow.lab.measure.variants import variant
+from regrow.lab.measure.trace import Trace, Traced
+from regrow.lab.measure.trace import trace as look
+from regrow.lab.measure.variants import Variant
 from regrow.lab.plots import check_matplotlib
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to look at; fields are the options of the command, the prompts as texts."""
+@dataclass(frozen=True, kw_only=True)
+class TraceRequest(FromModel, Compared):
+    """What to look at."""
 
-    methods: tuple[str, ...]
-    model: str
-    prompts: tuple[str, ...]
-    modules: tuple[str, ...]
-    steps: int
-    scheduler: str | None
-    seed: int
-    guidance: float | None
-    height: int | None
-    width: int | None
-    device: str | None
-    dtype: str
-    batch: int
-    out: Path
-    plots: bool
+    methods: str | None = option(None, f"Comma-separated; the first is unaccelerated. {USUAL}")
+    prompt: tuple[str, ...] = option((), "Prompt; give it again for more.")
+    prompts: int | None = option(None, "Instead: so many of the model's own.", min=1)
+    module: tuple[str, ...] = option(
+        (), "Module whose output's change is shown, instead of the pruned blocks' inputs."
+    )
+    batch: int = 4
+    out: Path = option(Path("trace"), "Folder for trace.json and the plots.")
+    plots: bool = option(True, "Draw PNGs as well.")
 
 
-def run_trace(request: Request, as_json: bool) -> None:
+@command(TraceRequest)
+def trace(request: TraceRequest) -> None:
+    """Look inside generations: deviation at each step, change of features, how often tokens are computed.
+
+    Example: [b]regrow trace --methods steps:50,sito:d,dato:b1 --prompt "large owl on blue" --out trace[/b]
+    """
+    if request.prompt and request.prompts is not None:
+        raise ValueError("--prompt, --prompts: only one of them is allowed")
+    texts = request.prompt or zoo.prompts_of(request.model, request.prompts or 1, "give --prompt")
+    run_trace(request, request.variants(lambda: usual(request.model).traced), texts)
+
+
+def run_trace(request: TraceRequest, variants: Sequence[Variant], prompts: tuple[str, ...]) -> None:
     """Look, save ``trace.json`` and the plots, and print a table."""
-    variants = [variant(spec.strip(), request.steps) for spec in request.methods]
-    prompts = request.prompts
     check_writable("--out", request.out, folder=True)
     if request.plots:
         # Missing before the pictures are made, not after it.
         check_matplotlib()
-    console = remarks()
-    device = check_device(request.device) if request.device else best_device()
-    dtype = getattr(torch, request.dtype)
-    pictures = min(request.batch, len(prompts))
-    check_room(request.model, request.height, request.width, pictures, device, dtype)
-    key = model_key(request.model)
-    with busy(console, f"loading {request.model}"):
-        pipeline = load_pipeline(request.model, device, dtype, request.scheduler)
-    guidance = zoo.guidance_of(request.model, request.guidance)
+    console, key = remarks(), model_key(request.model)
+    pipeline = request.load(console, len(prompts))
     columns = (named("{task.description:24}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Bar(console, *columns) as bar:
         tasks = {one.name: bar.add_task(one.name, total=1.0) for one in variants}
-        found = trace(
+        found = look(
             pipeline,
             variants,
             prompts,
-            modules=request.modules,
-            guidance=guidance,
-            seed=request.seed,
-            height=request.height,
-            width=request.width,
-            batch=request.batch,
+            modules=request.module,
+            guidance=request.scale,
+            **request.values("seed", "height", "width", "batch"),
             on_step=lambda name, done: bar.update(tasks[name], completed=done),
         )
     request.out.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
     if request.plots:
         with busy(console, "drawing"):
             files = draw(found, prompts, request.out)
-    else:
-        files = []
     result: dict[str, Any] = {
         "what": "inside generations",
-        "model": request.model,
+        **request.values("model", "seed", "steps", "dtype"),
         "model_key": key,
         "prompts": list(prompts),
-        "seed": request.seed,
-        "steps": request.steps,
-        "guidance": guidance,
-        "dtype": request.dtype,
+        "guidance": request.scale,
         "scheduler": type(pipeline.scheduler).__name__,
         "scheduler_given": request.scheduler,
-        "machine": machine(device),
+        "machine": machine(pipeline.device),
         **found.to_dict(),
     }
     text = json.dumps(result)
     file = request.out / "trace.json"
     file.write_text(text + "\n", encoding="utf-8")
-    if as_json:
+    if request.as_json:
         print(text)
         return
     print_trace(found)
@@ -106,32 +97,26 @@ def run_trace(request: Request, as_json: bool) -> None:
         print(written)
 
 
-def prompts_of(model: str, texts: Sequence[str], count: int | None) -> tuple[str, ...]:
-    """The prompts given, or so many of the model's own, again from the first if there are fewer."""
-    if texts and count is not None:
-        raise ValueError("--prompt, --prompts: only one of them is allowed")
-    if texts:
-        return tuple(texts)
-    return zoo.prompts_of(model, 1 if count is None else count, "give --prompt")
-
-
 def print_trace(found: Trace) -> None:
     """The table of a trace: where each method ends, and where it expected something else on the way."""
-    shown = table(
+
+    def worst(one: Traced) -> tuple[float | None, float | None]:
+        return max(zip(one.deviation.x0 or (), one.deviation.timestep, strict=False), default=(None, None))
+
+    def share(one: Traced) -> str:
+        return f"{float(one.computed[min(one.computed)].mean()):.1%}" if one.computed is not None else "all"
+
+    shown = table_of(
+        found.variants,
+        [
+            ("method", lambda one: one.name),
+            ("x_t at the end", lambda one: f"{one.deviation.x[-1]:.4f}"),
+            ("x_0 at worst", lambda one: amount(worst(one)[0], ".4f")),
+            ("at timestep", lambda one: amount(worst(one)[1], ".0f")),
+            ("computed", share),
+        ],
         f"mean absolute error to {found.baseline}; computed: tokens at the finest level",
-        *("method", "x_t at the end", "x_0 at worst", "at timestep", "computed"),
     )
-    for one in found.variants:
-        d = one.deviation
-        worst = max(zip(d.x0 or (), d.timestep, strict=False), default=None)
-        share = None if one.computed is None else float(one.computed[min(one.computed)].mean())
-        shown.add_row(
-            one.name,
-            f"{d.x[-1]:.4f}",
-            "-" if worst is None else f"{worst[0]:.4f}",
-            "-" if worst is None else f"{worst[1]:.0f}",
-            "all" if share is None else f"{share:.1%}",
-        )
     console = output()
     console.print(shown)
     if found.x0_unknown is not None:

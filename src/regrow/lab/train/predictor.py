@@ -84,7 +84,7 @@ def alpha_at(
 
 
 def table(objective: PredictorObjective, place: Workplace, samples: int) -> dict[str, Tensor]:
-    """What the predictor says along a run: see `regrow.methods.tokencache.Table`.
+    """What the predictor says along a run: see `regrow.tokens.shares.Table`.
 
     Args:
         objective: with the trained predictor.

@@ -16,9 +16,9 @@ from regrow.lab.train.examples import Batch
 from regrow.lab.train.frozen import Past, of_sequences, past, relaxed, truth
 from regrow.lab.train.objective import Losses, Objective, mean_square
 from regrow.lab.train.predictor import on_sites
-from regrow.methods.tokencache import Table
 from regrow.models.table import Site
 from regrow.predictors import CachePredictor
+from regrow.tokens.shares import Table
 
 ADAPTER = "regrow"
 PROJECTIONS = (

@@ -26,11 +26,21 @@ from regrow.lab.train.predictor import LEVELS, PLACES, PredictorObjective, table
 from regrow.lab.train.refine import RefineObjective, adapter_state, add_adapter
 from regrow.lab.train.router import Router, RouterObjective
 from regrow.lab.train.steps import Steps
-from regrow.methods.tokencache import UNTRAINED, Table, bundled_for, load_predictor, table_of
 from regrow.models import denoiser_of, layout_of, other_denoisers
 from regrow.models.table import Layout
 from regrow.origin import denoiser_key
-from regrow.predictors import CachePredictor, Learned, LearnedFile, read_learned, write_learned
+from regrow.predictors import (
+    UNTRAINED,
+    CachePredictor,
+    Learned,
+    LearnedFile,
+    bundled_for,
+    load_predictor,
+    read_learned,
+    table_of,
+    write_learned,
+)
+from regrow.tokens.shares import Table
 
 HELD_OUT = 8
 """One example in so many is held out."""
