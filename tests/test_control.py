@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from regrow.control import GROWTH, SAFETY, ErrorControl, Measured, degree_of, re
 from regrow.core.controlled import LAG, Controlled, Reading, largest
 from regrow.core.store import Store
 from regrow.methods.taylorseer import Differences
-from regrow.recover.time import MOST_ORDER, Chebyshev, Reuse, Taylor, TimeRecovery
+from regrow.recover.time import MOST_ORDER, Chebyshev, Fitted, FittedStep, Reuse, Taylor, TimeRecovery
 from regrow.schedule import FULL, Step
 
 ERRORS = st.one_of(st.floats(0, 1e6), st.sampled_from([0.0, 1e-320, 1e300, math.inf, math.nan]))
@@ -225,6 +226,47 @@ def test_an_error_that_is_no_number_makes_the_next_call_full(
     assert bound or known + LAG >= total or full[known + LAG] or sum(full[: known + LAG]) >= total // 2 + 1
 
 
+def full_steps(control: ErrorControl, total: int, error: float) -> list[int]:
+    return [index for index, one in enumerate(steps_of(control, total, 0, lambda *_: error)) if one]
+
+
+def test_a_reach_grows_from_the_distance_that_was_measured() -> None:
+    """Without errors each is twice the newest distance known; a reach of 2 is full again after 3."""
+    control = ErrorControl(skip(Taylor()), bound=0.1, longest=60)
+    assert full_steps(control, 40, 0.0) == [0, 1, 2, 5, 12, 27, 39]
+
+
+def test_a_bound_of_1_may_be_kept() -> None:
+    """Half of it reaches ``0.9 sqrt(2)`` times as far."""
+    assert full_steps(ErrorControl(skip(Taylor()), bound=1.0), 12, 0.5) == [0, 1, 2, 4, 7, 11]
+
+
+@pytest.mark.parametrize(
+    ("total", "longest", "least"),
+    # Of 2 and 10 others, and of 2 and 9.
+    [(12, 3, 5), (12, 4, 4), (12, 9, 3), (11, 3, 5), (11, 2, 5)],
+)
+def test_the_least_budget_is_that_of_the_longest_distances(total: int, longest: int, least: int) -> None:
+    control = ErrorControl(skip(Taylor()), budget=least, longest=longest)
+    assert len(full_steps(control, total, 0.1)) == least
+    with pytest.raises(ValueError, match=f"it must be >= {least}$"):
+        replace(control, budget=least - 1).start(total)
+
+
+def test_what_is_left_of_a_budget_just_lasts() -> None:
+    plan = ErrorControl(skip(Taylor()), budget=3, longest=2, first=1).resample(6)
+    assert [i for i, depth in enumerate(plan.depth) if depth == FULL] == [0, 2, 5]
+
+
+def test_the_steps_of_a_control_are_full_ones_and_those_that_it_was_given() -> None:
+    given_step, full = skip(Taylor()), Step(FULL, 0.0, Taylor())
+    assert ErrorControl(given_step, bound=0.1).kinds() == {full, given_step}
+    assert ErrorControl(given_step, bound=1.0).kinds() == {full, given_step}
+    assert ErrorControl(given_step, budget=4).kinds() == {full, given_step}
+    assert ErrorControl(given_step, bound=0.0).kinds() == {full}
+    assert ErrorControl(given_step, bound=0.1).measured == given_step
+
+
 def test_errors_are_read_two_steps_behind_their_call() -> None:
     seen = list[tuple[int, ...]]()
 
@@ -294,8 +336,12 @@ def test_with_nothing_measured_a_budget_is_spread_evenly(calls: int, budget: int
     assert max(gaps) - min(gaps) <= 1
 
 
+OF_ONE_VALUE = FittedStep(step=2, sources=(1,), weights=(1.0,))
+
+
 @pytest.mark.parametrize(
-    ("recovery", "begin", "first"), [(Taylor(), 0, 1), (Taylor(), 1, 2), (Reuse(), 1, 1)]
+    ("recovery", "begin", "first"),
+    [(Taylor(), 0, 1), (Taylor(), 1, 2), (Reuse(), 1, 1), (Fitted(total=13, steps=(OF_ONE_VALUE,)), 1, 1)],
 )
 def test_only_a_late_run_of_a_forecast_needs_a_second_value(
     recovery: TimeRecovery, begin: int, first: int
@@ -307,6 +353,7 @@ def test_only_a_late_run_of_a_forecast_needs_a_second_value(
 def test_a_bound_with_nothing_measured_is_full() -> None:
     plan = ErrorControl(skip(Taylor()), bound=0.1)
     assert set(plan.resample(20).depth) == {FULL}
+    assert plan.resample(20).name == "controlled"
     assert plan.resample(1).depth == (FULL,)
     with pytest.raises(ValueError, match="calls: 0 is not allowed"):
         plan.resample(0)
