@@ -47,7 +47,7 @@ UNET_METHODS = (
     regrow.DeepCache(interval=2),
     regrow.FORA(interval=2),
     regrow.SiTo(ratio=0.5, base="V"),
-    regrow.Combined(caching=regrow.DeepCache(interval=2, branch=3), tokens=regrow.ToMeSD(ratio=0.5)),
+    regrow.Combined(caching=regrow.DeepCache(interval=2, branch=2), tokens=regrow.ToMeSD(ratio=0.5)),
 )
 FLUX_METHODS = (
     regrow.FORA(interval=2),
@@ -78,11 +78,15 @@ def adapter(make: Callable[[], Any], prefix: str) -> dict[str, Tensor]:
 
 
 def unet_pipe() -> Any:
-    return pipelines.sd()
+    return pipelines.sd(pipelines.unet(layers_per_block=1))
+
+
+def flux_pipe() -> Any:
+    return transformer_pipelines.flux(layers=4)
 
 
 UNET_ADAPTER = adapter(unet_pipe, "unet")
-FLUX_ADAPTER = adapter(transformer_pipelines.flux, "transformer")
+FLUX_ADAPTER = adapter(flux_pipe, "transformer")
 
 
 def image_adapter(unet: Any) -> dict[str, dict[str, Tensor]]:
@@ -447,7 +451,7 @@ class WithFlux(Together):
 
     @staticmethod
     def make() -> Any:
-        return transformer_pipelines.flux()
+        return flux_pipe()
 
     def pictures(self, pipe: Any, **changes: Any) -> Tensor:
         return transformer_pipelines.generate(pipe, **{"num_inference_steps": 3} | changes)

@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
+from rows import rows_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,7 +63,7 @@ def test_nothing_is_older_than_the_plan_means_where_guidance_comes_and_goes(conf
             generator=generator(),
             callback_on_step_end=guide,
         )
-        rows = run.report().calls
+        rows = rows_of(run)
     assert max(c.age for c in rows) == 2
     late = [c for c in rows if c.branch == 1 and c.step == 7]
     assert [c.depth for c in late] == ["full"]
@@ -108,13 +109,14 @@ def test_another_text_is_computed_in_full(pipe: Any) -> None:
     with regrow.apply(pipe, regrow.DeepCache(interval=6)) as run:
         options: dict[str, Any] = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
         pipelines.generate(pipe, num_inference_steps=6, callback_on_step_end=change, **options)
-        rows = run.report().calls
+        rows = rows_of(run)
     assert [c.depth for c in rows] == ["full", "1", "1", "full", "1", "1"]
     assert [c.age for c in rows] == [0, 1, 2, 0, 1, 2]
     assert rows[3].reason
 
 
-def test_a_panorama_reuses_in_each_of_its_views(pipe: Any) -> None:
+def test_a_panorama_reuses_in_each_of_its_views() -> None:
+    pipe = pipelines.sd(pipelines.unet(layers_per_block=1))
     panorama = pipelines.quiet(
         StableDiffusionPanoramaPipeline(**pipe.components, requires_safety_checker=False)
     )
@@ -122,12 +124,13 @@ def test_a_panorama_reuses_in_each_of_its_views(pipe: Any) -> None:
         "height": 512,
         "width": 640,
         "num_inference_steps": 4,
+        "guidance_scale": 1.0,
         "output_type": "latent",
     }
     with regrow.apply(panorama, EVERY_SECOND) as run, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         first = panorama("a penguin", generator=generator(), **options).images
-        rows = run.report().calls
+        rows = rows_of(run)
         assert [(c.step, c.depth) for c in rows] == [
             (step, depth) for step, depth in enumerate(["full", "1"] * 2) for _ in range(3)
         ]
@@ -206,7 +209,7 @@ def test_calls_are_whole_where_somebody_reads_attention_maps(make: Any, config: 
         # Inversion reads no maps and may be accelerated.
         assert torch.equal(edit(), plain) or make is ledits
     assert len([text for text in said(seen) if "attention maps" in text]) == 1
-    of_maps = [c for c in run.report().calls if "attention maps" in c.reason]
+    of_maps = [c for c in rows_of(run) if "attention maps" in c.reason]
     assert of_maps
     assert {(c.depth, c.ratio) for c in of_maps} == {("full", 0.0)}
 
@@ -240,7 +243,7 @@ def test_a_call_in_which_nothing_took_a_placeholders_place_is_computed_again() -
         run._installed._places["single_transformer_blocks.3.proj_out"].hooks.clear()
         with pytest.warns(UserWarning, match="is computed again, in full"):
             got = transformer_pipelines.generate(pipe, num_inference_steps=2)
-        assert [c.depth for c in run.report().calls if c.branch == 0] == ["full", "full"]
+        assert [c.depth for c in rows_of(run) if c.branch == 0] == ["full", "full"]
     assert torch.equal(got, plain)
 
 
@@ -258,7 +261,7 @@ def test_the_report_of_an_ensemble_covers_all_of_its_members() -> None:
         pipe(
             pipelines.picture(), ensemble_size=3, batch_size=1, num_inference_steps=2, generator=generator()
         )
-        rows = run.report().calls
+        rows = rows_of(run)
     assert [(c.step, c.depth) for c in rows] == [(0, "full"), (1, "1")] * 3
 
 
@@ -455,10 +458,10 @@ def test_modules_that_somebody_listens_to_are_computed(pipe: Any, config: Any) -
         with pytest.warns(UserWarning, match="has a forward hook, whose owner would get nothing"):
             assert torch.equal(pipelines.generate(pipe), plain)
         assert len(heard) == 8
-        assert {c.depth for c in run.report().calls} == {"full"}
+        assert {c.depth for c in rows_of(run)} == {"full"}
         hook.remove()
         pipelines.generate(pipe)
-        assert {c.depth for c in run.report().calls} != {"full"}
+        assert {c.depth for c in rows_of(run)} != {"full"}
 
 
 @pytest.mark.parametrize("by_position", [False, True])
@@ -486,7 +489,7 @@ def test_what_a_controlnet_adds_may_be_given_by_position(by_position: bool) -> N
                 names = {"down_block_additional_residuals": added, "mid_block_additional_residual": middle}
                 out.append(unet(*given, **names).sample)
             clock.step()
-        assert [c.depth for c in run.report().calls] == ["full", "1"] * 2
+        assert [c.depth for c in rows_of(run)] == ["full", "1"] * 2
     assert all(x.isfinite().all() for x in out)
 
 
@@ -502,7 +505,7 @@ def test_branches_that_differ_in_their_pooled_text_alone_are_two() -> None:
             for one in order:
                 unet(**one)
             clock.step()
-        rows = [(c.step, c.branch, c.depth) for c in run.report().calls]
+        rows = [(c.step, c.branch, c.depth) for c in rows_of(run)]
     assert rows == [
         (0, 0, "full"),
         (0, 1, "full"),
@@ -559,16 +562,12 @@ def test_a_strength_of_an_adapter_set_within_a_generation_reaches_the_texts_laye
         assert torch.equal(made(), plain)
 
 
-def recoveries(config: Any, steps: int = 6, pipe: Any = None) -> list[str]:
-    pipe = pipe or pipelines.sd()
+def recoveries(config: Any) -> list[str]:
+    pipe = pipelines.sd()
     with regrow.apply(pipe, config) as run, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipelines.generate(pipe, num_inference_steps=steps)
-    report = run.report()
-    told = [call.recovery for call in report.calls]
-    assert [call["recovery"] for call in report.to_dict()["calls"]] == told
-    assert all(word in str(report) for word in told)
-    return told
+        pipelines.generate(pipe, num_inference_steps=6)
+    return [call.recovery for call in rows_of(run)]
 
 
 def schedule(recovery: Any, depth: int = 0) -> regrow.Schedule:
@@ -588,6 +587,13 @@ def test_it_tells_what_filled_in_what_was_not_computed() -> None:
     assert recoveries(regrow.ToMeSD(ratio=0.5)) == ["mean"] * 6
     pruned = schedule("reuse").model_copy(update={"ratio": (0.5,) * 6})
     assert recoveries(pruned) == ["copy", "reuse"] * 3
+    pipe = pipelines.sd()
+    with regrow.apply(pipe, schedule(regrow.Taylor(order=1))) as run:
+        pipelines.generate(pipe, num_inference_steps=6)
+    report = run.report()
+    assert [call.recovery for call in report.calls] == line
+    assert [call["recovery"] for call in report.to_dict()["calls"]] == line
+    assert all(word in str(report) for word in line)
 
 
 def test_fitted_weights_that_do_not_fit_are_not_called_so() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import rows_of
 
 import regrow
 from regrow import FORA, CATPruning, Combined, DaTo, SiTo
@@ -246,7 +247,7 @@ def test_a_plan_that_forecasts_some_calls_runs_and_differs_from_reuse() -> None:
         config = space.config(space.genes((*depths, *ratios, *recoveries)))
         with regrow.apply(pipe, config) as applied:
             picture = pipelines.generate(pipe, num_inference_steps=6)
-        return [row.depth for row in applied.report().calls], picture
+        return [row.depth for row in rows_of(applied)], picture
 
     done, reused = run(*[REUSE] * 5)
     assert done == ["full", "full", "1", "0", "full", "1"]

@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils.torch_utils import apply_freeu
 from pipelines import CROSS_DOWN, CROSS_UP, PLAIN_DOWN, PLAIN_UP, sd1_unet, sdxl_unet, unet
+from rows import rows_of
 from torch import Tensor
 
 import regrow
@@ -400,7 +401,7 @@ def test_another_batch_shape_is_computed_in_full() -> None:
             model(**old)
             clock.step()
             assert torch.equal(model(**new).sample, expected)
-            assert [c.depth for c in run.report().calls] == ["full", "full"]
+            assert [c.depth for c in rows_of(run)] == ["full", "full"]
 
 
 def test_sample_may_be_positional_or_a_keyword() -> None:

@@ -209,13 +209,14 @@ class FluxSmall(FluxPipeline):
         return super().__call__(*args, max_sequence_length=16, **kwargs)
 
 
-def flux() -> FluxPipeline:
+def flux(layers: int = LAYERS) -> FluxPipeline:
+    """With two blocks of both streams; the other layers are single blocks."""
     text_encoder, tokenizer = t5()
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
         num_layers=2,
-        num_single_layers=LAYERS - 2,
+        num_single_layers=layers - 2,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=TEXT,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,11 +15,13 @@ from typing import Any
 
 import pytest
 import ray
+import stub
 import torch
 from jobs import Fate, Job, Worker
 from safetensors.torch import load_file
 
 from regrow.lab import cli
+from regrow.lab.search.search import Budget
 from regrow.lab.workers import LocalWorkers, RayWorkers, WorkerDiedError
 
 CPUS = 2
@@ -147,6 +151,30 @@ def test_a_job_that_always_kills_its_worker_is_named(tmp_path: Path) -> None:
         with pytest.raises(WorkerDiedError, match=r"job 0, Job\(number=2, .*: 2 workers died at it"):
             list(running)
     assert len(built(tmp_path)) == 2
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_workers_of_a_cluster_find_the_same_front(tmp_path: Path) -> None:
+    expected = stub.front_of(stub.search(tmp_path / "one", stub.Stub()).run(Budget(generations=2)))
+    found = stub.search(tmp_path / "two", stub.Stub())
+    with RayWorkers(stub.Stub, 2) as workers:
+        found._workers = workers
+        assert stub.front_of(found.run(Budget(generations=2))) == expected
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_search_on_workers_killed_by_the_system_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """Only the search is killed: the cluster goes on, and is free again."""
+    whole, rest = stub.Stub(), stub.Stub()
+    expected = stub.front_of(stub.search(tmp_path / "one", whole).run(Budget(generations=6)))
+    address = ray.get_runtime_context().gcs_address
+    words = [sys.executable, stub.__file__, str(tmp_path / "two"), "5", address]
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(words, check=False, env=os.environ | path).returncode == -signal.SIGKILL
+    log = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
+    assert len(log) == 5
+    assert stub.front_of(stub.search(tmp_path / "two", rest).run(Budget(generations=6))) == expected
+    assert len(rest.jobs) == len(whole.jobs) - 5
 
 
 @pytest.mark.usefixtures("_cluster")

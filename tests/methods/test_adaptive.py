@@ -14,6 +14,7 @@ import torch
 import transformer_pipelines as tp
 from diffusers import EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
 from pydantic import ValidationError
+from rows import rows_of
 from waiting import NoWaiting
 
 import regrow
@@ -69,7 +70,7 @@ def test_the_error_is_that_of_the_forecast_of_a_recorded_run(pipe: Any, depth: i
     with pytest.warns(UserWarning, match="saved nothing"):
         found = generated(pipe)
     assert torch.equal(found, plain)
-    rows = run.report().calls
+    rows = rows_of(run)
     y = recorded
     wanted = [y[0], 2 * y[1] - y[0], *(3 * y[i] - 3 * y[i - 1] + y[i - 2] for i in range(2, STEPS - 1))]
     assert [row.error for row in rows[:1]] == [None]
@@ -104,7 +105,7 @@ def test_both_calls_of_guidance_do_the_same_on_any_denoiser(family: str) -> None
     denoiser = getattr(pipe, kind.denoiser)
     with regrow.apply(pipe, config) as run:
         found = ap.generate(family, pipe, steps=8)
-        rows, frozen = run.report().calls, run.frozen()
+        rows, frozen = rows_of(run), run.frozen()
     total = max(row.step for row in rows) + 1
     depths = [row.depth for row in rows]
     assert depths == replayed(config, rows, total)
@@ -120,7 +121,7 @@ def test_a_step_follows_the_branch_of_the_larger_error() -> None:
     config, pipe = Adaptive(bound=0.5), tp.KINDS["flux"]()
     with regrow.apply(pipe, config) as run:
         tp.generate(pipe, num_inference_steps=STEPS, **tp.TWO_CALLS)
-        rows = run.report().calls
+        rows = rows_of(run)
     errors = [[row.error for row in rows if row.step == step] for step in range(STEPS)]
     assert any(None not in pair and pair[0] != pair[1] for pair in errors)
     assert [row.depth for row in rows] == replayed(config, rows, STEPS)
@@ -139,7 +140,7 @@ def test_other_samplers(name: str) -> None:
     pipe = pipelines.sd(sampler=pipelines.scheduler(kind))
     config = Adaptive(budget=7)
     with regrow.apply(pipe, config) as run:
-        found, rows, frozen = generated(pipe), run.report().calls, run.frozen()
+        found, rows, frozen = generated(pipe), rows_of(run), run.frozen()
     depths = [row.depth for row in rows]
     assert (len(depths), depths.count("full")) == (calls, 7)
     assert depths == replayed(config, rows, calls)
@@ -152,7 +153,7 @@ def test_a_run_that_starts_late_spends_its_budget_on_its_own_calls(first: int) -
     pipe, config = pipelines.make("img2img"), Adaptive(budget=5, first=first, longest=3)
     with regrow.apply(pipe, config) as run:
         found = generated(pipe, kind="img2img")
-        rows, frozen = run.report().calls, run.frozen()
+        rows, frozen = rows_of(run), run.frozen()
     assert rows[0].step > 0
     depths = [row.depth for row in rows]
     assert depths.count("full") == 5
@@ -172,7 +173,7 @@ def test_a_budget_that_can_not_last_is_refused_before_the_first_call(pipe: Any) 
         with pytest.raises(RuntimeError, match="nothing to report"):
             run.report()
         assert generated(pipe, num_inference_steps=7).isfinite().all()
-        assert [row.depth for row in run.report().calls].count("full") == 3
+        assert [row.depth for row in rows_of(run)].count("full") == 3
     assert torch.equal(generated(pipe), plain)
 
 
@@ -182,7 +183,7 @@ def test_bound_zero_changes_nothing_and_says_so(pipe: Any) -> None:
         run = regrow.apply(pipe, "adaptive:0")
     with run:
         assert torch.equal(generated(pipe), plain)
-    assert {row.error for row in run.report().calls} == {None}
+    assert {row.error for row in rows_of(run)} == {None}
 
 
 def test_a_run_after_an_interrupted_one_begins_anew(pipe: Any) -> None:
@@ -213,7 +214,7 @@ def test_a_denoiser_stepped_by_hand(pipe: Any) -> None:
                     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"] * text
                     pipe.unet(**inputs)
                 clock.step()
-        rows = run.report().calls
+        rows = rows_of(run)
         assert [row.depth for row in rows] == replayed(config, rows, 8)
         assert sum(row.depth == "full" for row in rows) == 8
     run.remove()
@@ -245,12 +246,12 @@ def test_what_a_run_did_is_a_schedule(pipe: Any, tmp_path: Path, name: str) -> N
     with regrow.apply(pipe, name) as run:
         with pytest.raises(RuntimeError, match="nothing to keep"):
             run.frozen()
-        found, rows = generated(pipe), run.report().calls
+        found, rows = generated(pipe), rows_of(run)
         run.frozen().save(tmp_path / "plan.yaml")
     assert len({row.depth for row in rows}) == 2
     with regrow.apply(pipe, str(tmp_path / "plan.yaml")) as run:
         assert torch.equal(generated(pipe), found)
-        assert [row.depth for row in run.report().calls] == [row.depth for row in rows]
+        assert [row.depth for row in rows_of(run)] == [row.depth for row in rows]
         # A schedule's own is itself.
         assert run.frozen().depth == regrow.Schedule.load(tmp_path / "plan.yaml").depth
 

@@ -15,6 +15,7 @@ import transformer_pipelines
 from diffusers import StableDiffusionPAGPipeline
 from diffusers.models.transformers import transformer_flux
 from pydantic import ValidationError
+from rows import rows_of
 from test_cat import All
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -208,7 +209,7 @@ def test_all_tokens_on_the_way_of_some_are_bit_for_bit_the_plain_pipeline(kind: 
     plain = generate(pipe, **FORMS[form])
     with regrow.apply(pipe, Everything()) as run:
         assert torch.equal(generate(pipe, **FORMS[form]), plain)
-    assert [c.ratio for c in run.report().calls] == [0, 0, 0.5, 0.5, 0.5]
+    assert [c.ratio for c in rows_of(run)] == [0, 0, 0.5, 0.5, 0.5]
 
 
 class SlowStages:
@@ -454,7 +455,7 @@ def test_an_attention_that_cant_be_seen_is_said_and_nothing_is_left_out(kind: st
         with pytest.warns(UserWarning, match="projections were fused"):
             out = picture()
     torch.testing.assert_close(out, plain, rtol=1e-3, atol=1e-3)
-    assert {c.ratio for c in run.report().calls} == {0}
+    assert {c.ratio for c in rows_of(run)} == {0}
 
 
 def test_fused_projections_are_refused() -> None:
@@ -536,7 +537,7 @@ def test_a_call_that_leaves_out_the_block_to_read_computes_all_tokens(
             skip_layer_guidance_stop=1.0,
         )
     assert images.isfinite().all()
-    ratios = [[c.ratio for c in run.report().calls if c.branch == branch] for branch in (0, 1)]
+    ratios = [[c.ratio for c in rows_of(run) if c.branch == branch] for branch in (0, 1)]
     assert ratios == [[0, 0, 0.6, 0.6, 0.6], third]
 
 

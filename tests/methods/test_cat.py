@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformer_pipelines
 from pydantic import ValidationError
+from rows import rows_of
 from torch import Tensor, nn
 from transformer_pipelines import (
     CASES,
@@ -94,7 +95,7 @@ def test_all_tokens_on_the_way_of_some_are_bit_for_bit_the_plain_pipeline(kind: 
     pipe = KINDS[kind]()
     with regrow.apply(pipe, Everything()) as run:
         assert torch.equal(generate(pipe, **FORMS[form]), plain(kind, form))
-    assert [c.ratio for c in run.report().calls] == [0, 0, 0.5, 0.5, 0.5]
+    assert [c.ratio for c in rows_of(run)] == [0, 0, 0.5, 0.5, 0.5]
 
 
 def test_alpha_1_is_the_plain_pipeline_bit_for_bit(pipe: Any) -> None:
@@ -550,7 +551,7 @@ def test_who_writes_to_an_output_changes_no_later_call() -> None:
         hook = pipe.transformer.register_forward_hook(spoil)
         assert torch.equal(generate(pipe), expected)
         hook.remove()
-    assert any(c.ratio for c in run.report().calls)
+    assert any(c.ratio for c in rows_of(run))
 
 
 @pytest.mark.parametrize(
@@ -609,7 +610,7 @@ def test_t0_counts_from_where_a_generation_begins(kind: str) -> None:
             max_sequence_length=16,
             output_type="latent",
         )
-    assert [c.ratio > 0 for c in run.report().calls] == [False] * 3 + [True] * 3
+    assert [c.ratio > 0 for c in rows_of(run)] == [False] * 3 + [True] * 3
 
 
 def test_a_projection_replaced_after_apply_is_as_one_replaced_before() -> None:
@@ -637,7 +638,7 @@ def test_a_projection_replaced_after_apply_is_as_one_replaced_before() -> None:
         attention.to_k = plain
         assert torch.equal(generate(pipe), without)
     assert not torch.equal(without, expected)
-    assert any(c.ratio for c in run.report().calls)
+    assert any(c.ratio for c in rows_of(run))
 
 
 def test_keys_of_a_part_of_the_batch_are_not_kept() -> None:
@@ -648,7 +649,7 @@ def test_keys_of_a_part_of_the_batch_are_not_kept() -> None:
         pytest.warns(UserWarning, match="a part of the batch only"),
     ):
         assert torch.equal(generate(pipe, max_sequence_length=16, pag_scale=3.0), plain)
-    assert not any(call.ratio for call in run.report().calls)
+    assert not any(call.ratio for call in rows_of(run))
 
 
 def test_clusters_are_of_relative_noise_unless_told_otherwise() -> None:
@@ -697,7 +698,7 @@ def test_fused_projections_are_refused_and_noticed_later(kind: str) -> None:
         pipe.transformer.fuse_qkv_projections()
         with pytest.warns(UserWarning, match="projections were fused"):
             generate(pipe)
-    assert {c.ratio for c in run.report().calls} == {0}
+    assert {c.ratio for c in rows_of(run)} == {0}
     with pytest.raises(ValueError, match="unfuse_qkv_projections"):
         regrow.apply(pipe, CATPruning())
 
@@ -729,7 +730,7 @@ def test_an_image_adapter_of_flux_is_refused_and_noticed_later() -> None:
         transformer.transformer_blocks[1].attn.set_processor(processor)
         with pytest.warns(UserWarning, match="processors were replaced"):
             assert torch.equal(generate(pipe, **options), adapted)
-    assert {c.ratio for c in run.report().calls} == {0}
+    assert {c.ratio for c in rows_of(run)} == {0}
 
 
 def test_tokens_of_two_pictures_are_all_computed() -> None:
@@ -745,7 +746,7 @@ def test_tokens_of_two_pictures_are_all_computed() -> None:
             for _ in range(3):
                 clock.step()
                 assert torch.equal(pipe.transformer(**twice)[0], expected)
-    assert {c.ratio for c in run.report().calls} == {0}
+    assert {c.ratio for c in rows_of(run)} == {0}
 
 
 SEQUENCES = {"hidden_states": 1, "img_ids": 0}
@@ -781,7 +782,7 @@ def test_the_two_calls_of_flux_choose_for_themselves() -> None:
                     latents = kwargs["hidden_states"] * (1 + step)
                     found[branch].append(pipe.transformer(**words | {"hidden_states": latents})[0])
                 clock.step()
-        assert [c.ratio > 0 for c in run.report().calls] == [step > 1 for step in range(4) for _ in each]
+        assert [c.ratio > 0 for c in rows_of(run)] == [step > 1 for step in range(4) for _ in each]
         return found
 
     both = outputs(kwargs, other)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformer_pipelines
 from pydantic import ValidationError
+from rows import rows_of
 from test_cat import KINDS, All, slow
 from torch import Tensor
 from transformer_pipelines import FORMS, LAYERS, SKIP_LAYER, STEPS, generate, in_turn
@@ -51,7 +52,7 @@ def test_all_tokens_on_the_way_of_some_are_block_caching_bit_for_bit(pipe: Any) 
         expected = generate(pipe, count=2)
     with regrow.apply(pipe, Everything(branch=3)) as run:
         assert torch.equal(generate(pipe, count=2), expected)
-    calls = [(c.depth, c.ratio) for c in run.report().calls]
+    calls = [(c.depth, c.ratio) for c in rows_of(run)]
     # The choice of tokens needs two outputs.
     assert calls == [("full", 0), ("4", 0), ("full", 0.5), ("4", 0.5), ("full", 0.5)]
 
@@ -156,7 +157,7 @@ def test_at_edm_reuses_under_cached_calls(kind: str, form: str, early_ratio: flo
     with regrow.apply(pipe, config) as run, run.observed(seen.append):
         ours = generate(pipe, **options)
     shallow = [False, False, True, False, True, True, False, True]
-    assert [c.depth for c in run.report().calls] == [str(branch + 1) if s else "full" for s in shallow]
+    assert [c.depth for c in rows_of(run)] == [str(branch + 1) if s else "full" for s in shallow]
     early = early_ratio > 0
     chosen = [o.tokens for o in seen]
     assert [t is None for t in chosen] == [True, True, not early, not early] + [False] * 4
@@ -212,7 +213,7 @@ def test_the_first_calls_are_full_wherever_a_generation_begins() -> None:
             max_sequence_length=16,
             output_type="latent",
         )
-    calls = [(c.depth, c.ratio > 0) for c in run.report().calls]
+    calls = [(c.depth, c.ratio > 0) for c in rows_of(run)]
     assert calls == [("full", False)] * 3 + [("1", True), ("full", True), ("1", True)]
 
 
@@ -226,7 +227,7 @@ def test_depth_0_hands_on_all_tokens_between_calls_of_some() -> None:
     hook.remove()
     assert torch.equal(outputs[2], outputs[3])
     assert not torch.equal(outputs[3], outputs[4])
-    assert [c.ratio > 0 for c in run.report().calls] == [False, False, True, False, True]
+    assert [c.ratio > 0 for c in rows_of(run)] == [False, False, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_a_generation_that_leaves_no_token_out_says_so(config: Any) -> None:
         pytest.warns(UserWarning, match="no call of this generation leaves tokens out"),
     ):
         generate(pipe)
-    assert not any(c.ratio for c in run.report().calls)
+    assert not any(c.ratio for c in rows_of(run))
 
 
 def test_skip_layer_guidance_has_a_memory_of_its_own() -> None:

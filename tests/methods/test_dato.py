@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 import transformer_pipelines
+from rows import rows_of
 from torch import Tensor
 from whole_unet import assert_near, guided_inputs, outputs, with_reference
 
@@ -293,6 +294,6 @@ def test_a_schedule_is_one_for_dato_and_without_ratios_for_any_denoiser() -> Non
     output_alone = Schedule.every(3, 6, depth=0).with_recovery(regrow.Taylor(order=1))
     with regrow.apply(dit, output_alone) as run:
         transformer_pipelines.generate(dit, num_inference_steps=6)
-        assert [call.depth for call in run.report().calls] == ["full", "0", "0"] * 2
+        assert [call.depth for call in rows_of(run)] == ["full", "0", "0"] * 2
     with pytest.raises(regrow.UnsupportedModelError):
         regrow.apply(dit, pruning)

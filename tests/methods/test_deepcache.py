@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from rows import rows_of
 
 import regrow
 from regrow import ATEDM, FULL, Combined, DeepCache, SiTo, ToMeSD
@@ -90,7 +91,7 @@ def test_it_is_the_schedule_of_the_same_depths(kind: str) -> None:
         expected = pipelines.generate(pipe, kind=kind)
     with regrow.apply(pipe, DeepCache(interval=3, branch=1)) as run:
         assert torch.equal(pipelines.generate(pipe, kind=kind), expected)
-    assert [c.depth for c in run.report().calls] == ["full", "2", "2", "full"]
+    assert [c.depth for c in rows_of(run)] == ["full", "2", "2", "full"]
 
 
 def test_interval_one_changes_nothing_and_says_so(pipe: Any) -> None:

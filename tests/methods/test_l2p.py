@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pipelines import sd
+from rows import rows_of
 
 from regrow import L2P, apply, record
 from regrow.lab.calibration.recording import Recording
@@ -42,7 +43,7 @@ def test_skipped_outputs_are_the_least_squares_combination(last: int | None) -> 
     pipe, config = sd(), L2P.fit(recording(), INTERVAL, last=last)
     with apply(pipe, config) as run:
         outputs = given(pipe, ("e f",), 8)
-        calls = run.report().calls
+        calls = rows_of(run)
     assert [call.depth for call in calls] == ["full", "0", "0"] * 3
     for step in range(STEPS):
         computed = list(range(0, step + 1, INTERVAL))[-(last or STEPS) :]

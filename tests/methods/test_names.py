@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rows import rows_of
 
 import regrow
 from regrow.lab.cli.options import method_config
@@ -27,7 +28,7 @@ def test_an_interval_is_planned_for_the_usual_number_of_calls_and_resampled(pipe
     with regrow.apply(pipe, "dato:5") as run:
         assert run.config.schedule == Schedule.every(5, CALLS, ratio=0.5)
         pipe("a", num_inference_steps=10, generator=torch.Generator().manual_seed(0), output_type="latent")
-    assert [call.depth for call in run.report().calls].count("full") == 2
+    assert [call.depth for call in rows_of(run)].count("full") == 2
 
 
 def test_a_name_alone_means_its_one_obvious_default() -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pipelines
 import pytest
 from pydantic import ValidationError
+from rows import rows_of
 
 import regrow
 from regrow.core.recipe import Recipe, recipe_of
@@ -109,7 +110,7 @@ def test_a_name_means_the_method_everywhere(pipe: Any) -> None:
     with regrow.apply(pipe, "mine:2") as run:
         assert run.config == Mine(interval=2)
         pipelines.generate(pipe)
-    assert [call.depth for call in run.report().calls] == ["full", "1", "full", "1"]
+    assert [call.depth for call in rows_of(run)] == ["full", "1", "full", "1"]
     assert method_of("mine") == Mine.preset("often")
     assert method_of("mine:often") == method_of("mine:3:interval=2") == Mine(interval=2)
     assert named("steps:7+some:0.25", 50) == (Some(share=0.25), 7)

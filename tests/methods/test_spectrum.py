@@ -20,6 +20,7 @@ from diffusers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from rows import rows_of
 from slow_forecasts import Calls, Spectral, counted, forecast_outputs
 from torch import Tensor, nn
 
@@ -172,7 +173,7 @@ def test_the_last_blocks_features_are_forecast_and_the_head_is_computed(name: st
     with regrow.apply(pipe, CONFIG) as run:
         with counted(head_of(denoiser), heads), counted(inside(case.block(denoiser)), blocks):
             found = case.generate(pipe)
-        depths = [row.depth for row in run.report().calls]
+        depths = [row.depth for row in rows_of(run)]
         again = case.generate(pipe)
     assert_near(found, wanted)
     # The forecast is seen: it isn't what the model would compute.
@@ -227,7 +228,7 @@ def test_a_run_that_starts_late_forecasts_by_its_places_in_the_whole() -> None:
     with regrow.apply(pipe, CONFIG) as run:
         found = case.generate(pipe)
     full = by_hand(CONFIG, STEPS) | {2}
-    assert [(row.step, row.depth) for row in run.report().calls] == [
+    assert [(row.step, row.depth) for row in rows_of(run)] == [
         (step, "full" if step in full else "head") for step in range(2, STEPS)
     ]
     assert_near(found, wanted)
@@ -253,7 +254,7 @@ def test_residuals_of_a_controlnet_reach_the_full_calls() -> None:
     pipe = case.make()
     with regrow.apply(pipe, CONFIG) as run:
         found = case.generate(pipe)
-    assert [row.depth for row in run.report().calls].count("head") == STEPS - len(by_hand(CONFIG, STEPS))
+    assert [row.depth for row in rows_of(run)].count("head") == STEPS - len(by_hand(CONFIG, STEPS))
     assert_near(found, wanted)
     uncontrolled = pipelines.generate(pipelines.sd(), num_inference_steps=STEPS)
     assert (found - uncontrolled).abs().max() > 1e-3
@@ -298,6 +299,6 @@ def test_a_run_that_begins_late_computes_two_values_before_it_forecasts() -> Non
     pipe = pipelines.make("img2img")
     with regrow.apply(pipe, "spectrum:fast") as run:
         pipelines.generate(pipe, kind="img2img", num_inference_steps=50, strength=0.4)
-        depths = [call.depth for call in run.report().calls]
+        depths = [call.depth for call in rows_of(run)]
     assert depths[:2] == ["full", "full"]
     assert "head" in depths

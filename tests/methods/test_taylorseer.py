@@ -14,6 +14,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from rows import rows_of
 from slow_forecasts import Calls, Factors, counted, forecast_outputs
 from torch import Tensor, nn
 
@@ -159,7 +160,7 @@ def test_what_is_forecast_is_the_released_codes_series(name: str, config: Taylor
     plain = case.generate(pipe)
     with regrow.apply(pipe, config) as run:
         found = case.generate(pipe)
-        depths = [row.depth for row in run.report().calls]
+        depths = [row.depth for row in rows_of(run)]
         again = case.generate(pipe)
     assert_near(found, wanted)
     # The forecast is seen: it isn't what the model would compute.
@@ -188,7 +189,7 @@ def test_a_run_that_starts_late_forecasts_by_its_places_in_the_whole(config: Tay
     with regrow.apply(pipe, config) as run:
         found = case.generate(pipe)
     full = by_hand(config, STEPS) | {2, 3}
-    assert [row.step for row in run.report().calls if row.depth == "full"] == sorted(full - {0, 1})
+    assert [row.step for row in rows_of(run) if row.depth == "full"] == sorted(full - {0, 1})
     assert_near(found, wanted)
 
 

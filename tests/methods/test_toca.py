@@ -14,6 +14,7 @@ import transformer_pipelines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from rows import rows_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_pipelines import FORMS, TWO_CALLS, generate
@@ -707,7 +708,7 @@ def test_projections_replaced_after_apply_are_as_before(kind: str, name: str, pr
         without = generate(pipe)
         setattr(attention, projection, Adapted(plain))
         after = generate(pipe)
-        assert any(c.depth == "layers" for c in run.report().calls)
+        assert any(c.depth == "layers" for c in rows_of(run))
     with regrow.apply(pipe, ToCa(ratio=0.6, **EVERYWHERE)):
         assert torch.equal(generate(pipe), after)
     assert not torch.equal(after, without)
@@ -806,7 +807,7 @@ def test_a_layer_replaced_after_apply_is_as_one_replaced_before(config: Any, par
         reused = generate(pipe)
         setattr(block, part, Added(base))
         assert torch.equal(generate(pipe), expected)
-        assert {call.depth for call in run.report().calls} == {"full", "layers"}
+        assert {call.depth for call in rows_of(run)} == {"full", "layers"}
         setattr(block, part, base)
         assert torch.equal(generate(pipe), reused)
     assert not torch.equal(reused, expected)
@@ -823,7 +824,7 @@ def test_a_layer_replaced_within_a_generation_makes_its_next_call_full() -> None
 
     with regrow.apply(pipe, FORA(interval=9)) as run:
         generate(pipe, callback_on_step_end=replace)
-        depths = [c.depth for c in run.report().calls if c.branch == 0]
+        depths = [c.depth for c in rows_of(run) if c.branch == 0]
     assert depths == ["full", "full", *["layers"] * (len(depths) - 2)]
 
 
@@ -836,7 +837,7 @@ def test_self_attentions_of_a_part_of_the_batch_hand_on_their_last_output() -> N
     ):
         made = generate(pipe, max_sequence_length=16, pag_scale=3.0)
     assert torch.isfinite(made).all()
-    assert {call.depth for call in run.report().calls} == {"full", "layers"}
+    assert {call.depth for call in rows_of(run)} == {"full", "layers"}
 
 
 def test_a_forecast_writes_to_no_value_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -852,7 +853,7 @@ def test_a_forecast_writes_to_no_value_that_is_kept(monkeypatch: pytest.MonkeyPa
     pipe = transformer_pipelines.pixart()
     with regrow.apply(pipe, ToCa(interval=3, ratio=0.5, recovery="taylor")) as run:
         generate(pipe, num_inference_steps=6)
-    assert {call.depth for call in run.report().calls} == {"full", "layers"}
+    assert {call.depth for call in rows_of(run)} == {"full", "layers"}
     tensors = [(a, b) for a, b in kept if isinstance(a, Tensor) and not a.is_meta]
     assert tensors
     assert all(torch.equal(a, b) for a, b in tensors)

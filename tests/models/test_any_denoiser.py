@@ -14,6 +14,7 @@ import pytest
 import torch
 from any_pipelines import FAMILIES, STEPS, generate
 from diffusers import DDPMWuerstchenScheduler
+from rows import rows_of
 from torch import Tensor, nn
 
 import regrow
@@ -184,13 +185,15 @@ def test_recovered_outputs_are_those_of_a_slow_reference_and_counted(family: str
         found = generate(family, pipe)
         assert counted.calls == len(FULL_STEPS) * FAMILIES[family].calls
     assert_near(found, wanted, name)
-    rows = run.report().calls
+    rows = rows_of(run)
     assert [(row.step, row.branch) for row in rows] == [
         (step, branch) for step in range(STEPS) for branch in range(FAMILIES[family].calls)
     ]
     assert [row.depth for row in rows] == ["full" if row.step in FULL_STEPS else "0" for row in rows]
     assert not any(row.reason for row in rows)
-    assert_counted(family, run.report())
+    if name == "reuse":
+        # What is counted is the same in each: takes longer than the rest.
+        assert_counted(family, run.report())
 
 
 @every_family
@@ -229,7 +232,7 @@ def test_branches_of_equal_texts_are_kept_apart_by_their_order(family: str) -> N
         found = generate(family, pipe, **equal)
     assert counted.calls == len(FULL_STEPS) * 2
     assert_near(found, wanted, "taylor")
-    assert [row.branch for row in run.report().calls] == [0, 1] * STEPS
+    assert [row.branch for row in rows_of(run)] == [0, 1] * STEPS
 
 
 @every_family
@@ -310,7 +313,7 @@ def test_a_loop_that_never_steps_is_computed_in_full_and_said_so() -> None:
     with run, pytest.warns(UserWarning, match=r"computed in full.*without scheduler\.step"):
         found = of_its_own(pipe.transformer, pipe.scheduler, steps=False)
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
-    assert [row.depth for row in run.report().calls] == ["full"] * STEPS
+    assert [row.depth for row in rows_of(run)] == ["full"] * STEPS
 
 
 def test_a_loop_with_another_scheduler_is_computed_in_full_and_said_so() -> None:
@@ -340,7 +343,7 @@ def test_a_run_that_starts_late_knows_its_first_step() -> None:
             out = model(latents, 1 - t[None] / 1000, **text, return_dict=False)[0]
             latents = sampler.step(out, t, latents, return_dict=False)[0]
     # The third call is the first of this run, so that it is full whatever the plan says.
-    assert [(row.step, row.depth) for row in run.report().calls] == [
+    assert [(row.step, row.depth) for row in rows_of(run)] == [
         (2, "full"),
         (3, "full"),
         (4, "0"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformer_pipelines
 from peft import LoraConfig, inject_adapter_in_model
+from rows import rows_of
 from test_exactness import assert_untouched_module
 from torch import Tensor
 from transformer_pipelines import (
@@ -239,18 +240,20 @@ def inputs_of(pipe: Any) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize("depth", [0, 1, "layers"])
 def test_another_text_between_full_calls_is_not_mixed_up_with_the_old_one(depth: Any) -> None:
-    """A cached call skips the modules that would have seen it."""
+    """A cached call would skip the modules that read it, and the next full one would trust them."""
     pipe = transformer_pipelines.pixart()
     args, kwargs = inputs_of(pipe)
     other = kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"].flip(1) + 1}
     plan = regrow.Schedule(depth=("full", depth, "full"), ratio=(0.0,) * 3)
     with torch.no_grad():
-        expected = pipe.transformer(*args, **other)[0]
+        first, expected = (pipe.transformer(*args, **words)[0] for words in (kwargs, other))
         with regrow.apply(pipe.transformer, regrow.DaTo(schedule=plan)) as run, run.generation(3) as clock:
+            found = []
             for words in (kwargs, other, other):
-                found = pipe.transformer(*args, **words)[0]
+                found.append(pipe.transformer(*args, **words)[0])
                 clock.step()
-    assert torch.equal(found, expected)
+    assert not torch.equal(first, expected)
+    assert all(map(torch.equal, found, (first, expected, expected)))
 
 
 def test_a_text_of_another_length_begins_anew() -> None:
@@ -318,7 +321,7 @@ def test_skip_layer_guidance_has_a_memory_of_its_own(kind: str) -> None:
             images = generate(pipe, **options)
         assert images.isfinite().all()
         assert not torch.equal(images, plain)
-        calls = run.report().calls
+        calls = rows_of(run)
         assert {c.branch for c in calls} == {0, 1}
         full = [[c.depth == "full" for c in calls if c.branch == branch] for branch in (0, 1)]
         # The third call begins at the second step, at which nothing of its own is cached yet.
@@ -360,7 +363,7 @@ def test_the_two_calls_of_flux_are_kept_apart() -> None:
         expected = generate(pipe, **TWO_CALLS)
     with regrow.apply(pipe, FORA(interval=2)) as run:
         assert torch.equal(generate(pipe, **TWO_CALLS), expected)
-    assert len(run.report().calls) == 2 * STEPS
+    assert len(rows_of(run)) == 2 * STEPS
 
 
 @pytest.mark.filterwarnings("ignore:the method prunes nothing")
@@ -374,7 +377,7 @@ def test_the_two_calls_of_flux_keep_blocks_apart() -> None:
     torch.testing.assert_close(ours, expected)
     assert not torch.allclose(ours, plain)
     depths = ["full", "full", "4", "4"]
-    assert [c.depth for c in run.report().calls] == [*depths * 2, *depths[:2]]
+    assert [c.depth for c in rows_of(run)] == [*depths * 2, *depths[:2]]
     with regrow.apply(pipe, DeepCache(interval=1)):
         assert torch.equal(generate(pipe, **TWO_CALLS), plain)
     assert torch.equal(generate(pipe, **TWO_CALLS), plain)
@@ -411,7 +414,7 @@ def test_bfloat16_timesteps_of_flux_are_recognised() -> None:
     pipe = transformer_pipelines.flux().to(torch.bfloat16)
     with regrow.apply(pipe, FORA(interval=2)) as run:
         generate(pipe, num_inference_steps=30)
-    assert [c.depth for c in run.report().calls] == ["full", "layers"] * 15
+    assert [c.depth for c in rows_of(run)] == ["full", "layers"] * 15
 
 
 TEXT = {
@@ -494,7 +497,7 @@ def test_adapters_set_before_a_cached_call_reach_the_texts_layers_in_the_full_on
                     adapter.set_scale("a", strength)
                 found = model(*args, **kwargs)[0]
                 clock.step()
-        assert [c.depth for c in run.report().calls] == ["full", "1", "full"]
+        assert [c.depth for c in rows_of(run)] == ["full", "1", "full"]
     with torch.no_grad():
         assert torch.equal(found, model(*args, **kwargs)[0])
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformer_pipelines
+from rows import rows_of
 from test_exactness import assert_untouched_module
 from torch import Tensor
 from transformer_pipelines import LAYERS, STEPS, TEXT
@@ -175,12 +176,12 @@ def test_a_second_denoiser_is_named_and_takes_a_method_of_its_own() -> None:
     second = regrow.apply(pipe.transformer_2, FORA(interval=2), scheduler=pipe.scheduler)
     ours = generate(pipe, num_inference_steps=8)
     assert not torch.equal(ours, plain)
-    rows = [*first.report().calls, *second.report().calls]
+    rows = [*rows_of(first), *rows_of(second)]
     assert [c.step for c in rows if c.branch == 0] == list(range(8))
-    assert [c.depth for c in first.report().calls][:4] == ["full", "full", "layers", "layers"]
+    assert [c.depth for c in rows_of(first)][:4] == ["full", "full", "layers", "layers"]
     # The second one has nothing to hand on at its first step.
-    assert second.report().calls[0].depth == "full"
-    assert {c.depth for c in second.report().calls} == {"full", "layers"}
+    assert rows_of(second)[0].depth == "full"
+    assert {c.depth for c in rows_of(second)} == {"full", "layers"}
     first.remove()
     second.remove()
     assert torch.equal(generate(pipe, num_inference_steps=8), plain)
@@ -191,7 +192,7 @@ def test_timesteps_of_each_token_are_recognised() -> None:
     pipe = transformer_pipelines.wan(expand_timesteps=True)
     with regrow.apply(pipe, FORA(interval=2)) as run:
         generate(pipe)
-    depths = [c.depth for c in run.report().calls if c.branch == 0]
+    depths = [c.depth for c in rows_of(run) if c.branch == 0]
     assert depths == ["full", "layers", "full", "layers", "full"]
 
 
@@ -205,7 +206,7 @@ def test_a_picture_goes_on(expand_timesteps: bool) -> None:
         warnings.simplefilter("error")
         with regrow.apply(pipe, DeepCache(interval=2)) as run:
             assert not torch.equal(generate(pipe, image=picture), plain)
-    depths = [c.depth for c in run.report().calls if c.branch == 0]
+    depths = [c.depth for c in rows_of(run) if c.branch == 0]
     assert depths == ["full", "1", "full", "1", "full"]
     assert torch.equal(generate(pipe, image=picture), plain)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return archive
 
 
-@pytest.fixture(autouse=True)
-def few_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def few_statistics() -> Iterator[None]:
     """Latents are normalised by a few pictures."""
-    monkeypatch.setattr(train_scenes, "STATISTICS", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_scenes, "STATISTICS", 4)
+        yield
 
 
 def train(
@@ -70,24 +73,34 @@ def train(
     return load_file(out / index["tensors"])
 
 
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """An undisturbed run, which left a model beside its folder, and its state. Not to be written to."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, train(data, folder / "run", export_to=folder / "model")
+
+
 @pytest.mark.slow
-def test_killed_and_resumed_equals_straight_and_a_model_starts_the_next(data: Path, tmp_path: Path) -> None:
-    straight = train(data, tmp_path / "straight", export_to=tmp_path / "model")
+def test_killed_and_resumed_equals_straight_and_a_model_starts_the_next(
+    data: Path, straight: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder, whole = straight
+    model = folder / "model"
     with pytest.raises(Killed):
         train(data, tmp_path / "killed", until=2 * (2 + 2 + 3) + 1)
     resumed = train(data, tmp_path / "killed")
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipe = StableDiffusionPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     assert pipe(f"small {NAMES[0]} left on blue", num_inference_steps=2).images[0].size == (128, 128)
-    assert objects_in(tmp_path / "model") == list(NAMES)
-    prompts = zoo.captions_in(tmp_path / "model")
+    assert objects_in(model) == list(NAMES)
+    prompts = zoo.captions_in(model)
     assert len(set(prompts)) == train_scenes.PROMPTS
     with pytest.raises(SystemExit, match="objects was 3, now 2"):
-        train_scenes.run(data, tmp_path / "straight", MINUTES, TINY, 2)
+        train_scenes.run(data, folder / "run", MINUTES, TINY, 2)
 
-    train(data, tmp_path / "next", start=tmp_path / "model", export_to=tmp_path / "second")
+    train(data, tmp_path / "next", start=model, export_to=tmp_path / "second")
     assert not list((tmp_path / "next").glob("vae*"))
     second = StableDiffusionPipeline.from_pretrained(tmp_path / "second")
     for name, value in pipe.vae.state_dict().items():
@@ -96,8 +109,10 @@ def test_killed_and_resumed_equals_straight_and_a_model_starts_the_next(data: Pa
     assert 0 < moved < 0.1
 
 
-def test_an_autoencoder_of_half_the_size_teaches_its_latents(data: Path, tmp_path: Path) -> None:
-    train(data, tmp_path / "first", export_to=tmp_path / "model")
+@pytest.mark.slow
+def test_an_autoencoder_of_half_the_size_teaches_its_latents(
+    data: Path, straight: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
     teacher = AutoencoderTiny(
         encoder_block_out_channels=(48, 48),
         decoder_block_out_channels=(48, 48),
@@ -107,7 +122,7 @@ def test_an_autoencoder_of_half_the_size_teaches_its_latents(data: Path, tmp_pat
         upsampling_scaling_factor=2,
         scaling_factor=1.0,
     )
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipe = StableDiffusionPipeline.from_pretrained(straight[0] / "model")
     pipe.vae = teacher
     pipe.save_pretrained(tmp_path / "half")
     train(data, tmp_path / "next", start=tmp_path / "half", export_to=tmp_path / "second")

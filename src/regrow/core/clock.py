@@ -342,7 +342,9 @@ class SchedulerClock:
             if unstepped or self._index >= self._total:
                 raise self._outside(timestep)
             return self._index
-        places = (*range(self._index, self._total), self._place) if self._values else ()
+        places: tuple[int, ...] = ()
+        if self._values:
+            places = (*range(self._index, self._total), self._place)
         for place in places if self._stepped else places[-1:]:
             if _matches(timestep, self._values[place], self._scale or 1.0):
                 return place

@@ -65,7 +65,7 @@ class Flops(TorchDispatchMode):
     """
 
     def __init__(self, also: Mapping[Any, Any] = MappingProxyType({})) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.of: Counter[str] = Counter()
         self._formulas = {**flop_registry, **also}
 
@@ -82,6 +82,10 @@ class Flops(TorchDispatchMode):
         if formula is not None:
             self.of[str(func._overloadpacket)] += formula(*args, **kwargs or {}, out_val=given)
         return given
+
+    def __enter__(self) -> Flops:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def total(self) -> int:

@@ -74,7 +74,7 @@ class KnownShapes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._gives_new: dict[Any, bool] = {}
         self._known: dict[Any, tuple[type, list[_Form]]] = {}
 

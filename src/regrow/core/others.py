@@ -67,7 +67,7 @@ def hooked_by_others(denoiser: nn.Module, names: Iterable[str]) -> str:
     for name in names:
         for path, module in denoiser.get_submodule(name).named_modules(prefix=name):
             if any(not _is_known(hook) for hook in module._forward_hooks.values()):
-                return path
+                return str(path)
     return ""
 
 
@@ -77,7 +77,7 @@ def wrapped_by_others(denoiser: nn.Module, names: Iterable[str]) -> str:
         for path, module in denoiser.get_submodule(name).named_modules(prefix=name):
             forward = module.__dict__.get("forward")
             if forward is not None and not _is_known(forward):
-                return path
+                return str(path)
     return ""
 
 

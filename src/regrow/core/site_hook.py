@@ -65,7 +65,8 @@ class SiteHook:
         if call.cut is None and site.returns not in (Returns.TOKENS, Returns.JOINT):
             call.slot.shapes[site.name] = [t.shape for t in site.tensors(out) if isinstance(t, Tensor)]
         for cut in call.store:
-            if site.name in cut.restore and not (self.decided and site.name in cut.keys):
+            # What the method decides for is kept once, below.
+            if site.name in cut.restore and not (self.decided and cut.key(site.name) == site.key):
                 self._keep(call, cut, turn, out)
         return self._kept(call, turn, out, args, kwargs) if self.decided else out
 

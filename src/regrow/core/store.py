@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,14 @@ from regrow.recover.time import TimeRecovery, Weights, cached_split
 
 Value = Any
 """A tensor, or tensors in tuples, lists and mappings; everything else in them is of the last value."""
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _uncompiled(method: Method) -> Method:
+    """Have compiled code call a method as it is: what depends on the step would be compiled for each."""
+    return cast(Method, torch.compiler.disable(method))
 
 
 @dataclass
@@ -99,7 +107,7 @@ class Store:
         """Put a value in the place of the last one of its site."""
         self._kept[key].values[-1] = value
 
-    @torch.compiler.disable
+    @_uncompiled
     def at(self, key: str, step: int, recovery: TimeRecovery) -> Value:
         """What a recovery makes of the computed values for a step.
 
@@ -113,7 +121,7 @@ class Store:
         values = history.values[-len(of_values) :]
         return combine([*values, *sums], [*of_values, *of_sums], like=values[-1])
 
-    @torch.compiler.disable
+    @_uncompiled
     def deviation(self, key: str, step: int, recovery: TimeRecovery, value: Value) -> Tensor | None:
         """How far what a recovery makes for a step is from what was computed: ``|value - made| / |value|``.
 
@@ -192,7 +200,8 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all elements together, in float32 at least."""
     wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
     norms = [torch.linalg.vector_norm(t, dtype=w) for t, w in zip(tensors, wide, strict=True)]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return whole
 
 
 def flatten(value: Value) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Value]]:

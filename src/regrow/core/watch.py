@@ -50,7 +50,7 @@ class CatchHook:
         self.key = f"{watched.name}.{projection}"
 
     def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
-        output = forward(*args, **kwargs)
+        output: Tensor = forward(*args, **kwargs)
         call, watched = self.engine.call, self.watched
         if call is not None and watched.wanted(call):
             attention: Any = watched.module

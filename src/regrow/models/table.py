@@ -115,7 +115,8 @@ class Stream:
 
     def noise_of(self, tokens: Tensor) -> Tensor:
         """The predicted noise in an output ``(B, N, D)``, which has the channels of a position together."""
-        return tokens.unflatten(2, (self.patch**2, -1))[..., : self.noise].flatten(2)
+        positions: Tensor = tokens.unflatten(2, (self.patch**2, -1))
+        return positions[..., : self.noise].flatten(2)
 
 
 class Spans(Enum):
@@ -133,7 +134,8 @@ def in_sequences(values: Tensor, spans: Spans, sequences: int) -> Tensor:
     """Values of a sample's tokens ``(B, N)``, frame by frame, as those of so many sequences ``(S, n)``."""
     if spans is Spans.PLACE:
         places = sequences // len(values)
-        return values.unflatten(1, (-1, places)).transpose(1, 2).reshape(sequences, -1)
+        frames: Tensor = values.unflatten(1, (-1, places))
+        return frames.transpose(1, 2).reshape(sequences, -1)
     return values.reshape(sequences, -1)
 
 

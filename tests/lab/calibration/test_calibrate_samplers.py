@@ -19,6 +19,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
+from rows import rows_of
 
 import regrow
 import regrow.lab.calibration.calibrate as calibrating
@@ -58,7 +59,7 @@ def test_a_plan_makes_as_few_calls_as_wished(kind: Any, changes: dict[str, Any])
     whole = len(pipe.scheduler.timesteps) if not plan.leaves_out else None
     with regrow.apply(pipe, plan) as run:
         pipe("e", num_inference_steps=plan.steps, guidance_scale=3.0, **SIZE, **plan.arguments())
-        calls = run.report().calls
+        calls = rows_of(run)
     pipe.scheduler.set_timesteps(6)
     full = sum(call.depth == "full" for call in calls)
     assert full <= len(pipe.scheduler.timesteps) / 2 + 1, (plan.tried[0].name, whole)

@@ -10,6 +10,7 @@ import pipelines
 import pytest
 import torch
 from pipelines import KINDS
+from rows import rows_of
 from slow_forecasts import drifting_error, foretold
 
 from regrow import DaTo, apply
@@ -149,7 +150,7 @@ def test_a_plan_on_a_pipeline_is_its_weighted_sum(kind: str) -> None:
     with apply(pipe, DaTo(schedule=plan.schedule())) as run, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         make(pipe, ("e f",), latents=True, **options)
-    assert [call.depth == "full" for call in run.report().calls].count(True) == 4
+    assert [call.depth == "full" for call in rows_of(run)].count(True) == 4
     seen = torch.stack(given).double()
     weights = torch.from_numpy(weight_matrix(plan.full, plan.recovery, plan.total))
     torch.testing.assert_close(weights @ seen, seen, rtol=1e-3, atol=1e-4)

@@ -10,7 +10,12 @@ from regrow.lab.measure.bench import bench
 from regrow.lab.measure.random_weights import NAMES, random_pipeline
 from regrow.lab.measure.variants import variant
 
-SMALL = {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": 8, "sample_size": 8}
+SMALL = {
+    "layers_per_block": 1,
+    "block_out_channels": (32, 32, 32, 32),
+    "attention_head_dim": 8,
+    "sample_size": 8,
+}
 SMALL_XL = SMALL | {"block_out_channels": (32, 32, 32), "transformer_layers_per_block": 1}
 PATCHES = {"num_layers": 2, "num_attention_heads": 2, "sample_size": 8}
 CHANGES = {

@@ -35,6 +35,7 @@ from diffusers import (
 )
 from PIL import Image
 from pipelines import generate
+from rows import rows_of
 from torch import Tensor
 
 import regrow
@@ -413,7 +414,7 @@ def test_the_map_counts_as_many_tokens_as_the_report(config: Any, guidance: floa
     grids = {1: Grid(12, 16), 2: Grid(6, 8)}
     pruned = {1: True, 2: getattr(config, "max_downsample", "top") == 2}
     expected = {1: 0, 2: 0}
-    for call in run.report().calls:
+    for call in rows_of(run):
         for level, grid in grids.items():
             stay = grid.tokens - (grid.pruned(call.ratio) if pruned[level] else 0)
             expected[level] += (4 if guidance > 1 else 2) * blocks[level][call.depth] * stay

@@ -3,10 +3,7 @@
 import json
 import math
 import multiprocessing
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,6 @@ from regrow.lab.search.objectives import Cost, Quality
 from regrow.lab.search.proposals import hypervolume
 from regrow.lab.search.result import to_dict
 from regrow.lab.search.search import Algorithm, AllFailedError, Budget, Economy, Known, check_economy
-from regrow.lab.workers import RayWorkers
 from regrow.schedule import FULL, Schedule
 
 
@@ -306,34 +302,6 @@ def test_stages_divide_the_budget(tmp_path: Path, budget: int, stages: tuple[int
 
 def _ratios(known: Known) -> set[float]:
     return {step.ratio for step in known.candidate.config.schedule.steps() if step.depth}
-
-
-@pytest.mark.slow
-def test_workers_of_a_cluster_find_the_same_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Its processes import the stub from the folder of the tests.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=2)))
-    found = search(tmp_path / "two", Stub())
-    with RayWorkers(Stub, 2) as workers:
-        found._workers = workers
-        assert front_of(found.run(Budget(generations=2))) == expected
-
-
-@pytest.mark.slow
-def test_search_on_workers_killed_by_the_system_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    whole = Stub()
-    expected = front_of(search(tmp_path / "one", whole).run(Budget(generations=6)))
-    script = Path(__file__).parents[2] / "helpers" / "stub.py"
-    words = [sys.executable, str(script), str(tmp_path / "two"), "5"]
-    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
-    log = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
-    assert len(log) == 5
-    rest = Stub()
-    assert front_of(search(tmp_path / "two", rest).run(Budget(generations=6))) == expected
-    assert len(rest.jobs) == len(whole.jobs) - 5
 
 
 def test_giving_up_needs_objectives_that_are_known_early() -> None:
