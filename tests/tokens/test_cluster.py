@@ -47,6 +47,20 @@ def test_k_means_is_scipys_from_the_same_beginning(rounds: int) -> None:
         np.testing.assert_array_equal(labels[b].numpy(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:One of the clusters is empty")
+@pytest.mark.parametrize("clusters", [12, 30])
+def test_clusters_without_tokens_stay_and_those_of_one_are_that_token(clusters: int) -> None:
+    """Of 20 places with one to three tokens each, so that clusters begin at the same place."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 20, 3, generator=g)[:, torch.arange(40) % 20 // (1 + torch.arange(40) % 3)]
+    labels = k_means(x, clusters, torch.Generator().manual_seed(2), 6)
+    draw = torch.rand(40, generator=torch.Generator().manual_seed(2))
+    for b in range(2):
+        begin = x[b, draw.topk(clusters).indices].double().numpy()
+        _, expected = kmeans2(x[b].double().numpy(), begin, iter=7, minit="matrix")
+        np.testing.assert_array_equal(labels[b].numpy(), expected)
+
+
 def test_k_means_finds_what_is_plainly_apart_and_takes_empty_clusters() -> None:
     x = torch.cat([torch.zeros(1, 10, 2), torch.full((1, 10, 2), 9.0)], 1)
     labels = k_means(x, 5, torch.Generator().manual_seed(0))

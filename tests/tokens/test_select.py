@@ -17,10 +17,13 @@ from regrow.tokens import select
 from regrow.tokens.grid import Grid, best_of_patch
 from regrow.tokens.select import (
     Selection,
+    Subset,
     complement,
+    flat_rows,
     most_similar,
     most_similar_nearby,
     prune_similar,
+    put_rows,
     rows_of,
     top_share,
 )
@@ -194,6 +197,24 @@ def test_rows_of_takes_each_samples_own_rows() -> None:
     rows = rows_of(x, index)
     for b in range(3):
         assert torch.equal(rows[b], x[b, index[b]])
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3), (2, 6, 3, 4)])
+def test_put_rows_writes_over_each_samples_own_rows(shape: tuple[int, ...]) -> None:
+    index = torch.tensor([[0, 5, 2], [3, 1, 4]])
+    x, new = torch.zeros(shape), torch.rand(2, 3, *shape[2:]) + 1
+    expected = x.clone()
+    for b in range(2):
+        expected[b, index[b]] = new[b]
+    put_rows(x, flat_rows(index, 6), new)
+    assert torch.equal(x, expected)
+
+
+def test_tokens_of_an_image_are_behind_all_of_its_text() -> None:
+    subset = Subset(torch.tensor([[0, 3], [1, 2]]), image=4)
+    assert subset.rows(4).tolist() == [0, 3, 4 + 1, 4 + 2]
+    assert subset.rows(6).tolist() == [0, 1, 2 + 0, 2 + 3, 6 + 0, 6 + 1, 6 + 2 + 1, 6 + 2 + 2]
+    assert subset.rows(6) is subset.rows(6)
 
 
 def test_top_share_takes_the_highest_of_each_sample() -> None:
