@@ -26,6 +26,7 @@ from regrow.tokens.select import (
     put_rows,
     rows_of,
     top_share,
+    unlike_destinations,
 )
 
 SIZES = [(8, 8), (7, 5), (4, 9), (9, 7)]
@@ -249,3 +250,17 @@ def test_exact_similarities_of_half_precision_are_those_of_float32(
     assert (index == right).float().mean() > 0.95
     torch.testing.assert_close(value, expected, rtol=0, atol=2e-3)
     assert not torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_destinations_have_the_highest_scores_and_others_are_as_low_as_they_are_similar(
+    size: tuple[int, int],
+) -> None:
+    x, grid = features.random(2, *size), Grid(*size)
+    score = unlike_destinations(x, grid, torch.Generator().manual_seed(3))
+    chance = torch.rand(grid.tokens, generator=torch.Generator().manual_seed(3))
+    base = [max(cell, key=lambda n: float(chance[n])) for cell in reference.patches(*size, 2)]
+    for b in range(2):
+        expected = -reference.cosines(x[b])[:, base].max(1).values
+        expected[base] = 2 + chance[base].double()
+        torch.testing.assert_close(score[b].double(), expected, rtol=1e-5, atol=1e-5)
