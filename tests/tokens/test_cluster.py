@@ -48,17 +48,18 @@ def test_k_means_is_scipys_from_the_same_beginning(rounds: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:One of the clusters is empty")
-@pytest.mark.parametrize("clusters", [12, 30])
-def test_clusters_without_tokens_stay_and_those_of_one_are_that_token(clusters: int) -> None:
-    """Of 20 places with one to three tokens each, so that clusters begin at the same place."""
-    g = torch.Generator().manual_seed(3)
-    x = torch.randn(2, 20, 3, generator=g)[:, torch.arange(40) % 20 // (1 + torch.arange(40) % 3)]
+@pytest.mark.parametrize(("seed", "clusters", "each"), [(3, 6, 1), (31, 6, 1), (0, 12, 2), (0, 30, 2)])
+def test_a_cluster_without_tokens_stays_and_one_of_a_single_token_moves_to_it(
+    seed: int, clusters: int, each: int
+) -> None:
+    """Of 20 places, with two tokens each so that clusters begin at the same one."""
+    places = torch.randn(1, 20, 2, generator=torch.Generator().manual_seed(seed))
+    x = places.repeat_interleave(each, 1)
     labels = k_means(x, clusters, torch.Generator().manual_seed(2), 6)
-    draw = torch.rand(40, generator=torch.Generator().manual_seed(2))
-    for b in range(2):
-        begin = x[b, draw.topk(clusters).indices].double().numpy()
-        _, expected = kmeans2(x[b].double().numpy(), begin, iter=7, minit="matrix")
-        np.testing.assert_array_equal(labels[b].numpy(), expected)
+    draw = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(2))
+    begin = x[0, draw.topk(clusters).indices].double().numpy()
+    _, expected = kmeans2(x[0].double().numpy(), begin, iter=7, minit="matrix")
+    np.testing.assert_array_equal(labels[0].numpy(), expected)
 
 
 def test_k_means_finds_what_is_plainly_apart_and_takes_empty_clusters() -> None:
