@@ -69,10 +69,12 @@ def test_a_strong_ridge_is_the_recovery_itself(order: int, last: int | None) -> 
     np.testing.assert_allclose(weight_matrix(FULL, strong, TOTAL), expected, atol=1e-6)
 
 
-def test_values_that_are_alike_share_the_weight_of_one() -> None:
-    """Their difference, which is rounding, would have a weight of a million."""
-    values = outputs(4)
-    values[1] = values[0] + 1e-7 * outputs(5)[0]
+@pytest.mark.parametrize(("apart", "later"), [(1e-7, 0), (5e-5, 10)])
+def test_values_that_are_alike_share_the_weight_of_one(apart: float, later: float) -> None:
+    """Their difference would have weights of 100,000 and more, also if later outputs have much of it."""
+    values, difference = outputs(4), outputs(5)[0]
+    values[1] = values[0] + apart * difference
+    values[5:] += later * difference
     weights = weight_matrix((0, 1, 4), fitted(gram_of(values), (0, 1, 4), ridge=0), TOTAL)[5:]
     one = weight_matrix((0, 4), fitted(gram_of(values), (0, 4), ridge=0), TOTAL)[5:]
     assert np.abs(weights).max() <= MOST_WEIGHT
