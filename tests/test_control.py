@@ -267,6 +267,13 @@ def test_the_steps_of_a_control_are_full_ones_and_those_that_it_was_given() -> N
     assert ErrorControl(given_step, bound=0.1).measured == given_step
 
 
+def test_unless_told_otherwise_2_calls_are_full_and_at_most_6_in_a_row_are_not() -> None:
+    control = ErrorControl(skip(Taylor()), budget=4)
+    assert full_steps(control, 16, 0.0) == [0, 1, 8, 15]
+    with pytest.raises(ValueError, match="must be >= 5"):
+        control.start(17)
+
+
 def test_errors_are_read_two_steps_behind_their_call() -> None:
     seen = list[tuple[int, ...]]()
 
