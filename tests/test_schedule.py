@@ -116,6 +116,7 @@ def test_depths_may_be_given_as_words() -> None:
     assert named.depth == (FULL, LAYERS, HEAD, SITES, 1000)
     assert "depth: [full, layers, head, sites, 1000]" in named.dump()
     assert [step.of_sites for step in named.steps()] == [False, True, False, True, False]
+    assert [step.full for step in named.steps()] == [True, False, False, False, False]
 
 
 GOOD = {
