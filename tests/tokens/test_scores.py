@@ -219,6 +219,10 @@ def test_page_rank_comes_to_rest_where_the_graph_leaves_it_unchanged() -> None:
         torch.testing.assert_close(own.double(), first / first.sum(), rtol=1e-4, atol=1e-6)
 
 
+def test_means_of_heads_are_called_as_in_files() -> None:
+    assert [Heads("rms"), Heads("mean")] == [Heads.ROOT_MEAN_SQUARE, Heads.MEAN]
+
+
 def test_page_rank_of_one_iteration_is_the_influence() -> None:
     query, key, bias = attention(20, 20)
     score = attention_page_rank(query, key, 1, heads=Heads.MEAN, bias=bias)
