@@ -264,3 +264,14 @@ def test_destinations_have_the_highest_scores_and_others_are_as_low_as_they_are_
         expected = -reference.cosines(x[b])[:, base].max(1).values
         expected[base] = 2 + chance[base].double()
         torch.testing.assert_close(score[b].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pruning_compares_in_half_precision_unless_told_otherwise() -> None:
+    x, grid = shared_and_own(torch.bfloat16), Grid(8, 8)
+    base = base_of(x, grid)
+    default, fast, exact = (
+        prune_similar(x, base, grid, 24, **options).source
+        for options in ({}, {"exact": False}, {"exact": True})
+    )
+    assert torch.equal(default, fast)
+    assert not torch.equal(default, exact)
