@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ from regrow.control import GROWTH, SAFETY, ErrorControl, Measured, degree_of, re
 from regrow.core.controlled import LAG, Controlled, Reading, largest
 from regrow.core.store import Store
 from regrow.methods.taylorseer import Differences
-from regrow.recover.time import Chebyshev, Reuse, Taylor, TimeRecovery
+from regrow.recover.time import MOST_ORDER, Chebyshev, Fitted, FittedStep, Reuse, Taylor, TimeRecovery
 from regrow.schedule import FULL, Step
 
 ERRORS = st.one_of(st.floats(0, 1e6), st.sampled_from([0.0, 1e-320, 1e300, math.inf, math.nan]))
@@ -104,6 +105,22 @@ def test_distances_within_a_budget_are_as_the_mean_density_to_the_newest() -> No
     assert spread([], 30, 6) == 5
     # Errors of another degree do not count.
     assert spread([Measured(4, 100.0, 0), Measured(4, 0.16, 1)], 30, 6) == 5
+    # Half the distance and half the root of the error: the same density.
+    assert spread([*even, Measured(2, 0.04, 1)], 30, 6) == 5
+    # Without any error the mean is as dense as the newest; beside some, no error is as thin as can be.
+    assert spread([Measured(4, 0.0, 1)] * 2, 30, 6) == 5
+    assert spread([*even, Measured(4, 0.0, 1)], 30, 6) == 30
+    # The least distance is 1.
+    assert spread([*even, Measured(4, 1e9, 1)], 6, 6) == 1
+    assert spread([], 5, 20) == 1
+
+
+def test_nothing_is_reached_under_no_bound_or_after_no_number() -> None:
+    assert reach(Measured(3, 0.0, 1), 0.0, 9) == 0
+    assert reach(Measured(3, math.nan, 1), 0.1, 9) == 0
+    assert reach(Measured(3, math.inf, 1), 0.1, 9) == 0
+    # Without an error it grows as far as it may.
+    assert reach(Measured(3, 0.0, 1), 0.1, 9) == GROWTH * 3
 
 
 @given(data=st.data(), order=st.integers(1, 4))
@@ -116,6 +133,15 @@ def test_the_degree_is_that_of_the_polynomials_that_are_continued(data: st.DataO
     assert degree_of(Differences(order=order), [0, 1, 2, 3, 4], 6, 80) == 1
     assert degree_of(Reuse(), times, t, 80) == 0
     assert len(times) == 1 or degree_of(Chebyshev(), times, t, 80) == 0
+
+
+@pytest.mark.parametrize(
+    ("order", "values", "t"),
+    [(MOST_ORDER - 1, 9, 9), (MOST_ORDER, 10, 10), (4, 5, 60), (MOST_ORDER, 9, 20)],
+)
+def test_the_degree_of_high_orders_and_far_forecasts_is_their_own(order: int, values: int, t: int) -> None:
+    """Weights of thousands, whose rounding is no error."""
+    assert degree_of(Taylor(order=order), range(values), t, 80) == order
 
 
 def test_a_step_has_the_largest_error_of_its_branches() -> None:
@@ -200,6 +226,54 @@ def test_an_error_that_is_no_number_makes_the_next_call_full(
     assert bound or known + LAG >= total or full[known + LAG] or sum(full[: known + LAG]) >= total // 2 + 1
 
 
+def full_steps(control: ErrorControl, total: int, error: float) -> list[int]:
+    return [index for index, one in enumerate(steps_of(control, total, 0, lambda *_: error)) if one]
+
+
+def test_a_reach_grows_from_the_distance_that_was_measured() -> None:
+    """Without errors each is twice the newest distance known; a reach of 2 is full again after 3."""
+    control = ErrorControl(skip(Taylor()), bound=0.1, longest=60)
+    assert full_steps(control, 40, 0.0) == [0, 1, 2, 5, 12, 27, 39]
+
+
+def test_a_bound_of_1_may_be_kept() -> None:
+    """Half of it reaches ``0.9 sqrt(2)`` times as far."""
+    assert full_steps(ErrorControl(skip(Taylor()), bound=1.0), 12, 0.5) == [0, 1, 2, 4, 7, 11]
+
+
+@pytest.mark.parametrize(
+    ("total", "longest", "least"),
+    # Of 2 and 10 others, and of 2 and 9.
+    [(12, 3, 5), (12, 4, 4), (12, 9, 3), (11, 3, 5), (11, 2, 5)],
+)
+def test_the_least_budget_is_that_of_the_longest_distances(total: int, longest: int, least: int) -> None:
+    control = ErrorControl(skip(Taylor()), budget=least, longest=longest)
+    assert len(full_steps(control, total, 0.1)) == least
+    with pytest.raises(ValueError, match=f"it must be >= {least}$"):
+        replace(control, budget=least - 1).start(total)
+
+
+def test_what_is_left_of_a_budget_just_lasts() -> None:
+    plan = ErrorControl(skip(Taylor()), budget=3, longest=2, first=1).resample(6)
+    assert [i for i, depth in enumerate(plan.depth) if depth == FULL] == [0, 2, 5]
+
+
+def test_the_steps_of_a_control_are_full_ones_and_those_that_it_was_given() -> None:
+    given_step, full = skip(Taylor()), Step(FULL, 0.0, Taylor())
+    assert ErrorControl(given_step, bound=0.1).kinds() == {full, given_step}
+    assert ErrorControl(given_step, bound=1.0).kinds() == {full, given_step}
+    assert ErrorControl(given_step, budget=4).kinds() == {full, given_step}
+    assert ErrorControl(given_step, bound=0.0).kinds() == {full}
+    assert ErrorControl(given_step, bound=0.1).measured == given_step
+
+
+def test_unless_told_otherwise_2_calls_are_full_and_at_most_6_in_a_row_are_not() -> None:
+    control = ErrorControl(skip(Taylor()), budget=4)
+    assert full_steps(control, 16, 0.0) == [0, 1, 8, 15]
+    with pytest.raises(ValueError, match="must be >= 5"):
+        control.start(17)
+
+
 def test_errors_are_read_two_steps_behind_their_call() -> None:
     seen = list[tuple[int, ...]]()
 
@@ -269,5 +343,24 @@ def test_with_nothing_measured_a_budget_is_spread_evenly(calls: int, budget: int
     assert max(gaps) - min(gaps) <= 1
 
 
+OF_ONE_VALUE = FittedStep(step=2, sources=(1,), weights=(1.0,))
+
+
+@pytest.mark.parametrize(
+    ("recovery", "begin", "first"),
+    [(Taylor(), 0, 1), (Taylor(), 1, 2), (Reuse(), 1, 1), (Fitted(total=13, steps=(OF_ONE_VALUE,)), 1, 1)],
+)
+def test_only_a_late_run_of_a_forecast_needs_a_second_value(
+    recovery: TimeRecovery, begin: int, first: int
+) -> None:
+    control = ErrorControl(skip(recovery), budget=4, first=1, longest=20)
+    assert steps_of(control, begin + 12, begin)[:3] == [True] * first + [False] * (3 - first)
+
+
 def test_a_bound_with_nothing_measured_is_full() -> None:
-    assert set(ErrorControl(skip(Taylor()), bound=0.1).resample(20).depth) == {FULL}
+    plan = ErrorControl(skip(Taylor()), bound=0.1)
+    assert set(plan.resample(20).depth) == {FULL}
+    assert plan.resample(20).name == "controlled"
+    assert plan.resample(1).depth == (FULL,)
+    with pytest.raises(ValueError, match="calls: 0 is not allowed"):
+        plan.resample(0)

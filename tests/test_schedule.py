@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from regrow import ATEDM, FULL, Schedule, ScheduleError, ToCa
 from regrow.core.recipe import recipe_of
 from regrow.recover.time import REUSE, Chebyshev, Taylor, TimeRecovery
-from regrow.schedule import After, Both, Spaced, Step, used_recoveries
+from regrow.schedule import HEAD, LAYERS, SITES, After, Both, Spaced, Step, used_recoveries
 
 depths = st.one_of(st.just(FULL), st.integers(0, 4))
 ratios = st.floats(0, 0.99)
@@ -43,13 +43,60 @@ def test_files_give_back_what_was_written(schedule: Schedule, name: str, note: s
         assert json.loads(text)["version"] == 2
 
 
+AS_YAML = """\
+format: regrow-schedule
+version: 2
+name: three
+note: ''
+depth: [full, 1, 0]
+ratio: [0.0, 0.5, 0.25]
+"""
+AS_JSON = """\
+{
+ "format": "regrow-schedule",
+ "version": 2,
+ "name": "three",
+ "note": "",
+ "depth": [
+  "full",
+  1,
+  0
+ ],
+ "ratio": [
+  0.0,
+  0.5,
+  0.25
+ ]
+}
+"""
+
+
+def test_a_file_is_short_and_in_the_order_of_the_fields() -> None:
+    schedule = Schedule(depth=(FULL, 1, 0), ratio=(0.0, 0.5, 0.25), name="three")
+    assert schedule.dump() == AS_YAML
+    assert schedule.dump(as_json=True) == AS_JSON
+    line = schedule.with_recovery(Taylor(order=2))
+    assert line.dump() == AS_YAML + "recovery: {kind: taylor, order: 2}\n"
+    assert Schedule.parse(line.dump()) == line
+    each = Schedule(depth=(FULL, 1), ratio=(0.0, 0.5), recovery=(REUSE, Taylor(order=2)))
+    assert each.dump().endswith("recovery:\n- {kind: reuse}\n- {kind: taylor, order: 2}\n")
+    assert Schedule.parse(each.dump()) == each
+
+
+def test_characters_that_json_writes_as_two_are_joined_and_halves_are_replaced() -> None:
+    schedule = Schedule.constant(name="\N{GRINNING FACE}")
+    assert Schedule.parse(schedule.dump(as_json=True)) == schedule
+    half = Schedule.parse('{"depth": ["full"], "ratio": [0], "name": "half \\ud83d"}')
+    assert half.name == "half \N{REPLACEMENT CHARACTER}"
+
+
 @pytest.mark.parametrize("name", ["plan.yaml", "plan.json"])
 def test_saving_and_loading_go_by_the_name(tmp_path: Path, name: str) -> None:
     schedule = Schedule(depth=(FULL, 1, 0), ratio=(0.0, 0.5, 0.25), name="three", note="ümlaut")
     schedule.save(tmp_path / name)
     assert Schedule.load(tmp_path / name) == schedule
     assert Schedule.load(str(tmp_path / name)) == schedule
-    assert "full" in (tmp_path / name).read_text()
+    assert (tmp_path / name).read_text(encoding="utf-8") == schedule.dump(as_json=name == "plan.json")
 
 
 def test_a_file_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
@@ -57,8 +104,19 @@ def test_a_file_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
         Schedule.load(tmp_path / "nothing.yaml")
 
 
-def test_depths_may_be_given_as_the_word_full() -> None:
+def test_a_file_that_can_not_be_read_as_text_is_a_schedule_error(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_bytes(b"depth: \xff")
+    with pytest.raises(ScheduleError, match=r"plan\.yaml"):
+        Schedule.load(tmp_path / "plan.yaml")
+
+
+def test_depths_may_be_given_as_words() -> None:
     assert Schedule(depth=("full", 1), ratio=(0, 0)).depth == (FULL, 1)
+    named = Schedule(depth=("full", "layers", "head", "sites", 1000), ratio=(0,) * 5)
+    assert named.depth == (FULL, LAYERS, HEAD, SITES, 1000)
+    assert "depth: [full, layers, head, sites, 1000]" in named.dump()
+    assert [step.of_sites for step in named.steps()] == [False, True, False, True, False]
+    assert [step.full for step in named.steps()] == [True, False, False, False, False]
 
 
 GOOD = {
@@ -138,6 +196,9 @@ def test_entries_on_lines_of_their_own_are_named_by_their_line() -> None:
         ["plan.yaml:4", "depth.2"],
         ["plan.yaml:7", "ratio.1"],
     ]
+    text = "depth: [full]\nratio: [0]\nrecovery:\n- kind: taylor\n  order: 99\n"
+    with pytest.raises(ScheduleError, match=r"^plan.yaml:5: recovery.0.order: 99 is not allowed"):
+        Schedule.parse(text, "plan.yaml")
 
 
 def test_of_many_errors_the_first_are_shown_and_the_others_counted() -> None:
@@ -146,11 +207,23 @@ def test_of_many_errors_the_first_are_shown_and_the_others_counted() -> None:
     lines = str(error.value).splitlines()
     assert [line.split(": ")[1] for line in lines[:-1]] == [f"depth.{i}" for i in range(4)]
     assert lines[-1] == "plan.yaml: and 2 more"
+    with pytest.raises(ScheduleError) as error:
+        Schedule.parse("depth: [-1, -2, -3, -4]\nratio: [0, 0, 0, 0]\n", "plan.yaml")
+    assert str(error.value).count("\n") == 3
 
 
 def test_lists_of_other_lengths_are_refused_with_both() -> None:
     with pytest.raises(ScheduleError, match=r"^plan.yaml:\d+: .*ratio.*2 entries.*depth has 3"):
         Schedule.parse("depth: [full, 1, 0]\nratio: [0, 0]\n", "plan.yaml")
+    with pytest.raises(ScheduleError, match=r"^plan.yaml:\d+: recovery: 2 entries.*depth has 3"):
+        Schedule.parse("depth: [full, 1, 0]\nratio: [0, 0, 0]\nrecovery: [reuse, taylor]\n", "plan.yaml")
+
+
+def test_version_1_has_no_recovery() -> None:
+    text = "version: 1\ndepth: [full, 1]\nratio: [0, 0]\n"
+    assert Schedule.parse(text) == Schedule(depth=(FULL, 1), ratio=(0, 0))
+    with pytest.raises(ScheduleError, match="recovery: it is not allowed in version 1"):
+        Schedule.parse(text + "recovery: taylor\n")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +374,30 @@ def test_doubling_a_plan_makes_every_call_two() -> None:
     assert doubled.ratio == tuple(sorted(schedule.ratio * 2))
 
 
+@pytest.mark.parametrize(
+    ("depth", "calls", "wanted"),
+    [
+        # The share of full calls rounds to none: one of the others makes room for the first.
+        ((FULL, *(1,) * 9), 2, (FULL, 1)),
+        ((FULL, *(1,) * 3, *(0,) * 6), 3, (FULL, 1, 0)),
+        # 3.5, 2.1 and 1.4 calls: the largest remainder gets the one that is left.
+        ((FULL,) * 5 + (1,) * 3 + (0,) * 2, 7, (FULL,) * 4 + (1,) * 2 + (0,)),
+    ],
+)
+def test_shares_are_rounded_to_whole_calls(
+    depth: tuple[int, ...], calls: int, wanted: tuple[int, ...]
+) -> None:
+    assert Schedule(depth=depth, ratio=(0.0,) * len(depth)).resample(calls).depth == wanted
+
+
+def test_the_first_full_call_comes_first_from_wherever_it_is() -> None:
+    schedule = Schedule(depth=(FULL, 1, 1, FULL), ratio=(0.0, 0.1, 0.2, 0.3)).resample(2)
+    assert (schedule.depth, schedule.ratio) == ((FULL, 1), (0.3, 0.2))
+
+
 def test_a_call_keeps_its_recovery_in_a_run_of_another_length() -> None:
+    two = Schedule(depth=(FULL, 1), ratio=(0.0, 0.1), recovery=(REUSE, Taylor()))
+    assert two.resample(4).recovery == (REUSE, REUSE, Taylor(), Taylor())
     recoveries = (REUSE, Taylor(order=1), Taylor(order=2), Chebyshev())
     schedule = Schedule(depth=(FULL, 1, 0, 1), ratio=(0.0, 0.1, 0.2, 0.3), recovery=recoveries)
     of_ratio = dict(zip(schedule.ratio, recoveries, strict=True))
@@ -342,6 +438,7 @@ def test_a_full_call_every_few_calls() -> None:
     schedule = Schedule.every(3, 7, depth=2, ratio=0.5)
     assert schedule.depth == (FULL, 2, 2, FULL, 2, 2, FULL)
     assert schedule.ratio == (0.5,) * 7
+    assert schedule.name == "every 3"
     assert Schedule.every(1, 4).depth == (FULL,) * 4
     assert Schedule.every(5, 3).depth == (FULL, 1, 1)
     with pytest.raises(ValueError, match=r"interval: 0 .*>= 1"):
@@ -353,6 +450,8 @@ def test_a_constant_plan_is_full_at_any_length() -> None:
     assert schedule.resample(51).depth == (FULL,) * 51
     assert schedule.resample(51).ratio == (0.3,) * 51
     assert schedule.max_ratio == 0.3
+    assert Schedule(depth=(FULL,) * 3, ratio=(0.1, 0.7, 0.2)).max_ratio == 0.7
+    assert Schedule.constant() == Schedule(depth=(FULL,), ratio=(0.0,))
 
 
 @pytest.mark.parametrize("name", ["dato-b1", "dato-b1-released", "dato-fast"])
@@ -372,6 +471,11 @@ def test_full_calls_are_spaced_evenly_or_where_a_method_puts_them() -> None:
     ends = Spaced(3, 1, full=lambda calls: {0, calls - 1})
     assert ends.resample(5).depth == (FULL, 1, 1, 1, FULL)
     assert ends.kinds() == {Step(FULL, 0.0), Step(1, 0.0)}
+    assert Spaced(2, 1, full=lambda calls: {0, 1}).resample(4).depth == (FULL, FULL, 1, 1)
+    assert Spaced(3, 1).resample(5).name == "1:3"
+    assert Spaced(3, 1).resample(1).depth == (FULL,)
+    with pytest.raises(ValueError, match=r"calls: 0 .*>= 1"):
+        Spaced(3, 1).resample(0)
     every = Spaced(1, 1, full=lambda calls: {0})
     assert every.resample(3).depth == (FULL,) * 3
     assert every.kinds() == {Step(FULL, 0.0)}
@@ -397,6 +501,8 @@ def test_a_plan_after_full_calls_keeps_its_own_places() -> None:
     resampled = plan.resample(6)
     assert resampled.depth == (FULL, FULL, FULL, 1, FULL, 1)
     assert resampled.ratio == (0.0, 0.0, 0.0, 0.5, 0.5, 0.5)
+    assert resampled.name == "1:2 from 3"
+    assert After(3, Schedule.constant(0.5)).resample(6).name == "from 3"
     assert plan.resample(2).depth == (FULL, FULL)
     assert plan.kinds() == {Step(FULL, 0.0), Step(FULL, 0.5), Step(1, 0.5)}
     with pytest.raises(ValueError, match="calls: 0"):
@@ -411,6 +517,7 @@ def test_plans_tell_for_how_many_calls_they_are() -> None:
     assert Spaced(5, 1).calls is None
     assert After(2, uneven).calls == 3
     assert Both(Spaced(5, 1), uneven).calls == 3
+    assert Both(Schedule.every(2, 5), uneven).calls == Both(uneven, Schedule.every(2, 5)).calls == 5
     assert Both(Spaced(5, 1), Schedule.constant()).calls is None
     assert recipe_of(ATEDM()).plan.calls is None
     assert recipe_of(ToCa()).plan.calls is None

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regrow.recover.fit import decibels, fitted, offline_error, weight_matrix
+from regrow.fields import MOST_WEIGHT
+from regrow.recover.fit import decibels, fitted, least_squares, offline_error, weight_matrix
 from regrow.recover.time import Chebyshev, Reuse, Taylor
 
 TOTAL, ELEMENTS = 12, 300
@@ -56,12 +57,29 @@ def test_ridge_pulls_towards_a_recovery(towards: Taylor | None) -> None:
         wanted = torch.cat([values[step], strength * prior])
         slow = torch.linalg.lstsq(rows, wanted.unsqueeze(1)).solution[:, 0]
         np.testing.assert_allclose(weights[step][sources], slow.numpy(), atol=1e-9)
+        if towards is None:
+            alone = least_squares(gram, sources, [step], ridge=ridge)
+            np.testing.assert_allclose(alone[:, 0], slow.numpy(), atol=1e-9)
 
 
-def test_a_strong_ridge_is_the_recovery_itself() -> None:
-    strong = fitted(gram_of(outputs()), FULL, towards=Taylor(order=2), ridge=1e9)
-    expected = weight_matrix(FULL, Taylor(order=2), TOTAL)
+@pytest.mark.parametrize(("order", "last"), [(2, None), (2, 3), (1, 2)])
+def test_a_strong_ridge_is_the_recovery_itself(order: int, last: int | None) -> None:
+    strong = fitted(gram_of(outputs()), FULL, last=last, towards=Taylor(order=order), ridge=1e9)
+    expected = weight_matrix(FULL, Taylor(order=order), TOTAL)
     np.testing.assert_allclose(weight_matrix(FULL, strong, TOTAL), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("apart", "later"), [(1e-7, 0), (5e-5, 10)])
+def test_values_that_are_alike_share_the_weight_of_one(apart: float, later: float) -> None:
+    """Their difference would have weights of 100,000 and more, also if later outputs have much of it."""
+    values, difference = outputs(4), outputs(5)[0]
+    values[1] = values[0] + apart * difference
+    values[5:] += later * difference
+    weights = weight_matrix((0, 1, 4), fitted(gram_of(values), (0, 1, 4), ridge=0), TOTAL)[5:]
+    one = weight_matrix((0, 4), fitted(gram_of(values), (0, 4), ridge=0), TOTAL)[5:]
+    assert np.abs(weights).max() <= MOST_WEIGHT
+    np.testing.assert_allclose(weights[:, 0] + weights[:, 1], one[:, 0], atol=1e-3)
+    np.testing.assert_allclose(weights[:, 4], one[:, 4], atol=1e-3)
 
 
 def test_outputs_that_lie_in_those_computed_are_met_exactly() -> None:
@@ -109,6 +127,8 @@ def test_decibels() -> None:
 def test_computed_steps_that_cannot_be(full: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"full: .* must ascend from 0 and be below 12"):
         fitted(np.eye(TOTAL), full)
+    with pytest.raises(ValueError, match=r"full: .* must ascend from 0 and be below 12"):
+        weight_matrix(full, Reuse(), TOTAL)
 
 
 def test_at_least_one_value() -> None:

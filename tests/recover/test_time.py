@@ -165,6 +165,8 @@ def test_the_basis_is_of_the_runs_own_length() -> None:
     assert Chebyshev(degree=2).basis(0, 20) == pytest.approx((1, -1, 1))
     assert Chebyshev(degree=2).basis(10, 20) == pytest.approx((1, 0, -1))
     assert Chebyshev(degree=3).basis(15, 20) == pytest.approx((1, 0.5, -0.5, -1))
+    # Behind the last step it stays as it is there.
+    assert Chebyshev(degree=2).basis(21, 20) == Chebyshev(degree=2).basis(20, 20) == (1, 1, 1)
 
 
 def fitted(total: int = 6) -> Fitted:
@@ -183,6 +185,7 @@ def test_fitted_weights_are_those_of_their_steps() -> None:
     assert fitted().weights((0, 1, 3), 4, 6) == (0.25, 0.0, 0.75)
     assert fitted().weights((0, 1, 3), 5, 6) == (0.1, 0.2, 0.7)
     assert fitted().window == 3
+    assert Fitted(total=6, steps=()).window == 2, "for the line"
     assert fitted().split((0, 1, 3), 4, 6) == ((), (0.25, 0.0, 0.75))
 
 
@@ -245,6 +248,7 @@ NEAREST = FittedStep(step=3, sources=(2,), weights=(1.0,))
         (Fitted(total=TOTAL, steps=(NEAREST,)), (1, 2), "fitted"),
         (Fitted(total=TOTAL, steps=(NEAREST,)), (0, 1), "taylor(1)"),
         (Fitted(total=TOTAL, steps=(NEAREST,)), (1,), "reuse"),
+        (Fitted(total=TOTAL + 1, steps=(NEAREST,)), (0, 1, 2), "taylor(1)"),
     ],
 )
 def test_reports_name_what_a_value_was_made_with(
@@ -351,6 +355,8 @@ def test_older_values_than_the_window_have_no_weight(
     weights = recovery.weights(times, t, TOTAL)
     assert not any(weights[: -recovery.window])
     assert recovery.split(times, t, TOTAL) == ((), weights[-recovery.window :])
+    assert recovery.basis(t, TOTAL) == ()
+    assert recovery.knows(times, t, TOTAL)
     assert cached_split(recovery, tuple(times), t, TOTAL) == recovery.split(times, t, TOTAL)
 
 
@@ -372,6 +378,10 @@ class Spaced(TimeRecovery):
 
 class Named(TimeRecovery):
     kind: Literal["named"] = "named"
+
+
+class AlsoReuse(TimeRecovery):
+    kind: Literal["reuse"] = "reuse"
 
 
 @pytest.mark.parametrize("kind", [Nameless, Unset, Free])
@@ -399,6 +409,11 @@ def test_a_recovery_is_labelled_by_what_makes_it(name: str, label: str) -> None:
     assert recovery_from(label) == recovery_from(name)
 
 
+def test_an_order_of_thousands_of_digits_is_refused_as_any_other() -> None:
+    with pytest.raises(ValidationError, match="order"):
+        recovery_from("taylor" + "9" * 5000)
+
+
 def test_a_recovery_without_an_order_is_given_none() -> None:
     with pytest.raises(ValueError, match="it must be 'reuse', which has no order"):
         recovery_from("reuse2")
@@ -407,5 +422,15 @@ def test_a_recovery_without_an_order_is_given_none() -> None:
 def test_a_recovery_is_known_by_its_kind() -> None:
     with pytest.raises(ValueError, match="kind: 'a b' is not allowed, it must be of letters from a to z"):
         register_recovery(Spaced)
+    with pytest.raises(ValueError, match="kind: 'reuse' is not allowed, Reuse has that name"):
+        register_recovery(AlsoReuse)
+    assert type(recovery_from("reuse")) is type(REUSE)
     assert register_recovery(Named) is Named
     assert recovery_from("named") == Named()
+
+
+def test_a_recovery_is_made_from_its_fields() -> None:
+    assert recovery_from({"kind": "taylor", "order": 3}) == Taylor(order=3)
+    for fields in ({"order": 3}, {"kind": "tailor", "order": 3}):
+        with pytest.raises(ValueError, match="it must be a recovery"):
+            recovery_from(fields)

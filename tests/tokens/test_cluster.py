@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,9 @@ from hypothesis import strategies as st
 from scipy.cluster.vq import kmeans2
 
 from regrow.tokens.cluster import (
+    Algorithm,
+    Clusters,
+    choose_by_clusters,
     k_means,
     neighbours,
     pool_clusters,
@@ -45,6 +50,48 @@ def test_k_means_is_scipys_from_the_same_beginning(rounds: int) -> None:
         begin = x[b, draw.topk(4).indices].double().numpy()
         _, expected = kmeans2(x[b].double().numpy(), begin, iter=rounds + 1, minit="matrix")
         np.testing.assert_array_equal(labels[b].numpy(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:One of the clusters is empty")
+@pytest.mark.parametrize(("seed", "clusters", "each"), [(3, 6, 1), (31, 6, 1), (0, 12, 2), (0, 30, 2)])
+def test_a_cluster_without_tokens_stays_and_one_of_a_single_token_moves_to_it(
+    seed: int, clusters: int, each: int
+) -> None:
+    """Of 20 places, with two tokens each so that clusters begin at the same one."""
+    places = torch.randn(1, 20, 2, generator=torch.Generator().manual_seed(seed))
+    x = places.repeat_interleave(each, 1)
+    labels = k_means(x, clusters, torch.Generator().manual_seed(2), 6)
+    draw = torch.rand(x.shape[1], generator=torch.Generator().manual_seed(2))
+    begin = x[0, draw.topk(clusters).indices].double().numpy()
+    _, expected = kmeans2(x[0].double().numpy(), begin, iter=7, minit="matrix")
+    np.testing.assert_array_equal(labels[0].numpy(), expected)
+
+
+def test_k_means_makes_ten_rounds_unless_told_otherwise() -> None:
+    x = torch.randn(1, 2000, 2, generator=torch.Generator().manual_seed(1))
+    ten, eleven = (k_means(x, 20, torch.Generator().manual_seed(2), rounds) for rounds in (10, 11))
+    assert torch.equal(k_means(x, 20, torch.Generator().manual_seed(2)), ten)
+    assert not torch.equal(ten, eleven)
+
+
+def test_a_choice_is_as_printed_by_a_quarter_unless_told_otherwise() -> None:
+    grid, g = Grid(6, 8), torch.Generator().manual_seed(1)
+    difference, staleness = 0.3 * torch.randn(2, 48, 4, generator=g), torch.rand(2, 48, generator=g)
+    clusters = Clusters.of(difference, grid, 12, g)
+
+    def choice(**options: Any) -> list[list[int]]:
+        found = choose_by_clusters(difference, staleness, clusters, grid, 40, **options)
+        return found.sort(1).values.tolist()
+
+    said = {"algorithm": Algorithm.PRINTED, "scale": 1.0, "share": 0.25, "balance": 0.0, "begins": False}
+    assert choice() == choice(**said)
+    others = {"algorithm": Algorithm.RELEASED, "scale": 2.0, "share": 0.5, "balance": 1.0, "begins": True}
+    for name, other in others.items():
+        assert choice() != choice(**{name: other}), name
+
+
+def test_algorithms_are_called_as_in_files() -> None:
+    assert [Algorithm("printed"), Algorithm("released")] == [Algorithm.PRINTED, Algorithm.RELEASED]
 
 
 def test_k_means_finds_what_is_plainly_apart_and_takes_empty_clusters() -> None:

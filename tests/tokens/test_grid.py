@@ -33,7 +33,7 @@ def test_patches_are_those_of_the_reference(grid: Grid) -> None:
 
 
 @given(grids)
-def test_surrounding_patches_are_the_neighbours_in_both_directions(grid: Grid) -> None:
+def test_surrounding_patches_are_the_neighbours_in_both_directions_row_by_row(grid: Grid) -> None:
     columns = math.ceil(grid.width / grid.patch)
     for p, around in enumerate(surrounding_patches(grid).tolist()):
         expected = {
@@ -43,7 +43,7 @@ def test_surrounding_patches_are_the_neighbours_in_both_directions(grid: Grid) -
         }
         inside = [q for q in around if q >= 0]
         assert len(around) == 9
-        assert sorted(inside) == sorted(expected)
+        assert inside == sorted(expected)
 
 
 @given(grids, st.integers(1, 3), st.integers(0, 2**31), st.booleans())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import features
 import pytest
@@ -18,6 +18,7 @@ from regrow.tokens.scores import (
     attention_influence,
     attention_page_rank,
     diff_score,
+    inverse_norm,
     most_attended,
     noise,
     random_score,
@@ -49,6 +50,12 @@ def test_sim_score_in_bfloat16_is_within_its_precision(make: Callable[..., Tenso
 def test_sim_score_does_not_depend_on_the_scale(scale: float) -> None:
     x = features.random(1, 6, 6)
     torch.testing.assert_close(sim_score(scale * x), sim_score(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_of_zeros_has_no_part_in_any_similarity() -> None:
+    x = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]])
+    torch.testing.assert_close(inverse_norm(x), torch.tensor([[0.2, 0.0]]))
+    torch.testing.assert_close(sim_score(x), torch.tensor([[1.0, 0.0]]))
 
 
 @pytest.mark.parametrize("grid", [(8, 10), (4, 5), (3, 4), (2, 3)])
@@ -142,6 +149,38 @@ def test_no_more_weights_are_held_at_once_than_allowed(monkeypatch: pytest.Monke
     blocks = list(scores._attention_weights(query, key, None))
     assert [block.shape for block in blocks] == [(2, 3, 9, 7), (2, 3, 1, 7)]
 
+    monkeypatch.setattr(scores, "WEIGHTS", 1)
+    assert [block.shape for block in scores._attention_weights(query, key, None)] == [(2, 3, 1, 7)] * 10
+
+
+@pytest.mark.parametrize(
+    ("weights", "held", "heads"),
+    [
+        # Maps of 2 heads at once, or of 1, are kept for all iterations; larger ones are made in each again.
+        (900, 800, [2, 1]),
+        (900, 799, [2, 2, 2, 1]),
+        (900, 399, [2, 2, 2, 1, 1, 1]),
+        (399, 400, [1, 1, 1]),
+        (399, 399, [1] * 9),
+        (1 << 24, 1 << 26, [3]),
+    ],
+)
+def test_page_rank_holds_no_more_weights_and_no_larger_maps_than_allowed(
+    monkeypatch: pytest.MonkeyPatch, weights: int, held: int, heads: list[int]
+) -> None:
+    monkeypatch.setattr(scores, "WEIGHTS", weights)
+    monkeypatch.setattr(scores, "MAP", held)
+    made, whole = [], scores._attention_weights
+
+    def watched(query: Tensor, key: Tensor, bias: Tensor | None) -> Iterator[Tensor]:
+        made.append(query.shape[:2])
+        return whole(query, key, bias)
+
+    monkeypatch.setattr(scores, "_attention_weights", watched)
+    query, key, _ = attention(20, 20)
+    attention_page_rank(query, key, 3)
+    assert made == [(1, count) for count in heads] * 2
+
 
 def test_masked_keys_have_no_part_in_the_entropy() -> None:
     query, key, _ = attention(20, 30)
@@ -178,6 +217,10 @@ def test_page_rank_comes_to_rest_where_the_graph_leaves_it_unchanged() -> None:
         values, vectors = torch.linalg.eig(map_.T)
         first = vectors[:, values.real.argmax()].real
         torch.testing.assert_close(own.double(), first / first.sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_means_of_heads_are_called_as_in_files() -> None:
+    assert [Heads("rms"), Heads("mean")] == [Heads.ROOT_MEAN_SQUARE, Heads.MEAN]
 
 
 def test_page_rank_of_one_iteration_is_the_influence() -> None:

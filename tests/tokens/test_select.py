@@ -17,12 +17,16 @@ from regrow.tokens import select
 from regrow.tokens.grid import Grid, best_of_patch
 from regrow.tokens.select import (
     Selection,
+    Subset,
     complement,
+    flat_rows,
     most_similar,
     most_similar_nearby,
     prune_similar,
+    put_rows,
     rows_of,
     top_share,
+    unlike_destinations,
 )
 
 SIZES = [(8, 8), (7, 5), (4, 9), (9, 7)]
@@ -196,6 +200,24 @@ def test_rows_of_takes_each_samples_own_rows() -> None:
         assert torch.equal(rows[b], x[b, index[b]])
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 3), (2, 6, 3, 4)])
+def test_put_rows_writes_over_each_samples_own_rows(shape: tuple[int, ...]) -> None:
+    index = torch.tensor([[0, 5, 2], [3, 1, 4]])
+    x, new = torch.zeros(shape), torch.rand(2, 3, *shape[2:]) + 1
+    expected = x.clone()
+    for b in range(2):
+        expected[b, index[b]] = new[b]
+    put_rows(x, flat_rows(index, 6), new)
+    assert torch.equal(x, expected)
+
+
+def test_tokens_of_an_image_are_behind_all_of_its_text() -> None:
+    subset = Subset(torch.tensor([[0, 3], [1, 2]]), image=4)
+    assert subset.rows(4).tolist() == [0, 3, 4 + 1, 4 + 2]
+    assert subset.rows(6).tolist() == [0, 1, 2 + 0, 2 + 3, 6 + 0, 6 + 1, 6 + 2 + 1, 6 + 2 + 2]
+    assert subset.rows(6) is subset.rows(6)
+
+
 def test_top_share_takes_the_highest_of_each_sample() -> None:
     score = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     for row, chosen in zip(score, top_share(score, 6), strict=True):
@@ -228,3 +250,28 @@ def test_exact_similarities_of_half_precision_are_those_of_float32(
     assert (index == right).float().mean() > 0.95
     torch.testing.assert_close(value, expected, rtol=0, atol=2e-3)
     assert not torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_destinations_have_the_highest_scores_and_others_are_as_low_as_they_are_similar(
+    size: tuple[int, int],
+) -> None:
+    x, grid = features.random(2, *size), Grid(*size)
+    score = unlike_destinations(x, grid, torch.Generator().manual_seed(3))
+    chance = torch.rand(grid.tokens, generator=torch.Generator().manual_seed(3))
+    base = [max(cell, key=lambda n: float(chance[n])) for cell in reference.patches(*size, 2)]
+    for b in range(2):
+        expected = -reference.cosines(x[b])[:, base].max(1).values
+        expected[base] = 2 + chance[base].double()
+        torch.testing.assert_close(score[b].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pruning_compares_in_half_precision_unless_told_otherwise() -> None:
+    x, grid = shared_and_own(torch.bfloat16), Grid(8, 8)
+    base = base_of(x, grid)
+    default, fast, exact = (
+        prune_similar(x, base, grid, 24, **options).source
+        for options in ({}, {"exact": False}, {"exact": True})
+    )
+    assert torch.equal(default, fast)
+    assert not torch.equal(default, exact)
