@@ -129,7 +129,9 @@ def test_options_of_the_command_line_are_its_fields_and_presets() -> None:
     assert method_config("mine", interval=4, steps=50) == Mine(interval=4)
     assert method_config("mine", preset="often", steps=50) == Mine(interval=2)
     assert method_config("mine", steps=50) == Mine(interval=2)
-    with pytest.raises(ValueError, match=r"--ratio: mine does not have this option; it has --preset, --interval"):
+    with pytest.raises(
+        ValueError, match=r"--ratio: mine does not have this option; it has --preset, --interval"
+    ):
         method_config("mine", ratio=0.5, steps=50)
     with pytest.raises(ValueError, match="--ratio: some does not have this option; it has none"):
         method_config("some", ratio=0.5, steps=50)

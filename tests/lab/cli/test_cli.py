@@ -127,7 +127,10 @@ def test_a_preset_of_toca_goes_with_another_interval(
             ("profile", "--arch", "dit-xl-256", "--method", "sito", "--preset", "d"),
             "tokens can't be left out of the layers of DiTTransformer2DModel yet",
         ),
-        (("profile", "--arch", "emoji", "--method", "sito", "--preset", "z"), "preset: 'z' is not a preset of SiTo"),
+        (
+            ("profile", "--arch", "emoji", "--method", "sito", "--preset", "z"),
+            "preset: 'z' is not a preset of SiTo",
+        ),
         (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "0.9"), "ratio: 0.9 is not allowed"),
         (("profile", "--arch", "emoji", "--method", "sito", "--ratio", "-1"), "ratio: -1.0 is not allowed"),
         (("profile", "--arch", "emoji", "--method", "dato"), "it needs a choice such as dato:b1"),
