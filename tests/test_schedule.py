@@ -85,6 +85,7 @@ def test_a_file_is_short_and_in_the_order_of_the_fields() -> None:
 
 def test_characters_that_json_writes_as_two_are_joined_and_halves_are_replaced() -> None:
     schedule = Schedule.constant(name="\N{GRINNING FACE}")
+    assert schedule.name == "\N{GRINNING FACE}"
     assert Schedule.parse(schedule.dump(as_json=True)) == schedule
     half = Schedule.parse('{"depth": ["full"], "ratio": [0], "name": "half \\ud83d"}')
     assert half.name == "half \N{REPLACEMENT CHARACTER}"
@@ -93,6 +94,7 @@ def test_characters_that_json_writes_as_two_are_joined_and_halves_are_replaced()
 @pytest.mark.parametrize("name", ["plan.yaml", "plan.json"])
 def test_saving_and_loading_go_by_the_name(tmp_path: Path, name: str) -> None:
     schedule = Schedule(depth=(FULL, 1, 0), ratio=(0.0, 0.5, 0.25), name="three", note="ümlaut")
+    schedule.save(str(tmp_path / name))
     schedule.save(tmp_path / name)
     assert Schedule.load(tmp_path / name) == schedule
     assert Schedule.load(str(tmp_path / name)) == schedule
@@ -134,6 +136,7 @@ GOOD = {
         ("format", "format: other", "2: format", "'other' is not allowed, it must be 'regrow-schedule'"),
         ("version", "version: 3", "3: version", "3 is not allowed, it must be 2"),
         ("version", "version: one", "3: version", "'one' is not allowed, it must be 2"),
+        ("version", "version: true", "3: version", "True is not allowed, it must be 2"),
         ("name", "name: [1]", "4: name", "it must be text"),
         ("name", "nmae: mine", "4: nmae", "fields are .*depth, ratio"),
         (
@@ -272,6 +275,11 @@ def test_any_text_is_a_schedule_or_a_schedule_error(text: str) -> None:
 def test_schedules_made_in_python_are_checked_too(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         Schedule(**fields)
+
+
+def test_what_is_no_mapping_is_no_schedule() -> None:
+    with pytest.raises(ValidationError):
+        Schedule.model_validate(3)
 
 
 def test_entries_that_are_refused_do_not_make_the_list_too_short() -> None:
