@@ -188,7 +188,10 @@ def test_search_on_workers_killed_by_the_system_goes_on_as_if_it_had_not_been(tm
         ({"cpus": 0}, "cpus: 0 is not allowed, it must be > 0"),
         ({"gpus": -1}, "gpus: -1 is not allowed, it must be >= 0"),
         ({"attempts": 0}, "attempts: 0 is not allowed, it must be >= 1"),
-        ({"address": "127.0.0.1:1"}, "address: '127.0.0.1:1' is not allowed, this process is connected"),
+        (
+            {"address": "127.0.0.1:1"},
+            "address: '127.0.0.1:1' is not allowed, it must be None: this process is connected",
+        ),
     ],
 )
 def test_what_is_not_allowed_is_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
