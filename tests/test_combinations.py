@@ -6,6 +6,7 @@ import pipelines
 import pytest
 import torch
 import transformer_pipelines
+from rows import rows_of
 from torch._dynamo.utils import counters
 
 import regrow
@@ -145,3 +146,34 @@ def test_blocks_may_be_compiled_before_and_after_a_method_is_applied():
     with regrow.apply(pipe, config):
         assert torch.allclose(transformer_pipelines.generate(pipe), expected, atol=1e-4)
     assert torch.allclose(transformer_pipelines.generate(pipe), plain, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_removed_twice_leaves_the_next_one_alone() -> None:
+    """Compiled blocks keep what lies around them from run to run."""
+    pipe, config = transformer_pipelines.dit(), regrow.FORA(interval=2)
+    torch._dynamo.reset()
+    compile_blocks(pipe.transformer, backend="eager")
+    first = regrow.apply(pipe, config)
+    expected = transformer_pipelines.generate(pipe)
+    first.remove()
+    with regrow.apply(pipe, config) as run:
+        transformer_pipelines.generate(pipe)
+        first.remove()
+        assert torch.equal(transformer_pipelines.generate(pipe), expected)
+        assert "layers" in {call.depth for call in rows_of(run)}
+
+
+@pytest.mark.slow
+def test_blocks_that_are_compiled_after_a_method_was_applied_are_compiled_once() -> None:
+    pipe, config = transformer_pipelines.dit(), regrow.FORA(interval=2)
+    torch._dynamo.reset()
+    counters.clear()
+    found = []
+    for _ in range(2):
+        with regrow.apply(pipe, config):
+            if not found:
+                compile_blocks(pipe.transformer, backend="eager")
+            transformer_pipelines.generate(pipe)
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[0] == found[1] > 0

@@ -276,3 +276,11 @@ def test_the_caller_of_a_denoiser_may_write_to_its_outputs(
 
     for plain, spoiled in zip(outputs(spoil=False), outputs(spoil=True), strict=True):
         assert torch.equal(plain, spoiled)
+
+
+def test_a_value_computed_twice_in_a_call_is_compared_with_none() -> None:
+    store = Store([Taylor(order=1)], TOTAL)
+    added(store, (0, 1), 2, 3)
+    store.begin(2)
+    store.add("site", drawn(2, 2, 3))
+    assert store.deviation("site", 2, Taylor(order=1), drawn(3, 2, 3)) is None

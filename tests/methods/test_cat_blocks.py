@@ -298,3 +298,22 @@ def test_layers_that_hand_on_their_output_are_refused() -> None:
         assert Combined(caching=caching, tokens=ATEDM())
     config = Combined(caching=DeepCache(interval=2), tokens=CATPruning())
     assert Combined.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("depth", ["layers", "head"])
+def test_calls_that_recover_whole_outputs_are_refused_beside_some_tokens(depth: str) -> None:
+    """What a full call keeps for them would be of some tokens."""
+    plan = Schedule(depth=("full", "full", "full", depth), ratio=(0.0,) * 4)
+    with pytest.raises(ValidationError, match="caching: calls in which every layer"):
+        Combined(caching=plan, tokens=CATPruning(alpha=0.25, t0=2))
+
+
+def test_an_attention_of_another_class_is_refused_where_it_turns_queries() -> None:
+    pipe = transformer_pipelines.flux()
+
+    class Another(torch.nn.Module):
+        """Says nothing of its processor."""
+
+    pipe.transformer.transformer_blocks[0].attn = Another()
+    with pytest.raises(ValueError, match="target: 1 attentions have processors of their own"):
+        regrow.apply(pipe, CATPruning(alpha=0.25, t0=2))

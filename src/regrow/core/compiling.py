@@ -13,6 +13,13 @@ GRAPHS = 32
 """Most kinds of calls that a block is compiled for; methods that choose single layers need the most."""
 
 
+class _Wrappers(dict[str, Any]):
+    """By path, what lies around modules; copies and pickles of the denoiser begin without."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return dict, ()
+
+
 def compile_blocks(denoiser: Any, **options: Any) -> None:
     """Compile the transformer blocks of a denoiser, even if diffusers does not name its blocks.
 
@@ -38,4 +45,4 @@ def compile_blocks(denoiser: Any, **options: Any) -> None:
     config: Any = torch._dynamo.config
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(config, limit, max(getattr(config, limit), GRAPHS * blocks))
-    denoiser.__dict__.setdefault(COMPILED, {})
+    denoiser.__dict__.setdefault(COMPILED, _Wrappers())

@@ -196,7 +196,7 @@ class TurnHook:
     """Turns queries or keys ``(B, n, heads, D)``, or ``(B, n, heads D)``, by their tokens' positions."""
 
     def __init__(self, engine: Engine, attention: Any, rows: Rows) -> None:
-        self.engine, self.heads, self.rows = engine, attention.heads, rows
+        self.engine, self.attention, self.rows = engine, attention, rows
 
     def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = forward(*args, **kwargs)
@@ -206,7 +206,7 @@ class TurnHook:
         sides, tokens = call.positions
         table = tuple(rows_of_table(side, self.rows, output.shape[1], tokens) for side in sides)
         # Samples that compute different tokens have different positions: then all form one sequence.
-        sequences = output.reshape(-1, len(table[0]), self.heads, table[0].shape[-1])
+        sequences = output.reshape(-1, len(table[0]), self.attention.heads, table[0].shape[-1])
         turned: Any = apply_rotary_emb(sequences, cast(Any, table), sequence_dim=1)
         return cast(Tensor, turned.view(output.shape))
 

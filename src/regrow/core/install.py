@@ -68,11 +68,11 @@ class _Place:
     Args:
         module: the module.
         name: its path.
-        known: by path, earlier wrappers of modules in compiled blocks.
+        denoiser: that it is in.
     """
 
-    def __init__(self, module: nn.Module, name: str, known: dict[str, _Around] | None) -> None:
-        self.module, self.name, self._known = module, name, known
+    def __init__(self, module: nn.Module, name: str, denoiser: nn.Module) -> None:
+        self.module, self.name, self._denoiser = module, name, denoiser
         self.hooks: list[Hook] = []
         self._around: _Around | None = None
 
@@ -91,8 +91,9 @@ class _Place:
 
     def _lying_around(self, below: Forward | None) -> _Around:
         """Wrap a forward method; with compiled blocks, reuse the wrapper of an earlier run."""
-        known = {} if self._known is None else self._known
-        around = known.get(self.name)
+        # Blocks may be compiled after a method was applied.
+        known = self._denoiser.__dict__.get(COMPILED, {})
+        around: _Around | None = known.get(self.name)
         fits = around is not None and around.retired and around.module is self.module
         if around is None or not fits or around.below is not below or around.kind is not type(self.module):
             around = known[self.name] = _Around(self.module, self.hooks, below)
@@ -117,6 +118,8 @@ class _Place:
         """Make wrappers that others may have saved do nothing from now on."""
         if self._around is not None:
             self._around.retire()
+            # A later run may use it: it is no longer this one's.
+            self._around = None
 
 
 class Installed:
@@ -235,8 +238,7 @@ class Installed:
 
     def _hook(self, module: nn.Module, hook: Hook) -> None:
         name = self._names[module]
-        known = self._engine.denoiser.__dict__.get(COMPILED)
-        self._places.setdefault(name, _Place(module, name, known)).hooks.append(hook)
+        self._places.setdefault(name, _Place(module, name, self._engine.denoiser)).hooks.append(hook)
 
 
 def _edges(

@@ -135,7 +135,9 @@ class Store:
             a number on the value's device; None if no earlier step computed a value of this form.
         """
         history = self._kept.get(key)
-        if history is None or _shapes(history.values[-1]) != _shapes(value) or history.times[-1] >= step:
+        if history is None or key in self._new or _shapes(history.values[-1]) != _shapes(value):
+            return None
+        if history.times[-1] >= step:
             return None
         own, made = flatten(value)[0], flatten(self.at(key, step, recovery))[0]
         return _norm([one - other for one, other in zip(own, made, strict=True)]) / _norm(own)

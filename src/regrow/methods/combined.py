@@ -20,7 +20,7 @@ from pydantic import (
 from regrow.control import Control
 from regrow.core.recipe import Recipe, recipe_of
 from regrow.methods.base import About, MethodConfig, Role, methods_of, name_of
-from regrow.schedule import LAYERS, After, Both, Plan, Schedule
+from regrow.schedule import HEAD, LAYERS, After, Both, Plan, Schedule
 
 
 def _of_role(role: Role) -> PlainValidator:
@@ -81,11 +81,12 @@ class Combined(MethodConfig):
     @model_validator(mode="after")
     def _whole_blocks(self) -> Combined:
         whole = full_calls_of(self.tokens) > 0
-        if whole and any(s.depth == LAYERS for s in self.plan.kinds()):
+        if whole and any(s.depth in (LAYERS, HEAD) for s in self.plan.kinds()):
             raise ValueError(
-                "caching: calls in which every layer hands on its last output (fora, depth 'layers') are "
-                f"not allowed with {name_of(type(self.tokens))} where it chooses the tokens of whole "
-                "calls; it must be deepcache or a schedule of other depths"
+                "caching: calls in which every layer reuses its last output (fora, depth 'layers') or that "
+                "recover what the last block returns (spectrum, depth 'head') are not allowed with "
+                f"{name_of(type(self.tokens))} where it chooses the tokens of whole calls; it must be "
+                "deepcache or a schedule of other depths"
             )
         if isinstance(self.plan, Control):
             raise ValueError(

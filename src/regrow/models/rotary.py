@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -41,8 +40,8 @@ class Rotary:
     def is_plain(self) -> bool:
         """Whether its processor is its class's own, which only turns between ``turned`` and the product.
         Another processor may read queries before they are turned (IP-Adapter)."""
-        attention: Any = self.attention
-        return type(attention.processor) is attention._default_processor_cls
+        own = getattr(self.attention, "_default_processor_cls", None)
+        return own is not None and type(getattr(self.attention, "processor", None)) is own
 
 
 def rows_of_table(table: Tensor, which: Rows, count: int, tokens: Subset | None) -> Tensor:
