@@ -315,5 +315,5 @@ def test_an_attention_of_another_class_is_refused_where_it_turns_queries() -> No
         """Says nothing of its processor."""
 
     pipe.transformer.transformer_blocks[0].attn = Another()
-    with pytest.raises(ValueError, match="target: 1 attentions have processors of their own"):
+    with pytest.raises(ValueError, match="target: 1 attentions have special processors"):
         regrow.apply(pipe, CATPruning(alpha=0.25, t0=2))
