@@ -17,7 +17,13 @@ def test_tables_of_a_page_are_those_of_the_results(page: Path) -> None:
 
 
 def test_pages_have_their_tables() -> None:
-    assert {page.stem for page in PAGES} == {"forecasting", "quality", "quality-transformer", "tokencache"}
+    assert {page.stem for page in PAGES} == {
+        "forecasting",
+        "quality",
+        "quality-transformer",
+        "speed",
+        "tokencache",
+    }
 
 
 @pytest.fixture
