@@ -148,7 +148,9 @@ class Call:
         entered: input of a cut's first module in this call.
         can_subset: whether some of the image's tokens can be computed, and attentions observed.
         positions: for the attention that runs, if its queries and keys are turned where they are made: the
-            cosines and sines ``(T + N, D)`` of all tokens; and the tokens that it computes, None for all.
+            cosines and sines ``(T + N, D)`` of all tokens, the site that it is in, and the tokens that it
+            computes, None for all.
+        turned: by site and rows, the cosines and sines of the tokens that its attentions compute.
         turns: number of earlier calls, in this call, of each module that may be skipped.
         knows_text: whether the text is that of the last call.
         pruned: number of layers that left tokens out.
@@ -182,7 +184,8 @@ class Call:
     unpruned: str = ""
     entered: dict[SkipPlan, list[Any]] = field(default_factory=dict)
     can_subset: bool = False
-    positions: tuple[tuple[Tensor, ...], Subset | None] | None = None
+    positions: tuple[tuple[Tensor, ...], str, Subset | None] | None = None
+    turned: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
     knows_text: bool = False
     chosen: dict[str, Subset] = field(default_factory=dict)

@@ -185,7 +185,8 @@ class TableHook:
         if call is None or table is None or not rotary.is_plain:
             return forward(*args, **kwargs)
         sides = tuple(side.reshape(-1, side.shape[-1]) for side in table)
-        call.positions = sides, self.engine.sited.tokens_of(call, self.name)
+        site = self.engine.sited.attending.get(self.name, "")
+        call.positions = sides, site, call.partial.get(site)
         try:
             return forward(**given | {rotary.table: None})
         finally:
@@ -203,8 +204,14 @@ class TurnHook:
         call = self.engine.call
         if call is None or call.positions is None:
             return output
-        sides, tokens = call.positions
-        table = tuple(rows_of_table(side, self.rows, output.shape[1], tokens) for side in sides)
+        sides, site, tokens = call.positions
+        key = f"{site} {self.rows.value}"
+        table = None if tokens is None else call.turned.get(key)
+        if table is None:
+            table = tuple(rows_of_table(side, self.rows, output.shape[1], tokens) for side in sides)
+            if tokens is not None:
+                # Attentions of one site have the same tokens: rows are gathered once a call.
+                call.turned[key] = table
         # Samples that compute different tokens have different positions: then all form one sequence.
         sequences = output.reshape(-1, len(table[0]), self.attention.heads, table[0].shape[-1])
         turned: Any = apply_rotary_emb(sequences, cast(Any, table), sequence_dim=1)

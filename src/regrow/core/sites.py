@@ -105,10 +105,6 @@ class Sites:
             return set()
         return watched | {*self.attending} | {name for s in self.decider.sites for name in s.attentions}
 
-    def tokens_of(self, call: Call, attention: str) -> Subset | None:
-        """Find the tokens that an attention, given by its path, computes in a call; None for all."""
-        return call.partial.get(self.attending.get(attention, ""))
-
     @property
     def can_subset(self) -> bool:
         """Whether the image's tokens must be known: to observe attentions, or to compute some tokens."""
