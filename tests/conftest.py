@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 # Processes that tests start compute in one thread too, or last digits depend on the machine's load.
@@ -23,6 +24,8 @@ gc.set_threshold(50_000)
 
 import pipelines  # noqa: E402
 
+from regrow.core.meta import KnownShapes  # noqa: E402
+
 # A machine that does something else at the same time is no failure.
 hypothesis_settings.register_profile("regrow", deadline=None)
 hypothesis_settings.load_profile("regrow")
@@ -40,6 +43,14 @@ def _deterministic() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shapes() -> Iterator[None]:
+    """What operations without data give is computed once for all tests: it takes longer than with data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("regrow.core.macs.KnownShapes", cache(KnownShapes))
+        yield
 
 
 @pytest.fixture

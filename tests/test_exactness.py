@@ -15,22 +15,16 @@ from torch import nn
 
 import regrow
 
-FULL_ONLY = regrow.Schedule(depth=(regrow.FULL,) * 4, ratio=(0.0,) * 4)
 ALL_DEEP = regrow.Schedule(depth=(99,) * 4, ratio=(0.0,) * 4)
 PRUNE = regrow.SiTo(ratio=0.5)
 REUSE = regrow.DaTo(schedule=regrow.Schedule.every(2, 4, ratio=0.5))
 BOTH = regrow.Combined(caching=regrow.DeepCache(interval=2), tokens=regrow.ToMeSD(ratio=0.5))
 
 IDLE = {
-    "sito-ratio-0": regrow.SiTo(ratio=0),
     "sito-everywhere-ratio-0": regrow.SiTo(
         ratio=0, cross_attention=True, feed_forward=True, max_downsample=8
     ),
-    "dato-full-ratio-0": regrow.DaTo(schedule=FULL_ONLY),
     "dato-deeper-than-the-model": regrow.DaTo(schedule=ALL_DEEP),
-    "deepcache-every-call+tome-ratio-0": regrow.Combined(
-        caching=regrow.DeepCache(interval=1), tokens=regrow.ToMeSD(ratio=0)
-    ),
 }
 
 
@@ -53,7 +47,7 @@ def assert_untouched_module(denoiser: nn.Module, had_registry: frozenset[str] = 
 
 @pytest.mark.filterwarnings("ignore:the schedule prunes nothing")
 @pytest.mark.parametrize("guidance", [5.0, 1.0], ids=["guided", "unguided"])
-@pytest.mark.parametrize("kind", pipelines.KINDS)
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_nothing_to_save_is_bit_for_bit_the_plain_output(kind: str, guidance: float) -> None:
     pipe = pipelines.make(kind)
     expected = pipelines.generate(pipe, kind=kind, guidance_scale=guidance)
@@ -66,21 +60,6 @@ def test_nothing_to_save_is_bit_for_bit_the_plain_output(kind: str, guidance: fl
 def test_a_schedule_that_saves_nothing_warns(pipe: Any) -> None:
     with pytest.warns(UserWarning, match="prunes nothing and reuses nothing"):
         regrow.apply(pipe, regrow.SiTo(ratio=0)).remove()
-
-
-@pytest.mark.parametrize("guidance", [5.0, 1.0], ids=["guided", "unguided"])
-@pytest.mark.parametrize("kind", pipelines.KINDS)
-def test_removal_restores_the_output_and_leaves_no_trace(kind: str, guidance: float) -> None:
-    pipe = pipelines.make(kind)
-    expected = pipelines.generate(pipe, kind=kind, guidance_scale=guidance)
-    for config in (PRUNE, REUSE, BOTH):
-        run = regrow.apply(pipe, config)
-        accelerated = pipelines.generate(pipe, kind=kind, guidance_scale=guidance)
-        assert accelerated.isfinite().all()
-        assert not torch.equal(accelerated, expected), config
-        run.remove()
-        assert_untouched(pipe)
-        assert torch.equal(pipelines.generate(pipe, kind=kind, guidance_scale=guidance), expected), config
 
 
 def test_leaving_with_removes(pipe: Any) -> None:

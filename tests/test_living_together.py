@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import regrow
 
-SEQUENCES = int(os.environ.get("REGROW_SEQUENCES", "80"))
+SEQUENCES = int(os.environ.get("REGROW_SEQUENCES", "40"))
 CPU = torch.device("cpu")
 PAB = PyramidAttentionBroadcastConfig(
     spatial_attention_block_skip_range=2,

@@ -7,14 +7,15 @@ with regrow.apply(pipe, regrow.DaTo.preset("b1")) as run:
 print(run.report())
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from regrow.apply import Run, apply
 from regrow.control import Control
 from regrow.core.call import Observation
 from regrow.core.clock import ConcurrentGenerationError
 from regrow.core.compiling import compile_blocks
 from regrow.core.recipe import After, Alignment, CallInfo, Features, Recipe, Recovery, Where, recipe_of
-from regrow.lab.calibration.calibrate import calibrate
-from regrow.lab.calibration.recording import Recording, record
 from regrow.methods.adaptive import Adaptive
 from regrow.methods.atedm import ATEDM, Restored, Similarity
 from regrow.methods.base import About, MethodConfig, Role, register
@@ -35,6 +36,10 @@ from regrow.models import UnsupportedModelError
 from regrow.recover.time import Chebyshev, Fitted, Reuse, Taylor, TimeRecovery
 from regrow.report import RunReport
 from regrow.schedule import FULL, Plan, Schedule, ScheduleError
+
+if TYPE_CHECKING:
+    from regrow.lab.calibration.calibrate import calibrate
+    from regrow.lab.calibration.recording import Recording, record
 
 __version__ = "0.1.0"
 
@@ -92,3 +97,16 @@ __all__ = [
     "record",
     "register",
 ]
+
+# Imported when asked for: they bring diffusers and its pipelines.
+_LAB = {"calibrate": "calibrate", "Recording": "recording", "record": "recording"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAB:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"regrow.lab.calibration.{_LAB[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

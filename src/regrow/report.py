@@ -150,7 +150,8 @@ def report_of(engine: Engine) -> RunReport:
             "figures are of those that it has now"
         )
     try:
-        counter = CallCounter(model, None if engine.sites is None else engine.recipe.sites)
+        depths = {record.depth for record in generation.records}
+        counter = CallCounter(model, None if engine.sites is None else engine.recipe.sites, depths)
         rows = [_row(record, engine, counter) for record in generation.records]
     except Exception as error:
         # Whatever a module of somebody's own says to tensors without data.

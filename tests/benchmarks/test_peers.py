@@ -111,13 +111,18 @@ def outcome(row: BenchRow) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "some"), [("sd", ()), ("flux", ()), ("dit", ("pab", "firstblock", "taylorseer"))]
+    ("name", "some"),
+    [
+        ("sd", ("tomesd", "DeepCache", "firstblock")),
+        ("flux", ("cache-dit:9", "fastercache", "DeepCache", "seacache")),
+        ("dit", ("pab", "firstblock", "taylorseer")),
+    ],
 )
 def test_each_does_what_it_does_there_and_the_table_says_so(
     name: str, some: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe = MODELS[name]()
-    expected = {spec: what for spec, what in does(name).items() if not some or spec in some}
+    expected = {spec: what for spec, what in does(name).items() if spec in some}
     variants = [variant(f"steps:{STEPS}", STEPS), *(peer(spec, STEPS) for spec in expected)]
     plain, *rows = bench(pipe, variants, prompts(name), rounds=1, **options(name))
     assert (plain.error, plain.changes_nothing) == (None, None)
@@ -206,6 +211,9 @@ def test_each_begins_anew_and_leaves_nothing_even_if_stopped(name: str) -> None:
             first = pictures(name, pipe)
         check(spec)
         assert not torch.equal(first, plain), spec
+        if spec in CALIBRATED[1:]:
+            # The same cache with another forecast.
+            continue
         with pytest.raises(StopError), one.applied(pipe):  # noqa: PT012
             hook = module_of(pipe).register_forward_pre_hook(stop)
             try:

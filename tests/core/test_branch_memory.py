@@ -187,8 +187,10 @@ def two_inputs(model: UNet2DConditionModel, **changes: Any) -> list[dict[str, An
     ]
 
 
-@pytest.mark.parametrize("size", [(16, 16), (24, 16), (15, 19)], ids=["even", "wide", "odd"])
-@pytest.mark.parametrize("name", UNETS)
+SIZES = [*((name, (15, 19)) for name in UNETS), ("sdxl", (16, 16)), ("layers-differ", (24, 16))]
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES, ids=[f"{name}-{w}x{h}" for name, (w, h) in SIZES])
 def test_a_cached_call_is_the_plain_computation(name: str, size: tuple[int, int]) -> None:
     model = UNETS[name]()
     old, new = two_inputs(model, height=size[0], width=size[1])

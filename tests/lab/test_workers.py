@@ -154,15 +154,6 @@ def test_a_job_that_always_kills_its_worker_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_cluster")
-def test_workers_of_a_cluster_find_the_same_front(tmp_path: Path) -> None:
-    expected = stub.front_of(stub.search(tmp_path / "one", stub.Stub()).run(Budget(generations=2)))
-    found = stub.search(tmp_path / "two", stub.Stub())
-    with RayWorkers(stub.Stub, 2) as workers:
-        found._workers = workers
-        assert stub.front_of(found.run(Budget(generations=2))) == expected
-
-
-@pytest.mark.usefixtures("_cluster")
 def test_search_on_workers_killed_by_the_system_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     """Only the search is killed: the cluster goes on, and is free again."""
     whole, rest = stub.Stub(), stub.Stub()

@@ -13,7 +13,8 @@ from transformer_pipelines import FORMS, STEPS, generate
 
 import regrow
 from regrow.files import FileError
-from regrow.lab.measure import architecture, profile
+from regrow.lab.measure.architectures import architecture
+from regrow.lab.measure.macs import profile
 from regrow.methods.fora import FORA
 from regrow.methods.l2c import L2C
 from regrow.methods.names import named

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformer_pipelines
-from test_exactness import assert_untouched_module
 from test_tokencache import SMALL, Chosen, put_back
 from torch import Tensor
 from transformer_pipelines import PAIRS, STEPS, TEXT
@@ -19,7 +18,8 @@ import regrow
 from regrow import FORA, DeepCache
 from regrow.core.decision import Entered
 from regrow.core.recipe import CallInfo
-from regrow.lab.measure import architecture, profile
+from regrow.lab.measure.architectures import architecture
+from regrow.lab.measure.macs import profile
 from regrow.methods.tokencache import Choice, Counts, TokenCache, _Rule
 from regrow.models import layout_of
 from regrow.models.table import Spans
@@ -220,29 +220,10 @@ def test_counts_from_the_call_are_the_cut_of_all_alphas(kind: str) -> None:
 def test_nothing_pruned_is_the_plain_pipeline_bit_for_bit(kind: str, form: str) -> None:
     pipe = make(kind)
     plain = generate(pipe, **FORMS[form])
-    with pytest.warns(UserWarning, match="prunes nothing"):
-        run = regrow.apply(pipe, TokenCache(**SMALL | {"ratio": 0}))
-    with run:
-        assert torch.equal(generate(pipe, **FORMS[form]), plain)
     config = TokenCache(**SMALL | {"full_steps": 50})
     with pytest.warns(UserWarning, match="saved nothing"), regrow.apply(pipe, config):
         ours = generate(pipe, **FORMS[form])
     assert torch.equal(ours, plain)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_removal_leaves_nothing_and_generations_share_nothing(kind: str) -> None:
-    pipe = make(kind)
-    plain = generate(pipe)
-    had = frozenset(n for n, m in pipe.transformer.named_modules() if hasattr(m, "_diffusers_hook"))
-    run = regrow.apply(pipe, TokenCache(**SMALL))
-    first = generate(pipe)
-    generate(pipe, seed=3, count=2)
-    assert torch.equal(generate(pipe), first)
-    assert not torch.equal(first, plain)
-    run.remove()
-    assert_untouched_module(pipe.transformer, had)
-    assert torch.equal(generate(pipe), plain)
 
 
 def test_timesteps_of_each_token_are_those_of_the_tokens_computed() -> None:

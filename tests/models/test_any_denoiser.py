@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -161,21 +160,6 @@ def assert_counted(family: str, report: Any) -> None:
         assert row.macs == (row.full_macs if row.depth == "full" else 0)
 
 
-@every_family
-def test_full_calls_and_removal_change_nothing(family: str) -> None:
-    pipe = FAMILIES[family].make()
-    plain = generate(family, pipe)
-    full = regrow.DaTo(schedule=regrow.Schedule(depth=(FULL,) * STEPS, ratio=(0.0,) * STEPS))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run = regrow.apply(pipe, full)
-    with run:
-        assert torch.equal(generate(family, pipe), plain)
-    with regrow.apply(pipe, plan(Taylor())):
-        assert not torch.equal(generate(family, pipe), plain)
-    assert torch.equal(generate(family, pipe), plain)
-
-
 @pytest.mark.parametrize("name", PLANS)
 @every_family
 def test_recovered_outputs_are_those_of_a_slow_reference_and_counted(family: str, name: str) -> None:
@@ -194,18 +178,6 @@ def test_recovered_outputs_are_those_of_a_slow_reference_and_counted(family: str
     if name == "reuse":
         # What is counted is the same in each: takes longer than the rest.
         assert_counted(family, run.report())
-
-
-@every_family
-def test_nothing_goes_from_one_generation_to_the_next(family: str) -> None:
-    pipe = FAMILIES[family].make()
-    with regrow.apply(pipe, plan(Taylor())):
-        first = generate(family, pipe)
-        other = generate(family, pipe, text=1, seed=1)
-        assert torch.equal(generate(family, pipe), first)
-    with regrow.apply(FAMILIES[family].make(), plan(Taylor())) as run:
-        assert torch.equal(generate(family, run._pipeline, text=1, seed=1), other)
-    assert not torch.equal(first, other)
 
 
 @every_family
@@ -238,11 +210,9 @@ def test_branches_of_equal_texts_are_kept_apart_by_their_order(family: str) -> N
 @every_family
 def test_what_needs_more_than_the_output_is_refused(family: str) -> None:
     pipe = FAMILIES[family].make()
-    plain = generate(family, pipe)
     for method in ("fora", "deepcache:3", "sito:a", "dato:b1", "toca", "taylorseer"):
         with pytest.raises(UnsupportedModelError, match="spectrum, or a schedule of depths 0 and full"):
             regrow.apply(pipe, method)
-    assert torch.equal(generate(family, pipe), plain)
 
 
 @every_family

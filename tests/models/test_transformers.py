@@ -178,51 +178,11 @@ def test_depth_0_hands_on_the_last_output(pipe: Any) -> None:
     assert not torch.equal(outputs[0], outputs[3])
 
 
-@pytest.mark.parametrize("config", [FORA(interval=1), DeepCache(interval=1, branch=2)])
-@pytest.mark.filterwarnings("ignore:the method prunes nothing")
-def test_interval_1_is_the_plain_pipeline_bit_for_bit(pipe: Any, config: Any) -> None:
-    plain = generate(pipe)
-    with regrow.apply(pipe, config):
-        assert torch.equal(generate(pipe), plain)
-
-
 REUSING = {
     "fora": FORA(interval=2),
     "blocks": DeepCache(interval=2, branch=2),
     "toca": ToCa(interval=2, ratio=0.6, self_attention=1),
 }
-
-
-@pytest.mark.parametrize("config", REUSING.values(), ids=REUSING)
-def test_generations_share_nothing_and_removal_leaves_nothing(kind: str, pipe: Any, config: Any) -> None:
-    plain = generate(pipe)
-
-    def fresh(**options: Any) -> Tensor:
-        other = transformer_pipelines.KINDS[kind]()
-        with regrow.apply(other, config):
-            return generate(other, **options)
-
-    class StopError(Exception):
-        pass
-
-    def stop(p: Any, step: int, *_: Any) -> dict[str, Any]:
-        if step == 2:
-            raise StopError
-        return {}
-
-    modules = pipe.transformer.named_modules()
-    had_registry = frozenset(name for name, module in modules if hasattr(module, "_diffusers_hook"))
-    run = regrow.apply(pipe, config)
-    first = generate(pipe)
-    assert not torch.equal(first, plain)
-    assert torch.equal(generate(pipe, count=2, seed=3), fresh(count=2, seed=3))
-    if kind in ("sd3", "flux"):
-        with pytest.raises(StopError):
-            generate(pipe, seed=4, callback_on_step_end=stop)
-    assert torch.equal(generate(pipe), first)
-    run.remove()
-    assert_untouched_module(pipe.transformer, had_registry)
-    assert torch.equal(generate(pipe), plain)
 
 
 def inputs_of(pipe: Any) -> tuple[Any, dict[str, Any]]:
@@ -537,6 +497,7 @@ COPIED = {
 }
 
 
+@pytest.mark.parametrize("kind", ["pixart", "flux"])
 @pytest.mark.parametrize("config", COPIED.values(), ids=COPIED)
 def test_deepcopy_and_pickle_work_after_removal_alone(pipe: Any, config: Any) -> None:
     plain = generate(pipe)

@@ -8,7 +8,6 @@ import weakref
 from types import FrameType
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 
@@ -34,8 +33,11 @@ def _pipeline_call() -> FrameType | None:
 
 
 def _is_of_a_pipeline(frame: FrameType) -> bool:
-    method = frame.f_code.co_varnames[:1] == ("self",)
-    return method and isinstance(frame.f_locals.get("self"), DiffusionPipeline)
+    if frame.f_code.co_varnames[:1] != ("self",):
+        return False
+    # Without importing diffusers, which takes as long as torch.
+    kinds = type(frame.f_locals.get("self")).__mro__
+    return any(k.__name__ == "DiffusionPipeline" and k.__module__.startswith("diffusers.") for k in kinds)
 
 
 def _made_by(frame: FrameType | None) -> dict[str, Any]:

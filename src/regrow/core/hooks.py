@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from regrow.core.decision import Adapter
@@ -197,7 +196,11 @@ class TurnHook:
     """Turns queries or keys ``(B, n, heads, D)``, or ``(B, n, heads D)``, by their tokens' positions."""
 
     def __init__(self, engine: Engine, attention: Any, rows: Rows) -> None:
+        # Imports of diffusers take as long as those of torch: only here.
+        from diffusers.models.embeddings import apply_rotary_emb
+
         self.engine, self.attention, self.rows = engine, attention, rows
+        self._turned: Any = apply_rotary_emb
 
     def __call__(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = forward(*args, **kwargs)
@@ -214,7 +217,7 @@ class TurnHook:
                 call.turned[key] = table
         # Samples that compute different tokens have different positions: then all form one sequence.
         sequences = output.reshape(-1, len(table[0]), self.attention.heads, table[0].shape[-1])
-        turned: Any = apply_rotary_emb(sequences, cast(Any, table), sequence_dim=1)
+        turned = self._turned(sequences, table, sequence_dim=1)
         return cast(Tensor, turned.view(output.shape))
 
 

@@ -7,7 +7,7 @@ papers'. One MAC is two FLOPs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -28,7 +28,7 @@ from regrow.core.recipe import Attention, CallInfo, Recipe, Recovery
 from regrow.models import layout_of
 from regrow.models.layers import LayerKind
 from regrow.models.table import Layout, Site
-from regrow.schedule import FULL, SITES, Schedule
+from regrow.schedule import FULL, SITES, Schedule, Step
 from regrow.tokens.select import Selection
 
 
@@ -62,11 +62,15 @@ class Flops(TorchDispatchMode):
 
     Args:
         also: formulas of operations that PyTorch's own registry lacks.
+        shapes: looks up results without data.
     """
 
-    def __init__(self, also: Mapping[Any, Any] = MappingProxyType({})) -> None:
+    def __init__(
+        self, also: Mapping[Any, Any] = MappingProxyType({}), shapes: KnownShapes | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.of: Counter[str] = Counter()
+        self._shapes = shapes
         self._formulas = {**flop_registry, **also}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,9 +82,11 @@ class Flops(TorchDispatchMode):
                 made = func.decompose(*args, **kwargs or {})
             if made is not NotImplemented:
                 return made
-        given = func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        look_up = self._shapes
+        given = func(*args, **kwargs) if look_up is None else look_up.result(func, args, kwargs)
         if formula is not None:
-            self.of[str(func._overloadpacket)] += formula(*args, **kwargs or {}, out_val=given)
+            self.of[str(func._overloadpacket)] += formula(*args, **kwargs, out_val=given)
         return given
 
     def __enter__(self) -> Flops:
@@ -112,7 +118,7 @@ def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
     shapes = KnownShapes()
     for call in calls:
         if _signature(call) not in known:
-            with torch.no_grad(), shapes, Flops() as counter:
+            with torch.no_grad(), Flops(shapes=shapes) as counter:
                 model(*call[0], **call[1])
             known[_signature(call)] = counter.total // 2
     return sum(known[_signature(call)] for call in calls)
@@ -271,57 +277,83 @@ class _Here:
         """Do nothing: there is nothing to remove."""
 
 
-class _BehindFull:
-    """A denoiser without weights after its full call; later calls follow a given plan.
-
-    The full call is made once, though each later call may have another plan.
+class _Calls:
+    """Calls of a denoiser without weights, each as it is asked for; the full ones before are made once.
 
     Args:
         denoiser: without weights.
-        sites: the method with a given plan.
-        depth: depth of the later calls.
+        sites: the method's decisions for sites, or None.
+        depths: depths of the calls.
         inputs: arguments of the calls.
-        knows_text: whether the text is that of the full call.
         shapes: shapes that are known from other calls.
+
+    Attributes:
+        first: MACs of the first call, which is full.
     """
 
     def __init__(
         self,
         denoiser: Any,
-        sites: _FirstOfSites,
-        depth: int,
+        sites: _FirstOfSites | None,
+        depths: Sequence[int],
         inputs: tuple[Any, Any],
-        knows_text: bool,
         shapes: KnownShapes,
     ) -> None:
-        self._denoiser, self._sites, self._shapes = denoiser, sites, shapes
-        self._inputs, self._knows_text = inputs, knows_text
-        full = max(sites.full_calls, 1)
+        self._denoiser, self._sites, self._inputs, self._shapes = denoiser, sites, inputs, shapes
+        by_ratio = sites is not None and sites.by_ratio
+        kinds = (*depths, SITES) if sites is not None and not by_ratio else (*depths,)
+        full = max(1, 0 if sites is None else sites.full_calls)
         # With any ratio above 0 the method decides.
-        ratio = 0.5 if sites.full_calls else 0.0
-        plan = Schedule(depth=(FULL,) * full + (depth,), ratio=(0.0,) * full + (ratio,))
-        clock = _Here(len(plan))
-        self._engine = Engine(denoiser, Recipe(plan, sites=sites), clock, quiet=True)
-        for _ in range(full):
-            self._call(inputs)
-            clock.index += 1
+        ratio = 0.5 if by_ratio else 0.0
+        plan = Schedule(depth=(FULL,) * full + kinds, ratio=(0.0,) * full + (ratio,) * len(kinds))
+        self._clock = _Here(len(plan))
+        self._engine = Engine(denoiser, Recipe(plan, sites=sites), self._clock, quiet=True)
+        if sites is not None:
+            sites.decided = {}
+        self.first = self._macs()
+        for self._clock.index in range(1, full):
+            self._call()
+        self._clock.index = full
 
-    def count(self, decided: Mapping[str, Decision]) -> Macs:
-        """Count the MACs of a call with these decisions."""
+    def count(self, step: Step, knows_text: bool, decided: Mapping[str, Decision] | None) -> Macs:
+        """Count the MACs of a call.
+
+        Args:
+            step: what it computes.
+            knows_text: whether the text is that of the call before.
+            decided: the method's plan for it; None for its own.
+        """
+        generation, index = self._engine.generation, self._clock.index
+        assert generation is not None
+        # The same step again, not its second branch.
+        generation.branches = Branches()
+        generation.steps[index] = step
+        if self._sites is not None:
+            self._sites.decided = decided
+        if not knows_text:
+            self._inputs = _with_another_text(self._inputs)
+        return self._macs()
+
+    def _macs(self) -> Macs:
+        """Count the MACs of the next call."""
         sites = self._sites
-        sites.decided, sites.looking, sites.asked = decided, Flops(), None
-        assert self._engine.generation is not None
-        # The second step again, not its second branch.
-        self._engine.generation.branches = Branches()
-        counter = self._call(self._inputs if self._knows_text else _with_another_text(self._inputs))
-        total, attention = counter.total - sites.looking.total, counter.attention - sites.looking.attention
-        return Macs(total // 2, sites.looking.total // 2 + sites.choosing(), attention // 2)
+        if sites is None:
+            counter = self._call()
+            return Macs(counter.total // 2, 0, counter.attention // 2)
+        sites.looking, sites.observing, sites.asked, sites.selected = Flops(), Flops(), None, []
+        counter = self._call()
+        # Looking and observing multiply too.
+        total, attention, chosen = counter.total, counter.attention, sites.choosing() + sites.selecting()
+        for beside in (sites.looking, sites.observing):
+            total, attention = total - beside.total, attention - beside.attention
+            chosen += beside.total // 2
+        return Macs(total // 2, chosen, attention // 2)
 
-    def _call(self, inputs: tuple[Any, Any]) -> Flops:
+    def _call(self) -> Flops:
         hooks = Installed(self._engine)
         try:
-            with torch.no_grad(), self._shapes, Flops() as counter:
-                self._denoiser(*inputs[0], **inputs[1])
+            with torch.no_grad(), Flops(shapes=self._shapes) as counter:
+                self._denoiser(*self._inputs[0], **self._inputs[1])
         finally:
             hooks.remove()
         return counter
@@ -333,14 +365,17 @@ class CallCounter:
     Args:
         denoiser: the denoiser, on any device; only its configuration is used.
         sites: the method's decisions for sites, or None.
+        depths: depths of calls that will be counted; one full call comes before all of these, and one of
+            its own before each other depth.
     """
 
-    def __init__(self, denoiser: nn.Module, sites: Sited | None = None) -> None:
+    def __init__(self, denoiser: nn.Module, sites: Sited | None = None, depths: Iterable[int] = ()) -> None:
         self._model = meta_copy(denoiser)
         self._sites = None if sites is None else _FirstOfSites(sites)
+        self._depths = tuple(sorted({FULL, *depths}))
         self._known: dict[Any, Macs] = {}
         self._shapes = KnownShapes()
-        self._behind: dict[Any, _BehindFull] = {}
+        self._calls: dict[Any, _Calls] = {}
         self._grounding = grounding_of(self._model)
 
     def attend_to_boxes(self, grounded: bool) -> None:
@@ -381,48 +416,23 @@ class CallCounter:
         knows_text: bool,
         decided: Mapping[str, Decision],
     ) -> Macs:
-        in_layers = self._sites is not None and self._sites.on(self._model, layout_of(self._model)).space
-        if self._sites is not None and decided and not in_layers:
-            key = depth, knows_text, any(m.enabled for m in self._grounding), _signature(inputs)
-            if key not in self._behind:
-                self._behind[key] = _BehindFull(
-                    self._model, self._sites, depth, inputs, knows_text, self._shapes
-                )
-            return self._behind[key].count(decided)
-        # Full calls come first: others need the values that they keep.
-        before = 1 if depth < FULL or knows_text else 0
-        # A full call observes only if a following call reads what it saw.
-        observes = self._sites is not None and not self._sites.by_ratio and depth == FULL
-        sites = self._sites if observes or in_layers else None
-        after = (SITES,) if observes else ()
-        if sites is not None:
-            sites.decided, sites.selected = None if in_layers else {}, []
-        plan = Schedule(
-            depth=(FULL,) * before + (depth, *after),
-            ratio=(0.0,) * before + (ratio if ratio < 1 else 0.0,) + (0.0,) * len(after),
-        )
-        engine = Engine(self._model, Recipe(plan, sites), quiet=True)
-        hooks = Installed(engine)
-        try:
-            with torch.no_grad(), self._shapes, engine.manual(len(plan)) as clock:
-                for _ in range(before):
-                    self._model(*inputs[0], **inputs[1])
-                    clock.step()
-                if sites is not None:
-                    sites.selected.clear()
-                if not knows_text:
-                    inputs = _with_another_text(inputs)
-                with Flops() as counter:
-                    self._model(*inputs[0], **inputs[1])
-        finally:
-            hooks.remove()
-        chosen = 0 if sites is None else sites.selecting()
-        total, attention = counter.total, counter.attention
-        if sites is not None and observes:
-            # Observing multiplies queries and keys too.
-            total, attention = total - sites.observing.total, attention - sites.observing.attention
-            chosen += sites.observing.total // 2
-        return Macs(total // 2, chosen, attention // 2)
+        calls = self._behind_full(depth, inputs)
+        in_layers = self._sites is not None and self._sites.space is not None
+        chooses = in_layers or bool(decided)
+        if depth == FULL and not chooses and not knows_text:
+            return calls.first
+        step = Step(depth, ratio if chooses and ratio < 1 else 0.0)
+        return calls.count(step, knows_text, None if in_layers else decided)
+
+    def _behind_full(self, depth: int, inputs: tuple[Any, Any]) -> _Calls:
+        """Find the calls of a depth with such arguments; the first time, make the full ones before."""
+        depths = self._depths if depth in self._depths else (depth,)
+        key = depths, any(module.enabled for module in self._grounding), _signature(inputs)
+        if key not in self._calls:
+            if self._sites is not None:
+                self._sites.on(self._model, layout_of(self._model))
+            self._calls[key] = _Calls(self._model, self._sites, depths, inputs, self._shapes)
+        return self._calls[key]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,6 +43,9 @@ def meta_copy(denoiser: Any) -> Any:
     Args:
         denoiser: a model of diffusers; it is not changed.
     """
+    # Imports of diffusers take as long as those of torch: only here.
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
     memo: dict[int, Any] = {}
     for module in denoiser.modules():
         state = module.__dict__
@@ -80,7 +81,10 @@ class KnownShapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation without data, or look up its result."""
-        kwargs = kwargs or {}
+        return self.result(func, args, kwargs or {})
+
+    def result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Likewise, for another mode that runs operations."""
         if func not in self._gives_new:
             self._gives_new[func] = _gives_new(func)
         if not self._gives_new[func] or any(isinstance(x, Tensor) and not x.dim() for x in args):
@@ -141,6 +145,8 @@ def _is_xformers(processor: Any) -> bool:
 
 def _stock(attention: Any) -> Any:
     """Make the processor that an attention has by default."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
     return getattr(type(attention), "_default_processor_cls", AttnProcessor2_0)()
 
 

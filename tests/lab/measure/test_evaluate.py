@@ -457,14 +457,6 @@ def test_nothing_to_make_is_refused(tmp_path: Path) -> None:
         Pictures(tmp_path, Setting("tiny", ()))
 
 
-def make_slowly(folder: Path, pause: float) -> None:
-    """Make all pictures, with a pause after each shard."""
-    torch.set_num_threads(1)
-    mine = Pictures(folder, SETTING)
-    for one in VARIANTS:
-        mine.make(pipelines.sd(), one, on_shard=lambda: time.sleep(pause))
-
-
 def evaluate(words: Sequence[str], printed: Path) -> None:
     """Run the command, and write what it prints."""
     sys.argv = ["regrow", "eval", *words]
@@ -499,20 +491,6 @@ def completed(process: ForkServerProcess) -> None:
     process.start()
     process.join()
     assert process.exitcode == 0
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_gives_what_an_undisturbed_one_gives(
-    tmp_path: Path, pictures: Pictures, forks: ForkServerContext
-) -> None:
-    killed(forks.Process(target=make_slowly, args=(tmp_path, 0.5)), tmp_path, "**/*.safetensors", 4)
-    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
-    assert len(kept) >= 4
-    completed(forks.Process(target=make_slowly, args=(tmp_path, 0.0)))
-    assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
-    assert compare(Pictures(tmp_path, SETTING), VARIANTS, Colours()) == compare(
-        pictures, VARIANTS, Colours()
-    )
 
 
 class KilledError(Exception):

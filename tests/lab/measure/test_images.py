@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from regrow.lab.measure import contact_sheet, feature_distances, mean_psnr, psnr
+from regrow.lab.measure.images import contact_sheet, feature_distances, mean_psnr, psnr
 
 
 def picture(seed: int, size: tuple[int, int] = (20, 16)) -> Image.Image:

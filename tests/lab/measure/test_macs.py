@@ -8,8 +8,8 @@ import transformer_pipelines
 
 from regrow import FORA, DaTo, SiTo
 from regrow.core.inputs import without_data
-from regrow.lab.measure import architecture, architecture_of, profile
-from regrow.lab.measure.macs import PlanCounter
+from regrow.lab.measure.architectures import architecture, architecture_of
+from regrow.lab.measure.macs import PlanCounter, profile
 from regrow.schedule import FULL, Schedule
 
 PUBLISHED = {

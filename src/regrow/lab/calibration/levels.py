@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from diffusers.schedulers import AysSchedules
 from numpy.typing import ArrayLike
 
 from regrow.lab.calibration.positions import denser
@@ -87,6 +86,8 @@ def align_your_steps(pipe: Any, levels: Array, steps: int) -> Timesteps | None:
     family = _family(pipe)
     if family is None or len(levels) != _TRAINED:
         return None
+    from diffusers.schedulers import AysSchedules
+
     tables: Mapping[str, Any] = AysSchedules
     published = tables[f"{family}Timesteps"]
     if steps == len(published):

@@ -13,9 +13,8 @@ from regrow.lab.calibration.calibrate import Calibration, Progress, Settings, Wi
 from regrow.lab.calibration.search import FewerSteps
 from regrow.lab.cli.requests import Prompted, command, next_command, option
 from regrow.lab.cli.terminal import output, progress, remarks, table
-from regrow.lab.measure import contact_sheet
 from regrow.lab.measure.atomic_files import check_writable, write_text
-from regrow.lab.measure.images import on_white
+from regrow.lab.measure.images import contact_sheet, on_white
 from regrow.lab.measure.lock import locked
 from regrow.lab.measure.machine import machine
 from regrow.methods.calibrated import Calibrated

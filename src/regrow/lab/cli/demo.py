@@ -15,9 +15,9 @@ from regrow.fields import MOST_CALLS
 from regrow.lab.cli.models import load_pipeline
 from regrow.lab.cli.requests import Seeded, command, option
 from regrow.lab.cli.terminal import Bar, Column, amount, busy, output, remarks, table_of
-from regrow.lab.measure import contact_sheet, feature_distances, mean_psnr
 from regrow.lab.measure.atomic_files import check_writable
 from regrow.lab.measure.features import MissingWeightsError
+from regrow.lab.measure.images import contact_sheet, feature_distances, mean_psnr
 from regrow.lab.measure.machine import machine
 from regrow.lab.measure.sampling import Pictures, make
 from regrow.lab.measure.variants import Variant, variant

@@ -21,7 +21,6 @@ from regrow.lab.cli.engine import Jobs
 from regrow.lab.cli.models import check_pictures, check_room, check_scheduler, find_device, load_pipeline
 from regrow.lab.cli.requests import FromModel, command, option, prompts_of
 from regrow.lab.cli.terminal import Column, amount, busy, output, progress, remarks, table_of
-from regrow.lab.measure import contact_sheet
 from regrow.lab.measure.atomic_files import check_writable, write_text, write_whole
 from regrow.lab.measure.clip import ClipScore
 from regrow.lab.measure.evaluate import (
@@ -35,7 +34,7 @@ from regrow.lab.measure.evaluate import (
 )
 from regrow.lab.measure.external_scores import Scores, check_export, export, read_scores
 from regrow.lab.measure.extractors import Labels, Network, extractor
-from regrow.lab.measure.images import to_picture
+from regrow.lab.measure.images import contact_sheet, to_picture
 from regrow.lab.measure.lock import locked
 from regrow.lab.measure.machine import machine, model_key, text_key
 from regrow.lab.measure.prompts import PromptSet, fetch, named, read_prompts

@@ -20,9 +20,8 @@ from regrow.lab.cli.models import is_video
 from regrow.lab.cli.options import Accelerated
 from regrow.lab.cli.requests import SIDE, FromModel, command, option
 from regrow.lab.cli.terminal import Bar, Column, amount, busy, output, remarks, table_of
-from regrow.lab.measure import contact_sheet, mean_psnr
 from regrow.lab.measure.atomic_files import check_writable
-from regrow.lab.measure.images import on_white
+from regrow.lab.measure.images import contact_sheet, mean_psnr, on_white
 from regrow.lab.measure.machine import machine, model_key
 from regrow.lab.measure.prompts import read_prompts
 from regrow.lab.measure.sampling import Pictures, check_frames, check_prompts, make, makes_videos

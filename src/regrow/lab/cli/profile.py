@@ -12,8 +12,8 @@ from regrow.lab.cli.models import config_of
 from regrow.lab.cli.options import Accelerated
 from regrow.lab.cli.requests import Size, command, option
 from regrow.lab.cli.terminal import amount, busy, output, remarks, table_of
-from regrow.lab.measure import architecture, architecture_of
-from regrow.lab.measure import profile as count
+from regrow.lab.measure.architectures import architecture, architecture_of
+from regrow.lab.measure.macs import profile as count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
-from transformers import CLIPTextConfig
 
 from regrow import zoo
 from regrow.words import offer, shown
@@ -276,7 +274,7 @@ def architecture_of(model: str) -> Architecture:
 
 def _of_path(name: str, path: str) -> Architecture:
     """Read an architecture from a pipeline's configuration; missing values are the public models'."""
-    index: Any = DiffusionPipeline.load_config(path)
+    index: Any = diffusers.DiffusionPipeline.load_config(path)
     part = "unet" if "unet" in index else "transformer"
     kind = index[part][1] if part in index else ""
     if kind not in _INPUTS:
@@ -284,7 +282,7 @@ def _of_path(name: str, path: str) -> Architecture:
             f"model: {path} has no denoiser that can be profiled; it must be one of {', '.join(_INPUTS)}"
         )
     config: Any = getattr(diffusers, kind).load_config(path, subfolder=part)
-    vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
+    vae: Any = diffusers.AutoencoderKL.load_config(path, subfolder="vae")
     names = (*_CHANNELS, "dim_mult")
     levels = next(vae[name] for name in names if vae.get(name))
     return Architecture(
@@ -304,7 +302,7 @@ def decoder_channels(path: str) -> int:
     Raises:
         OSError: if there is no decoder.
     """
-    vae: Any = AutoencoderKL.load_config(path, subfolder="vae")
+    vae: Any = diffusers.AutoencoderKL.load_config(path, subfolder="vae")
     return int(next((vae[name][0] for name in _CHANNELS if vae.get(name)), 1))
 
 
@@ -315,6 +313,8 @@ def _text_tokens(path: str, index: Any, kind: str) -> int:
     known = {type_: text for type_, text, _ in TRANSFORMERS.values() if text != 300}
     if kind in known:
         return known[kind]
+    from transformers import CLIPTextConfig
+
     text: Any = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder")
     return int(text.max_position_embeddings)
 

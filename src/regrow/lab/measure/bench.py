@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry
 from torch.utils.flop_counter import sdpa_flop_count
 
 from regrow.apply import Run
@@ -203,7 +202,8 @@ class _Timed:
                 self._make()
                 # Caches of diffusers continue from their old state, unless the denoiser has a cache mixin.
                 for module in module_of(self._pipeline).modules():
-                    if isinstance(registry := getattr(module, "_diffusers_hook", None), HookRegistry):
+                    registry: Any = getattr(module, "_diffusers_hook", None)
+                    if registry is not None:
                         registry.reset_stateful_hooks(recurse=False)
             yield run
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from regrow.lab.measure.architectures import CONFIGS, TRANSFORMERS
@@ -151,7 +150,7 @@ def _without_encoders(kind: str, denoiser: Any) -> Any:
     takes = inspect.signature(made.__init__).parameters
     own = {
         "unet" if "unet" in takes else "transformer": denoiser,
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0) if kind in _FLOW else _ddim(),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0) if kind in _FLOW else _ddim(),
         "vae": None if kind == "WanPipeline" else _vae(decodes=kind == "DiTPipeline"),
     }
     if "requires_safety_checker" in takes:
@@ -160,28 +159,28 @@ def _without_encoders(kind: str, denoiser: Any) -> Any:
     return made(**dict.fromkeys(needed) | own)
 
 
-def _vae(decodes: bool) -> AutoencoderKL | AutoencoderTiny:
+def _vae(decodes: bool) -> diffusers.AutoencoderKL | diffusers.AutoencoderTiny:
     """Make an autoencoder for its number of levels only, which sets the pixels a latent position spans.
 
     Args:
         decodes: the pipeline always decodes, so the autoencoder is as small as possible.
     """
     if decodes:
-        return AutoencoderTiny(
+        return diffusers.AutoencoderTiny(
             encoder_block_out_channels=(4,) * 4,
             decoder_block_out_channels=(4,) * 4,
             num_encoder_blocks=(0,) * 4,
             num_decoder_blocks=(0,) * 4,
         )
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         block_out_channels=(32,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
 
 
-def _ddim() -> DDIMScheduler:
-    return DDIMScheduler(
+def _ddim() -> diffusers.DDIMScheduler:
+    return diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
