@@ -291,8 +291,9 @@ def test_entries_that_are_refused_do_not_make_the_list_too_short() -> None:
 def test_changing_the_ratio_checks_it() -> None:
     assert Schedule.every(2, 4).with_ratio(0.5).ratio == (0.5,) * 4
     assert Schedule.every(2, 4).with_ratio(0.5).depth == Schedule.every(2, 4).depth
-    with pytest.raises(ValidationError, match="ratio"):
-        Schedule.every(2, 4).with_ratio(1.5)
+    for ratio in (1.5, 1, -0.1, float("nan"), "nan"):
+        with pytest.raises(ValueError, match=r"^ratio: .* is not allowed, it must be >= 0 and < 1$"):
+            Schedule.every(2, 4).with_ratio(ratio)  # type: ignore[arg-type]
 
 
 @given(schedules(), st.integers(1, 200))

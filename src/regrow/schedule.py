@@ -224,7 +224,13 @@ class Schedule(Checked):
         return Schedule.model_validate(dict(self) | {"recovery": (recovery,), "found": None})
 
     def with_ratio(self, ratio: float) -> Schedule:
-        """The same depths with one ratio for all calls; no longer the plan that was found."""
+        """The same depths with one ratio for all calls; no longer the plan that was found.
+
+        Raises:
+            ValueError: if it is no share below 1.
+        """
+        if not (isinstance(ratio, (int, float)) and 0 <= ratio < 1):
+            raise ValueError(f"ratio: {shown(ratio)} is not allowed, it must be >= 0 and < 1")
         return Schedule.model_validate(dict(self) | {"ratio": (ratio,) * len(self), "found": None})
 
     def resample(self, calls: int) -> Schedule:
