@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import regrow
 
 SOURCE = Path(__file__).parents[2] / "src" / "regrow"
 # Of what methods and the core are made; none of it knows what stands on the public surface.
@@ -49,3 +53,16 @@ ONE_WAY = {
 def test_parts_are_made_of_what_lies_below_them(part: str) -> None:
     for file in (SOURCE / part).rglob("*.py"):
         assert set(imported(file)) <= ONE_WAY[part], file
+
+
+def test_importing_regrow_brings_no_diffusers() -> None:
+    """It takes as long as torch, and workers, help and refusals have no use for it."""
+    code = "import sys, regrow; assert not {'diffusers', 'transformers', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_that_are_imported_when_asked_for_are_there() -> None:
+    assert set(regrow.__all__) <= set(dir(regrow))
+    assert all(hasattr(regrow, name) for name in regrow.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'recrod'"):
+        _ = regrow.recrod  # type: ignore[attr-defined]
