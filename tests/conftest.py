@@ -45,12 +45,13 @@ def _deterministic() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _shapes() -> Iterator[None]:
+one_for_all = cache(KnownShapes)
+
+
+@pytest.fixture(autouse=True)
+def _shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What operations without data give is computed once for all tests: it takes longer than with data."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regrow.core.macs.KnownShapes", cache(KnownShapes))
-        yield
+    monkeypatch.setattr("regrow.core.macs.KnownShapes", one_for_all)
 
 
 @pytest.fixture

@@ -33,11 +33,10 @@ def assert_untouched(pipe: Any) -> None:
     assert "step" not in pipe.scheduler.__dict__
 
 
-def assert_untouched_module(denoiser: nn.Module, had_registry: frozenset[str] = frozenset()) -> None:
-    """Flux's pipeline gives its denoiser a registry of hooks itself."""
+def assert_untouched_module(denoiser: nn.Module) -> None:
     for name, module in denoiser.named_modules():
         assert not {"forward", "_call_impl"} & module.__dict__.keys(), name
-        assert hasattr(module, "_diffusers_hook") == (name in had_registry), name
+        assert not hasattr(module, "_diffusers_hook"), name
         assert not module._forward_hooks, name
         assert not module._forward_pre_hooks, name
         assert not module._forward_hooks_always_called, name

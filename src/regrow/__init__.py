@@ -101,11 +101,12 @@ __all__ = [
 # Imported when asked for: they bring diffusers and its pipelines.
 _LAB = {"calibrate": "calibrate", "Recording": "recording", "record": "recording"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAB:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"regrow.lab.calibration.{_LAB[name]}"), name)
+if not TYPE_CHECKING:
+    # Type checkers would take any name for one that is there.
+    def __getattr__(name: str) -> Any:
+        if name not in _LAB:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"regrow.lab.calibration.{_LAB[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -74,6 +74,12 @@ class Step:
         return self.depth in (SITES, LAYERS)
 
 
+class _OneRatio(Checked):
+    """The ratio of all calls."""
+
+    ratio: Ratio
+
+
 class Plan(Protocol):
     """Says what each call does, for any number of calls."""
 
@@ -227,11 +233,10 @@ class Schedule(Checked):
         """The same depths with one ratio for all calls; no longer the plan that was found.
 
         Raises:
-            ValueError: if it is no share below 1.
+            pydantic.ValidationError: if it is no share below 1.
         """
-        if not (isinstance(ratio, (int, float)) and 0 <= ratio < 1):
-            raise ValueError(f"ratio: {shown(ratio)} is not allowed, it must be >= 0 and < 1")
-        return Schedule.model_validate(dict(self) | {"ratio": (ratio,) * len(self), "found": None})
+        given = _OneRatio(ratio=ratio).ratio
+        return Schedule.model_validate(dict(self) | {"ratio": (given,) * len(self), "found": None})
 
     def resample(self, calls: int) -> Schedule:
         """The same plan for another number of calls.

@@ -55,8 +55,9 @@ def test_parts_are_made_of_what_lies_below_them(part: str) -> None:
         assert set(imported(file)) <= ONE_WAY[part], file
 
 
+@pytest.mark.slow
 def test_importing_regrow_brings_no_diffusers() -> None:
-    """It takes as long as torch, and workers, help and refusals have no use for it."""
+    """It takes as long as torch, and workers have no use for it."""
     code = "import sys, regrow; assert not {'diffusers', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -59,7 +59,7 @@ def test_every_operation_of_a_model_gives_what_it_gives_by_itself(name: str) -> 
     hook.remove()
     args, kwargs = without_data(calls[-1])
     model, shapes, compared = meta_copy(denoiser), KnownShapes(), Compared()
-    with torch.no_grad(), shapes, compared:
+    with torch.no_grad(), Flops(shapes=shapes), compared:
         model(*args, **kwargs)
         model(*args, **kwargs)
     assert compared.operations > 200
@@ -88,7 +88,7 @@ NUMBERS = [1, 1.0, True, 2, 1j]
 def test_an_operation_of_other_inputs_is_another(data: st.DataObject) -> None:
     """One memory for all draws of an example: what is taken for the same shows."""
     sizes = st.lists(st.sampled_from([1, 3]), min_size=0, max_size=3)
-    with KnownShapes(), Compared():
+    with Flops(shapes=KnownShapes()), Compared():
         for _ in range(data.draw(st.integers(2, 6))):
             x, y = (
                 torch.empty(data.draw(sizes), dtype=data.draw(st.sampled_from(DTYPES)), device="meta")
@@ -104,7 +104,7 @@ def test_an_operation_of_other_inputs_is_another(data: st.DataObject) -> None:
 
 
 def test_what_writes_or_looks_at_its_input_still_does() -> None:
-    with KnownShapes():
+    with Flops(shapes=KnownShapes()):
         for _ in range(2):
             x = torch.empty(2, 3, device="meta")
             assert x.view(6)._base is x

@@ -132,8 +132,8 @@ class _FirstOfSites(Sited, Decider):
 
     Attributes:
         decided: the plan; None for the method's own.
-        looking: MACs of looking at tokens.
-        observing: MACs of observing attentions in the last full call.
+        looking: MACs of looking at tokens in the last call.
+        observing: MACs of observing attentions in it.
         selected: the selections that pruning layers asked for.
         asked: the last choice of whole calls' tokens: its site, the number of tokens, and what was known.
     """
@@ -196,7 +196,6 @@ class _FirstOfSites(Sited, Decider):
 
     def begin(self, memory: Any = None) -> Any:
         """Make the method's memory, of the last full call alone, so that one call is counted."""
-        self.observing = Flops()
         return self._own.begin(None)
 
     def observe(self, memory: Any, site: Site, attention: Attention) -> None:
@@ -206,7 +205,6 @@ class _FirstOfSites(Sited, Decider):
 
     def look(self, memory: Any, entered: Entered, info: CallInfo) -> Any:
         """Look as the method does, and count it; once in a call."""
-        self.looking = Flops()
         with self.looking:
             return self._own.look(memory, entered, info)
 
@@ -278,13 +276,14 @@ class _Here:
 
 
 class _Calls:
-    """Calls of a denoiser without weights, each as it is asked for; the full ones before are made once.
+    """Counts calls of a denoiser without weights. The full calls that others need are made once, first.
 
     Args:
         denoiser: without weights.
         sites: the method's decisions for sites, or None.
         depths: depths of the calls.
         inputs: arguments of the calls.
+        knows_text: each call has the text of the one before, or each has another.
         shapes: shapes that are known from other calls.
 
     Attributes:
@@ -297,9 +296,11 @@ class _Calls:
         sites: _FirstOfSites | None,
         depths: Sequence[int],
         inputs: tuple[Any, Any],
+        knows_text: bool,
         shapes: KnownShapes,
     ) -> None:
-        self._denoiser, self._sites, self._inputs, self._shapes = denoiser, sites, inputs, shapes
+        self._denoiser, self._sites, self._shapes = denoiser, sites, shapes
+        self._inputs, self._knows_text = inputs, knows_text
         by_ratio = sites is not None and sites.by_ratio
         kinds = (*depths, SITES) if sites is not None and not by_ratio else (*depths,)
         full = max(1, 0 if sites is None else sites.full_calls)
@@ -315,12 +316,11 @@ class _Calls:
             self._call()
         self._clock.index = full
 
-    def count(self, step: Step, knows_text: bool, decided: Mapping[str, Decision] | None) -> Macs:
+    def count(self, step: Step, decided: Mapping[str, Decision] | None) -> Macs:
         """Count the MACs of a call.
 
         Args:
             step: what it computes.
-            knows_text: whether the text is that of the call before.
             decided: the method's plan for it; None for its own.
         """
         generation, index = self._engine.generation, self._clock.index
@@ -328,9 +328,10 @@ class _Calls:
         # The same step again, not its second branch.
         generation.branches = Branches()
         generation.steps[index] = step
+        generation.records.clear()
         if self._sites is not None:
             self._sites.decided = decided
-        if not knows_text:
+        if not self._knows_text:
             self._inputs = _with_another_text(self._inputs)
         return self._macs()
 
@@ -365,13 +366,14 @@ class CallCounter:
     Args:
         denoiser: the denoiser, on any device; only its configuration is used.
         sites: the method's decisions for sites, or None.
-        depths: depths of calls that will be counted; one full call comes before all of these, and one of
-            its own before each other depth.
+        depths: depths of calls that will be counted. The full calls that come first are made once for all
+            of these, and once more for each other depth.
     """
 
     def __init__(self, denoiser: nn.Module, sites: Sited | None = None, depths: Iterable[int] = ()) -> None:
         self._model = meta_copy(denoiser)
-        self._sites = None if sites is None else _FirstOfSites(sites)
+        self._layout = layout_of(self._model)
+        self._sites = None if sites is None else _FirstOfSites(sites).on(self._model, self._layout)
         self._depths = tuple(sorted({FULL, *depths}))
         self._known: dict[Any, Macs] = {}
         self._shapes = KnownShapes()
@@ -416,22 +418,21 @@ class CallCounter:
         knows_text: bool,
         decided: Mapping[str, Decision],
     ) -> Macs:
-        calls = self._behind_full(depth, inputs)
         in_layers = self._sites is not None and self._sites.space is not None
-        chooses = in_layers or bool(decided)
+        chooses = bool(decided) or (in_layers and 0 < ratio < 1)
         if depth == FULL and not chooses and not knows_text:
-            return calls.first
-        step = Step(depth, ratio if chooses and ratio < 1 else 0.0)
-        return calls.count(step, knows_text, None if in_layers else decided)
+            return self._behind_full(depth, inputs, knows_text=True).first
+        # Where nothing depends on the text alone, no call knows it, and it is all the same.
+        calls = self._behind_full(depth, inputs, knows_text=knows_text or not self._layout.text)
+        return calls.count(Step(depth, ratio if chooses else 0.0), None if in_layers else decided)
 
-    def _behind_full(self, depth: int, inputs: tuple[Any, Any]) -> _Calls:
+    def _behind_full(self, depth: int, inputs: tuple[Any, Any], *, knows_text: bool) -> _Calls:
         """Find the calls of a depth with such arguments; the first time, make the full ones before."""
         depths = self._depths if depth in self._depths else (depth,)
-        key = depths, any(module.enabled for module in self._grounding), _signature(inputs)
+        grounded = any(module.enabled for module in self._grounding)
+        key = depths, knows_text, grounded, _signature(inputs)
         if key not in self._calls:
-            if self._sites is not None:
-                self._sites.on(self._model, layout_of(self._model))
-            self._calls[key] = _Calls(self._model, self._sites, depths, inputs, self._shapes)
+            self._calls[key] = _Calls(self._model, self._sites, depths, inputs, knows_text, self._shapes)
         return self._calls[key]
 
 

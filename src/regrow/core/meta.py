@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from regrow.core.others import is_of_diffusers
 
@@ -65,7 +64,7 @@ def meta_copy(denoiser: Any) -> Any:
     return model.eval()
 
 
-class KnownShapes(TorchDispatchMode):
+class KnownShapes:
     """Computes an operation's result on the meta device once for all inputs of the same shapes.
 
     PyTorch computes it in Python, which takes longer than a small operation with data, and a model's blocks
@@ -75,16 +74,11 @@ class KnownShapes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._gives_new: dict[Any, bool] = {}
         self._known: dict[Any, tuple[type, list[_Form]]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation without data, or look up its result."""
-        return self.result(func, args, kwargs or {})
-
     def result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Likewise, for another mode that runs operations."""
+        """Run an operation of a dispatch mode, or look up its result without data."""
         if func not in self._gives_new:
             self._gives_new[func] = _gives_new(func)
         if not self._gives_new[func] or any(isinstance(x, Tensor) and not x.dim() for x in args):

@@ -37,7 +37,7 @@ SIZE = {"height": 64, "width": 64}
 
 
 def with_scheduler(kind: Any, **changes: Any) -> Any:
-    pipe = pipelines.sd()
+    pipe = pipelines.sd(pipelines.unet(layers_per_block=1))
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
     return pipe
 
