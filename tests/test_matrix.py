@@ -1,4 +1,4 @@
-"""What holds for every method on every family of pipelines.
+"""What holds for every method on every family of pipelines; less known families meet some methods in turn.
 
 Nothing left out is nothing changed, a generation leaves nothing to the next, and a method that is taken
 off, or refused, leaves nothing at all.
@@ -82,7 +82,7 @@ FAMILIES: Mapping[str, Family] = {
     "sd1": unet("sd1"),
     "sd1-four-levels": unet("sd1-four-levels", 4),
     "sd2": unet("sd2", 4),
-    "sdxl": unet("sdxl", 2),
+    "sdxl": unet("sdxl"),
     # They begin late: at the third of eight steps.
     "img2img": unet("img2img", 4, num_inference_steps=8),
     "sdxl-img2img": unet("sdxl-img2img", 4, num_inference_steps=8),

@@ -75,9 +75,8 @@ class StopError(Exception):
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_an_exception_between_steps_leaves_nothing_behind(pipe: Any, after: int) -> None:
-    config = METHODS["dato"]
-
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_an_exception_between_steps_leaves_nothing_behind(pipe: Any, config: Any, after: int) -> None:
     def stop(_: Any, step: int, *__: Any) -> dict[str, Any]:
         if step == after:
             raise StopError
@@ -89,9 +88,8 @@ def test_an_exception_between_steps_leaves_nothing_behind(pipe: Any, after: int)
         assert torch.equal(generate(pipe), fresh(config))
 
 
-def test_an_interrupted_generation_leaves_nothing_behind(pipe: Any) -> None:
-    config = METHODS["dato"]
-
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_an_interrupted_generation_leaves_nothing_behind(pipe: Any, config: Any) -> None:
     def interrupt(pipeline: Any, step: int, *_: Any) -> dict[str, Any]:
         pipeline._interrupt = step == 1
         return {}

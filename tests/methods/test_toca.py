@@ -237,6 +237,13 @@ def test_no_tokens_are_bit_for_bit_fora(kind: str) -> None:
     assert recipe_of(ToCa(ratio=1)) == recipe_of(FORA(interval=3))
 
 
+@pytest.mark.filterwarnings("ignore:the method prunes nothing")
+def test_nothing_is_chosen_where_every_call_is_full() -> None:
+    with regrow.apply(transformer_pipelines.dit(), ToCa(interval=1)) as run:
+        generate(run._pipeline)
+    assert run.report().selection_macs == 0
+
+
 class PerBlock(MethodConfig):
     """A method that computes the same tokens in all layers of a block."""
 
