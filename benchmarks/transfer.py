@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from regrow import DaTo, zoo
-from regrow.lab.cli.engine import Engine
+from regrow.lab.cli.engine import JobEngine
 from regrow.lab.cli.models import load_pipeline
 from regrow.lab.cli.search import PATIENCE, Again, run_search
 from regrow.lab.measure.evaluate import Setting
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="of Ray, one thread each")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    asked = Again(engine=Engine.RAY, workers=args.workers, device="cpu", plots=False)
+    asked = Again(engine=JobEngine.RAY, workers=args.workers, device="cpu", plots=False)
     prompts = tuple(zoo.captions("emoji")[args.first : args.first + args.prompts])
     found = {f"searched {f.stem}": DaTo(schedule=Schedule.load(f)) for f in args.plans}
     trials = []

@@ -29,12 +29,12 @@ from rich.table import Table
 from regrow.core.engine import Engine
 from regrow.core.install import Installed
 from regrow.core.macs import CallCounter, free_selection
-from regrow.core.recipe import CallInfo, Recipe, Where, recipe_of
+from regrow.core.recipe import CallInfo, Recipe, recipe_of
 from regrow.lab.measure.architectures import CONFIGS, architecture
 from regrow.lab.measure.machine import PACKAGES, machine
 from regrow.lab.memory import PeakMemory, keep_freed_memory
 from regrow.methods.dato import DaTo
-from regrow.methods.pruning import TokenRule
+from regrow.methods.pruning import TokenRule, Where
 from regrow.methods.sito import SiTo
 from regrow.schedule import FULL, Schedule
 from regrow.tokens.grid import Grid

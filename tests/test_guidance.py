@@ -13,7 +13,7 @@ from torch import Tensor
 
 import regrow
 from regrow import CATPruning, DaTo, Schedule
-from regrow.core.recipe import Alignment
+from regrow.tokens.alignment import Alignment
 
 STEPS = 6
 # Before there are two outputs to compare, tokens are drawn, for a batch at a time.

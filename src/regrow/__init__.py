@@ -15,7 +15,7 @@ from regrow.control import Control
 from regrow.core.call import Observation
 from regrow.core.clock import ConcurrentGenerationError
 from regrow.core.compiling import compile_blocks
-from regrow.core.recipe import After, Alignment, CallInfo, Features, Recipe, Recovery, Where, recipe_of
+from regrow.core.recipe import CallInfo, Recipe, recipe_of
 from regrow.methods.adaptive import Adaptive
 from regrow.methods.atedm import ATEDM, Restored, Similarity
 from regrow.methods.base import About, MethodConfig, Role, register
@@ -25,7 +25,7 @@ from regrow.methods.dato import DaTo
 from regrow.methods.deepcache import DeepCache
 from regrow.methods.fora import FORA
 from regrow.methods.l2p import L2P
-from regrow.methods.pruning import TokenRule
+from regrow.methods.pruning import Features, PruneAfter, TokenRule, Where
 from regrow.methods.sito import BaseChoice, SiTo
 from regrow.methods.spectrum import Spectrum
 from regrow.methods.taylorseer import ForecastLevel, TaylorSeer
@@ -33,9 +33,11 @@ from regrow.methods.toca import ToCa
 from regrow.methods.tokencache import TokenCache
 from regrow.methods.tome import ToMeSD
 from regrow.models import UnsupportedModelError
+from regrow.recover.space import Recovery
 from regrow.recover.time import Chebyshev, Fitted, Reuse, Taylor, TimeRecovery
 from regrow.report import RunReport
 from regrow.schedule import FULL, Plan, Schedule, ScheduleError
+from regrow.tokens.alignment import Alignment
 
 if TYPE_CHECKING:
     from regrow.lab.calibration.calibrate import calibrate
@@ -50,7 +52,6 @@ __all__ = [
     "L2P",
     "About",
     "Adaptive",
-    "After",
     "Alignment",
     "BaseChoice",
     "CATPruning",
@@ -67,6 +68,7 @@ __all__ = [
     "MethodConfig",
     "Observation",
     "Plan",
+    "PruneAfter",
     "Recipe",
     "Recording",
     "Recovery",

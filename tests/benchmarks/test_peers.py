@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from regrow.lab.cli.bench import print_rows
 from regrow.lab.measure.bench import BenchRow, bench
-from regrow.lab.measure.evaluate import Pictures, Setting
+from regrow.lab.measure.evaluate import PictureFolder, Setting
 from regrow.lab.measure.sampling import make, prompt_arguments
 from regrow.lab.measure.variants import Variant, variant
 from regrow.methods.calibrated import Calibrated
@@ -349,7 +349,7 @@ def test_an_evaluation_makes_a_peers_pictures_however_often_it_begins(tmp_path: 
     # FasterCache keeps what it cached for the next generation there.
     setting = Setting("tiny", ("a penguin", "a pizza", "a penguin"), height=32, width=32, shard=2)
     one, pipe = peer("fastercache", STEPS), MODELS["pixart"]()
-    made = Pictures(tmp_path, setting)
+    made = PictureFolder(tmp_path, setting)
     made.make(pipe, one)
     whole = list(made.of(one))
     assert [len(shard) for shard in whole] == [2, 1]

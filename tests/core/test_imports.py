@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,3 +68,14 @@ def test_names_that_are_imported_when_asked_for_are_there() -> None:
     assert all(hasattr(regrow, name) for name in regrow.__all__)
     with pytest.raises(AttributeError, match="no attribute 'recrod'"):
         _ = regrow.recrod  # type: ignore[attr-defined]
+
+
+def test_one_name_means_one_class() -> None:
+    """A reader who searches for a class finds one."""
+    names = Counter(
+        node.name
+        for file in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert {name for name, count in names.items() if count > 1} == set()

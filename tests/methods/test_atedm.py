@@ -23,15 +23,16 @@ from transformer_pipelines import FORMS, TWO_CALLS, generate
 from whole_unet import assert_near, guided_inputs, outputs
 
 import regrow
-from regrow import ATEDM, After, Combined, DeepCache, Restored, Similarity
+from regrow import ATEDM, Combined, DeepCache, PruneAfter, Restored, Similarity
 from regrow.core.inputs import without_data
 from regrow.core.meta import meta_copy
-from regrow.core.recipe import Alignment, Recipe, recipe_of
+from regrow.core.recipe import Recipe, recipe_of
 from regrow.lab.measure.architectures import architecture
 from regrow.lab.measure.macs import profile
 from regrow.lab.measure.variants import variant
 from regrow.methods.base import MethodConfig
 from regrow.schedule import Schedule
+from regrow.tokens.alignment import Alignment
 from regrow.tokens.scores import Heads
 
 
@@ -226,7 +227,7 @@ class SlowStages:
         for blocks in stages:
             state: dict[str, Any] = {}
             self.read(blocks[0].attn1, state)
-            own = config.after is After.SELF_ATTENTION
+            own = config.after is PruneAfter.SELF_ATTENTION
             layers = [blocks[0].attn2, blocks[0].ff] if own else []
             layers += [layer for b in blocks[1:] for layer in (b.attn1, b.attn2, b.ff)]
             for layer in layers:
@@ -272,7 +273,7 @@ def slow_unet(model: Any, config: ATEDM, levels: set[int]) -> Any:
     if last in levels:
         places.append(twin.mid_block)
     found = [a.transformer_blocks for place in places for a in getattr(place, "attentions", [])]
-    stages = [s for s in found if len(s) > 1 or config.after is After.SELF_ATTENTION]
+    stages = [s for s in found if len(s) > 1 or config.after is PruneAfter.SELF_ATTENTION]
     assert stages
     SlowStages(stages, config)
     return twin
@@ -468,7 +469,7 @@ def test_configurations_by_name_and_as_json() -> None:
     assert variant("atedm:reuse:ratio=0.5", 50).config == ATEDM(ratio=0.5, early=8, recovery=Restored.REUSE)
     steps = recipe_of(variant("atedm:reuse:early=0.2", 50).config).plan.resample(50).steps()
     assert [step.ratio for step in steps].count(0.0) == 10
-    assert variant("atedm:paper", 50).config == ATEDM(after=After.FEED_FORWARD)
+    assert variant("atedm:paper", 50).config == ATEDM(after=PruneAfter.FEED_FORWARD)
     config = reuse(block=2, alignment="mean")
     assert ATEDM.model_validate_json(config.model_dump_json()) == config
     assert hash(ATEDM.preset("reuse")) == hash(ATEDM.preset("reuse"))

@@ -30,14 +30,16 @@ from waiting import NoWaiting
 import regrow
 from regrow import CATPruning, TokenChoice
 from regrow.core.decision import Decider, Decision, Sited, View
-from regrow.core.recipe import Alignment, CallInfo, Recipe, recipe_of, some_of_stream, stream_of
+from regrow.core.recipe import CallInfo, Recipe, recipe_of
 from regrow.lab.measure.architectures import architecture
 from regrow.lab.measure.macs import profile
 from regrow.methods.base import MethodConfig
-from regrow.methods.cat import Choosing, Memory
+from regrow.methods.cat import CATDecider, Memory
+from regrow.methods.sites import some_of_stream, stream_of
 from regrow.models.table import Keeps, Layout, Site
 from regrow.schedule import Schedule
-from regrow.tokens.cluster import Algorithm, k_means
+from regrow.tokens.alignment import Alignment
+from regrow.tokens.cluster import ClusterAlgorithm, k_means
 from regrow.tokens.grid import Grid
 
 GRID = Grid(8, 8)
@@ -244,7 +246,7 @@ def select(
     cached: Sequence[bool] = (),
 ) -> tuple[list[Tensor], list[Memory]]:
     """The tokens of one call after the other."""
-    rule = Choosing(config, ())
+    rule = CATDecider(config, ())
     state, tokens, memories = rule.begin(), [], []
     generator = torch.Generator().manual_seed(config.seed)
     flags = cached or [False] * len(outputs)
@@ -359,7 +361,7 @@ def slow_choice(
 ) -> list[list[int]]:
     """The tokens of one sample in each call, token by token."""
     tokens, width = range(GRID.tokens), GRID.width
-    released = config.algorithm is Algorithm.RELEASED
+    released = config.algorithm is ClusterAlgorithm.RELEASED
     members = [[n for n in tokens if labels[n] == k] for k in range(config.clusters)]
     near = [(n, m) for n in tokens for m in (n - 1, n - width) if m >= 0 and (m != n - 1 or n % width)]
     touch = {(labels[n], labels[m]) for pair in near for n, m in (pair, pair[::-1])}
@@ -450,14 +452,14 @@ def test_positions_are_of_a_clusters_value_as_printed() -> None:
     assert memory.clusters is not None
     labels = memory.clusters[0][0]
     assert labels[tokens[0, 0]] == labels[-1]
-    (without,), _ = select(CATPruning(clusters=4, algorithm=Algorithm.RELEASED), [(before, now)], 1)
+    (without,), _ = select(CATPruning(clusters=4, algorithm=ClusterAlgorithm.RELEASED), [(before, now)], 1)
     assert labels[without[0, 0]] == 0 != labels[-1]
 
 
 def test_a_file_without_the_algorithm_has_the_printed_one() -> None:
     old = CATPruning().model_dump(mode="json")
     del old["algorithm"]
-    assert CATPruning.model_validate(old) == CATPruning(algorithm=Algorithm.PRINTED)
+    assert CATPruning.model_validate(old) == CATPruning(algorithm=ClusterAlgorithm.PRINTED)
 
 
 def test_where_clusters_begin_is_drawn_by_the_seed() -> None:

@@ -22,17 +22,18 @@ from transformer_pipelines import FORMS, TWO_CALLS, generate
 import regrow
 from regrow import FORA, ToCa
 from regrow.core.decision import SKIP, Decider, Decision, Sited, Some, View
-from regrow.core.recipe import Alignment, Attention, CallInfo, Recipe, recipe_of
+from regrow.core.recipe import Attention, CallInfo, Recipe, recipe_of
 from regrow.core.store import Store, copied
 from regrow.lab.measure.architectures import architecture
 from regrow.lab.measure.macs import profile
 from regrow.lab.measure.variants import variant
 from regrow.methods.base import MethodConfig
-from regrow.methods.toca import Choosing
+from regrow.methods.toca import ToCaDecider
 from regrow.models import layout_of
 from regrow.models.layers import LayerKind
 from regrow.models.table import Keeps, Layout, Site
 from regrow.schedule import FULL, LAYERS, Schedule, Step
+from regrow.tokens.alignment import Alignment
 from regrow.tokens.grid import Grid
 
 KINDS = ("sd3", "pixart", "dit", "flux")
@@ -357,7 +358,7 @@ def test_tokens_are_those_of_the_highest_scores(
 ) -> None:
     grid, batch = Grid(height, width), 2
     config = ToCa(cell=cell, queries=None, influence=1, staleness=0.4)
-    rule = Choosing(config, (MLP,))
+    rule = ToCaDecider(config, (MLP,))
     memory, expected = rule.begin(), SlowChoice(config, grid)
     own = random_attention(batch, grid.tokens, grid.tokens, seed)
     rule.observe(memory, ATTENTION, own)
@@ -537,7 +538,7 @@ def _only_full(run: Any, hook: Any) -> Any:
 @pytest.mark.parametrize("staleness", [0.25, 0.0])
 def test_nobody_waits_for_ever_unless_told_so(staleness: float) -> None:
     config, grid = ToCa(interval=99, staleness=staleness), Grid(6, 6)
-    rule = Choosing(config, (MLP,))
+    rule = ToCaDecider(config, (MLP,))
     memory = rule.begin()
     rule.observe(memory, ATTENTION, random_attention(1, 36, 36, 0))
     call, x = CallInfo(1, False, (), torch.Generator(), grid=grid), torch.empty(1, 36, 1)
@@ -552,7 +553,7 @@ def test_alignment_gives_both_halves_the_same_tokens(alignment: Alignment) -> No
     grid, own = Grid(8, 8), random_attention(4, 64, 64, 1)
 
     def tokens(first: bool, attention: Attention = own, guided: bool = True) -> Tensor:
-        rule = Choosing(ToCa(alignment=alignment, queries=None), (MLP,))
+        rule = ToCaDecider(ToCa(alignment=alignment, queries=None), (MLP,))
         memory = rule.begin()
         rule.observe(memory, ATTENTION, attention)
         batch = len(attention.query)
@@ -574,7 +575,7 @@ def count_of(
 ) -> int | None:
     """How many tokens a layer of a model of so many blocks computes in a call of a ratio."""
     sites = tuple(layer(f"{i}", kind, i) for i in range(blocks))
-    decision = Choosing(config, sites).plan(View(1, 2, Step(LAYERS, ratio)))[f"{index}"]
+    decision = ToCaDecider(config, sites).plan(View(1, 2, Step(LAYERS, ratio)))[f"{index}"]
     return decision.count(tokens) if isinstance(decision, Some) else 0
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 import regrow
 from regrow import Recovery, ToMeSD
 from regrow.core.recipe import CallInfo, recipe_of
+from regrow.recover.space import keep_merged, recover
 from regrow.tokens.grid import Grid
-from regrow.tokens.recover import keep_merged, recover
 
 SHAPES = [(8, 8), (6, 10), (7, 5), (2, 2)]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.cluster.vq import kmeans2
 
 from regrow.tokens.cluster import (
-    Algorithm,
+    ClusterAlgorithm,
     Clusters,
     choose_by_clusters,
     k_means,
@@ -83,15 +83,16 @@ def test_a_choice_is_as_printed_by_a_quarter_unless_told_otherwise() -> None:
         found = choose_by_clusters(difference, staleness, clusters, grid, 40, **options)
         return found.sort(1).values.tolist()
 
-    said = {"algorithm": Algorithm.PRINTED, "scale": 1.0, "share": 0.25, "balance": 0.0, "begins": False}
+    printed, released = ClusterAlgorithm
+    said = {"algorithm": printed, "scale": 1.0, "share": 0.25, "balance": 0.0, "begins": False}
     assert choice() == choice(**said)
-    others = {"algorithm": Algorithm.RELEASED, "scale": 2.0, "share": 0.5, "balance": 1.0, "begins": True}
+    others = {"algorithm": released, "scale": 2.0, "share": 0.5, "balance": 1.0, "begins": True}
     for name, other in others.items():
         assert choice() != choice(**{name: other}), name
 
 
 def test_algorithms_are_called_as_in_files() -> None:
-    assert [Algorithm("printed"), Algorithm("released")] == [Algorithm.PRINTED, Algorithm.RELEASED]
+    assert [kind.value for kind in ClusterAlgorithm] == ["printed", "released"]
 
 
 def test_k_means_finds_what_is_plainly_apart_and_takes_empty_clusters() -> None:

@@ -14,8 +14,9 @@ from torch.nn.functional import linear
 from regrow.models.layers import LayerKind
 
 if TYPE_CHECKING:
-    from regrow.core.recipe import Attention, CallInfo, Recovery
+    from regrow.core.recipe import Attention, CallInfo
     from regrow.models.table import Layout, Site, SkipPlan
+    from regrow.recover.space import Recovery
     from regrow.schedule import Step
     from regrow.tokens.select import Selection
 

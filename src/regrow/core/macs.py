@@ -24,10 +24,11 @@ from regrow.core.engine import Engine
 from regrow.core.install import Installed
 from regrow.core.meta import KnownShapes, meta_copy
 from regrow.core.others import grounding_of
-from regrow.core.recipe import Attention, CallInfo, Recipe, Recovery
+from regrow.core.recipe import Attention, CallInfo, Recipe
 from regrow.models import layout_of
 from regrow.models.layers import LayerKind
 from regrow.models.table import Layout, Site
+from regrow.recover.space import Recovery
 from regrow.schedule import FULL, SITES, Schedule, Step
 from regrow.tokens.select import Selection
 

@@ -2,87 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import singledispatch
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from regrow.core.decision import Decision, Sited, Some, View
-from regrow.models.errors import UnsupportedModelError
-from regrow.models.table import TOKENS, Layout, Site
+from regrow.core.decision import Sited, View
 from regrow.origin import Origin
 from regrow.schedule import Plan, Schedule
 from regrow.tokens.grid import Grid
-
-
-class Features(str, Enum):
-    """The features that similarities and scores are computed from."""
-
-    BLOCK_INPUT = "block_input"
-    """The hidden states entering the transformer block, before norm1 (both released codes)."""
-    NORM1 = "norm1"
-    """The output of norm1, which the self-attention reads."""
-    ATTENTION = "attention"
-    """As norm1, with the queries and keys of the self-attention. It runs before its block's tokens are
-    selected; the selection also serves the following blocks of the same stage."""
-
-
-class After(str, Enum):
-    """The place where pruning begins, relative to the block whose attention is read."""
-
-    SELF_ATTENTION = "self_attention"
-    """Its own cross-attention and feed-forward leave tokens out, and all layers of the blocks after it."""
-    FEED_FORWARD = "feed_forward"
-    """Only the blocks after it."""
-
-
-class Recovery(str, Enum):
-    """The source of a pruned token's value."""
-
-    COPY = "copy"
-    """The output of the most similar token (pruning)."""
-    MEAN = "mean"
-    """As copy, but that token enters the layer as the mean of itself and those that copy it (merging)."""
-
-
-class Alignment(str, Enum):
-    """The way in which both halves of a guided batch get the same base tokens."""
-
-    CONDITIONAL = "conditional"
-    UNCONDITIONAL = "unconditional"
-    MEAN = "mean"
-    OFF = "off"
-
-
-Level = Literal["top", 1, 2, 4, 8]
-
-
-@dataclass(frozen=True)
-class Where:
-    """The layers in which tokens are pruned.
-
-    Args:
-        self_attention: prune in the attention among image tokens.
-        cross_attention: prune the queries of the attention to the text.
-        feed_forward: prune in the token-wise network.
-        max_downsample: deepest level, as latent positions a token spans along one side; ``"top"`` is
-            the model's finest level with attention (1 for SD 1.5 and 2, 2 for SDXL).
-        features: features that the selection uses.
-        recovery: where pruned tokens' values come from.
-        after: with `Features.ATTENTION`, where pruning begins.
-    """
-
-    self_attention: bool = True
-    cross_attention: bool = False
-    feed_forward: bool = False
-    max_downsample: Level = "top"
-    features: Features = Features.BLOCK_INPUT
-    recovery: Recovery = Recovery.COPY
-    after: After = After.SELF_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -129,36 +60,6 @@ class CallInfo:
     cached: bool = False
     grid: Grid | None = None
     view: View | None = None
-
-
-def stream_of(denoiser: nn.Module, layout: Layout, reads: int | None = None, hint: str = "") -> Site:
-    """Make the site of all blocks of a transformer, or of those after one.
-
-    Args:
-        denoiser: the model.
-        layout: its table.
-        reads: index of the block whose self-attention chooses the tokens; None for all blocks.
-        hint: advice in the error for a model that has no such site.
-
-    Raises:
-        UnsupportedModelError: if a call of the model can't compute some of its tokens only.
-        ValueError: if no block comes after that one.
-    """
-    site = layout.token_stream(reads)
-    if site is None:
-        raise UnsupportedModelError(
-            f"model: a call of {type(denoiser).__name__} can't compute some of its tokens only"
-            + (f"; {hint}" if hint else "")
-        )
-    return site
-
-
-def some_of_stream(ratio: float) -> Mapping[str, Decision]:
-    """Make the plan of a call that computes all but a share of the tokens.
-
-    The number is rounded down, as in CAT Pruning's released code: 1228 of 4096 tokens for 0.3.
-    """
-    return {TOKENS: Some(1 - ratio, TOKENS, down=True)} if ratio else {}
 
 
 @dataclass(frozen=True)
@@ -248,50 +149,3 @@ def origin_of(config: Any) -> Origin | None:
     plan = recipe_of(config).plan
     of_plan = plan.found if isinstance(plan, Schedule) else None
     return of_plan or getattr(config, "found", None)
-
-
-def check_ratio(ratio: float, patch: int) -> None:
-    """Refuse a ratio that would prune base tokens.
-
-    Raises:
-        ValueError: if ``ratio > 1 - 1 / patch**2``.
-    """
-    highest = 1 - 1 / patch**2
-    if ratio > highest + 1e-9:
-        raise ValueError(
-            f"ratio: {ratio} is not allowed, it must be <= {highest:g}, since patch={patch} keeps one "
-            f"token of every {patch**2}; use a lower ratio or a larger patch"
-        )
-
-
-def align(score: Tensor, alignment: Alignment, guided: bool, *, conditional_first: bool = False) -> Tensor:
-    """Align the scores of both halves of a guided batch (step 3 of DaTo, CFG alignment).
-
-    Equal scores give equal base tokens, so this equals copying the positions of one half to the other; it
-    also works for the mean.
-
-    Args:
-        score: ``(B, N)``; in a guided batch the unconditional half comes first, as in diffusers.
-        alignment: whose scores count.
-        guided: whether the batch has two halves; if not, the scores are unchanged.
-        conditional_first: the conditional half comes first instead.
-    """
-    if not guided or alignment is Alignment.OFF:
-        return score
-    return deciding_half(score, alignment, conditional_first).repeat(2, 1)
-
-
-def deciding_half(values: Tensor, alignment: Alignment, conditional_first: bool) -> Tensor:
-    """Of a guided batch ``(2 B, ...)`` the half, or the mean of both, that decides for both: ``(B, ...)``.
-
-    Args:
-        values: of both halves.
-        alignment: which; not off.
-        conditional_first: the conditional half comes first, not second.
-    """
-    unconditional, conditional = values.chunk(2)
-    if conditional_first:
-        unconditional, conditional = conditional, unconditional
-    if alignment is Alignment.MEAN:
-        return (unconditional + conditional) / 2
-    return conditional if alignment is Alignment.CONDITIONAL else unconditional

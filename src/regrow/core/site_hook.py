@@ -11,11 +11,10 @@ from regrow.core.call import Call
 from regrow.core.decision import ALL, SKIP, UNREAD, Some
 from regrow.core.inputs import some_rows, taken
 from regrow.core.memory import placeholders
-from regrow.core.recipe import Recovery
 from regrow.core.store import copied
 from regrow.models.layers import LayerKind
 from regrow.models.table import Keeps, Returns, Site, SkipPlan
-from regrow.tokens.recover import keep, keep_merged, recover
+from regrow.recover.space import Recovery, keep, keep_merged, recover
 from regrow.tokens.select import Subset, put_rows, take_rows
 
 if TYPE_CHECKING:

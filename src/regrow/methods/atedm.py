@@ -14,13 +14,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from regrow.core.recipe import After, Alignment, Attention, CallInfo, Features, Level, Where, align
+from regrow.core.recipe import Attention, CallInfo
 from regrow.fields import MOST_CALLS, Block, Ratio, check_within
 from regrow.methods.base import BLOCKS, UNETS, About, MethodConfig, Role, Status, register
-from regrow.methods.pruning import TokenRule
+from regrow.methods.pruning import Features, Level, PruneAfter, TokenRule, Where
 from regrow.methods.sites import SitesOf
 from regrow.schedule import FULL, Schedule, Step
 from regrow.space import Searched
+from regrow.tokens.alignment import Alignment, align
 from regrow.tokens.grid import Grid
 from regrow.tokens.scores import Heads, attention_page_rank, most_attended
 from regrow.tokens.select import Selection, most_similar
@@ -111,7 +112,7 @@ class ATEDM(MethodConfig):
     )
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"after": After.FEED_FORWARD},
+        "paper": {"after": PruneAfter.FEED_FORWARD},
         "reuse": {"ratio": 0.7, "early": 8, "recovery": Restored.REUSE},
     }
     _ONLY: ClassVar[Mapping[str, Restored]] = {
@@ -128,7 +129,7 @@ class ATEDM(MethodConfig):
     recovery: Restored = Restored.COPY
     iterations: int = Field(5, ge=1, le=100)
     heads: Heads = Heads.ROOT_MEAN_SQUARE
-    after: After = After.SELF_ATTENTION
+    after: PruneAfter = PruneAfter.SELF_ATTENTION
     max_downsample: Level = 8
     similarity: Similarity = Similarity.ATTENTION
     block: Block = 0

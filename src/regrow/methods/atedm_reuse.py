@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from regrow.core.recipe import CallInfo, Recipe, recipe_of, stream_of
+from regrow.core.recipe import CallInfo, Recipe, recipe_of
 from regrow.methods.atedm import ATEDM, HINT, Copying, EarlyLess, Restored, importance
-from regrow.methods.sites import SitesOf, StreamChoice
+from regrow.methods.sites import SitesOf, StreamChoice, stream_of
 from regrow.models.table import Layout, Site
 
 # A cache has to be filled, and the engine asks for two outputs before a call leaves tokens out.

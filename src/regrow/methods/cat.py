@@ -12,14 +12,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from regrow.core.recipe import Alignment, CallInfo, Recipe, deciding_half, recipe_of, stream_of
+from regrow.core.recipe import CallInfo, Recipe, recipe_of
 from regrow.fields import MOST_CALLS, Seed, Share, Weight
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, Options, Role, register
-from regrow.methods.sites import SitesOf, StreamChoice
+from regrow.methods.sites import SitesOf, StreamChoice, stream_of
 from regrow.models.table import Layout, Site
 from regrow.schedule import After, Schedule
 from regrow.space import Searched
-from regrow.tokens.cluster import Algorithm, Clusters, choose_by_clusters, positions
+from regrow.tokens.alignment import Alignment, deciding_half
+from regrow.tokens.cluster import ClusterAlgorithm, Clusters, choose_by_clusters, positions
 from regrow.tokens.scores import wide
 
 
@@ -93,7 +94,7 @@ class CATPruning(MethodConfig):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "released": {
-            "algorithm": Algorithm.RELEASED,
+            "algorithm": ClusterAlgorithm.RELEASED,
             "balance": 0.5,
             "noise_scale": 0.05,
             "absolute_noise": True,
@@ -104,7 +105,7 @@ class CATPruning(MethodConfig):
     alpha: Annotated[float, Searched((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8))] = Field(0.3, ge=1e-6, le=1)
     t0: Annotated[int, Searched((2, 4, 6, 8, 10, 12))] = Field(8, ge=2, le=MOST_CALLS)
     choice: TokenChoice = TokenChoice.CLUSTERS
-    algorithm: Algorithm = Algorithm.PRINTED
+    algorithm: ClusterAlgorithm = ClusterAlgorithm.PRINTED
     clusters: int = Field(20, ge=1, le=1024)
     decay: float = Field(0.5, ge=0, lt=1)
     cluster_share: Annotated[Share, Searched((0.0, 0.25, 0.5, 0.75, 1.0))] = 0.25
@@ -161,17 +162,17 @@ class _Rule(SitesOf[CATPruning]):
         """The first t0."""
         return self.config.t0
 
-    def on(self, denoiser: nn.Module, layout: Layout) -> Choosing:
+    def on(self, denoiser: nn.Module, layout: Layout) -> CATDecider:
         """The method at work on a transformer.
 
         Raises:
             UnsupportedModelError: if a call of it can't compute some of its tokens only.
         """
-        return Choosing(self.config, (stream_of(denoiser, layout),))
+        return CATDecider(self.config, (stream_of(denoiser, layout),))
 
 
 @dataclass(frozen=True)
-class Choosing(StreamChoice[CATPruning]):
+class CATDecider(StreamChoice[CATPruning]):
     """CAT Pruning's choice of tokens."""
 
     def begin(self, memory: State | None = None) -> State:

@@ -13,13 +13,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from regrow import hub
-from regrow.core.recipe import Alignment, CallInfo, Features, Recipe, align, check_ratio, recipe_of
+from regrow.core.recipe import CallInfo, Recipe, recipe_of
 from regrow.fields import MOST_WEIGHT, Weight
 from regrow.methods.base import UNETS, About, DenoiserKind, Options, Role, TextError, register, whole
-from regrow.methods.pruning import PatchPruning, PatchRule
+from regrow.methods.pruning import Features, PatchPruning, PatchRule, check_ratio
 from regrow.recover.time import RecoveryField
 from regrow.schedule import Schedule
 from regrow.space import Space, schedules
+from regrow.tokens.alignment import Alignment, align
 from regrow.tokens.grid import Grid, best_of_patch
 from regrow.tokens.scores import diff_score, noise, random_score
 from regrow.tokens.select import Selection, prune_similar

@@ -7,24 +7,74 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from enum import Enum
 from functools import cached_property
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from regrow.core.decision import Decider, Decision, Entered, Sited, Some, View, runs
-from regrow.core.recipe import After, CallInfo, Features, Level, Recovery, Where, check_ratio
+from regrow.core.recipe import CallInfo
 from regrow.fields import Ratio, Seed, Side
 from regrow.methods.base import MethodConfig
 from regrow.methods.sites import SitesOf
 from regrow.models.errors import UnsupportedModelError
 from regrow.models.layers import LayerKind
 from regrow.models.table import Keeps, Layout, Site, TokenBlock
+from regrow.recover.space import Recovery
 from regrow.space import RATIOS
 from regrow.tokens.grid import Grid
 from regrow.tokens.select import Selection
+
+
+class Features(str, Enum):
+    """The features that similarities and scores are computed from."""
+
+    BLOCK_INPUT = "block_input"
+    """The hidden states entering the transformer block, before norm1 (both released codes)."""
+    NORM1 = "norm1"
+    """The output of norm1, which the self-attention reads."""
+    ATTENTION = "attention"
+    """As norm1, with the queries and keys of the self-attention. It runs before its block's tokens are
+    selected; the selection also serves the following blocks of the same stage."""
+
+
+class PruneAfter(str, Enum):
+    """The place where pruning begins, relative to the block whose attention is read."""
+
+    SELF_ATTENTION = "self_attention"
+    """Its own cross-attention and feed-forward leave tokens out, and all layers of the blocks after it."""
+    FEED_FORWARD = "feed_forward"
+    """Only the blocks after it."""
+
+
+Level = Literal["top", 1, 2, 4, 8]
+
+
+@dataclass(frozen=True)
+class Where:
+    """The layers in which tokens are pruned.
+
+    Args:
+        self_attention: prune in the attention among image tokens.
+        cross_attention: prune the queries of the attention to the text.
+        feed_forward: prune in the token-wise network.
+        max_downsample: deepest level, as latent positions a token spans along one side; ``"top"`` is
+            the model's finest level with attention (1 for SD 1.5 and 2, 2 for SDXL).
+        features: features that the selection uses.
+        recovery: where pruned tokens' values come from.
+        after: with `Features.ATTENTION`, where pruning begins.
+    """
+
+    self_attention: bool = True
+    cross_attention: bool = False
+    feed_forward: bool = False
+    max_downsample: Level = "top"
+    features: Features = Features.BLOCK_INPUT
+    recovery: Recovery = Recovery.COPY
+    after: PruneAfter = PruneAfter.SELF_ATTENTION
 
 
 class PatchPruning(MethodConfig):
@@ -272,7 +322,7 @@ def _served(where: Where, layout: Layout, model: str) -> dict[str, tuple[TokenBl
             stages.setdefault(block.stage, []).append(block)
     if not stages:
         raise ValueError(_lack(where, layout, model))
-    first = 0 if where.after is After.SELF_ATTENTION else 1
+    first = 0 if where.after is PruneAfter.SELF_ATTENTION else 1
     served = {
         stage[0].name: holding
         for stage in stages.values()
@@ -281,7 +331,7 @@ def _served(where: Where, layout: Layout, model: str) -> dict[str, tuple[TokenBl
     if not served:
         raise ValueError(
             f"after: {where.after.value} is not allowed on {model}, in which no block comes right behind "
-            f"another; it must be {After.SELF_ATTENTION.value}"
+            f"another; it must be {PruneAfter.SELF_ATTENTION.value}"
         )
     return served
 
@@ -313,3 +363,17 @@ def _lack(where: Where, layout: Layout, model: str) -> str:
         f"{', '.join(_layers(where))}: {model} has no such layer whose tokens could be pruned; its "
         "attentions are all to the text"
     )
+
+
+def check_ratio(ratio: float, patch: int) -> None:
+    """Refuse a ratio that would prune base tokens.
+
+    Raises:
+        ValueError: if ``ratio > 1 - 1 / patch**2``.
+    """
+    highest = 1 - 1 / patch**2
+    if ratio > highest + 1e-9:
+        raise ValueError(
+            f"ratio: {ratio} is not allowed, it must be <= {highest:g}, since patch={patch} keeps one "
+            f"token of every {patch**2}; use a lower ratio or a larger patch"
+        )

@@ -11,11 +11,12 @@ from pydantic import model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from regrow.core.recipe import Alignment, CallInfo, Features, Recipe, align, recipe_of
+from regrow.core.recipe import CallInfo, Recipe, recipe_of
 from regrow.fields import Weight
 from regrow.methods.base import UNETS, About, DenoiserKind, Role, register
-from regrow.methods.pruning import LayerPruning, PatchRule
+from regrow.methods.pruning import Features, LayerPruning, PatchRule
 from regrow.schedule import Schedule
+from regrow.tokens.alignment import Alignment, align
 from regrow.tokens.grid import Grid, best_of_patch, tokens_of_patch
 from regrow.tokens.scores import noise, random_score, sim_score
 from regrow.tokens.select import Selection, prune_similar, top_share

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from regrow.core.decision import SKIP, Decider, Decision, Some, View
-from regrow.core.recipe import Alignment, Attention, CallInfo, Recipe, align, recipe_of
+from regrow.core.recipe import Attention, CallInfo, Recipe, recipe_of
 from regrow.fields import MOST_SIDE, Calls, Share, Weight
 from regrow.methods.base import BLOCKS, About, DenoiserKind, MethodConfig, register
 from regrow.methods.sites import Ages, SitesOf
@@ -21,6 +21,7 @@ from regrow.models.table import Layout, Site
 from regrow.recover.time import REUSE, RecoveryField
 from regrow.schedule import LAYERS, Schedule, Spaced, Step
 from regrow.space import INTERVALS, RECOVERIES, Searched
+from regrow.tokens.alignment import Alignment, align
 from regrow.tokens.scores import best_of_cell, influence_of_text, influence_on_others
 
 
@@ -143,7 +144,7 @@ class ToCa(MethodConfig):
 class _Rule(SitesOf[ToCa]):
     """ToCa before a model is known."""
 
-    def on(self, denoiser: nn.Module, layout: Layout) -> Choosing:
+    def on(self, denoiser: nn.Module, layout: Layout) -> ToCaDecider:
         """The method at work on a transformer.
 
         Raises:
@@ -160,7 +161,7 @@ class _Rule(SitesOf[ToCa]):
             )
         lacking = sorted(kind.value for kind in kinds - found)
         said = f"{name} has no {' and no '.join(lacking)} that can compute some of its tokens by themselves"
-        return Choosing(self.config, sites, (said,) if lacking else ())
+        return ToCaDecider(self.config, sites, (said,) if lacking else ())
 
 
 def _restricted(site: Site, kinds: frozenset[LayerKind]) -> Site:
@@ -172,7 +173,7 @@ def _restricted(site: Site, kinds: frozenset[LayerKind]) -> Site:
 
 
 @dataclass(frozen=True)
-class Choosing(Decider):
+class ToCaDecider(Decider):
     """ToCa at work on a transformer.
 
     Args:

@@ -168,7 +168,7 @@ def full_calls(config: TokenCache, table: Table | None, calls: int) -> set[int]:
 class _Rule(SitesOf[TokenCache]):
     """TokenCache before a model is known."""
 
-    def on(self, denoiser: nn.Module, layout: Layout) -> _Deciding:
+    def on(self, denoiser: nn.Module, layout: Layout) -> TokenCacheDecider:
         """The method at work on a transformer whose blocks take and return tokens.
 
         Raises:
@@ -193,11 +193,11 @@ class _Rule(SitesOf[TokenCache]):
         adapters = (
             {} if c.lora is None else read_adapters(Path(c.lora), denoiser, len(sites), c.last_blocks)
         )
-        return _Deciding(c, sites[: len(sites) - c.last_blocks], predictor, table, adapters)
+        return TokenCacheDecider(c, sites[: len(sites) - c.last_blocks], predictor, table, adapters)
 
 
 @dataclass(frozen=True, eq=False)
-class _Deciding(Decider):
+class TokenCacheDecider(Decider):
     """TokenCache at work.
 
     Args:

@@ -9,10 +9,11 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from regrow.core.recipe import CallInfo, Recipe, Recovery, recipe_of
+from regrow.core.recipe import CallInfo, Recipe, recipe_of
 from regrow.fields import Ratio
 from regrow.methods.base import UNETS, About, DenoiserKind, Role, register
 from regrow.methods.pruning import LayerPruning, PatchRule
+from regrow.recover.space import Recovery
 from regrow.schedule import Schedule
 from regrow.space import RATIOS
 from regrow.tokens.grid import Grid, best_of_patch, tokens_of_patch

@@ -13,7 +13,7 @@ from regrow.tokens.grid import Grid
 from regrow.tokens.scores import random_score, wide
 
 
-class Algorithm(str, Enum):
+class ClusterAlgorithm(str, Enum):
     """How clusters are compared, and what each gives. In both, clusters are made once.
 
     On the bundled transformer neither is clearly better (docs/quality-transformer.md).
@@ -126,7 +126,7 @@ def choose_by_clusters(
     grid: Grid,
     count: int,
     *,
-    algorithm: Algorithm = Algorithm.PRINTED,
+    algorithm: ClusterAlgorithm = ClusterAlgorithm.PRINTED,
     scale: float = 1.0,
     share: float = 0.25,
     balance: float = 0.0,
@@ -153,7 +153,7 @@ def choose_by_clusters(
         ``(B, count)`` different tokens.
     """
     labels, moved = clusters.labels, difference.norm(dim=2)
-    released, number = algorithm is Algorithm.RELEASED, clusters.touching.shape[1]
+    released, number = algorithm is ClusterAlgorithm.RELEASED, clusters.touching.shape[1]
     given_by_all = count if begins else int(count * share)
     features = difference
     if not released:

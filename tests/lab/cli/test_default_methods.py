@@ -11,7 +11,7 @@ import pytest
 import transformer_pipelines
 
 from regrow.lab import cli
-from regrow.lab.cli.default_methods import Usual, usual, usual_of
+from regrow.lab.cli.default_methods import DefaultMethods, usual, usual_of
 from regrow.lab.measure.architectures import NAMES
 from regrow.lab.measure.variants import variant
 from regrow.methods.base import DenoiserKind
@@ -43,7 +43,7 @@ def test_methods_say_that_they_are_usual() -> None:
         (VIDEO, transformer_pipelines.wan_of_texts),
     ],
 )
-def test_all_go_on_models_that_have_them(tmp_path: Path, found: Usual, make: Any) -> None:
+def test_all_go_on_models_that_have_them(tmp_path: Path, found: DefaultMethods, make: Any) -> None:
     pipe = make()
     pipe.save_pretrained(tmp_path)
     assert usual(str(tmp_path)) == found
@@ -84,4 +84,4 @@ def test_commands_take_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 )
 def test_what_is_not_supported_has_none(tmp_path: Path, index: dict[str, list[str]]) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Pipeline", **index}))
-    assert usual(str(tmp_path)) == Usual((), ())
+    assert usual(str(tmp_path)) == DefaultMethods((), ())

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from regrow.files import FileError
 from regrow.lab.cli import main
 from regrow.lab.cli.terminal import Bar, Plain, busy, table
-from regrow.lab.measure.evaluate import Pictures, Setting
+from regrow.lab.measure.evaluate import PictureFolder, Setting
 from regrow.lab.measure.variants import Variant
 from regrow.lab.search.log import Log
 from regrow.lab.search.settings import SearchSettings
@@ -122,12 +122,12 @@ def test_a_damaged_folder_of_pictures_is_named(tmp_path: Path, content: str) -> 
     file = tmp_path / "setting.json"
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"setting\.json.*; use another folder$") as refused:
-        Pictures(tmp_path, Setting("emoji", ("a",)))
+        PictureFolder(tmp_path, Setting("emoji", ("a",)))
     assert "\n" not in str(refused.value)
 
 
 def test_damaged_pictures_are_named_with_what_to_do(tmp_path: Path) -> None:
-    pictures, one = Pictures(tmp_path, Setting("emoji", ("a",))), Variant("steps:2", None, 2)
+    pictures, one = PictureFolder(tmp_path, Setting("emoji", ("a",))), Variant("steps:2", None, 2)
     folder = pictures.folder_of(one)
     folder.mkdir()
     made = {"pictures": torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "seconds": torch.ones(1)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_evaluate import PROMPTS, SETTING, VARIANTS, Colours, Pictures, made
+from test_evaluate import PROMPTS, SETTING, VARIANTS, Colours, PictureFolder, made
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -101,7 +101,7 @@ def test_the_row_has_the_mean_over_all_pictures(model: Path, tmp_path: Path) -> 
     ]
     assert rows[2].clip_score == pytest.approx(sum(every) / 5, rel=1e-4)
     assert any(every)
-    assert compare(Pictures(tmp_path, SETTING), VARIANTS, Colours())[2].clip_score is None
+    assert compare(PictureFolder(tmp_path, SETTING), VARIANTS, Colours())[2].clip_score is None
     # Kept figures are those of one model's weights.
     other = ClipScore(str(save_model(tmp_path / "other", seed=5)))
     assert compare(pictures, VARIANTS, Colours(), clip=other)[2].clip_score != rows[2].clip_score

@@ -35,8 +35,8 @@ from regrow.lab.cli.ablations import ABLATIONS, ablated
 from regrow.lab.cli.evaluate import print_rows
 from regrow.lab.cli.terminal import progress
 from regrow.lab.measure import machine
-from regrow.lab.measure.evaluate import Gain, Pictures, Quality, Setting, ShardMaker, compare
-from regrow.lab.measure.extractors import Features, Labels
+from regrow.lab.measure.evaluate import Gain, PictureFolder, QualityFigures, Setting, ShardMaker, compare
+from regrow.lab.measure.extractors import Labels, PictureFeatures
 from regrow.lab.measure.quality import frechet_distance, inception_score
 from regrow.lab.measure.reference import Reference
 from regrow.lab.measure.variants import variant
@@ -56,10 +56,12 @@ class Colours:
     def __init__(self) -> None:
         self.seen = 0
 
-    def __call__(self, images: Tensor) -> Features:
+    def __call__(self, images: Tensor) -> PictureFeatures:
         self.seen += len(images)
         means = torch.nn.functional.adaptive_avg_pool2d(images, 2)
-        return Features(means.flatten(1), images[:, :, ::16, ::16].flatten(1), 9 * means.mean((2, 3)))
+        return PictureFeatures(
+            means.flatten(1), images[:, :, ::16, ::16].flatten(1), 9 * means.mean((2, 3))
+        )
 
 
 def extractor(pictures: Tensor) -> Tensor:
@@ -67,25 +69,25 @@ def extractor(pictures: Tensor) -> Tensor:
     return Colours()(pictures).pooled
 
 
-def made(folder: Path) -> Pictures:
-    pictures = Pictures(folder, SETTING)
+def made(folder: Path) -> PictureFolder:
+    pictures = PictureFolder(folder, SETTING)
     for one in VARIANTS:
         pictures.make(pipelines.sd(), one)
     return pictures
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> PictureFolder:
     return made(tmp_path_factory.mktemp("pictures"))
 
 
-def copied(pictures: Pictures, folder: Path) -> Pictures:
+def copied(pictures: PictureFolder, folder: Path) -> PictureFolder:
     """The same pictures, as `made` makes them, in another folder; nothing of them was measured."""
     shutil.copytree(pictures.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("measured"))
-    return Pictures(folder, SETTING)
+    return PictureFolder(folder, SETTING)
 
 
-def test_every_prompt_has_its_picture_from_its_own_seed(pictures: Pictures) -> None:
+def test_every_prompt_has_its_picture_from_its_own_seed(pictures: PictureFolder) -> None:
     pipe = pipelines.sd()
     shards = list(pictures.of(VARIANTS[0]))
     assert [len(shard) for shard in shards] == [2, 2, 1]
@@ -102,13 +104,13 @@ def test_every_prompt_has_its_picture_from_its_own_seed(pictures: Pictures) -> N
     assert not any(pictures.missing(one) for one in VARIANTS)
 
 
-def test_a_second_run_makes_nothing_again(pictures: Pictures) -> None:
-    again = Pictures(pictures.folder, SETTING)
+def test_a_second_run_makes_nothing_again(pictures: PictureFolder) -> None:
+    again = PictureFolder(pictures.folder, SETTING)
     again.make(None, VARIANTS[0])
     assert compare(again, VARIANTS, Colours()) == compare(pictures, VARIANTS, Colours())
 
 
-def test_lost_pictures_are_made_again_as_they_were(tmp_path: Path, pictures: Pictures) -> None:
+def test_lost_pictures_are_made_again_as_they_were(tmp_path: Path, pictures: PictureFolder) -> None:
     mine = copied(pictures, tmp_path)
     file = next(iter(sorted(tmp_path.glob("*/000001.safetensors"))))
     before = load_file(file)["pictures"]
@@ -119,7 +121,7 @@ def test_lost_pictures_are_made_again_as_they_were(tmp_path: Path, pictures: Pic
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_distances_are_those_of_other_libraries(pictures: Pictures) -> None:
+def test_distances_are_those_of_other_libraries(pictures: PictureFolder) -> None:
     rows = compare(pictures, VARIANTS, Colours())
     base, other = (torch.cat(list(pictures.of(VARIANTS[i]))) for i in (0, 2))
     assert rows[0].psnr is None
@@ -158,7 +160,7 @@ def test_distances_are_those_of_other_libraries(pictures: Pictures) -> None:
 
 
 def test_the_median_of_an_even_number_of_pictures_lies_between_two(tmp_path: Path) -> None:
-    mine = Pictures(tmp_path, Setting("tiny", PROMPTS[:4], guidance=5.0, shard=2))
+    mine = PictureFolder(tmp_path, Setting("tiny", PROMPTS[:4], guidance=5.0, shard=2))
     for one in VARIANTS[:2]:
         mine.make(pipelines.sd(), one)
     base, other = (torch.cat(list(mine.of(one))).double().numpy() for one in VARIANTS[:2])
@@ -167,7 +169,7 @@ def test_the_median_of_an_even_number_of_pictures_lies_between_two(tmp_path: Pat
     assert found == pytest.approx(statistics.median(values), abs=1e-6)
 
 
-def test_a_gain_is_the_mean_difference_of_the_pictures_psnr(pictures: Pictures) -> None:
+def test_a_gain_is_the_mean_difference_of_the_pictures_psnr(pictures: PictureFolder) -> None:
     rows = compare(pictures, VARIANTS, Colours(), against={VARIANTS[2].name: VARIANTS[1].name})
     assert rows[:2] == compare(pictures, VARIANTS[:2], Colours())
     base, other, own = (torch.cat(list(pictures.of(one))).double().numpy() for one in VARIANTS)
@@ -183,16 +185,16 @@ def test_a_gain_is_the_mean_difference_of_the_pictures_psnr(pictures: Pictures) 
     assert rows[2].to_dict()["gain"] == {"over": "steps:2", "psnr": gain.psnr, "error": gain.error}
 
 
-def test_there_is_no_gain_over_pictures_that_equal_the_baselines(pictures: Pictures) -> None:
+def test_there_is_no_gain_over_pictures_that_equal_the_baselines(pictures: PictureFolder) -> None:
     base, *_, last = VARIANTS
     row = compare(pictures, [base, last], Colours(), against={last.name: base.name})[1]
     assert row.gain == Gain(base.name, None, None)
 
 
-def test_a_gain_over_one_picture_has_no_error(tmp_path: Path, pictures: Pictures) -> None:
+def test_a_gain_over_one_picture_has_no_error(tmp_path: Path, pictures: PictureFolder) -> None:
     shutil.copytree(pictures.folder, tmp_path, dirs_exist_ok=True)
     base, other, own = VARIANTS
-    mine = Pictures(tmp_path, SETTING)
+    mine = PictureFolder(tmp_path, SETTING)
     for number, _ in SETTING.shards():
         same, file = mine.shard(base, number), mine.folder_of(own) / f"{number:06d}.safetensors"
         tensors = load_file(file)
@@ -204,12 +206,12 @@ def test_a_gain_over_one_picture_has_no_error(tmp_path: Path, pictures: Pictures
     assert gain.error is None
 
 
-def test_a_gain_of_what_is_no_variant_is_refused(pictures: Pictures) -> None:
+def test_a_gain_of_what_is_no_variant_is_refused(pictures: PictureFolder) -> None:
     with pytest.raises(ValueError, match="against: steps:3 is not known; allowed are steps:4, steps:2"):
         compare(pictures, VARIANTS, Colours(), against={"steps:3": "steps:4"})
 
 
-def test_a_gain_over_what_comes_later_is_refused(pictures: Pictures) -> None:
+def test_a_gain_over_what_comes_later_is_refused(pictures: PictureFolder) -> None:
     with pytest.raises(
         ValueError, match="against: steps:2 is not allowed for steps:4, it must come before"
     ):
@@ -225,39 +227,39 @@ def test_a_gain_over_what_comes_later_is_refused(pictures: Pictures) -> None:
     ],
 )
 def test_a_folder_of_another_setting_is_refused(
-    pictures: Pictures, changes: dict[str, Any], named: str
+    pictures: PictureFolder, changes: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(ValueError, match=f"{named}: the pictures in .* were made with another value"):
-        Pictures(pictures.folder, Setting(**(vars(SETTING) | changes)))
+        PictureFolder(pictures.folder, Setting(**(vars(SETTING) | changes)))
 
 
 def test_a_folder_of_a_model_that_was_trained_further_is_refused(tmp_path: Path) -> None:
     before = Setting(**(vars(SETTING) | {"model_key": "some"}))
-    Pictures(tmp_path, before).make(pipelines.sd(), VARIANTS[1])
+    PictureFolder(tmp_path, before).make(pipelines.sd(), VARIANTS[1])
     with pytest.raises(ValueError, match=r"model_key: the pictures in .* were made with another value"):
-        Pictures(tmp_path, Setting(**(vars(SETTING) | {"model_key": "others"})))
+        PictureFolder(tmp_path, Setting(**(vars(SETTING) | {"model_key": "others"})))
     # The model is not at hand, its pictures are.
-    assert not Pictures(tmp_path, SETTING).missing(VARIANTS[1])
+    assert not PictureFolder(tmp_path, SETTING).missing(VARIANTS[1])
 
 
 def test_a_folder_is_gone_on_with_for_more_prompts_and_for_fewer(tmp_path: Path) -> None:
-    at_once = Pictures(tmp_path / "at once", SETTING)
+    at_once = PictureFolder(tmp_path / "at once", SETTING)
     at_once.make(pipelines.sd(), VARIANTS[0])
     folder = tmp_path / "grown"
-    first = Pictures(folder, Setting(**(vars(SETTING) | {"prompts": PROMPTS[:4]})))
+    first = PictureFolder(folder, Setting(**(vars(SETTING) | {"prompts": PROMPTS[:4]})))
     first.make(pipelines.sd(), VARIANTS[0])
     kept = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
-    more = Pictures(folder, SETTING)
+    more = PictureFolder(folder, SETTING)
     assert [number for number, _ in more.missing(VARIANTS[0])] == [2]
     more.make(pipelines.sd(), VARIANTS[0])
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
     assert compare(more, VARIANTS[:1], Colours()) == compare(at_once, VARIANTS[:1], Colours())
-    fewer = Pictures(folder, first.setting)
+    fewer = PictureFolder(folder, first.setting)
     assert sum(len(shard) for shard in fewer.of(VARIANTS[0])) == 4
     # The folder is still that of all prompts.
     with pytest.raises(ValueError, match="prompts: 5 and 6 can't share"):
-        Pictures(folder, Setting(**(vars(SETTING) | {"prompts": (*PROMPTS, "a hat")})))
-    assert not Pictures(folder, SETTING).missing(VARIANTS[0])
+        PictureFolder(folder, Setting(**(vars(SETTING) | {"prompts": (*PROMPTS, "a hat")})))
+    assert not PictureFolder(folder, SETTING).missing(VARIANTS[0])
 
 
 @pytest.mark.parametrize(
@@ -269,32 +271,32 @@ def test_a_folder_is_gone_on_with_for_more_prompts_and_for_fewer(tmp_path: Path)
     ],
 )
 def test_a_folder_of_other_prompts_or_part_of_a_shard_is_refused(
-    pictures: Pictures, prompts: tuple[str, ...], message: str
+    pictures: PictureFolder, prompts: tuple[str, ...], message: str
 ) -> None:
     file = pictures.folder / "setting.json"
     before = file.read_bytes()
     with pytest.raises(ValueError, match=message):
-        Pictures(pictures.folder, Setting(**(vars(SETTING) | {"prompts": prompts})))
+        PictureFolder(pictures.folder, Setting(**(vars(SETTING) | {"prompts": prompts})))
     assert file.read_bytes() == before
 
 
-def test_another_batch_is_named_before_the_prompts(pictures: Pictures) -> None:
+def test_another_batch_is_named_before_the_prompts(pictures: PictureFolder) -> None:
     changes = {"prompts": (*PROMPTS, "a hat"), "shard": 3}
     with pytest.raises(ValueError, match="shard: the pictures"):
-        Pictures(pictures.folder, Setting(**(vars(SETTING) | changes)))
+        PictureFolder(pictures.folder, Setting(**(vars(SETTING) | changes)))
 
 
 def test_the_first_prompts_are_done_by_all_variants_first(tmp_path: Path) -> None:
     order: list[str] = []
-    mine = Pictures(tmp_path, Setting(**(vars(SETTING) | {"prompts": PROMPTS[:4]})))
+    mine = PictureFolder(tmp_path, Setting(**(vars(SETTING) | {"prompts": PROMPTS[:4]})))
     with LocalWorkers(lambda: ShardMaker(SETTING, pipelines.sd())) as workers:
         mine.make_all(workers, VARIANTS[1:], lambda one: order.append(one.name))
     assert order == [one.name for one in VARIANTS[1:]] * 2
 
 
 def test_pictures_of_another_device_are_compared_but_not_gone_on_with(tmp_path: Path) -> None:
-    Pictures(tmp_path, SETTING, "cuda").make(pipelines.sd(), VARIANTS[1])
-    here = Pictures(tmp_path, SETTING)
+    PictureFolder(tmp_path, SETTING, "cuda").make(pipelines.sd(), VARIANTS[1])
+    here = PictureFolder(tmp_path, SETTING)
     assert not here.missing(VARIANTS[1])
     (row,) = compare(here, VARIANTS[1:2], Colours())
     assert row.ssim == 1
@@ -302,7 +304,7 @@ def test_pictures_of_another_device_are_compared_but_not_gone_on_with(tmp_path: 
         ValueError, match=r"cpu is not allowed for the missing .* of steps:4, those .* cuda"
     ):
         here.make(pipelines.sd(), VARIANTS[0])
-    Pictures(tmp_path, SETTING, "cuda").make(pipelines.sd(), VARIANTS[0])
+    PictureFolder(tmp_path, SETTING, "cuda").make(pipelines.sd(), VARIANTS[0])
 
 
 def test_too_many_pictures_for_the_device_are_told_with_their_method(
@@ -313,22 +315,22 @@ def test_too_many_pictures_for_the_device_are_told_with_their_method(
 
     monkeypatch.setattr("regrow.lab.measure.evaluate.make", full)
     with pytest.raises(MemoryError, match="batch: 2 pictures by steps:2 need more memory"):
-        Pictures(tmp_path, SETTING).make(pipelines.sd(), VARIANTS[1])
+        PictureFolder(tmp_path, SETTING).make(pipelines.sd(), VARIANTS[1])
 
 
-def test_another_configuration_of_the_same_name_is_refused(pictures: Pictures) -> None:
+def test_another_configuration_of_the_same_name_is_refused(pictures: PictureFolder) -> None:
     with pytest.raises(ValueError, match="holds pictures of another steps:2"):
         pictures.missing(type(VARIANTS[1])("steps:2", None, 3))
 
 
-def coded(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> Pictures:
+def coded(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> PictureFolder:
     """The pictures of a folder as other code opens it."""
     monkeypatch.setattr("regrow.lab.measure.evaluate.maker_key", lambda *_: code)
-    return Pictures(folder, SETTING)
+    return PictureFolder(folder, SETTING)
 
 
 def test_pictures_of_other_code_are_used_and_marked(
-    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: PictureFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = copied(pictures, tmp_path)
     rows = compare(mine, VARIANTS, Colours())
@@ -341,7 +343,7 @@ def test_pictures_of_other_code_are_used_and_marked(
 
 
 def test_one_batch_of_other_code_marks_its_variant(
-    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: PictureFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied(pictures, tmp_path)
     for one in VARIANTS[:2]:
@@ -354,14 +356,14 @@ def test_one_batch_of_other_code_marks_its_variant(
 
 
 def test_pictures_of_another_machine_are_made_otherwise(
-    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: PictureFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, one = copied(pictures, tmp_path), VARIANTS[1]
     keys = set()
     for seen in ("model name : A", "model name : B", "model name : A\nflags : amx_bf16 avx512_bf16"):
         with monkeypatch.context() as patch:
             patch.setattr(machine, "_cpuinfo", lambda seen=seen: seen)
-            assert Pictures(tmp_path, SETTING).made_otherwise(one)
+            assert PictureFolder(tmp_path, SETTING).made_otherwise(one)
             keys.add(machine.maker_key("cpu"))
     assert len(keys) == 3
     assert not mine.made_otherwise(one)
@@ -373,7 +375,7 @@ def test_pictures_of_a_gpu_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pictures_that_do_not_say_what_made_them_are_made_otherwise(
-    tmp_path: Path, pictures: Pictures
+    tmp_path: Path, pictures: PictureFolder
 ) -> None:
     mine = copied(pictures, tmp_path)
     file = mine.folder_of(VARIANTS[1]) / "000001.safetensors"
@@ -406,13 +408,13 @@ def test_the_key_changes_with_what_can_change_pictures(
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match=r"out: .*letter.txt is not allowed, it is a file"):
-        Pictures(tmp_path / "letter.txt", SETTING)
+        PictureFolder(tmp_path / "letter.txt", SETTING)
     with pytest.raises(ValueError, match=r"pictures can't be written, .*txt is not a writable folder"):
-        Pictures(tmp_path / "letter.txt" / "pictures", SETTING)
+        PictureFolder(tmp_path / "letter.txt" / "pictures", SETTING)
 
 
 def test_a_folder_from_before_model_and_device_were_kept_is_gone_on_with(
-    tmp_path: Path, pictures: Pictures
+    tmp_path: Path, pictures: PictureFolder
 ) -> None:
     copied(pictures, tmp_path)
     setting, variant = tmp_path / "setting.json", tmp_path / "steps-2" / "variant.json"
@@ -420,7 +422,7 @@ def test_a_folder_from_before_model_and_device_were_kept_is_gone_on_with(
     setting.write_text(json.dumps({k: v for k, v in said.items() if k not in ("model_key", "device")}))
     # Others name what was known to make the same pictures.
     variant.write_text(json.dumps(json.loads(variant.read_text()) | {"alike": ["earlier"]}))
-    later = Pictures(tmp_path, Setting(**(vars(SETTING) | {"model_key": "some"})))
+    later = PictureFolder(tmp_path, Setting(**(vars(SETTING) | {"model_key": "some"})))
     assert not any(map(later.missing, VARIANTS))
     assert not any(map(later.made_otherwise, VARIANTS))
 
@@ -454,7 +456,7 @@ def test_a_model_that_was_trained_further_or_configured_otherwise_has_another_ke
 
 def test_nothing_to_make_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="prompts: 0 is not allowed"):
-        Pictures(tmp_path, Setting("tiny", ()))
+        PictureFolder(tmp_path, Setting("tiny", ()))
 
 
 def evaluate(words: Sequence[str], printed: Path) -> None:
@@ -498,7 +500,7 @@ class KilledError(Exception):
 
 
 def test_a_comparison_killed_anywhere_goes_on_to_the_same_figures(
-    tmp_path: Path, pictures: Pictures
+    tmp_path: Path, pictures: PictureFolder
 ) -> None:
     mine = copied(pictures, tmp_path)
     undisturbed = compare(mine, VARIANTS, Colours())
@@ -523,10 +525,10 @@ def test_a_comparison_killed_anywhere_goes_on_to_the_same_figures(
 
 
 def test_figures_of_sets_are_kept_for_one_reference(
-    tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: PictureFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(pictures.folder, tmp_path, dirs_exist_ok=True)
-    mine, noise = Pictures(tmp_path, SETTING), torch.Generator().manual_seed(0)
+    mine, noise = PictureFolder(tmp_path, SETTING), torch.Generator().manual_seed(0)
     one, other = (
         Reference(name, *(torch.rand(6, width, generator=noise) for width in (12, 48))) for name in "ab"
     )
@@ -547,9 +549,9 @@ def test_figures_of_sets_are_kept_for_one_reference(
     )
 
 
-def test_changed_pictures_are_measured_anew(tmp_path: Path, pictures: Pictures) -> None:
+def test_changed_pictures_are_measured_anew(tmp_path: Path, pictures: PictureFolder) -> None:
     shutil.copytree(pictures.folder, tmp_path, dirs_exist_ok=True)
-    mine = Pictures(tmp_path, SETTING)
+    mine = PictureFolder(tmp_path, SETTING)
     before = compare(mine, VARIANTS, Colours())
     file = mine.folder_of(VARIANTS[1]) / "000000.safetensors"
     tensors = load_file(file)
@@ -808,7 +810,7 @@ def test_figures_of_sets_are_shown_of_enough_pictures_and_tables_fit_into_80_col
 ) -> None:
     names = ("steps:50", "dato:b1:ratio=0.5:alignment=conditional")
     figures = dict.fromkeys(("fd", "sfd", "kd", "precision", "recall", "inception_score"), 123.4)
-    rows = [Quality(name, 12.3, 0.5, 0.1, **figures, clip_score=30.0, gain=None) for name in names]
+    rows = [QualityFigures(name, 12.3, 0.5, 0.1, **figures, clip_score=30.0, gain=None) for name in names]
     labels = Labels("effnet", "FD-EffNet", "sFD-EffNet", "KD-EffNet", "IS-EffNet")
     print_rows(
         rows, dict.fromkeys(names, 12.345), "steps:50", labels, {name: {} for name in names}, pictures

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_evaluate import PROMPTS, SETTING, VARIANTS, Pictures, made
+from test_evaluate import PROMPTS, SETTING, VARIANTS, PictureFolder, made
 
 from regrow.lab.measure.evaluate import Setting
 from regrow.lab.measure.external_scores import check_export, export, read_scores
@@ -23,11 +23,13 @@ SCRIPTS = Path(__file__).parents[3] / "benchmarks" / "external"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> PictureFolder:
     return made(tmp_path_factory.mktemp("pictures"))
 
 
-def test_exported_pictures_are_those_made_with_their_prompts(tmp_path: Path, pictures: Pictures) -> None:
+def test_exported_pictures_are_those_made_with_their_prompts(
+    tmp_path: Path, pictures: PictureFolder
+) -> None:
     folder = tmp_path / "png"
     export(folder, pictures, VARIANTS[:1])
     export(folder, pictures, VARIANTS[1:])
@@ -43,7 +45,7 @@ def test_exported_pictures_are_those_made_with_their_prompts(tmp_path: Path, pic
             assert np.array_equal(found, picture.permute(1, 2, 0).numpy())
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, pictures: Pictures) -> None:
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, pictures: PictureFolder) -> None:
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files"):
         export(tmp_path, pictures, VARIANTS)
@@ -122,7 +124,7 @@ class VBench:
 
 
 def test_the_scripts_write_what_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: Pictures
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: PictureFolder
 ) -> None:
     export(tmp_path / "png", pictures, VARIANTS)
     reward: Any = ModuleType("ImageReward")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.lab.measure.extractors import EffNet, Features, Inception, Network, extractor
+from regrow.lab.measure.extractors import EffNet, Inception, Network, PictureFeatures, extractor
 from regrow.lab.measure.features import EfficientNetFeatures
 
 
@@ -37,7 +37,7 @@ def test_effnets_features_are_those_of_its_layers() -> None:
 
 def test_joined_features_are_those_of_all_pictures() -> None:
     seer = EffNet()
-    joined = Features.joined([seer(pictures()[:1]), seer(pictures()[1:])])
+    joined = PictureFeatures.joined([seer(pictures()[:1]), seer(pictures()[1:])])
     torch.testing.assert_close(vars(joined), vars(seer(pictures())), rtol=1e-4, atol=1e-5)
 
 

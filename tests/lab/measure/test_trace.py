@@ -40,17 +40,17 @@ from torch import Tensor
 
 import regrow
 from regrow import FULL, DaTo, DeepCache, Schedule, SiTo, ToMeSD, zoo
-from regrow.core.recipe import CallInfo, Recipe, Where, recipe_of
+from regrow.core.recipe import CallInfo, Recipe, recipe_of
 from regrow.lab import cli
 from regrow.lab.cli.trace_plots import draw
 from regrow.lab.measure.machine import model_key
 from regrow.lab.measure.token_counts import ComputedCounter
-from regrow.lab.measure.trace import PERCENTILES, Moment, Trace, deviation, trace, watched_steps
+from regrow.lab.measure.trace import PERCENTILES, Trace, TracedStep, deviation, trace, watched_steps
 from regrow.lab.measure.variants import Variant, variant
 from regrow.lab.measure.x0 import noise_level, predicted_x0, prediction_type, unknown_x0
 from regrow.methods.base import MethodConfig
 from regrow.methods.l2c import L2C
-from regrow.methods.pruning import TokenRule
+from regrow.methods.pruning import TokenRule, Where
 from regrow.methods.tokencache import TokenCache, full_calls
 from regrow.models import layout_of
 from regrow.predictors import bundled_for, table_of
@@ -78,8 +78,8 @@ def method(config: Any, steps: int = 4) -> Variant:
     return Variant(type(config).__name__, config, steps)
 
 
-def moments(pipe: Any, **changes: Any) -> list[Moment]:
-    found: list[Moment] = []
+def moments(pipe: Any, **changes: Any) -> list[TracedStep]:
+    found: list[TracedStep] = []
     with watched_steps(pipe.scheduler, found.append):
         generate(pipe, **changes)
     return found
@@ -286,8 +286,8 @@ def test_fewer_steps_are_compared_at_the_nearest_timestep(found: Trace) -> None:
 
 
 def test_a_timestep_that_comes_twice_is_compared_with_its_last() -> None:
-    def steps(*timesteps: float) -> list[Moment]:
-        return [Moment(t, torch.full((1, 1, 1, 1), t), torch.full((1, 1, 1, 1), -t)) for t in timesteps]
+    def steps(*timesteps: float) -> list[TracedStep]:
+        return [TracedStep(t, torch.full((1, 1, 1, 1), t), torch.full((1, 1, 1, 1), -t)) for t in timesteps]
 
     found = deviation([steps(900.0, 480.0)], [steps(900.0, 700.0, 700.0, 500.0, 500.0)])
     assert found.x_against == (3, 4)

@@ -20,7 +20,7 @@ from regrow.lab.calibration.drift import Growth
 from regrow.lab.calibration.levels import other_timesteps
 from regrow.lab.calibration.proposals import Proposal, deep_proposals, pruned
 from regrow.lab.calibration.recording import Recording, record, watched
-from regrow.lab.calibration.search import Answer, FewerSteps, Outcome, Plan, search
+from regrow.lab.calibration.search import Answer, FewerSteps, Plan, PlanOutcome, search
 from regrow.lab.measure.images import psnr
 from regrow.lab.measure.sampling import Pictures, make
 from regrow.methods.calibrated import Calibrated, Tried
@@ -137,7 +137,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Progress:
+class CalibrationProgress:
     """How far a calibration is.
 
     Args:
@@ -170,7 +170,7 @@ class Calibration:
         pipe: Any,
         prompts: Sequence[str],
         settings: Settings,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[CalibrationProgress], None] | None = None,
         file: Path | None = None,
     ) -> None:
         if isinstance(prompts, str):
@@ -191,7 +191,7 @@ class Calibration:
         """The unaccelerated runs that plans are fitted on."""
 
         def told(done: int) -> None:
-            self._tell(Progress("recording unaccelerated runs", done, len(self.fit)))
+            self._tell(CalibrationProgress("recording unaccelerated runs", done, len(self.fit)))
 
         told(0)
         deep = layout_of(denoiser_of(self.pipe)).depths > 1
@@ -255,7 +255,7 @@ class Calibration:
         while len(made) < prompts:
             part = self.compared[len(made) : min(len(made) + self.settings.batch, prompts)]
             made += list(self._batch(config, steps, part, len(made)).images)
-            self._tell(Progress(what, len(made), prompts))
+            self._tell(CalibrationProgress(what, len(made), prompts))
 
     def _batch(
         self, config: Calibrated | None, steps: int, prompts: Sequence[str] = (), place: int = 0
@@ -286,14 +286,14 @@ class Calibration:
         """The speed-up of a plan as measured: unaccelerated and plan in turn, the median of the rounds."""
         found = []
         for done in range(ROUNDS):
-            self._tell(Progress("measuring the plan's time", done, ROUNDS))
+            self._tell(CalibrationProgress("measuring the plan's time", done, ROUNDS))
             plain = self._batch(None, self.settings.steps).seconds
             found.append(plain / self._batch(config, config.steps).seconds)
         return median(found)
 
     def timed(self) -> Costs:
         """What calls cost in time."""
-        self._tell(Progress("timing calls", 0, 1))
+        self._tell(CalibrationProgress("timing calls", 0, 1))
         (few, short), (many, long) = self._short_run(SHORT), self._short_run(LONG)
 
         def seconds(steps: int, plan: Proposal | None = None) -> float:
@@ -381,7 +381,7 @@ def calibrate(
     batch: int = 1,
     model: str = "",
     more: Mapping[str, Any] = {},
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[CalibrationProgress], None] | None = None,
 ) -> Calibrated:
     """Find the plan for a pipeline that is nearest to its unaccelerated pictures at a speed.
 
@@ -474,7 +474,7 @@ def plan_of(calibration: Calibration, answer: Answer) -> Calibrated:
     """The configuration of an answer, with all that was tried: the plan first."""
     best = answer.best
 
-    def tried(one: Outcome) -> Tried:
+    def tried(one: PlanOutcome) -> Tried:
         figures = {"psnr": one.mean, "error": one.error}
         figures["behind"], figures["behind_error"] = best.gain(one)
         rounded = {name: round(value, 3) for name, value in figures.items()}

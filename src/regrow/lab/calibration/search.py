@@ -49,7 +49,7 @@ Measure = Callable[[Plan, int], Array]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PlanOutcome:
     """A plan that was run.
 
     Args:
@@ -70,7 +70,7 @@ class Outcome:
         """Its standard error; 0 of a single picture."""
         return _standard_error(self.psnr)
 
-    def gain(self, other: Outcome) -> tuple[float, float]:
+    def gain(self, other: PlanOutcome) -> tuple[float, float]:
         """How much nearer it is than another, in dB, the mean over the pictures of both, and its error."""
         shared = min(len(self.psnr), len(other.psnr))
         more = self.psnr[:shared] - other.psnr[:shared]
@@ -86,8 +86,8 @@ class Answer:
         outcomes: all that were run: those on all prompts first, the nearest first.
     """
 
-    best: Outcome
-    outcomes: tuple[Outcome, ...]
+    best: PlanOutcome
+    outcomes: tuple[PlanOutcome, ...]
 
 
 def search(
@@ -118,10 +118,10 @@ def search(
         raise ValueError("fewer: it is empty, there must be >= 1 plan of fewer steps")
     few = min(FEW, prompts)
 
-    run: dict[Proposal, Outcome] = {}
+    run: dict[Proposal, PlanOutcome] = {}
 
     def go(plans: Iterable[Proposal]) -> None:
-        run.update({plan: Outcome(plan, measure(plan, few)) for plan in plans})
+        run.update({plan: PlanOutcome(plan, measure(plan, few)) for plan in plans})
 
     go(probes(recording, count))
     for _ in range(ROUNDS):
@@ -133,15 +133,15 @@ def search(
     ranked = sorted(run.values(), key=lambda outcome: -outcome.mean)
     final, rest = ranked[:SURVIVORS], ranked[SURVIVORS:]
     if prompts > few:
-        final = [Outcome(one.plan, measure(one.plan, prompts)) for one in final]
-    plain = [Outcome(plan, measure(plan, prompts)) for plan in fewer]
+        final = [PlanOutcome(one.plan, measure(one.plan, prompts)) for one in final]
+    plain = [PlanOutcome(plan, measure(plan, prompts)) for plan in fewer]
     best, nearest = (max(some, key=lambda outcome: outcome.mean) for some in (plain, final))
     more, error = nearest.gain(best)
     ordered = sorted([*final, *plain], key=lambda outcome: -outcome.mean)
     return Answer(nearest if more > error else best, (*ordered, *rest))
 
 
-def _growth(recording: Recording, run: Mapping[Proposal, Outcome]) -> Growth:
+def _growth(recording: Recording, run: Mapping[Proposal, PlanOutcome]) -> Growth:
     """What the runs tell of the growth of errors; pictures that are equal tell nothing."""
     ran = [(plan.weights, one.mean) for plan, one in run.items() if np.isfinite(one.mean)]
     return fitted_growth(recording.products, recording.moves, ran) if ran else Growth()

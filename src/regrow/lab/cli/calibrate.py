@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from regrow.fields import MOST_CALLS, MOST_COUNT
-from regrow.lab.calibration.calibrate import Calibration, Progress, Settings, Wish, plan_for
+from regrow.lab.calibration.calibrate import Calibration, CalibrationProgress, Settings, Wish, plan_for
 from regrow.lab.calibration.search import FewerSteps
 from regrow.lab.cli.requests import Prompted, command, next_command, option
 from regrow.lab.cli.terminal import output, progress, remarks, table
@@ -57,7 +57,7 @@ def _calibrate(request: CalibrateRequest, prompts: tuple[str, ...], settings: Se
     pipeline = request.load(console, request.batch)
     with progress(console) as update:
 
-        def told(now: Progress) -> None:
+        def told(now: CalibrationProgress) -> None:
             update(description=now.what, completed=now.done, total=now.total)
 
         request.out.mkdir(parents=True, exist_ok=True)

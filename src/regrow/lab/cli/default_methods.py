@@ -39,7 +39,7 @@ class Compared(Request):
         return tuple(variant(name, self.steps) for name in names)
 
 
-class Usual(NamedTuple):
+class DefaultMethods(NamedTuple):
     """Beside all steps and half of them.
 
     Args:
@@ -58,15 +58,15 @@ _KINDS = dict.fromkeys(FAMILIES, DenoiserKind.TRANSFORMER) | {
 }
 
 
-def usual_of(kind: DenoiserKind) -> Usual:
+def usual_of(kind: DenoiserKind) -> DefaultMethods:
     """What runs on a kind of denoiser, by short names."""
     known = methods().items()
     measured = (f"{name}:{text}" for name, one in known for text in one.ABOUT.measured.get(kind, ()))
     traced = (f"{name}:{text}" for name, one in known for text in one.ABOUT.traced.get(kind, ()))
-    return Usual(tuple(measured), tuple(traced))
+    return DefaultMethods(tuple(measured), tuple(traced))
 
 
-def usual(model: str | None, arch: str | None = None) -> Usual:
+def usual(model: str | None, arch: str | None = None) -> DefaultMethods:
     """What runs on a denoiser, told by its class, without its weights; nothing on one of others.
 
     Args:
@@ -85,4 +85,4 @@ def usual(model: str | None, arch: str | None = None) -> Usual:
     else:
         index = index_of(arch or model or "")
         name = (index.get("unet") or index.get("transformer") or ("", ""))[1]
-    return usual_of(_KINDS[name]) if name in _KINDS else Usual((), ())
+    return usual_of(_KINDS[name]) if name in _KINDS else DefaultMethods((), ())

@@ -13,7 +13,7 @@ from regrow.lab.cli.requests import Request, option
 from regrow.lab.workers import LocalWorkers, RayWorkers, Workers, import_ray
 
 
-class Engine(Enum):
+class JobEngine(Enum):
     """What does the jobs."""
 
     LOCAL = "local"
@@ -24,7 +24,7 @@ class Engine(Enum):
 class Jobs(Request):
     """What does the jobs, and where."""
 
-    engine: Engine = option(Engine.LOCAL, "What does the work: this process, or a Ray cluster.")
+    engine: JobEngine = option(JobEngine.LOCAL, "What does the work: this process, or a Ray cluster.")
     workers: int | None = option(None, "Workers on the cluster; as many as fit.", min=1)
     address: str | None = option(
         None, "Address of the cluster, or auto; one is started on this machine if none."
@@ -37,7 +37,7 @@ class Jobs(Request):
             ValueError: if an option is not allowed.
             ImportError: if ray is not installed.
         """
-        if self.engine is Engine.RAY:
+        if self.engine is JobEngine.RAY:
             import_ray()
             if torch.device(device).index is not None:
                 raise ValueError(
@@ -54,7 +54,7 @@ class Jobs(Request):
             make: builds one; see `RayWorkers`.
             device: it computes on.
         """
-        if self.engine is Engine.LOCAL:
+        if self.engine is JobEngine.LOCAL:
             return LocalWorkers(make)
         gpus = 1 if torch.device(device).type == "cuda" else 0
         return RayWorkers(make, self.workers, self.address, gpus=gpus)

@@ -25,8 +25,8 @@ from regrow.lab.measure.atomic_files import check_writable, write_text, write_wh
 from regrow.lab.measure.clip import ClipScore
 from regrow.lab.measure.evaluate import (
     Gain,
-    Pictures,
-    Quality,
+    PictureFolder,
+    QualityFigures,
     Setting,
     ShardMaker,
     check_against,
@@ -166,7 +166,7 @@ def _evaluate(request: EvalRequest, variants: Sequence[Variant], against: Mappin
         true_pictures = pictures_in(source)
     with busy(console, "loading the CLIP model") if request.clip is not None else nullcontext():
         clip = None if request.clip is None else ClipScore(request.clip, device)
-    pictures = Pictures(request.out, setting, device)
+    pictures = PictureFolder(request.out, setting, device)
     others = ", ".join(one.name for one in variants if pictures.made_otherwise(one))
     if others:
         console.print(
@@ -218,7 +218,11 @@ def _evaluate(request: EvalRequest, variants: Sequence[Variant], against: Mappin
 
 
 def _make(
-    request: EvalRequest, pictures: Pictures, variants: Sequence[Variant], device: str, console: Console
+    request: EvalRequest,
+    pictures: PictureFolder,
+    variants: Sequence[Variant],
+    device: str,
+    console: Console,
 ) -> None:
     """Make what is missing; the model is loaded only if something is."""
     asked = [one for one in variants if pictures.missing(one)]
@@ -245,7 +249,7 @@ def _maker(setting: Setting, device: str, variants: Sequence[Variant]) -> ShardM
 
 
 def print_rows(
-    rows: Sequence[Quality],
+    rows: Sequence[QualityFigures],
     seconds: dict[str, float],
     reference: str,
     labels: Labels,
@@ -265,7 +269,7 @@ def print_rows(
     caption = f"PSNR, SSIM, distance: to {rows[0].name}"
     if gains:
         caption += f"\ngain: PSNR more than {' or '.join(others)}, mean and its standard error"
-    single: list[Column[Quality]] = [
+    single: list[Column[QualityFigures]] = [
         ("method", _named),
         ("s an\nimage", lambda row: f"{seconds[row.name]:.3f}"),
         ("PSNR\ndB", lambda row: amount(row.psnr, ".1f")),
@@ -286,7 +290,7 @@ def print_rows(
         console.print(f"{OTHERWISE} made by other code or packages, or on another machine", soft_wrap=True)
 
 
-def _together(labels: Labels) -> list[Column[Quality]]:
+def _together(labels: Labels) -> list[Column[QualityFigures]]:
     """The columns of figures of all pictures as a set."""
     return [
         ("method", _named),
@@ -299,7 +303,7 @@ def _together(labels: Labels) -> list[Column[Quality]]:
     ]
 
 
-def _sheet(pictures: Pictures, variants: Sequence[Variant]) -> Path:
+def _sheet(pictures: PictureFolder, variants: Sequence[Variant]) -> Path:
     """The first pictures of all variants side by side, as a file."""
     prompts = pictures.setting.prompts[: min(SHEET, pictures.setting.shard)]
     columns = [
@@ -315,12 +319,12 @@ def _sheet(pictures: Pictures, variants: Sequence[Variant]) -> Path:
     return file
 
 
-def _named(row: Quality) -> str:
+def _named(row: QualityFigures) -> str:
     """A row's name, with its mark."""
     return f"{row.name} {OTHERWISE}" if row.made_otherwise else row.name
 
 
-def _shown_score(scores: Scores, metric: str, row: Quality) -> str:
+def _shown_score(scores: Scores, metric: str, row: QualityFigures) -> str:
     return amount(scores[row.name].get(metric), ".4f")
 
 

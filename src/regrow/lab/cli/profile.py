@@ -10,14 +10,14 @@ import typer
 from regrow.fields import MOST_CALLS
 from regrow.lab.cli.models import config_of
 from regrow.lab.cli.options import Accelerated
-from regrow.lab.cli.requests import Size, command, option
+from regrow.lab.cli.requests import PictureSize, command, option
 from regrow.lab.cli.terminal import amount, busy, output, remarks, table_of
 from regrow.lab.measure.architectures import architecture, architecture_of
 from regrow.lab.measure.macs import profile as count
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileRequest(Size, Accelerated):
+class ProfileRequest(PictureSize, Accelerated):
     """What to count."""
 
     arch: str | None = option(None, "sd15, sdxl, emoji, sd3-1024 and others.")

@@ -157,7 +157,7 @@ class Seeded(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size(Request):
+class PictureSize(Request):
     """How large pictures are."""
 
     height: int | None = option(None, "Height in pixels; the model's own.", callback=_known_side)
@@ -172,7 +172,7 @@ class OnDevice(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(Size, OnDevice):
+class Sampling(PictureSize, OnDevice):
     """How pictures are sampled."""
 
     dtype: str = option("float32", " or ".join(DTYPES) + ".", callback=_known_dtype)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 from regrow import zoo
 from regrow.fields import MOST_SEED
 from regrow.files import damaged, read_kept
-from regrow.lab.cli.engine import Engine, Jobs
+from regrow.lab.cli.engine import JobEngine, Jobs
 from regrow.lab.cli.models import check_room, find_device, load_pipeline
 from regrow.lab.cli.requests import OnDevice, Prompted, command, next_command, option, within
 from regrow.lab.cli.terminal import Bar, amount, busy, named, output, remarks, table
@@ -37,8 +37,7 @@ from regrow.lab.search.page import check_jinja2, page
 from regrow.lab.search.plots import draw
 from regrow.lab.search.proposals import Operators
 from regrow.lab.search.result import Found, figures, found, to_dict, write_front
-from regrow.lab.search.search import Algorithm, Budget, Known, Search, may_give_up
-from regrow.lab.search.search import Progress as Step
+from regrow.lab.search.search import Algorithm, Budget, Known, Search, SearchProgress, may_give_up
 from regrow.lab.search.settings import SearchSettings, doubled
 from regrow.models import denoiser_of
 from regrow.schedule import FULL
@@ -173,7 +172,7 @@ def resumed(request: SearchRequest, folder: Path, context: typer.Context) -> Sea
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchOutcome:
     """What a search came to.
 
     Args:
@@ -270,7 +269,7 @@ def _value(text: str) -> float | int | str:
 
 def run_search(
     settings: SearchSettings, asked: Again, out: Path, opened: Callable[[], Any] | None = None
-) -> Outcome:
+) -> SearchOutcome:
     """Search, and write what was found: front, ``search.json``, plots and a page.
 
     Args:
@@ -289,7 +288,9 @@ def run_search(
         return _search(settings, asked, out, opened)
 
 
-def _search(settings: SearchSettings, asked: Again, out: Path, opened: Callable[[], Any] | None) -> Outcome:
+def _search(
+    settings: SearchSettings, asked: Again, out: Path, opened: Callable[[], Any] | None
+) -> SearchOutcome:
     """`run_search` in a folder that nobody else writes."""
     s, console = settings, remarks()
     most, budget = s.steps[1], parse_budget(asked.budget)
@@ -317,13 +318,13 @@ def _search(settings: SearchSettings, asked: Again, out: Path, opened: Callable[
     kept = _Asked(budget=asked.budget, beside=names, weight=asked.w_ps)
     write_json(out / "asked.json", kept.model_dump(mode="json"))
     log = Log(out / "evaluations.jsonl")
-    local: Callable[[], Any] = (lambda: here) if asked.engine is Engine.LOCAL else evaluator
+    local: Callable[[], Any] = (lambda: here) if asked.engine is JobEngine.LOCAL else evaluator
     stopped = False
     try:
         with asked.open(local, device) as workers, _bar(console) as bar:
             task = bar.add_task("comparing", total=1.0, front="")
 
-            def show(step: Step) -> None:
+            def show(step: SearchProgress) -> None:
                 words = f"generation {step.generation}, {step.done}/{step.total}, {step.evaluated} plans"
                 best = _ends(step, s.objectives)
                 bar.update(task, description=words, completed=step.share, front=best)
@@ -379,7 +380,7 @@ def _search(settings: SearchSettings, asked: Again, out: Path, opened: Callable[
         shown_pictures = {} if stopped else _pictures(here, plans, console)
         text = page(result, plots, shown_pictures, s.prompts[:SHOWN_PROMPTS])
         (out / "search.html").write_text(text, encoding="utf-8")
-    return Outcome(plans, result, stopped)
+    return SearchOutcome(plans, result, stopped)
 
 
 def _macs(evaluator: Evaluator, facts: Facts) -> Callable[[Candidate], float]:
@@ -421,14 +422,14 @@ def _bar(console: Console) -> Bar:
     return Bar(console, *columns, speed_estimate_period=600)
 
 
-def _ends(step: Step, objectives: Sequence[Objective]) -> str:
+def _ends(step: SearchProgress, objectives: Sequence[Objective]) -> str:
     """Quality and cost at both ends of the front."""
     kinds = [next(one for one in objectives if isinstance(one, kind)) for kind in (Quality, Cost)]
     ends = (step.front[0], step.front[-1]) if step.front else ()
     return " .. ".join(" at ".join(f"{known.value(k):.3g}" for k in kinds) for known in ends)
 
 
-def print_search(outcome: Outcome, settings: SearchSettings, request: SearchRequest) -> None:
+def print_search(outcome: SearchOutcome, settings: SearchSettings, request: SearchRequest) -> None:
     """The table of the front and of what stands beside it."""
     objectives, result = settings.objectives, outcome.result
     shown = table(

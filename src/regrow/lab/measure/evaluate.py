@@ -28,7 +28,7 @@ from regrow.lab.measure.atomic_files import (
     write_whole,
 )
 from regrow.lab.measure.clip import ClipScore
-from regrow.lab.measure.extractors import Extractor, Features
+from regrow.lab.measure.extractors import Extractor, PictureFeatures
 from regrow.lab.measure.images import to_tensor
 from regrow.lab.measure.machine import maker_key
 from regrow.lab.measure.quality import (
@@ -152,7 +152,7 @@ class ShardMaker:
         return save(tensors, metadata={"maker": self.maker})
 
 
-class Pictures:
+class PictureFolder:
     """The pictures of a setting in a folder, a subfolder for each variant.
 
     Args:
@@ -347,7 +347,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Quality:
+class QualityFigures:
     """The figures of a variant's pictures; ``None`` if there are too few pictures.
 
     Args:
@@ -402,14 +402,14 @@ def check_against(variants: Sequence[Variant], against: Mapping[str, str]) -> No
 
 
 def compare(
-    pictures: Pictures,
+    pictures: PictureFolder,
     variants: Sequence[Variant],
     extractor: Extractor,
     reference: Reference | None = None,
     clip: ClipScore | None = None,
     against: Mapping[str, str] = MappingProxyType({}),
     on_shard: Callable[[], None] = lambda: None,
-) -> list[Quality]:
+) -> list[QualityFigures]:
     """Measure the pictures of all variants; the first is the baseline.
 
     Measurements of a shard, and of all pictures of a variant together, are kept in its folder, so that a
@@ -452,7 +452,7 @@ def compare(
         )
         cosine = torch.cosine_similarity(seen.features.pooled.double(), base.features.pooled.double())
         differing = -10 * seen.error[seen.error > 0].log10()
-        row = Quality(
+        row = QualityFigures(
             name=one.name,
             psnr=float(differing.quantile(0.5)) if len(differing) else None,
             ssim=float(seen.ssim.mean()),
@@ -482,7 +482,7 @@ def _gain(over: str, own: Tensor, other: Tensor) -> Gain:
 class _Seen:
     """The measurements of the N pictures of a variant."""
 
-    features: Features
+    features: PictureFeatures
     error: Tensor
     ssim: Tensor
     clip: Tensor | None
@@ -494,7 +494,7 @@ class _Seen:
     @classmethod
     def of(
         cls,
-        pictures: Pictures,
+        pictures: PictureFolder,
         one: Variant,
         base: Variant,
         extractor: Extractor,
@@ -509,7 +509,7 @@ class _Seen:
             key = f"{_MEASURE} {digest([own])}"
             ending = f"{number:06d}.safetensors"
             found = kept(folder / f"{extractor.name}-{ending}", key, partial(_features, extractor, own))
-            features.append(Features(**found))
+            features.append(PictureFeatures(**found))
             both = f"{key} {digest([others])}"
             paired.append(kept(folder / f"paired-{ending}", both, partial(_paired, own, others)))
             if clip is not None:
@@ -519,7 +519,7 @@ class _Seen:
                 )
             on_shard()
         return cls(
-            features=Features.joined(features),
+            features=PictureFeatures.joined(features),
             error=torch.cat([pair["error"] for pair in paired]),
             ssim=torch.cat([pair["ssim"] for pair in paired]),
             clip=torch.cat([score["clip"] for score in scores]) if scores else None,

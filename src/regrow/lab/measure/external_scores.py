@@ -13,7 +13,7 @@ from PIL import Image
 
 from regrow.files import read_json, read_kept, said
 from regrow.lab.measure.atomic_files import check_writable, write_json
-from regrow.lab.measure.evaluate import Pictures, Setting
+from regrow.lab.measure.evaluate import PictureFolder, Setting
 from regrow.lab.measure.variants import Variant
 from regrow.words import offer, one_line, shown
 
@@ -44,7 +44,7 @@ def check_export(folder: Path, setting: Setting) -> dict[str, str]:
 
 def export(
     folder: Path,
-    pictures: Pictures,
+    pictures: PictureFolder,
     variants: Sequence[Variant],
     on_shard: Callable[[], None] = lambda: None,
 ) -> None:

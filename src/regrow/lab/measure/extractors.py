@@ -25,7 +25,7 @@ class Network(str, Enum):
 
 
 @dataclass(frozen=True)
-class Features:
+class PictureFeatures:
     """The features of N pictures, float32 on the CPU.
 
     Args:
@@ -40,7 +40,7 @@ class Features:
     logits: Tensor
 
     @classmethod
-    def joined(cls, parts: Sequence[Features]) -> Features:
+    def joined(cls, parts: Sequence[PictureFeatures]) -> PictureFeatures:
         """Join the features of several sets."""
         names = ("pooled", "spatial", "logits")
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
@@ -76,7 +76,7 @@ class Extractor(Protocol):
     name: str
     labels: Labels
 
-    def __call__(self, images: Tensor) -> Features:
+    def __call__(self, images: Tensor) -> PictureFeatures:
         """Compute the features of pictures ``(B, 3, H, W)`` with values in [0, 1], of any size."""
 
 
@@ -98,7 +98,7 @@ class EffNet:
         # The weights are loaded at the first use; if they are missing, raise the error now.
         self.network(torch.zeros(1, 3, 8, 8))
 
-    def __call__(self, images: Tensor) -> Features:
+    def __call__(self, images: Tensor) -> PictureFeatures:
         return _on_cpu(*self.network.measured(images))
 
 
@@ -135,7 +135,7 @@ class Inception:
         self.device = device
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
+    def __call__(self, images: Tensor) -> PictureFeatures:
         seen: list[Tensor] = []
         layer = self.network.Mixed_6d.branch1x1
         hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -160,5 +160,5 @@ def extractor(network: Network, device: str = "cpu") -> Extractor:
     return EffNet(device) if network is Network.EFFNET else Inception(device)
 
 
-def _on_cpu(pooled: Tensor, spatial: Tensor, logits: Tensor) -> Features:
-    return Features(*(part.float().cpu() for part in (pooled, spatial, logits)))
+def _on_cpu(pooled: Tensor, spatial: Tensor, logits: Tensor) -> PictureFeatures:
+    return PictureFeatures(*(part.float().cpu() for part in (pooled, spatial, logits)))

@@ -19,7 +19,7 @@ _COLUMNS = ("Prompt", "Prompts", "prompt", "caption")
 
 
 @dataclass(frozen=True)
-class Usual:
+class PromptUse:
     """The usual use of a prompt set's texts.
 
     Args:
@@ -31,7 +31,7 @@ class Usual:
     each: int = 1
 
 
-CLASSES = Usual("a photo of a {}", 2)
+CLASSES = PromptUse("a photo of a {}", 2)
 """The usual use of ImageNet's classes."""
 
 
@@ -143,16 +143,16 @@ def _text(file: Path) -> str:
     return read_text(file, PROMPTS)
 
 
-def _of_text(file: Path) -> tuple[list[str], Usual]:
-    return _text(file).split("\n"), Usual()
+def _of_text(file: Path) -> tuple[list[str], PromptUse]:
+    return _text(file).split("\n"), PromptUse()
 
 
-def _of_json(file: Path) -> tuple[list[str], Usual]:
+def _of_json(file: Path) -> tuple[list[str], PromptUse]:
     data = read_json(file, PROMPTS)
     if isinstance(data, list):
         if not all(isinstance(prompt, str) for prompt in data):
             raise FileError(f"prompts: {said(file)} is not a list of texts only")
-        return data, Usual()
+        return data, PromptUse()
     try:
         if data and all(key.isdecimal() for key in data):
             return [_class_name(data[key]) for key in sorted(data, key=int)], CLASSES
@@ -163,7 +163,7 @@ def _of_json(file: Path) -> tuple[list[str], Usual]:
         raise FileError(
             f"prompts: {said(file)} is neither a list of texts nor COCO's captions nor ImageNet's classes"
         ) from error
-    return list(first.values()), Usual()
+    return list(first.values()), PromptUse()
 
 
 def _class_name(entry: str | list[str]) -> str:
@@ -171,7 +171,7 @@ def _class_name(entry: str | list[str]) -> str:
     return entry.split(",")[0] if isinstance(entry, str) else entry[1].replace("_", " ")
 
 
-def _of_table(file: Path) -> tuple[list[str], Usual]:
+def _of_table(file: Path) -> tuple[list[str], PromptUse]:
     delimiter = "\t" if file.suffix == ".tsv" else ","
     # In PartiPrompts quotes are part of a prompt, even at its beginning.
     raw = file.suffix == ".tsv"
@@ -188,7 +188,7 @@ def _of_table(file: Path) -> tuple[list[str], Usual]:
         if row[column] is None:
             raise ValueError(f"prompts: line {rows.line_num} of {said(file)} ends before its {column}")
         texts.append(_unquoted(row[column]) if raw else row[column])
-    return texts, Usual()
+    return texts, PromptUse()
 
 
 def _rows(file: Path, rows: csv.DictReader[str]) -> Iterator[dict[Any, Any]]:
@@ -206,7 +206,7 @@ def _unquoted(text: str) -> str:
     return inside.replace('""', '"') if quoted else text
 
 
-def _of_parquet(file: Path) -> tuple[list[str], Usual]:
+def _of_parquet(file: Path) -> tuple[list[str], PromptUse]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -219,7 +219,7 @@ def _of_parquet(file: Path) -> tuple[list[str], Usual]:
     texts = table[name].to_pylist()
     if not all(text is None or isinstance(text, str) for text in texts):
         raise ValueError(f"prompts: the column {name} of {said(file)} must hold texts only")
-    return [text or "" for text in texts], Usual()
+    return [text or "" for text in texts], PromptUse()
 
 
 def _column(file: Path, names: Sequence[str]) -> str:

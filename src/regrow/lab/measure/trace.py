@@ -36,7 +36,7 @@ OnStep = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
-class Moment:
+class TracedStep:
     """A step of the sampler.
 
     Args:
@@ -256,7 +256,7 @@ class _Look:
         differences: by feature and step, the differences of all tokens.
     """
 
-    moments: list[Moment]
+    moments: list[TracedStep]
     images: list[Image.Image]
     computed: Mapping[int, Tensor] | None
     sites: Mapping[str, tuple[float, ...]]
@@ -272,9 +272,9 @@ def _look(
     on_step: Callable[[float], None],
 ) -> _Look:
     """Generate one batch, and observe it."""
-    moments: list[Moment] = []
+    moments: list[TracedStep] = []
 
-    def moment(now: Moment) -> None:
+    def moment(now: TracedStep) -> None:
         moments.append(now)
         features.tick()
         on_step(len(moments) / len(pipeline.scheduler.timesteps))
@@ -294,7 +294,7 @@ def _look(
 
 
 @contextmanager
-def watched_steps(scheduler: Any, on_moment: Callable[[Moment], None]) -> Iterator[None]:
+def watched_steps(scheduler: Any, on_moment: Callable[[TracedStep], None]) -> Iterator[None]:
     """Observe every step of a sampler inside this context.
 
     ``scheduler.step`` gets the guided output of the denoiser, for any kind of guidance, and the x_t that
@@ -321,7 +321,7 @@ def watched_steps(scheduler: Any, on_moment: Callable[[Moment], None]) -> Iterat
             index = (getattr(scheduler, "step_index", None) or 1) - 1
             x0 = predicted_x0(x, output, noise_level(scheduler, given["timestep"], index), prediction)
         after = out[0].detach().to("cpu", torch.float32, copy=True)
-        on_moment(Moment(float(given["timestep"]), after, x0))
+        on_moment(TracedStep(float(given["timestep"]), after, x0))
         return out
 
     scheduler.step = watched
@@ -347,7 +347,7 @@ def _traced(one: Variant, looks: Sequence[_Look], reference: Sequence[_Look]) ->
     )
 
 
-def deviation(own: Sequence[Sequence[Moment]], reference: Sequence[Sequence[Moment]]) -> Deviation:
+def deviation(own: Sequence[Sequence[TracedStep]], reference: Sequence[Sequence[TracedStep]]) -> Deviation:
     """Measure how far runs are from the unaccelerated ones of the same seeds.
 
     Args:
@@ -365,10 +365,10 @@ def deviation(own: Sequence[Sequence[Moment]], reference: Sequence[Sequence[Mome
 
 
 def _mae(
-    own: Sequence[Sequence[Moment]],
-    reference: Sequence[Sequence[Moment]],
+    own: Sequence[Sequence[TracedStep]],
+    reference: Sequence[Sequence[TracedStep]],
     against: Sequence[int],
-    of: Callable[[Moment], Tensor],
+    of: Callable[[TracedStep], Tensor],
 ) -> tuple[float, ...]:
     """Compute the mean absolute error at each step, over all pictures of all batches."""
     pictures = [

@@ -24,7 +24,7 @@ from regrow.lab.measure.evaluate import Setting
 from regrow.lab.measure.extractors import Extractor, Network, extractor
 from regrow.lab.measure.images import to_picture, to_tensor
 from regrow.lab.measure.quality import frechet_distance
-from regrow.lab.measure.trace import Moment, nearest, watched_steps
+from regrow.lab.measure.trace import TracedStep, nearest, watched_steps
 from regrow.lab.measure.variants import applied, plain_settings
 from regrow.lab.memory import PeakMemory
 from regrow.lab.search.objectives import Cost, Objective, Quality
@@ -254,7 +254,7 @@ class Evaluator:
         timesteps ``after (steps,)``, and its pictures, if they are needed."""
 
         def run() -> dict[str, Tensor]:
-            moments: list[Moment] = []
+            moments: list[TracedStep] = []
             with watched_steps(self.pipeline.scheduler, moments.append):
                 images = self._make(start, stop, self.steps)
             out = {
@@ -287,7 +287,7 @@ class Evaluator:
         errors: list[Tensor] = []
         times: list[float] = []
 
-        def moment(now: Moment) -> None:
+        def moment(now: TracedStep) -> None:
             if not times:
                 # Image-to-image begins at a later step.
                 whole = [float(t) for t in scheduler.timesteps]

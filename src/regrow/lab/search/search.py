@@ -156,7 +156,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Progress:
+class SearchProgress:
     """The progress of a search.
 
     Args:
@@ -210,7 +210,7 @@ class Search:
         algorithm: Algorithm = Algorithm.NSGA2,
         operators: Operators = Operators(),  # noqa: B008
         seed: int = 0,
-        on_progress: Callable[[Progress], None] = lambda progress: None,
+        on_progress: Callable[[SearchProgress], None] = lambda progress: None,
     ) -> None:
         check_economy(economy, objectives)
         self.space, self.objectives, self.economy = space, tuple(objectives), economy
@@ -389,7 +389,9 @@ class Search:
         # The first round is most of a generation.
         within = 0.9 * done / total if total else 0.0
         share = self._budget.spent(len(self.history) + within, seconds + time.monotonic() - self._begin)
-        self._on_progress(Progress(len(self.history), done, total, len(self.known), share, self._shown))
+        self._on_progress(
+            SearchProgress(len(self.history), done, total, len(self.known), share, self._shown)
+        )
 
 
 @dataclass(frozen=True)

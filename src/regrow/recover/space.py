@@ -1,12 +1,23 @@
-"""Take the kept tokens out, and put every token back."""
+"""Recovery in space: take the kept tokens out, and put every token back from others of the same call."""
 
 from __future__ import annotations
+
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from regrow.tokens.scores import wide
 from regrow.tokens.select import Selection
+
+
+class Recovery(str, Enum):
+    """The source of a pruned token's value."""
+
+    COPY = "copy"
+    """The output of the most similar token (pruning)."""
+    MEAN = "mean"
+    """As copy, but that token enters the layer as the mean of itself and those that copy it (merging)."""
 
 
 def keep(x: Tensor, selection: Selection) -> Tensor:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from regrow.recover.space import keep, keep_merged, recover
 from regrow.tokens.grid import Grid, best_of_patch
-from regrow.tokens.recover import keep, keep_merged, recover
 from regrow.tokens.select import Selection, prune_similar
 
 
