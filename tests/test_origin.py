@@ -27,7 +27,7 @@ def found(**changes: object) -> Schedule:
         "quality": {"deviation": 0.01},
         "cost": {"macs": 0.5},
     }
-    return Schedule(depth=(FULL, 1, FULL, 1), ratio=(0.5,) * 4, found=Origin(**(fields | changes)))
+    return Schedule(depth=(FULL, 1, FULL, 1), ratio=(0.5,) * 4, origin=Origin(**(fields | changes)))
 
 
 def said(plan: Schedule | regrow.SiTo, pipe: object, steps: int = 4) -> list[str]:
@@ -50,12 +50,12 @@ def test_origin_survives_the_file(tmp_path: Path, name: str) -> None:
 
 
 def test_schedules_that_were_not_found_do_not_speak_of_it() -> None:
-    assert "found" not in Schedule.constant().dump()
+    assert "origin" not in Schedule.constant().dump()
 
 
 def test_origin_is_checked_like_all_else() -> None:
     text = found().dump(as_json=True).replace('"calls": 4', '"calls": 0')
-    with pytest.raises(ScheduleError, match=r"found\.calls"):
+    with pytest.raises(ScheduleError, match=r"origin\.calls"):
         Schedule.parse(text)
 
 
@@ -82,19 +82,19 @@ def test_another_number_of_calls_is_warned_of_once() -> None:
 
 def config_found(**changes: object) -> regrow.SiTo:
     """A configuration found on the small pipeline, for four calls."""
-    return regrow.SiTo(ratio=0.5, found=found(**changes).found)
+    return regrow.SiTo(ratio=0.5, origin=found(**changes).origin)
 
 
 def test_a_configuration_says_where_it_was_found_in_its_file_and_nowhere_else(tmp_path: Path) -> None:
     config = config_found()
-    assert "found" not in config.model_dump()
+    assert "origin" not in config.model_dump()
     file = tmp_path / "plan.json"
     file.write_text(config.dump())
     assert load_plan(file) == config
-    assert "found" not in regrow.SiTo(ratio=0.5).dump()
+    assert "origin" not in regrow.SiTo(ratio=0.5).dump()
     wrong = config.dump().replace('"calls": 4', '"calls": 0')
     file.write_text(wrong)
-    with pytest.raises(ValueError, match=r"found\.calls"):
+    with pytest.raises(ValueError, match=r"origin\.calls"):
         load_plan(file)
 
 
@@ -141,7 +141,7 @@ def test_settings_of_a_scheduler_are_plain_data_the_same_in_every_process() -> N
 
 
 def test_other_ratios_are_another_plan() -> None:
-    assert found().with_ratio(0.3).found is None
+    assert found().with_ratio(0.3).origin is None
 
 
 def test_weights_do_not_count_and_settings_do() -> None:

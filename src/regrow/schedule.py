@@ -144,7 +144,7 @@ class Schedule(Checked):
             as depths; each a recovery, its fields, or its name (``"taylor"``).
         name: a name for tables.
         note: where the schedule comes from.
-        found: what it was searched on; None if it was not. Where it is applied to something else, there is
+        origin: what it was searched on; None if it was not. Where it is applied to something else, there is
             a warning.
 
     Raises:
@@ -160,7 +160,7 @@ class Schedule(Checked):
     recovery: Annotated[
         tuple[RecoveryField, ...], BeforeValidator(_listed), Field(min_length=1, max_length=MOST_CALLS)
     ] = (REUSE,)
-    found: Origin | None = None
+    origin: Origin | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -227,7 +227,7 @@ class Schedule(Checked):
 
     def with_recovery(self, recovery: TimeRecovery) -> Schedule:
         """The same depths and ratios with one recovery for all calls; no longer the plan that was found."""
-        return Schedule.model_validate(dict(self) | {"recovery": (recovery,), "found": None})
+        return Schedule.model_validate(dict(self) | {"recovery": (recovery,), "origin": None})
 
     def with_ratio(self, ratio: float) -> Schedule:
         """The same depths with one ratio for all calls; no longer the plan that was found.
@@ -236,7 +236,7 @@ class Schedule(Checked):
             pydantic.ValidationError: if it is no share below 1.
         """
         given = _OneRatio(ratio=ratio).ratio
-        return Schedule.model_validate(dict(self) | {"ratio": (given,) * len(self), "found": None})
+        return Schedule.model_validate(dict(self) | {"ratio": (given,) * len(self), "origin": None})
 
     def resample(self, calls: int) -> Schedule:
         """The same plan for another number of calls.
@@ -307,7 +307,7 @@ class Schedule(Checked):
 
     def dump(self, *, as_json: bool = False) -> str:
         """The schedule as YAML (or JSON) text that `parse` reads back."""
-        fields = self.model_dump(exclude={"found"} if self.found is None else None)
+        fields = self.model_dump(exclude={"origin"} if self.origin is None else None)
         fields["depth"] = [NAMES.get(d, d) for d in self.depth]
         fields["ratio"] = list(self.ratio)
         if self.recovery == (REUSE,):

@@ -66,7 +66,7 @@ def test_it_is_a_file(tmp_path: Path) -> None:
     file.write_text(config.dump())
     loaded = load_plan(file)
     assert loaded == config
-    assert loaded.found == recording().origin
+    assert loaded.origin == recording().origin
 
 
 def test_it_has_no_name() -> None:

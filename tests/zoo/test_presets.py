@@ -13,7 +13,7 @@ NAMES = ("emoji-quality", "emoji-balanced", "emoji-fast")
 @pytest.mark.parametrize("name", NAMES)
 def test_searched_plans_say_what_they_were_found_on(name: str) -> None:
     schedule = DaTo.preset(name).schedule
-    found = schedule.found
+    found = schedule.origin
     assert schedule.name == name
     assert len(schedule) == 50
     assert found is not None
@@ -28,7 +28,7 @@ def test_searched_plans_cost_what_they_say_on_the_bundled_model() -> None:
     costs = []
     for name in NAMES:
         config = DaTo.preset(name)
-        assert config.schedule.found is not None
+        assert config.schedule.origin is not None
         with warnings.catch_warnings():
             # Applied where they were found, they have nothing to warn of.
             warnings.simplefilter("error", UserWarning)
@@ -40,7 +40,7 @@ def test_searched_plans_cost_what_they_say_on_the_bundled_model() -> None:
                     output_type="latent",
                 )
         report = run.report()
-        assert report.macs / report.full_macs == pytest.approx(config.schedule.found.cost["macs"], abs=1e-5)
+        assert report.macs / report.full_macs == pytest.approx(config.schedule.origin.cost["macs"], abs=1e-5)
         costs.append(report.macs)
     assert costs == sorted(costs, reverse=True)
     assert costs[0] < report.full_macs

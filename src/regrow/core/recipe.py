@@ -147,5 +147,5 @@ def recipe_of(config: Any) -> Recipe:
 def origin_of(config: Any) -> Origin | None:
     """Find the origin of a configuration, or of its schedule: what it was searched on."""
     plan = recipe_of(config).plan
-    of_plan = plan.found if isinstance(plan, Schedule) else None
-    return of_plan or getattr(config, "found", None)
+    of_plan = plan.origin if isinstance(plan, Schedule) else None
+    return of_plan or getattr(config, "origin", None)

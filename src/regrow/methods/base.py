@@ -123,7 +123,7 @@ class MethodConfig(Checked):
 
     Args:
         version: of its fields; a file of a newer one is refused.
-        found: what it was searched on, if it was; applied elsewhere, it is warned of. `dump` keeps it,
+        origin: what it was searched on, if it was; applied elsewhere, it is warned of. `dump` keeps it,
             ``model_dump`` leaves it out: it changes nothing that the method does. Of a method whose plan
             is a schedule, the schedule's own counts.
     """
@@ -133,11 +133,11 @@ class MethodConfig(Checked):
     """By the name of a preset, the fields that it sets."""
 
     version: Literal[1] = 1
-    found: Origin | None = Field(None, exclude=True)
+    origin: Origin | None = Field(None, exclude=True)
 
     def dump(self) -> str:
-        """The text of a file, JSON, with `found`."""
-        found = {} if self.found is None else {"found": self.found.model_dump(mode="json")}
+        """The text of a file, JSON, with `origin`."""
+        found = {} if self.origin is None else {"origin": self.origin.model_dump(mode="json")}
         return json.dumps(self.model_dump(mode="json") | found, indent=1) + "\n"
 
     @classmethod

@@ -56,8 +56,8 @@ class L2P(MethodConfig):
         check_within("interval", interval, 1, MOST_CALLS)
         full = range(0, recording.origin.calls, interval)
         weights = fitted(recording.products, full, last=last)
-        found = recording.origin.model_copy(update={"calls": recording.total})
-        return cls(fitted=weights.moved(recording.before, recording.total), found=found)
+        origin = recording.origin.model_copy(update={"calls": recording.total})
+        return cls(fitted=weights.moved(recording.before, recording.total), origin=origin)
 
     @classmethod
     def from_text(cls, text: str, calls: int) -> Self:

@@ -105,7 +105,7 @@ def _steps(spec: str) -> int:
 def _both(name: str, configs: list[Any]) -> Combined:
     """Two methods as one."""
     # Both together were not found anywhere.
-    configs = [config.model_copy(update={"found": None}) for config in configs]
+    configs = [config.model_copy(update={"origin": None}) for config in configs]
     tokens = [c for c in configs if c.ABOUT.role is Role.CHOOSES]
     caching = [c for c in configs if c.ABOUT.role in (Role.CACHES, Role.SCHEDULE)]
     if not tokens or not caching:

@@ -81,7 +81,7 @@ def test_it_is_as_fast_as_wished_and_never_farther_than_fewer_steps(twice: Any, 
     assert fewer
     assert all(plan.tried[0].psnr >= one.psnr for one in fewer)
     assert plan.instead_of == STEPS
-    assert plan.found.denoiser.startswith("UNet2DConditionModel")
+    assert plan.origin.denoiser.startswith("UNet2DConditionModel")
 
 
 def test_fewer_steps_are_the_answer_where_they_are_nearest() -> None:

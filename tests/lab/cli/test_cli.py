@@ -219,7 +219,7 @@ def test_methods_says_all_of_one_system(
         fields = json.loads(capsys.readouterr().out)["fields"]
         own = [] if system.config is None else [*system.config.model_fields]
         assert [field["name"] for field in fields] == [
-            n for n in own if n not in ("found", "method", "version")
+            n for n in own if n not in ("origin", "method", "version")
         ]
         assert all(field["about"] for field in fields)
         assert all(f"    {field['name']} (" in shown for field in fields)

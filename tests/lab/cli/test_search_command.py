@@ -76,9 +76,9 @@ def test_search_leaves_schedules_a_result_and_a_page(
     assert [f"front/{f.name}" for f in files] == [row["file"] for row in result["front"]]
     for file, row in zip(files, result["front"], strict=True):
         schedule = Schedule.load(file)
-        assert schedule.found is not None
-        assert schedule.found.calls == len(schedule) == 6
-        assert schedule.found.cost["macs"] == pytest.approx(row["values"]["cost:macs"], rel=1e-5)
+        assert schedule.origin is not None
+        assert schedule.origin.calls == len(schedule) == 6
+        assert schedule.origin.cost["macs"] == pytest.approx(row["values"]["cost:macs"], rel=1e-5)
         assert row["name"] in printed
     assert f"page:  {out / 'search.html'}" in printed
     *_, last = printed.splitlines()
@@ -122,8 +122,8 @@ def test_search_for_another_scheduler_than_the_models_own(
     asked = (*words(model, prompts, tmp_path), "--budget", "1", "--no-plots")
     assert run(monkeypatch, *asked, "--scheduler", "EulerDiscrete") == 0
     plan = Schedule.load(sorted((tmp_path / "front").iterdir())[0])
-    assert plan.found is not None
-    assert plan.found.scheduler == "EulerDiscreteScheduler"
+    assert plan.origin is not None
+    assert plan.origin.scheduler == "EulerDiscreteScheduler"
     result = json.loads((tmp_path / "search.json").read_text())
     assert (result["scheduler"], result["scheduler_given"]) == ("EulerDiscreteScheduler", "EulerDiscrete")
     assert result["scheduler_settings"]["use_karras_sigmas"] is False
@@ -190,7 +190,7 @@ def test_folder_of_another_search_is_refused(
     # Other methods than DaTo leave their configurations.
     (config, *_) = sorted((tmp_path / "front").iterdir())
     assert json.loads(config.read_text())["method"] == "sito"
-    assert json.loads(config.read_text())["found"]["scheduler"] == "DDIMScheduler"
+    assert json.loads(config.read_text())["origin"]["scheduler"] == "DDIMScheduler"
     assert run(monkeypatch, "profile", "--arch", "sd15", "--method", str(config), "--steps", "6") == 0
     assert run(monkeypatch, *asked, "--method", "tome", "--budget", "1", "--no-plots") == 2
     assert "method: the search in" in capsys.readouterr().err

@@ -488,8 +488,8 @@ def plan_of(calibration: Calibration, answer: Answer) -> Calibrated:
         "quality": {"psnr": round(best.mean, 3)},
     }
     outcomes = [best, *(one for one in answer.outcomes if one is not best)]
-    found = calibration.recording.origin.model_copy(update=changes)
-    return config.model_copy(update={"tried": tuple(map(tried, outcomes)), "found": found})
+    origin = calibration.recording.origin.model_copy(update=changes)
+    return config.model_copy(update={"tried": tuple(map(tried, outcomes)), "origin": origin})
 
 
 def _psnr(plain: Any, made: Any) -> float:

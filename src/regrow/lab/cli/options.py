@@ -109,7 +109,7 @@ def method_config(
 def settable(kind: type[MethodConfig]) -> dict[str, FieldInfo]:
     """The fields of a method that a user sets."""
     return {
-        name: info for name, info in kind.model_fields.items() if name not in ("method", "version", "found")
+        name: info for name, info in kind.model_fields.items() if name not in ("method", "version", "origin")
     }
 
 

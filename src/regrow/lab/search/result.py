@@ -106,7 +106,7 @@ def _schedule(known: Known, facts: Facts, objectives: Sequence[Objective], setti
         regrow=regrow.__version__,
         date=datetime.now(timezone.utc).date().isoformat(),
     )
-    return schedule_of(known.candidate, calls).model_copy(update={"found": origin})
+    return schedule_of(known.candidate, calls).model_copy(update={"origin": origin})
 
 
 def write_front(plans: Sequence[Found], folder: Path) -> dict[str, str]:
@@ -129,7 +129,7 @@ def write_front(plans: Sequence[Found], folder: Path) -> dict[str, str]:
             plan.schedule.model_copy(update={"name": plan.name}).save(file)
         else:
             file = folder / f"{plan.name}.json"
-            write_text(file, config.model_copy(update={"found": plan.schedule.found}).dump())
+            write_text(file, config.model_copy(update={"origin": plan.schedule.origin}).dump())
         files[plan.name] = f"{folder.name}/{file.name}"
     return files
 
