@@ -85,12 +85,12 @@ def read_json(file: Path, most: int = KEPT) -> Any:
     return parse_json(read_text(file, most), said(file))
 
 
-def read_kept(file: Path, instead: str) -> dict[str, Any]:
+def read_kept(file: Path, hint: str) -> dict[str, Any]:
     """The fields of a JSON file that regrow wrote.
 
     Args:
         file: the file.
-        instead: what to do if it is damaged.
+        hint: what to do if it is damaged.
 
     Raises:
         OSError: naming it, if it can't be read.
@@ -99,15 +99,15 @@ def read_kept(file: Path, instead: str) -> dict[str, Any]:
     try:
         found = read_json(file)
     except FileError as error:
-        raise FileError(f"{error}; {instead}") from error
+        raise FileError(f"{error}; {hint}") from error
     if not isinstance(found, dict):
-        raise damaged(file, instead)
+        raise damaged(file, hint)
     return found
 
 
-def damaged(file: Path, instead: str) -> FileError:
+def damaged(file: Path, hint: str) -> FileError:
     """The error of a file that regrow wrote, and that now holds something else."""
-    return FileError(f"{said(file)}: it is damaged or of another program; {instead}")
+    return FileError(f"{said(file)}: it is damaged or of another program; {hint}")
 
 
 def parse_json(text: str, name: str) -> Any:

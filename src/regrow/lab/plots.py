@@ -15,11 +15,11 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 LINES = ("-", "--", ":", "-.")
 
 
-def check_matplotlib(instead: str = "use --no-plots") -> None:
+def check_matplotlib(hint: str = "use --no-plots") -> None:
     """Refuse early if plots can't be drawn.
 
     Args:
-        instead: what to do without plots, for the error.
+        hint: what to do without plots, for the error.
 
     Raises:
         ImportError: if matplotlib is not installed (extra ``plot``).
@@ -27,7 +27,7 @@ def check_matplotlib(instead: str = "use --no-plots") -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"plots need matplotlib: run pip install 'regrow[plot]', or {instead}") from error
+        raise ImportError(f"plots need matplotlib: run pip install 'regrow[plot]', or {hint}") from error
 
 
 def check_ending(option: str, file: Path) -> None:

@@ -57,20 +57,20 @@ def captions_in(folder: Path) -> list[str]:
     return found
 
 
-def prompts_of(model: str, count: int, instead: str) -> tuple[str, ...]:
+def prompts_of(model: str, count: int, hint: str) -> tuple[str, ...]:
     """List prompts of a model's own, repeated from the first if there are too few.
 
     Args:
         model: name of a bundled model, or a folder with a ``captions.json``.
         count: number of prompts.
-        instead: advice in the error for a model without prompts.
+        hint: advice in the error for a model without prompts.
 
     Raises:
         ValueError: if the model has no prompts of its own.
     """
     folder = path(model) if bundles(model) else Path(model)
     if not (folder / "captions.json").exists():
-        raise ValueError(f"prompts: {model} has no prompts of its own; {instead}")
+        raise ValueError(f"prompts: {model} has no prompts of its own; {hint}")
     return tuple(islice(cycle(captions_in(folder)), count))
 
 

@@ -108,9 +108,8 @@ def method_config(
 
 def settable(kind: type[MethodConfig]) -> dict[str, FieldInfo]:
     """The fields of a method that a user sets."""
-    return {
-        name: info for name, info in kind.model_fields.items() if name not in ("method", "version", "origin")
-    }
+    others = ("method", "version", "origin")
+    return {name: info for name, info in kind.model_fields.items() if name not in others}
 
 
 def fields_in(more: Sequence[str]) -> dict[str, Any]:

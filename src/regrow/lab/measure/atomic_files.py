@@ -70,12 +70,12 @@ def _to_disk(place: Path) -> None:
 
 
 @contextmanager
-def opened_kept(file: Path, instead: str = REMOVE) -> Iterator[Any]:
+def opened_kept(file: Path, hint: str = REMOVE) -> Iterator[Any]:
     """Open a ``.safetensors`` that regrow kept, by `safe_open`.
 
     Args:
         file: the file.
-        instead: advice in the error for a damaged file.
+        hint: advice in the error for a damaged file.
 
     Raises:
         FileError: naming it, if it is damaged or lacks a tensor.
@@ -86,7 +86,7 @@ def opened_kept(file: Path, instead: str = REMOVE) -> Iterator[Any]:
         with safe_open(file, "pt") as opened:
             yield opened
     except SafetensorError as error:
-        raise damaged(file, instead) from error
+        raise damaged(file, hint) from error
 
 
 def check_writable(name: str, place: Path, *, folder: bool = False) -> None:

@@ -224,16 +224,16 @@ class _Checkpoint:
             ValueError: if it is of another training.
             FileError: if it is damaged.
         """
-        instead = "give another --out, or --anew to begin again"
-        with opened_kept(self.file, instead) as opened:
+        hint = "give another --out, or --anew to begin again"
+        with opened_kept(self.file, hint) as opened:
             about = parse_json((opened.metadata() or {}).get("about", "{}"), said(self.file))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if not {"key", "curve", "scaler"} <= set(about):
-            raise damaged(self.file, instead)
+            raise damaged(self.file, hint)
         key = json.loads(json.dumps(dict(self.key)))
         if about["key"] != key:
             others = ", ".join(name for name in key if about["key"].get(name) != key[name])
-            raise ValueError(f"--out: {said(self.file)} is of a training with other {others}; {instead}")
+            raise ValueError(f"--out: {said(self.file)} is of a training with other {others}; {hint}")
         for name, weight in self.weights.items():
             weight.copy_(tensors[f"weights.{name}"])
         state: dict[int, dict[str, Tensor]] = {}
