@@ -91,7 +91,7 @@ class Generation:
 
     Args:
         steps: the planned step of each call; empty if the calls belong to no known generation.
-        cuts: what is skipped at each depth.
+        skip_plans: what is skipped at each depth.
         generator: random generator for the choice of tokens.
         twin: the denoiser as it was when the generation began.
         whole: why all calls are computed in full; empty if they are not.
@@ -105,7 +105,7 @@ class Generation:
     """
 
     steps: list[Step]
-    cuts: Mapping[int, SkipPlan]
+    skip_plans: Mapping[int, SkipPlan]
     generator: torch.Generator
     twin: Twin
     whole: str = ""
@@ -117,11 +117,11 @@ class Generation:
     caller: Caller = field(default_factory=Caller)
     controlled: Controlled | None = None
 
-    def due(self, cut: SkipPlan, index: int) -> int:
-        """Find the last earlier step that is planned to keep what a cut restores; -1 if none is."""
+    def due(self, skip_plan: SkipPlan, index: int) -> int:
+        """Find the last earlier step that is planned to keep what a skip plan restores; -1 if none is."""
         for step in range(index - 1, -1, -1):
-            other = self.cuts.get(self.steps[step].depth)
-            if other is None or (cut.final and not other.final):
+            other = self.skip_plans.get(self.steps[step].depth)
+            if other is None or (skip_plan.final and not other.final):
                 return step
         return -1
 
@@ -138,14 +138,14 @@ class Call:
         step: index of the sampler's step.
         recovery: recovery in time of what is skipped.
         forecasts: the recovery uses more than the last value.
-        cut: what is skipped; None in a full call.
-        store: the cuts whose features this call keeps.
+        skip_plan: what is skipped; None in a full call.
+        store: the skip plans whose features this call keeps.
         dense: skipped modules return zeros of the true shape.
         info: what the method may look at.
         selections: by group, the selection of tokens that its layers compute.
         restored: number of modules that returned cached values.
         stood_in: modules that returned placeholders, and for which no module has restored yet.
-        entered: input of a cut's first module in this call.
+        entered: input of a skip plan's first module in this call.
         can_subset: whether some of the image's tokens can be computed, and attentions observed.
         positions: for the attention that runs, if its queries and keys are turned where they are made: the
             cosines and sines ``(T + N, D)`` of all tokens, the site that it is in, and the tokens that it
@@ -158,14 +158,14 @@ class Call:
         chosen: by group, the tokens that its sites compute.
         caught: by name, outputs of an observed attention's projections, or of the norms after them.
         plan: the method's decisions by the names of sites; sites without one are computed.
-        decisions: what each site does, by name: by the plan, or skipped by the cut.
-        spans: the skipped or kept cuts that recover what several modules added.
+        decisions: what each site does, by name: by the plan, or skipped by the skip plan.
+        spans: the skipped or kept skip plans that recover what several modules added.
         choosers: by group of sites that compute the same tokens, the first site.
         keeps_sites: sites that are computed whole keep their values.
         seen: what the method saw at the first site, in a call that computes some tokens; empty before.
         given: by the name of a site, the number of sequences that it was given.
         partial: by the name of the site that runs, the tokens that it computes, if not all.
-        compares: the cut and the recovery whose forecast a full call compares with its values.
+        compares: the skip plan and the recovery whose forecast a full call compares with its values.
         deviation: relative deviation of the first value that was compared.
     """
 
@@ -173,7 +173,7 @@ class Call:
     step: int
     recovery: TimeRecovery
     forecasts: bool
-    cut: SkipPlan | None
+    skip_plan: SkipPlan | None
     store: tuple[SkipPlan, ...]
     dense: bool
     info: CallInfo
@@ -201,9 +201,9 @@ class Call:
     compares: tuple[SkipPlan, TimeRecovery] | None = None
     deviation: Tensor | None = None
 
-    def compare(self, cut: SkipPlan, key: str, value: Any) -> None:
-        """Measure how far a cut's forecast is from a computed value, before the value is kept."""
-        if self.compares is not None and self.compares[0] == cut and self.deviation is None:
+    def compare(self, skip_plan: SkipPlan, key: str, value: Any) -> None:
+        """Measure how far a skip plan's forecast is from a computed value, before the value is kept."""
+        if self.compares is not None and self.compares[0] == skip_plan and self.deviation is None:
             self.deviation = self.slot.store.deviation(key, self.step, self.compares[1], value)
 
     def recovered(self, key: str) -> Any:
@@ -213,10 +213,10 @@ class Call:
 
     def reuses(self, layer: str) -> bool:
         """Whether a layer returns a value recovered from earlier calls, whatever its input."""
-        cut = self.cut
-        if cut is None or cut.entry is not None or self.decisions.get(layer) is not SKIP:
+        skip_plan = self.skip_plan
+        if skip_plan is None or skip_plan.entry is not None or self.decisions.get(layer) is not SKIP:
             return False
-        return cut.key(layer) in self.slot.store
+        return skip_plan.key(layer) in self.slot.store
 
     @property
     def tokens(self) -> Subset | None:

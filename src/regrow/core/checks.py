@@ -63,7 +63,7 @@ def check_useful(engine: Engine) -> None:
     if (sites is not None and sites.attending) or engine.watched:
         _check_attentions(engine)
     beyond = sorted({s.depth for s in engine.kinds if layout.depths <= s.depth < SITES})
-    if beyond and engine.cuts:
+    if beyond and engine.skip_plans:
         engine.warn_once(
             "depths",
             f"calls of depth {', '.join(map(str, beyond))} are full: a depth (a branch, plus 1) must be "
@@ -72,7 +72,7 @@ def check_useful(engine: Engine) -> None:
     if sites is not None and sites.decider.space is not None:
         _warn_of_unpruned(engine)
     prunes = any(engine.prunes(step) for step in engine.kinds)
-    if not prunes and not engine.cuts and not engine.recipe.whole:
+    if not prunes and not engine.skip_plans and not engine.recipe.whole:
         engine.warn_once(
             "nothing",
             "the method prunes nothing and reuses nothing: after the first call, which is always full, no "
@@ -171,7 +171,7 @@ def warn_of_wrapped(engine: Engine, skipped: Sequence[str]) -> None:
 def warn_of_nothing_saved(engine: Engine, generation: Generation) -> None:
     """Warn if a finished generation saved nothing, although the method should."""
     known = [record for record in generation.records if record.position is not None]
-    would = any(step.ratio or engine.cuts.get(step.depth) is not None for step in engine.kinds)
+    would = any(step.ratio or engine.skip_plans.get(step.depth) is not None for step in engine.kinds)
     saved = any(record.depth != FULL or record.ratio for record in known)
     if not known or not would or saved or generation.whole:
         return

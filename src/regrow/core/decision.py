@@ -80,23 +80,23 @@ class View:
         index: index of the call in the generation, from 0.
         total: number of calls of the generation.
         step: the call's step in the method's plan.
-        cut: what the call skips; None if nothing.
+        skip_plan: what the call skips; None if nothing.
         size: height and width of the latent.
     """
 
     index: int
     total: int
     step: Step
-    cut: SkipPlan | None = None
+    skip_plan: SkipPlan | None = None
     size: tuple[int, int] = (0, 0)
 
 
-def runs(block: str, cut: SkipPlan | None) -> bool:
-    """Whether a block runs with its layers in a call with a cut."""
+def runs(block: str, skip_plan: SkipPlan | None) -> bool:
+    """Whether a block runs with its layers in a call with a skip plan."""
     own = f"{block}."
-    if cut is None or cut.final:
-        return cut is None
-    return not any(own.startswith(f"{name}.") or name.startswith(own) for name in cut.skip)
+    if skip_plan is None or skip_plan.final:
+        return skip_plan is None
+    return not any(own.startswith(f"{name}.") or name.startswith(own) for name in skip_plan.skip)
 
 
 @dataclass(frozen=True)

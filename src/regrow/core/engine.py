@@ -96,19 +96,19 @@ class Engine:
         layout = layout_of(self.denoiser)
         self.layout = layout if self._keep_text else replace(layout, text={})
         self.sites = self._sites()
-        self.cuts = self._used_cuts()
+        self.skip_plans = self._used_skip_plans()
         if self.sites is not None:
-            self.sites.check(self.cuts)
+            self.sites.check(self.skip_plans)
         turning = set() if self.sites is None else self.sites.turning
         self.turning = {name: one for name, one in self.layout.rotary.items() if name in turning}
-        self._left_out = {cut: _decisions(cut) for cut in self.cuts.values()}
+        self._left_out = {skip_plan: _decisions(skip_plan) for skip_plan in self.skip_plans.values()}
         self._attentions = attentions_in(self.denoiser, self._acts_in())
         self._grounding = grounding_of(self.denoiser)
 
     def _acts_in(self) -> Iterator[str]:
         """List the paths of modules in which calls leave something out; "" is the denoiser."""
-        for cut in self.cuts.values():
-            yield from cut.skip
+        for skip_plan in self.skip_plans.values():
+            yield from skip_plan.skip
         if self.sites is not None:
             pruned = self.sites.decider.space is not None
             yield from (site.name for site in self.sites.decider.sites) if pruned else ("",)
@@ -118,16 +118,16 @@ class Engine:
 
         Kept values are dropped: they are of the old modules.
         """
-        before = self.layout, self.sites, self.cuts, self.turning
+        before = self.layout, self.sites, self.skip_plans, self.turning
         try:
             self._read()
         except (ValueError, TypeError, AttributeError) as error:
-            self.layout, self.sites, self.cuts, self.turning = before
+            self.layout, self.sites, self.skip_plans, self.turning = before
             self._unfit = f"the denoiser's modules were replaced, and the method no longer fits: {error}"
             return False
         if self.generation is not None:
             self.generation.slots.clear()
-            self.generation.cuts = self.cuts
+            self.generation.skip_plans = self.skip_plans
         return True
 
     def _sites(self) -> Sites | None:
@@ -148,17 +148,17 @@ class Engine:
         """The attentions that are observed."""
         return () if self.sites is None else tuple(self.sites.watched)
 
-    def _used_cuts(self) -> dict[int, SkipPlan]:
-        """List the cuts of the depths that the plan uses on this model."""
+    def _used_skip_plans(self) -> dict[int, SkipPlan]:
+        """List the skip plans of the depths that the plan uses on this model."""
         depths = sorted({step.depth for step in self.kinds})
-        cuts = {d: cut for d in depths if (cut := self.layout.cut(d)) is not None}
+        skip_plans = {d: skip_plan for d in depths if (skip_plan := self.layout.skip_plan(d)) is not None}
         if self.sites is not None and SITES in depths:
-            cuts[SITES] = decided(self.sites.decider.sites)
-        return cuts
+            skip_plans[SITES] = decided(self.sites.decider.sites)
+        return skip_plans
 
     def prunes(self, step: Step) -> bool:
         """Whether a call of the plan leaves tokens out."""
-        return self.sites is not None and self.sites.prunes(step, self.cuts.get(step.depth))
+        return self.sites is not None and self.sites.prunes(step, self.skip_plans.get(step.depth))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -248,13 +248,15 @@ class Engine:
             steps = [self.control.measured] * position.total
         checks.warn_of_run(self, position)
         # Hooks and wrappers of the denoiser itself are outside ours and run in every call.
-        skipped = sorted(frozenset().union(*(cut.skip for cut in self.cuts.values())) - {""})
+        skipped = sorted(
+            frozenset().union(*(skip_plan.skip for skip_plan in self.skip_plans.values())) - {""}
+        )
         whole = checks.beside_others(self) or checks.listened(self.denoiser, skipped)
         if not whole:
             checks.warn_of_wrapped(self, skipped)
         generation = Generation(
             steps,
-            self.cuts,
+            self.skip_plans,
             _generator(device, seed),
             self._look(),
             whole,
@@ -265,7 +267,7 @@ class Engine:
             # The members of an ensemble share one report.
             generation.records = before.records
         if self.sites is not None and not whole:
-            self.sites.warn_of_whole_calls(generation.steps[position.index :], self.cuts)
+            self.sites.warn_of_whole_calls(generation.steps[position.index :], self.skip_plans)
         return generation
 
     def _look(self) -> Twin:
@@ -308,32 +310,34 @@ class Engine:
         if generation.controlled is not None:
             generation.steps[position.index] = generation.controlled.step(position.index)
         planned = generation.steps[position.index]
-        cut, reason = self._cut(generation, slot, planned, position.index)
+        skip_plan, reason = self._skip_plan(generation, slot, planned, position.index)
         height, width = sample.shape[-2:] if sample.ndim > 3 else (0, 0)
-        view = View(position.index, position.total, planned, cut, (height, width))
+        view = View(position.index, position.total, planned, skip_plan, (height, width))
         asked = (
-            self.sites is not None and not generation.whole and self.sites.decides(planned, cut, slot.calls)
+            self.sites is not None
+            and not generation.whole
+            and self.sites.decides(planned, skip_plan, slot.calls)
         )
         plan = self.sited.plan(view) if asked else {}
         if asked and not plan and self.sited.has_calls_of_its_own:
             # Every site is computed.
-            cut = None
-        recovery = "" if cut is None else self._recovery(slot, cut, planned, position.index)
-        age = 0 if cut is None else position.index - slot.stored[cut]
+            skip_plan = None
+        recovery = "" if skip_plan is None else self._recovery(slot, skip_plan, planned, position.index)
+        age = 0 if skip_plan is None else position.index - slot.stored[skip_plan]
         if 0 <= slot.last < position.index - 1:
             # Differences to old outputs mean nothing.
             slot.outputs.clear()
         slot.last = position.index
         self._said = ""
-        call = self.call = self._opened(generation, slot, view, cut, sample, inputs)
+        call = self.call = self._opened(generation, slot, view, skip_plan, sample, inputs)
         if self.sites is not None:
             call.plan = self.sites.settled(plan, call, inputs)
             call.choosers = self.sites.choosers(call.plan)
             call.keeps_sites = self.sites.keeps(call)
-            if cut is None and not call.plan:
+            if skip_plan is None and not call.plan:
                 slot.observed = self.sites.decider.begin(slot.observed)
             self.sites.prepare(call, sample)
-        call.decisions = {} if cut is None else self._left_out[cut]
+        call.decisions = {} if skip_plan is None else self._left_out[skip_plan]
         if asked:
             call.decisions = call.decisions | dict(self.sited.decisions(call.plan))
         if planned.ratio and not reason and not _computes_some(call.plan):
@@ -342,7 +346,7 @@ class Engine:
             CallRecord(
                 position,
                 branch,
-                FULL if cut is None else planned.depth,
+                FULL if skip_plan is None else planned.depth,
                 0.0 if self.sites is None else _share(planned, call.plan),
                 planned,
                 slot.inputs,
@@ -360,20 +364,20 @@ class Engine:
         generation: Generation,
         slot: BranchMemory,
         view: View,
-        cut: SkipPlan | None,
+        skip_plan: SkipPlan | None,
         sample: Tensor,
         inputs: Mapping[str, Any],
     ) -> Call:
         """What is known of a call before sites are decided for."""
-        store = _stored(generation.cuts.values(), cut)
-        cuts = store if cut is None else (*store, cut)
+        store = _stored(generation.skip_plans.values(), skip_plan)
+        skip_plans = store if skip_plan is None else (*store, skip_plan)
         info = CallInfo(
             sample.shape[0],
             slot.guided and self._is_split(sample),
             tuple(slot.outputs),
             generation.generator,
             self.layout.conditional_first,
-            cached=cut is not None,
+            cached=skip_plan is not None,
             grid=slot.grid or self.layout.frame(sample),
             view=view,
         )
@@ -387,27 +391,27 @@ class Engine:
             step=view.index,
             recovery=view.step.recovery,
             forecasts=view.step.recovery != REUSE,
-            cut=cut,
+            skip_plan=skip_plan,
             store=store,
-            spans=tuple(one for one in cuts if one.entry is not None),
+            spans=tuple(one for one in skip_plans if one.entry is not None),
             dense=adds_to_layers(inputs) or _freeu(self.denoiser),
             info=info,
             can_subset=not generation.whole and checks.can_subset(self, slot),
-            compares=self._compared(cut),
+            compares=self._compared(skip_plan),
             knows_text=knows_text,
         )
 
-    def _compared(self, cut: SkipPlan | None) -> tuple[SkipPlan, TimeRecovery] | None:
-        """Find the cut and recovery that a full call compares with its values; None if not full."""
-        if self.control is None or cut is not None:
+    def _compared(self, skip_plan: SkipPlan | None) -> tuple[SkipPlan, TimeRecovery] | None:
+        """Find the skip plan and recovery that a full call compares with its values; None if not full."""
+        if self.control is None or skip_plan is not None:
             return None
         measured = self.control.measured
-        own = self.cuts.get(measured.depth)
+        own = self.skip_plans.get(measured.depth)
         return None if own is None else (own, measured.recovery)
 
-    def _recovery(self, slot: BranchMemory, cut: SkipPlan, planned: Step, index: int) -> str:
+    def _recovery(self, slot: BranchMemory, skip_plan: SkipPlan, planned: Step, index: int) -> str:
         """Name what recovers a call from the values that exist; warns if its weights are for others."""
-        key = next(key for key in map(cut.key, cut.restore) if key in slot.store)
+        key = next(key for key in map(skip_plan.key, skip_plan.restore) if key in slot.store)
         if not slot.store.knows(key, index, planned.recovery):
             self.warn_once(
                 "recovery",
@@ -416,20 +420,20 @@ class Engine:
             )
         return slot.store.used(key, index, planned.recovery)
 
-    def _cut(
+    def _skip_plan(
         self, generation: Generation, slot: BranchMemory, planned: Step, index: int
     ) -> tuple[SkipPlan | None, str]:
         """Decide what a call leaves out, and say why if that is less than planned."""
-        cut = generation.cuts.get(planned.depth)
+        skip_plan = generation.skip_plans.get(planned.depth)
         slot.calls += 1
         first = self.sites is not None and slot.calls <= self.sites.full_calls
-        if cut is None:
+        if skip_plan is None:
             return None, ""
         if generation.whole:
             return None, generation.whole
         if first:
             return None, "the first calls of a generation are full"
-        keys = [key for key in map(cut.key, cut.restore) if key in slot.store]
+        keys = [key for key in map(skip_plan.key, skip_plan.restore) if key in slot.store]
         if not keys:
             if slot.calls == 1 and generation.records:
                 return None, "it is given another text, batch or picture than the calls before it"
@@ -437,10 +441,10 @@ class Engine:
         begins = any(slot.store.begins(key, index, planned.recovery) for key in keys)
         if generation.late and not begins:
             return None, "a run that begins late computes two values before the first forecast"
-        kept = slot.stored.get(cut, -1)
-        if kept < generation.due(cut, index):
+        kept = slot.stored.get(skip_plan, -1)
+        if kept < generation.due(skip_plan, index):
             return None, f"what it would reuse is of step {kept}, older than planned"
-        return cut, ""
+        return skip_plan, ""
 
     def _slot(
         self,
@@ -505,7 +509,7 @@ class Engine:
             records[-1] = replace(records[-1], depth=FULL, ratio=0.0, age=0, reason=reason, recovery="")
             return False
         call.slot.store.end()
-        if call.cut is not None and not call.restored:
+        if call.skip_plan is not None and not call.restored:
             reason = call.unpruned or "the modules that would reuse were not called"
             if not call.unpruned:
                 self.warn_once("hooks", f"a cached call was computed in full: {reason}")
@@ -529,7 +533,7 @@ class Engine:
         if self.sites is not None:
             self.sites.end(call)
         reads = self.sites is not None and self.sites.decider.reads_outputs
-        if reads and (call.cut is None or not call.cut.final):
+        if reads and (call.skip_plan is None or not call.skip_plan.final):
             call.slot.remember(output[0])
         self._tell(call, records[-1])
         return True
@@ -539,7 +543,9 @@ class Engine:
         if not self.observers:
             return
         selections = {} if self.sites is None else self.sites.selections(call)
-        blocks = {b.name: selections.get(b.name) for b in self.layout.blocks if runs(b.name, call.cut)}
+        blocks = {
+            b.name: selections.get(b.name) for b in self.layout.blocks if runs(b.name, call.skip_plan)
+        }
         refreshed = {} if self.sites is None else self.sites.done(call)
         tokens = None if call.tokens is None else call.tokens.tokens
         stream = None if self.sites is None else self.sites.stream
@@ -583,14 +589,16 @@ def _share(planned: Step | None, plan: Mapping[str, Decision]) -> float:
     return 1.0 if plan else 0.0
 
 
-def _decisions(cut: SkipPlan) -> dict[str, Decision]:
-    """List the decision of a cut for each module, by name."""
-    return {name: SKIP if name in cut.restore else UNREAD for name in cut.skip}
+def _decisions(skip_plan: SkipPlan) -> dict[str, Decision]:
+    """List the decision of a skip plan for each module, by name."""
+    return {name: SKIP if name in skip_plan.restore else UNREAD for name in skip_plan.skip}
 
 
-def _stored(cuts: Iterable[SkipPlan], cut: SkipPlan | None) -> tuple[SkipPlan, ...]:
-    """List the cuts whose features a call computes: all of them in a full call, else the output's."""
-    return tuple(c for c in dict.fromkeys(cuts) if cut is None or (c.final and not cut.final))
+def _stored(skip_plans: Iterable[SkipPlan], skip_plan: SkipPlan | None) -> tuple[SkipPlan, ...]:
+    """List the skip plans whose features a call computes: all of them in a full call, else the output's."""
+    return tuple(
+        c for c in dict.fromkeys(skip_plans) if skip_plan is None or (c.final and not skip_plan.final)
+    )
 
 
 def _is_inside(thread: int | None, module: nn.Module) -> bool:

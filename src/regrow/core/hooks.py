@@ -89,7 +89,7 @@ class FusedAttentionHook:
         tokens = None if call is None else call.partial.get(self.site.name)
         if call is None or tokens is None:
             out = forward(*args, **kwargs)
-            if call is not None and call.cut is None and not attention.able:
+            if call is not None and call.skip_plan is None and not attention.able:
                 call.slot.store.add(attention.key, out)
             return out
         if attention.able:

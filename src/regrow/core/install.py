@@ -151,10 +151,10 @@ class Installed:
         call = self._engine.call
         assert call is not None
         # Modules inside skipped ones do not run, so they need no hooks.
-        final = call.cut is not None and call.cut.final
+        final = call.skip_plan is not None and call.skip_plan.final
         wanted = self._skipping if final else self._places
         for name, place in wanted.items():
-            if not final or (call.cut is not None and name in call.cut.skip):
+            if not final or (call.skip_plan is not None and name in call.skip_plan.skip):
                 place.attach()
                 self._attached.append(place)
 
@@ -191,7 +191,7 @@ class Installed:
         for watched in engine.watched:
             self._hook_watched(engine, watched)
         # Outside all others, so that skipped sites are neither selected from nor pruned.
-        skipped = sorted(frozenset().union(*(cut.skip for cut in engine.cuts.values())))
+        skipped = sorted(frozenset().union(*(skip_plan.skip for skip_plan in engine.skip_plans.values())))
         own = () if engine.sites is None else engine.sites.decider.sites
         sites = {site.name: site for site in own if site.keeps is not Keeps.NOTHING}
         for name in skipped:

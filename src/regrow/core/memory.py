@@ -21,8 +21,8 @@ class BranchMemory:
 
     Args:
         key: the inputs that the slot is valid for.
-        store: computed values by the key of a cut and module, from which later calls recover; and values
-            that depend on the text alone.
+        store: computed values by the key of a skip plan and module, from which later calls recover; and
+            values that depend on the text alone.
         shapes: by module name, the shapes of its outputs in the last full call.
         outputs: the last computed outputs of the denoiser, newest last, at most two.
         inputs: the arguments of the slot's first call, on the meta device.
@@ -32,7 +32,7 @@ class BranchMemory:
         adapters: state of the adapters on the modules that read the text.
         calls: number of calls of the slot.
         last: step of its last call; -1 if there was none.
-        stored: by cut, the step in which the values that it restores were kept.
+        stored: by skip plan, the step in which the values that it restores were kept.
         grid: grid of the image's tokens, if a call can compute some of them only.
     """
 

@@ -43,16 +43,18 @@ class SiteHook:
             return forward(*args, **kwargs)
         if site.keeps is Keeps.NOTHING:
             return self._pruned(call, forward, args, kwargs)
-        for cut in call.spans:
-            if site.name == cut.entry:
-                call.entered[cut] = taken(args, kwargs)
+        for skip_plan in call.spans:
+            if site.name == skip_plan.entry:
+                call.entered[skip_plan] = taken(args, kwargs)
         turn = call.turns[site.name] = call.turns.get(site.name, -1) + 1
         decision = call.decisions.get(site.name, ALL)
         if decision is UNREAD:
             call.stood_in.add(site.name)
             return self._stand_in(call, args, kwargs)
         tokens = self._tokens(call, args, kwargs)
-        restoring = call.cut if call.cut is not None and site.name in call.cut.restore else None
+        restoring = (
+            call.skip_plan if call.skip_plan is not None and site.name in call.skip_plan.restore else None
+        )
         key = _turn(site.key if restoring is None else restoring.key(site.name), turn)
         # A layer that the last full call skipped (skip-layer guidance) has no value to reuse.
         if (decision is SKIP or tokens is not None) and key in call.slot.store:
@@ -61,12 +63,14 @@ class SiteHook:
             computed = self._computed(call, tokens, forward, args, kwargs)
             return self._completed(call, key, args, kwargs, tokens, computed)
         out = forward(*args, **kwargs)
-        if call.cut is None and site.returns not in (Returns.TOKENS, Returns.JOINT):
+        if call.skip_plan is None and site.returns not in (Returns.TOKENS, Returns.JOINT):
             call.slot.shapes[site.name] = [t.shape for t in site.tensors(out) if isinstance(t, Tensor)]
-        for cut in call.store:
+        for skip_plan in call.store:
             # What the method decides for is kept once, below.
-            if site.name in cut.restore and not (self.decided and cut.key(site.name) == site.key):
-                self._keep(call, cut, turn, out)
+            if site.name in skip_plan.restore and not (
+                self.decided and skip_plan.key(site.name) == site.key
+            ):
+                self._keep(call, skip_plan, turn, out)
         return self._kept(call, turn, out, args, kwargs) if self.decided else out
 
     def _tokens(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Subset | None:
@@ -119,21 +123,21 @@ class SiteHook:
 
     def _recovered(self, call: Call, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Recover the output of a skipped site."""
-        cut, store = call.cut, call.slot.store
+        skip_plan, store = call.skip_plan, call.slot.store
         call.restored += 1
-        if cut is not None:
-            call.stood_in = {other for other in call.stood_in if not cut.feeds(other, self.site.name)}
+        if skip_plan is not None:
+            call.stood_in = {other for other in call.stood_in if not skip_plan.feeds(other, self.site.name)}
         value = call.recovered(key)
-        if cut is not None and cut.entry is not None:
+        if skip_plan is not None and skip_plan.entry is not None:
             # Added to the entry's input, as others may change the tokens between (ControlNet).
-            before = call.entered.pop(cut)
+            before = call.entered.pop(skip_plan)
             if call.tokens is not None:
                 value = [value[0], take_rows(value[1], call.tokens.rows(value[1].shape[1]))]
             return self.site.packed([x if d is None else x + d for x, d in zip(before, value, strict=True)])
         if self.decided and self.site.keeps is Keeps.UPDATE:
             return (args[0] if args else kwargs["hidden_states"]) + value
         # The receiver of this value, such as the caller of the denoiser, may write to it.
-        ours = cut is not None and (call.dense or cut.final) and value is store.last(key)
+        ours = skip_plan is not None and (call.dense or skip_plan.final) and value is store.last(key)
         return copied(value) if ours else value
 
     def _computed(
@@ -186,20 +190,20 @@ class SiteHook:
             return value
         return (args[0] if args else kwargs["hidden_states"]) + image
 
-    def _keep(self, call: Call, cut: SkipPlan, turn: int, out: Any) -> None:
-        """Keep what a cut recovers later: the site's output, or what was added to the entry's input."""
-        store, key = call.slot.store, cut.key(self.site.name)
-        if cut.entry is None:
+    def _keep(self, call: Call, skip_plan: SkipPlan, turn: int, out: Any) -> None:
+        """Keep what a skip plan recovers later: the output, or what was added to the entry's input."""
+        store, key = call.slot.store, skip_plan.key(self.site.name)
+        if skip_plan.entry is None:
             key = _turn(key, turn)
-            call.compare(cut, key, out)
+            call.compare(skip_plan, key, out)
             # The receiver of this output, such as the caller of the denoiser, may write to it.
-            store.add(key, copied(out) if call.dense or cut.final else out)
-        elif cut in call.entered:
-            before, after = call.entered.pop(cut), self.site.tensors(out)
+            store.add(key, copied(out) if call.dense or skip_plan.final else out)
+        elif skip_plan in call.entered:
+            before, after = call.entered.pop(skip_plan), self.site.tensors(out)
             added = [None if y is None else y - x for x, y in zip(before, after, strict=True)]
             text, image = added
             if call.tokens is None:
-                call.compare(cut, key, added)
+                call.compare(skip_plan, key, added)
                 store.add(key, added)
             elif key in store and image is not None:
                 # The other tokens keep their last update.

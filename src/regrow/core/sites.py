@@ -130,60 +130,60 @@ class Sites:
         """Whether the method decides what calls of single sites or layers do."""
         return self.decider.space is None and self.stream is None
 
-    def prunes(self, step: Step, cut: SkipPlan | None) -> bool:
+    def prunes(self, step: Step, skip_plan: SkipPlan | None) -> bool:
         """Whether a call of the plan leaves out tokens of a layer or of all blocks."""
         if self.decider.space is not None:
-            return step.ratio > 0 and any(runs(site.block, cut) for site in self.decider.sites)
-        return self.decides(step, cut, MOST_CALLS)
+            return step.ratio > 0 and any(runs(site.block, skip_plan) for site in self.decider.sites)
+        return self.decides(step, skip_plan, MOST_CALLS)
 
     @property
     def shallowest(self) -> int | None:
         """Find the lowest depth of a cached call with a layer to prune; None if there is none."""
         for depth in range(1, self._layout.depths):
-            cut = self._layout.cut(depth)
-            if any(runs(site.block, cut) for site in self.decider.sites):
+            skip_plan = self._layout.skip_plan(depth)
+            if any(runs(site.block, skip_plan) for site in self.decider.sites):
                 return depth
         return None
 
-    def check(self, cuts: Mapping[int, SkipPlan]) -> None:
+    def check(self, skip_plans: Mapping[int, SkipPlan]) -> None:
         """Refuse cached calls that skip the block whose attention chooses the tokens, or one before it.
 
         Raises:
             ValueError: naming the block.
         """
         leading = () if self.stream is None else self.stream.leading
-        for depth, cut in cuts.items():
-            if cut.entry in leading:
+        for depth, skip_plan in skip_plans.items():
+            if skip_plan.entry in leading:
                 raise ValueError(
                     f"block: {len(leading) - 1} is not allowed with cached calls of depth {depth}, it must "
-                    f"be < {leading.index(cut.entry)}: these calls skip it"
+                    f"be < {leading.index(skip_plan.entry)}: these calls skip it"
                 )
 
-    def decides(self, step: Step, cut: SkipPlan | None, calls: int) -> bool:
+    def decides(self, step: Step, skip_plan: SkipPlan | None, calls: int) -> bool:
         """Whether the method decides in a call.
 
         Args:
             step: the call's step in the plan.
-            cut: what the call skips.
+            skip_plan: what the call skips.
             calls: number of calls of the branch, with this one.
         """
         if self.decider.space is not None:
             return step.ratio > 0
         if self.stream is None:
-            return cut is not None and step.of_sites
-        return step.ratio > 0 and streams(cut) and calls > self.full_calls
+            return skip_plan is not None and step.of_sites
+        return step.ratio > 0 and streams(skip_plan) and calls > self.full_calls
 
     def keeps(self, call: Call) -> bool:
         """Whether sites that are computed whole keep their values."""
         if self.stream is not None:
-            return call.can_subset and streams(call.cut)
+            return call.can_subset and streams(call.skip_plan)
         return self.has_calls_of_its_own
 
-    def warn_of_whole_calls(self, steps: Sequence[Step], cuts: Mapping[int, SkipPlan]) -> None:
+    def warn_of_whole_calls(self, steps: Sequence[Step], skip_plans: Mapping[int, SkipPlan]) -> None:
         """Warn if no call of a generation can leave tokens out of all blocks, though the method should."""
         if self.stream is None:
             return
-        if not any(step.ratio and streams(cuts.get(step.depth)) for step in steps[self.full_calls :]):
+        if not any(step.ratio and streams(skip_plans.get(step.depth)) for step in steps[self.full_calls :]):
             self._warn_once(
                 "whole",
                 f"no call of this generation leaves tokens out: of {len(steps)} calls the first "
@@ -194,7 +194,7 @@ class Sites:
     def plan(self, view: View) -> Mapping[str, Decision]:
         """Plan what a call does at each site; empty if it computes all of them."""
         plan = self.decider.plan(view)
-        if not plan and self.decider.space is not None and self.prunes(view.step, view.cut):
+        if not plan and self.decider.space is not None and self.prunes(view.step, view.skip_plan):
             height, width = view.size
             self._warn_once(
                 "grid",
@@ -391,9 +391,9 @@ def _memory_of(site: Site) -> Mapping[str, nn.Module]:
 
 def _is_full(call: Call) -> bool:
     """Whether a call computes all sites."""
-    return call.cut is None and not call.plan and call.can_subset
+    return call.skip_plan is None and not call.plan and call.can_subset
 
 
-def streams(cut: SkipPlan | None) -> bool:
-    """Whether tokens pass through blocks in a call with that cut."""
-    return cut is None or cut.entry is not None
+def streams(skip_plan: SkipPlan | None) -> bool:
+    """Whether tokens pass through blocks in a call with that skip plan."""
+    return skip_plan is None or skip_plan.entry is not None

@@ -246,7 +246,7 @@ class Pruning(Decider):
 
     def plan(self, view: View) -> Mapping[str, Decision]:
         """In the layers that run, all tokens but the plan's share, as far as base tokens stay."""
-        key = view.step.ratio, view.cut, view.size
+        key = view.step.ratio, view.skip_plan, view.size
         if key not in self._known:
             self._known[key] = dict(self._planned(view))
         return self._known[key]
@@ -255,7 +255,7 @@ class Pruning(Decider):
         for site in self.sites:
             grid = self._grid(site.block, view)
             pruned = grid.pruned(view.step.ratio)
-            if pruned > 0 and runs(site.block, view.cut):
+            if pruned > 0 and runs(site.block, view.skip_plan):
                 yield site.name, Some((grid.tokens - pruned) / grid.tokens, self._groups[site.block])
 
     def _grid(self, block: str, view: View) -> Grid:

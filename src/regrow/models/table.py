@@ -248,15 +248,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Layout:
-    """The table of a denoiser; a cut is a `SkipPlan`.
+    """The table of a denoiser.
 
     Args:
         blocks: the transformer blocks with layers that can leave tokens out, in the order they run.
-        skippable: by name, the modules that some cut skips.
-        cuts: the cut of each depth from 0 to ``depths - 1``; depth 0 reuses the last output.
-        layers: the cut in which every attention and feed-forward reuses its last output; None if the
+        skippable: by name, the modules that some skip plan skips.
+        skip_plans: the skip plan of each depth from 0 to ``depths - 1``; depth 0 reuses the last output.
+        layers: the skip plan in which every attention and feed-forward reuses its last output; None if the
             layers are not known.
-        head: the cut that computes only what follows the last block; None if that is not known.
+        head: the skip plan that computes only what follows the last block; None if that is not known.
         sample: name of the argument with the latent.
         time: name of the argument that holds the timestep.
         timestep_scale: number by which pipelines divide the scheduler's timesteps; None if not known.
@@ -272,7 +272,7 @@ class Layout:
 
     blocks: tuple[TokenBlock, ...]
     skippable: dict[str, Site]
-    cuts: tuple[SkipPlan, ...]
+    skip_plans: tuple[SkipPlan, ...]
     layers: SkipPlan | None
     head: SkipPlan | None
     sample: str = "sample"
@@ -327,21 +327,21 @@ class Layout:
 
     @property
     def depths(self) -> int:
-        return len(self.cuts)
+        return len(self.skip_plans)
 
     @property
     def is_known(self) -> bool:
         """Whether more of the model is known than its output."""
         return self.layers is not None
 
-    def cut(self, depth: int) -> SkipPlan | None:
-        """Look up the cut of a depth; None if everything is computed."""
+    def skip_plan(self, depth: int) -> SkipPlan | None:
+        """Look up the skip plan of a depth; None if everything is computed."""
         if depth == LAYERS:
             return self.layers
         if depth == HEAD:
             # If the last block is not known, only the output can be recovered.
             return self.head or OUTPUT
-        return self.cuts[depth] if depth < self.depths else None
+        return self.skip_plans[depth] if depth < self.depths else None
 
     def first_layers(self) -> dict[tuple[str, LayerKind], Site]:
         """First layer with tokens of the image, by block and kind, or the attention fused with it."""
@@ -374,7 +374,7 @@ def own_layers(blocks: Iterable[Site], layers: Sequence[str]) -> dict[str, Site]
 
 
 OUTPUT = SkipPlan(frozenset({""}), frozenset({""}), final=True)
-"""The cut of depth 0 of every model: the denoiser, under the empty name, reuses its output."""
+"""The skip plan of depth 0 of every model: the denoiser, under the empty name, reuses its output."""
 
 
 def whole(denoiser: nn.Module) -> dict[str, Site]:
@@ -383,13 +383,13 @@ def whole(denoiser: nn.Module) -> dict[str, Site]:
 
 
 def reuse_all(layers: Iterable[str]) -> SkipPlan:
-    """Make the cut in which each of these layers reuses its own last output."""
+    """Make the skip plan in which each of these layers reuses its own last output."""
     names = frozenset(layers)
     return SkipPlan(names, names)
 
 
 def decided(sites: Sequence[Site]) -> SkipPlan:
-    """Make the cut in which each of these sites does what a method decides for it."""
+    """Make the skip plan in which each of these sites does what a method decides for it."""
     keys = {site.name: site.key for site in sites}
     parts = frozenset[str]().union(*(site.parts for site in sites))
     return SkipPlan(frozenset(keys) | parts, frozenset(keys), keys=keys)

@@ -130,18 +130,18 @@ def transformer_layout(transformer: Any) -> Layout:
         layers |= own_layers(stack, names)
         restored |= set(own_layers(stack, _ENDS.get(path, names)))
     order = list(blocks)
-    cuts = [OUTPUT]
+    skip_plans = [OUTPUT]
     streams = bool(family.self_attentions) and not family.spans
     for depth in range(1, len(order)):
         first, last = (depth + 1) // 2, len(order) - depth // 2
         # Tokens have one arrangement at both ends only if the first and the last block are of one list.
         last -= family.in_turn and (last - first) % 2 == 0
         between = order[first:last]
-        cuts.append(SkipPlan(frozenset(between), frozenset(between[-1:]), between[0]))
+        skip_plans.append(SkipPlan(frozenset(between), frozenset(between[-1:]), between[0]))
     return Layout(
         blocks=(),
         skippable=whole(transformer) | blocks | layers,
-        cuts=tuple(cuts),
+        skip_plans=tuple(skip_plans),
         layers=SkipPlan(frozenset(layers), frozenset(restored)),
         head=SkipPlan(frozenset(order), frozenset(order[-1:])),
         sample="hidden_states",

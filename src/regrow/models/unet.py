@@ -79,7 +79,7 @@ def unet_layout(unet: Any) -> Layout | None:
         up_blocks.append(may_skip(path, block, Returns.TENSOR))
 
     head = SkipPlan(frozenset([entry, *down_blocks, *middle, *up_blocks]), frozenset(up_blocks[-1:]))
-    cuts = [OUTPUT]
+    skip_plans = [OUTPUT]
     for depth in range(1, len(up_layers)):
         skip = set(middle)
         running = {b for b, _ in down_units[: depth - 1]}
@@ -90,7 +90,9 @@ def unet_layout(unet: Any) -> Layout | None:
         for b, unit in up_layers[:first]:
             skip.update(unit if b in running else [up_blocks[b]])
         b, unit = up_layers[first - 1]
-        cuts.append(SkipPlan(frozenset(skip), frozenset({unit[-1] if b in running else up_blocks[b]})))
+        skip_plans.append(
+            SkipPlan(frozenset(skip), frozenset({unit[-1] if b in running else up_blocks[b]}))
+        )
 
     blocks = _token_blocks(unet)
     layers = own_layers([Site(b.name, b.block) for b in blocks], ("attn1", "attn2", "ff"))
@@ -98,7 +100,7 @@ def unet_layout(unet: Any) -> Layout | None:
     return Layout(
         blocks,
         modules,
-        tuple(cuts),
+        tuple(skip_plans),
         reuse_all(layers),
         head,
         norms=norms_of((b.name, b.block) for b in blocks),

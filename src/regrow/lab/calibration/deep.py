@@ -78,8 +78,8 @@ def watched_features(denoiser: nn.Module, depth: int, to: DeepFeatures) -> Itera
         ValueError: if the denoiser has no calls of that depth.
     """
     layout = layout_of(denoiser)
-    cut = layout.cut(depth)
-    if cut is None or cut.final:
+    skip_plan = layout.skip_plan(depth)
+    if skip_plan is None or skip_plan.final:
         raise ValueError(
             f"deep: True is not allowed, {type(denoiser).__name__} has no known layers that calls of depth "
             f"{depth} would leave out; give deep=False"
@@ -92,16 +92,16 @@ def watched_features(denoiser: nn.Module, depth: int, to: DeepFeatures) -> Itera
     def leave(name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             after = layout.skippable[name].tensors(out)
-            before = [None] * len(after) if cut.entry is None else entered
+            before = [None] * len(after) if skip_plan.entry is None else entered
             pairs = [(x, y) for x, y in zip(before, after, strict=True) if y is not None]
             to.add([y if x is None else y - x for x, y in pairs])
 
         return keep
 
-    places = [layout.skippable[name] for name in sorted(cut.restore)]
+    places = [layout.skippable[name] for name in sorted(skip_plan.restore)]
     hooks = [place.module.register_forward_hook(leave(place.name)) for place in places]
-    if cut.entry is not None:
-        first = layout.skippable[cut.entry].module
+    if skip_plan.entry is not None:
+        first = layout.skippable[skip_plan.entry].module
         hooks.append(first.register_forward_pre_hook(enter, with_kwargs=True))
     try:
         yield

@@ -107,11 +107,11 @@ class PlanCounter:
         out = []
         for i, step in enumerate(parts.plan.resample(calls).steps()):
             plan: Mapping[str, Decision] = {}
-            streamed = sites is not None and sites.by_ratio and streams(self.layout.cut(step.depth))
+            streamed = sites is not None and sites.by_ratio and streams(self.layout.skip_plan(step.depth))
             if decider is not None and not in_layers and (step.of_sites or streamed):
                 plan = decider.plan(View(i, calls, step))
             sited = any(decision is not ALL for decision in plan.values())
-            depth = step.depth if sited or self.layout.cut(step.depth) else FULL
+            depth = step.depth if sited or self.layout.skip_plan(step.depth) else FULL
             ratio = step.ratio if depth and prunes else 0.0
             whole = depth == FULL and ratio == 0
             known = bool(self.layout.text) and i > 0 and (self._text_once or not whole)

@@ -475,7 +475,7 @@ def _default_places(denoiser: nn.Module) -> list[_Place]:
     layout = known_layout(denoiser)
     places = [_Place(OUTPUT, denoiser)]
     if layout.depths > 1:
-        restoring = [layout.skippable[name] for name in layout.cuts[1].restore]
+        restoring = [layout.skippable[name] for name in layout.skip_plans[1].restore]
         places += [_Place(p.name, p.module, joint=p.returns is Returns.JOINT) for p in restoring]
     finest = (b for b in layout.blocks if b.downsample == layout.top_level)
     return places + [_Place(f"into {b.name}", b.block, given=True) for b in finest]
