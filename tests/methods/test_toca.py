@@ -532,7 +532,7 @@ def test_tokens_of_two_pictures_are_handed_on_whole() -> None:
 
 def _only_full(run: Any, hook: Any) -> Any:
     """A hook that sees nothing of calls that hand on what attentions last returned."""
-    return lambda *a: hook(*a) if run._engine.call.cut is None else None
+    return lambda *a: hook(*a) if run._engine.call.skip_plan is None else None
 
 
 @pytest.mark.parametrize("staleness", [0.25, 0.0])
