@@ -48,6 +48,13 @@ def test_links_lead_to_what_is_there(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_files_that_are_named_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:src|tests|tools|benchmarks|docs)/[\w./-]+)`", text)
+    assert [file for file in named if not (ROOT / file).exists()] == []
+
+
 def commands() -> Iterator[str]:
     """The commands of the README and the pages, from their blocks and from code within lines."""
     for page in PAGES:
