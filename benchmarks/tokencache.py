@@ -111,7 +111,7 @@ class Pictures:
         pairs = list(zip(self._plain, made, strict=True))
         return {
             "psnr": [round(min(psnr(a, b), EQUAL), 3) for a, b in pairs],
-            "features": [round(d, 5) for d in feature_distances(self._plain, made)],
+            "features": [round(d, 5) for d in feature_distances(self._plain, made)[0]],
             "fewer_macs": round(fewer, 3),
         }
 

@@ -23,5 +23,7 @@ def save_small_emoji(folder: Path) -> Path:
     for kind, smaller in changes:
         name = "unet" if kind is UNet2DConditionModel else "vae"
         torch.manual_seed(0)
-        kind.from_config({**kind.load_config(big, subfolder=name), **smaller}).save_pretrained(folder / name)
+        kind.from_config({**kind.load_config(big, subfolder=name), **smaller}).save_pretrained(
+            folder / name
+        )
     return folder

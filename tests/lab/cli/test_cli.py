@@ -440,7 +440,7 @@ def test_generate_warms_up_before_it_compares(monkeypatch: pytest.MonkeyPatch, t
 def test_demo_leaves_a_picture_and_a_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("regrow.lab.cli.demo.PROMPTS", demo.PROMPTS[:2])
+    monkeypatch.setattr("regrow.lab.cli.demo.PROMPTS", demo.PROMPTS[:1])
     assert run(monkeypatch, "demo", "--out", str(tmp_path), "--steps", "2", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "demo.json").read_text())

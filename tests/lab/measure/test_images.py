@@ -33,8 +33,10 @@ def test_psnr_refuses_pictures_of_different_sizes() -> None:
 
 
 def test_feature_distance_is_zero_only_for_equal_pictures() -> None:
-    same, other = feature_distances([picture(0), picture(0)], [picture(0), picture(1)])
-    assert same == pytest.approx(0, abs=1e-6)
+    zero, one = picture(0), picture(1)
+    (same, other), (others, again) = feature_distances([zero, zero], [zero, one], [one, zero])
+    assert [same, again] == pytest.approx([0, 0], abs=1e-6)
+    assert other == pytest.approx(others)
     assert other > 1e-3
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,8 @@ def run_demo(request: DemoRequest) -> None:
             report = None if run is None else run.report()
             ratios[one.name] = steps / one.steps if report is None else report.full_macs / report.macs
     with busy(console, "comparing the pictures"):
-        rows = [_row(name, pictures, ratio) for name, ratio in ratios.items()]
+        distances = _feature_distances(pictures)
+        rows = [_row(name, pictures, ratio, distances.get(name)) for name, ratio in ratios.items()]
     out.mkdir(parents=True, exist_ok=True)
     said = {row["method"]: "{method}\n{seconds:.2f} s ({speedup:.1f}x)".format(**row) for row in rows}
     for file, variants in sheets.items():
@@ -121,7 +121,19 @@ def run_demo(request: DemoRequest) -> None:
         print(out / file)
 
 
-def _row(name: str, pictures: dict[str, Pictures], macs_ratio: float) -> dict[str, Any]:
+def _feature_distances(pictures: dict[str, Pictures]) -> dict[str, float]:
+    """How far each method's pictures are from the first one's, by name; nothing without the extractor."""
+    first, *names = pictures
+    try:
+        found = feature_distances(pictures[first].images, *(pictures[name].images for name in names))
+    except MissingWeightsError:
+        return {}
+    return {name: sum(each) / len(each) for name, each in zip(names, found, strict=True)}
+
+
+def _row(
+    name: str, pictures: dict[str, Pictures], macs_ratio: float, distance: float | None
+) -> dict[str, Any]:
     """A row of the demo's table.
 
     Seconds are per image; speed-up and MACs are those of the unaccelerated run over the method's.
@@ -135,12 +147,8 @@ def _row(name: str, pictures: dict[str, Pictures], macs_ratio: float) -> dict[st
         "speedup": plain.seconds / mine.seconds,
         "macs_ratio": macs_ratio,
         "psnr": None,
-        "feature_distance": None,
+        "feature_distance": distance,
     }
-    if mine is plain:
-        return row
-    row["psnr"] = mean_psnr(zip(plain.images, mine.images, strict=True))
-    with suppress(MissingWeightsError):
-        features = feature_distances(plain.images, mine.images)
-        row["feature_distance"] = sum(features) / len(features)
+    if mine is not plain:
+        row["psnr"] = mean_psnr(zip(plain.images, mine.images, strict=True))
     return row

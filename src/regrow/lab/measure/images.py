@@ -49,22 +49,25 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray((pixels.permute(1, 2, 0).float().numpy() * 255).round().astype(np.uint8))
 
 
-def feature_distances(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> list[float]:
-    """Measure how different each pair of pictures is for an ImageNet classifier.
+def feature_distances(a: Sequence[Image.Image], *others: Sequence[Image.Image]) -> list[list[float]]:
+    """Measure how different pairs of pictures are for an ImageNet classifier.
 
     Args:
         a: pictures of one size.
-        b: as many pictures, of the same size.
+        others: each as many pictures, of the same size.
 
     Returns:
-        1 - cosine of their EfficientNet-Lite0 features (1280-d), 0 for equal pictures.
+        for each of ``others``, 1 - cosine of the EfficientNet-Lite0 features (1280-d) of its pictures and
+        those of ``a``, 0 for equal pictures.
 
     Raises:
         MissingWeightsError: if the extractor is not installed (extra ``measure``).
     """
     extract = EfficientNetFeatures()
-    one, other = (extract(torch.stack([to_tensor(picture) for picture in side]) / 255) for side in (a, b))
-    return [float(d) for d in feature_distance(one, other)]
+    one, *rest = (
+        extract(torch.stack([to_tensor(picture) for picture in side]) / 255) for side in (a, *others)
+    )
+    return [feature_distance(one, other).tolist() for other in rest]
 
 
 def contact_sheet(
