@@ -116,4 +116,4 @@ def killed(folder: Path, number: int, workers: Workers[Job, Outcome] | None = No
 
 
 if __name__ == "__main__":
-    killed(Path(sys.argv[1]), int(sys.argv[2]), RayWorkers(Stub, 2, sys.argv[3]))
+    killed(Path(sys.argv[1]), int(sys.argv[2]), RayWorkers(Stub, 1, sys.argv[3]))

@@ -69,9 +69,13 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 @pytest.mark.usefixtures("_cluster")
 def test_pictures_by_two_processes_are_those_of_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    small_emoji_folder: Path,
 ) -> None:
-    words = ("eval", "--methods", "steps:2,dato:b1", "--steps", "2", "--prompts", "4", "--batch", "2")
+    words = ("eval", "--model", str(small_emoji_folder), "--methods", "steps:2,dato:b1", "--steps", "2")
+    words += ("--prompts", "4", "--batch", "2")
     rows = {}
     for name, engine in (("local", ()), ("ray", ("--engine", "ray", "--workers", "2"))):
         out = ("--device", "cpu", "--json", "--out", str(tmp_path / name))
@@ -118,8 +122,13 @@ def test_jobs_are_done_side_by_side_and_an_exception_ends_them(tmp_path: Path) -
         processes = {result.process for result in (*found.values(), *again.values())}
         assert processes <= set(built(tmp_path))
         assert len(built(tmp_path)) == CPUS
-        never, later = tmp_path / "never", tmp_path / "later"
-        jobs = [Job(1, after=never), Job(7, Fate.RAISE), Job(1, after=never), Job(1, leaves=later)]
+        # An iterator that is closed leaves no job behind.
+        running = workers.run([Job(2), Job(3, after=tmp_path / "never")])
+        index, result = next(running)
+        assert (index, result.square) == (0, 4)
+        running.close()
+        later = tmp_path / "later"
+        jobs = [Job(7, Fate.RAISE), Job(1, leaves=later)]
         with pytest.raises(ValueError, match="number: 7 is not allowed") as caught:
             list(workers.run(jobs))
         assert type(caught.value) is ValueError
@@ -129,28 +138,18 @@ def test_jobs_are_done_side_by_side_and_an_exception_ends_them(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("_cluster")
-def test_a_worker_that_dies_costs_its_job_only(tmp_path: Path) -> None:
-    with RayWorkers(partial(Worker, tmp_path), count=1) as workers:
+def test_a_worker_that_dies_costs_its_job_only_and_a_job_that_always_kills_is_named(tmp_path: Path) -> None:
+    with RayWorkers(partial(Worker, tmp_path), count=1, attempts=2) as workers:
         results = [
             (index, result.square)
             for index, result in workers.run([Job(2), Job(3, Fate.DIE_ONCE), Job(4), Job(5)])
         ]
         assert results == [(0, 4), (2, 16), (3, 25), (1, 9)]
         assert len(built(tmp_path)) == 2
-        # An iterator that is closed leaves no job behind.
-        running = workers.run([Job(2), Job(3, after=tmp_path / "never")])
-        index, result = next(running)
-        assert (index, result.square) == (0, 4)
-        running.close()
-
-
-@pytest.mark.usefixtures("_cluster")
-def test_a_job_that_always_kills_its_worker_is_named(tmp_path: Path) -> None:
-    with RayWorkers(partial(Worker, tmp_path), count=1, attempts=2) as workers:
         running = workers.run([Job(2, Fate.DIE), Job(3)])
         with pytest.raises(WorkerDiedError, match=r"job 0, Job\(number=2, .*: 2 workers died at it"):
             list(running)
-    assert len(built(tmp_path)) == 2
+    assert len(built(tmp_path)) == 3
 
 
 @pytest.mark.usefixtures("_cluster")

@@ -594,10 +594,10 @@ SMALL = (
 
 @pytest.mark.slow
 def test_the_command_killed_twice_prints_what_an_undisturbed_one_prints(
-    tmp_path: Path, forks: ForkServerContext
+    tmp_path: Path, forks: ForkServerContext, small_emoji_folder: Path
 ) -> None:
-    words = ("--methods", "steps:2,deepcache:2", "--steps", "2", "--prompts", "4", "--batch", "1")
-    words += ("--device", "cpu", "--json", "--out")
+    words = ("--model", str(small_emoji_folder), "--methods", "steps:2,deepcache:2", "--steps", "2")
+    words += ("--prompts", "4", "--batch", "1", "--device", "cpu", "--json", "--out")
     whole, again = tmp_path / "whole.json", tmp_path / "again.json"
     completed(forks.Process(target=evaluate, args=((*words, str(tmp_path / "whole")), whole)))
     shards = "killed/*/*.safetensors"
@@ -752,6 +752,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_made(
     assert not out.exists()
 
 
+@pytest.mark.usefixtures("small_emoji")
 def test_an_ablation_compares_its_alternatives(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -772,6 +773,7 @@ def test_an_ablation_compares_its_alternatives(
     assert "gain: PSNR more than steps:2" in shown
 
 
+@pytest.mark.usefixtures("small_emoji")
 def test_two_methods_are_compared_picture_by_picture(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -790,6 +792,7 @@ def test_two_methods_are_compared_picture_by_picture(
         assert said in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.usefixtures("small_emoji")
 def test_gains_over_several_methods_name_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

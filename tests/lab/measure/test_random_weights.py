@@ -12,26 +12,42 @@ from regrow.lab.measure.variants import variant
 
 SMALL = {
     "layers_per_block": 1,
-    "block_out_channels": (32, 32, 32, 32),
-    "attention_head_dim": 8,
+    "block_out_channels": (8, 8, 8, 8),
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
     "sample_size": 8,
 }
-SMALL_XL = SMALL | {"block_out_channels": (32, 32, 32), "transformer_layers_per_block": 1}
+SMALL_XL = SMALL | {"block_out_channels": (8, 8, 8), "transformer_layers_per_block": 1}
 PATCHES = {"num_layers": 2, "num_attention_heads": 2, "sample_size": 8}
+WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 64, "num_layers": 2, "text_dim": 32}
 CHANGES = {
-    "sd15": SMALL,
-    "sd2": SMALL,
-    "sdxl": SMALL_XL,
+    "sd15": SMALL | {"cross_attention_dim": 24},
+    "sd2": SMALL | {"cross_attention_dim": 32},
+    "sdxl": SMALL_XL | {"cross_attention_dim": 40},
     "dit-xl-256": PATCHES,
     "dit-xl-512": PATCHES,
     "pixart-alpha-256": PATCHES | {"cross_attention_dim": 144},
     "pixart-alpha-1024": PATCHES | {"cross_attention_dim": 144, "sample_size": 128},
     "pixart-sigma-1024": PATCHES | {"cross_attention_dim": 144},
-    "sd3-1024": PATCHES | {"caption_projection_dim": 128},
-    "latte-512": {"num_attention_heads": 2, "cross_attention_dim": 144, "num_layers": 2, "video_length": 3},
-    "wan-1.3b-480": {"num_attention_heads": 2, "ffn_dim": 64, "num_layers": 2},
-    "wan-14b-480": {"num_attention_heads": 2, "ffn_dim": 64, "num_layers": 2},
-    "flux-1024": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
+    "sd3-1024": PATCHES | {"caption_projection_dim": 128, "joint_attention_dim": 32},
+    "latte-512": {
+        "num_attention_heads": 2,
+        "cross_attention_dim": 144,
+        "num_layers": 2,
+        "video_length": 3,
+        "caption_channels": 32,
+    },
+    "wan-1.3b-480": WAN,
+    "wan-14b-480": WAN,
+    "flux-1024": {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "axes_dims_rope": (4, 6, 6),
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 24,
+    },
 }
 
 

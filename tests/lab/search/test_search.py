@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from regrow.lab.search.objectives import Cost, Quality
 from regrow.lab.search.proposals import hypervolume
 from regrow.lab.search.result import to_dict
 from regrow.lab.search.search import Algorithm, AllFailedError, Budget, Economy, Known, check_economy
+from regrow.lab.workers import LocalWorkers
 from regrow.schedule import FULL, Schedule
 
 
@@ -103,6 +105,20 @@ def test_search_killed_by_the_system_goes_on_as_if_it_had_not_been(tmp_path: Pat
     assert front_of(search(tmp_path / "two", rest).run(Budget(generations=6))) == expected
     log = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
     assert len(log) - 6 == 14 + len(rest.jobs)
+
+
+def test_results_that_come_in_another_order_change_nothing(tmp_path: Path) -> None:
+    class Backwards(LocalWorkers[Job, Outcome]):
+        def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
+            yield from reversed([*super().run(jobs)])
+
+    expected = front_of(search(tmp_path / "one", Stub()).run(Budget(generations=6)))
+    found = search(tmp_path / "two", Stub())
+    found._workers = Backwards(Stub)
+    assert front_of(found.run(Budget(generations=6))) == expected
+    rest = Stub()
+    assert front_of(search(tmp_path / "two", rest).run(Budget(generations=6))) == expected
+    assert not rest.jobs
 
 
 def test_more_budget_goes_on_where_less_ended(tmp_path: Path) -> None:
