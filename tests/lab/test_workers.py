@@ -33,6 +33,8 @@ def _started() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # Its processes import the worker from the folder of the tests.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        # Workers would wait for all other tests.
+        patch.setenv("RAY_worker_niceness", "0")
         ray.init("local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
