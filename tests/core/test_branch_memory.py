@@ -33,11 +33,11 @@ UNETS: dict[str, Callable[[], UNet2DConditionModel]] = {
 }
 DEPTHS = {
     "sd1": range(1, 12),
-    "sdxl": range(1, 9),
+    "sdxl": range(1, 6),
     "one-layer-a-block": range(1, 6),
     "layers-differ": range(1, 5),
-    "without-middle": range(1, 6),
-    "nine-channels": range(1, 6),
+    "without-middle": range(1, 4),
+    "nine-channels": range(1, 4),
 }
 
 

@@ -36,7 +36,7 @@ def unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
         "in_channels": 4,
         "out_channels": 4,
         "block_out_channels": (16, 32),
-        "layers_per_block": 2,
+        "layers_per_block": 1,
         "down_block_types": (CROSS_DOWN, PLAIN_DOWN),
         "up_block_types": (PLAIN_UP, CROSS_UP),
         "norm_num_groups": 8,
@@ -49,6 +49,7 @@ def unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
 def sd1_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     """Stable Diffusion 1's four levels, 12 layers in the up path."""
     config: dict[str, Any] = {
+        "layers_per_block": 2,
         "block_out_channels": (16, 16, 32, 32),
         "down_block_types": (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, PLAIN_DOWN),
         "up_block_types": (PLAIN_UP, CROSS_UP, CROSS_UP, CROSS_UP),
@@ -62,7 +63,7 @@ def sdxl_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
         "block_out_channels": (16, 16, 32),
         "down_block_types": (PLAIN_DOWN, CROSS_DOWN, CROSS_DOWN),
         "up_block_types": (CROSS_UP, CROSS_UP, PLAIN_UP),
-        "transformer_layers_per_block": (1, 2, 3),
+        "transformer_layers_per_block": (1, 1, 2),
         "attention_head_dim": (1, 2, 4),
         "use_linear_projection": True,
         "cross_attention_dim": 2 * TEXT,
@@ -182,7 +183,7 @@ def mask(width: int = SIZE, height: int = SIZE) -> Image.Image:
 # Every kind of pipeline: how it is made, and what else it is called with.
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sd1": (sd, {}),
-    "sd1-four-levels": (lambda: sd(sd1_unet()), {}),
+    "sd1-four-levels": (lambda: sd(sd1_unet(layers_per_block=1)), {}),
     "sd2": (sd2, {}),
     "sdxl": (sdxl, {}),
     "img2img": (

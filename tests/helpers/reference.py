@@ -16,10 +16,9 @@ from torch import Tensor
 
 def cosines(x: Tensor) -> Tensor:
     """``cos(x_i, x_j)`` of all tokens of ``x: (N, C)``; a token of zeros has 0 with every other."""
-    unit = torch.zeros_like(x, dtype=torch.float64)
-    for i, row in enumerate(x.double()):
-        if row.norm() > 0:
-            unit[i] = row / row.norm()
+    rows = x.double()
+    length = (rows**2).sum(1, keepdim=True).sqrt()
+    unit = rows / length.where(length > 0, 1.0)
     return unit @ unit.T
 
 
@@ -31,6 +30,7 @@ def sim_score(x: Tensor) -> Tensor:
 def diff_score(last: Tensor, before: Tensor, height: int, width: int) -> Tensor:
     """``mean over channels of |eps(t+2) - eps(t+1)|`` of one sample ``(C, H, W)``, over token areas."""
     channels, rows, columns = last.shape
+    differences = (last.double() - before.double()).abs().sum(0).tolist()
     score = torch.zeros(height * width, dtype=torch.float64)
     for i in range(height):
         for j in range(width):
@@ -40,8 +40,7 @@ def diff_score(last: Tensor, before: Tensor, height: int, width: int) -> Tensor:
             total = 0.0
             for a in range(top, bottom):
                 for b in range(left, right):
-                    difference = (last[:, a, b].double() - before[:, a, b].double()).abs()
-                    total += float(difference.sum()) / channels
+                    total += differences[a][b] / channels
             score[i * width + j] = total / ((bottom - top) * (right - left))
     return score
 
@@ -63,7 +62,8 @@ def patches(height: int, width: int, side: int) -> list[list[int]]:
 
 def base_tokens(score: Tensor, height: int, width: int, side: int) -> list[int]:
     """The token with the highest score of each patch, the first of equals."""
-    return [max(patch, key=lambda n: (float(score[n]), -n)) for patch in patches(height, width, side)]
+    of = score.tolist()
+    return [max(patch, key=lambda n: (of[n], -n)) for patch in patches(height, width, side)]
 
 
 def count(ratio: float, tokens: int, base: int) -> int:
@@ -101,14 +101,12 @@ def select(
     """
     similar = cosines(x).tolist()
     best: dict[int, tuple[float, int]] = {}
-    for n in range(x.shape[0]):
-        if n in set(base):
-            continue
+    for n in sorted({*range(x.shape[0])} - {*base}):
         candidates = base if grid is None else nearby_base(n, base, *grid)
         source = max(candidates, key=lambda b: similar[n][b])
         best[n] = (similar[n][source], source)
     pruned = sorted(best, key=lambda n: best[n][0], reverse=True)[:k]
-    kept = [n for n in range(x.shape[0]) if n not in pruned]
+    kept = sorted({*range(x.shape[0])} - {*pruned})
     source_of = {n: best[n][1] for n in pruned}
     if from_all_kept:
         source_of = {n: max(kept, key=lambda b: similar[n][b]) for n in pruned}

@@ -122,9 +122,8 @@ def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(
         hook = pipe.transformer.pos_embed.register_forward_hook(note)
         ours = generate(pipe, **options)
         hook.remove()
-    calls = run.report().calls
     shallow = [False, False, True, False, True, True, False]
-    assert [c.depth for c in calls] == [str(branch + 1) if s else "full" for s in shallow]
+    assert [c.depth for c in rows_of(run)] == [str(branch + 1) if s else "full" for s in shallow]
     assert [t is None for t in chosen] == [True, True] + [False] * 5
     tokens_of = [t for t in chosen if t is not None]
     assert torch.equal(tokens_of[2], tokens_of[1])
@@ -137,7 +136,10 @@ def test_calls_are_full_ones_with_old_rows_and_blocks_put_back(
     with slow(pipe.transformer, chosen, skips), slow_blocks(pipe.transformer, chosen, shallow, first, last):
         expected = generate(pipe, **options)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    assert calls[2].macs < calls[3].macs < calls[0].macs
+    if form == "guided":
+        # Counting takes longer than the run.
+        calls = run.report().calls
+        assert calls[2].macs < calls[3].macs < calls[0].macs
 
 
 @pytest.mark.parametrize(("kind", "form", "early_ratio"), in_turn((0.0, 0.25), BRANCHES))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
 from typing import Any
 
 import pipelines
@@ -36,6 +38,9 @@ class Base:
         ]
         scores = reference.aligned(scores, self.align)
         return [reference.base_tokens(s, height, width, self.side) for s in scores]
+
+
+four_levels = partial(pipelines.sd1_unet, layers_per_block=1)
 
 
 def check(
@@ -103,7 +108,7 @@ def test_pruned_tokens_may_copy_from_all_kept_tokens() -> None:
 
 @pytest.mark.parametrize("size", [(16, 16), (15, 19)], ids=["even", "odd"])
 def test_coarser_levels_take_the_mean_difference_of_their_area(size: tuple[int, int]) -> None:
-    check(size=size, unet=pipelines.sd1_unet, config={"max_downsample": 2}, levels=(0, 1))
+    check(size=size, unet=four_levels, config={"max_downsample": 2}, levels=(0, 1))
 
 
 def test_sdxl_prunes_at_its_finest_level_with_attention() -> None:
@@ -274,9 +279,10 @@ def test_the_papers_settings_are_the_defaults() -> None:
     assert config.features is Features.BLOCK_INPUT
 
 
-@pytest.mark.parametrize("name", DaTo.presets())
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "img2img"])
-def test_presets_run_on_every_pipeline(name: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), zip(DaTo.presets(), itertools.cycle(("sd1", "sd2", "sdxl", "img2img")), strict=False)
+)
+def test_presets_run_on_pipelines_of_all_kinds(name: str, kind: str) -> None:
     pipe = pipelines.make(kind)
     with regrow.apply(pipe, DaTo.preset(name)):
         assert pipelines.generate(pipe, kind=kind, num_inference_steps=8).isfinite().all()

@@ -174,7 +174,6 @@ def test_the_last_blocks_features_are_forecast_and_the_head_is_computed(name: st
         with counted(head_of(denoiser), heads), counted(inside(case.block(denoiser)), blocks):
             found = case.generate(pipe)
         depths = [row.depth for row in rows_of(run)]
-        again = case.generate(pipe)
     assert_near(found, wanted)
     # The forecast is seen: it isn't what the model would compute.
     assert (found - plain).abs().max() > 1e-3 * plain.abs().max()
@@ -185,8 +184,6 @@ def test_the_last_blocks_features_are_forecast_and_the_head_is_computed(name: st
     assert depths == [
         "full" if step in full else "head" for step in range(STEPS) for _ in range(case.calls)
     ]
-    assert torch.equal(again, found)
-    assert torch.equal(case.generate(pipe), plain)
 
 
 def inside(block: Any) -> nn.Module:

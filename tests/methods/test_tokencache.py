@@ -46,7 +46,7 @@ Chosen = Mapping[str, Tensor] | None
 
 
 def chosen_by(pipe: Any, config: Any, **options: Any) -> tuple[Tensor, list[Chosen], Any]:
-    """A generation, the tokens that the blocks of each call computed (None: all), and its report."""
+    """A generation, the tokens that the blocks of each call computed (None: all), and its run."""
     seen: list[Chosen] = []
 
     def note(observation: regrow.Observation) -> None:
@@ -55,7 +55,7 @@ def chosen_by(pipe: Any, config: Any, **options: Any) -> tuple[Tensor, list[Chos
 
     with regrow.apply(pipe, config) as run, run.observed(note):
         out = generate(pipe, **options)
-    return out, seen, run.report()
+    return out, seen, run
 
 
 def put_back(old: Tensor, new: Tensor, tokens: Tensor) -> Tensor:
@@ -110,15 +110,17 @@ def slow(transformer: Any, calls: list[Chosen], sites: int) -> Iterator[None]:
 def test_a_call_is_a_full_one_with_old_updates_put_back(kind: str, form: str) -> None:
     pipe = transformer_pipelines.KINDS[kind]()
     sites = len(pipe.transformer.transformer_blocks) - 1
-    ours, chosen, report = chosen_by(pipe, TokenCache(**SMALL), **FORMS[form])
+    ours, chosen, run = chosen_by(pipe, TokenCache(**SMALL), **FORMS[form])
     assert [c is None for c in chosen] == [True, False, False, True, False]
     assert all(len(c) == sites for c in chosen if c)
     with slow(pipe.transformer, chosen, sites):
         expected = generate(pipe, **FORMS[form])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    macs = [c.macs for c in report.calls]
-    assert macs[1] < 0.7 * macs[3]
-    assert report.calls[1].selection_macs > 0
+    if form == "guided":
+        # Counting takes longer than the run.
+        calls = run.report().calls
+        assert calls[1].macs < 0.7 * calls[3].macs
+        assert calls[1].selection_macs > 0
 
 
 @pytest.mark.parametrize("choice", [Choice.RANDOM, Choice.TOCA, Choice.TOME])
@@ -144,12 +146,12 @@ def test_as_many_i_steps_as_calls_are_the_plain_pipeline_bit_for_bit() -> None:
 def test_a_ratio_of_1_reuses_every_update() -> None:
     pipe = transformer_pipelines.dit()
     sites = len(pipe.transformer.transformer_blocks) - 1
-    ours, chosen, report = chosen_by(pipe, TokenCache(**SMALL | {"ratio": 1.0}))
+    ours, chosen, run = chosen_by(pipe, TokenCache(**SMALL | {"ratio": 1.0}))
     assert [c if c is None else len(c) for c in chosen] == [None, 0, 0, None, 0]
     with slow(pipe.transformer, chosen, sites):
         expected = generate(pipe)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    assert report.selection_macs == 0
+    assert run.report().selection_macs == 0
 
 
 def test_a_forecast_of_updates_differs_from_their_reuse() -> None:
@@ -193,14 +195,14 @@ def test_a_trained_predictor_sets_shares_and_steps(tmp_path: Path) -> None:
     pipe = transformer_pipelines.dit()
     file = learned_file(tmp_path, pipe.transformer)
     config = TokenCache(predictor=str(file), full_steps=2, last_blocks=1, ratio=0.8, beta=-3)
-    ours, chosen, report = chosen_by(pipe, config)
+    ours, chosen, run = chosen_by(pipe, config)
     counts = [[t.shape[1] for t in c.values()] for c in chosen if c]
     assert all(c == sorted(c) and len(set(c)) > 3 for c in counts)
     assert torch.equal(chosen_by(pipe, config)[0], ours)
     # What is counted without running the model is what ran.
     counted = profile(architecture("cifar10"), None, 1)
     assert counted.macs
-    assert sum(c.selection_macs > 0 for c in report.calls) == len(counts)
+    assert sum(c.selection_macs > 0 for c in run.report().calls) == len(counts)
 
 
 def test_the_choice_is_the_highest_alpha_of_the_block() -> None:

@@ -59,7 +59,7 @@ def generate(pipe: Any, *, seed: int = 0, count: int = 1, **options: Any) -> Ten
 
 
 def chosen_by(pipe: Any, config: Any, **options: Any) -> tuple[Tensor, list[Chosen], Any]:
-    """A generation, the tokens that the blocks of each call computed (None: all), and its report."""
+    """A generation, the tokens that the blocks of each call computed (None: all), and its run."""
     seen: list[Chosen] = []
 
     def note(observation: regrow.Observation) -> None:
@@ -68,7 +68,7 @@ def chosen_by(pipe: Any, config: Any, **options: Any) -> tuple[Tensor, list[Chos
 
     with regrow.apply(pipe, config) as run, run.observed(note):
         out = generate(pipe, **options)
-    return out, seen, run.report()
+    return out, seen, run
 
 
 def blocks_of(transformer: Any) -> list[str]:
@@ -133,16 +133,18 @@ def branches_of(kind: str, form: str) -> int:
 def test_a_call_is_a_full_one_with_old_updates_put_back(kind: str, form: str) -> None:
     pipe = make(kind)
     names, branches = blocks_of(pipe.transformer)[:-1], branches_of(kind, form)
-    ours, chosen, report = chosen_by(pipe, TokenCache(**SMALL), **FORMS[form])
+    ours, chosen, run = chosen_by(pipe, TokenCache(**SMALL), **FORMS[form])
     assert [c is None for c in chosen[::branches]] == [True, False, False, True, False]
     assert all(list(c) == names for c in chosen if c)
     with slow(pipe.transformer, chosen, branches):
         expected = generate(pipe, **FORMS[form])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours, generate(pipe, **FORMS[form]), rtol=1e-3)
-    macs = [c.macs for c in report.calls]
-    assert macs[branches] < 0.75 * macs[-2 * branches]
-    assert report.calls[branches].selection_macs > 0
+    if form == "guided":
+        # Counting takes longer than the run.
+        calls = run.report().calls
+        assert calls[branches].macs < 0.75 * calls[-2 * branches].macs
+        assert calls[branches].selection_macs > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,13 +152,13 @@ def test_a_call_is_a_full_one_with_old_updates_put_back(kind: str, form: str) ->
 def test_other_choices_are_calls_with_old_updates_put_back(kind: str, choice: Choice) -> None:
     pipe = make(kind)
     config = TokenCache(**SMALL | {"choice": choice, "predictor": None})
-    ours, chosen, report = chosen_by(pipe, config, **FORMS["guided"])
+    ours, chosen, run = chosen_by(pipe, config, **FORMS["guided"])
     branches = branches_of(kind, "guided")
     with slow(pipe.transformer, chosen, branches):
         expected = generate(pipe, **FORMS["guided"])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     if choice is Choice.TOCA:
-        assert report.calls[0].selection_macs > 0
+        assert run.report().calls[0].selection_macs > 0
 
 
 def test_a_temporal_block_computes_a_share_of_the_frames_of_every_place() -> None:
@@ -326,7 +328,9 @@ class TestLatteElsewhere:
             hook.remove()
         with regrow.apply(pipe, FORA(interval=2)) as run:
             assert torch.equal(generate(pipe, **FORMS[form]), expected)
-        assert run.report().calls[1].macs < 0.2 * run.report().calls[0].macs
+        if form == "guided":
+            calls = run.report().calls
+            assert calls[1].macs < 0.2 * calls[0].macs
 
     @pytest.mark.parametrize(("branch", "first", "last"), [(0, 1, 6), (1, 1, 4), (2, 2, 5)])
     def test_block_caching_is_of_blocks_of_one_kind_at_both_ends(
@@ -359,7 +363,8 @@ class TestLatteElsewhere:
             hook.remove()
         with regrow.apply(pipe, DeepCache(interval=2, branch=branch)) as run:
             torch.testing.assert_close(generate(pipe), expected)
-        assert run.report().calls[1].macs < run.report().calls[0].macs
+        calls = run.report().calls
+        assert calls[1].macs < calls[0].macs
 
     def test_the_text_is_projected_once(self) -> None:
         pipe = make("latte")

@@ -33,7 +33,7 @@ import regrow
 from regrow import ATEDM, FORA, CATPruning, DeepCache, ToCa
 
 LAYERS = ("attn", "attn1", "attn2", "ff", "ff_context", "proj_mlp", "proj_out")
-BRANCHES = (0, 1, 4)
+BRANCHES = (0, 1, 2)
 
 
 @pytest.fixture(params=transformer_pipelines.KINDS)
@@ -134,9 +134,11 @@ def test_fora_is_that_of_full_computation_thrown_away(kind: str, pipe: Any, form
         ours = generate(pipe, **FORMS[form])
     assert torch.equal(ours, expected)
     assert not torch.equal(ours, plain_of(kind, form))
-    report = run.report()
-    assert [c.depth for c in report.calls] == ["full", "layers", "layers", "full", "layers"]
-    assert report.calls[1].macs < 0.25 * report.calls[0].macs
+    assert [c.depth for c in rows_of(run)] == ["full", "layers", "layers", "full", "layers"]
+    if form == "guided":
+        # Counting takes longer than the run.
+        calls = run.report().calls
+        assert calls[1].macs < 0.25 * calls[0].macs
 
 
 @pytest.mark.parametrize(("kind", "form", "branch"), in_turn(BRANCHES))
@@ -148,9 +150,10 @@ def test_block_caching_adds_what_the_blocks_between_added(pipe: Any, form: str, 
     with regrow.apply(pipe, DeepCache(interval=2, branch=branch)) as run:
         ours = generate(pipe, **FORMS[form])
     torch.testing.assert_close(ours, expected)
-    calls = run.report().calls
-    assert [c.depth for c in calls] == ["full", str(branch + 1)] * 2 + ["full"]
-    assert calls[1].macs < calls[0].macs * (branch + 3) / count
+    assert [c.depth for c in rows_of(run)] == ["full", str(branch + 1)] * 2 + ["full"]
+    if form == "guided":
+        calls = run.report().calls
+        assert calls[1].macs < calls[0].macs * (branch + 3) / count
 
 
 @pytest.mark.parametrize(
@@ -298,13 +301,14 @@ def test_beside_a_controlnet_layers_and_blocks_are_reused_and_tokens_are_all_com
         expected = controlled(pipe)
     with regrow.apply(pipe, FORA(interval=2)) as run:
         assert torch.equal(controlled(pipe), expected)
-    assert run.report().calls[1].macs < 0.25 * run.report().calls[0].macs
+    calls = run.report().calls
+    assert calls[1].macs < 0.25 * calls[0].macs
     for config in (DeepCache(interval=2), ToCa(interval=2)):
         with regrow.apply(pipe, config) as run:
             ours = controlled(pipe)
         assert ours.isfinite().all()
         assert not torch.equal(ours, plain)
-        assert [c.depth == "full" for c in run.report().calls] == [True, False, True, False, True]
+        assert [c.depth == "full" for c in rows_of(run)] == [True, False, True, False, True]
     for config in (CATPruning(alpha=0.4, t0=2), ATEDM.preset("reuse", early=0)):
         with (
             regrow.apply(pipe, config) as run,
@@ -313,7 +317,7 @@ def test_beside_a_controlnet_layers_and_blocks_are_reused_and_tokens_are_all_com
             ),
         ):
             assert torch.equal(controlled(pipe), plain)
-        assert {(c.depth, c.ratio) for c in run.report().calls} == {("full", 0)}
+        assert {(c.depth, c.ratio) for c in rows_of(run)} == {("full", 0)}
     assert torch.equal(controlled(pipe), plain)
 
 
@@ -330,7 +334,7 @@ def test_the_two_calls_of_flux_are_kept_apart() -> None:
 def test_the_two_calls_of_flux_keep_blocks_apart() -> None:
     pipe = transformer_pipelines.flux()
     plain = generate(pipe, **TWO_CALLS)
-    with replaced(pipe.transformer, is_cached(2, 2), SlowTwoBlocks(2, 7)):
+    with replaced(pipe.transformer, is_cached(2, 2), SlowTwoBlocks(2, transformer_pipelines.LAYERS - 2)):
         expected = generate(pipe, **TWO_CALLS)
     with regrow.apply(pipe, DeepCache(interval=2, branch=3)) as run:
         ours = generate(pipe, **TWO_CALLS)

@@ -321,7 +321,7 @@ def test_batches_make_one_trace() -> None:
 
 
 def test_differences_are_the_spread_of_each_tokens_change() -> None:
-    pipe = pipelines.sd()
+    pipe = pipelines.sd(pipelines.unet(layers_per_block=2))
     outputs: list[Tensor] = []
     hook = pipe.unet.register_forward_hook(lambda m, a, out: outputs.append(out[0].clone()))
     entering: list[Tensor] = []
