@@ -27,7 +27,7 @@ from regrow.methods.base import methods
 from regrow.methods.calibrated import Calibrated
 
 STEPS = 5
-LAYERS = 5
+LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class Family:
 
 def unet(kind: str, every: int = 1, **options: Any) -> Family:
     """A family of `pipelines`."""
-    draw = partial(families.of_unet, kind=kind, **{"num_inference_steps": STEPS} | options)
+    # What begins with a picture has the picture's size.
+    size = {} if "image" in pipelines.KINDS[kind][1] else {"height": 32, "width": 32}
+    draw = partial(families.of_unet, kind=kind, **{"num_inference_steps": STEPS} | size | options)
     forms = {way: form for way, form in families.UNET_FORMS.items() if way != "wide" or "in" not in kind}
     return Family(partial(pipelines.make, kind), draw, forms, "unet", every)
 

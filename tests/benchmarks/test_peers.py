@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,11 @@ from regrow.schedule import Schedule
 
 # cache-dit computes the first eight steps in full.
 STEPS = 10
-MODELS: dict[str, Callable[[], Any]] = {"sd": pipelines.sd, **transformer_pipelines.KINDS}
+# More blocks than the eight that cache-dit always computes.
+MODELS: dict[str, Callable[[], Any]] = {
+    "sd": pipelines.sd,
+    **{name: partial(make, 9) for name, make in transformer_pipelines.KINDS.items()},
+}
 SIZE = {"height": 32, "width": 32}
 NO_CONTEXT = "ValueError: No cache context is set"
 NO_UNET = "has no attribute 'unet'"

@@ -67,7 +67,7 @@ UNET_FORMS = {
     "guided": {},
     "unguided": {"guidance_scale": 1.0},
     "batch": {"prompt": ["a penguin", "a pizza"]},
-    "wide": {"width": 96},
+    "wide": {"width": 48},
 }
 GUIDED = {"guided": {"guidance_scale": 4.0}}
 TEXT_FORMS = {**GUIDED, "unguided": {"guidance_scale": 1.0}, "batch": {**GUIDED["guided"], "count": 2}}

@@ -146,11 +146,11 @@ class PixArtSigmaSmall(PixArtSigmaPipeline):
         return super().__call__(*args, clean_caption=False, use_resolution_binning=False, **kwargs)
 
 
-def pixart(make: Any = PixArtSmall, **changes: Any) -> Any:
+def pixart(num_layers: int = LAYERS, *, make: Any = PixArtSmall, **changes: Any) -> Any:
     text_encoder, tokenizer = t5()
     config: dict[str, Any] = {
         "sample_size": 16,
-        "num_layers": LAYERS,
+        "num_layers": num_layers,
         "patch_size": 2,
         "attention_head_dim": 8,
         "num_attention_heads": 4,
@@ -172,7 +172,7 @@ def pixart(make: Any = PixArtSmall, **changes: Any) -> Any:
 
 
 def pixart_sigma() -> PixArtSigmaPipeline:
-    return pixart(PixArtSigmaSmall)  # type: ignore[no-any-return]
+    return pixart(make=PixArtSigmaSmall)  # type: ignore[no-any-return]
 
 
 def pixart_sized() -> PixArtAlphaPipeline:
@@ -185,10 +185,10 @@ def pixart_sized() -> PixArtAlphaPipeline:
     )
 
 
-def dit(**changes: Any) -> DiTPipeline:
+def dit(num_layers: int = LAYERS, **changes: Any) -> DiTPipeline:
     config: dict[str, Any] = {
         "sample_size": 16,
-        "num_layers": LAYERS,
+        "num_layers": num_layers,
         "patch_size": 2,
         "attention_head_dim": 8,
         "num_attention_heads": 4,

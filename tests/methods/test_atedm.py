@@ -357,7 +357,7 @@ def test_the_report_counts_what_the_calls_compute() -> None:
     cases: list[tuple[Any, dict[str, Any], ATEDM]] = []
     unet = pipelines.unet(transformer_layers_per_block=2)
     cases.append((unet, guided_inputs(unet, 1)[0], copying()))
-    transformer = transformer_pipelines.pixart().transformer
+    transformer = transformer_pipelines.pixart(3).transformer
     inputs = {
         "hidden_states": torch.zeros(2, 4, 16, 16),
         "timestep": torch.zeros(2),

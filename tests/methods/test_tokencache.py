@@ -192,7 +192,7 @@ def learned_file(folder: Path, transformer: Any, **changes: Any) -> Path:
 
 
 def test_a_trained_predictor_sets_shares_and_steps(tmp_path: Path) -> None:
-    pipe = transformer_pipelines.dit()
+    pipe = transformer_pipelines.dit(9)
     file = learned_file(tmp_path, pipe.transformer)
     config = TokenCache(predictor=str(file), full_steps=2, last_blocks=1, ratio=0.8, beta=-3)
     ours, chosen, run = chosen_by(pipe, config)
@@ -312,7 +312,8 @@ def test_tensors_that_cant_be_are_refused_in_one_line(tmp_path: Path, what: str)
 def test_updates_that_fit_no_layer_are_refused_in_one_line(tmp_path: Path, what: str) -> None:
     pipe = transformer_pipelines.dit()
     transformer = pipe.transformer
-    name = "transformer_blocks.8.attn1.to_q" if what != "no such layer" else "transformer_blocks.99.to_q"
+    last = f"transformer_blocks.{transformer_pipelines.LAYERS - 1}.attn1.to_q"
+    name = last if what != "no such layer" else "transformer_blocks.99.to_q"
     wide = 32 if what != "of another layer" else 24
     tensors = {f"transformer.{name}.lora_A.weight": torch.rand(2, wide)}
     if what != "half of it":

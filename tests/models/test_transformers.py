@@ -383,7 +383,11 @@ def test_bfloat16_timesteps_of_flux_are_recognised() -> None:
 
 TEXT = {
     "sd3": ("context_embedder",),
-    "pixart": ("caption_projection", "transformer_blocks.3.attn2.to_k", "transformer_blocks.8.attn2.to_v"),
+    "pixart": (
+        "caption_projection",
+        "transformer_blocks.3.attn2.to_k",
+        f"transformer_blocks.{transformer_pipelines.LAYERS - 1}.attn2.to_v",
+    ),
     "flux": ("context_embedder",),
 }
 
