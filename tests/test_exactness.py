@@ -212,7 +212,8 @@ def test_nothing_is_on_the_modules_and_the_scheduler_between_calls(pipe: Any) ->
         look()
         pipelines.generate(pipe, callback_on_step_end=look)
         look()
-        assert run.report().macs < run.report().full_macs
+        report = run.report()
+        assert report.macs < report.full_macs
 
 
 def test_an_interrupt_leaves_nothing_on_the_modules(pipe: Any) -> None:

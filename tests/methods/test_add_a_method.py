@@ -13,6 +13,7 @@ from typing import Any
 import pipelines
 import pytest
 import torch
+from rows import rows_of
 
 import regrow
 from regrow.core.recipe import CallInfo, recipe_of
@@ -60,14 +61,15 @@ def test_the_selection_prunes_tokens(selection: Any) -> None:
     pruned = pipelines.generate(pipe)
     assert pruned.isfinite().all()
     assert not torch.equal(pruned, plain)
-    assert {call.ratio for call in run.report().calls} == {0.5}
-    assert run.report().macs < run.report().full_macs
+    report = run.report()
+    assert {call.ratio for call in report.calls} == {0.5}
+    assert report.macs < report.full_macs
     run.remove()
     with pytest.warns(UserWarning, match="prunes nothing"), regrow.apply(pipe, "detail:0"):
         assert torch.equal(pipelines.generate(pipe), plain)
     with regrow.apply(pipe, "deepcache:2+detail:0.5") as run:
         pipelines.generate(pipe)
-    assert [call.depth for call in run.report().calls][:2] == ["full", "1"]
+    assert [call.depth for call in rows_of(run)][:2] == ["full", "1"]
 
 
 def test_the_selection_keeps_in_each_patch_what_differs_most(selection: Any) -> None:

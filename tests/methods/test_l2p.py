@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ STEPS, INTERVAL = 9, 3
 PROMPTS = ("a b", "c d")
 
 
+@cache
 def recording() -> Recording:
     return record(sd(), PROMPTS, steps=STEPS, guidance=3.0, seed=5)
 
