@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -87,7 +88,8 @@ class Flops(TorchDispatchMode):
         look_up = self._shapes
         given = func(*args, **kwargs) if look_up is None else look_up.result(func, args, kwargs)
         if formula is not None:
-            self.of[str(func._overloadpacket)] += formula(*args, **kwargs, out_val=given)
+            flops = formula if look_up is None else partial(look_up.counted, formula)
+            self.of[str(func._overloadpacket)] += flops(*args, **kwargs, out_val=given)
         return given
 
     def __enter__(self) -> Flops:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +76,7 @@ class KnownShapes:
     def __init__(self) -> None:
         self._gives_new: dict[Any, bool] = {}
         self._known: dict[Any, tuple[type, list[_Form]]] = {}
+        self._counts: dict[Any, int] = {}
 
     def result(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation of a dispatch mode, or look up its result without data."""
@@ -93,6 +94,13 @@ class KnownShapes:
         if kind in (Tensor, tuple, list) and all(isinstance(x, Tensor) and x.is_meta for x in every):
             self._known[key] = kind, [_Form(x.shape, x.stride(), x.dtype) for x in every]
         return given
+
+    def counted(self, formula: Callable[..., int], *args: Any, **kwargs: Any) -> int:
+        """Call an operation's formula, or look up what it gave; it reads shapes alone."""
+        key = formula, _key(args), _key(tuple(kwargs.items()))
+        if key not in self._counts:
+            self._counts[key] = formula(*args, **kwargs)
+        return self._counts[key]
 
 
 class _Form(NamedTuple):
