@@ -156,7 +156,7 @@ def test_calls_that_compute_no_layer_to_prune_say_so() -> None:
     """SDXL has no attention in its last up block, which is all that depth 1 computes."""
     pipe = pipelines.make("sdxl")
     schedule = regrow.Schedule(depth=(FULL, 1, FULL, 1), ratio=(0.0, 0.5, 0.5, 0.5))
-    said = r"pruned in 1 of 4 calls: those of depth 1 compute no layer .*; use a deeper branch \(depth 4 in"
+    said = r"pruned in 1 of 4 calls: those of depth 1 compute no layer .*; use a deeper branch \(depth 3 in"
     with (
         pytest.warns(UserWarning, match=said),
         regrow.apply(pipe, regrow.DaTo(schedule=schedule)) as run,
@@ -167,15 +167,15 @@ def test_calls_that_compute_no_layer_to_prune_say_so() -> None:
     with pytest.warns(UserWarning, match="pruned in 0 of 2 calls"):
         regrow.apply(pipe, regrow.DaTo(schedule=never)).remove()
     both = regrow.Combined(caching=regrow.DeepCache(), tokens=regrow.SiTo(ratio=0.5))
-    with pytest.warns(UserWarning, match="pruned in calls of depth 4 or more only"):
+    with pytest.warns(UserWarning, match="pruned in calls of depth 3 or more only"):
         regrow.apply(pipe, both).remove()
 
 
 @pytest.mark.parametrize(
     ("make", "config"),
     [
-        ("sdxl", regrow.DaTo(schedule=regrow.Schedule(depth=(FULL, 4), ratio=(0.5, 0.5)))),
-        ("sdxl", regrow.Combined(caching=regrow.DeepCache(branch=3), tokens=regrow.SiTo(ratio=0.5))),
+        ("sdxl", regrow.DaTo(schedule=regrow.Schedule(depth=(FULL, 3), ratio=(0.5, 0.5)))),
+        ("sdxl", regrow.Combined(caching=regrow.DeepCache(branch=2), tokens=regrow.SiTo(ratio=0.5))),
         ("sdxl", regrow.Combined(caching=regrow.FORA(), tokens=regrow.SiTo(ratio=0.5))),
         ("sd1", regrow.DaTo.preset("b1")),
     ],
