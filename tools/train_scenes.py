@@ -21,7 +21,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
-from emoji_scenes import COLOURS, OBJECTS, PLACES, SIZES, Sprites, captions, compose, read_sprites, scene
+from emoji_scenes import (
+    COLOURS,
+    OBJECTS,
+    PLACES,
+    SIDE,
+    SIZES,
+    Sprites,
+    captions,
+    compose,
+    read_sprites,
+    scene,
+)
 from torch import Tensor, nn
 from training import (
     Recipe,
@@ -68,7 +79,7 @@ class Scenes:
         """Captions and their pictures ``(count, 3, H, W)`` in [-1, 1], channels last."""
         seeds = torch.randint(SEEDS, (count,), generator=rng).tolist()
         scenes = [scene(seed, len(self.names)) for seed in seeds]
-        pictures = compose(scenes, self.sprites).mul(2).sub(1)
+        pictures = compose(scenes, self.sprites, SIDE).mul(2).sub(1)
         texts = [s.caption.text(self.names) for s in scenes]
         return texts, pictures.contiguous(memory_format=torch.channels_last)
 
@@ -212,7 +223,7 @@ def run(
     check_same_run(out / "run.json", settings)
     timer = timer or (time.perf_counter if device.type == "cuda" else processor_seconds)
     loop: dict[str, Any] = {"timer": timer, "checkpoint_seconds": checkpoint_seconds}
-    scenes = Scenes(Sprites(read_sprites(data, names), device), names)
+    scenes = Scenes(Sprites(read_sprites(data, names, SIDE), device), names)
 
     torch.manual_seed(recipe.seed)
     layout: dict[str, Any] = {"device": device, "memory_format": torch.channels_last}

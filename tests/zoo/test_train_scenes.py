@@ -21,7 +21,7 @@ from regrow import zoo
 
 TINY = Recipe(batch=2, channels=(32, 32, 32), text_width=32, tokens=24)
 NAMES = OBJECTS[:3]
-MINUTES = {"vae": 2 / 60, "decoder": 2 / 60, "denoiser": 4 / 60}
+MINUTES = {"vae": 1 / 60, "decoder": 1 / 60, "denoiser": 3 / 60}
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_statistics() -> Iterator[None]:
-    """Latents are normalised by a few pictures."""
+def few_and_small() -> Iterator[None]:
+    """Pictures of a quarter of the side, of which a few normalise latents, and a few prompts."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_scenes, "SIDE", 32)
         patch.setattr(train_scenes, "STATISTICS", 4)
+        patch.setattr(train_scenes, "PROMPTS", 50)
         yield
 
 
@@ -69,7 +71,7 @@ def train(
         checkpoint_seconds=2,
     )
     index = json.loads((out / "denoiser.json").read_text())
-    assert (index["step"], index["done"]) == (4, True)
+    assert (index["step"], index["done"]) == (3, True)
     return load_file(out / index["tensors"])
 
 
@@ -87,7 +89,7 @@ def test_killed_and_resumed_equals_straight_and_a_model_starts_the_next(
     folder, whole = straight
     model = folder / "model"
     with pytest.raises(Killed):
-        train(data, tmp_path / "killed", until=2 * (2 + 2 + 3) + 1)
+        train(data, tmp_path / "killed", until=2 * (1 + 1 + 2) + 1)
     resumed = train(data, tmp_path / "killed")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -133,7 +135,7 @@ def test_an_autoencoder_of_half_the_size_teaches_its_latents(
 
     vae = train_scenes.build_vae()
     train_scenes.inherit(vae, teacher)
-    scenes = train_scenes.Scenes(train_scenes.Sprites(train_scenes.read_sprites(data, NAMES)), NAMES)
+    scenes = train_scenes.Scenes(train_scenes.Sprites(train_scenes.read_sprites(data, NAMES, 32)), NAMES)
     stage = train_scenes.vae_stage(vae, scenes, TINY, teacher)
     x = scenes.draw(2, torch.Generator().manual_seed(0))[1]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
