@@ -29,10 +29,10 @@ from regrow.schedule import Schedule
 
 # cache-dit computes the first eight steps in full.
 STEPS = 10
-# More blocks than the eight that cache-dit always computes.
+LAYERS = 4
 MODELS: dict[str, Callable[[], Any]] = {
     "sd": pipelines.sd,
-    **{name: partial(make, 9) for name, make in transformer_pipelines.KINDS.items()},
+    **{name: partial(make, LAYERS) for name, make in transformer_pipelines.KINDS.items()},
 }
 SIZE = {"height": 32, "width": 32}
 NO_CONTEXT = "ValueError: No cache context is set"
@@ -371,12 +371,21 @@ def test_a_pipeline_of_classes_takes_their_numbers_only() -> None:
         make(MODELS["dit"](), ["1", "a penguin"], steps=STEPS)
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model with prompts of its own."""
+    folder: Path = tmp_path_factory.mktemp("model")
+    pipelines.sd().save_pretrained(folder)
+    (folder / "captions.json").write_text('["a penguin", "a pizza"]')
+    return folder
+
+
 @pytest.mark.slow
 def test_the_script_writes_what_it_prints_and_the_quality_of_those_that_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:
     out, quality, table = (tmp_path / name for name in ("peers.json", "peers-quality.json", "peers.md"))
-    words = "--model emoji --methods steps:2,deepcache:2 --peers DeepCache:2,firstblock --steps 2"
+    words = f"--model {model} --methods steps:2,deepcache:2 --peers DeepCache:2,firstblock --steps 2"
     words += f" --rounds 1 --quality {tmp_path / 'pictures'} --prompts 2 --device cpu --json {out}"
     monkeypatch.setattr("sys.argv", ["peers_table", *words.split()])
     monkeypatch.setenv("CACHE_DIT_LOG_LEVEL", "error")
@@ -442,11 +451,11 @@ def test_rows_are_compared_with_the_slowest_plan_that_is_at_least_as_fast() -> N
 
 @pytest.mark.slow
 def test_peers_are_compared_with_plans_picture_by_picture(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
 ) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(Calibrated(steps=1, schedule=Schedule.constant(), instead_of=4).dump())
-    words = f"--model emoji --steps 4 --methods steps:4,steps:2,{plan} --peers DeepCache:2 --rounds 1"
+    words = f"--model {model} --steps 4 --methods steps:4,steps:2,{plan} --peers DeepCache:2 --rounds 1"
     words += f" --quality {tmp_path / 'pictures'} --prompts 2 --seed 7 --device cpu"
     monkeypatch.setattr("sys.argv", ["peers_table", *words.split(), "--json", str(tmp_path / "peers.json")])
     peers_table.main()
@@ -465,9 +474,9 @@ def test_peers_are_compared_with_plans_picture_by_picture(
 
 @pytest.mark.slow
 def test_no_quality_is_compared_with_a_baseline_that_failed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:
-    words = "--model emoji --steps 1 --methods toca:2,steps:1 --peers DeepCache:2 --rounds 1 --device cpu"
+    words = f"--model {model} --steps 1 --methods toca:2,steps:1 --peers DeepCache:2 --rounds 1 --device cpu"
     words += f" --quality {tmp_path / 'pictures'} --prompts 1"
     monkeypatch.setattr("sys.argv", ["peers_table", *words.split()])
     with pytest.raises(SystemExit, match="2"):
