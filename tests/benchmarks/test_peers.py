@@ -35,6 +35,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     **{name: partial(make, LAYERS) for name, make in transformer_pipelines.KINDS.items()},
 }
 SIZE = {"height": 32, "width": 32}
+SMALL = "--height 32 --width 32"
 NO_CONTEXT = "ValueError: No cache context is set"
 NO_UNET = "has no attribute 'unet'"
 ACCELERATES, NOTHING = "accelerates", "changes nothing"
@@ -150,7 +151,8 @@ def test_each_does_what_it_does_there_and_the_table_says_so(
 
 def test_macs_that_are_seen_are_those_that_are_told() -> None:
     variants = [variant(spec, STEPS) for spec in (f"steps:{STEPS}", "deepcache:3")]
-    _, told, seen = bench(MODELS["sd"](), [*variants, peer("DeepCache:3", STEPS)], prompts("sd"), **SIZE)
+    variants.append(peer("DeepCache:3", STEPS))
+    _, told, seen = bench(MODELS["sd"](), variants, prompts("sd"), rounds=1, **SIZE)
     assert seen.macs == told.macs
     assert seen.macs_ratio == told.macs_ratio
 
@@ -386,7 +388,7 @@ def test_the_script_writes_what_it_prints_and_the_quality_of_those_that_work(
 ) -> None:
     out, quality, table = (tmp_path / name for name in ("peers.json", "peers-quality.json", "peers.md"))
     words = f"--model {model} --methods steps:2,deepcache:2 --peers DeepCache:2,firstblock --steps 2"
-    words += f" --rounds 1 --quality {tmp_path / 'pictures'} --prompts 2 --device cpu --json {out}"
+    words += f" --rounds 1 --quality {tmp_path / 'pictures'} --prompts 2 --device cpu --json {out} {SMALL}"
     monkeypatch.setattr("sys.argv", ["peers_table", *words.split()])
     monkeypatch.setenv("CACHE_DIT_LOG_LEVEL", "error")
     peers_table.main()
@@ -456,7 +458,7 @@ def test_peers_are_compared_with_plans_picture_by_picture(
     plan = tmp_path / "plan.json"
     plan.write_text(Calibrated(steps=1, schedule=Schedule.constant(), instead_of=4).dump())
     words = f"--model {model} --steps 4 --methods steps:4,steps:2,{plan} --peers DeepCache:2 --rounds 1"
-    words += f" --quality {tmp_path / 'pictures'} --prompts 2 --seed 7 --device cpu"
+    words += f" --quality {tmp_path / 'pictures'} --prompts 2 --seed 7 --device cpu {SMALL}"
     monkeypatch.setattr("sys.argv", ["peers_table", *words.split(), "--json", str(tmp_path / "peers.json")])
     peers_table.main()
     quality = json.loads((tmp_path / "peers-quality.json").read_text())

@@ -123,24 +123,37 @@ class Plain:
         return m.conv_out(m.conv_act(m.conv_norm_out(x)))
 
     @torch.no_grad()
-    def feature(self, depth: int, inputs: dict[str, Any]) -> Tensor:
-        """What layer ``depth`` from the end reads from below in a full call."""
-        seen = {}
-        block, i = self.up[-depth]
-        if i == 0:
-            # The block's input, before FreeU changes it in place.
-            handle = block.register_forward_pre_hook(
-                lambda _, args, kwargs: seen.update(x=kwargs["hidden_states"].clone()),
-                with_kwargs=True,
-            )
-        else:
-            before = getattr(block, "attentions", block.resnets)[i - 1]
-            handle = before.register_forward_hook(
-                lambda _, args, out: seen.update(x=(out if isinstance(out, Tensor) else out[0]).clone())
-            )
+    def features(self, inputs: dict[str, Any]) -> dict[int, Tensor]:
+        """By depth, what that layer from the end reads from below in a full call."""
+        seen: dict[int, Tensor] = {}
+        handles = []
+        for depth in range(1, len(self.up)):
+            block, i = self.up[-depth]
+            if i == 0:
+                # The block's input, before FreeU changes it in place.
+                before, watch = block, read_input(seen, depth)
+                handles.append(before.register_forward_pre_hook(watch, with_kwargs=True))
+            else:
+                before, watch = getattr(block, "attentions", block.resnets)[i - 1], read_output(seen, depth)
+                handles.append(before.register_forward_hook(watch))
         self.model(**fresh(inputs))
-        handle.remove()
-        return seen["x"]
+        for handle in handles:
+            handle.remove()
+        return seen
+
+
+def read_input(seen: dict[int, Tensor], depth: int) -> Callable[..., None]:
+    def watch(_: Any, args: Any, kwargs: Any) -> None:
+        seen[depth] = kwargs["hidden_states"].clone()
+
+    return watch
+
+
+def read_output(seen: dict[int, Tensor], depth: int) -> Callable[..., None]:
+    def watch(_: Any, args: Any, out: Any) -> None:
+        seen[depth] = (out if isinstance(out, Tensor) else out[0]).clone()
+
+    return watch
 
 
 def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -197,12 +210,12 @@ def test_a_cached_call_is_the_plain_computation(name: str, size: tuple[int, int]
     plain = Plain(model)
     with torch.no_grad():
         whole, other = model(**old).sample, model(**new).sample
+    features = plain.features(old)
     for depth in DEPTHS[name]:
-        feature = plain.feature(depth, old)
         full, cached = calls(model, [FULL, depth], [old, new])
         assert torch.equal(full, whole), depth
         with torch.no_grad():
-            assert_near(cached, plain(depth, feature, **new))
+            assert_near(cached, plain(depth, features[depth], **new))
         assert not torch.allclose(cached, other, atol=1e-4), depth
 
 
@@ -210,9 +223,10 @@ def test_a_cached_call_is_the_plain_computation(name: str, size: tuple[int, int]
 def test_a_cached_call_on_the_same_inputs_is_the_full_call(name: str) -> None:
     model = UNETS[name]()
     inputs = pipelines.unet_inputs(model)
-    for depth in DEPTHS[name]:
-        full, cached = calls(model, [FULL, depth], [inputs, inputs])
-        assert_near(cached, full)
+    depths = [FULL, *DEPTHS[name]]
+    full, *cached = calls(model, depths, [inputs] * len(depths))
+    for output in cached:
+        assert_near(output, full)
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -222,7 +236,7 @@ def test_every_depth_at_or_above_the_models_is_a_full_call(name: str) -> None:
     old, new = two_inputs(model)
     with torch.no_grad():
         expected = model(**new).sample
-    for depth in (depths, depths + 1, 99):
+    for depth in (depths, 99):
         with pytest.warns(UserWarning, match="prunes nothing and reuses nothing"):
             run = regrow.apply(model, plan(FULL, depth))
         with run, run.generation(2) as clock, torch.no_grad():
@@ -265,7 +279,7 @@ def test_features_are_those_of_the_last_full_call_alone() -> None:
     plain = Plain(model)
     with torch.no_grad():
         for call, source in ((1, 0), (2, 0), (4, 3)):
-            feature = plain.feature(depths[call], inputs[source])
+            feature = plain.features(inputs[source])[depths[call]]
             assert_near(outputs[call], plain(depths[call], feature, **inputs[call]))
 
 
@@ -275,9 +289,10 @@ def test_all_depths_in_one_run_share_one_full_call() -> None:
     depths = [FULL, *range(11, 0, -1)]
     outputs = calls(model, depths, [old] + [new] * 11)
     plain = Plain(model)
+    features = plain.features(old)
     with torch.no_grad():
         for depth, output in zip(depths[1:], outputs[1:], strict=True):
-            assert_near(output, plain(depth, plain.feature(depth, old), **new))
+            assert_near(output, plain(depth, features[depth], **new))
 
 
 def test_nothing_but_the_layers_asked_for_runs() -> None:
@@ -346,16 +361,13 @@ def test_residuals_from_outside_enter_as_in_the_plain_computation(
     old, new = two_inputs(model, height=size[0], width=size[1])
     old, new = residuals(model, old, 1), residuals(model, new, 2)
     plain = Plain(model)
+    features = plain.features(old)
+    depths = [depth for depth in DEPTHS["sd1"] for _ in range(2)]
+    full, *cached = calls(model, [FULL, *depths], [old] + [new] * len(depths))
     with torch.no_grad():
-        whole = model(**fresh(old)).sample
-    for depth in DEPTHS["sd1"]:
-        feature = plain.feature(depth, old)
-        full, *cached = calls(model, [FULL, depth, depth], [old, new, new])
-        assert torch.equal(full, whole), depth
-        with torch.no_grad():
-            expected = plain(depth, feature, **fresh(new))
-        for output in cached:
-            assert_near(output, expected)
+        assert torch.equal(full, model(**fresh(old)).sample)
+        for depth, output in zip(depths, cached, strict=True):
+            assert_near(output, plain(depth, features[depth], **fresh(new)))
 
 
 @pytest.mark.parametrize("residuals", [controlnet, adapter])
@@ -367,12 +379,14 @@ def test_residuals_may_come_and_go_within_a_generation(
     old, new = two_inputs(model)
     guided = residuals(model, new, 2)
     plain = Plain(model)
-    for depth in DEPTHS[name]:
-        feature = plain.feature(depth, old)
-        _, without, with_them, again = calls(model, [FULL, depth, depth, depth], [old, new, guided, new])
+    features = plain.features(old)
+    depths = [depth for depth in DEPTHS[name] for _ in range(3)]
+    outputs = calls(model, [FULL, *depths], [old] + [new, guided, new] * len(DEPTHS[name]))
+    for i, depth in enumerate(DEPTHS[name]):
+        without, with_them, again = outputs[1 + 3 * i : 4 + 3 * i]
         with torch.no_grad():
-            assert_near(without, plain(depth, feature, **new))
-            assert_near(with_them, plain(depth, feature, **fresh(guided)))
+            assert_near(without, plain(depth, features[depth], **new))
+            assert_near(with_them, plain(depth, features[depth], **fresh(guided)))
         assert torch.equal(again, without)
 
 
@@ -381,16 +395,13 @@ def test_freeu_does_not_corrupt_the_stored_feature() -> None:
     model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     old, new = two_inputs(model)
     plain = Plain(model)
+    features = plain.features(old)
+    depths = [depth for depth in DEPTHS["sd1"] for _ in range(2)]
+    full, *cached = calls(model, [FULL, *depths], [old] + [new] * len(depths))
     with torch.no_grad():
-        whole = model(**old).sample
-    for depth in DEPTHS["sd1"]:
-        feature = plain.feature(depth, old)
-        full, *cached = calls(model, [FULL, depth, depth, depth], [old, new, new, new])
-        assert torch.equal(full, whole), depth
-        with torch.no_grad():
-            expected = plain(depth, feature, **new)
-        for output in cached:
-            assert_near(output, expected)
+        assert torch.equal(full, model(**old).sample)
+        for depth, output in zip(depths, cached, strict=True):
+            assert_near(output, plain(depth, features[depth], **new))
 
 
 def test_another_batch_shape_is_computed_in_full() -> None:
@@ -424,4 +435,4 @@ def test_a_middle_without_attention_or_none_at_all(middle: str | None) -> None:
     plain = Plain(model)
     cached = calls(model, [FULL, 2], [old, new])[1]
     with torch.no_grad():
-        assert_near(cached, plain(2, plain.feature(2, old), **new))
+        assert_near(cached, plain(2, plain.features(old)[2], **new))

@@ -270,7 +270,7 @@ def latte_of_texts() -> LattePipeline:
     return latte(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae())
 
 
-def wan_transformer(channels: int = 4) -> WanTransformer3DModel:
+def wan_transformer(channels: int = 4, layers: int = LAYERS) -> WanTransformer3DModel:
     model = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -279,13 +279,13 @@ def wan_transformer(channels: int = 4) -> WanTransformer3DModel:
         text_dim=TEXT,
         freq_dim=16,
         ffn_dim=32,
-        num_layers=LAYERS,
+        num_layers=layers,
         rope_max_seq_len=32,
     )
     return seeded(model)  # type: ignore[no-any-return]
 
 
-def wan(**settings: Any) -> WanPipeline:
+def wan(layers: int = LAYERS, **settings: Any) -> WanPipeline:
     """Makes latents of videos, from texts that are encoded already."""
     two = "boundary_ratio" in settings
     return pipelines.quiet(
@@ -294,8 +294,8 @@ def wan(**settings: Any) -> WanPipeline:
             text_encoder=None,
             vae=None,
             scheduler=FlowMatchEulerDiscreteScheduler(),
-            transformer=wan_transformer(),
-            transformer_2=wan_transformer() if two else None,
+            transformer=wan_transformer(layers=layers),
+            transformer_2=wan_transformer(layers=layers) if two else None,
             **settings,
         )
     )
@@ -314,7 +314,7 @@ def wan_vae() -> AutoencoderKLWan:
     )
 
 
-def wan_of_texts() -> WanPipeline:
+def wan_of_texts(layers: int = LAYERS) -> WanPipeline:
     """Complete: from texts to frames."""
     text_encoder, tokenizer = t5()
     return pipelines.quiet(
@@ -323,7 +323,7 @@ def wan_of_texts() -> WanPipeline:
             text_encoder=text_encoder,
             vae=wan_vae(),
             scheduler=FlowMatchEulerDiscreteScheduler(),
-            transformer=wan_transformer(),
+            transformer=wan_transformer(layers=layers),
         )
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipelines import sd
+from pipelines import sd, unet
 from transformer_pipelines import dit
 
 from regrow import apply, calibrate
@@ -18,6 +18,7 @@ from regrow.methods.calibrated import Calibrated
 from regrow.methods.catalogue import load_plan
 
 STEPS = 8
+SIZE = {"height": 32, "width": 32}
 PROMPTS = ("a b", "c", "d e f", "g")
 COSTS = Costs(rest=0.0, output=0.0, deep=None)
 
@@ -45,8 +46,12 @@ class Judged(Still):
         return np.full(prompts, self._near[kind]) + np.arange(prompts) / 10
 
 
+def small() -> Any:
+    return sd(unet(layers_per_block=1))
+
+
 def calibration(pipe: Any = None, kind: Any = Still, *first: Any) -> Any:
-    return kind(*first, pipe or sd(), PROMPTS, Settings(steps=STEPS, guidance=3.0))
+    return kind(*first, pipe or small(), PROMPTS, Settings(steps=STEPS, guidance=3.0, **SIZE))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,7 @@ def test_equally_near_is_fewer_steps() -> None:
 def test_what_it_says_of_a_plan_is_what_the_plan_gives(twice: Any) -> None:
     """The pictures of the file, made anew, are as near as the table says."""
     found, plan = twice
-    again = calibration(sd())
+    again = calibration()
     count = plan.tried[0].prompts
     made = found.pictures[found.answer.best.plan][:count]
     fresh: list[Any] = []
@@ -114,12 +119,12 @@ def test_its_file_is_a_plan(twice: Any, tmp_path: Path) -> None:
     (_, plan), file = twice, tmp_path / "plan.json"
     file.write_text(plan.dump())
     assert load_plan(file) == plan
-    with apply(sd(), str(file)) as run:
+    with apply(small(), str(file)) as run:
         assert run.config == plan
 
 
 def test_pipelines_of_classes() -> None:
-    found = Still(dit(), ("1", "2", "0", "1"), Settings(steps=STEPS, guidance=2.0))
+    found = Still(dit(num_layers=3), ("1", "2", "0", "1"), Settings(steps=STEPS, guidance=2.0))
     assert plan_for(found, Wish(speedup=2.0)).speedup >= 2
 
 
@@ -129,10 +134,10 @@ def test_nothing_stays_on_the_pipeline_when_it_is_stopped(when: str) -> None:
         if progress.what.startswith("recording") == (when == "recording") and progress.done:
             raise KeyboardInterrupt
 
-    pipe = sd()
+    pipe = small()
     before = dict(vars(type(pipe.scheduler)))
     with pytest.raises(KeyboardInterrupt):
-        calibrate(pipe, PROMPTS, fewer_macs=2.0, steps=STEPS, guidance=3.0, on_progress=stop)
+        calibrate(pipe, PROMPTS, fewer_macs=2.0, steps=STEPS, guidance=3.0, on_progress=stop, **SIZE)
     assert dict(vars(type(pipe.scheduler))) == before
     assert not is_hooked(pipe.unet)
 

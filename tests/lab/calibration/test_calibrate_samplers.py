@@ -33,11 +33,15 @@ from regrow.lab.calibration.search import FewerSteps
 from regrow.recover.fit import fitted
 
 PROMPTS = ("a", "b", "c", "d")
-SIZE = {"height": 64, "width": 64}
+SIZE = {"height": 32, "width": 32}
+
+
+def small() -> Any:
+    return pipelines.sd(pipelines.unet(layers_per_block=1))
 
 
 def with_scheduler(kind: Any, **changes: Any) -> Any:
-    pipe = pipelines.sd(pipelines.unet(layers_per_block=1))
+    pipe = small()
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
     return pipe
 
@@ -93,7 +97,7 @@ def goes_through(monkeypatch: pytest.MonkeyPatch, pipe: Any, settings: Settings)
         ("sdxl", {}),
         ("sdxl-img2img", {"steps": 8}),
         ("img2img", {"steps": 8, "batch": 3}),
-        ("inpaint", {"guidance": 1.0}),
+        ("inpaint", {"guidance": 1.0, **SIZE}),
         ("sd1", {"height": 48, "width": 80}),
     ],
     ids=["sdxl", "sdxl-img2img", "img2img-batch", "inpaint-unguided", "not-square"],
@@ -101,7 +105,9 @@ def goes_through(monkeypatch: pytest.MonkeyPatch, pipe: Any, settings: Settings)
 def test_pipelines_of_all_kinds(
     monkeypatch: pytest.MonkeyPatch, kind: str, changes: dict[str, Any]
 ) -> None:
-    more = pipelines.KINDS[kind][1]
+    more = dict(pipelines.KINDS[kind][1])
+    for name in more.keys() & {"image", "mask_image"}:
+        more[name] = more[name].resize((32, 32))
     size = {} if "image" in more else SIZE
     settings = Settings(**{"steps": 6, "guidance": 3.0, "more": more, **size, **changes})
     found = goes_through(monkeypatch, pipelines.make(kind), settings)
@@ -142,10 +148,10 @@ def test_videos_by_time_and_by_macs() -> None:
     pipe = transformer_pipelines.wan_of_texts()
     pipe.set_progress_bar_config(disable=True)
     found = Calibration(
-        pipe, PROMPTS, Settings(steps=6, height=16, width=16, more={"num_frames": 5}, guidance=3.0)
+        pipe, PROMPTS, Settings(steps=4, height=16, width=16, more={"num_frames": 5}, guidance=3.0)
     )
     plan = plan_for(found, Wish(fewer_macs=1.5))
-    assert plan.instead_of == 6
+    assert plan.instead_of == 4
 
 
 @pytest.mark.parametrize("name", ["timesteps", "sigmas", "generator"])
@@ -161,7 +167,7 @@ def test_a_text_is_no_list_of_prompts() -> None:
 
 
 def test_a_speed_that_is_never_measured_is_refused() -> None:
-    found = Calibration(pipelines.sd(), PROMPTS, Settings(steps=8, guidance=3.0))
+    found = Calibration(small(), PROMPTS, Settings(steps=6, guidance=3.0, **SIZE))
     found.timed = lambda: Costs(0.0, 0.0, None)  # type: ignore[method-assign]
     found.speedup = lambda config: 1.0  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="speedup: 2 can't be reached, the fastest plan gave 1"):
@@ -170,8 +176,8 @@ def test_a_speed_that_is_never_measured_is_refused() -> None:
 
 def test_recordings_in_two_threads_are_those_of_one() -> None:
     """Both schedulers are of one class, on which the watches are."""
-    pipes = [pipelines.sd(), pipelines.sd()]
-    alone = record(pipelines.sd(), PROMPTS[:2], steps=4, guidance=3.0, **SIZE)
+    pipes = [small(), small()]
+    alone = record(small(), PROMPTS[:2], steps=4, guidance=3.0, **SIZE)
     before, found = dict(vars(type(pipes[0].scheduler))), {}
 
     def run(i: int) -> None:
@@ -209,9 +215,10 @@ def test_a_plan_of_fewer_steps_is_applied_without_a_word(recwarn: pytest.Warning
     assert not [w for w in recwarn if "regrow" in str(w.filename)]
 
 
-def test_a_wish_of_quality_passes_over_speeds_that_are_out_of_reach() -> None:
+def test_a_wish_of_quality_passes_over_speeds_that_are_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight calls no plan is 4x faster where only half of the calls' time is saved."""
-    found = Calibration(pipelines.sd(), PROMPTS, Settings(steps=8, guidance=3.0))
+    monkeypatch.setattr(calibrating, "LADDER", (5.0, 4.0, 1.25))
+    found = Calibration(small(), PROMPTS, Settings(steps=8, guidance=3.0, **SIZE))
     found.timed = lambda: Costs(0.0, 0.0, None)  # type: ignore[method-assign]
 
     def speedup(config: Any) -> float:
