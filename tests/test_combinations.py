@@ -51,7 +51,7 @@ def test_compiled_blocks_give_the_same_without_graph_breaks(config):
 @pytest.mark.slow
 def test_layers_are_compiled_once_for_all_steps_and_once_for_all_runs() -> None:
     """The first full call, the others, and cached calls: three graphs a block, however many steps."""
-    pipe, config = transformer_pipelines.dit(num_layers=3), regrow.FORA(interval=2)
+    pipe, config = transformer_pipelines.dit(num_layers=2), regrow.FORA(interval=2)
     torch._dynamo.reset()
     counters.clear()
     compile_blocks(pipe.transformer, backend="eager")
@@ -151,7 +151,7 @@ def test_blocks_may_be_compiled_before_and_after_a_method_is_applied():
 @pytest.mark.slow
 def test_a_run_that_is_removed_twice_leaves_the_next_one_alone() -> None:
     """Compiled blocks keep what lies around them from run to run."""
-    pipe, config = transformer_pipelines.dit(num_layers=3), regrow.FORA(interval=2)
+    pipe, config = transformer_pipelines.dit(num_layers=2), regrow.FORA(interval=2)
     torch._dynamo.reset()
     compile_blocks(pipe.transformer, backend="eager")
     first = regrow.apply(pipe, config)
@@ -166,7 +166,7 @@ def test_a_run_that_is_removed_twice_leaves_the_next_one_alone() -> None:
 
 @pytest.mark.slow
 def test_blocks_that_are_compiled_after_a_method_was_applied_are_compiled_once() -> None:
-    pipe, config = transformer_pipelines.dit(num_layers=3), regrow.FORA(interval=2)
+    pipe, config = transformer_pipelines.dit(num_layers=2), regrow.FORA(interval=2)
     torch._dynamo.reset()
     counters.clear()
     found = []

@@ -104,7 +104,7 @@ def test_every_number_is_refused_by_its_name_or_runs(config: Any) -> None:
         ran.add(one)
         with regrow.apply(pipe, one):
             made = (
-                pipelines.generate(pipe, num_inference_steps=3)
+                pipelines.generate(pipe, num_inference_steps=3, height=32, width=32)
                 if unet
                 else transformer_pipelines.generate(pipe, num_inference_steps=3)
             )

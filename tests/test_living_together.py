@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import regrow
 
-SEQUENCES = int(os.environ.get("REGROW_SEQUENCES", "40"))
+SEQUENCES = int(os.environ.get("REGROW_SEQUENCES", "30"))
 CPU = torch.device("cpu")
 PAB = PyramidAttentionBroadcastConfig(
     spatial_attention_block_skip_range=2,
@@ -83,7 +83,7 @@ def unet_pipe() -> Any:
 
 
 def flux_pipe() -> Any:
-    return transformer_pipelines.flux(layers=4)
+    return transformer_pipelines.flux(layers=3)
 
 
 UNET_ADAPTER = adapter(unet_pipe, "unet")
@@ -365,7 +365,7 @@ class WithUnet(Together):
     def pictures(self, pipe: Any, **changes: Any) -> Tensor:
         if "image" in self.on:
             changes["ip_adapter_image_embeds"] = [torch.ones(2, 1, 8)]
-        return pipelines.generate(pipe, **{"num_inference_steps": 2} | changes)
+        return pipelines.generate(pipe, **{"num_inference_steps": 2, "height": 32, "width": 32} | changes)
 
     @precondition(lambda self: "pab" not in self.on)
     @rule()

@@ -44,7 +44,7 @@ def said(seen: list[warnings.WarningMessage]) -> list[str]:
 
 @pytest.mark.parametrize("config", [regrow.FORA(interval=3), regrow.DeepCache(interval=3, branch=1)])
 def test_nothing_is_older_than_the_plan_means_where_guidance_comes_and_goes(config: Any) -> None:
-    pipe = transformer_pipelines.wan_of_texts()
+    pipe = transformer_pipelines.wan_of_texts(layers=3)
 
     def guide(pipeline: Any, step: int, *_: Any) -> dict[str, Any]:
         pipeline._guidance_scale = 4.0 if step + 1 >= 7 else 1.0
@@ -92,7 +92,7 @@ def by_hand(unet: Any, order: Callable[[Tensor, Tensor], tuple[Tensor, ...]], co
     "config", [EVERY_SECOND, regrow.FORA(interval=2), regrow.SiTo(ratio=0.5, base="V")]
 )
 def test_a_branch_is_known_by_its_text_and_not_by_its_number(config: Any) -> None:
-    unet = pipelines.sd1_unet()
+    unet = narrow()
     first = by_hand(unet, lambda positive, negative: (negative, positive), config)
     assert torch.equal(first, by_hand(unet, lambda positive, negative: (positive, negative), config))
     # Made anew for each step, they are known by what they hold.
@@ -121,7 +121,7 @@ def test_a_panorama_reuses_in_each_of_its_views() -> None:
         StableDiffusionPanoramaPipeline(**pipe.components, requires_safety_checker=False)
     )
     options: dict[str, Any] = {
-        "height": 512,
+        "height": 64,
         "width": 640,
         "num_inference_steps": 4,
         "guidance_scale": 1.0,
@@ -149,7 +149,7 @@ def test_a_loop_that_never_steps_its_scheduler_is_followed(pipe: Any) -> None:
 
 
 def test_a_transformer_may_be_called_by_position() -> None:
-    pipe = transformer_pipelines.sd3()
+    pipe = transformer_pipelines.sd3(layers=3)
     model, sampler = pipe.transformer, pipe.scheduler
     text, pooled = torch.randn(1, 8, 64, generator=generator()), torch.ones(1, 64)
 
@@ -196,7 +196,7 @@ def ledits(base: Any) -> Callable[[], Any]:
 @pytest.mark.parametrize("make", [sag, ledits])
 @pytest.mark.parametrize("config", [EVERY_SECOND, regrow.FORA(interval=2), regrow.SiTo(ratio=0.5)])
 def test_calls_are_whole_where_somebody_reads_attention_maps(make: Any, config: Any) -> None:
-    pipe = pipelines.sd(pipelines.sd1_unet())
+    pipe = pipelines.sd(pipelines.sd1_unet(layers_per_block=1))
     edit = make(pipe)
     plain = edit()
     with regrow.apply(pipe, config) as run, warnings.catch_warnings(record=True) as seen:
@@ -237,10 +237,10 @@ def test_a_generation_that_saved_nothing_says_so_once(config: Any, kind: str) ->
 
 
 def test_a_call_in_which_nothing_took_a_placeholders_place_is_computed_again() -> None:
-    pipe = transformer_pipelines.flux()
+    pipe = transformer_pipelines.flux(layers=4)
     plain = transformer_pipelines.generate(pipe, num_inference_steps=2)
     with regrow.apply(pipe, regrow.FORA(interval=2)) as run:
-        run._installed._places["single_transformer_blocks.3.proj_out"].hooks.clear()
+        run._installed._places["single_transformer_blocks.1.proj_out"].hooks.clear()
         with pytest.warns(UserWarning, match="is computed again, in full"):
             got = transformer_pipelines.generate(pipe, num_inference_steps=2)
         assert [c.depth for c in rows_of(run) if c.branch == 0] == ["full", "full"]
@@ -317,7 +317,7 @@ def test_processors_that_are_not_of_diffusers_are_named(pipe: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
 def test_the_attention_backend_is_not_the_reports(kind: str) -> None:
-    pipe = getattr(transformer_pipelines, kind)()
+    pipe = getattr(transformer_pipelines, kind)(layers=4)
     # What is set is set for the whole process, until this is left.
     with attention_backend("native"), regrow.apply(pipe, regrow.FORA(interval=2)) as run:
         transformer_pipelines.generate(pipe)
@@ -330,7 +330,7 @@ def test_the_attention_backend_is_not_the_reports(kind: str) -> None:
 def test_what_is_on_beside_a_method_is_named() -> None:
     from diffusers import FirstBlockCacheConfig
 
-    pipe = transformer_pipelines.flux()
+    pipe = transformer_pipelines.flux(layers=4)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))
     with pytest.raises(ValueError, match=r"target: diffusers' FirstBlockCache is on"):
         regrow.apply(pipe, regrow.CATPruning(t0=2))
@@ -367,13 +367,17 @@ def boxes(model: Any) -> dict[str, Any]:
     return {"cross_attention_kwargs": {"gligen": given}}
 
 
+def narrow(**changes: Any) -> Any:
+    return pipelines.sd1_unet(layers_per_block=1, **changes)
+
+
 CHANGED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    "plain": (pipelines.sd1_unet, lambda model: None),
-    "adapter": (pipelines.sd1_unet, lora),
-    "fused": (pipelines.sd1_unet, lambda model: model.fuse_qkv_projections()),
-    "chunked": (pipelines.sd1_unet, chunk),
-    "boxes": (lambda: pipelines.sd1_unet(attention_type="gated"), lambda model: None),
-    "attention by hand": (pipelines.sd1_unet, lambda model: model.set_attn_processor(AttnProcessor())),
+    "plain": (narrow, lambda model: None),
+    "adapter": (narrow, lora),
+    "fused": (narrow, lambda model: model.fuse_qkv_projections()),
+    "chunked": (narrow, chunk),
+    "boxes": (lambda: narrow(attention_type="gated"), lambda model: None),
+    "attention by hand": (narrow, lambda model: model.set_attn_processor(AttnProcessor())),
 }
 
 
@@ -406,7 +410,7 @@ def test_the_report_counts_what_ran(kind: str, config: Any) -> None:
 
 def test_fused_projections_of_a_transformer_are_counted_as_they_ran() -> None:
     """The text's keys and values are then made in every call."""
-    pipe = transformer_pipelines.pixart()
+    pipe = transformer_pipelines.pixart(num_layers=3)
     model, got = pipe.transformer, {}
     text = {
         "encoder_hidden_states": torch.randn(2, 6, model.config.caption_channels, generator=generator()),
@@ -536,7 +540,7 @@ def test_a_generation_holds_nothing_of_the_pipelines_call_when_it_is_over(pipe: 
 
 
 def test_a_strength_of_an_adapter_set_within_a_generation_reaches_the_texts_layers() -> None:
-    pipe = transformer_pipelines.wan_of_texts()
+    pipe = transformer_pipelines.wan_of_texts(layers=3)
     config = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
     pipe.transformer.add_adapter(config, adapter_name="a")
 

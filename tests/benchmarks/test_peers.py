@@ -478,8 +478,8 @@ def test_peers_are_compared_with_plans_picture_by_picture(
 def test_no_quality_is_compared_with_a_baseline_that_failed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:
-    words = f"--model {model} --steps 1 --methods toca:2,steps:1 --peers DeepCache:2 --rounds 1 --device cpu"
-    words += f" --quality {tmp_path / 'pictures'} --prompts 1"
+    words = f"--model {model} --steps 1 --methods toca:2,steps:1 --peers DeepCache:2 --rounds 1"
+    words += f" --device cpu --quality {tmp_path / 'pictures'} --prompts 1"
     monkeypatch.setattr("sys.argv", ["peers_table", *words.split()])
     with pytest.raises(SystemExit, match="2"):
         peers_table.main()

@@ -20,9 +20,9 @@ from regrow.models import layout_of, module_of
 from regrow.schedule import FULL, SITES, Step
 
 MODELS = {
-    "sd": pipelines.sd,
-    "pixart": partial(transformer_pipelines.pixart, num_layers=4),
-    "sd3": partial(transformer_pipelines.sd3, 4),
+    "sd": lambda: pipelines.sd(pipelines.unet(layers_per_block=1)),
+    "pixart": partial(transformer_pipelines.pixart, num_layers=3),
+    "sd3": partial(transformer_pipelines.sd3, 3),
 }
 CAT = regrow.CATPruning(alpha=0.4, t0=2)
 

@@ -23,7 +23,10 @@ from regrow.models import module_of
 MODELS: dict[str, Callable[[], Any]] = {
     "sd": pipelines.sd,
     "sdxl": pipelines.sdxl,
-    **transformer_pipelines.KINDS,
+    "sd3": lambda: transformer_pipelines.sd3(layers=4),
+    "pixart": lambda: transformer_pipelines.pixart(num_layers=4),
+    "dit": lambda: transformer_pipelines.dit(num_layers=4),
+    "flux": lambda: transformer_pipelines.flux(layers=4),
 }
 
 

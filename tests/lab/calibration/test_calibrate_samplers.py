@@ -215,7 +215,9 @@ def test_a_plan_of_fewer_steps_is_applied_without_a_word(recwarn: pytest.Warning
     assert not [w for w in recwarn if "regrow" in str(w.filename)]
 
 
-def test_a_wish_of_quality_passes_over_speeds_that_are_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wish_of_quality_passes_over_speeds_that_are_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Of eight calls no plan is 4x faster where only half of the calls' time is saved."""
     monkeypatch.setattr(calibrating, "LADDER", (5.0, 4.0, 1.25))
     found = Calibration(small(), PROMPTS, Settings(steps=8, guidance=3.0, **SIZE))

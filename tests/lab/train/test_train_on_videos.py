@@ -12,7 +12,7 @@ import torch
 import transformer_pipelines
 from PIL import Image
 from torch import Tensor, nn
-from transformer_pipelines import LAYERS, PAIRS, TEXT
+from transformer_pipelines import PAIRS, TEXT
 
 import regrow
 from regrow.lab.measure.sampling import make
@@ -39,6 +39,7 @@ from regrow.predictors import UNTRAINED, CachePredictor, read_learned, table_of
 from regrow.tokens.shares import Table
 
 KINDS = ("latte", "wan")
+LAYERS = 4
 FRAMES = {"latte": 3, "wan": 2}
 ROWS, COLUMNS = 4, 6
 SITES = {"latte": 2 * PAIRS, "wan": LAYERS}
@@ -49,7 +50,7 @@ CACHED: dict[str, Any] = {"full_steps": 2, "last_blocks": 2, "ratio": 0.6}
 
 
 def frozen_of(kind: str, dtype: torch.dtype = torch.float32) -> Frozen:
-    pipe = getattr(transformer_pipelines, kind)()
+    pipe = transformer_pipelines.wan(layers=LAYERS) if kind == "wan" else transformer_pipelines.latte()
     denoiser = pipe.transformer.to(dtype).requires_grad_(False)
     return Frozen(denoiser, layout_of(denoiser), Steps.of(pipe.scheduler, 10))
 
@@ -189,7 +190,9 @@ def test_each_sample_has_the_router_of_its_own_step(kind: str) -> None:
 
 
 def pipeline(kind: str) -> Any:
-    return getattr(transformer_pipelines, f"{kind}_of_texts")()
+    if kind == "wan":
+        return transformer_pipelines.wan_of_texts(layers=LAYERS)
+    return transformer_pipelines.latte_of_texts()
 
 
 def place_of(
