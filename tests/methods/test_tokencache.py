@@ -231,13 +231,13 @@ def test_the_predictor_sees_what_enters_the_first_block_also_if_that_is_skipped(
     pipe = transformer_pipelines.dit()
     entered: list[Tensor] = []
     looked: list[Tensor] = []
-    look = tokencache._Deciding.look
+    look = tokencache.TokenCacheDecider.look
 
     def spy(self: Any, memory: Any, seen: Any, info: Any) -> Any:
         looked.extend([] if seen.x.is_meta else [seen.x])
         return look(self, memory, seen, info)
 
-    monkeypatch.setattr(tokencache._Deciding, "look", spy)
+    monkeypatch.setattr(tokencache.TokenCacheDecider, "look", spy)
     # Its table lets the first blocks compute nothing at this ratio.
     file = learned_file(tmp_path, pipe.transformer)
     config = TokenCache(predictor=str(file), full_steps=2, last_blocks=1, ratio=0.8, beta=-3)
