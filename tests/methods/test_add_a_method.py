@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -86,20 +84,17 @@ def test_the_selection_keeps_in_each_patch_what_differs_most(selection: Any) -> 
                 assert max(patch, key=difference.__getitem__) in kept.tolist()
 
 
-@pytest.mark.slow
-def test_the_file_brings_the_method_to_the_command_line(tmp_path: Path) -> None:
-    file = tmp_path / "mine.py"
-    file.write_text(SELECTION + "\n\n" + START)
-    path = os.pathsep.join((str(ROOT / "src"), os.environ.get("PYTHONPATH", "")))
-    done = subprocess.run(
-        [sys.executable, str(file), "methods", "detail"],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "detail: Detail, works" in done.stdout
-    assert "ratio (default 0.5)" in done.stdout
+@pytest.mark.usefixtures("selection")
+def test_the_file_brings_the_method_to_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mine.py", "methods", "detail"])
+    with pytest.raises(SystemExit) as ended:
+        exec(compile(START, "add-a-method.md", "exec"), {"__name__": "__main__"})
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert "detail: Detail, works" in said
+    assert "ratio (default 0.5)" in said
 
 
 @pytest.mark.parametrize("times", [(0, 3), (0, 1, 5), (2, 4, 5, 9)])
