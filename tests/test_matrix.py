@@ -26,7 +26,7 @@ from regrow.lab.measure.variants import variant
 from regrow.methods.base import methods
 from regrow.methods.calibrated import Calibrated
 
-STEPS = 5
+STEPS = 4
 LAYERS = 4
 
 
@@ -40,6 +40,7 @@ class Family:
         forms: arguments of a call; the first is guided.
         kind: U-Net, transformer, video, or unknown.
         every: it meets one in so many methods.
+        steps: of a generation.
     """
 
     make: Callable[[], Any]
@@ -47,34 +48,33 @@ class Family:
     forms: Mapping[str, Mapping[str, Any]]
     kind: str
     every: int = 1
+    steps: int = STEPS
 
 
-def unet(kind: str, every: int = 1, **options: Any) -> Family:
+def unet(kind: str, every: int = 1, steps: int = STEPS) -> Family:
     """A family of `pipelines`."""
     # What begins with a picture has the picture's size.
     size = {} if "image" in pipelines.KINDS[kind][1] else {"height": 32, "width": 32}
-    draw = partial(families.of_unet, kind=kind, **{"num_inference_steps": STEPS} | size | options)
+    draw = partial(families.of_unet, kind=kind, **size)
     forms = {way: form for way, form in families.UNET_FORMS.items() if way != "wide" or "in" not in kind}
-    return Family(partial(pipelines.make, kind), draw, forms, "unet", every)
+    return Family(partial(pipelines.make, kind), draw, forms, "unet", every, steps)
 
 
 def transformer(
     make: Callable[[], Any], forms: Mapping[str, Any] = families.WIDE_FORMS, every: int = 1
 ) -> Family:
     """A family of `transformer_pipelines`."""
-    draw = partial(families.of_transformer, num_inference_steps=STEPS)
-    return Family(make, draw, forms, "transformer", every)
+    return Family(make, families.of_transformer, forms, "transformer", every)
 
 
 def video(make: Callable[[], Any]) -> Family:
     """A family of videos."""
-    draw = partial(families.of_video, num_inference_steps=STEPS)
-    return Family(make, draw, families.VIDEO_FORMS, "video")
+    return Family(make, families.of_video, families.VIDEO_FORMS, "video")
 
 
 def unknown(name: str) -> Family:
     """A family that regrow has no table for."""
-    draw = partial(any_pipelines.generate, name, steps=STEPS)
+    draw = partial(any_pipelines.generate, name)
     forms: Mapping[str, Mapping[str, Any]] = {"one": {}, "batch": {"count": 2}, "text": {"text": 1}}
     return Family(any_pipelines.FAMILIES[name].make, draw, forms, "unknown", 4)
 
@@ -85,9 +85,9 @@ FAMILIES: Mapping[str, Family] = {
     "sd1-four-levels": unet("sd1-four-levels", 4),
     "sd2": unet("sd2", 4),
     "sdxl": unet("sdxl"),
-    # They begin late: at the third of eight steps.
-    "img2img": unet("img2img", 4, num_inference_steps=8),
-    "sdxl-img2img": unet("sdxl-img2img", 4, num_inference_steps=8),
+    # They begin late: at the second of six steps, or the third.
+    "img2img": unet("img2img", 4, steps=6),
+    "sdxl-img2img": unet("sdxl-img2img", 4, steps=6),
     "inpaint": unet("inpaint", 4),
     "inpaint-nine-channels": unet("inpaint-nine-channels", 4),
     "sd3": transformer(partial(_T.sd3, LAYERS)),
@@ -108,16 +108,10 @@ def scheduled(*depth: Any, **parts: Any) -> regrow.Schedule:
     return regrow.Schedule(**{"depth": depth, "ratio": (0.0,) * STEPS} | parts)
 
 
-FITTED = regrow.Fitted(
-    total=STEPS,
-    steps=(
-        {"step": 2, "sources": (0, 1), "weights": (-0.9, 1.9)},
-        {"step": 4, "sources": (0, 1, 3), "weights": (0.1, -0.6, 1.5)},
-    ),
-)
-OUTPUT = scheduled(FULL, FULL, 0, FULL, 0, recovery=FITTED)
+FITTED = regrow.Fitted(total=STEPS, steps=({"step": 2, "sources": (0, 1), "weights": (-0.9, 1.9)},))
+OUTPUT = scheduled(FULL, FULL, 0, FULL, recovery=FITTED)
 ALL_FULL = scheduled(*(FULL,) * STEPS)
-MIXED = scheduled(FULL, 1, 0, FULL, 1, ratio=(0.5, 0.3, 0.0, 0.7, 0.5))
+MIXED = scheduled(FULL, 1, 0, FULL, ratio=(0.5, 0.3, 0.0, 0.7))
 KNOWN = ("unet", "transformer", "video")
 EVERY = (*KNOWN, "unknown")
 
@@ -194,27 +188,52 @@ def pipeline(family: str) -> Any:
 
 
 @cache
-def plain(family: str, turn: int = 0) -> Tensor:
+def untouched(family: str) -> Any:
+    """Another, on which no method ever is."""
+    return FAMILIES[family].make()
+
+
+@cache
+def plain(family: str, form: str, steps: int) -> Tensor:
     """What a form gives without a method. Not to be written to."""
-    return drawn(family, FAMILIES[family].make(), turn)
+    return drawn(family, untouched(family), form, steps)
 
 
 @cache
 def last_layer(family: str) -> str:
     """The module that a call of its denoiser computes last."""
-    pipe, reached = FAMILIES[family].make(), list[str]()
-    for name, module in denoiser_of(pipe).named_modules():
-        if not list(module.children()):
-            module.register_forward_pre_hook(lambda *_, name=name: reached.append(name))
-    drawn(family, pipe, num_inference_steps=2)
+    pipe, reached = untouched(family), list[str]()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: reached.append(name))
+        for name, module in denoiser_of(pipe).named_modules()
+        if not list(module.children())
+    ]
+    drawn(family, pipe, guided(family), brief(family))
+    for handle in handles:
+        handle.remove()
     return reached[-1]
 
 
-def drawn(family: str, pipe: Any, turn: int = 0, **options: Any) -> Tensor:
-    """Latents in one of the family's forms."""
+def guided(family: str) -> str:
+    """The first of its forms."""
+    return form_of(family, 0)
+
+
+def form_of(family: str, turn: int) -> str:
+    """A form, each in its turn."""
+    forms = list(FAMILIES[family].forms)
+    return forms[turn % len(forms)]
+
+
+def brief(family: str) -> int:
+    """Steps of a generation with three calls."""
+    return FAMILIES[family].steps // 2 + 1
+
+
+def drawn(family: str, pipe: Any, form: str, steps: int = 0, **options: Any) -> Tensor:
+    """Latents in a form; in as many steps as the family has unless said otherwise."""
     own = FAMILIES[family]
-    form = list(own.forms.values())[turn % len(own.forms)]
-    return own.draw(pipe, **form | options)
+    return own.draw(pipe, num_inference_steps=steps or own.steps, **own.forms[form], **options)
 
 
 def traces(denoiser: nn.Module) -> Iterator[str]:
@@ -232,7 +251,7 @@ class StopError(Exception):
     """Ends a generation."""
 
 
-def stopped(family: str, pipe: Any) -> None:
+def stopped(family: str, pipe: Any, form: str) -> None:
     """A generation that ends in the last layer of the third call that computes it."""
     entered: list[int] = []
 
@@ -244,7 +263,7 @@ def stopped(family: str, pipe: Any) -> None:
     handle = denoiser_of(pipe).get_submodule(last_layer(family)).register_forward_pre_hook(stop)
     try:
         with pytest.raises(StopError):
-            drawn(family, pipe, seed=3)
+            drawn(family, pipe, form, seed=3)
     finally:
         handle.remove()
 
@@ -266,23 +285,27 @@ MET = tuple(met())
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("family", "name"), MET, ids=["-".join(pair) for pair in MET])
 def test_it_leaves_nothing_behind(family: str, name: str) -> None:
-    pipe, case = pipeline(family), CASES[name]
+    pipe, config = pipeline(family), config_of(CASES[name].some)
     turn = list(FAMILIES).index(family) + list(CASES).index(name)
-    config = config_of(case.some)
+    form, steps = form_of(family, turn // 2), FAMILIES[family].steps
     with regrow.apply(pipe, config) as run:
-        first = drawn(family, pipe)
+        # What it is not to leave anything of, by turns: a generation that ended, of other steps, or was
+        # stopped.
+        if turn % 2:
+            drawn(family, pipe, guided(family), steps - 1, seed=1)
+        else:
+            stopped(family, pipe, form)
+        after = drawn(family, pipe, form)
         rows = rows_of(run)
-        assert any(row.depth != "full" or row.ratio for row in rows)
-        assert first.isfinite().all()
-        assert not torch.equal(first, plain(family))
-        stopped(family, pipe)
-        assert torch.equal(drawn(family, pipe), first)
-        other = drawn(family, pipe, turn, seed=1)
+    assert any(row.depth != "full" or row.ratio for row in rows)
+    assert after.isfinite().all()
+    assert not torch.equal(after, plain(family, form, steps))
+    with regrow.apply(pipe, config):
+        assert torch.equal(drawn(family, pipe, form), after)
     assert not [*traces(denoiser_of(pipe))]
     assert "step" not in pipe.scheduler.__dict__
-    assert torch.equal(drawn(family, pipe), plain(family))
-    with regrow.apply(pipe, config):
-        assert torch.equal(drawn(family, pipe, turn, seed=1), other)
+    short = guided(family), brief(family)
+    assert torch.equal(drawn(family, pipe, *short), plain(family, *short))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -291,10 +314,11 @@ def test_nothing_left_out_is_bit_for_bit_the_plain_pipeline(family: str) -> None
     own, pipe, place = FAMILIES[family], pipeline(family), list(FAMILIES).index(family)
     names = [name for name, case in CASES.items() if works(case, family) and case.none is not None]
     # Of the three that every unknown family meets, one.
-    every = min(own.every, len(names))
+    every, steps = min(own.every, len(names)), brief(family)
     for turn, name in enumerate(names[place % every :: every]):
+        form = form_of(family, turn)
         with regrow.apply(pipe, config_of(CASES[name].none)):
-            assert torch.equal(drawn(family, pipe, turn), plain(family, turn % len(own.forms))), name
+            assert torch.equal(drawn(family, pipe, form, steps), plain(family, form, steps)), name
         assert not [*traces(denoiser_of(pipe))], name
 
 
@@ -308,4 +332,5 @@ def test_what_does_not_work_is_refused_and_changes_nothing(family: str) -> None:
                 regrow.apply(pipe, config)
             assert not [*traces(denoiser_of(pipe))], name
             assert "step" not in pipe.scheduler.__dict__
-    assert torch.equal(drawn(family, pipe), plain(family))
+    short = guided(family), brief(family)
+    assert torch.equal(drawn(family, pipe, *short), plain(family, *short))
