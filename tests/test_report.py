@@ -193,8 +193,14 @@ def ledits(base: Any) -> Callable[[], Any]:
     return edit
 
 
-@pytest.mark.parametrize("make", [sag, ledits])
-@pytest.mark.parametrize("config", [EVERY_SECOND, regrow.FORA(interval=2), regrow.SiTo(ratio=0.5)])
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (sag, EVERY_SECOND),
+        (ledits, regrow.FORA(interval=2)),
+        *((make, regrow.SiTo(ratio=0.5)) for make in (sag, ledits)),
+    ],
+)
 def test_calls_are_whole_where_somebody_reads_attention_maps(make: Any, config: Any) -> None:
     pipe = pipelines.sd(pipelines.sd1_unet(layers_per_block=1))
     edit = make(pipe)
@@ -273,7 +279,7 @@ def counted(denoiser: Any, inputs: dict[str, Any]) -> int:
 
 
 def test_adapters_and_fused_projections_are_counted() -> None:
-    unet = pipelines.sd1_unet()
+    unet = pipelines.unet()
     inputs = pipelines.unet_inputs(unet)
     plain = counted(unet, inputs)
     unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
@@ -293,7 +299,7 @@ def test_adapters_and_fused_projections_are_counted() -> None:
 def tokens_of(name: str) -> int:
     """Of the layer with that path, in a latent of 16 x 16."""
     where, number = name.split(".")[:2] if not name.startswith("mid") else ("mid", "0")
-    level = {"down_blocks": int(number), "up_blocks": 3 - int(number), "mid": 3}[where]
+    level = {"down_blocks": int(number), "up_blocks": 1 - int(number), "mid": 1}[where]
     return (16 // 2**level) ** 2
 
 
@@ -368,7 +374,7 @@ def boxes(model: Any) -> dict[str, Any]:
 
 
 def narrow(**changes: Any) -> Any:
-    return pipelines.sd1_unet(layers_per_block=1, **changes)
+    return pipelines.unet(**changes)
 
 
 CHANGED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
