@@ -71,11 +71,10 @@ def kinds(kind: str, denoiser: Any, config: Any) -> list[Asked]:
     [
         ("sd", regrow.SiTo(ratio=0.5)),
         ("sd", regrow.DeepCache(interval=2)),
-        ("pixart", regrow.FORA(interval=2)),
         ("pixart", regrow.Combined(caching=regrow.DeepCache(interval=2), tokens=CAT)),
         ("sd3", regrow.ToCa(interval=2)),
     ],
-    ids=["sito", "deepcache", "fora", "cat+deepcache", "toca"],
+    ids=["sito", "deepcache", "cat+deepcache", "toca"],
 )
 def test_a_call_costs_the_same_whatever_was_counted_before(kind: str, config: Any) -> None:
     pipe = MODELS[kind]()
