@@ -12,8 +12,6 @@ import pipelines
 import pytest
 import torch
 import transformer_pipelines
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import regrow
@@ -38,10 +36,6 @@ OF_TRANSFORMERS: dict[str, Any] = {
     "atedm": ATEDM.preset("reuse", early=2),
     "toca": ToCa(ratio=0.5),
 }
-
-pictures_in_a_batch = st.permutations(range(4)).flatmap(
-    lambda order: st.integers(2, 4).map(lambda count: tuple(order[:count]))
-)
 
 
 @lru_cache(maxsize=1)
@@ -74,21 +68,15 @@ def latents(name: str, pictures: tuple[int, ...], guided: bool) -> Tensor:
     return x
 
 
-@lru_cache
-def alone(name: str, picture: int, guided: bool) -> Tensor:
-    return latents(name, (picture,), guided)
-
-
 @pytest.mark.parametrize("name", OF_UNETS)
-@settings(max_examples=2)
-@given(pictures=pictures_in_a_batch, guided=st.booleans())
-@example(pictures=(0, 1, 2), guided=False)
+@pytest.mark.parametrize(("pictures", "guided"), [((0, 1, 2), False), ((3, 0), True)])
 def test_a_picture_of_a_unet_is_the_same_alone_and_in_a_batch(
     name: str, pictures: tuple[int, ...], guided: bool
 ) -> None:
     together = latents(name, pictures, guided)
-    for picture, own in zip(pictures, together, strict=True):
-        assert float((own - alone(name, picture, guided)[0]).abs().max()) <= 1e-12
+    for place in (0, len(pictures) - 1):
+        own = latents(name, pictures[place : place + 1], guided)[0]
+        assert float((together[place] - own).abs().max()) <= 1e-12
 
 
 @lru_cache
@@ -103,7 +91,7 @@ def made(kind: str, config: Any, pictures: tuple[int, ...], guidance: float) -> 
     words: dict[str, Any] = {
         "generator": [torch.Generator().manual_seed(n) for n in pictures],
         "guidance_scale": guidance,
-        "num_inference_steps": 6,
+        "num_inference_steps": 4,
         "output_type": "np" if kind == "dit" else "latent",
     }
     if kind == "dit":
