@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pipelines
@@ -28,7 +29,7 @@ UNET_METHODS = {
     "deepcache+tome": Combined(caching=DeepCache(interval=2), tokens=ToMeSD(ratio=0.5)),
 }
 TRANSFORMER_METHODS = {
-    "adaptive": Adaptive(bound=0.5),
+    "adaptive": Adaptive(bound=1.0),
     "cat": CATPruning(alpha=0.4, t0=2),
     "toca": ToCa(interval=2, ratio=0.6),
     "fora": FORA(interval=2),
@@ -36,6 +37,21 @@ TRANSFORMER_METHODS = {
     "atedm": ATEDM.preset("reuse", early=0),
     "cat+deepcache": Combined(caching=DeepCache(interval=2, branch=3), tokens=CATPruning(alpha=0.4, t0=2)),
 }
+
+
+@functools.cache
+def pipe_of(kind: str) -> Any:
+    """What tests share that forbid waiting for a while only."""
+    return (pipelines.KINDS[kind][0] if kind in pipelines.KINDS else transformer_pipelines.KINDS[kind])()
+
+
+@contextmanager
+def not_waiting(denoiser: Any) -> Iterator[None]:
+    forbid_waiting(denoiser)
+    try:
+        yield
+    finally:
+        del denoiser.forward
 
 
 def forbid_waiting(denoiser: Any) -> None:
@@ -52,20 +68,18 @@ def forbid_waiting(denoiser: Any) -> None:
 @pytest.mark.parametrize("kind", ["sd1-four-levels", "sdxl"])
 @pytest.mark.parametrize("name", UNET_METHODS)
 def test_a_unet_waits_in_no_call(kind: str, name: str) -> None:
-    pipe = pipelines.KINDS[kind][0]()
-    regrow.apply(pipe, UNET_METHODS[name])
-    forbid_waiting(pipe.unet)
-    pipelines.generate(pipe, kind=kind, num_inference_steps=STEPS)
+    pipe = pipe_of(kind)
+    with regrow.apply(pipe, UNET_METHODS[name]), not_waiting(pipe.unet):
+        pipelines.generate(pipe, kind=kind, num_inference_steps=STEPS)
 
 
 @pytest.mark.filterwarnings("ignore:SD3T.* has no")
 @pytest.mark.parametrize("kind", transformer_pipelines.KINDS)
 @pytest.mark.parametrize("name", TRANSFORMER_METHODS)
 def test_a_transformer_waits_in_no_call(kind: str, name: str) -> None:
-    pipe = transformer_pipelines.KINDS[kind]()
-    regrow.apply(pipe, TRANSFORMER_METHODS[name])
-    forbid_waiting(pipe.transformer)
-    transformer_pipelines.generate(pipe, num_inference_steps=STEPS)
+    pipe = pipe_of(kind)
+    with regrow.apply(pipe, TRANSFORMER_METHODS[name]), not_waiting(pipe.transformer):
+        transformer_pipelines.generate(pipe, num_inference_steps=STEPS)
 
 
 @pytest.mark.filterwarnings("ignore:SD3T.* has no")
