@@ -139,8 +139,7 @@ def test_every_pipelines_generation_can_be_reported(kind: str) -> None:
     assert "fewer" in str(report)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize(("kind", "dtype"), [("sd1", torch.float16), ("sdxl", torch.bfloat16)])
 def test_half_precision_is_reported_as_full_precision_is(kind: str, dtype: torch.dtype) -> None:
     config = regrow.DaTo(schedule=regrow.Schedule.every(2, 4, ratio=0.5))
     reports = []
