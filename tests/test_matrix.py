@@ -85,7 +85,7 @@ FAMILIES: Mapping[str, Family] = {
     "sd1-four-levels": unet("sd1-four-levels", 4),
     "sd2": unet("sd2", 4),
     "sdxl": unet("sdxl"),
-    # They begin late: at the second of six steps, or the third.
+    # They begin late: at the third of six steps.
     "img2img": unet("img2img", 4, steps=6),
     "sdxl-img2img": unet("sdxl-img2img", 4, steps=6),
     "inpaint": unet("inpaint", 4),
@@ -226,7 +226,7 @@ def form_of(family: str, turn: int) -> str:
 
 
 def brief(family: str) -> int:
-    """Steps of a generation with three calls."""
+    """Steps of a generation with two calls at least; three if it doesn't begin late."""
     return FAMILIES[family].steps // 2 + 1
 
 
