@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import regrow
 
-SEQUENCES = int(os.environ.get("REGROW_SEQUENCES", "30"))
+SEQUENCES = int(os.environ.get("REGROW_SEQUENCES", "16"))
 CPU = torch.device("cpu")
 PAB = PyramidAttentionBroadcastConfig(
     spatial_attention_block_skip_range=2,
@@ -489,7 +489,7 @@ def test_each_that_is_on_works_and_each_that_is_off_is_gone(machine: type[Togeth
             machine,
             settings=settings(
                 max_examples=SEQUENCES // 2,
-                stateful_step_count=6,
+                stateful_step_count=9,
                 deadline=None,
                 derandomize="REGROW_SEQUENCES" not in os.environ,
                 database=None,
