@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.core.inputs import without_data
-from regrow.core.macs import Flops, plain_macs
+from regrow.core.macs import Flops, PlainCounter
 from regrow.core.meta import KnownShapes, meta_copy
 from regrow.models import module_of
 
@@ -68,7 +68,7 @@ def test_every_operation_of_a_model_gives_what_it_gives_by_itself(name: str) -> 
     assert compared.operations > 200
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)
-    assert 2 * plain_macs(denoiser, [(args, kwargs)]) == counter.get_total_flops()
+    assert 2 * PlainCounter(denoiser).count([(args, kwargs)]) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

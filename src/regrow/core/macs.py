@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -109,22 +109,31 @@ class Flops(TorchDispatchMode):
         return sum(n for name, n in self.of.items() if "scaled_dot_product" in name or name in kinds)
 
 
-def plain_macs(denoiser: nn.Module, calls: Sequence[tuple[Any, Any]]) -> int:
-    """Count the MACs of calls of any diffusers denoiser without a method, with attention.
+class PlainCounter:
+    """Counts the MACs of calls of any diffusers denoiser without a method, with attention.
 
     Args:
-        denoiser: the model, on any device; only its configuration is used.
-        calls: positional and keyword arguments of each call, on the meta device.
+        denoiser: the model, on any device; only its configuration is used, and not before the first call.
     """
-    model = meta_copy(denoiser)
-    known: dict[Any, int] = {}
-    shapes = KnownShapes()
-    for call in calls:
-        if _signature(call) not in known:
-            with torch.no_grad(), Flops(shapes=shapes) as counter:
-                model(*call[0], **call[1])
-            known[_signature(call)] = counter.total // 2
-    return sum(known[_signature(call)] for call in calls)
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._denoiser = denoiser
+        self._known: dict[Any, int] = {}
+        self._shapes = KnownShapes()
+
+    @cached_property
+    def _model(self) -> Any:
+        return meta_copy(self._denoiser)
+
+    def count(self, calls: Sequence[tuple[Any, Any]]) -> int:
+        """Count the MACs of calls, whose positional and keyword arguments are on the meta device."""
+        known = self._known
+        for call in calls:
+            if _signature(call) not in known:
+                with torch.no_grad(), Flops(shapes=self._shapes) as counter:
+                    self._model(*call[0], **call[1])
+                known[_signature(call)] = counter.total // 2
+        return sum(known[_signature(call)] for call in calls)
 
 
 class _FirstOfSites(Sited, Decider):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import sdpa_flop_count
 from regrow.apply import Run
 from regrow.core.inputs import without_data
 from regrow.core.install import around_calls
-from regrow.core.macs import Flops, plain_macs
+from regrow.core.macs import Flops, PlainCounter
 from regrow.fields import MOST_COUNT, check_within
 from regrow.lab.measure.sampling import Moment, Pictures, check_frames, make, moment, wait
 from regrow.lab.measure.variants import Variant
@@ -105,10 +106,16 @@ class _Timed:
         variant: the variant.
         prompts: prompts of each generation.
         options: options of `make`.
+        plain: counts the MACs of the plain pipeline's calls.
     """
 
     def __init__(
-        self, pipeline: Any, variant: Variant, prompts: Sequence[str], options: Mapping[str, Any]
+        self,
+        pipeline: Any,
+        variant: Variant,
+        prompts: Sequence[str],
+        options: Mapping[str, Any],
+        plain: Callable[[], PlainCounter],
     ) -> None:
         self.variant = variant
         self.seconds: list[float] = []
@@ -121,7 +128,7 @@ class _Timed:
         self.outputs = ""
         self.peak: float | None = None
         self.error: str | None = None
-        self._pipeline, self._prompts, self._options = pipeline, prompts, options
+        self._pipeline, self._prompts, self._options, self._plain = pipeline, prompts, options, plain
 
     def turn(self, act: Callable[[_Timed], None]) -> None:
         """Run ``act``, unless the variant failed before; an exception becomes the variant's error."""
@@ -154,7 +161,7 @@ class _Timed:
                 self.macs = report.macs
         elif self.variant.config is None:
             self.kinds = [("full", 0.0)] * len(inputs)
-            self.macs = _plain_macs(module_of(self._pipeline), inputs)
+            self.macs = self._plain_macs(inputs)
         else:
             self.macs = self._counted_macs()
 
@@ -213,6 +220,14 @@ class _Timed:
         """Make one generation with hooks around the denoiser's calls, and time it."""
         with self._applied() as run, around_calls(module_of(self._pipeline), before, after):
             return run, self._make().seconds
+
+    def _plain_macs(self, inputs: Any) -> int | None:
+        """Count the MACs of plain calls; None if the forward pass does not run on the meta device."""
+        try:
+            return self._plain().count(inputs)
+        except Exception:
+            # It ran on the real device before.
+            return None
 
     def _counted_macs(self) -> int | None:
         """Count MACs in one more generation, if the method does not report them; None if impossible."""
@@ -284,7 +299,9 @@ def bench(
         check_within(name, value, 1, MOST_COUNT)
     check_frames(pipeline, frames)
     options = {"guidance": guidance, "height": height, "width": width, "frames": frames}
-    found = [_Timed(pipeline, one, prompts, options) for one in variants]
+    # A copy of the model for all variants.
+    plain = functools.cache(lambda: PlainCounter(module_of(pipeline)))
+    found = [_Timed(pipeline, one, prompts, options, plain) for one in variants]
     base, *others = found
     keep_freed_memory()
     for one in found:
@@ -321,15 +338,6 @@ def bench(
 def _compiled(denoiser: Any) -> bool:
     """Whether any of the denoiser's modules is compiled."""
     return any(module._compiled_call_impl is not None for module in denoiser.modules())
-
-
-def _plain_macs(denoiser: Any, inputs: Any) -> int | None:
-    """Count the MACs of plain calls; None if the forward pass does not run on the meta device."""
-    try:
-        return plain_macs(denoiser, inputs)
-    except Exception:
-        # It ran on the real device before.
-        return None
 
 
 def _row(timed: _Timed, base: _Timed, images: int, plain: str | None) -> BenchRow:
