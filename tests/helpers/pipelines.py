@@ -46,6 +46,17 @@ def unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(config | changes)).eval()
 
 
+def one_level_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """A single level, with attention only in the two layers of the way up."""
+    config: dict[str, Any] = {
+        "block_out_channels": (16,),
+        "down_block_types": (PLAIN_DOWN,),
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": (CROSS_UP,),
+    }
+    return unet(seed, **(config | changes))
+
+
 def sd1_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     """Stable Diffusion 1's four levels, 12 layers in the up path."""
     config: dict[str, Any] = {

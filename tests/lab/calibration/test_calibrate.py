@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipelines import sd, unet
+from pipelines import one_level_unet, sd
 from transformer_pipelines import dit
 
 from regrow import apply, calibrate
@@ -47,7 +47,7 @@ class Judged(Still):
 
 
 def small() -> Any:
-    return sd(unet(layers_per_block=1))
+    return sd(one_level_unet())
 
 
 def calibration(pipe: Any = None, kind: Any = Still, *first: Any) -> Any:
