@@ -27,12 +27,21 @@ PUBLISHED = {
 @pytest.mark.parametrize("arch", PUBLISHED)
 def test_a_full_call_costs_what_the_papers_say(arch: str) -> None:
     whole, without_attention = PUBLISHED[arch]
-    result = profile(architecture(arch), None, 1)
+    model = architecture(arch)
+    found = PlanCounter(model.denoiser, model.inputs()).full()
+    assert found.denoiser / 1e9 == pytest.approx(whole, rel=1e-3)
+    assert (found.denoiser - found.attention) / 1e9 == pytest.approx(without_attention, rel=1e-3)
+
+
+def test_a_profile_is_of_one_sample_with_attention_unless_said_otherwise() -> None:
+    model = architecture("dit-xl-256")
+    whole, without_attention = PUBLISHED["dit-xl-256"]
+    result = profile(model, None, 1)
     assert result.baseline_macs_per_call / 1e9 == pytest.approx(whole, rel=1e-3)
     assert result.macs_ratio == 1
-    less = profile(architecture(arch), None, 1, attention=False)
+    less = profile(model, None, 1, attention=False)
     assert less.macs / 1e9 == pytest.approx(without_attention, rel=1e-3)
-    assert profile(architecture(arch), None, 1, guided=True).macs == 2 * result.macs
+    assert profile(model, None, 1, guided=True).macs == 2 * result.macs
 
 
 def test_a_full_call_costs_what_its_blocks_add_up_to() -> None:
