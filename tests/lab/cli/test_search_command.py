@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Stable Diffusion pipeline."""
     folder = tmp_path_factory.mktemp("model")
-    pipelines.sd().save_pretrained(folder)
+    pipelines.sd(pipelines.one_level_unet()).save_pretrained(folder)
     return folder
 
 
@@ -52,7 +52,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(model: Path, prompts: Path, out: Path) -> tuple[str, ...]:
     """A short search."""
     common = ("--model", str(model), "--prompts", str(prompts), "--guidance", "5")
-    size = ("--height", "64", "--width", "64", "--steps", "6", "--population", "4")
+    size = ("--height", "32", "--width", "32", "--steps", "6", "--population", "4")
     return ("search", *common, *size, "--device", "cpu", "--out", str(out))
 
 
@@ -106,7 +106,7 @@ def test_search_leaves_schedules_a_result_and_a_page(
     ]
     # A plan of the front is used as any schedule.
     picture = tmp_path / "one.png"
-    common = ("--model", str(model), "--height", "64", "--width", "64", "--guidance", "5", "--steps", "6")
+    common = ("--model", str(model), "--height", "32", "--width", "32", "--guidance", "5", "--steps", "6")
     plan = ("--method", "dato", "--schedule", str(files[0]), "--prompt", "a penguin", "--out", str(picture))
     assert run(monkeypatch, "generate", *common, *plan) == 0
     assert picture.exists()
@@ -138,8 +138,8 @@ def test_a_pipeline_that_no_name_opens_is_searched(tmp_path: Path, model: Path) 
         prompts=("a penguin",),
         economy=Economy(prompts=(1,)),
         operators=Operators(population=4),
-        height=64,
-        width=64,
+        height=32,
+        width=32,
     )
     opened = partial(load_pipeline, str(model), "cpu", torch.float32)
     asked = Again(budget="1", device="cpu", plots=False)
