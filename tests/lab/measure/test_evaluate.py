@@ -617,6 +617,7 @@ def test_the_command_killed_twice_prints_what_an_undisturbed_one_prints(
     assert again.read_text() == whole.read_text() != ""
 
 
+@pytest.mark.usefixtures("small_emoji")
 def test_the_command_goes_on_and_prints_what_it_writes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
