@@ -31,14 +31,18 @@ PROMPTS = ("a penguin", "a pizza", "an owl")
 CACHED = Candidate(6, DeepCache(interval=3))
 
 
+def small() -> Any:
+    return pipelines.sd(pipelines.one_level_unet())
+
+
 def evaluator(folder: Path, *objectives: Objective, shard: int = 16) -> Evaluator:
     setting = Setting(model="small", prompts=PROMPTS, guidance=5.0, shard=shard)
-    return Evaluator(pipelines.sd, setting, 6, objectives or (Quality.DEVIATION, Cost.MACS), folder)
+    return Evaluator(small, setting, 6, objectives or (Quality.DEVIATION, Cost.MACS), folder)
 
 
 def latents(candidate: Candidate, start: int, stop: int) -> torch.Tensor:
     """The last latents by the pipeline itself."""
-    pipe = pipelines.sd()
+    pipe = small()
     options = {
         "prompt": list(PROMPTS[start:stop]),
         "num_inference_steps": candidate.steps,
