@@ -69,10 +69,14 @@ def extractor(pictures: Tensor) -> Tensor:
     return Colours()(pictures).pooled
 
 
+def small() -> Any:
+    return pipelines.sd(pipelines.one_level_unet())
+
+
 def made(folder: Path) -> PictureFolder:
     pictures = PictureFolder(folder, SETTING)
     for one in VARIANTS:
-        pictures.make(pipelines.sd(), one)
+        pictures.make(small(), one)
     return pictures
 
 
@@ -88,7 +92,7 @@ def copied(pictures: PictureFolder, folder: Path) -> PictureFolder:
 
 
 def test_every_prompt_has_its_picture_from_its_own_seed(pictures: PictureFolder) -> None:
-    pipe = pipelines.sd()
+    pipe = small()
     shards = list(pictures.of(VARIANTS[0]))
     assert [len(shard) for shard in shards] == [2, 2, 1]
     for i, prompt in enumerate(PROMPTS):
@@ -116,7 +120,7 @@ def test_lost_pictures_are_made_again_as_they_were(tmp_path: Path, pictures: Pic
     before = load_file(file)["pictures"]
     file.unlink()
     for one in VARIANTS:
-        mine.make(pipelines.sd(), one)
+        mine.make(small(), one)
     assert torch.equal(load_file(file)["pictures"], before)
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -162,7 +166,7 @@ def test_distances_are_those_of_other_libraries(pictures: PictureFolder) -> None
 def test_the_median_of_an_even_number_of_pictures_lies_between_two(tmp_path: Path) -> None:
     mine = PictureFolder(tmp_path, Setting("tiny", PROMPTS[:4], guidance=5.0, shard=2))
     for one in VARIANTS[:2]:
-        mine.make(pipelines.sd(), one)
+        mine.make(small(), one)
     base, other = (torch.cat(list(mine.of(one))).double().numpy() for one in VARIANTS[:2])
     values = [peak_signal_noise_ratio(a, b, data_range=1) for a, b in zip(base, other, strict=True)]
     found = compare(mine, VARIANTS[:2], Colours())[1].psnr
@@ -235,7 +239,7 @@ def test_a_folder_of_another_setting_is_refused(
 
 def test_a_folder_of_a_model_that_was_trained_further_is_refused(tmp_path: Path) -> None:
     before = Setting(**(vars(SETTING) | {"model_key": "some"}))
-    PictureFolder(tmp_path, before).make(pipelines.sd(), VARIANTS[1])
+    PictureFolder(tmp_path, before).make(small(), VARIANTS[1])
     with pytest.raises(ValueError, match=r"model_key: the pictures in .* were made with another value"):
         PictureFolder(tmp_path, Setting(**(vars(SETTING) | {"model_key": "others"})))
     # The model is not at hand, its pictures are.
@@ -244,14 +248,14 @@ def test_a_folder_of_a_model_that_was_trained_further_is_refused(tmp_path: Path)
 
 def test_a_folder_is_gone_on_with_for_more_prompts_and_for_fewer(tmp_path: Path) -> None:
     at_once = PictureFolder(tmp_path / "at once", SETTING)
-    at_once.make(pipelines.sd(), VARIANTS[0])
+    at_once.make(small(), VARIANTS[0])
     folder = tmp_path / "grown"
     first = PictureFolder(folder, Setting(**(vars(SETTING) | {"prompts": PROMPTS[:4]})))
-    first.make(pipelines.sd(), VARIANTS[0])
+    first.make(small(), VARIANTS[0])
     kept = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     more = PictureFolder(folder, SETTING)
     assert [number for number, _ in more.missing(VARIANTS[0])] == [2]
-    more.make(pipelines.sd(), VARIANTS[0])
+    more.make(small(), VARIANTS[0])
     assert all(file.stat().st_mtime_ns == written for file, written in kept.items())
     assert compare(more, VARIANTS[:1], Colours()) == compare(at_once, VARIANTS[:1], Colours())
     fewer = PictureFolder(folder, first.setting)
@@ -289,13 +293,13 @@ def test_another_batch_is_named_before_the_prompts(pictures: PictureFolder) -> N
 def test_the_first_prompts_are_done_by_all_variants_first(tmp_path: Path) -> None:
     order: list[str] = []
     mine = PictureFolder(tmp_path, Setting(**(vars(SETTING) | {"prompts": PROMPTS[:4]})))
-    with LocalWorkers(lambda: ShardMaker(SETTING, pipelines.sd())) as workers:
+    with LocalWorkers(lambda: ShardMaker(SETTING, small())) as workers:
         mine.make_all(workers, VARIANTS[1:], lambda one: order.append(one.name))
     assert order == [one.name for one in VARIANTS[1:]] * 2
 
 
 def test_pictures_of_another_device_are_compared_but_not_gone_on_with(tmp_path: Path) -> None:
-    PictureFolder(tmp_path, SETTING, "cuda").make(pipelines.sd(), VARIANTS[1])
+    PictureFolder(tmp_path, SETTING, "cuda").make(small(), VARIANTS[1])
     here = PictureFolder(tmp_path, SETTING)
     assert not here.missing(VARIANTS[1])
     (row,) = compare(here, VARIANTS[1:2], Colours())
@@ -303,8 +307,8 @@ def test_pictures_of_another_device_are_compared_but_not_gone_on_with(tmp_path: 
     with pytest.raises(
         ValueError, match=r"cpu is not allowed for the missing .* of steps:4, those .* cuda"
     ):
-        here.make(pipelines.sd(), VARIANTS[0])
-    PictureFolder(tmp_path, SETTING, "cuda").make(pipelines.sd(), VARIANTS[0])
+        here.make(small(), VARIANTS[0])
+    PictureFolder(tmp_path, SETTING, "cuda").make(small(), VARIANTS[0])
 
 
 def test_too_many_pictures_for_the_device_are_told_with_their_method(
@@ -315,7 +319,7 @@ def test_too_many_pictures_for_the_device_are_told_with_their_method(
 
     monkeypatch.setattr("regrow.lab.measure.evaluate.make", full)
     with pytest.raises(MemoryError, match="batch: 2 pictures by steps:2 need more memory"):
-        PictureFolder(tmp_path, SETTING).make(pipelines.sd(), VARIANTS[1])
+        PictureFolder(tmp_path, SETTING).make(small(), VARIANTS[1])
 
 
 def test_another_configuration_of_the_same_name_is_refused(pictures: PictureFolder) -> None:
@@ -351,7 +355,7 @@ def test_one_batch_of_other_code_marks_its_variant(
             (tmp_path / f"steps-{one.steps}" / f"{number:06d}.safetensors").unlink()
     later = coded(monkeypatch, tmp_path, "later")
     for one in VARIANTS[:2]:
-        later.make(pipelines.sd(), one)
+        later.make(small(), one)
     assert [later.made_otherwise(one) for one in VARIANTS[:2]] == [True, False]
 
 
