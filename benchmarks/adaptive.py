@@ -4,11 +4,12 @@
     python benchmarks/adaptive.py cifar10
 
 On a bundled model, with its own guidance. Rows of one number of full calls forecast the output by the
-line through the last two, but for the calibrated plans (those of benchmarks/forecasts.py, fitted and chosen
-on other prompts) and fewer steps. A bound is chosen on other prompts too, so that it gives about as many
-calls. Pictures are made one by one and compared with the unaccelerated ones of the same seeds; the noise
-that an ancestral sampler adds begins from the picture's seed in every row. Nothing is timed. Killed, or
-asked for more pictures, it goes on after the last one; a table is written beside the result.
+line through the last two, but for fewer steps and the calibrated plans, which are fitted and chosen on
+other prompts (with DDIM they are those of benchmarks/forecasts.py). A bound is chosen on other prompts too,
+so that it gives about as many calls. Pictures are made one by one and compared with the unaccelerated ones
+of the same seeds; the noise that an ancestral sampler adds begins from the picture's seed in every row.
+Nothing is timed. Killed, or asked for more pictures, it goes on after the last one; a table is written
+beside the result.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from PIL import Image
 
 from regrow import zoo
 from regrow.apply import apply
-from regrow.lab.calibration.calibrate import EQUAL
+from regrow.lab.calibration.calibrate import EQUAL, Calibration, Settings, Wish, plan_for
 from regrow.lab.cli.models import load_pipeline
 from regrow.lab.measure.atomic_files import write_json
 from regrow.lab.measure.images import psnr
@@ -110,6 +111,13 @@ class Pictures:
             self._plain[number] = self.one(number, None, self.setting.steps)[0]
         return self._plain[number]
 
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Made once, on the prompts of negative numbers."""
+        guidance = zoo.guidance_of(self.setting.model)
+        settings = Settings(self.setting.steps, guidance, SEED - FIT, model=self.setting.model)
+        return Calibration(self.pipe, self.prompts[:FIT], settings)
+
     def bound(self, calls: int) -> float:
         """The bound that gives about so many calls, on prompts of the calibrated plans."""
         low, high = 0.01, 1.0
@@ -133,11 +141,14 @@ def even(steps: int, calls: int) -> Schedule:
     return Schedule(depth=depth, ratio=(0.0,) * steps, recovery=(RECOVERY,), name="even")
 
 
-def planned(model: str, calls: int) -> Calibrated | None:
-    """The plan of benchmarks/forecasts.py of so many calls; None if there is none."""
-    file = RESULTS / f"forecasts-{model}.json"
+def planned(pictures: Pictures, calls: int) -> Calibrated:
+    """The plan of so many full calls: that of benchmarks/forecasts.py if it is there, or else a new one."""
+    setting = pictures.setting
+    file = RESULTS / f"forecasts-{setting.model}.json"
     row = json.loads(file.read_text(encoding="utf-8"))["rows"].get(f"{calls} calls, calibrated")
-    return None if row is None else Calibrated.model_validate(row["plan"])
+    if (setting.sampler, setting.steps) == ("DDIM", 50) and row is not None:
+        return Calibrated.model_validate(row["plan"])
+    return plan_for(pictures.calibration, Wish(None, setting.steps / calls, None))
 
 
 def rows_of(setting: Setting, pictures: Pictures) -> Iterator[tuple[int, str, Callable[[], Any], int]]:
@@ -147,10 +158,7 @@ def rows_of(setting: Setting, pictures: Pictures) -> Iterator[tuple[int, str, Ca
         yield calls, EVEN, partial(DaTo, schedule=even(setting.steps, calls)), setting.steps
         budget = partial(Adaptive, budget=calls, recovery=RECOVERY)
         yield calls, f"`adaptive:budget={calls}`", budget, setting.steps
-        if (setting.sampler, setting.steps) == ("DDIM", 50):
-            plan = planned(setting.model, calls)
-            if plan is not None:
-                yield calls, PLANNED, lambda plan=plan: plan, plan.steps
+        yield calls, PLANNED, partial(planned, pictures, calls), setting.steps
         yield calls, "bound", lambda n=calls: bounded(pictures.bound(n)), setting.steps
 
 
@@ -165,16 +173,22 @@ def run(settings: list[Setting], file: Path) -> None:
         write_json(file, data)
 
     for setting in settings:
-        rows = data["settings"].setdefault(setting.name, {})
         pictures = Pictures(setting)
-        for calls, name, make_config, steps in rows_of(setting, pictures):
-            row = rows.setdefault(f"{calls}: {name}", {"psnr": [], "calls": []})
+        asked = {f"{c}: {name}": (config, steps) for c, name, config, steps in rows_of(setting, pictures)}
+        known = data["settings"].get(setting.name, {})
+        # A row that an earlier run lacks has its place among the others.
+        rows = {key: known.get(key, {"psnr": [], "calls": []}) for key in asked} | known
+        data["settings"][setting.name] = rows
+        for key, (make_config, steps) in asked.items():
+            row = rows[key]
             if len(row["psnr"]) >= setting.pictures:
                 continue
             config = bounded(row["bound"]) if "bound" in row else make_config()
-            if name == "bound":
+            if isinstance(config, Adaptive) and config.bound is not None:
                 row["bound"] = config.bound
-            print(setting.name, calls, name, flush=True)
+            if isinstance(config, Calibrated):
+                row["plan"], steps = json.loads(config.dump()), config.steps
+            print(setting.name, key, flush=True)
             for number in range(len(row["psnr"]), setting.pictures):
                 image, made = pictures.one(number, config, steps)
                 row["psnr"].append(round(min(psnr(pictures.plain(number), image), EQUAL), 3))
