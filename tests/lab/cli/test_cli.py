@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from regrow import zoo
 from regrow.lab.cli import demo, main
-from regrow.lab.measure.sampling import make
+from regrow.lab.measure.images import feature_distances
+from regrow.lab.measure.sampling import Pictures, make
 from regrow.methods.catalogue import systems
 from regrow.schedule import Schedule
 
@@ -434,6 +435,14 @@ def test_generate_warms_up_before_it_compares(monkeypatch: pytest.MonkeyPatch, t
         steps.clear()
         assert run(monkeypatch, *words, *compare) == 0
         assert steps == expected
+
+
+def test_the_demos_feature_distance_is_the_mean_over_prompts() -> None:
+    red, green, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue"))
+    pictures = {"plain": Pictures([red, green], 1.0), "mine": Pictures([red, blue], 1.0)}
+    [[none, some]] = feature_distances([red, green], [red, blue])
+    assert none < 1e-6 < 1e-3 < some
+    assert demo._feature_distances(pictures) == {"mine": pytest.approx((none + some) / 2)}
 
 
 @pytest.mark.slow
