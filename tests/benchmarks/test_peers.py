@@ -458,9 +458,9 @@ def test_peers_are_compared_with_plans_picture_by_picture(
     monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
 ) -> None:
     plan = tmp_path / "plan.json"
-    plan.write_text(Calibrated(steps=1, schedule=Schedule.constant(), instead_of=4).dump())
-    words = f"--model {model} --steps 4 --methods steps:4,steps:2,{plan} --peers DeepCache:2 --rounds 1"
-    words += f" --quality {tmp_path / 'pictures'} --prompts 2 --seed 7 --device cpu {SMALL}"
+    plan.write_text(Calibrated(steps=1, schedule=Schedule.constant(), instead_of=12).dump())
+    words = f"--model {model} --steps 12 --methods steps:12,steps:8,{plan} --peers DeepCache:2"
+    words += f" --quality {tmp_path / 'pictures'} --prompts 2 --seed 7 --rounds 1 --device cpu {SMALL}"
     monkeypatch.setattr("sys.argv", ["peers_table", *words.split(), "--json", str(tmp_path / "peers.json")])
     peers_table.main()
     quality = json.loads((tmp_path / "peers-quality.json").read_text())
@@ -470,7 +470,7 @@ def test_peers_are_compared_with_plans_picture_by_picture(
     lines = (tmp_path / "peers.md").read_text().splitlines()
     assert lines[0].endswith("| PSNR dB | feature distance | plan at least as fast | plan nearer by dB |")
     assert lines[4].endswith("|  |  |")
-    for line, name in ((lines[3], "steps:2"), (lines[5], "DeepCache:2")):
+    for line, name in ((lines[3], "steps:8"), (lines[5], "DeepCache:2")):
         gain = rows[name]["gain"]
         assert gain["over"] == str(plan)
         assert line.endswith(f"| `{plan}` | {-gain['psnr']:+.1f} ± {gain['error']:.1f} |")
