@@ -1,6 +1,6 @@
 """Full calls chosen by measured errors, beside even ones, calibrated plans and fewer steps.
 
-    python benchmarks/adaptive.py emoji --pictures 16 --budgets 16 10
+    python benchmarks/adaptive.py emoji --pictures 8 --budgets 16 10
     python benchmarks/adaptive.py cifar10
 
 On a bundled model, with its own guidance. Rows of one number of full calls forecast the output by the

@@ -137,8 +137,8 @@ class MethodConfig(Checked):
 
     def dump(self) -> str:
         """The text of a file, JSON, with `origin`."""
-        found = {} if self.origin is None else {"origin": self.origin.model_dump(mode="json")}
-        return json.dumps(self.model_dump(mode="json") | found, indent=1) + "\n"
+        origin = {} if self.origin is None else {"origin": self.origin.model_dump(mode="json")}
+        return json.dumps(self.model_dump(mode="json") | origin, indent=1) + "\n"
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -72,7 +72,7 @@ class L2C(MethodConfig):
 class _Rule(SitesOf[L2C]):
     """Learning-to-Cache before a model is known."""
 
-    def on(self, denoiser: nn.Module, layout: Layout) -> _Deciding:
+    def on(self, denoiser: nn.Module, layout: Layout) -> L2CDecider:
         """The method at work on a transformer.
 
         Raises:
@@ -90,7 +90,7 @@ class _Rule(SitesOf[L2C]):
         if c.router is None and not without_data(denoiser):
             raise untrained("router", "given", denoiser)
         if c.router in (None, UNTRAINED):
-            return _Deciding(sites, None)
+            return L2CDecider(sites, None)
         learned = read_learned(Path(str(c.router)), "router")
         learned.check(denoiser, len(sites))
         name = "table" if c.threshold is None else "beta"
@@ -98,11 +98,11 @@ class _Rule(SitesOf[L2C]):
         if tensor is None or tensor.dim() != 2 or tensor.shape[1] != len(sites):
             raise learned.wrong(name)
         table = tensor if c.threshold is None else tensor > c.threshold
-        return _Deciding(sites, tuple(tuple(row) for row in table.tolist()))
+        return L2CDecider(sites, tuple(tuple(row) for row in table.tolist()))
 
 
 @dataclass(frozen=True)
-class _Deciding(Decider):
+class L2CDecider(Decider):
     """Learning-to-Cache at work.
 
     Args:
