@@ -97,8 +97,6 @@ class Pictures:
 
     def _make(self, number: int, steps: int, more: dict[str, Any]) -> Image.Image:
         seed = SEED + number
-        # Not every pipeline gives its generator to the sampler.
-        torch.manual_seed(seed)
         guidance = zoo.guidance_of(self.setting.model)
         prompt = self.prompts[FIT + number]
         made = make(self.pipe, (prompt,), steps=steps, guidance=guidance, seed=seed, more=more)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformer_pipelines
-from diffusers import LattePipeline
+from diffusers import DDPMScheduler, LattePipeline
 from diffusers.utils import logging
+from torch import Tensor
 
 from regrow.lab.measure import sampling
 
@@ -44,3 +46,20 @@ def test_what_is_asked_for_by_name_is_handed_on() -> None:
     pipe.set_progress_bar_config(disable=True)
     sampling.make(pipe, ["a penguin"], steps=1, latents=True, more={"clean_caption": True})
     assert pipe.cleaned
+
+
+def test_noise_of_the_global_generator_comes_from_the_seed_and_that_generator_goes_on_as_before() -> None:
+    """DiT's pipeline gives its generators to no sampler; DDPM draws noise in each step."""
+    pipe = transformer_pipelines.dit()
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+
+    def pictures(seed: int) -> Tensor:
+        made = sampling.make(pipe, ("1", "2"), steps=3, seed=seed, more={"output_type": "np"})
+        return torch.as_tensor(made.images)
+
+    before = torch.random.get_rng_state()
+    first = pictures(7)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(5)
+    assert torch.equal(pictures(7), first)
+    assert not torch.equal(pictures(8), first)

@@ -49,6 +49,9 @@ def make(
 ) -> Pictures:
     """Make one batch of pictures, prompt number i from seed ``seed + i``.
 
+    Noise that a pipeline draws from torch's global generator begins from ``seed``; outside, that generator
+    goes on as before.
+
     Args:
         pipeline: a pipeline of pictures from text or from classes, or of videos from text; it may be one of
             `random_pipeline`.
@@ -85,20 +88,25 @@ def make(
         "clean_caption": False if "clean_caption" in takes and not _cleans_captions() else None,
         "callback_on_step_end": after if on_step and _takes(takes, "callback_on_step_end") else None,
     }
-    wait(pipeline)
-    begin = time.perf_counter()
-    made = pipeline(
-        num_inference_steps=steps,
-        generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
-        **{name: value for name, value in options.items() if value is not None}
-        | prompt_arguments(pipeline, prompts, more)
-        | dict(more),
-    )
-    wait(pipeline)
+    device = torch.device(pipeline.device)
+    # Not every pipeline gives its generators to the sampler: DiT's draws noise from torch's own.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        wait(pipeline)
+        begin = time.perf_counter()
+        made = pipeline(
+            num_inference_steps=steps,
+            generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))],
+            **{name: value for name, value in options.items() if value is not None}
+            | prompt_arguments(pipeline, prompts, more)
+            | dict(more),
+        )
+        wait(pipeline)
+        seconds = time.perf_counter() - begin
     name = "frames" if makes_videos(type(pipeline)) else "images"
     # Sound takes the place of pictures.
     images = made.audios if hasattr(made, "audios") and not hasattr(made, name) else getattr(made, name)
-    return Pictures(images, time.perf_counter() - begin)
+    return Pictures(images, seconds)
 
 
 def check_size(pipeline: Any, height: int | None, width: int | None, frames: int | None) -> None:
