@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -113,17 +113,13 @@ class PlainCounter:
     """Counts the MACs of calls of any diffusers denoiser without a method, with attention.
 
     Args:
-        denoiser: the model, on any device; only its configuration is used, and not before the first call.
+        denoiser: the model, on any device; only its configuration is used.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self._denoiser = denoiser
+        self._model = meta_copy(denoiser)
         self._known: dict[Any, int] = {}
         self._shapes = KnownShapes()
-
-    @cached_property
-    def _model(self) -> Any:
-        return meta_copy(self._denoiser)
 
     def count(self, calls: Sequence[tuple[Any, Any]]) -> int:
         """Count the MACs of calls, whose positional and keyword arguments are on the meta device."""

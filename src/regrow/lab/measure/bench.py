@@ -106,7 +106,7 @@ class _Timed:
         variant: the variant.
         prompts: prompts of each generation.
         options: options of `make`.
-        plain: counts the MACs of the plain pipeline's calls.
+        plain: gives what counts the MACs of the plain pipeline's calls.
     """
 
     def __init__(
@@ -299,7 +299,7 @@ def bench(
         check_within(name, value, 1, MOST_COUNT)
     check_frames(pipeline, frames)
     options = {"guidance": guidance, "height": height, "width": width, "frames": frames}
-    # A copy of the model for all variants.
+    # One for all variants, made in the turn of the first that needs it: what fails there is its error.
     plain = functools.cache(lambda: PlainCounter(module_of(pipeline)))
     found = [_Timed(pipeline, one, prompts, options, plain) for one in variants]
     base, *others = found
